@@ -13,8 +13,8 @@ import tiny
 from sbr_jax import models
 from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.methods import ABLATIONS, METHODS, InertProjectionWarning, build
+from sbr_jax.methods.anchor import anchor_loss
 from sbr_jax.methods.base import Problem
-from sbr_jax.methods.safeanchor import anchor_loss
 from sbr_jax.training.program import init_adapter, make_program
 from sbr_jax.typing import UserError
 

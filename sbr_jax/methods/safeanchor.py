@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbr_jax import losses
+from sbr_jax.methods.anchor import anchor_loss, anchor_rows
 from sbr_jax.methods.base import (
     LAYER_AXES,
     InertProjectionWarning,
@@ -48,7 +48,7 @@ from sbr_jax.methods.base import (
 from sbr_jax.methods.calibrate import Ssi, check_rank, describe, describe_change
 from sbr_jax.subspace import empty_subspace
 from sbr_jax.transforms import gradient_projection, update_projection
-from sbr_jax.typing import Batch, PyTree, UserError
+from sbr_jax.typing import PyTree, UserError
 
 INERT = 0.95  # α above which a layer's projection counts as doing nothing.
 
@@ -70,6 +70,7 @@ def safeanchor(
     protect_a: str = "none",
     keep_base: bool = False,
     anchor_weight: float = 0.1,
+    anchor_reference: str = "previous",
     anchor_batch_size: int | None = None,
     replay_bypass: bool = False,
     control_spectrum: bool = True,
@@ -99,6 +100,9 @@ def safeanchor(
         (see :mod:`sbr_jax.methods.calibrate`); ``"none"`` is as published.
       keep_base: never drop the first subspace from a merge.
       anchor_weight: γ ≥ 0; 0 switches the anchor off.
+      anchor_reference: whose answers the anchor holds: ``"previous"``, the model before
+        the domain (θ_{t−1}, published), or ``"aligned"``, the one before all (θ_0), so
+        that what a domain lets slip is not the next one's reference.
       anchor_batch_size: safety examples of one anchor gradient (None: half the task
         batch).
       replay_bypass: in a repair, let the safety gradient bypass the projection
@@ -121,6 +125,7 @@ def safeanchor(
     one_of("reduction", reduction, ("sum", "mean"))
     one_of("basis", basis, ("safety", "random", "shuffled", "benign"))
     one_of("protect_a", protect_a, ("none", "perturb"))
+    one_of("anchor_reference", anchor_reference, ("previous", "aligned"))
     positive("strictness", strictness, zero=True)
     positive("anchor_weight", anchor_weight, zero=True)
     if not 0 < energy <= 1:
@@ -197,7 +202,7 @@ def safeanchor(
             _warn_if_inert(name, state["coefficients"])
             if apart:
                 state["stored"] = stored
-        if anchoring:
+        if anchoring and anchor_reference == "previous":
             state = {**state, "reference": jax.tree.map(jnp.copy, adapter)}
         return adapter, state
 
@@ -299,42 +304,6 @@ def safeanchor_exact(*, name: str = "safeanchor-exact", **options: Any) -> Metho
     return safeanchor(name=name, **{**ours, "normalisation": "mean", **options})
 
 
-def anchor_rows(problem: Problem, anchor_batch_size: int | None) -> int:
-    """Safety examples of one step's anchor gradient.
-
-    Raises:
-      UserError: if they cannot be divided over the microbatches.
-    """
-    parts = problem.accumulation
-    if anchor_batch_size is None:
-        return max(problem.batch_size // (2 * parts), 1) * parts
-    if anchor_batch_size % parts:
-        raise UserError(
-            f"anchor_batch_size: expected a multiple of accumulation ({parts}), got "
-            f"{anchor_batch_size}"
-        )
-    return anchor_batch_size
-
-
-def anchor_loss(
-    problem: Problem, base: PyTree, adapter: PyTree, reference: jax.Array, safe: Batch
-) -> jax.Array:
-    """L_anchor: mean forward KL(p_{θ_{t−1}} ‖ p_θ) at the answer positions.
-
-    Args:
-      problem: for its model.
-      base: frozen weights.
-      adapter: θ.
-      reference: logits ``[B, T, V]`` of θ_{t−1} on the same tokens; constant.
-      safe: the safety minibatch.
-
-    Returns:
-      A float32 scalar: 0 with zero gradient at θ = θ_{t−1}.
-    """
-    logits = problem.apply_fn(base, adapter, safe["tokens"])
-    return jnp.mean(losses.kl_to_reference(reference, logits, safe["mask"]))
-
-
 def _warn_if_inert(name: str, alpha: PyTree) -> None:
     lowest = min((float(np.min(a)) for a in jax.tree.leaves(alpha)), default=1.0)
     if lowest > INERT:
@@ -347,4 +316,4 @@ def _warn_if_inert(name: str, alpha: PyTree) -> None:
         )
 
 
-__all__ = ["anchor_loss", "anchor_rows", "safeanchor", "safeanchor_exact"]
+__all__ = ["safeanchor", "safeanchor_exact"]

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from sbr_jax import losses
+from sbr_jax.methods.anchor import anchor_rows
 from sbr_jax.methods.base import (
     Method,
     Problem,
@@ -31,7 +32,6 @@ from sbr_jax.methods.base import (
     positive,
     task_gradient,
 )
-from sbr_jax.methods.safeanchor import anchor_rows
 from sbr_jax.typing import Batch, PyTree, UserError
 
 FLOOR = 1e-6
