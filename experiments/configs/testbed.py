@@ -61,6 +61,8 @@ PRESET = Preset(
         "plain",
         "safeanchor",
         "safeanchor-exact",
+        "safeanchor-exact:previous-reference",
+        "safeanchor-exact:published-energy",
         "safeanchor-exact:no-update",
         "safeanchor-exact:no-relaxation",
         "safeanchor-exact:no-anchor",

@@ -89,6 +89,15 @@ ABLATIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
         "safeanchor-exact",
         {"basis": "benign", "anchor_weight": 0.0, "monitored": False, **_BRIEF},
     ),
+    # Our two changes beside the exact projection, taken back one at a time.
+    "safeanchor-exact:previous-reference": (
+        "safeanchor-exact",
+        {"anchor_reference": "previous", **_BRIEF},
+    ),
+    "safeanchor-exact:published-energy": (
+        "safeanchor-exact",
+        {"energy": 0.9, **_BRIEF},
+    ),
     # Improvements, one at a time.
     "safeanchor-exact:sampled-fisher": (
         "safeanchor-exact",
