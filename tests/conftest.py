@@ -5,16 +5,25 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Tests are mostly compilation of tiny programs: half of it is spent on optimising what
+# then runs for a millisecond.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+_GIVEN = os.environ.get("XLA_FLAGS", "").split()
+_NAMES = {flag.split("=")[0] for flag in _GIVEN}
+os.environ["XLA_FLAGS"] = " ".join(
+    _GIVEN + [flag for flag in _FLAGS if flag.split("=")[0] not in _NAMES]
+)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests are mostly compilation; a second run finds it done.
+# A second run finds the compilation done.
 jax.config.update(
     "jax_compilation_cache_dir",
     str(pathlib.Path(__file__).parent.parent / ".jax_cache"),
