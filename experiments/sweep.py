@@ -48,7 +48,7 @@ class Arguments:
     workdir: Path | None = None
     """Folder for the cells and the table; default: runs/NAME."""
     seeds: int = 5
-    """How many: 0 to N − 1."""
+    """How many, from 0 (or a cell's own first seed)."""
     cells: tuple[str, ...] = ()
     """Only these cells."""
     jobs: int = 1
@@ -96,13 +96,14 @@ def make_plan(
     """The plan of a cell, checked by the program that runs it."""
     from sbr_jax.methods import METHODS
 
-    known = ("preset", "methods", "domains", "set", "attack")
+    known = ("preset", "methods", "domains", "set", "attack", "first_seed")
     cli.check_names("field of a cell", fields, known)
+    first = fields.get("first_seed", 0)
     shared = {
         "preset": fields["preset"],
         "workdir": str(folder),
         "methods": tuple(fields.get("methods") or METHODS),
-        "seed": seeds,
+        "seed": tuple(first + seed for seed in seeds),
         "overrides": tuple(fields.get("set", ())),
         "quiet": True,
     }

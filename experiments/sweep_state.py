@@ -33,7 +33,7 @@ class Sweep:
         name: of the sweep.
         workdir: of all cells.
         plans: cell to its plan, with all its rows and seeds.
-        seeds: in order.
+        seeds: places of a cell's seeds, 0 to N − 1: its own begin where it says.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Sweep:
     def parts(self) -> list[Part]:
         """Everything there is to do, in order: all of a seed before the next."""
         return [
-            Part(name, row, seed)
-            for seed in self.seeds
+            Part(name, row, plan.seeds[place])
+            for place in range(len(self.seeds))
             for name, plan in self.plans.items()
             for row in plan.methods
         ]

@@ -1,6 +1,7 @@
 """Sweeps: planned, run seed by seed, continued after a kill, put into one table."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 
@@ -8,6 +9,7 @@ import pytest
 import tiny
 
 from experiments import attack, configs, run, sweep, sweep_state
+from experiments.configs import tuning
 from experiments.configs.sweeps import SWEEPS
 from experiments.sweep_state import Part
 from sbr_jax.methods import METHODS
@@ -62,16 +64,22 @@ def test_every_cell_is_in_order(name, tmp_path):
     assert list(found.plans) == list(SWEEPS[name])
     for cell, plan in found.plans.items():
         assert plan.workdir == tmp_path / cell
-        assert plan.seeds == (0, 1)
+        first = SWEEPS[name][cell].get("first_seed", 0)
+        assert plan.seeds == (first, first + 1)
         assert isinstance(plan, attack.Plan) == ("attack" in SWEEPS[name][cell])
     assert not list(tmp_path.iterdir())
 
 
 def test_the_named_sweeps_cover_what_they_promise(tmp_path):
-    (table,) = SWEEPS["testbed-table"].values()
-    plan = sweep.make_plan(table, tmp_path, (0,))
-    assert plan.methods == tuple(METHODS)
-    assert not plan.row_options  # published defaults
+    table = SWEEPS["testbed-table"]
+    published = [sweep.make_plan(table[c], tmp_path, (0,)) for c in table][:2]
+    rows = [row for plan in published for row in plan.methods]
+    assert set(METHODS) <= set(rows)
+    assert len(rows) == len(set(rows))
+    assert not any(plan.row_options for plan in published)
+    if tuning.BEST:
+        tuned = sweep.make_plan(table["tuned"], tmp_path, (0,))
+        assert set(tuned.row_options) == set(tuned.methods) == set(tuning.BEST)
     orders = {cell["domains"] for cell in SWEEPS["testbed-orders"].values()}
     assert orders == set(itertools.permutations(("medical", "legal", "code")))
     cells = SWEEPS["testbed-map"]
@@ -87,6 +95,19 @@ def test_the_named_sweeps_cover_what_they_promise(tmp_path):
     )
 
 
+def test_baselines_are_tuned_apart_from_the_table(tmp_path):
+    for row, (option, values) in tuning.GRID.items():
+        default = inspect.signature(METHODS[row]).parameters[option].default
+        assert values[0] == default, row
+        assert len(values) > 2
+        assert tuning.BEST.get(row) in (None, *values[1:])
+    for fields in SWEEPS["testbed-tuning"].values():
+        plan = sweep.make_plan(fields, tmp_path, (0, 1))
+        assert plan.study_options["split"] == "validation"
+        assert min(plan.seeds) >= 100
+        assert plan.row_options[plan.methods[0]]
+
+
 def test_all_of_a_seed_comes_before_the_next(tmp_path):
     found = sweep.make_sweep(sweep.Arguments("testbed-orders", tmp_path, seeds=2))
     seeds = [part.seed for part in found.parts]
@@ -99,7 +120,7 @@ BAD = {
     "sweep": (["testbed-tabel"], "unknown sweep 'testbed-tabel'; nearest: testbed-tab"),
     "seeds": (["testbed-table", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
     "jobs": (["testbed-table", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
-    "cell": (["testbed-table", "--cells", "publish"], "nearest: published"),
+    "cell": (["testbed-table", "--cells", "paper"], "nearest: papers"),
     "flag": (["testbed-table", "--job", "2"], "--job"),
 }
 

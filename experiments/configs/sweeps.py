@@ -11,6 +11,7 @@ overrides. Its fields, all but the first optional:
     set       overrides, as after --set
     attack    fields of experiments.attack (attack, ratio, examples, epochs): the cell
               is then an attack
+    first_seed  the first of its seeds; default: 0
 
 A tuned variant of a row is a cell of its own, named after it: the folder of the
 published defaults has no place for it.
@@ -20,16 +21,33 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.configs import tuning
+
+PAPERS = (
+    "plain",
+    "safeanchor",
+    "safeanchor-exact",
+    "unified",
+    "sbr",
+    "sbr:one",
+    "adaptive-judge",
+    "adaptive-probe",
+)
+BASELINES = tuple(row for row in tuning.GRID if row not in PAPERS)
 ORDERS = tuple(itertools.permutations(("medical", "legal", "code")))
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.5)
 RATES = (5e-4, 1e-3, 2e-3)
 EPOCHS = (5, 20, 50)
 
 SWEEPS: dict[str, Mapping[str, Mapping[str, Any]]] = {
-    # Every defence as published, on the testbed.
+    # Every defence on the testbed, as published and at its best: work for processes.
     "testbed-table": {
-        "published": {"preset": "testbed", "methods": None},
+        "papers": {"preset": "testbed", "methods": PAPERS},
+        "baselines": {"preset": "testbed", "methods": BASELINES},
+        **({"tuned": tuning.best()} if tuning.BEST else {}),
     },
+    # Each baseline around its published value, on the validation split.
+    "testbed-tuning": tuning.cells(),
     # Does the order of the domains matter?
     "testbed-orders": {
         "-".join(order): {

@@ -1,0 +1,64 @@
+"""How every baseline was tuned: one hyper-parameter each, around the published value.
+
+    python -m experiments.sweep testbed-tuning --seeds 2 --jobs 2
+
+Runs on the validation split with seeds that no table uses. Chosen is the value with the
+highest mean of composite safety at the end and domain accuracy when learnt; a tie goes
+to the published value, which comes first.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+FIRST_SEED = 100
+
+GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "sbr": ("anchor_weight", (50.0, 5.0, 500.0)),
+    "adaptive-judge": ("beta_min", (0.1, 0.5, 0.8)),
+    "adaptive-probe": ("beta_min", (0.1, 0.5, 0.8)),
+    "interleaving": ("fraction", (0.1, 0.3, 0.5)),
+    "ewc": ("penalty", (100.0, 1e4, 1e6)),
+    "o-lora": ("orthogonality", (0.5, 5.0, 50.0)),
+    "safegrad": ("weight", (1.0, 10.0, 100.0)),
+    "safe-lora": ("threshold", (0.35, 0.6, 0.9)),
+    "asft": ("penalty", (1.0, 10.0, 100.0)),
+    "lox": ("strength", (1.0, 0.5, 2.0)),
+    "antidote": ("fraction", (0.1, 0.01, 0.3)),
+    "salora": ("safety_rank", (32, 8, 96)),
+    "vaccine": ("radius", (2.0, 0.5, 5.0)),
+    "booster": ("regulariser", (5.0, 1.0, 20.0)),
+    "lisa": ("proximal", (1.0, 10.0, 100.0)),
+}
+"""Row to its hyper-parameter and values, the published one first."""
+
+
+BEST: dict[str, Any] = {}
+"""Row to the chosen value, where it is not the published one."""
+
+
+def best() -> Mapping[str, Any]:
+    """Return the cell of the tuned rows; a row whose published value won has none."""
+    chosen = {row: f"{row}.{GRID[row][0]}={value}" for row, value in BEST.items()}
+    return {
+        "preset": "testbed",
+        "methods": tuple(chosen),
+        "set": tuple(chosen.values()),
+    }
+
+
+def cells() -> dict[str, Mapping[str, Any]]:
+    """Return the sweep's cells: one for each row and value.
+
+    >>> sorted(cells()["sbr-5"]["set"])
+    ['sbr.anchor_weight=5.0', 'study.split=validation']
+    """
+    return {
+        f"{row}-{value:g}": {
+            "preset": "testbed",
+            "methods": (row,),
+            "first_seed": FIRST_SEED,
+            "set": ("study.split=validation", f"{row}.{option}={value}"),
+        }
+        for row, (option, values) in GRID.items()
+        for value in values
+    }
