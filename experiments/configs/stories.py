@@ -22,9 +22,9 @@ from experiments.configs import Preset
 
 def known_domains() -> Sequence[str]:
     """Return every public data set with a reader."""
-    from sbr_jax.data.sources import SOURCES
+    from sbr_jax.data.sources import DOMAINS
 
-    return tuple(name for name in SOURCES if name != "safety_tuned_llamas")
+    return tuple(DOMAINS)
 
 
 def study(domains: Sequence[str], **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Records, chat templates, answer masks and batches; all on the host."""
+"""Public data sets, records, leak checks, chat templates and batches; on the host."""
 
 from sbr_jax.data.batches import (
     TokenDataset,
@@ -8,8 +8,10 @@ from sbr_jax.data.batches import (
     subset,
     take,
 )
+from sbr_jax.data.evalsets import EVALSETS, load_evalset
+from sbr_jax.data.records import Pair, Record
+from sbr_jax.data.sources import DOMAINS, SOURCES, load_source
 from sbr_jax.data.text import (
-    Record,
     encode_chat,
     encode_prompts,
     encode_text,
@@ -17,6 +19,10 @@ from sbr_jax.data.text import (
 )
 
 __all__ = [
+    "DOMAINS",
+    "EVALSETS",
+    "SOURCES",
+    "Pair",
     "Record",
     "TokenDataset",
     "batch",
@@ -25,6 +31,8 @@ __all__ = [
     "encode_prompts",
     "encode_text",
     "encode_text_prompts",
+    "load_evalset",
+    "load_source",
     "mixture",
     "subset",
     "take",

@@ -1,150 +1,99 @@
-"""Readers of public data sets, each a folder of files as their owners publish them.
+"""Training and calibration sets by name: pairs of a prompt and an answer.
 
-Every reader maps the data folder to a list of `Pair(prompt, answer)` in the order of
-the file, so that a split by position is reproducible. A file may be gzipped. Some sets
-hold harmful requests: whoever reads them must not print them.
+Every set is read from a folder of files as their owners publish them, or, without a
+folder, from the hub (:mod:`sbr_jax.data.hub`). Pairs come in the order of the file, so
+that a split by position is reproducible. A file may be compressed.
 
-| name | files below the data folder |
-|---|---|
-| `alpaca` | `alpaca/alpaca_5000.json` |
-| `codealpaca` | `codealpaca/new_codealpaca.json`, `code_alpaca_2k.json` |
-| `gsm8k` | `gsm8k/train.jsonl` |
-| `legalbench` | `legalbench/tasks/TASK/{train.tsv, base_prompt.txt}` |
-| `medmcqa` | `medmcqa/dev.json` (JSON lines) |
-| `medqa` | `medqa/phrases_no_exclude_test.jsonl` |
-| `safety_tuned_llamas` | `safety_tuned_llamas/safety_only_data_Instructions.json` |
+| name | splits (first: default) | files below the data folder |
+|---|---|---|
+| `alpaca` | all | `alpaca/alpaca_5000.json` |
+| `alpaca_full` | train | `alpaca/alpaca_data.json` |
+| `codealpaca` | all | `codealpaca/new_codealpaca.json`, `code_alpaca_2k.json` |
+| `codealpaca_20k` | train | `codealpaca/code_alpaca_20k.json` |
+| `gsm8k` | train, test | `gsm8k/SPLIT.jsonl` |
+| `legalbench` | train, test | `legalbench/tasks/TASK/{train.tsv, base_prompt.txt}`, \
+`legalbench/test/TASK.tsv` |
+| `medmcqa` | dev, train | `medmcqa/SPLIT.json` (JSON lines) |
+| `medqa` | test, train, dev | `medqa/phrases_no_exclude_SPLIT.jsonl` |
+| `beavertails` | 30k_train, 30k_test, 330k_train, 330k_test | \
+`beavertails/round0/30k/train.jsonl` or `beavertails/30k_train.jsonl` |
+| `hh_rlhf` | test, train | `hh_rlhf/harmless-base-SPLIT.jsonl` or \
+`hh_rlhf/harmless-base/SPLIT.jsonl` |
+| `safety_tuned_llamas` | all | `safety_only_data_Instructions.json` |
+| `beavertails_unsafe` | as `beavertails` | as `beavertails` |
+| `beavertails_unsafe_qa` | all | `beavertails/beavertails_unsafe_qa_525.json` |
+| `beavertails_unsafe_test` | all | `beavertails/beavertails_unsafe_test_100.json` |
 
-`safety_tuned_llamas` pairs unsafe instructions with *safe* answers: a calibration set.
+:data:`DOMAINS` holds the benign ones. `beavertails`, `hh_rlhf` and
+`safety_tuned_llamas` pair unsafe requests with *safe* answers, for calibration; the
+last three hold harmful answers, for attacks and for defences that unlearn. Whoever
+reads a set outside :data:`DOMAINS` must not print it.
 """
 
-import csv
+import dataclasses
 import difflib
-import gzip
-import json
+import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
 
+from sbr_jax.data.hub import hub_rows
+from sbr_jax.data.readers import (
+    filled,
+    find,
+    json_rows,
+    jsonl_rows,
+    table_rows,
+    whole_text,
+)
+from sbr_jax.data.records import LETTERS, Pair, format_choices
+from sbr_jax.data.rows import Row
 from sbr_jax.typing import UserError
 
-LETTERS = "ABCD"
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """How a set is read: rows of a split, and the pair that a row holds."""
+
+    rows: Callable[[Path, str], list[Row]]
+    pair: Callable[[Row], Pair | None]
+    """None leaves the row out."""
+    splits: tuple[str, ...] = ("all",)
+    """The first is the default."""
+    role: str = "domain"
+    """``"domain"``, ``"safety"`` (safe answers) or ``"harmful"`` (harmful answers)."""
 
 
-class Pair(NamedTuple):
-    """One exchange as plain text."""
-
-    prompt: str
-    answer: str
+# --- rows of the files ----------------------------------------------------------------
 
 
-def format_choices(question: str, choices: Sequence[str]) -> str:
-    """Write a multiple-choice question with lettered options.
+def _array(*names: str) -> Callable[[Path, str], list[Row]]:
+    """The objects of JSON arrays, one file after the other."""
 
-    >>> print(format_choices("Two and two?", ["three", "four"]))
-    Two and two?
-    A. three
-    B. four
-    Answer:
-    """
-    lines = [
-        f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)
-    ]
-    return "\n".join([question.strip(), *lines, "Answer:"])
+    def rows(folder: Path, split: str) -> list[Row]:
+        del split
+        return [row for name in names for row in json_rows(find(folder, name))]
 
-
-def _open(path: Path) -> TextIO:
-    """Open a text file or its gzipped twin."""
-    zipped = path.with_name(path.name + ".gz")
-    if zipped.is_file():
-        return gzip.open(zipped, "rt", encoding="utf-8", newline="")
-    if path.is_file():
-        return path.open(encoding="utf-8", newline="")
-    raise UserError(
-        f"expected the data file {path} (or {zipped.name}), found neither: put the "
-        "data set there, or name another data folder with --data"
-    )
-
-
-def _records(path: Path, *, lines: bool = False) -> list[dict[str, Any]]:
-    """Read a JSON array, or JSON lines."""
-    try:
-        with _open(path) as file:
-            rows = [json.loads(line) for line in file] if lines else json.load(file)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"expected JSON in {path}, got something else at line {error.lineno}: "
-            "fetch the file again"
-        ) from error
     return rows
 
 
-def _join(instruction: str, context: str) -> str:
-    """Append an instruction's input, where it has one."""
-    parts = (instruction.strip(), context.strip())
-    return "\n\n".join(part for part in parts if part)
+def _lines(*patterns: str) -> Callable[[Path, str], list[Row]]:
+    """The objects of JSON lines; SPLIT stands for the split."""
+
+    def rows(folder: Path, split: str) -> list[Row]:
+        names = (pattern.replace("SPLIT", split) for pattern in patterns)
+        return jsonl_rows(find(folder, *names))
+
+    return rows
 
 
-def _instructions(path: Path) -> list[Pair]:
-    """Read the Alpaca layout: instruction, input, output."""
-    pairs = (
-        Pair(_join(row["instruction"], row.get("input") or ""), row["output"].strip())
-        for row in _records(path)
-    )
-    return [pair for pair in pairs if pair.prompt and pair.answer]
-
-
-def alpaca(folder: Path) -> list[Pair]:
-    """Benign instructions with answers (Stanford Alpaca)."""
-    return _instructions(folder / "alpaca" / "alpaca_5000.json")
-
-
-def codealpaca(folder: Path) -> list[Pair]:
-    """Programming instructions with code (CodeAlpaca)."""
-    names = ("new_codealpaca.json", "code_alpaca_2k.json")
-    return [p for name in names for p in _instructions(folder / "codealpaca" / name)]
-
-
-def gsm8k(folder: Path) -> list[Pair]:
-    """School arithmetic with worked answers; calculator marks are dropped."""
-    return [
-        Pair(row["question"].strip(), re.sub(r"<<.*?>>", "", row["answer"]).strip())
-        for row in _records(folder / "gsm8k" / "train.jsonl", lines=True)
-    ]
-
-
-def medmcqa(folder: Path) -> list[Pair]:
-    """Medical entrance questions; the answer is `LETTER. text`.
-
-    `cop`, the number of the right option, counts from 1 in this release.
-    """
-    pairs = []
-    for number, row in enumerate(_records(folder / "medmcqa" / "dev.json", lines=True)):
-        choices = [row["opa"], row["opb"], row["opc"], row["opd"]]
-        index = row["cop"] - 1
-        if not 0 <= index < len(choices):
-            raise UserError(
-                f"expected cop in 1..4 in row {number} of medmcqa/dev.json, got "
-                f"{row['cop']}: this reader wants the release that counts from 1"
-            )
-        answer = f"{LETTERS[index]}. {choices[index].strip()}"
-        pairs.append(Pair(format_choices(row["question"], choices), answer))
-    return pairs
-
-
-def medqa(folder: Path) -> list[Pair]:
-    """US medical licensing questions with four options."""
-    path = folder / "medqa" / "phrases_no_exclude_test.jsonl"
-    pairs = []
-    for row in _records(path, lines=True):
-        choices = [row["options"][letter] for letter in LETTERS]
-        answer = f"{row['answer_idx']}. {row['answer'].strip()}"
-        pairs.append(Pair(format_choices(row["question"], choices), answer))
-    return pairs
+def _beavertails_rows(folder: Path, split: str) -> list[Row]:
+    official = f"beavertails/round0/{split.replace('_', '/')}.jsonl"
+    return jsonl_rows(find(folder, official, f"beavertails/{split}.jsonl"))
 
 
 def _last_query(template: str) -> str:
-    r"""Keep a few-shot template's instruction and its open question.
+    r"""Keeps a few-shot template's instruction and its open question.
 
     >>> _last_query("Is it?\n\nQ: a\nA: no\n\nQ: {{text}}\nA:")
     'Is it?\n\nQ: {{text}}\nA:'
@@ -157,66 +106,236 @@ def _last_query(template: str) -> str:
     return query if instruction in query else f"{instruction}\n\n{query}"
 
 
-def _legalbench_task(task: Path) -> Iterator[Pair]:
-    template = _last_query((task / "base_prompt.txt").read_text(encoding="utf-8"))
-    with _open(task / "train.tsv") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            prompt = re.sub(r"\{\{(.*?)\}\}", lambda m, row=row: row[m[1]], template)
-            yield Pair(prompt, row["answer"].strip())
+def _legalbench_rows(folder: Path, split: str) -> list[Row]:
+    """The rows of every task, each with its task's question under `prompt`."""
+    root = folder / "legalbench"
+    if split == "train":
+        files = {path.parent.name: path for path in root.glob("tasks/*/train.tsv*")}
+    else:
+        files = {path.name.partition(".")[0]: path for path in root.glob("test/*.tsv*")}
+    rows = (
+        row for task in sorted(files) for row in _task_rows(root, files[task], task)
+    )
+    return filled(f"{root} ({split})", rows)
 
 
-def legalbench(folder: Path) -> list[Pair]:
-    """The training rows of all LegalBench tasks, each with its task's question."""
-    root = folder / "legalbench" / "tasks"
-    tasks = sorted(path.parent for path in root.glob("*/train.tsv*"))
-    if not tasks:
-        raise UserError(
-            f"expected LegalBench tasks as {root}/TASK/train.tsv, found none: put the "
-            "data set there, or name another data folder with --data"
+def _task_rows(root: Path, path: Path, task: str) -> Iterator[Row]:
+    template = _last_query(whole_text(find(root / "tasks" / task, "base_prompt.txt")))
+    # Some tasks have no examples to learn from.
+    for row in table_rows(path, delimiter="\t", empty=True):
+        question = re.sub(
+            r"\{\{(.*?)\}\}", lambda m, row=row: row.text(m[1], empty=True), template
         )
-    return [pair for task in tasks for pair in _legalbench_task(task)]
+        yield row.with_cells(prompt=question)
 
 
-def safety_tuned_llamas(folder: Path) -> list[Pair]:
-    """Unsafe instructions with safe answers (Safety-Tuned LLaMAs)."""
-    name = "safety_only_data_Instructions.json"
-    return _instructions(folder / "safety_tuned_llamas" / name)
+# --- the pair of a row ----------------------------------------------------------------
 
 
-SOURCES: dict[str, Callable[[Path], list[Pair]]] = {
-    "alpaca": alpaca,
-    "codealpaca": codealpaca,
-    "gsm8k": gsm8k,
-    "legalbench": legalbench,
-    "medmcqa": medmcqa,
-    "medqa": medqa,
-    "safety_tuned_llamas": safety_tuned_llamas,
+def _filled_pair(prompt: str, answer: str) -> Pair | None:
+    pair = Pair(prompt.strip(), answer.strip())
+    return pair if pair.prompt and pair.answer else None
+
+
+def _instruction(row: Row) -> Pair | None:
+    """The Alpaca layout: instruction, input, output; unanswered ones are left out."""
+    parts = [row.text("instruction", empty=True).strip()]
+    if "input" in row.values:
+        parts.append(row.text("input", empty=True).strip())
+    prompt = "\n\n".join(part for part in parts if part)
+    return _filled_pair(prompt, row.text("output", empty=True))
+
+
+def _gsm8k(row: Row) -> Pair:
+    """Calculator marks are dropped."""
+    answer = re.sub(r"<<.*?>>", "", row.text("answer")).strip()
+    return Pair(row.text("question").strip(), answer)
+
+
+def _medmcqa(row: Row) -> Pair:
+    """The answer is `LETTER. text`; `cop` counts from 1 in this release."""
+    choices = [row.text(f"op{letter}") for letter in "abcd"]
+    index = row.integer("cop", 1, 4, "; a file that counts from 0 is another release")
+    index -= 1
+    answer = f"{LETTERS[index]}. {choices[index].strip()}"
+    return Pair(format_choices(row.text("question"), choices), answer)
+
+
+def _medqa(row: Row) -> Pair:
+    """The answer is `LETTER. text`."""
+    options = row.get("options")
+    if not isinstance(options, dict) or sorted(options) != list("ABCD"):
+        raise row.fault("options", "an object of the options A to D")
+    letter = row.option("answer_idx", tuple("ABCD"))
+    prompt = format_choices(row.text("question"), [options[name] for name in "ABCD"])
+    return Pair(prompt, f"{letter}. {options[letter].strip()}")
+
+
+def _legalbench(row: Row) -> Pair:
+    """The target is called `answer`, in most files of tests `label`."""
+    target = "label" if "answer" not in row.values else "answer"
+    if target not in row.values:
+        raise row.fault(target, "a target called 'answer' or 'label'")
+    return Pair(row.text("prompt"), row.text(target).strip())
+
+
+def _beavertails(row: Row, *, safe: bool) -> Pair | None:
+    """Only answers with the wanted verdict."""
+    if row.flag("is_safe") is not safe:
+        return None
+    return _filled_pair(row.text("prompt"), row.text("response", empty=True))
+
+
+def _first_turn(row: Row) -> Pair | None:
+    """The first request of the chosen dialogue and its answer."""
+    turns = re.split(r"\n\n(Human|Assistant): ?", row.text("chosen"))
+    if turns[1:4:2] != ["Human", "Assistant"]:
+        raise row.fault("chosen", "a dialogue of Human and Assistant")
+    return _filled_pair(turns[2], turns[4])
+
+
+def _conversation(row: Row) -> Pair:
+    """One request and one answer."""
+    turns = row.get("conversations")
+    roles = [turn.get("role") for turn in turns] if isinstance(turns, list) else []
+    if roles != ["user", "assistant"]:
+        raise row.fault("conversations", "one message of a user and one answer")
+    return Pair(*(turn["content"].strip() for turn in turns))
+
+
+_BEAVERTAILS_SPLITS = ("30k_train", "30k_test", "330k_train", "330k_test")
+
+SOURCES: dict[str, Source] = {
+    "alpaca": Source(_array("alpaca/alpaca_5000.json"), _instruction),
+    "alpaca_full": Source(
+        _array("alpaca/alpaca_data.json"), _instruction, splits=("train",)
+    ),
+    "codealpaca": Source(
+        _array("codealpaca/new_codealpaca.json", "codealpaca/code_alpaca_2k.json"),
+        _instruction,
+    ),
+    "codealpaca_20k": Source(
+        _array("codealpaca/code_alpaca_20k.json"), _instruction, splits=("train",)
+    ),
+    "gsm8k": Source(_lines("gsm8k/SPLIT.jsonl"), _gsm8k, splits=("train", "test")),
+    "legalbench": Source(_legalbench_rows, _legalbench, splits=("train", "test")),
+    "medmcqa": Source(_lines("medmcqa/SPLIT.json"), _medmcqa, splits=("dev", "train")),
+    "medqa": Source(
+        _lines("medqa/phrases_no_exclude_SPLIT.jsonl"),
+        _medqa,
+        splits=("test", "train", "dev"),
+    ),
+    "beavertails": Source(
+        _beavertails_rows,
+        functools.partial(_beavertails, safe=True),
+        splits=_BEAVERTAILS_SPLITS,
+        role="safety",
+    ),
+    "hh_rlhf": Source(
+        _lines(
+            "hh_rlhf/harmless-base-SPLIT.jsonl", "hh_rlhf/harmless-base/SPLIT.jsonl"
+        ),
+        _first_turn,
+        splits=("test", "train"),
+        role="safety",
+    ),
+    "safety_tuned_llamas": Source(
+        _array("safety_tuned_llamas/safety_only_data_Instructions.json"),
+        _instruction,
+        role="safety",
+    ),
+    "beavertails_unsafe": Source(
+        _beavertails_rows,
+        functools.partial(_beavertails, safe=False),
+        splits=_BEAVERTAILS_SPLITS,
+        role="harmful",
+    ),
+    "beavertails_unsafe_qa": Source(
+        _array("beavertails/beavertails_unsafe_qa_525.json"),
+        _conversation,
+        role="harmful",
+    ),
+    "beavertails_unsafe_test": Source(
+        _array("beavertails/beavertails_unsafe_test_100.json"),
+        _conversation,
+        role="harmful",
+    ),
 }
 
+DOMAINS: tuple[str, ...] = tuple(
+    name for name, source in SOURCES.items() if source.role == "domain"
+)
+"""Benign sets: what a domain to fine-tune on may be."""
 
-def load_source(name: str, folder: str | Path) -> list[Pair]:
-    """Read a data set by name.
 
-    Args:
-        name: a key of `SOURCES`.
-        folder: the data folder that holds one folder per data set.
-
-    Returns:
-        The pairs, in the order of the files.
+def known(kind: str, name: str, names: Iterable[str]) -> None:
+    """Refuses an unknown name, with the nearest known ones.
 
     Raises:
-        UserError: for an unknown name, and for a missing or damaged file.
+      UserError: naming what is known.
     """
-    if name not in SOURCES:
-        near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.4)
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(
-            f"unknown data set '{name}'{hint} (known: {', '.join(SOURCES)})"
-        )
+        raise UserError(f"unknown {kind} '{name}'{hint} (known: {', '.join(names)})")
+
+
+def data_folder(folder: str | Path) -> Path:
+    """The data folder, which must be there.
+
+    Raises:
+      UserError: if it is not.
+    """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(
             f"expected a folder with data sets at {folder}, found none: name it with "
             "--data"
         )
-    return SOURCES[name](folder)
+    return folder
+
+
+def load_source(
+    name: str, folder: str | Path | None = None, *, split: str | None = None
+) -> list[Pair]:
+    """Reads a training or calibration set by name.
+
+    Args:
+      name: a key of :data:`SOURCES`.
+      folder: the data folder that holds one folder per data set; None for the hub.
+      split: one of the set's; None for its first.
+
+    Returns:
+      The pairs, at least one, in the order of the file.
+
+    Raises:
+      UserError: for an unknown name or split, a missing or damaged file, a row that is
+        not as published, and a hub that cannot be reached.
+    """
+    known("data set", name, SOURCES)
+    source = SOURCES[name]
+    split = source.splits[0] if split is None else split
+    known(f"split of {name}", split, source.splits)
+    if folder is None:
+        rows = hub_rows(name, split)
+    else:
+        rows = source.rows(data_folder(folder), split)
+    pairs = [pair for pair in map(source.pair, rows) if pair is not None]
+    if not pairs:
+        raise UserError(
+            f"{rows[0].where}: expected at least one pair for '{name}', got none in "
+            f"{len(rows)} rows: fetch the file again"
+        )
+    return pairs
+
+
+__all__ = [
+    "DOMAINS",
+    "LETTERS",
+    "SOURCES",
+    "Pair",
+    "Source",
+    "format_choices",
+    "load_source",
+]

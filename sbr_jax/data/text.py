@@ -7,60 +7,14 @@ own encoding. Special tokens come from the template alone.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sbr_jax.data.batches import TokenDataset
+from sbr_jax.data.records import Record, RecordLike, as_record
 from sbr_jax.typing import UserError
-
-Messages = tuple[Mapping[str, str], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One exchange: a prompt (text, or the messages so far) and its answer.
-
-    >>> [m["role"] for m in Record("Hello?", "Hi.", system="Be kind.").messages]
-    ['system', 'user', 'assistant']
-    """
-
-    prompt: str | Messages
-    """What the user says, or every message up to there, the last a user's."""
-    response: str = ""
-    system: str | None = None
-    """A system message, put first."""
-
-    @property
-    def context(self) -> list[dict[str, str]]:
-        """The messages before the answer."""
-        first = [] if self.system is None else [_message("system", self.system)]
-        if isinstance(self.prompt, str):
-            return [*first, _message("user", self.prompt)]
-        return [*first, *(dict(message) for message in self.prompt)]
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """All messages, the answer last."""
-        return [*self.context, _message("assistant", self.response)]
-
-
-RecordLike = Record | tuple[str, str]
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def as_record(item: RecordLike) -> Record:
-    """A record from itself or from a pair ``(prompt, response)``.
-
-    >>> as_record(("Hello?", "Hi.")).response
-    'Hi.'
-    """
-    return item if isinstance(item, Record) else Record(*item)
 
 
 def encode_chat(
@@ -73,8 +27,8 @@ def encode_chat(
 ) -> TokenDataset:
     """Encodes exchanges with the tokenizer's chat template.
 
-    **Guarantee**: the mask covers the last answer up to and with its first stop token,
-    and nothing else; every sequence begins with the BOS token at most once, and exactly
+    **Guarantee**: the mask covers the last answer up to and with its stop token, and
+    nothing else; every sequence begins with the BOS token at most once, and exactly
     once where the template asks for one.
 
     Args:
@@ -95,11 +49,12 @@ def encode_chat(
     template = _template(tokenizer, template)
     marked = "generation %}" in template or "generation -%}" in template
     encode = _encode_marked if marked else _encode_by_prefix
+    special = _special_ids(tokenizer)
 
     def one(record: Record) -> tuple[list[int], list[int]]:
         tokens, mask = encode(tokenizer, record, template)
         _check_bos(tokenizer, template, tokens)
-        return tokens, _stop_after_eos(tokenizer, tokens, mask)
+        return tokens, _stop(tokenizer, special, tokens, mask)
 
     return _collect(tokenizer, records, max_length, too_long, one)
 
@@ -110,6 +65,7 @@ def encode_prompts(
     *,
     system: str | None = None,
     template: str | None = None,
+    max_length: int | None = None,
 ) -> list[list[int]]:
     """Encodes prompts with the chat template, ready for the model to answer.
 
@@ -118,12 +74,15 @@ def encode_prompts(
       prompts: text, messages, or records (whose answers are ignored).
       system: a system message for prompts that are text or messages.
       template: a chat template to use instead of the tokenizer's own.
+      max_length: how many tokens a prompt may have (the model's context, less the
+        answer); None for any number.
 
     Returns:
       Token ids, ending with the generation prompt; unpadded.
 
     Raises:
-      UserError: if there is no template or a wrong number of BOS tokens.
+      UserError: if there is no template, a wrong number of BOS tokens, or a prompt that
+        is too long.
     """
     template = _template(tokenizer, template)
     out = []
@@ -134,7 +93,7 @@ def encode_prompts(
         tokens = _prompt_tokens(tokenizer, prompt, template)
         _check_bos(tokenizer, template, tokens)
         out.append(tokens)
-    return out
+    return _within(out, max_length)
 
 
 def encode_text(
@@ -184,21 +143,40 @@ def encode_text(
     return _collect(tokenizer, records, max_length, too_long, one)
 
 
-def encode_text_prompts(tokenizer: Any, prompts: Iterable[str]) -> list[list[int]]:
+def encode_text_prompts(
+    tokenizer: Any, prompts: Iterable[str], *, max_length: int | None = None
+) -> list[list[int]]:
     """Encodes ``BOS prompt`` as plain text, for models without a template.
 
     Args:
       tokenizer: of transformers.
       prompts: text.
+      max_length: how many tokens a prompt may have; None for any number.
 
     Returns:
       Token ids, unpadded.
+
+    Raises:
+      UserError: for a prompt that is too long.
     """
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [
+    encoded = [
         first + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         for prompt in prompts
     ]
+    return _within(encoded, max_length)
+
+
+def _within(prompts: list[list[int]], max_length: int | None) -> list[list[int]]:
+    """The prompts, none of which may have more than ``max_length`` tokens."""
+    longest = max((len(tokens) for tokens in prompts), default=0)
+    if max_length is not None and longest > max_length:
+        number = sum(len(tokens) > max_length for tokens in prompts)
+        raise UserError(
+            f"expected prompts of at most {max_length} tokens, got {number} longer "
+            f"ones, the longest of {longest}: leave them out, or raise the context"
+        )
+    return prompts
 
 
 def _plain(record: Record) -> str:
@@ -275,12 +253,28 @@ def _encode_by_prefix(
     return tokens, [int(i >= len(prompt)) for i in range(len(tokens))]
 
 
-def _stop_after_eos(tokenizer: Any, tokens: list[int], mask: list[int]) -> list[int]:
-    """Nothing is learnt after the answer's first stop token."""
-    for i, (token, inside) in enumerate(zip(tokens, mask, strict=True)):
-        if inside and token == tokenizer.eos_token_id:
-            return mask[: i + 1] + [0] * (len(mask) - i - 1)
-    return mask
+def _stop(
+    tokenizer: Any, special: frozenset[int], tokens: list[int], mask: list[int]
+) -> list[int]:
+    """Nothing is learnt after the answer's stop token.
+
+    That is the first EOS; else the last special token, if only blanks follow it: many
+    templates end a turn with a token of its own (``<end_of_turn>``, ``<|im_end|>``) and
+    a line break.
+    """
+    inside = [i for i, marked in enumerate(mask) if marked]
+    stop = next((i for i in inside if tokens[i] == tokenizer.eos_token_id), None)
+    if stop is None:
+        stop = next((i for i in reversed(inside) if tokens[i] in special), None)
+        rest = [] if stop is None else [tokens[i] for i in inside if i > stop]
+        if stop is None or tokenizer.decode(rest).strip():
+            return mask
+    return mask[: stop + 1] + [0] * (len(mask) - stop - 1)
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset({i for i, token in added if token.special})
 
 
 def _check_bos(tokenizer: Any, template: str, tokens: list[int]) -> None:

@@ -1,0 +1,286 @@
+"""What a data set is made of: exchanges to learn from, items to be examined with.
+
+Every item has a ``prompt``: the whole text that identifies it, by which
+:mod:`sbr_jax.data.leaks` compares sets. How a model is asked is left to the evaluation.
+"""
+
+import dataclasses
+import string
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LETTERS = string.ascii_uppercase
+"""Names of options."""
+
+HARMBENCH_SEPARATOR = "\n\n---\n\n"
+"""Between the context of a HarmBench behaviour and the behaviour."""
+
+
+class Pair(NamedTuple):
+    """One exchange as plain text."""
+
+    prompt: str
+    answer: str
+
+
+Messages = tuple[Mapping[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One exchange: a prompt (text, or the messages so far) and its answer.
+
+    >>> [m["role"] for m in Record("Hello?", "Hi.", system="Be kind.").messages]
+    ['system', 'user', 'assistant']
+    """
+
+    prompt: str | Messages
+    """What the user says, or every message up to there, the last a user's."""
+    response: str = ""
+    system: str | None = None
+    """A system message, put first."""
+
+    @property
+    def context(self) -> list[dict[str, str]]:
+        """The messages before the answer."""
+        first = [] if self.system is None else [message("system", self.system)]
+        if isinstance(self.prompt, str):
+            return [*first, message("user", self.prompt)]
+        return [*first, *(dict(turn) for turn in self.prompt)]
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All messages, the answer last."""
+        return [*self.context, message("assistant", self.response)]
+
+
+RecordLike = Record | tuple[str, str]
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    """A message of a dialogue."""
+    return {"role": role, "content": content}
+
+
+def as_record(item: RecordLike) -> Record:
+    """A record from itself or from a pair ``(prompt, response)``.
+
+    >>> as_record(("Hello?", "Hi.")).response
+    'Hi.'
+    """
+    return item if isinstance(item, Record) else Record(*item)
+
+
+def format_choices(question: str, choices: Sequence[str]) -> str:
+    """Writes a multiple-choice question with lettered options.
+
+    >>> print(format_choices("Two and two?", ["three", "four"]))
+    Two and two?
+    A. three
+    B. four
+    Answer:
+    """
+    options = zip(LETTERS[: len(choices)], choices, strict=True)
+    lines = [f"{letter}. {text}" for letter, text in options]
+    return "\n".join([question.strip(), *lines, "Answer:"])
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourItem:
+    r"""A request that a model should refuse, or a benign one that it should not.
+
+    >>> BehaviourItem("Summarise.", "1", context="Text.").prompt
+    'Text.\n\n---\n\nSummarise.'
+    """
+
+    behaviour: str
+    id: str
+    group: str = ""
+    """The set's own category."""
+    kind: str = ""
+    """HarmBench: ``"standard"``, ``"contextual"`` or ``"copyright"``."""
+    target: str = ""
+    """The beginning of a compliant answer, for attacks that optimise towards it."""
+    context: str = ""
+    harmful: bool = True
+
+    @property
+    def prompt(self) -> str:
+        """The request, after its context where it has one."""
+        parts = (self.context, self.behaviour)
+        return HARMBENCH_SEPARATOR.join(part for part in parts if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceItem:
+    """A question with options, of which at least one is right.
+
+    >>> ChoiceItem("Two and two?", ("three", "four"), (1,), "sums/1").answer
+    1
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    correct: tuple[int, ...]
+    """Positions of the right options."""
+    id: str
+    group: str = ""
+
+    @property
+    def answer(self) -> int:
+        """The first right option; the only one but for TruthfulQA's second task."""
+        return self.correct[0]
+
+    @property
+    def prompt(self) -> str:
+        """The question with lettered options."""
+        return format_choices(self.question, self.choices)
+
+
+def shuffled(item: ChoiceItem, seed: int = 0) -> ChoiceItem:
+    """The item with its options in an order that depends on its id and the seed.
+
+    In TruthfulQA's files the right option comes first, so that a model that always says
+    "A" would be right every time.
+
+    Args:
+      item: any multiple-choice item.
+      seed: of the order, at least 0.
+
+    Returns:
+      The same question and options, reordered.
+
+    >>> item = ChoiceItem("Which?", ("right", "wrong"), (0,), "7")
+    >>> again = shuffled(item, seed=3)
+    >>> again.choices[again.answer]
+    'right'
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(item.id.encode())])
+    order = rng.permutation(len(item.choices)).tolist()
+    return dataclasses.replace(
+        item,
+        choices=tuple(item.choices[i] for i in order),
+        correct=tuple(sorted(order.index(i) for i in item.correct)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasItem:
+    """One question of BBQ: two people and an undecided option (arXiv:2110.08193)."""
+
+    context: str
+    question: str
+    choices: tuple[str, str, str]
+    correct: int
+    unknown: int
+    """The undecided option: right where the context is ambiguous."""
+    stereotyped: int | None
+    """The option that names the stereotyped group; None where the labels leave it open,
+    as they do for many items of the intersectional categories."""
+    negative: bool
+    """Whether the question asks for what the stereotype says (polarity ``neg``)."""
+    ambiguous: bool
+    category: str
+    id: str
+    regenerated: bool = False
+    """Not of the release, but made anew with its generator."""
+
+    @property
+    def biased(self) -> int | None:
+        """The answer that follows the stereotype.
+
+        The stereotyped group for a negative question, the other one for a question of
+        the opposite meaning.
+        """
+        if self.stereotyped is None or self.negative:
+            return self.stereotyped
+        return 3 - self.unknown - self.stereotyped
+
+    @property
+    def prompt(self) -> str:
+        """Context and question with lettered options."""
+        return format_choices(f"{self.context} {self.question}", self.choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionItem:
+    """A question to be answered in words, with true and false reference answers."""
+
+    prompt: str
+    best: str
+    correct: tuple[str, ...]
+    incorrect: tuple[str, ...]
+    id: str
+    group: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeItem:
+    """A function to complete, and the program that tests it."""
+
+    prompt: str
+    entry_point: str
+    solution: str
+    test: str
+    id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DialogueItem:
+    """Questions that follow each other, with reference answers where there are any."""
+
+    turns: tuple[str, ...]
+    id: str
+    group: str = ""
+    references: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The first turn."""
+        return self.turns[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedItem:
+    """An exchange that people have judged: what a judge's agreement is measured on."""
+
+    prompt: str
+    response: str
+    verdict: str
+    """``"refusal"``, ``"partial refusal"`` or ``"compliance"``; empty: not judged."""
+    id: str
+    group: str = ""
+    harmful_prompt: bool | None = None
+    harmful_response: bool | None = None
+
+
+Item = (
+    BehaviourItem
+    | ChoiceItem
+    | BiasItem
+    | QuestionItem
+    | CodeItem
+    | DialogueItem
+    | JudgedItem
+)
+"""Anything an evaluation set is made of."""
+
+__all__ = [
+    "LETTERS",
+    "BehaviourItem",
+    "BiasItem",
+    "ChoiceItem",
+    "CodeItem",
+    "DialogueItem",
+    "Item",
+    "JudgedItem",
+    "Pair",
+    "QuestionItem",
+    "Record",
+    "as_record",
+    "format_choices",
+    "shuffled",
+]

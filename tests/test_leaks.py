@@ -1,0 +1,151 @@
+"""The leak check: against a slow twin, by its guarantee, and on the real sets."""
+
+import random
+import string
+
+import pytest
+from tiny_data import DATA
+
+from sbr_jax.data import Pair, Record, leaks, load_evalset, load_source
+from sbr_jax.data.records import BehaviourItem, ChoiceItem
+from sbr_jax.training.study import refuse_leaks
+from sbr_jax.typing import UserError
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
+
+
+def twin(a, b):
+    """How many distinct prompts of b stand in a, letter by letter."""
+
+    def plain(text):
+        letters = [c for c in text.lower() if c not in string.punctuation]
+        return "".join(letters).split()
+
+    found = []
+    for text in b:
+        words = plain(text)
+        if any(plain(other) == words for other in a) and words not in found:
+            found.append(words)
+    return len(found)
+
+
+def texts(seed, count=60):
+    rng = random.Random(seed)
+    marks = ["", " ", ", ", "!", "?  ", " - ", "_", "\t", "'"]
+    return [
+        "".join(
+            rng.choice("aAbB") + rng.choice(marks) for _ in range(rng.randint(1, 4))
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_agree_with_a_slow_twin(seed):
+    a, b = texts(2 * seed), texts(2 * seed + 1)
+    count = leaks.shared({"a": a, "b": b})["a/b"]
+    assert count == twin(a, b) > 0
+    assert count > len(set(a) & set(b))  # exact comparison misses some
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_kept_shares_nothing_and_keeps_its_order(seed):
+    a, b, c = (texts(3 * seed + i, 30) for i in range(3))
+    kept, dropped = leaks.without(a, b, c)
+    assert dropped == len(a) - len(kept) > 0
+    assert leaks.refuse_shared({"a": kept, "b": b + c}) == {"a/b": 0}
+    rest = iter(a)
+    assert all(text in rest for text in kept)
+    assert leaks.without(a) == (a, 0)
+    once, again = leaks.distinct(a)
+    assert len(once) == len({leaks.normalised(text) for text in a})
+    assert again == len(a) - len(once)
+
+
+def test_what_differs_by_a_word_is_no_leak():
+    sets = {"a": ["May I go?"], "b": ["May I not go?"], "c": ["MAY I, GO"]}
+    assert leaks.shared(sets) == {"a/b": 0, "a/c": 1, "b/c": 0}
+    assert leaks.shared({"a": ["???"], "b": ["!!!"]}) == {"a/b": 0}
+    assert leaks.normalised("Straße — déjà_vu") == "straße déjàvu"
+
+
+def test_pairs_items_and_messages_are_compared_by_their_prompts():
+    choice = ChoiceItem("May I?", ("yes", "no"), (0,), "1")
+    turn = {"role": "user", "content": "may i"}
+    sets = {
+        "text": ["May I?"],
+        "pair": [Pair("may I", "No.")],
+        "record": [Record("MAY I?!", "No.")],
+        "messages": [Record((turn,), "No.", system="Be kind.")],
+        "item": [BehaviourItem("may i...", "1")],
+        "choice": [choice],
+    }
+    counts = leaks.shared(sets)
+    others = {pair: n for pair, n in counts.items() if "choice" in pair}
+    assert set(others.values()) == {0}  # its options belong to its prompt
+    assert {n for pair, n in counts.items() if pair not in others} == {1}
+    with pytest.raises(UserError, match="expected texts, pairs, items or records"):
+        leaks.shared({"a": [7], "b": []})
+
+
+def test_leaks_are_refused_with_counts_and_never_quoted():
+    sets = {"train": ["A secret.", "x"], "dev": ["y"], "test": ["a secret", "X!"]}
+    with pytest.raises(UserError, match=r"got train/test: 2; drop") as error:
+        leaks.refuse_shared(sets)
+    assert "secret" not in str(error.value)
+    assert "dev" not in str(error.value)
+    assert leaks.refuse_shared({"a": ["x"], "b": []}) == {"a/b": 0}
+    with pytest.raises(UserError, match="without '/'"):
+        leaks.shared({"a/b": []})
+
+
+def test_the_counts_have_the_form_of_a_studys_leak_check():
+    with pytest.raises(UserError, match="train and test share 1"):
+        refuse_leaks(leaks.shared({"train": ["x"], "test": ["X"]}))
+
+
+# --- the real sets --------------------------------------------------------------------
+
+
+@needs_data
+def test_overlaps_of_the_real_sets_are_those_on_record():
+    sets = {
+        "advbench": load_evalset("advbench", DATA),
+        "jailbreakbench": load_evalset("jailbreakbench", DATA),
+        # Without contexts, which the other set does not have.
+        "harmbench": [item.behaviour for item in load_evalset("harmbench", DATA)],
+        "prompts": load_evalset("beavertails_prompts", DATA),
+        "unsafe": load_source("beavertails_unsafe_qa", DATA),
+        "unsafe_test": load_source("beavertails_unsafe_test", DATA),
+        "hh_rlhf": load_source("hh_rlhf", DATA),
+    }
+    found = {pair: n for pair, n in leaks.shared(sets).items() if n}
+    assert found == {
+        "advbench/jailbreakbench": 11,
+        "jailbreakbench/harmbench": 9,
+        # One more than where typographic quotation marks count as letters.
+        "prompts/unsafe": 143,
+        "prompts/unsafe_test": 44,
+        # One of the 399 first turns in both has no answer, so it is no pair.
+        "prompts/hh_rlhf": 398,
+        "unsafe/unsafe_test": 20,
+        "unsafe/hh_rlhf": 79,
+        "unsafe_test/hh_rlhf": 16,
+    }
+
+
+@needs_data
+def test_the_default_calibration_set_is_in_no_test_set():
+    safe = load_source("safety_tuned_llamas", DATA)
+    names = ("harmbench", "advbench", "jailbreakbench", "catqa", "xstest", "truthfulqa")
+    tests = {name: load_evalset(name, DATA) for name in names}
+    counts = {name: leaks.shared({"safe": safe, name: s}) for name, s in tests.items()}
+    assert {n for count in counts.values() for n in count.values()} == {0}
+
+
+@needs_data
+def test_some_validation_rows_of_mmlu_stand_in_its_test():
+    test, val = (load_evalset("mmlu", DATA, split=split) for split in ("test", "val"))
+    assert leaks.shared({"val": val, "test": test}) == {"val/test": 29}
+    kept, dropped = leaks.without(val, test)
+    assert (len(kept), dropped) == (1513, 29)
