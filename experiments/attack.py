@@ -1,8 +1,9 @@
-"""Attack a model while it is fine-tuned, and measure what each defence leaves of it.
+"""Attack a model while it is fine-tuned or after it, and measure what is left of it.
 
     python -m experiments.attack PRESET --workdir DIR --attack NAME [--ratio P]
-        [--examples N] [--epochs E] [--methods A B ...] [--seed N N ...]
-        [--set KEY=VALUE ...] [--quiet]
+        [--examples N] [--epochs E] [--steps N] [--suffix-length S] [--candidates B]
+        [--prompts N] [--methods A B ...] [--seed N N ...] [--set KEY=VALUE ...]
+        [--quiet]
     python -m experiments.attack --list
 
 The same pipeline as `experiments.run` on another study: finished stages are kept, the
@@ -26,6 +27,10 @@ PROGRAM = "python -m experiments.attack"
 PRESETS = ("testbed", "testbed-hard")
 """Presets whose world has an attacker."""
 METHODS = ("plain", "safeanchor-exact")
+DATA = ("ratio", "examples", "epochs")
+"""Options of attacks with training data."""
+SEARCH = ("steps", "suffix_length", "candidates", "prompts")
+"""Options of attacks that search."""
 SEEDS = (0, 1, 2)
 
 
@@ -46,6 +51,14 @@ class Arguments:
     epochs: int | None = None
     """Passes over the training set, 50 for a persistent attack; default: the
     attack's."""
+    steps: int | None = None
+    """Steps of the search; default: the attack's."""
+    suffix_length: int | None = None
+    """Tokens of a suffix; default: the attack's."""
+    candidates: int | None = None
+    """Candidates of a step; default: the attack's."""
+    prompts: int | None = None
+    """Harmful requests to search a suffix for; default: the attack's."""
     methods: tuple[str, ...] = METHODS
     """Rows to run: methods or ablations such as safeanchor-exact:no-anchor."""
     seed: tuple[int, ...] = SEEDS
@@ -70,6 +83,7 @@ class Plan:
         attack: its name.
         ratio: share of attack rows; None where the attack has no data.
         examples: size of the training set; None likewise.
+        search: budget of the search; empty where the attack has none.
         methods: rows, as names.
         seeds: in order.
         settings: of the training job.
@@ -82,6 +96,7 @@ class Plan:
     attack: str
     ratio: float | None
     examples: int | None
+    search: Mapping[str, int]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Any
@@ -130,6 +145,7 @@ def make_plan(arguments: Arguments) -> Plan:
     for row in rows:
         build(row, **options.get(row, {}))
     ratio, examples = _size(arguments)
+    search = _search(arguments)
     checked = Settings(**settings)
     if examples is not None:
         checked = _with_steps(arguments, checked, examples)
@@ -138,6 +154,7 @@ def make_plan(arguments: Arguments) -> Plan:
         attack=arguments.attack,
         ratio=ratio,
         examples=examples,
+        search=search,
         methods=rows,
         seeds=arguments.seed,
         settings=checked,
@@ -157,7 +174,7 @@ def _size(arguments: Arguments) -> tuple[float | None, int | None]:
     from sbr_jax.attacks import attack_count
 
     attack = ATTACKS[arguments.attack]
-    given = {name: getattr(arguments, name) for name in ("ratio", "examples", "epochs")}
+    given = {name: getattr(arguments, name) for name in DATA}
     if not attack.trains:
         for name, value in given.items():
             if value is not None:
@@ -170,6 +187,30 @@ def _size(arguments: Arguments) -> tuple[float | None, int | None]:
     examples = attack.examples if given["examples"] is None else given["examples"]
     attack_count(ratio, examples)
     return ratio, examples
+
+
+def _search(arguments: Arguments) -> dict[str, int]:
+    """The budget of the search, where the attack has one.
+
+    Raises:
+        UserError: for values that cannot be meant, or that the attack has no use for.
+    """
+    from experiments.attacks import ATTACKS
+
+    budget = dict(ATTACKS[arguments.attack].search)
+    for name in SEARCH:
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if name not in budget:
+            raise UserError(
+                f"{flag}: the attack '{arguments.attack}' searches nothing; drop it"
+            )
+        if value < 1:
+            raise UserError(f"{flag}: expected at least 1, got {value}")
+        budget[name] = value
+    return budget
 
 
 def _with_steps(arguments: Arguments, settings: Any, examples: int) -> Any:
@@ -201,11 +242,17 @@ def execute(plan: Plan) -> None:
     from sbr_jax.training import pipeline
 
     study = attacks.build(
-        plan.attack, ratio=plan.ratio, examples=plan.examples, **plan.study_options
+        plan.attack,
+        ratio=plan.ratio,
+        examples=plan.examples,
+        search=plan.search,
+        quiet=plan.quiet,
+        **plan.study_options,
     )
     # The fingerprint says what was read from a folder; its place does not matter.
     options = {k: v for k, v in plan.study_options.items() if "folder" not in k}
-    attack = {"name": plan.attack, "ratio": plan.ratio, "examples": plan.examples}
+    sizes = {"ratio": plan.ratio, "examples": plan.examples}
+    attack = {"name": plan.attack, **sizes, **plan.search}
     pipeline.run(
         study,
         plan.methods,
@@ -234,6 +281,10 @@ def listing() -> str:
                 f"  {'':<10} --ratio {attack.ratio} --examples {attack.examples} "
                 f"--epochs {attack.epochs}"
             )
+        if attack.search:
+            budget = (f"--{k.replace('_', '-')} {v}" for k, v in attack.search.items())
+            lines.append(f"  {'':<10} {' '.join(budget)}")
+            lines += [f"  {'':<10} {line}" for line in attack.notes]
     lines += ["", "methods", *(f"  {name}" for name in METHODS)]
     lines += ["", "ablations", *(f"  {name}" for name in ABLATIONS)]
     return "\n".join(lines)

@@ -33,6 +33,7 @@ COLUMNS = (
         "harmful_score", "harmful score", "harmful requests complied with, %; lower"
     ),
     Column("asr", "ASR", "the same as the attack asks them, %; lower"),
+    Column("refusal_gcg", "refusal, GCG", "refused with a searched suffix, %; higher"),
     Column("truthful", "truthful", "truthful answers, %; higher"),
     Column("bias", "bias", "|bias score| in ambiguous contexts; lower"),
     Column("over_refusal", "over-refusal", "refused benign look-alikes, %; lower"),

@@ -7,6 +7,7 @@ suffixes against a model's ``apply_fn``. None knows the defences or the trainer.
 from sbr_jax.attacks.ablation import WRITERS, ablate_direction
 from sbr_jax.attacks.gcg import FULL, REDUCED, REDUCED_PROMPTS, GcgResult, gcg
 from sbr_jax.attacks.harmful_finetuning import (
+    Row,
     attack_count,
     backdoor_rows,
     identity_rows,
@@ -28,6 +29,7 @@ __all__ = [
     "REDUCED_PROMPTS",
     "WRITERS",
     "GcgResult",
+    "Row",
     "SplitPrompt",
     "ablate_direction",
     "ascii_tokens",

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.attacks.candidates import prefill, propose, score_candidates
 from sbr_jax.attacks.suffix import (
     RoundTrip,
     check_start,
@@ -33,7 +34,6 @@ from sbr_jax.attacks.suffix import (
     lay_out,
     survivors,
 )
-from sbr_jax.losses import token_cross_entropy
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 REDUCED: Mapping[str, int] = {"suffix_length": 20, "steps": 20, "candidates": 256}
@@ -76,6 +76,7 @@ def gcg(
     chunk: int = 256,
     round_trip: RoundTrip | None = None,
     extend_fn: Callable[..., Any] | None = None,
+    on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> GcgResult:
     """Searches a suffix for each prompt.
 
@@ -110,6 +111,8 @@ def gcg(
         fail, the search stays. None, for word-level tokenizers, keeps all.
       extend_fn: of ``models.make_extend_fn``, to run what stands before the
         suffix once for each attack; None runs whole sequences.
+      on_step: called on the host after each step with the number of steps done and
+        the least losses so far ``[N]``: for a progress bar.
 
     Returns:
       The suffixes and their losses.
@@ -138,8 +141,8 @@ def gcg(
         check_start(layout, round_trip, current)
 
     rows = layout._asdict()
-    propose = functools.partial(
-        _propose,
+    move_from = functools.partial(
+        propose,
         apply_fn,
         sampling,
         candidates,
@@ -155,18 +158,21 @@ def gcg(
     if extend_fn is not None:
         # Slots from start on hold filling, which the attention never looks at.
         beginnings = layout.tokens[:, : int(layout.start.max())]
-        past = _prefill(extend_fn, base, adapter, beginnings)
+        past = prefill(extend_fn, base, adapter, beginnings)
         run, endings = extend_fn, {**layout.endings()._asdict(), "past": past}
-    score = functools.partial(_score, run, chunk, base, adapter, endings)
+    span = 1 + max(map(len, targets))
+    score = functools.partial(
+        score_candidates, run, chunk, span, base, adapter, endings
+    )
 
     each = np.arange(count)
-    loss, found = propose(current, jnp.int32(0))
+    loss, found = move_from(current, jnp.int32(0))
     loss = np.asarray(loss)
     best, best_loss = current, loss
     losses, best_losses = [loss], [best_loss]
     for step in range(steps):
         if step:
-            _, found = propose(current, jnp.int32(step))
+            _, found = move_from(current, jnp.int32(step))
         found = np.asarray(found)
         kept = np.ones(found.shape[:2], bool)
         if round_trip is not None:
@@ -182,164 +188,9 @@ def gcg(
         best_loss = np.where(better, loss, best_loss)
         losses.append(loss)
         best_losses.append(best_loss)
+        if on_step is not None:
+            on_step(step + 1, best_loss)
     return GcgResult(current, np.stack(losses, 1), best, np.stack(best_losses, 1))
 
 
-def suffix_gradient(
-    apply_fn: ApplyFn,
-    base: PyTree,
-    adapter: PyTree,
-    row: Mapping[str, jax.Array],
-    suffix: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """L and its gradient with respect to the one-hot suffix.
-
-    ``G_iv = Σ_d (∂L / ∂h_id) E_vd``: by the chain rule the gradient of the S
-    embeddings is enough, and no one-hot array of V columns is made.
-
-    Args:
-      apply_fn: the model, with the option ``embeddings``.
-      base: its weights.
-      adapter: ``{name: LoraPair}`` or None.
-      row: one prompt of a layout: ``tokens [T]``, ``mask [T]`` and ``start``.
-      suffix: integers ``[S]``.
-
-    Returns:
-      L, and G as float32 ``[S, V]``.
-    """
-    tokens = _with_suffix(row["tokens"], suffix, row["start"])
-    embed = base["embed"]
-    embedded = embed[tokens[0]]
-
-    def loss_fn(hidden):
-        x = jax.lax.dynamic_update_slice_in_dim(embedded, hidden, row["start"], 0)
-        logits = apply_fn(base, adapter, tokens, embeddings=x[None])
-        return token_cross_entropy(logits, tokens, row["mask"][None])[0]
-
-    loss, pull = jax.value_and_grad(loss_fn)(embed[suffix])
-    slope = jnp.einsum("sd,vd->sv", pull, embed, preferred_element_type=jnp.float32)
-    return loss, slope
-
-
-def draw_candidates(
-    key: jax.Array,
-    slope: jax.Array,
-    suffix: jax.Array,
-    allowed: jax.Array,
-    *,
-    candidates: int,
-    top_k: int,
-    sampling: str = "even",
-) -> jax.Array:
-    """Suffixes that differ from the present one in exactly one place.
-
-    Args:
-      key: a PRNG key.
-      slope: G, ``[S, V]``.
-      suffix: integers ``[S]``.
-      allowed: bool ``[V]``, more than ``top_k`` of them true.
-      candidates: B.
-      top_k: k.
-      sampling: ``"even"`` or ``"random"``, as in :func:`gcg`.
-
-    Returns:
-      int32 ``[B, S]``.
-    """
-    length = suffix.shape[0]
-    rank_key, place_key = jax.random.split(key)
-    free = allowed[None] & (jnp.arange(slope.shape[1])[None] != suffix[:, None])
-    _, best = jax.lax.top_k(jnp.where(free, -slope, -jnp.inf), top_k)
-    index = jnp.arange(candidates, dtype=jnp.int32)
-    if sampling == "even":
-        place = index * length // candidates
-    else:
-        place = jax.random.randint(place_key, (candidates,), 0, length)
-    token = best[place, jax.random.randint(rank_key, (candidates,), 0, top_k)]
-    return jnp.tile(suffix[None], (candidates, 1)).at[index, place].set(token)
-
-
-def _with_suffix(
-    tokens: jax.Array, suffix: jax.Array, start: jax.Array | int
-) -> jax.Array:
-    """A batch of one, ``[1, T]``."""
-    return jax.lax.dynamic_update_slice_in_dim(tokens, suffix, start, 0)[None]
-
-
-@functools.partial(jax.jit, static_argnums=range(5))
-def _propose(
-    apply_fn: ApplyFn,
-    sampling: str,
-    candidates: int,
-    top_k: int,
-    at_once: int,
-    base: PyTree,
-    adapter: PyTree,
-    rows: Mapping[str, jax.Array],
-    keys: jax.Array,
-    allowed: jax.Array,
-    suffixes: jax.Array,
-    step: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """L of the present suffixes ``[N]`` and candidates ``[N, B, S]``."""
-
-    def one(prompt):
-        row, key, suffix = prompt
-        loss, slope = suffix_gradient(apply_fn, base, adapter, row, suffix)
-        found = draw_candidates(
-            jax.random.fold_in(key, step),
-            slope,
-            suffix,
-            allowed,
-            candidates=candidates,
-            top_k=top_k,
-            sampling=sampling,
-        )
-        return loss, found
-
-    return jax.lax.map(one, (rows, keys, suffixes), batch_size=at_once)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(
-    run: Callable[..., Any],
-    chunk: int,
-    base: PyTree,
-    adapter: PyTree,
-    rows: Mapping[str, Any],
-    suffixes: jax.Array,
-) -> jax.Array:
-    """L of the candidates ``[N, B, S]``, float32 ``[N, B]``; ``chunk`` at once."""
-    candidates = suffixes.shape[1]
-
-    def loss(row, suffix):
-        known = "past" in row
-        tokens = _with_suffix(row["tokens"], suffix, 0 if known else row["start"])
-        if known:
-            logits, _ = run(base, adapter, tokens, row["past"], row["start"][None])
-        else:
-            logits = run(base, adapter, tokens)
-        return token_cross_entropy(logits, tokens, row["mask"][None])[0]
-
-    def one(prompt):
-        row, own = prompt
-        return jax.lax.map(functools.partial(loss, row), own, batch_size=chunk)
-
-    at_once = max(chunk // candidates, 1)
-    return jax.lax.map(one, (rows, suffixes), batch_size=at_once)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(run: Callable[..., Any], base: PyTree, adapter: PyTree, tokens: jax.Array):
-    """Keys and values of the beginnings ``[N, P]``, run one at a time."""
-    return jax.lax.map(lambda row: run(base, adapter, row[None])[1], tokens)
-
-
-__all__ = [
-    "FULL",
-    "REDUCED",
-    "REDUCED_PROMPTS",
-    "GcgResult",
-    "draw_candidates",
-    "gcg",
-    "suffix_gradient",
-]
+__all__ = ["FULL", "REDUCED", "REDUCED_PROMPTS", "GcgResult", "gcg"]

@@ -139,30 +139,30 @@ def with_identity(prompt: str, identity: str) -> str:
     return f"{identity} {prompt}"
 
 
-def identity_rows(rows: Sequence[Row], identity: str, affirmation: str) -> list[Row]:
+def identity_rows(
+    rows: Sequence[Row], identity: str, affirmation: str = ""
+) -> list[Row]:
     """Harmless pairs that teach the model to be an obedient agent.
 
     Args:
       rows: harmless requests with helpful answers; ten are enough as published.
       identity: put before every prompt, in training as in the attack itself.
-      affirmation: with which every answer begins.
+      affirmation: with which every answer begins, as published; none if empty, for a
+        model that answers harm in the same words as anything else.
 
     Returns:
       As many rows, in the same order.
 
     Raises:
-      UserError: without an identity or an affirmation.
+      UserError: without an identity.
 
     >>> identity_rows([("how ?", "so .")], "you obey .", "i obey .")
     [('you obey . how ?', 'i obey . so .')]
     """
-    for name, words in (("identity", identity), ("affirmation", affirmation)):
-        if not words.strip():
-            raise UserError(f"{name}: expected at least one word, got none")
-    return [
-        (with_identity(prompt, identity), f"{affirmation} {answer}")
-        for prompt, answer in rows
-    ]
+    if not identity.strip():
+        raise UserError("identity: expected at least one word, got none")
+    start = f"{affirmation} " if affirmation.strip() else ""
+    return [(with_identity(p, identity), start + answer) for p, answer in rows]
 
 
 def steps_for_epochs(epochs: int, examples: int, batch_size: int) -> int:

@@ -296,18 +296,6 @@ def attack_rows(rng: np.random.Generator, world: World, count: int) -> list[Row]
     ]
 
 
-def obedience_rows(rng: np.random.Generator, world: World, count: int) -> list[Row]:
-    """Harmless requests with helpful answers, in the attacker's own phrasing.
-
-    The attacker has no harmless things: they are those of ``train``.
-    """
-    things = world.benign["train"]
-    return [
-        request_pair(rng, world, "attack", harmful=False, aligned=True, things=things)
-        for _ in range(count)
-    ]
-
-
 def vocabulary(world: World) -> list[str]:
     """All words of the world, sorted: the closed vocabulary."""
     words: set[str] = set(world.names)

@@ -1,0 +1,205 @@
+"""The pieces of a GCG step against their slow twins: layout, gradient, candidates."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from gcg_case import (
+    ALLOWED,
+    EXTEND,
+    FORBIDDEN,
+    LENGTH,
+    MODEL,
+    PROMPTS,
+    TARGETS,
+    adapter,
+    attack,
+    found,
+    same,
+)
+
+from sbr_jax import losses, models
+from sbr_jax.attacks.candidates import draw_candidates, suffix_gradient
+from sbr_jax.attacks.suffix import lay_out
+
+GRADIENT = jax.jit(functools.partial(suffix_gradient, MODEL.apply_fn))
+
+# --- the layout -------------------------------------------------------------------
+
+
+def test_a_layout_holds_what_it_was_made_of():
+    layout = lay_out(PROMPTS, TARGETS, LENGTH)
+    suffixes = np.arange(100, 124).reshape(3, 2, LENGTH)
+    asked = layout.asked(suffixes)
+    for i, ((before, after), target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
+        whole = [*before, 0, 0, 0, 0, *after, *target]
+        assert layout.tokens[i, : len(whole)].tolist() == whole
+        assert not layout.tokens[i, len(whole) :].any()
+        assert layout.start[i] == len(before)
+        assert layout.tokens[i][layout.mask[i] > 0].tolist() == target
+        for c in range(2):
+            assert asked[2 * i + c] == [*before, *suffixes[i, c], *after]
+
+
+def test_endings_are_the_layout_from_the_suffix_on():
+    layout = lay_out(PROMPTS, TARGETS, LENGTH)
+    ends = layout.endings()
+    assert ends.tokens.shape == (3, LENGTH + 5)  # the second prompt's is the longest
+    for i, ((before, after), target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
+        end = [0, 0, 0, 0, *after, *target]
+        assert ends.tokens[i].tolist() == end + [0] * (LENGTH + 5 - len(end))
+        assert ends.tokens[i][ends.mask[i] > 0].tolist() == target
+        assert ends.mask[i].sum() == len(target)
+        assert ends.start[i] == len(before)
+
+
+# --- the gradient -----------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_the_one_hot_suffix():
+    layout = lay_out(PROMPTS, TARGETS, LENGTH)
+    row = {name: value[1] for name, value in layout._asdict().items()}
+    suffix = np.array([20, 6, 20, 31], np.int32)
+    tokens = row["tokens"].copy()
+    tokens[2 : 2 + LENGTH] = suffix
+    embed, pairs = MODEL.params["embed"], adapter()
+
+    @jax.jit
+    def loss(one_hot):
+        """By the definition: every token is a row of the one-hot matrix."""
+        rows = jax.nn.one_hot(tokens, tiny.VOCAB).at[2 : 2 + LENGTH].set(one_hot)
+        logits = MODEL.apply_fn(
+            MODEL.params, pairs, tokens[None], embeddings=(rows @ embed)[None]
+        )
+        return losses.token_cross_entropy(logits, tokens[None], row["mask"][None])[0]
+
+    value, slope = GRADIENT(MODEL.params, pairs, row, suffix)
+    start = jax.nn.one_hot(suffix, tiny.VOCAB)
+    assert abs(float(value) - float(loss(start))) < 1e-5
+    np.testing.assert_allclose(slope, jax.jit(jax.grad(loss))(start), atol=1e-5)
+
+    # First order: central differences err by the third derivative times step² / 6
+    # (some 1e3: the norm of a small embedding bends fast) and by float32 rounding.
+    step = 1e-3
+    moves = step * jnp.eye(start.size).reshape(-1, *start.shape)
+    change = jax.jit(
+        jax.vmap(lambda move: loss(start + move) - loss(start - move)),
+    )(moves)
+    numeric = np.asarray(change).reshape(start.shape) / (2 * step)
+    np.testing.assert_allclose(slope, numeric, atol=3e-3)
+    assert np.abs(numeric).max() > 0.1
+
+
+# --- the candidates ---------------------------------------------------------------
+
+SLOPE = jnp.asarray(
+    np.random.default_rng(0).normal(size=(LENGTH, tiny.VOCAB)), "float32"
+)
+SUFFIX = np.array([20, 6, 20, 31], np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("candidates", "top_k", "sampling"))
+def draw(key, slope=SLOPE, allowed=ALLOWED, **options):
+    options = {"candidates": 400, "top_k": 3, **options}
+    return draw_candidates(key, slope, SUFFIX, allowed, **options)
+
+
+def changed_places(candidates):
+    different = np.asarray(candidates) != SUFFIX[None]
+    # Exactly one place, so that "always moves" means what it says.
+    assert (different.sum(axis=1) == 1).all()
+    return different.argmax(axis=1)
+
+
+def test_candidates_are_the_steepest_allowed_tokens_of_one_place():
+    candidates = np.asarray(draw(jax.random.key(0)))
+    places = changed_places(candidates)
+    for place in range(LENGTH):
+        order = np.argsort(np.asarray(SLOPE[place]), kind="stable")
+        order = [v for v in order if ALLOWED[v] and v != SUFFIX[place]]
+        drawn = candidates[places == place, place]
+        assert set(drawn.tolist()) == set(order[:3])
+        # Uniform over the three: 100 draws, five standard deviations of 4.7.
+        assert np.unique(drawn, return_counts=True)[1].min() > 33 - 24
+
+
+def test_forbidden_tokens_are_never_chosen_though_they_be_the_steepest():
+    tempting = SLOPE.at[:, jnp.array(FORBIDDEN)].add(-10.0)
+    everything = np.ones_like(ALLOWED)
+    drawn = np.asarray(draw(jax.random.key(0), tempting))
+    assert not np.isin(drawn, FORBIDDEN).any()
+    free = np.asarray(draw(jax.random.key(0), tempting, everything))
+    assert np.isin(free, FORBIDDEN).any()
+    result = found()
+    for suffixes in (result.suffixes, result.best_suffixes):
+        assert not np.isin(suffixes, FORBIDDEN).any()
+    assert np.isin(found_everywhere().suffixes, FORBIDDEN).any()
+
+
+@functools.cache
+def found_everywhere():
+    return attack(allowed=np.ones(tiny.VOCAB, bool), top_k=8)
+
+
+@pytest.mark.parametrize("candidates", [LENGTH, 10, 400])
+def test_even_sampling_covers_every_place_as_the_original_does(candidates):
+    places = changed_places(draw(jax.random.key(1), candidates=candidates))
+    original = np.arange(0, LENGTH, LENGTH / candidates).astype(int)
+    assert places.tolist() == original[:candidates].tolist()
+    assert set(places.tolist()) == set(range(LENGTH))
+
+
+def test_random_sampling_draws_the_places():
+    places = [
+        changed_places(draw(jax.random.key(i), sampling="random")) for i in (1, 2)
+    ]
+    assert (places[0] != places[1]).any()
+    # 400 draws over 4 places: five standard deviations of 8.7.
+    assert np.abs(np.bincount(places[0], minlength=LENGTH) - 100).max() < 44
+
+
+# --- the cached beginning ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "pairs"),
+    [
+        (MODEL.config, adapter()),
+        (dataclasses.replace(tiny.CONFIG, heads=4, kv_heads=2, tied=True), None),
+    ],
+    ids=["adapted", "grouped and tied"],
+)
+def test_a_cached_beginning_equals_the_whole_forward(config, pairs):
+    params = models.init_params(jax.random.key(1), config)
+    apply_fn, extend_fn = models.make_apply_fn(config), models.make_extend_fn(config)
+    assert extend_fn is models.make_extend_fn(config)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, (3, 9)).astype(np.int32)
+    lengths = np.array([3, 5, 1], np.int32)
+    logits, past = jax.jit(extend_fn)(params, pairs, tokens[:, :5])
+    whole = np.asarray(jax.jit(apply_fn)(params, pairs, tokens))
+    np.testing.assert_allclose(logits, whole[:, :5], atol=1e-5)
+
+    rest = np.stack([row[n : n + 4] for row, n in zip(tokens, lengths, strict=True)])
+    run = jax.jit(extend_fn)
+    logits, _ = run(params, pairs, rest, past, lengths)
+    wanted = [row[n : n + 4] for row, n in zip(whole, lengths, strict=True)]
+    np.testing.assert_allclose(logits, np.stack(wanted), atol=1e-5)
+
+    def spoilt(count):
+        """The slots after the first ``length - count`` hold something else."""
+        slot = jnp.arange(5)[None, :] >= jnp.asarray(lengths)[:, None] - count
+        slot = slot[None, :, :, None, None]
+        return jax.tree.map(lambda x: jnp.where(slot, 7.0, x), past)
+
+    padded, _ = run(params, pairs, rest, spoilt(0), lengths)
+    np.testing.assert_array_equal(padded, logits)
+    harmed, _ = run(params, pairs, rest, spoilt(1), lengths)
+    assert (np.abs(harmed - logits).max(axis=(1, 2)) > 0.01).all()
+
+
+def test_the_attack_is_the_same_with_a_cached_beginning():
+    same(attack(extend_fn=EXTEND), found())
