@@ -13,7 +13,7 @@ STAMP := .venv/.installed-$(shell { cat pyproject.toml; echo "$(EXTRAS)"; } | ck
 SOURCES := sbr_jax experiments tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo report test lint format clean
+.PHONY: help venv demo report test lint format docs clean
 
 help: ## list the targets
 	@echo "Targets of this Makefile:"
@@ -77,6 +77,13 @@ format: $(STAMP) ## ruff, mending what it can
 	@echo "==> ruff check --fix and format"
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
+
+docs: $(STAMP) ## the documentation as a site in site/, refusing broken links
+	@echo "==> installing sbr_jax[docs] into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	@echo "==> building site/"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "==> site/index.html is ready"
 
 clean: ## remove caches and build products; keeps runs/ and .venv
 	@echo "==> removing caches and build products (runs/ and .venv stay)"
