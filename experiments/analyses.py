@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import run
+from experiments import configs, run
 from experiments.material import (
     Material,
     build_material,
@@ -97,7 +97,7 @@ class Context:
         from sbr_jax.training import pipeline
 
         plan, folder = self.plan, self.plan.workdir / name
-        options = {k: v for k, v in plan.study_options.items() if "folder" not in k}
+        options = configs.recorded(plan.study_options)
         pipeline.run(
             study,
             plan.methods,

@@ -249,8 +249,7 @@ def execute(plan: Plan) -> None:
         quiet=plan.quiet,
         **plan.study_options,
     )
-    # The fingerprint says what was read from a folder; its place does not matter.
-    options = {k: v for k, v in plan.study_options.items() if "folder" not in k}
+    options = configs.recorded(plan.study_options)
     sizes = {"ratio": plan.ratio, "examples": plan.examples}
     attack = {"name": plan.attack, **sizes, **plan.search}
     pipeline.run(

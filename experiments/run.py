@@ -202,8 +202,7 @@ def execute(plan: Plan) -> None:
     from sbr_jax.training import pipeline
 
     study = plan.preset.study(plan.domains, **plan.study_options)
-    # The fingerprint says what was read from a folder; its place does not matter.
-    options = {k: v for k, v in plan.study_options.items() if "folder" not in k}
+    options = configs.recorded(plan.study_options)
     pipeline.run(
         study,
         plan.methods,

@@ -8,7 +8,8 @@ import numpy as np
 
 from sbr_jax import testbed
 from sbr_jax.data import text
-from sbr_jax.testbed import corpus, domains, evalsets, judges, suite
+from sbr_jax.methods.base import one_of
+from sbr_jax.testbed import corpus, domains, evalsets, guard, judges, suite
 from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.world import make_world
 from sbr_jax.training.study import Domain, Study, shared_prompts
@@ -29,6 +30,7 @@ def build_study(
     split: str = "test",
     calibration_examples: int = CALIBRATION_EXAMPLES,
     model_folder: str | None = None,
+    judge: str = "exact",
 ) -> Study:
     """Builds the study.
 
@@ -39,13 +41,17 @@ def build_study(
       split: ``"test"``, or ``"validation"`` to choose hyper-parameters.
       calibration_examples: N_s.
       model_folder: another aligned model of the same world; the shipped one if None.
+      judge: of training pairs: ``"exact"`` reads them off the grammar, ``"guard"`` asks
+        the shipped guard model, which never saw `HELD_OUT_KINDS`.
 
     Returns:
       The study, with leak counts between calibration, probe and evaluation.
 
     Raises:
-      UserError: an empty calibration set, or a checkpoint that does not fit.
+      UserError: an empty calibration set, an unknown judge, or a checkpoint that does
+        not fit.
     """
+    one_of("judge", judge, tuple(JUDGES))
     if calibration_examples < 1:
         raise UserError(
             f"calibration: expected at least one example, got {calibration_examples}"
@@ -97,6 +103,9 @@ def build_study(
         "split": split,
         "n": calibration_examples,
     }
+    if judge == "guard":
+        # The exact judge is not named: studies from before the choice keep their print.
+        settings["guard"] = hashlib.sha256(testbed.GUARD.read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(calibration.tokens).tobytes())
     digest.update(np.asarray(model.params["embed"]).tobytes())
@@ -108,7 +117,7 @@ def build_study(
         safety_mix=calibration,
         harmful=harmful,
         unaligned=testbed.load_unaligned() if model_folder is None else None,
-        judge=judges.harm_judge(model.tokenizer, world),
+        judge=JUDGES[judge](model.tokenizer, world),
         evaluate=evaluation.safety,
         probe=probe.refusal,
         fingerprint=digest.hexdigest()[:16],
@@ -117,6 +126,20 @@ def build_study(
             **shared_prompts({"harmful": harmful, **asked}),
         },
     )
+
+
+def _guard_judge(tokenizer, world):
+    """The shipped guard, which reads the ids of its own vocabulary only."""
+    if tokenizer.get_vocab() != testbed.load_guard().tokenizer.get_vocab():
+        raise UserError(
+            "judge='guard': expected a model with the vocabulary of world "
+            f"{world.seed}, got another: use judge='exact'"
+        )
+    return guard.guard_judge()
+
+
+JUDGES = {"exact": judges.harm_judge, "guard": _guard_judge}
+"""Who may rate training pairs; each is made from the tokenizer and the world."""
 
 
 def _prompts(model, items: evalsets.EvalSet) -> list[list[int]]:

@@ -37,6 +37,23 @@ class Preset:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a run's folder remembers, and that must not change.
+
+    Not the place of a folder, for the fingerprint says what was read from it; nor the
+    usual judge, so that folders from before there was a choice can be continued.
+
+    >>> recorded({"split": "test", "model_folder": "/models/a", "judge": "exact"})
+    {'split': 'test'}
+    """
+    usual = {"judge": "exact"}
+    return {
+        name: value
+        for name, value in options.items()
+        if "folder" not in name and usual.get(name) != value
+    }
+
+
 MODULES = {
     "demo": "demo",
     "testbed": "testbed",
