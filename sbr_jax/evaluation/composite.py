@@ -1,7 +1,9 @@
 """Composite safety (arXiv:2604.17691, Eq. 8) and retention."""
 
 import math
+from typing import Any, NamedTuple
 
+from sbr_jax.evaluation.items import Result
 from sbr_jax.typing import UserError
 
 
@@ -45,3 +47,78 @@ def retention(composite: float, base: float) -> float:
     if not base > 0.0 or math.isnan(composite):
         raise UserError(f"retention: expected base > 0, got {base} (and {composite})")
     return 100.0 * composite / base
+
+
+class CompositeReport(NamedTuple):
+    """Composite safety with what it was made of.
+
+    Attributes:
+      composite: ``S``, 0..100.
+      components: the three parts, by the full name of their metric.
+      variants: per part the metric used and the settings it was measured with.
+      metrics: everything the three tasks measured, as ``PART/METRIC``.
+    """
+
+    composite: float
+    components: dict[str, float]
+    variants: dict[str, dict[str, Any]]
+    metrics: dict[str, float]
+
+
+def composite_report(
+    harmbench: Result,
+    truthfulqa: Result,
+    bbq: Result,
+    *,
+    truthfulqa_metric: str = "mc2",
+    bbq_metric: str = "bias_ambiguous",
+) -> CompositeReport:
+    """Composite safety of three measured tasks, each part named.
+
+    The paper says neither which TruthfulQA score nor which BBQ condition it uses; two
+    composites compare only if their ``variants`` are equal.
+
+    Args:
+      harmbench: has ``refusal``.
+      truthfulqa: has ``truthfulqa_metric``.
+      bbq: has ``bbq_metric``, an absolute bias.
+      truthfulqa_metric: ``"mc1"``, ``"mc2"`` or ``"truthful"``.
+      bbq_metric: ``"bias_ambiguous"`` or ``"bias_disambiguated"``.
+
+    Returns:
+      The report.
+
+    Raises:
+      UserError: a metric is missing, or is a signed bias.
+    """
+    if bbq_metric.endswith("_signed"):
+        raise UserError(
+            f"composite: expected an absolute bias, got {bbq_metric!r}: the signed one "
+            "would reward the anti-stereotype"
+        )
+    parts = {
+        "refusal": ("harmbench", "refusal", harmbench),
+        "truthful": ("truthfulqa", truthfulqa_metric, truthfulqa),
+        "bias": ("bbq", bbq_metric, bbq),
+    }
+    values: dict[str, float] = {}
+    for part, (task, metric, result) in parts.items():
+        if metric not in result.metrics:
+            raise UserError(
+                f"composite: expected metric {metric!r} of {task}, got "
+                f"{', '.join(sorted(result.metrics)[:8])}"
+            )
+        values[part] = result.metrics[metric]
+    return CompositeReport(
+        composite=composite_safety(**values),
+        components={f"{t}/{m}": values[part] for part, (t, m, _) in parts.items()},
+        variants={
+            task: {"metric": metric, **result.settings}
+            for task, metric, result in parts.values()
+        },
+        metrics={
+            f"{task}/{name}": value
+            for task, _, result in parts.values()
+            for name, value in result.metrics.items()
+        },
+    )

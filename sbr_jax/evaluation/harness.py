@@ -1,0 +1,213 @@
+"""Our models and items inside EleutherAI's evaluation harness (the extra ``eval``).
+
+``harness_model`` makes a model record into what ``lm_eval.simple_evaluate`` takes;
+:mod:`sbr_jax.evaluation.harness_tasks` makes items into its task dicts. Nothing is
+fetched: its built-in tasks would ask the hub for their data. The library is imported
+when a function is called.
+
+Tried with lm-eval 0.4.13.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sbr_jax.evaluation.harness_tasks import import_harness
+from sbr_jax.evaluation.items import Result
+from sbr_jax.evaluation.runner import ModelRunner, cut, decode_after
+from sbr_jax.evaluation.scorer import score
+from sbr_jax.models import generate
+from sbr_jax.typing import UserError
+
+DEFAULT_NEW_TOKENS = 256
+
+
+def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
+    """The model of a runner as an ``lm_eval`` model.
+
+    Log-likelihoods go through our scorer and answers through our generator. A prompt
+    holds BOS exactly once, whether or not a chat template wrote it. Whether chat
+    templates are used is the harness's own switch (``apply_chat_template``), so a
+    runner with a system message is refused.
+
+    Args:
+      runner: model, weights and budget; its ``too_long`` says what happens to prompts
+        that exceed the model's context.
+      seed: of answers that a task asks to be sampled.
+
+    Returns:
+      An ``lm_eval.api.model.TemplateLM``.
+
+    Raises:
+      UserError: lm-eval is not installed, or the runner has a system message.
+    """
+    import_harness()
+    if runner.system is not None:
+        raise UserError(
+            "harness: expected a runner without a system message; pass it as "
+            "system_instruction to lm_eval.simple_evaluate"
+        )
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    model, tokenizer = runner.model, runner.model.tokenizer
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    class HarnessModel(TemplateLM):
+        """A model record as the harness sees it."""
+
+        @property
+        def eot_token_id(self) -> int:
+            return eos if eos is not None else model.config.eos[0]
+
+        @property
+        def prefix_token_id(self) -> int:
+            return bos if bos is not None else self.eot_token_id
+
+        @property
+        def max_length(self) -> int:
+            return model.config.context
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(tokenizer.name_or_path).replace("/", "__")
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            return tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
+            ids = list(tokenizer(string, add_special_tokens=False)["input_ids"])
+            if add_special_tokens is False or bos is None or ids[:1] == [bos]:
+                return ids
+            return [bos, *ids]
+
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
+        ) -> list[tuple[float, bool]]:
+            scores = score(
+                model,
+                runner.base,
+                runner.adapter,
+                [runner.fit(context, ending) for _, context, ending in requests],
+                budget=runner.budget,
+            )
+            return [(float(s.log_likelihoods[0]), bool(s.greedy[0])) for s in scores]
+
+        def loglikelihood_rolling(
+            self, requests: Sequence[Any], disable_tqdm: bool = False
+        ) -> list[float]:
+            out = []
+            for request in requests:
+                windows = utils.get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0], False),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+                pairs = [(None, *utils.make_disjoint_window(w)) for w in windows]
+                out.append(sum(ll for ll, _ in self._loglikelihood_tokens(pairs)))
+            return out
+
+        def generate_until(
+            self, requests: Sequence[Any], disable_tqdm: bool = False
+        ) -> list[str]:
+            by_settings: dict[str, list[int]] = {}
+            for place, request in enumerate(requests):
+                wish = json.dumps(request.args[1], sort_keys=True)
+                by_settings.setdefault(wish, []).append(place)
+            out = [""] * len(requests)
+            for wish, places in by_settings.items():
+                contexts = [requests[i].args[0] for i in places]
+                answers = self._answers(contexts, json.loads(wish))
+                for place, answer in zip(places, answers, strict=True):
+                    out[place] = answer
+            return out
+
+        def _answers(self, contexts: list[str], wish: dict[str, Any]) -> list[str]:
+            until = wish.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            warm = float(wish.get("temperature", 0.0)) if wish.get("do_sample") else 0.0
+            limit = int(wish.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+            room = self.max_length - limit
+            prompts = [runner.shorten(self.tok_encode(text), room) for text in contexts]
+            written = generate(
+                model,
+                runner.base,
+                runner.adapter,
+                prompts,
+                max_new_tokens=limit,
+                temperature=warm,
+                key=jax.random.key(seed) if warm > 0 else None,
+                batch_size=runner.batch_size,
+            )
+            return [
+                cut(decode_after(tokenizer, before, ids), until)
+                for before, ids in zip(prompts, written, strict=True)
+            ]
+
+    lm = HarnessModel()
+    lm.tokenizer = tokenizer
+    return lm
+
+
+def evaluate_with_harness(
+    runner: ModelRunner, tasks: Sequence[Mapping[str, Any]], **options: Any
+) -> dict[str, Result]:
+    """Runs task dicts through ``lm_eval.simple_evaluate``.
+
+    Args:
+      runner: who is examined.
+      tasks: task dicts.
+      **options: of ``simple_evaluate`` (``limit``, ``apply_chat_template``, …).
+
+    Returns:
+      Per task its metrics (as the harness names them, in 0..1), the harness's version,
+      and per item its log-likelihoods and the likeliest option.
+
+    Raises:
+      UserError: lm-eval is not installed.
+    """
+    lm_eval = import_harness()
+    from lm_eval.tasks import TaskManager
+
+    found = lm_eval.simple_evaluate(
+        model=harness_model(runner),
+        tasks=[dict(task) for task in tasks],
+        task_manager=TaskManager(include_defaults=False),
+        **{"bootstrap_iters": 0, **options},
+    )
+    out = {}
+    for task in tasks:
+        name = task["task"]
+        rows = []
+        for sample in sorted(found["samples"][name], key=lambda s: s["doc_id"]):
+            log_p = [float(response[0][0]) for response in sample["resps"]]
+            rows.append(
+                {
+                    "id": sample["doc_id"],
+                    "pick": int(np.argmax(log_p)),
+                    "log_likelihoods": log_p,
+                }
+            )
+        metrics = {
+            metric: value
+            for metric, value in found["results"][name].items()
+            if isinstance(value, float)
+        }
+        settings = {"lm_eval": lm_eval.__version__, "too_long": runner.too_long}
+        out[name] = Result(metrics, settings, rows)
+    return out

@@ -1,0 +1,182 @@
+"""Our items as task dicts of EleutherAI's evaluation harness (the extra ``eval``).
+
+The questions are worded as in the harness's own tasks, the data come from the caller.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sbr_jax.evaluation.items import BiasLike, ChoiceLike, some
+from sbr_jax.evaluation.multiple_choice import truthfulqa_prompt
+from sbr_jax.evaluation.picking import lettered
+from sbr_jax.typing import UserError
+
+
+def import_harness() -> Any:
+    """The library ``lm_eval``.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise UserError(
+            "harness: expected lm-eval to be installed, it is not; "
+            "pip install 'sbr_jax[eval]'"
+        ) from error
+    return lm_eval
+
+
+def _choice_task(
+    name: str,
+    rows: list[dict[str, Any]],
+    process_results: Callable[[Any, Any], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """A task dict over rows of ``prompt``, ``choices`` and ``target``."""
+    from datasets import Dataset, DatasetDict
+
+    data = DatasetDict({"test": Dataset.from_list(rows)})
+    task = {
+        "task": name,
+        "custom_dataset": lambda **_: data,
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "target",
+        "num_fewshot": 0,
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+        ],
+    }
+    return (
+        task if process_results is None else task | {"process_results": process_results}
+    )
+
+
+def truthfulqa_task(
+    items: Sequence[ChoiceLike], *, name: str = "truthfulqa_mc1", preamble: bool = True
+) -> dict[str, Any]:
+    """TruthfulQA as a harness task: MC1, or MC2 where items have several right options.
+
+    Args:
+      items: the questions; MC1's have their right option first.
+      name: of the task.
+      preamble: put the six examples first, as the harness's own task does.
+
+    Returns:
+      A task dict; its metric is ``acc``.
+    """
+    import_harness()
+    some(name, items)
+    rows = [
+        {
+            "prompt": truthfulqa_prompt(item.question, preamble),
+            "choices": list(item.choices),
+            "target": int(item.correct[0]),
+            "labels": [int(i in item.correct) for i in range(len(item.choices))],
+        }
+        for item in items
+    ]
+    several = any(len(item.correct) > 1 for item in items)
+    return _choice_task(name, rows, _share_of_true if several else None)
+
+
+def _share_of_true(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    log_p = np.array([log_likelihood for log_likelihood, _ in results])
+    p = np.exp(log_p - log_p.max())
+    return {"acc": float(p[np.array(doc["labels"]) == 1].sum() / p.sum())}
+
+
+def bbq_task(items: Sequence[BiasLike], *, name: str = "bbq") -> dict[str, Any]:
+    """BBQ's three options as a harness task; score the picks with ``bias_scores``.
+
+    The harness's own task crashes on an item whose answers lack their group, and adds
+    nine more wordings of "unknown" to the options; this one compares the three.
+
+    Args:
+      items: the questions.
+      name: of the task.
+
+    Returns:
+      A task dict.
+    """
+    import_harness()
+    some(name, items)
+    rows = [
+        {
+            "prompt": f"{item.context}\n\nQ: {item.question}\nA:",
+            "choices": list(item.choices),
+            "target": int(item.correct),
+        }
+        for item in items
+    ]
+    return _choice_task(name, rows)
+
+
+def mmlu_task(
+    items: Sequence[ChoiceLike],
+    examples: Sequence[ChoiceLike] = (),
+    *,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """One subject of MMLU as a harness task.
+
+    Args:
+      items: questions of one subject.
+      examples: solved questions to put first, in order.
+      name: of the task; by default ``mmlu_SUBJECT``.
+
+    Returns:
+      A task dict.
+
+    Raises:
+      UserError: the items are of several subjects.
+    """
+    import_harness()
+    some("mmlu", items)
+    subjects = sorted({item.group for item in items})
+    if len(subjects) > 1:
+        raise UserError(
+            f"mmlu_task: expected one subject, got {', '.join(subjects[:5])}; make one "
+            "task of each"
+        )
+    head = (
+        "The following are multiple choice questions (with answers) about "
+        f"{subjects[0].replace('_', ' ')}.\n\n"
+    ) + "".join(
+        f"{lettered(e.question, e.choices)} {'ABCDEFGH'[e.correct[0]]}\n\n"
+        for e in examples
+    )
+    return _choice_task(name or f"mmlu_{subjects[0]}", _letter_rows(items, head))
+
+
+def medqa_task(
+    items: Sequence[ChoiceLike], *, name: str = "medqa_4options"
+) -> dict[str, Any]:
+    """MedQA as a harness task.
+
+    Args:
+      items: the questions.
+      name: of the task.
+
+    Returns:
+      A task dict.
+    """
+    import_harness()
+    some(name, items)
+    return _choice_task(name, _letter_rows(items, "Question: "))
+
+
+def _letter_rows(items: Sequence[ChoiceLike], head: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": head + lettered(item.question, item.choices),
+            "choices": list("ABCDEFGH"[: len(item.choices)]),
+            "target": int(item.correct[0]),
+        }
+        for item in items
+    ]

@@ -1,0 +1,310 @@
+"""Puts text to a model under given weights: what every task asks of it.
+
+A task formats questions and reads answers; it never sees a tokenizer. Plain models get
+``BOS prompt option``, encoded in one piece; chat models get the prompt as a user's turn
+of their own template and the option as the beginning of the answer.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from sbr_jax import models
+from sbr_jax.data import text
+from sbr_jax.evaluation.scorer import Budget, Request, score
+from sbr_jax.models import Model
+from sbr_jax.typing import PyTree, UserError
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""What a user says, or the messages up to there (chat models only)."""
+
+
+class Runner(Protocol):
+    """Whoever can be examined."""
+
+    def log_likelihoods(
+        self, prompts: Sequence[str], options: Sequence[Sequence[str]]
+    ) -> list[np.ndarray]:
+        """Per prompt the summed log-likelihood of each option."""
+        ...
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        key: jax.Array | None = None,
+    ) -> list[str]:
+        """Per prompt an answer, cut before the first of the ``stop`` texts."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that change what the model is asked."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelRunner:
+    """A model record under given weights.
+
+    Attributes:
+      model: the record, with its tokenizer.
+      base: weights to use.
+      adapter: ``{name: LoraPair}`` or None.
+      chat: whether to use the tokenizer's chat template (None: if it has one). Scores
+        with and without differ: compare like with like.
+      system: a system message, for chat models.
+      too_long: what to do with a prompt that exceeds the model's context: ``"error"``,
+        or ``"left"``: drop its beginning, but not BOS.
+      budget: of log-likelihoods.
+      batch_size: of generation.
+    """
+
+    model: Model
+    base: PyTree
+    adapter: PyTree | None = None
+    chat: bool | None = None
+    system: str | None = None
+    too_long: str = "error"
+    budget: Budget = Budget()  # noqa: RUF009 - frozen
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if self.model.tokenizer is None:
+            raise UserError("runner: expected a model with a tokenizer, got none")
+        if self.too_long not in ("error", "left"):
+            raise UserError(
+                f"runner: expected too_long 'error' or 'left', got {self.too_long!r}"
+            )
+        if self.system is not None and not self._chat:
+            raise UserError(
+                "runner: a system message needs a chat template; pass chat=True with a "
+                "tokenizer that has one, or no system message"
+            )
+
+    @property
+    def _chat(self) -> bool:
+        if self.chat is None:
+            return bool(self.model.tokenizer.chat_template)
+        return self.chat
+
+    def describe(self) -> dict[str, Any]:
+        """Whether and how the prompts are wrapped."""
+        return {"chat": self._chat, "system": self.system, "too_long": self.too_long}
+
+    def log_likelihoods(
+        self, prompts: Sequence[str], options: Sequence[Sequence[str]]
+    ) -> list[np.ndarray]:
+        """Per prompt the summed log-likelihood of each option, in nats.
+
+        Args:
+          prompts: text.
+          options: per prompt what may follow it. For a plain model it follows at once,
+            so it brings its own leading space; a chat answer begins without one.
+
+        Returns:
+          One array per prompt.
+
+        Raises:
+          UserError: the numbers differ, or a prompt is too long.
+        """
+        if len(prompts) != len(options):
+            raise UserError(
+                f"runner: expected options for {len(prompts)} prompts, got "
+                f"{len(options)}"
+            )
+        # What fits may depend on the option, so requests are made per option; the
+        # scorer puts equal contexts together again.
+        requests = []
+        for prompt, choices in zip(prompts, options, strict=True):
+            pairs = self._chat_pairs if self._chat else self._plain_pairs
+            requests += [self.fit(*pair) for pair in pairs(prompt, choices)]
+        scores = score(
+            self.model, self.base, self.adapter, requests, budget=self.budget
+        )
+        flat = iter(float(s.log_likelihoods[0]) for s in scores)
+        return [np.array([next(flat) for _ in choices]) for choices in options]
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        key: jax.Array | None = None,
+    ) -> list[str]:
+        """Per prompt the model's answer as text.
+
+        Args:
+          prompts: text, or messages for a chat model.
+          max_new_tokens: limit of an answer.
+          stop: texts before which an answer is cut.
+          temperature: 0 is greedy.
+          key: a PRNG key, needed to sample.
+
+        Returns:
+          Answers without special tokens, stripped of space where the model is a chat
+          model (the indentation of a completion is part of it).
+
+        Raises:
+          UserError: a prompt is too long, messages for a plain model, or sampling
+            without a key.
+        """
+        tokenizer = self.model.tokenizer
+        if self._chat:
+            ids = text.encode_prompts(tokenizer, prompts, system=self.system)
+        else:
+            for prompt in prompts:
+                if not isinstance(prompt, str):
+                    raise UserError(
+                        "runner: messages need a chat template; pass text, or chat="
+                        "True with a tokenizer that has one"
+                    )
+            ids = text.encode_text_prompts(tokenizer, [str(p) for p in prompts])
+        room = self.model.config.context - max_new_tokens
+        new = models.generate(
+            self.model,
+            self.base,
+            self.adapter,
+            [self.shorten(tokens, room) for tokens in ids],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            key=key,
+            batch_size=self.batch_size,
+        )
+        answers = [
+            cut(decode_after(tokenizer, before, row), stop)
+            for before, row in zip(ids, new, strict=True)
+        ]
+        return [a.strip() for a in answers] if self._chat else answers
+
+    def _plain_pairs(
+        self, prompt: str, choices: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        return encode_options(self.model.tokenizer, prompt, choices)
+
+    def _chat_pairs(
+        self, prompt: str, choices: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Prompts and options as the template writes them, spaces included."""
+        tokenizer = self.model.tokenizer
+
+        def render(messages: list, **options: bool) -> str:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+        asked = text.Record(prompt, system=self.system).context
+        before = render(asked, add_generation_prompt=True)
+        options = []
+        for choice in (c.strip() for c in choices):
+            whole = render([*asked, {"role": "assistant", "content": choice}])
+            # Some templates put a space before an answer, and only there.
+            space = ""
+            if whole.startswith(before):
+                space = whole[len(before) :].partition(choice)[0]
+            options.append(space + choice if space.isspace() else choice)
+        return encode_options(tokenizer, before, options, plain=False)
+
+    def fit(self, context: list[int], continuation: list[int]) -> Request:
+        """A request that fits the model, with what is too long treated as set."""
+        room = self.model.config.context - len(continuation) + 1
+        return Request(self.shorten(context, room), [continuation])
+
+    def shorten(self, tokens: list[int], room: int) -> list[int]:
+        """Tokens that fit into ``room``.
+
+        Raises:
+          UserError: they do not, and may not be cut.
+        """
+        if len(tokens) <= room:
+            return tokens
+        if self.too_long == "error" or room < 2:
+            raise UserError(
+                f"runner: a prompt has {len(tokens)} tokens and there is room for "
+                f"{room}; use fewer examples, or too_long='left'"
+            )
+        first = tokens[:1] if tokens[0] == self.model.tokenizer.bos_token_id else []
+        return [*first, *tokens[len(tokens) - room + len(first) :]]
+
+
+def encode_options(
+    tokenizer: Any, context: str, options: Sequence[str], *, plain: bool = True
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of a context and of what may follow it, encoded in one piece.
+
+    In plain text, spaces at the end of the context belong to what follows: a tokenizer
+    that marks the beginnings of words has no other way to write them.
+
+    Args:
+      tokenizer: of transformers.
+      context: may be empty if the text is plain and the tokenizer has a BOS token.
+      options: texts that may follow, none empty.
+      plain: whether this is plain text, which begins with BOS. Text that a chat
+        template has written is taken as it is.
+
+    Returns:
+      Per option both parts, at least one token each.
+
+    Raises:
+      UserError: one of them would have none.
+    """
+    spaces = ""
+    if plain:
+        stripped = context.rstrip()
+        context, spaces = stripped, context[len(stripped) :]
+    bos = tokenizer.bos_token_id
+
+    def encode(string: str) -> list[int]:
+        ids = list(tokenizer(string, add_special_tokens=False)["input_ids"])
+        if not plain or bos is None or ids[:1] == [bos]:
+            return ids
+        return [bos, *ids]
+
+    before, pairs = encode(context), []
+    for option in options:
+        after = encode(context + spaces + option)[len(before) :]
+        if not before or not after:
+            raise UserError(
+                "runner: expected a context and an option of at least one token each, "
+                f"got {len(before)} and {len(after)}"
+            )
+        pairs.append((before, after))
+    return pairs
+
+
+def decode_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
+    """New tokens as the text that continues what was before, first space included.
+
+    Decoded alone, tokens that mark the beginnings of words lose the first one's space,
+    and so code its indentation.
+
+    Args:
+      tokenizer: of transformers.
+      before: token ids that were there.
+      new: token ids that follow.
+
+    Returns:
+      Text without special tokens.
+    """
+    tail = list(before[-8:])
+    head = tokenizer.decode(tail, skip_special_tokens=True)
+    whole = tokenizer.decode([*tail, *new], skip_special_tokens=True)
+    if whole.startswith(head):
+        return whole[len(head) :]
+    # The border is inside a character of several bytes.
+    return tokenizer.decode(list(new), skip_special_tokens=True)
+
+
+def cut(answer: str, stop: Sequence[str]) -> str:
+    r"""The answer up to the first of the stop texts.
+
+    >>> cut("one\n\ntwo Q: three", ["Q:", "\n\n"])
+    'one'
+    """
+    ends = [place for s in stop if (place := answer.find(s)) >= 0]
+    return answer[: min(ends)] if ends else answer

@@ -1,0 +1,251 @@
+"""Runs a program that a model wrote, where it can do little harm.
+
+Nothing runs unless the caller allows it. Each program gets a fresh interpreter
+(isolated, without site packages: the standard library only), its own session, an empty
+temporary working folder that is removed afterwards, no standard input, limits on
+memory, processor time, open files and file size, a limit of wall-clock time after which
+its whole process group is killed, and a limit on what it may print.
+
+**What holds.** With ``isolation="kernel"`` (Linux on x86-64) a seccomp filter, put on
+before the first line of the program, lets through only the system calls that reading,
+computing and printing need. Starting a process or thread, opening a socket, opening any
+file for writing (also inside its own folder), deleting, renaming, mounting, signalling
+others and raising a limit fail with EPERM, for root too. A Python audit hook refuses
+the same things first, in clearer words. With ``isolation="audit"`` (elsewhere) there is
+the hook alone, which Python does not call a sandbox: code that sets out to escape can.
+
+**What does not hold.** The program may read every file its user may read; it has no way
+to send it anywhere but into its own output. The result is reported by the process that
+ran the program, so code written to deceive this very runner could claim to have passed.
+The processor's own leaks (timing) are out of scope.
+"""
+
+import dataclasses
+import enum
+import json
+import os
+import platform
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sbr_jax.typing import UserError
+
+START_SECONDS = 60.0
+"""How long an interpreter may take to start."""
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+
+
+class Ending(enum.Enum):
+    """How a program ended."""
+
+    PASSED = "passed"
+    """It ran to its end without an exception."""
+    FAILED = "failed"
+    """An exception, a refusal of the sandbox, or an early exit."""
+    TIMEOUT = "timeout"
+    """Out of wall-clock or processor time."""
+    MEMORY = "memory"
+    """It asked for more memory than it may have."""
+    OUTPUT = "output"
+    """It printed too much and was stopped."""
+    KILLED = "killed"
+    """A signal ended it (a crash of the interpreter)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a program, and what it printed (its error's name last)."""
+
+    ending: Ending
+    output: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether it ran to its end."""
+        return self.ending is Ending.PASSED
+
+
+def kernel_isolation() -> bool:
+    """Whether this machine can hold a program with a kernel filter."""
+    return (sys.platform, platform.machine()) == ("linux", "x86_64")
+
+
+def run_python(
+    program: str,
+    *,
+    allow_code_execution: bool = False,
+    seconds: float = 3.0,
+    memory_mb: int = 1024,
+    max_output: int = 64 * 1024,
+    isolation: str = "kernel",
+) -> Outcome:
+    """Runs one program and says how it ended.
+
+    Args:
+      program: Python source.
+      allow_code_execution: must be True: the program is not to be trusted.
+      seconds: wall-clock limit of the program; twice that of processor time.
+      memory_mb: limit of the address space, in MiB.
+      max_output: characters of output kept; more ends the program.
+      isolation: ``"kernel"`` or ``"audit"``; see the module for what each holds.
+
+    Returns:
+      The outcome.
+
+    Raises:
+      UserError: running was not allowed, a limit is not positive, the machine has no
+        isolation of that kind, or the sandbox could not be set up.
+    """
+    _check(allow_code_execution, seconds, memory_mb, max_output, isolation)
+    # Only the inside knows these two before the program runs.
+    begun, done = ("\0" + secrets.token_hex(16) for _ in range(2))
+    orders = {
+        "program": program,
+        "begun": begun,
+        "done": done,
+        "memory": memory_mb * 2**20,
+        "cpu_seconds": max(1, round(2 * seconds)),
+        "kernel": isolation == "kernel",
+    }
+    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_CHILD)]
+    with (
+        tempfile.TemporaryDirectory(prefix="sandbox-") as folder,
+        tempfile.TemporaryFile() as note,
+    ):
+        note.write(json.dumps(orders).encode())
+        note.seek(0)
+        process = subprocess.Popen(
+            command,
+            stdin=note,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+        )
+        with process:
+            output, ending = _watch(process, begun.encode(), seconds, max_output)
+    before, mark, output = output.partition(begun.encode())
+    if not mark:
+        said = before.decode(errors="replace").strip().rpartition("\n")[2]
+        raise UserError(
+            f"run_python: the sandbox did not start ({said or 'no word from it'}); "
+            "use a machine that allows seccomp filters, or isolation='audit'"
+        )
+    outcome = _outcome(output, ending, process.returncode, done.encode())
+    return dataclasses.replace(outcome, output=outcome.output[:max_output])
+
+
+def run_many(
+    programs: Sequence[str], *, workers: int | None = None, **options
+) -> list[Outcome]:
+    """Runs programs side by side, in the given order of results.
+
+    Args:
+      programs: Python sources.
+      workers: how many at once (None: as many as processors).
+      **options: of :func:`run_python`.
+
+    Returns:
+      One outcome per program.
+
+    Raises:
+      UserError: as :func:`run_python`.
+    """
+    workers = workers or os.cpu_count() or 1
+    with ThreadPoolExecutor(max(1, min(workers, len(programs)))) as pool:
+        return list(pool.map(lambda p: run_python(p, **options), programs))
+
+
+def _check(
+    allowed: bool, seconds: float, memory_mb: int, max_output: int, isolation: str
+) -> None:
+    if allowed is not True:
+        raise UserError(
+            "run_python: this runs code written by a model; pass "
+            "allow_code_execution=True if that is what you want"
+        )
+    limits = {"seconds": seconds, "memory_mb": memory_mb, "max_output": max_output}
+    for name, value in limits.items():
+        if not value > 0:
+            raise UserError(f"run_python: expected {name} above 0, got {value!r}")
+    if isolation not in ("kernel", "audit"):
+        raise UserError(
+            f"run_python: expected isolation 'kernel' or 'audit', got {isolation!r}"
+        )
+    if isolation == "kernel" and not kernel_isolation():
+        raise UserError(
+            "run_python: isolation='kernel' needs Linux on x86-64, this is "
+            f"{sys.platform} on {platform.machine()}; use a container and "
+            "isolation='audit', which stops accidents only"
+        )
+
+
+def _watch(
+    process: subprocess.Popen, begun: bytes, seconds: float, max_output: int
+) -> tuple[bytes, Ending | None]:
+    """Reads what a process prints until it ends or breaks a limit.
+
+    The clock of the program starts when the inside says that it has begun, so that a
+    busy machine's slow start is not the program's fault. Kills the process group where
+    a limit is broken.
+
+    Returns:
+      What it printed, and the limit that it broke, if any.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    output, ending, started = bytearray(), None, False
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            wait = deadline - time.monotonic()
+            if wait <= 0:
+                ending = Ending.TIMEOUT
+                break
+            if not selector.select(wait):
+                continue
+            piece = os.read(process.stdout.fileno(), 65536)
+            output += piece
+            if not started and begun in output:
+                started, deadline = True, time.monotonic() + seconds
+            if not piece:
+                break
+            if len(output) > max_output + 256:
+                ending = Ending.OUTPUT
+                break
+    if ending is None:
+        try:
+            process.wait(max(deadline - time.monotonic(), 1.0))
+        except subprocess.TimeoutExpired:
+            ending = Ending.TIMEOUT
+    if ending is not None:
+        # Not waited for yet, so the group's number cannot be somebody else's by now.
+        os.killpg(process.pid, signal.SIGKILL)
+    return bytes(output), ending
+
+
+def _outcome(output: bytes, ending: Ending | None, status: int, done: bytes) -> Outcome:
+    finished = output.endswith(done) and status == 0
+    text = output.removesuffix(done).decode(errors="replace").strip()
+    if ending is None:
+        last = text.rpartition("\n")[2]
+        if finished:
+            ending = Ending.PASSED
+        elif status == -signal.SIGXCPU:
+            ending = Ending.TIMEOUT
+        elif last.startswith("MemoryError"):
+            ending = Ending.MEMORY
+        elif status < 0:
+            ending = Ending.KILLED
+        else:
+            ending = Ending.FAILED
+    return Outcome(ending, text)

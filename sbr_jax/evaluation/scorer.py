@@ -1,0 +1,297 @@
+"""Log-likelihoods of continuations, each context read once.
+
+For a context c and a continuation y of tokens y_1 … y_n, ``Σ_i log p(y_i | c, y_<i)``.
+
+A context but for its last token goes through the model without logits and leaves its
+keys and values; the last token and all but the last of a continuation's tokens then
+run against those. So options of one token share one row, however many there are, as do
+longer ones that differ only in their last token. A beginning common to many contexts
+(a few-shot preamble) is read once for all of them.
+
+Symbols: B contexts, S tokens of the common beginning, P of a context's remainder, R
+rows of endings, T tokens of an ending, K last tokens that share a row, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbr_jax.models import Model, make_extend_fn
+from sbr_jax.models.generate import bucket
+from sbr_jax.typing import PyTree, UserError
+
+SHARED_AFTER = 64
+"""Contexts that agree in so many tokens are looked at for a common beginning."""
+
+
+class Request(NamedTuple):
+    """Token ids: a context, and what may follow it."""
+
+    context: Sequence[int]
+    continuations: Sequence[Sequence[int]]
+
+
+class Scores(NamedTuple):
+    """Per continuation: summed log-likelihood, and whether it is the greedy one."""
+
+    log_likelihoods: np.ndarray
+    greedy: np.ndarray
+
+
+class _Row(NamedTuple):
+    """An ending: the tokens after a context that rows of last tokens share."""
+
+    context: int
+    body: tuple[int, ...]
+    last: dict[int, list[tuple[int, int]]]
+    """last token -> which (request, continuation) it ends."""
+
+
+@functools.partial(jax.jit, static_argnames=("extend_fn",))
+def _read(
+    extend_fn: Any, base: PyTree, adapter: PyTree, tokens: jax.Array, shared: Any
+) -> Any:
+    """Keys and values ``[L, B, S + P, ...]`` of contexts ``[B, P]`` after ``shared``.
+
+    The logits are not used, so the compiler does not compute them.
+    """
+    past = None
+    if shared is not None:
+        rows = tokens.shape[0]
+        past = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:])), shared
+        )
+    _, fresh = extend_fn(base, adapter, tokens, past)
+    if past is None:
+        return fresh
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), past, fresh)
+
+
+@functools.partial(jax.jit, static_argnames=("extend_fn",))
+def _end(
+    extend_fn: Any,
+    base: PyTree,
+    adapter: PyTree,
+    cache: Any,
+    owner: jax.Array,
+    length: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+    last: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Runs endings ``[R, T]`` of ``count`` tokens against their contexts' cache.
+
+    Returns:
+      The body's log-likelihood and whether it is greedy ``[R]``, the log-likelihoods of
+      the last tokens ``[R, K]`` and the most likely last token ``[R]``.
+    """
+    past = jax.tree.map(lambda x: x[:, owner], cache)
+    logits, _ = extend_fn(base, adapter, tokens, past, length)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    place = jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32)
+    real = place[None] < (count - 1)[:, None]
+    steps = jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    body = jnp.sum(jnp.where(real, steps, 0.0), axis=-1)
+    greedy = jnp.all(jnp.where(real, best[:, :-1] == tokens[:, 1:], True), axis=-1)
+    end = (count - 1)[:, None]
+    final = jnp.take_along_axis(log_p, end[..., None], axis=1)[:, 0]
+    ends = jnp.take_along_axis(final, last, axis=-1)
+    return body, greedy, ends, jnp.take_along_axis(best, end, axis=1)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much goes through the model at once; changes no result.
+
+    Attributes:
+      tokens: keys and values held at once, in tokens.
+      rows: the most sequences in one run.
+    """
+
+    tokens: int = 16_384
+    rows: int = 64
+
+    def fit(self, length: int) -> int:
+        """The largest power of two of rows of so many tokens."""
+        rows = max(1, min(self.rows, self.tokens // max(length, 1)))
+        return 1 << (rows.bit_length() - 1)
+
+
+def score(
+    model: Model,
+    base: PyTree,
+    adapter: PyTree | None,
+    requests: Sequence[Request],
+    *,
+    budget: Budget = Budget(),
+) -> list[Scores]:
+    """Log-likelihoods of every request's continuations.
+
+    **Guarantee**: equal to running every continuation after its context alone, up to
+    float rounding; independent of the other requests and of the budget.
+
+    Args:
+      model: the record.
+      base: weights to use.
+      adapter: ``{name: LoraPair}`` or None.
+      requests: contexts of at least one token (BOS) with continuations of at least one.
+      budget: how much to run at once.
+
+    Returns:
+      One ``Scores`` per request, in order; nats.
+
+    Raises:
+      UserError: naming a request that is empty or exceeds the model's context.
+    """
+    _check(model, requests)
+    # Equal contexts, as a harness sends them option by option, are one.
+    contexts: dict[tuple[int, ...], int] = {}
+    rows: dict[tuple[int, tuple[int, ...]], _Row] = {}
+    for r, request in enumerate(requests):
+        key = tuple(request.context)
+        context = contexts.setdefault(key, len(contexts))
+        for c, continuation in enumerate(request.continuations):
+            *body, last = (int(t) for t in continuation)
+            place = (context, tuple(body))
+            row = rows.setdefault(place, _Row(*place, {}))
+            row.last.setdefault(last, []).append((r, c))
+    out = [
+        Scores(
+            np.zeros(len(q.continuations), np.float32),
+            np.zeros(len(q.continuations), bool),
+        )
+        for q in requests
+    ]
+    by_context: dict[int, list[_Row]] = {}
+    for row in rows.values():
+        by_context.setdefault(row.context, []).append(row)
+    texts = list(contexts)
+    # Without a backward pass the rolled loop is as fast and compiles sooner.
+    rolled = dataclasses.replace(model.hardware, unroll=model.hardware.unroll or 1)
+    extend_fn = make_extend_fn(model.config, rolled)
+    for group in _groups(texts):
+        _score_group(
+            (extend_fn, base, adapter),
+            [(texts[i], by_context[i]) for i in group],
+            budget,
+            out,
+        )
+    return out
+
+
+def _check(model: Model, requests: Sequence[Request]) -> None:
+    limit = model.config.context
+    for i, (context, continuations) in enumerate(requests):
+        if not len(context) or not continuations or not all(map(len, continuations)):
+            raise UserError(
+                f"score: expected a context and continuations of at least one token in "
+                f"request {i}, got {len(context)} and {[len(c) for c in continuations]}"
+            )
+        longest = len(context) + max(map(len, continuations)) - 1
+        if longest > limit:
+            raise UserError(
+                f"score: request {i} has {longest} tokens, more than the model's "
+                f"context of {limit}; shorten it"
+            )
+
+
+def _groups(contexts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Indices of contexts by their first tokens; those alone in it are put together."""
+    by_start: dict[tuple[int, ...], list[int]] = {}
+    for i, context in enumerate(contexts):
+        start = context[:SHARED_AFTER] if len(context) > SHARED_AFTER else ()
+        by_start.setdefault(start, []).append(i)
+    alone = [i for group in by_start.values() if len(group) < 4 for i in group]
+    groups = [group for group in by_start.values() if len(group) >= 4]
+    return [*groups, *([alone] if alone else [])]
+
+
+def _common(contexts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all contexts share, but for their last, rounded down to a bucket."""
+    if len(contexts) < 2:
+        return 0
+    low, high = min(contexts), max(contexts)
+    most = min(len(low), len(high), *(len(c) for c in contexts)) - 1
+    same = 0
+    while same < most and low[same] == high[same]:
+        same += 1
+    if same < SHARED_AFTER:
+        return 0
+    power = 1 << (same.bit_length() - 1)
+    return power * 3 // 2 if power * 3 // 2 <= same else power
+
+
+def _score_group(
+    run: tuple,
+    group: Sequence[tuple[tuple[int, ...], list[_Row]]],
+    budget: Budget,
+    out: list[Scores],
+) -> None:
+    """Scores contexts that may share a beginning."""
+    common = _common([context for context, _ in group])
+    shared = None
+    if common:
+        start = np.asarray(group[0][0][:common], np.int32)[None]
+        shared = _read(*run, start, None)
+    group = sorted(group, key=lambda item: len(item[0]))
+    todo = list(group)
+    while todo:
+        # Sorted by length: the shape is set by the last of a chunk, so look ahead.
+        rows = budget.fit(common + bucket(len(todo[0][0]) - common, 16))
+        width = bucket(len(todo[:rows][-1][0]) - 1 - common, 16)
+        rows = budget.fit(common + width)
+        chunk, todo = todo[:rows], todo[rows:]
+        tokens = np.zeros((_few(len(chunk), 1), width), np.int32)
+        for i, (context, _) in enumerate(chunk):
+            rest = context[common:-1]
+            tokens[i, : len(rest)] = rest
+        cache = _read(*run, tokens, shared)
+        endings = [
+            (i, context, row) for i, (context, mine) in enumerate(chunk) for row in mine
+        ]
+        endings.sort(key=lambda item: len(item[2].body))
+        for part in _parts(endings, budget, common + width):
+            _score_endings(run, cache, part, out)
+
+
+def _parts(endings: list, budget: Budget, slots: int) -> Iterable[list]:
+    """Endings in runs of bounded size, with near lengths together."""
+    while endings:
+        rows = budget.fit(slots + _few(len(endings[0][2].body) + 1, 16))
+        rows = budget.fit(slots + _few(len(endings[:rows][-1][2].body) + 1, 16))
+        yield endings[:rows]
+        endings = endings[rows:]
+
+
+def _few(size: int, smallest: int) -> int:
+    """A shape for a size: 1 alone, else a power of two; each is compiled anew."""
+    return 1 if size == 1 else max(smallest, 1 << (size - 1).bit_length())
+
+
+def _score_endings(run: tuple, cache: Any, part: list, out: list[Scores]) -> None:
+    """Runs one batch of endings and writes their scores where they belong."""
+    size = _few(len(part), 1)
+    longest = max(len(row.body) for _, _, row in part) + 1
+    most = max(len(row.last) for _, _, row in part)
+    tokens = np.zeros((size, _few(longest, 16)), np.int32)
+    last = np.zeros((size, _few(most, 4)), np.int32)
+    owner, length, count = np.zeros((3, size), np.int32)
+    count[:] = 1
+    for i, (place, context, row) in enumerate(part):
+        tokens[i, : len(row.body) + 1] = (context[-1], *row.body)
+        last[i, : len(row.last)] = list(row.last)
+        owner[i], length[i], count[i] = place, len(context) - 1, len(row.body) + 1
+    body, greedy, ends, best = map(
+        np.asarray, _end(*run, cache, owner, length, tokens, count, last)
+    )
+    for i, (_, _, row) in enumerate(part):
+        for k, (token, places) in enumerate(row.last.items()):
+            for r, c in places:
+                out[r].log_likelihoods[c] = body[i] + ends[i, k]
+                out[r].greedy[c] = greedy[i] and best[i] == token

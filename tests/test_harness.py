@@ -1,0 +1,309 @@
+"""Our scorer inside the evaluation harness, and our tasks beside its own.
+
+Needs the extra ``eval``; the comparison item by item also needs the small checkpoint
+and the data beside the repository.
+"""
+
+import csv
+import gzip
+import importlib.util
+import itertools
+import json
+import os
+from types import SimpleNamespace
+from typing import NamedTuple
+
+if importlib.util.find_spec("lm_eval"):
+    # Read when the libraries are imported: nothing here may ask the hub.
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import checkpoints
+import numpy as np
+import pytest
+
+from sbr_jax import models
+from sbr_jax.evaluation import harness, harness_tasks, multiple_choice, tasks
+from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.typing import UserError
+
+lm_eval = pytest.importorskip("lm_eval")
+# The harness and what it imports warn about themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    checkpoints.needs_stories,
+]
+DATA = checkpoints.SHARED / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
+ITEMS = 200
+
+
+class Choice(NamedTuple):
+    id: str
+    question: str
+    choices: tuple
+    correct: tuple
+    group: str = ""
+
+
+class Bias(NamedTuple):
+    id: str
+    context: str
+    question: str
+    choices: tuple
+    correct: int
+    unknown: int
+    biased: int
+    ambiguous: bool
+    category: str
+
+
+def read_truthfulqa(name, count):
+    rows = json.loads((DATA / "truthfulqa" / "mc_task.json").read_text())[:count]
+    return [
+        Choice(
+            str(i),
+            row["question"],
+            tuple(row[name]),
+            tuple(k for k, right in enumerate(row[name].values()) if right),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def read_bbq(count):
+    with gzip.open(DATA / "bbq" / "Age.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in itertools.islice(file, count)]
+    out = []
+    for row in rows:
+        groups = [row["answer_info"][f"ans{i}"][1] for i in range(3)]
+        old, unknown = groups.index("old"), groups.index("unknown")
+        biased = old if row["question_polarity"] == "neg" else 3 - old - unknown
+        out.append(
+            Bias(
+                str(row["example_id"]),
+                row["context"],
+                row["question"],
+                tuple(row[f"ans{i}"] for i in range(3)),
+                row["label"],
+                unknown,
+                biased,
+                row["context_condition"] == "ambig",
+                row["category"],
+            )
+        )
+    return out
+
+
+def read_mmlu(split, subject, count=None):
+    path = DATA / "mmlu" / split / f"{subject}_{split}.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[:count]
+    return [
+        Choice(str(i), row[0], tuple(row[1:5]), ("ABCD".index(row[5]),), subject)
+        for i, row in enumerate(rows)
+    ]
+
+
+def read_medqa(count):
+    path = DATA / "medqa" / "phrases_no_exclude_test.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in itertools.islice(file, count)]
+    return [
+        Choice(
+            str(i),
+            row["question"],
+            tuple(row["options"].values()),
+            ("ABCD".index(row["answer_idx"]),),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    model = models.load(checkpoints.STORIES / "hf")
+    return ModelRunner(model, model.params, too_long="left")
+
+
+def agree(ours, theirs):
+    """Item by item: the same option, from log-likelihoods equal up to rounding."""
+    assert len(ours.items) == len(theirs.items) >= ITEMS
+    worst = 0.0
+    for mine, other in zip(ours.items, theirs.items, strict=True):
+        a, b = (np.array(row["log_likelihoods"]) for row in (mine, other))
+        # Ours are rounded to four digits in the record; sums are of size 10 to 1000
+        # and the batches differ, so float32 rounding adds a few units of 1e-4.
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-3)
+        worst = max(worst, float(np.abs(a - b).max()))
+        near = np.sort(b)[-1] - np.sort(b)[-2] < 4e-3
+        assert near or mine["pick"] == other["pick"]
+    same = [
+        m["pick"] == o["pick"] for m, o in zip(ours.items, theirs.items, strict=True)
+    ]
+    print(f"{len(same)} items, {sum(same)} equal picks, worst difference {worst:.1e}")
+    return sum(same) / len(same)
+
+
+@needs_data
+def test_truthfulqa_mc1_agrees(runner):
+    items = read_truthfulqa("mc1_targets", ITEMS)
+    ours = tasks.truthfulqa_mc(runner, items)
+    task = harness_tasks.truthfulqa_task(items)
+    theirs = harness.evaluate_with_harness(runner, [task])["truthfulqa_mc1"]
+    assert agree(ours, theirs) == 1.0
+    accuracy = 100 * theirs.metrics["acc,none"]
+    # A tie with the right option is a win for the harness and none for us.
+    assert ours.metrics["mc1"] == pytest.approx(accuracy, abs=1e-6)
+
+
+@needs_data
+def test_truthfulqa_mc2_agrees(runner):
+    items = read_truthfulqa("mc2_targets", ITEMS)
+    ours = tasks.truthfulqa_mc(runner, items)
+    task = harness_tasks.truthfulqa_task(items, name="truthfulqa_mc2")
+    theirs = harness.evaluate_with_harness(runner, [task])["truthfulqa_mc2"]
+    assert agree(ours, theirs) == 1.0
+    # Shares of probability: errors of 1e-3 in a log-likelihood are 0.1 % of a share.
+    assert ours.metrics["mc2"] == pytest.approx(
+        100 * theirs.metrics["acc,none"], abs=0.05
+    )
+
+
+@needs_data
+def test_bbq_agrees(runner):
+    items = read_bbq(ITEMS)
+    ours = tasks.bbq(runner, items)
+    task = harness_tasks.bbq_task(items)
+    theirs = harness.evaluate_with_harness(runner, [task])["bbq"]
+    assert agree(ours, theirs) == 1.0
+
+
+@needs_data
+def test_mmlu_agrees_with_examples_in_front(runner):
+    subjects = ("astronomy", "anatomy")
+    shots = {s: read_mmlu("dev", s)[:1] for s in subjects}
+    items = [item for s in subjects for item in read_mmlu("test", s, ITEMS // 2)]
+    ours = tasks.mmlu(runner, items, shots, shots=1)
+    found = harness.evaluate_with_harness(
+        runner,
+        [
+            harness_tasks.mmlu_task([i for i in items if i.group == s], shots[s])
+            for s in subjects
+        ],
+    )
+    rows = [row for s in subjects for row in found[f"mmlu_{s}"].items]
+    assert agree(ours, SimpleNamespace(items=rows)) == 1.0
+    for s in subjects:
+        theirs = 100 * found[f"mmlu_{s}"].metrics["acc,none"]
+        assert ours.metrics[f"accuracy/{s}"] == pytest.approx(theirs, abs=1e-6)
+    with pytest.raises(UserError, match="one subject"):
+        harness_tasks.mmlu_task(items)
+
+
+@needs_data
+def test_medqa_agrees(runner):
+    items = read_medqa(ITEMS)
+    ours = tasks.medqa(runner, items)
+    task = harness_tasks.medqa_task(items)
+    theirs = harness.evaluate_with_harness(runner, [task])["medqa_4options"]
+    assert agree(ours, theirs) == 1.0
+    assert ours.metrics["accuracy"] == pytest.approx(
+        100 * theirs.metrics["acc,none"], abs=1e-6
+    )
+
+
+# --- the wording is the harness's own ----------------------------------------------
+
+
+def built_in(*parts):
+    from pathlib import Path
+
+    return Path(lm_eval.__file__).parent.joinpath("tasks", *parts)
+
+
+def test_truthfulqa_is_worded_as_the_harness_words_it():
+    import jinja2
+    import yaml
+
+    text = built_in("truthfulqa", "truthfulqa_mc1.yaml").read_text()
+    template = jinja2.Template(yaml.safe_load(text)["doc_to_text"])
+    theirs = template.render(question="Why is it so?")
+    assert multiple_choice.truthfulqa_prompt("Why is it so?", True) == theirs.strip(" ")
+
+
+def test_mmlu_and_medqa_are_worded_as_the_harness_words_them():
+    import jinja2
+    import yaml
+
+    options = ("w", "x", "y", "z")
+    item = Choice("0", "Which one?", options, (0,), "anatomy")
+    text = built_in("mmlu", "default", "_default_template_yaml").read_text()
+    template = jinja2.Template(yaml.safe_load(text)["doc_to_text"])
+    theirs = template.render(question=item.question, choices=options)
+    row = harness_tasks.mmlu_task([item])["custom_dataset"]()["test"][0]
+    about = yaml.safe_load(
+        built_in("mmlu", "default", "mmlu_anatomy.yaml").read_text()
+    )["description"]
+    assert row["prompt"] == about + theirs
+    from lm_eval.tasks.medqa.preprocess_medqa import doc_to_text
+
+    endings = {f"ending{i}": option for i, option in enumerate(options)}
+    row = harness_tasks.medqa_task([item])["custom_dataset"]()["test"][0]
+    assert row["prompt"] == doc_to_text({"sent1": item.question, **endings})
+
+
+# --- the rest of the model's interface ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm(runner):
+    return harness.harness_model(runner)
+
+
+def ask(*args):
+    return SimpleNamespace(args=args)
+
+
+def test_prompts_hold_one_bos(lm, runner):
+    bos = runner.model.tokenizer.bos_token_id
+    text = runner.model.tokenizer.bos_token + "Once upon"
+    for ids in (lm.tok_encode("Once upon"), lm.tok_encode(text)):
+        assert ids.count(bos) == 1
+        assert ids[0] == bos
+    assert bos not in lm.tok_encode("Once upon", add_special_tokens=False)
+
+
+def test_answers_honour_their_settings(lm):
+    greedy = {"until": ["."], "max_gen_toks": 20, "do_sample": False}
+    warm = {"max_gen_toks": 20, "do_sample": True, "temperature": 1.0}
+    first, drawn, again = lm.generate_until(
+        [
+            ask("Once upon a", greedy),
+            ask("Once upon a", warm),
+            ask("Once upon a", greedy),
+        ]
+    )
+    assert first == again
+    assert "." not in first
+    assert first.startswith(" time")
+    assert drawn != first
+    # Drawn answers depend on the seed and the prompt alone.
+    assert lm.generate_until([ask("Once upon a", warm)]) == [drawn]
+
+
+def test_rolling_log_likelihoods_cover_every_token_once(lm, runner):
+    text = "Once upon a time there was a little dog named Tim who liked to play. " * 30
+    ids = lm.tok_encode(text, add_special_tokens=False)
+    assert len(ids) > runner.model.config.context
+    (short,) = lm.loglikelihood_rolling([ask("Once upon a time")])
+    (direct,) = lm.loglikelihood([ask("", "Once upon a time")])
+    assert short == pytest.approx(direct[0], abs=1e-4)
+    (long,) = lm.loglikelihood_rolling([ask(text)])
+    # A few nats a token, over all tokens rather than one window.
+    assert -4 * len(ids) < long < -0.1 * len(ids)
+
+
+def test_a_system_message_belongs_to_the_harness(runner):
+    chatty = SimpleNamespace(model=runner.model, system="Be kind.")
+    with pytest.raises(UserError, match="system_instruction"):
+        harness.harness_model(chatty)
