@@ -70,7 +70,8 @@ class Context:
     def subspace(self, data: Any, start: int = 0, stop: int | None = None) -> Any:
         """The subspace of the aligned model on some rows of a data set."""
         from sbr_jax.fisher import fisher_subspace
-        from sbr_jax.methods.base import LAYER_AXES, answer_loss, is_lora_pair
+        from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
+        from sbr_jax.methods.likelihood import answer_loss
 
         model, batch = self.study.model, self.plan.settings.fisher_microbatch
         tokens, mask = data.tokens[start:stop], data.mask[start:stop]

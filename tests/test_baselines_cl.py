@@ -11,8 +11,9 @@ import tiny
 
 from sbr_jax import models
 from sbr_jax.data.batches import batch, take
-from sbr_jax.methods.base import Problem, answer_loss, draw_rows, task_loss
+from sbr_jax.methods.base import Problem, draw_rows, task_loss
 from sbr_jax.methods.ewc import add_quadratics, diagonal_fisher, ewc, quadratic_penalty
+from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.methods.o_lora import concatenated, o_lora, overlap, sum_of_norms
 from sbr_jax.methods.plain import plain
 from sbr_jax.methods.safegrad import alignment_loss, resolve_conflict, safegrad

@@ -11,7 +11,6 @@ Symbols: B examples of a batch, T tokens, N calibration examples.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -301,50 +300,12 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
 
 
-@functools.lru_cache(maxsize=64)
-def answer_loss(
-    apply_fn: ApplyFn, reduction: str, fisher: str = "empirical"
-) -> Callable[..., jax.Array]:
-    """−log p(y | x) of one example, as the loss function of a Fisher estimate.
-
-    Cached, so that repeated estimates share one compiled program.
-
-    Args:
-      apply_fn: the model.
-      reduction: ``"sum"`` over answer tokens (published) or ``"mean"``.
-      fisher: ``"empirical"`` takes y from the data; ``"sampled"`` draws every answer
-        token from the model, given the data's tokens before it.
-
-    Returns:
-      ``loss_fn(adapter, example, base)``, or ``loss_fn(adapter, example, key, base)``
-      for ``"sampled"``, with ``example`` of ``tokens [T]`` and ``mask [T]``.
-    """
-
-    def total(logits, labels, mask):
-        loss = losses.token_cross_entropy(logits, labels, mask)[0]
-        return loss * jnp.sum(mask[:, 1:]) if reduction == "sum" else loss
-
-    def empirical(adapter, example, base):
-        tokens, mask = example["tokens"][None], example["mask"][None]
-        return total(apply_fn(base, adapter, tokens), tokens, mask)
-
-    def sampled(adapter, example, key, base):
-        tokens, mask = example["tokens"][None], example["mask"][None]
-        logits = apply_fn(base, adapter, tokens)
-        drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits[:, :-1]))
-        labels = jnp.concatenate([tokens[:, :1], drawn.astype(tokens.dtype)], axis=1)
-        return total(logits, labels, mask)
-
-    return sampled if fisher == "sampled" else empirical
-
-
 __all__ = [
     "LAYER_AXES",
     "InertProjectionWarning",
     "Method",
     "Problem",
     "adamw",
-    "answer_loss",
     "device_dataset",
     "draw_rows",
     "is_lora_pair",

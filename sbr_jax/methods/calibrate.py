@@ -24,9 +24,9 @@ from sbr_jax.fisher import fisher_subspace
 from sbr_jax.methods.base import (
     LAYER_AXES,
     Problem,
-    answer_loss,
     is_lora_pair,
 )
+from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.subspace import (
     Subspace,
     discarded_energy,

@@ -29,12 +29,12 @@ from sbr_jax.fisher import per_example_gradients
 from sbr_jax.methods.base import (
     Method,
     Problem,
-    answer_loss,
     one_of,
     positive,
     replay_gradient,
     task_gradient,
 )
+from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.typing import LossFn, PyTree, UserError
 
 
