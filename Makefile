@@ -13,7 +13,7 @@ STAMP := .venv/.installed-$(shell { cat pyproject.toml; echo "$(EXTRAS)"; } | ck
 SOURCES := sbr_jax experiments tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo report test lint format docs clean
+.PHONY: help venv demo report test parity lint format docs clean
 
 help: ## list the targets
 	@echo "Targets of this Makefile:"
@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml
 	echo "==> installed"
 
 demo: $(STAMP) ## plain LoRA against SafeAnchor on the testbed, then the report
-	@echo "==> running the preset 'demo' into $(DEMO) (about 6 minutes on two cores; finished stages are kept)"
+	@echo "==> running the preset 'demo' into $(DEMO) (about 4 minutes on two cores; finished stages are kept)"
 	@$(BIN)/python -m experiments.run demo --workdir "$(DEMO)"
 	@$(MAKE) --no-print-directory report
 
@@ -67,6 +67,13 @@ test: $(STAMP) ## lint, doctests and all tests; the last line counts them
 	@echo "==> doctests and tests, $(WORKERS) at a time"
 	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(BIN)/python -m pytest -n $(WORKERS) \
 	  --dist loadfile --doctest-modules sbr_jax experiments tests $(ARGS)
+
+# PyTorch's package index also has wheels for CPUs only, which are much smaller: name it
+# with PIP_EXTRA_INDEX_URL.
+parity: ## every model family against PyTorch, which is installed into .venv first
+	@$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),parity" venv
+	@echo "==> comparing with PyTorch"
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity $(ARGS)
 
 lint: $(STAMP) ## ruff, changing nothing
 	@echo "==> ruff check and format --check"

@@ -78,6 +78,8 @@ def make_context(arguments: Arguments) -> tuple[Context, list[str]]:
     cli.check_names("analysis", [arguments.analysis], [*ANALYSES, "all"])
     if arguments.examples < 2:
         raise UserError(f"--examples: expected at least 2, got {arguments.examples}")
+    if not arguments.seed:
+        raise UserError("--seed: expected at least one seed, got none")
     if arguments.results is not None:
         read_run(arguments.results)
     own = {field.name for field in dataclasses.fields(Arguments)}

@@ -124,9 +124,7 @@ def make_plan(arguments: Arguments) -> Plan:
         )
     if not arguments.seed or not arguments.methods:
         raise UserError("expected at least one seed and one method, got none")
-    if min(arguments.seed) < 0:
-        raise UserError(f"expected seeds of at least 0, got {min(arguments.seed)}")
-    cli.check_names("seed", map(str, arguments.seed), map(str, arguments.seed))
+    cli.check_seeds(arguments.seed)
 
     from experiments.attacks import ATTACKS
     from sbr_jax.methods import ABLATIONS, METHODS, build

@@ -16,6 +16,7 @@ from sbr_jax.typing import UserError
 Arguments = TypeVar("Arguments")
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -84,6 +85,22 @@ def parse(
         raise UserError(f"{complaint}; see {prog} --help") from None
 
 
+SEEDS = 2**32
+"""Seeds lie below this: what a JAX key takes without dropping bits."""
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that are out of range, or given twice.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for seed in seeds:
+        if not 0 <= seed < SEEDS:
+            raise UserError(f"expected seeds from 0 to {SEEDS - 1}, got {seed}")
+    check_names("seed", map(str, seeds), map(str, seeds))
+
+
 def guarded(program: Callable[[], None], *, interrupted: str) -> int:
     """Run a program and return its exit code.
 
@@ -94,9 +111,14 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             program()
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER
+    except BrokenPipeError:
+        # The reader has seen enough; at its end Python would try to write once more.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return EXIT_PIPE
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -49,7 +49,9 @@ def row_table(row: str, runs: Sequence[Run]) -> Table | None:
         if run.seeds(row):
             plain = [r for r in (run, *runs) if r.seeds("plain") and _same(r, run)]
             pair = (*(("plain", r) for r in plain[:1]), (row, run))
-            lines += [line for line in pair if line not in lines]
+            for line in pair:
+                if line not in lines:
+                    lines.append(line)
     cells = {c.key: [cell(run, name, c.key) for name, run in lines] for c in COLUMNS}
     used = [c for c in COLUMNS if any(x.mean is not None for x in cells[c.key])]
     rows = []

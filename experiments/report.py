@@ -135,6 +135,7 @@ def build(
         )
     runs = [read_run(folder) for folder in folders]
     output = output or Path(folders[0]) / "report.html"
+    _writable(output, figures)
     title = " · ".join(run.folder.resolve().name for run in runs)
     body = [page.heading("Safety under sequential fine-tuning", 1)]
     for index, run in enumerate(runs):
@@ -144,16 +145,29 @@ def build(
             body += ["<hr>" if index else "", page.heading(name, 1)]
         body += section(run, found, f"r{index}-")
         if figures is not None:
-            figures.mkdir(parents=True, exist_ok=True)
             start = f"{name}-" if len(runs) > 1 else ""
             for drawing in found:
                 if drawing.figure is not None:
                     to_png(drawing.figure, str(figures / f"{start}{drawing.name}.png"))
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page.page(f"{title}: safety report", body), encoding="utf-8")
     text = "\n".join(markdown(run) for run in runs)
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     return runs, output
+
+
+def _writable(output: Path, figures: Path | None) -> None:
+    """Refuse places that nothing can be written to, before anything is drawn.
+
+    Raises:
+        UserError: naming the place.
+    """
+    if output.is_dir():
+        raise UserError(f"--output: expected a file, got the folder {output}")
+    for folder in (output.parent, *([] if figures is None else [figures])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error}") from error
 
 
 def print_tables(runs: Sequence[Run], output: Path) -> None:

@@ -211,7 +211,17 @@ def read_run(folder: str | Path) -> Run:
     config = {}
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
-    run = Run(folder, read_lines(path), read_lines(folder / "timings.jsonl"), config)
+    lines = read_lines(path)
+    needed = {"method", "seed", "stage", "domain", "metrics"}
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not needed <= set(line):
+            raise UserError(
+                f"{path}, line {number}: expected an object with "
+                f"{', '.join(sorted(needed))}; run experiments.run again to write it"
+            )
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: expected an object")
+    run = Run(folder, lines, read_lines(folder / "timings.jsonl"), config)
     if not any(run.seeds(method) for method in run.methods):
         raise UserError(
             f"expected at least one method with all domains evaluated in {path}, got "

@@ -84,13 +84,15 @@ class Plan:
 def parse_value(text: str) -> Any:
     """Read a Python literal; anything else is text.
 
-    >>> parse_value("1e-3"), parse_value("None"), parse_value("fsdp=2")
-    (0.001, None, 'fsdp=2')
+    >>> parse_value("1e-3"), parse_value("[1, 2]"), parse_value("fsdp=2")
+    (0.001, (1, 2), 'fsdp=2')
     """
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    # Settings are compared and cached, so they must not change.
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _fits(value: Any, example: Any) -> bool:
@@ -156,11 +158,9 @@ def make_plan(arguments: Arguments) -> Plan:
             "expected a folder for the results, got none: add --workdir "
             f"runs/{arguments.preset}"
         )
-    if any(seed < 0 for seed in arguments.seed):
-        raise UserError(f"expected seeds of at least 0, got {min(arguments.seed)}")
     preset = configs.load(arguments.preset)
     seeds = arguments.seed or preset.seeds
-    cli.check_names("seed", map(str, seeds), map(str, seeds))
+    cli.check_seeds(seeds)
     domains = arguments.domains or preset.domains
     cli.check_names("domain", domains, preset.known_domains())
     paths = {"data_folder": arguments.data, "model_folder": arguments.model}

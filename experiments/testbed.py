@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -48,10 +49,13 @@ def build_study(
       The study, with leak counts between calibration, probe and evaluation.
 
     Raises:
-      UserError: an empty calibration set, an unknown judge, or a checkpoint that does
-        not fit.
+      UserError: an empty calibration set, an unknown judge or split, or a checkpoint
+        that does not fit.
     """
     one_of("judge", judge, tuple(JUDGES))
+    one_of("split", split, ("test", "validation"))
+    if not isinstance(model_folder, str | Path | None):
+        raise UserError(f"model_folder: expected a path, got {model_folder!r}")
     if calibration_examples < 1:
         raise UserError(
             f"calibration: expected at least one example, got {calibration_examples}"

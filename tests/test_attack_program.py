@@ -38,7 +38,7 @@ BAD = {
     "search": (["gcg", "--suffix-length", "0"], "--suffix-length: expected at least 1"),
     "no poison": (["gcg", "--ratio", "0.1"], "has no training data of its own"),
     "method": (["poison", "--methods", "plan"], "unknown method 'plan'; nearest"),
-    "seed": (["poison", "--seed", "-1"], "expected seeds of at least 0, got -1"),
+    "seed": (["poison", "--seed", "-1"], "expected seeds from 0 to 4294967295, got -1"),
     "seed twice": (["poison", "--seed", "1", "1"], "expected each seed once"),
     "flag": (["poison", "--rato", "1"], "Unrecognized options: --rato"),
     "setting": (["poison", "--set", "step=2"], "unknown option of --set 'step'"),

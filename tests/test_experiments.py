@@ -340,3 +340,35 @@ def test_a_workdir_below_a_file_is_one_line(tmp_path, capsys):
     assert code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--seed", str(2**32)], "expected seeds from 0 to 4294967295"),
+        (["--set", "study.split=foo"], "split: expected one of test, validation"),
+        (["--set", "study.model_folder=3"], "model_folder: expected a path"),
+        (
+            ["--methods", "adaptive-probe", "--set", "adaptive-probe.layers=9"],
+            "layers: expected a list",
+        ),
+    ],
+)
+def test_more_mistakes_are_one_line(given, message, tmp_path, capsys):
+    assert run.main(["testbed", "--workdir", str(tmp_path / "w"), *given]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    def program():
+        raise BrokenPipeError
+
+    out = sys.stdout
+    try:
+        assert cli.guarded(program, interrupted="") == cli.EXIT_PIPE
+    finally:
+        sys.stdout.close()
+        sys.stdout = out

@@ -3,9 +3,9 @@
     python -m experiments.run testbed-hard --workdir runs/testbed-hard
     python -m experiments.report runs/testbed-hard
 
-Cost: about 25 minutes on two cores. Expected: plain LoRA ends at 30, both recipes at
-97, the projection alone at 60 ± 30 and the anchor alone at 77: no single part
-saturates. Three seeds at least, since one misleads here.
+Cost: about 25 minutes on two cores. Expected: plain LoRA ends at 30, `safeanchor` at
+97, `safeanchor-exact` at 100, its projection alone at 30 and its anchor at 100, after
+a first domain between 77 and 94. Three seeds at least, since one misleads here.
 """
 
 from experiments.configs import Preset

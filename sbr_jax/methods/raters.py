@@ -79,6 +79,8 @@ def probe_rater(
       UserError: for a penalty that is not positive.
     """
     positive("l2", l2)
+    if layers is not None and not isinstance(layers, tuple | list):
+        raise UserError(f"layers: expected a list of numbers, got {layers!r}")
     layers = None if layers is None else tuple(layers)
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
