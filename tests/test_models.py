@@ -11,7 +11,7 @@ from checkpoints import CONFIG, STORIES, adapter, golden, needs_stories, params,
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbr_jax import losses, models
-from sbr_jax.models import config as configs
+from sbr_jax.models import hf_config as configs
 from sbr_jax.typing import UserError
 
 UNTIED = dataclasses.replace(CONFIG, tied=False)
@@ -224,7 +224,8 @@ LLAMA = configs.to_dict(CONFIG)
     [
         ({"model_type": "lama"}, "llama"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "disagree"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_parameters": {"rope_type": "default", "odd": 1}}, "odd"),
         ({"attention_bias": True}, "attention_bias"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +18,19 @@ import numpy as np
 
 from sbr_jax.losses import token_log_likelihood
 from sbr_jax.models.config import Hardware, ModelConfig
-from sbr_jax.models.layers import attend, rms_norm, rope_table
+from sbr_jax.models.layers import sees
 from sbr_jax.models.loading import Model
 from sbr_jax.models.lora import LoraPair
-from sbr_jax.models.transformer import (
-    build_block,
-    check_adapter,
+from sbr_jax.models.parts import (
+    attend_as,
     embed_tokens,
+    final_norm,
+    layer_mask,
     output_logits,
-    scan_layers,
+    rope_of,
+    sliding_layers,
 )
+from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
 from sbr_jax.typing import PyTree, UserError
 
 Cache = tuple[jax.Array, jax.Array]
@@ -54,40 +57,43 @@ def _cached_forward(
     adapter: Mapping[str, LoraPair],
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    pick: Callable[[jax.Array | None], jax.Array],
     cache: Cache,
     offset: jax.Array | int,
 ) -> tuple[jax.Array, Cache]:
     """Runs tokens ``[B, T]`` against the cache; logits of the last one ``[B, V]``.
 
-    Keys and values of the tokens go to the slots from ``offset`` on.
+    Keys and values of the tokens go to the slots from ``offset`` on; ``pick`` is that
+    of ``layer_mask``.
     """
     # Without a backward pass the rolled loop is as fast and compiles in half the time.
     hardware = dataclasses.replace(hardware, unroll=hardware.unroll or 1)
-    rope = rope_table(positions, config.head_dim, config.rope_theta)
+    rope = rope_of(config, positions)
     zero = jnp.int32(0)
     offset = jnp.asarray(offset, jnp.int32)
 
     def body(carry, layer):
         x, keys, values = carry
-        weights, pairs, i = layer
+        weights, pairs, i, slides = layer
 
         def attention(query, key, value):
             start = (i, zero, offset, zero, zero)
             new_keys = jax.lax.dynamic_update_slice(keys, key[None], start)
             new_values = jax.lax.dynamic_update_slice(values, value[None], start)
             # An explicit mask for every query, so cuDNN's rules never apply here.
-            out = attend(query, new_keys[i], new_values[i], mask, "xla")
+            mask = pick(slides)
+            out = attend_as(config, query, new_keys[i], new_values[i], mask, "xla")
             return out, (new_keys, new_values)
 
         block = build_block(config, weights)
         x, (keys, values) = block(x, rope, pairs, attention)
         return (x, keys, values), None
 
-    xs = (base["layers"], adapter, jnp.arange(config.layers, dtype=jnp.int32))
-    carry = (embed_tokens(base, tokens), *cache)
+    depth = jnp.arange(config.layers, dtype=jnp.int32)
+    xs = (base["layers"], adapter, depth, sliding_layers(config))
+    carry = (embed_tokens(config, base, tokens), *cache)
     (x, keys, values), _ = scan_layers(config, hardware, body, carry, xs)
-    hidden = rms_norm(x[:, -1:], base["final_norm"], config.norm_eps)
+    hidden = final_norm(config, base, x[:, -1:])
     return output_logits(config, base, hidden)[:, 0], (keys, values)
 
 
@@ -126,13 +132,14 @@ def _generate(
     eos = jnp.asarray(config.eos, jnp.int32)
     first = prompt - lengths  # first real slot of each row
 
-    def allowed(queries: jax.Array) -> jax.Array:
-        """Mask ``[B, 1, T, S]`` for queries at the slots ``[T]``."""
-        slot = jnp.arange(prompt + slots)[None, None, None]
-        seen = slot <= queries[None, None, :, None]
+    def allowed(queries: jax.Array) -> Callable[[jax.Array | None], jax.Array]:
+        """The masks ``[B, 1, T, S]`` for queries at the slots ``[T]``."""
+        slot = jnp.arange(prompt + slots)[None]
+        real = (slot >= first[:, None])[:, None, None]
         # A padding query sees itself, so that its softmax is not over nothing.
-        own = slot == queries[None, None, :, None]
-        return (seen & (slot >= first[:, None, None, None])) | own
+        own = (slot == queries[:, None])[None, None]
+        near = functools.partial(sees, queries[None], slot)
+        return layer_mask(config, lambda window: (near(window) & real) | own)
 
     def is_eos(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == eos[None], axis=-1)

@@ -5,19 +5,51 @@ Legend: B batch, T queries, S keys, N heads, K key-value heads, H head size.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
+from sbr_jax.models.config import RopeScaling
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""What a gate may be passed through, by the name in ``ModelConfig``."""
+
+
+def project(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """``x W + b``: the one place that multiplies by a projection's weight.
+
+    Args:
+      x: ``[..., in]``.
+      weight: ``[in, out]``.
+      bias: ``[out]``, or None.
+
+    Returns:
+      ``[..., out]``.
+    """
+    y = x @ weight
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def rms_norm(
+    x: jax.Array, weight: jax.Array, eps: float, unit_offset: bool = False
+) -> jax.Array:
     """Root-mean-square normalisation, computed in float32.
 
-    ``x / sqrt(mean(x²) + eps) · weight``.
+    ``x / sqrt(mean(x²) + eps) · weight``; with ``unit_offset`` times ``1 + weight``,
+    which is multiplied before the rounding to the dtype of ``x`` (as Gemma does).
 
     Args:
       x: ``[..., D]``.
       weight: ``[D]``.
       eps: added to the mean square.
+      unit_offset: whether weights are stored as their distance from one.
 
     Returns:
       ``[..., D]`` in the dtype of ``x``.
@@ -29,26 +61,58 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     weight = weight.reshape((1,) * (x.ndim - 1) + (-1,))
+    if unit_offset:
+        return (wide * scale * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
     return weight.astype(x.dtype) * (wide * scale).astype(x.dtype)
 
 
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> jax.Array:
+    """Radians per position: ``f_i = theta^(-2i / H)``, stretched by ``scaling``.
+
+    Args:
+      head_dim: H.
+      theta: the base.
+      scaling: see ``RopeScaling``; None leaves f as it is.
+
+    Returns:
+      float32 ``[H / 2]``.
+
+    >>> rope_frequencies(4, 100.0, RopeScaling("linear", 2.0)).round(3).tolist()
+    [0.5, 0.05000000074505806]
+    """
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency = 1.0 / theta**exponent
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = frequency * (scaling.original / (2 * math.pi))
+    share = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    return frequency * (share + (1.0 - share) / scaling.factor)
+
+
 def rope_table(
-    positions: jax.Array, head_dim: int, theta: float
+    positions: jax.Array,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding.
 
-    ``angle[t, i] = positions[t] · theta^(-2i / H)``.
+    ``angle[t, i] = positions[t] · f_i`` with the f of ``rope_frequencies``.
 
     Args:
       positions: integers ``[B, T]`` (or ``[1, T]``).
       head_dim: H.
       theta: the base.
+      scaling: how frequencies are stretched, or None.
 
     Returns:
       Two float32 arrays ``[B, T, 1, H / 2]``.
     """
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequency = (1.0 / theta**exponent).reshape(1, 1, 1, -1)
+    frequency = rope_frequencies(head_dim, theta, scaling).reshape(1, 1, 1, -1)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -69,12 +133,43 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def sees(queries: jax.Array, keys: jax.Array, window: int | None = None) -> jax.Array:
+    """Which keys a query may look at: those not after it, within the window.
+
+    ``query - window < key <= query``.
+
+    Args:
+      queries: integer positions ``[B, T]`` (or ``[1, T]``).
+      keys: integer positions ``[B, S]`` (or ``[1, S]``).
+      window: how many keys, its own included; None is all.
+
+    Returns:
+      bool ``[B, 1, T, S]``.
+
+    >>> import jax.numpy as jnp
+    >>> place = jnp.arange(3)[None]
+    >>> sees(place, place, 2).astype(int)[0, 0].tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    behind = queries[:, None, :, None] - keys[:, None, None, :]
+    return (behind >= 0) & (behind < window) if window else behind >= 0
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """``c · tanh(x / c)``, or ``x`` where the cap is None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None = None,
     implementation: str | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Grouped-query attention: the one place that calls an attention kernel.
 
@@ -83,11 +178,18 @@ def attend(
       key: ``[B, S, K, H]`` with K dividing N.
       value: ``[B, S, K, H]``.
       mask: bool ``[B, 1, T, S]``, or None for causal attention.
-      implementation: ``"xla"``, ``"cudnn"`` or None.
+      implementation: ``"xla"``, ``"cudnn"`` or None. No kernel caps scores, so a cap
+        is always computed by plain products.
+      window: of causal attention; a mask must already have it.
+      scale: what scores are multiplied by; None is ``H ** -0.5``.
+      cap: soft cap of the scores, or None.
 
     Returns:
       ``[B, T, N, H]``.
     """
+    if cap is not None:
+        return _capped_attention(query, key, value, mask, window, scale, cap)
+    causal = mask is None
     # jax promotes bfloat16 to float32 inside, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
@@ -95,9 +197,38 @@ def attend(
             key,
             value,
             mask=mask,
-            is_causal=mask is None,
+            is_causal=causal,
+            scale=scale,
+            local_window_size=(window - 1, 0) if window and causal else None,
             implementation=implementation,
         )
+
+
+def _capped_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    window: int | None,
+    scale: float | None,
+    cap: float,
+) -> jax.Array:
+    """``softmax(c · tanh(scale · q kᵀ / c)) v``, scores and softmax in float32."""
+    rows, length, heads, size = query.shape
+    groups = key.shape[2]
+    if mask is None:
+        queries, keys = (jnp.arange(x.shape[1])[None] for x in (query, key))
+        mask = sees(queries, keys, window)
+    query = query.reshape(rows, length, groups, heads // groups, size)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32
+    )
+    scores = soft_cap(scores * (size**-0.5 if scale is None else scale), cap)
+    # Finite, so that a query that may look at nothing does not become NaN.
+    scores = jnp.where(mask[:, :, None], scores, -0.7 * jnp.finfo(jnp.float32).max)
+    share = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", share, value)
+    return out.reshape(rows, length, heads, size)
 
 
 def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

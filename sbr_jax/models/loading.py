@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sbr_jax.models import config as configs
+from sbr_jax.models import hf_config
 from sbr_jax.models.config import Hardware, ModelConfig
 from sbr_jax.models.transformer import make_apply_fn
 from sbr_jax.models.weights import load_weights, save_weights
@@ -83,7 +83,7 @@ def load(
         fit.
     """
     folder = _resolve(folder_or_id)
-    config = configs.read(folder)
+    config = hf_config.read(folder)
     params = load_weights(folder, config, dtype=dtype, mesh=mesh)
     return make_model(config, params, load_tokenizer(folder), hardware=hardware)
 
@@ -130,7 +130,7 @@ def save(folder: str | pathlib.Path, model: Model) -> None:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(jax.tree.leaves(model.params)[0].dtype)
-    text = json.dumps(configs.to_dict(model.config, dtype), indent=2, sort_keys=True)
+    text = json.dumps(hf_config.to_dict(model.config, dtype), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     save_weights(folder, model.config, model.params)
     if model.tokenizer is not None:

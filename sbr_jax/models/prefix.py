@@ -15,15 +15,18 @@ import jax.numpy as jnp
 
 from sbr_jax.models.config import Hardware, ModelConfig
 from sbr_jax.models.generate import Cache
-from sbr_jax.models.layers import attend, rms_norm, rope_table
+from sbr_jax.models.layers import sees
 from sbr_jax.models.lora import LoraPair
-from sbr_jax.models.transformer import (
-    build_block,
-    check_adapter,
+from sbr_jax.models.parts import (
+    attend_as,
     embed_tokens,
+    final_norm,
+    layer_mask,
     output_logits,
-    scan_layers,
+    rope_of,
+    sliding_layers,
 )
+from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
 from sbr_jax.typing import PyTree
 
 
@@ -66,26 +69,28 @@ def extend(
     slots = past[0].shape[2]
     length = jnp.full((rows,), slots, jnp.int32) if length is None else length
     positions = length[:, None] + jnp.arange(new, dtype=jnp.int32)[None]
-    rope = rope_table(positions, config.head_dim, config.rope_theta)
-    known = jnp.arange(slots, dtype=jnp.int32)[None] < length[:, None]
-    known = jnp.broadcast_to(known[:, None, None], (rows, 1, new, slots))
-    causal = jnp.broadcast_to(jnp.tri(new, dtype=bool), (rows, 1, new, new))
-    mask = jnp.concatenate([known, causal], axis=-1)
+    rope = rope_of(config, positions)
+    places = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (rows, slots))
+    # A slot that does not count lies in the future of every query.
+    places = jnp.where(places < length[:, None], places, slots + new)
+    places = jnp.concatenate([places, positions], axis=1)
+    pick = layer_mask(config, functools.partial(sees, positions, places))
 
     def body(x, layer):
-        weights, pairs, (keys, values) = layer
+        weights, pairs, (keys, values), slides = layer
 
         def attention(query, key, value):
             all_keys = jnp.concatenate([keys, key], axis=1)
             all_values = jnp.concatenate([values, value], axis=1)
-            return attend(query, all_keys, all_values, mask, "xla"), (key, value)
+            out = attend_as(config, query, all_keys, all_values, pick(slides), "xla")
+            return out, (key, value)
 
         return build_block(config, weights)(x, rope, pairs, attention)
 
-    xs = (base["layers"], adapter, past)
-    x, cache = scan_layers(config, hardware, body, embed_tokens(base, tokens), xs)
-    hidden = rms_norm(x, base["final_norm"], config.norm_eps)
-    return output_logits(config, base, hidden), cache
+    x = embed_tokens(config, base, tokens)
+    xs = (base["layers"], adapter, past, sliding_layers(config))
+    x, cache = scan_layers(config, hardware, body, x, xs)
+    return output_logits(config, base, final_norm(config, base, x)), cache
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,9 +8,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sbr_jax.models.config import ModelConfig
+from sbr_jax.models.config import BIASED, ModelConfig
 from sbr_jax.models.lora import LoraPair, is_lora_pair
-from sbr_jax.models.transformer import base_shapes
+from sbr_jax.models.parameters import base_shapes, bias_of
 from sbr_jax.typing import PyTree
 
 _COLUMN = P(None, "fsdp", "tp")
@@ -23,16 +23,16 @@ _LAYER = {
     "gate_proj": _COLUMN,
     "up_proj": _COLUMN,
     "down_proj": _ROW,
-    "input_norm": P(),
-    "mlp_norm": P(),
 }
+_BIASES = {bias_of(name) for name in BIASED}
 
 
 def partition_specs(config: ModelConfig) -> dict[str, Any]:
     """A tree like ``base`` with one ``PartitionSpec`` per weight.
 
     Projections into heads or the MLP split their outputs over ``tp``, projections back
-    split their inputs; the other axis is split over ``fsdp``.
+    split their inputs; the other axis is split over ``fsdp``. A bias is split like its
+    projection's outputs, and norms are whole everywhere.
 
     Args:
       config: of the model.
@@ -44,7 +44,10 @@ def partition_specs(config: ModelConfig) -> dict[str, Any]:
     >>> tuple(partition_specs(config)["layers"]["o_proj"])
     (None, 'tp', 'fsdp')
     """
-    layers = {name: _LAYER[name] for name in base_shapes(config)["layers"]}
+    layers = {
+        name: P(None, "tp") if name in _BIASES else _LAYER.get(name, P())
+        for name in base_shapes(config)["layers"]
+    }
     specs = {"embed": P("tp", "fsdp"), "layers": layers, "final_norm": P()}
     return specs if config.tied else {**specs, "head": P("fsdp", "tp")}
 

@@ -18,36 +18,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sbr_jax.models.config import TARGETS, Hardware, ModelConfig
-from sbr_jax.models.layers import attend, drop, rms_norm, rope_table, rotate
+from sbr_jax.models.config import BIASED, TARGETS, Hardware, ModelConfig
+from sbr_jax.models.layers import (
+    ACTIVATIONS,
+    drop,
+    project,
+    rms_norm,
+    rotate,
+    sees,
+)
 from sbr_jax.models.lora import LoraPair
+from sbr_jax.models.parameters import base_shapes, bias_of, is_shape
+from sbr_jax.models.parts import (
+    attend_as,
+    embed_tokens,
+    final_norm,
+    layer_mask,
+    output_logits,
+    rope_of,
+    sliding_layers,
+)
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Dropout = tuple[jax.Array, float] | None
-
-
-def base_shapes(config: ModelConfig) -> dict[str, Any]:
-    """The shape of every base weight, in the tree of the base weights.
-
-    >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
-    >>> base_shapes(config)["layers"]["up_proj"]
-    (2, 4, 8)
-    """
-    depth, width = config.layers, config.width
-    layers = {name: (depth, *config.projection(name)) for name in TARGETS}
-    layers |= {"input_norm": (depth, width), "mlp_norm": (depth, width)}
-    shapes = {
-        "embed": (config.vocab_size, width),
-        "layers": layers,
-        "final_norm": (width,),
-    }
-    return shapes if config.tied else {**shapes, "head": (width, config.vocab_size)}
-
-
-def is_shape(node: Any) -> bool:
-    """Whether a node of the tree of shapes is a shape."""
-    return isinstance(node, tuple)
 
 
 class Block(nnx.Module):
@@ -76,7 +70,7 @@ class Block(nnx.Module):
           adapter: this layer's pairs, without the layer axis.
           attention: ``(query, key, value) -> (out, extra)``.
           dropout: key and rate for the adapter's inputs, or None.
-          shift: ``[B, T, D]`` added to the attention's output, or None.
+          shift: ``[B, T, D]`` added to what attention adds to the stream, or None.
           tap: called with the name and the input of every projection, while tracing.
 
         Returns:
@@ -84,21 +78,31 @@ class Block(nnx.Module):
         """
         config = self.config
         batch, length, _ = x.shape
+        norm = functools.partial(
+            rms_norm, eps=config.norm_eps, unit_offset=config.unit_offset
+        )
         linear = functools.partial(
             self._linear, adapter=adapter, dropout=dropout, tap=tap
         )
 
-        y = rms_norm(x, self.input_norm[...], config.norm_eps)
+        y = norm(x, self.input_norm[...])
         query = linear("q_proj", y).reshape(batch, length, config.heads, -1)
         key = linear("k_proj", y).reshape(batch, length, config.kv_heads, -1)
         value = linear("v_proj", y).reshape(batch, length, config.kv_heads, -1)
+        if config.qk_norm:
+            query, key = norm(query, self.q_norm[...]), norm(key, self.k_norm[...])
         out, extra = attention(rotate(query, rope), rotate(key, rope), value)
         attended = linear("o_proj", out.reshape(batch, length, -1))
+        if config.post_norms:
+            attended = norm(attended, self.attention_out_norm[...])
         x = x + (attended if shift is None else attended + shift)
 
-        y = rms_norm(x, self.mlp_norm[...], config.norm_eps)
-        gate = jax.nn.silu(linear("gate_proj", y))
-        return x + linear("down_proj", gate * linear("up_proj", y)), extra
+        y = norm(x, self.mlp_norm[...])
+        gate = ACTIVATIONS[config.activation](linear("gate_proj", y))
+        y = linear("down_proj", gate * linear("up_proj", y))
+        if config.post_norms:
+            y = norm(y, self.mlp_out_norm[...])
+        return x + y, extra
 
     def _linear(
         self,
@@ -109,10 +113,12 @@ class Block(nnx.Module):
         dropout: Dropout,
         tap: Callable[[str, jax.Array], None] | None,
     ) -> jax.Array:
-        """``x W + scale · (drop(x) A) B`` for one projection."""
+        """``x W + b + scale · (drop(x) A) B`` for one projection."""
         if tap is not None:
             tap(name, x)
-        y = x @ getattr(self, name)[...]
+        biased = self.config.qkv_bias and name in BIASED
+        bias = getattr(self, bias_of(name))[...] if biased else None
+        y = project(x, getattr(self, name)[...], bias)
         if name not in adapter:
             return y
         pair = adapter[name]
@@ -145,27 +151,6 @@ def scan_layers(
     return jax.lax.scan(body, carry, xs, unroll=min(unroll, config.layers))
 
 
-def output_logits(config: ModelConfig, base: PyTree, hidden: jax.Array) -> jax.Array:
-    """Logits of hidden states after the final norm.
-
-    Args:
-      config: of the model.
-      base: its weights.
-      hidden: ``[B, T, D]``.
-
-    Returns:
-      float32 ``[B, T, V]``.
-    """
-    head = base["embed"] if config.tied else base["head"]
-    spec = "btd,vd->btv" if config.tied else "btd,dv->btv"
-    return jnp.einsum(spec, hidden, head, preferred_element_type=jnp.float32)
-
-
-def embed_tokens(base: PyTree, tokens: jax.Array) -> jax.Array:
-    """Rows of the embedding, ``[B, T, D]``."""
-    return jnp.take(base["embed"], tokens, axis=0, mode="clip")
-
-
 def forward(
     config: ModelConfig,
     hardware: Hardware,
@@ -194,8 +179,10 @@ def forward(
       dropout_key: a PRNG key; None switches dropout off.
       dropout_rate: probability of zeroing an input of the adapter; a Python float.
       return_hidden: also return the hidden states after the final norm.
-      embeddings: ``[B, T, D]`` in the place of the tokens' own, or None.
-      attention_shift: ``[L, B, T, D]`` added to each layer's attention output.
+      embeddings: ``[B, T, D]`` in the place of the tokens' rows of the embedding
+        (before a family's scale), or None.
+      attention_shift: ``[L, B, T, D]`` added to each layer's attention output (after
+        its norm, where it has one).
       capture: also return what flows inside: ``"residual"`` ``[L + 1, B, T, D]``, the
         stream before each layer and after the last, and ``"inputs"``, the input
         ``[L, B, T, ...]`` of every projection by name.
@@ -208,17 +195,22 @@ def forward(
       UserError: if the adapter adapts something the model does not have.
     """
     adapter = check_adapter(config, adapter)
-    rope = rope_table(
-        jnp.arange(tokens.shape[1])[None], config.head_dim, config.rope_theta
-    )
+    positions = jnp.arange(tokens.shape[1])[None]
+    rope = rope_of(config, positions)
     dropping = dropout_key is not None and dropout_rate > 0.0
     keys = jax.random.split(dropout_key, config.layers) if dropping else None
 
-    def attention(query, key, value):
-        return attend(query, key, value, implementation=hardware.attention), None
+    # A kernel knows causal windows by itself; only a choice between two needs a mask.
+    pick = functools.partial(sees, positions, positions)
+    pick = layer_mask(config, pick) if config.alternates else lambda slides: None
 
     def body(x, layer):
-        weights, pairs, key, shift = layer
+        weights, pairs, key, shift, slides = layer
+
+        def attention(query, keys, values):
+            mask, kernel = pick(slides), hardware.attention
+            return attend_as(config, query, keys, values, mask, kernel), None
+
         dropout = (key, dropout_rate) if dropping else None
         block = build_block(config, weights)
         inputs: dict[str, jax.Array] = {}
@@ -228,10 +220,10 @@ def forward(
 
     if hardware.remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    x = embed_tokens(base, tokens) if embeddings is None else embeddings
-    layers = (base["layers"], adapter, keys, attention_shift)
+    x = embed_tokens(config, base, tokens, embeddings)
+    layers = (base["layers"], adapter, keys, attention_shift, sliding_layers(config))
     x, seen = scan_layers(config, hardware, body, x, layers)
-    hidden = rms_norm(x, base["final_norm"], config.norm_eps)
+    hidden = final_norm(config, base, x)
     out: tuple[Any, ...] = (output_logits(config, base, hidden),)
     if return_hidden:
         out += (hidden,)
@@ -295,7 +287,7 @@ def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Apply
 def init_params(
     key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
-    """Random base weights: normal with the config's deviation, norms one.
+    """Random base weights: normal with the config's deviation, norms at one, no bias.
 
     Args:
       key: a PRNG key.
@@ -316,7 +308,9 @@ def init_params(
     leaves = []
     for i, (path, shape) in enumerate(shapes):
         if path[-1].key.endswith("norm"):
-            leaves.append(jnp.ones(shape, dtype))
+            leaves.append(jnp.full(shape, 0.0 if config.unit_offset else 1.0, dtype))
+        elif path[-1].key.endswith("bias"):
+            leaves.append(jnp.zeros(shape, dtype))
         else:
             noise = jax.random.normal(jax.random.fold_in(key, i), shape, dtype)
             leaves.append(noise * config.init_scale)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,13 +19,25 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from sbr_jax.models.config import TARGETS, ModelConfig
+from sbr_jax.models.config import BIASED, TARGETS, ModelConfig
+from sbr_jax.models.hf_config import read_json
+from sbr_jax.models.parameters import base_shapes, bias_of, is_shape
 from sbr_jax.models.sharding import named_shardings, partition_specs
-from sbr_jax.models.transformer import base_shapes, is_shape
 from sbr_jax.typing import PyTree, UserError
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_NORMS = {
+    "input_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+# With norms on both sides the same name means the one after attention.
+_POST_NORMS = {
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
 _HEAD = "lm_head.weight"
 _EMBED = "model.embed_tokens.weight"
 _DERIVED = "rotary_emb.inv_freq"
@@ -50,14 +61,13 @@ def sources(config: ModelConfig) -> dict[str, Any]:
     >>> sources(config)["layers"]["up_proj"].names[1]
     'model.layers.1.mlp.up_proj.weight'
     """
+    inner = {n: f"{'self_attn' if n in _ATTENTION else 'mlp'}.{n}" for n in TARGETS}
+    inner |= _NORMS | (_POST_NORMS if config.post_norms else {})
+    inner = {name: f"{place}.weight" for name, place in inner.items()}
+    inner |= {bias_of(name): f"self_attn.{name}.bias" for name in BIASED}
 
     def layer(name: str) -> Source:
-        if name in TARGETS:
-            part = "self_attn." if name in _ATTENTION else "mlp."
-            inner = part + name
-        else:
-            inner = _NORMS[name]
-        names = (f"model.layers.{i}.{inner}.weight" for i in range(config.layers))
+        names = (f"model.layers.{i}.{inner[name]}" for i in range(config.layers))
         return Source(tuple(names), True, name in TARGETS)
 
     tree: dict[str, Any] = {
@@ -78,7 +88,9 @@ class Checkpoint:
             folder / "model.safetensors",
         )
         if index.is_file():
-            listing = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listing = read_json(index).get("weight_map")
+            if not isinstance(listing, dict):
+                raise UserError(f"expected weight_map in {index}, found none")
             files = {folder / name for name in listing.values()}
         elif single.is_file():
             listing, files = None, {single}
@@ -88,17 +100,22 @@ class Checkpoint:
                 "convert other formats to safetensors first"
             )
         self._files: dict[str, Any] = {}
+        places: dict[str, str] = {}
         for path in sorted(files):
             if not path.is_file():
                 raise UserError(f"{index.name} names {path.name}, which is missing")
             try:
                 file = stack.enter_context(safe_open(path, "numpy"))
             except SafetensorError as error:
-                raise UserError(f"{path} is no safetensors file: {error}") from error
+                raise UserError(
+                    f"{path} is no safetensors file, or it is cut short ({error}); "
+                    "fetch it again"
+                ) from error
             for name in file.keys():  # noqa: SIM118
                 self._files[name] = file
-        if listing is not None and set(listing) != set(self._files):
-            odd = sorted(set(listing) ^ set(self._files))
+                places[name] = path.name
+        if listing is not None and listing != places:
+            odd = sorted(dict(listing.items() ^ places.items()))
             raise UserError(f"{index} and its shards disagree about {_some(odd)}")
 
     def names(self) -> set[str]:

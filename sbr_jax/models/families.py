@@ -1,0 +1,145 @@
+"""The model families: what each fixes, what it reads, and what it can honour.
+
+Adding a family is adding an entry to ``FAMILIES``; where it computes something new,
+that is a field of ``ModelConfig`` first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Raw = Mapping[str, Any]
+"""The content of a ``config.json``."""
+
+GELU = "gelu_pytorch_tanh"
+
+COMMON: dict[str, tuple] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (None, False, True),
+    "quantization_config": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "is_encoder_decoder": (False, None),
+    "position_embedding_type": (None, "rope"),
+    "use_mrope": (None, False),
+    "use_bidirectional_attention": (None, False),
+}
+"""Settings that change the mathematics, with the values that every family has."""
+_SILU = {"hidden_act": ("silu", "swish")}
+# Gemma's first files say "gelu" and mean its tanh form, as transformers reads them.
+_TANH = {
+    "hidden_act": ("gelu", GELU, None),
+    "hidden_activation": (GELU, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one ``model_type`` maps to ``ModelConfig``."""
+
+    architecture: str
+    allowed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    """Settings with the values we implement, besides the common ones."""
+    free: tuple[str, ...] = ()
+    """Common settings that this family reads, so that they are not refused."""
+    defaults: Raw = dataclasses.field(default_factory=dict)
+    """What transformers assumes where the file is silent."""
+    traits: Raw = dataclasses.field(default_factory=dict)
+    """Fields of ``ModelConfig`` that are the same in the whole family."""
+    numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Further fields and the settings they come from."""
+    slides: Callable[[int, Raw], bool] = lambda i, raw: False
+    """Which layers slide where the file gives a window and no ``layer_types``."""
+    layer_types: bool = False
+    """Whether ``layer_types`` decides; elsewhere it must agree with ``slides``."""
+
+
+def _last_layers(i: int, raw: Raw) -> bool:
+    return bool(raw.get("use_sliding_window")) and i >= raw["max_window_layers"]
+
+
+_QWEN: dict[str, Any] = {
+    "allowed": _SILU,
+    "free": ("sliding_window",),
+    "slides": _last_layers,
+    "layer_types": True,
+}
+_QWEN_DEFAULTS = {
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_position_embeddings": 32768,
+}
+_GEMMA_TRAITS = {
+    "activation": "gelu_tanh",
+    "unit_offset": True,
+    "scaled_embedding": True,
+}
+_GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", allowed=_SILU),
+    "mistral": Family(
+        "MistralForCausalLM",
+        allowed={**_SILU, "use_sliding_window": (None, True)},
+        free=("sliding_window",),
+        defaults={
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "max_position_embeddings": 131072,
+        },
+        slides=lambda i, raw: True,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        defaults=_QWEN_DEFAULTS,
+        traits={"qkv_bias": True},
+        **_QWEN,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+        traits={"qk_norm": True},
+        **_QWEN,
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        allowed=_TANH,
+        defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 16},
+        traits=_GEMMA_TRAITS,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        allowed={**_TANH, "use_sliding_window": (None, True)},
+        free=("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        traits={**_GEMMA_TRAITS, "post_norms": True},
+        numbers={
+            "query_scalar": "query_pre_attn_scalar",
+            "attention_cap": "attn_logit_softcapping",
+            "logit_cap": "final_logit_softcapping",
+        },
+        slides=lambda i, raw: i % 2 == 0,
+        layer_types=True,
+    ),
+}
+"""``model_type`` -> how it is read and written."""

@@ -1,0 +1,319 @@
+"""A Hugging Face ``config.json`` read into settings, and written back.
+
+A setting that changes the mathematics and that we do not implement is refused by name;
+silence would be a wrong model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from sbr_jax.models.config import ModelConfig, RopeScaling
+from sbr_jax.models.families import COMMON, FAMILIES, GELU, Family, Raw
+from sbr_jax.typing import UserError
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def _refuse(settings: Raw, allowed: Mapping[str, tuple], where: str) -> None:
+    """Raises for every setting that is present with a value we do not implement."""
+    wrong = [
+        f"{name}={settings[name]!r} (supported: {', '.join(repr(v) for v in values)})"
+        for name, values in allowed.items()
+        if name in settings and settings[name] not in values
+    ]
+    if wrong:
+        raise UserError(
+            f"unsupported settings in {where}: {'; '.join(wrong)}; running without "
+            "them would compute another model"
+        )
+
+
+def _scaling(
+    name: str, rope: Raw, raw: Raw, where: str
+) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling of one RoPE dictionary, in either spelling."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise UserError(
+            f"unsupported {name} of type {kind!r} in {where}: expected one of "
+            f"{', '.join(_ROPE_KEYS)}; use a checkpoint with one of these"
+        )
+    _refuse(rope, {"partial_rotary_factor": (None, 1, 1.0)}, f"{name} of {where}")
+    original = "original_max_position_embeddings"
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    known |= {*_ROPE_KEYS[kind], *([original] if kind == "llama3" else [])}
+    if left := sorted(set(rope) - known):
+        raise UserError(f"unsupported keys {left} in {name} of {where}")
+    if missing := sorted(set(_ROPE_KEYS[kind]) - set(rope)):
+        raise UserError(f"expected {missing} in {name} of {where} for type {kind!r}")
+    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    if kind == "default":
+        return theta, None
+    factor = float(rope["factor"])
+    if kind == "linear":
+        return theta, RopeScaling(kind, factor)
+    # In this order in transformers too: the top level wins, the context is the default.
+    context = raw.get(original, rope.get(original, raw.get("max_position_embeddings")))
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    return theta, RopeScaling(kind, factor, low, high, int(context or 2048))
+
+
+def _rope(raw: Raw, where: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling from ``rope_scaling``, ``rope_parameters`` or neither."""
+    names = [name for name in ("rope_scaling", "rope_parameters") if raw.get(name)]
+    found = [_scaling(name, raw[name], raw, where) for name in names]
+    if len(set(found)) > 1:
+        raise UserError(
+            f"rope_scaling and rope_parameters disagree in {where}: {found[0]} and "
+            f"{found[1]}; delete the wrong one"
+        )
+    return found[0] if found else (float(raw.get("rope_theta", 10000.0)), None)
+
+
+def _windows(
+    family: Family, raw: Raw, where: str
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and which layers slide."""
+    depth, window = raw["num_hidden_layers"], raw.get("sliding_window")
+    if "use_sliding_window" in raw and not raw["use_sliding_window"]:
+        window = None
+    usual = tuple(window is not None and family.slides(i, raw) for i in range(depth))
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        return window, usual
+    sliding = tuple(kind == _SLIDING for kind in kinds)
+    decided = family.layer_types and (window is not None or not any(sliding))
+    if (
+        set(kinds) - {_FULL, _SLIDING}
+        or len(kinds) != depth
+        or not (decided or sliding == usual)
+    ):
+        raise UserError(
+            f"unsupported layer_types in {where}: got {list(kinds)} for {depth} layers "
+            f"and a window of {window}; expected {_FULL!r} or {_SLIDING!r} for each "
+            "layer, as the family and its window allow"
+        )
+    return window, sliding
+
+
+def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
+    """Reads the settings of a Hugging Face configuration.
+
+    Args:
+      raw: the content of ``config.json``.
+      where: what to call it in messages.
+
+    Returns:
+      The settings.
+
+    Raises:
+      UserError: for an unknown ``model_type`` or a setting that is not supported.
+
+    >>> config = from_dict({"model_type": "llama", "vocab_size": 32, "hidden_size": 8,
+    ...     "intermediate_size": 16, "num_hidden_layers": 1,
+    ...     "num_attention_heads": 2, "tie_word_embeddings": True})
+    >>> config.tied, config.head_dim
+    (True, 4)
+    """
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"unknown model_type {kind!r} in {where}: known are "
+            f"{', '.join(sorted(FAMILIES))}{hint}"
+        )
+    family = FAMILIES[kind]
+    raw = {**family.defaults, **raw}
+    rules = {k: v for k, v in COMMON.items() if k not in family.free}
+    _refuse(raw, {**rules, **family.allowed}, where)
+    needed = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    missing = [name for name in needed if name not in raw]
+    if missing:
+        raise UserError(f"expected {missing} in {where}, got a file without them")
+    theta, scaling = _rope(raw, where)
+    window, sliding = _windows(family, raw, where)
+    return ModelConfig(
+        vocab_size=raw["vocab_size"],
+        width=raw["hidden_size"],
+        mlp_width=raw["intermediate_size"],
+        layers=raw["num_hidden_layers"],
+        heads=raw["num_attention_heads"],
+        kv_heads=raw.get("num_key_value_heads") or 0,
+        head_dim=raw.get("head_dim") or 0,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        context=raw.get("max_position_embeddings", 2048),
+        init_scale=float(raw.get("initializer_range", 0.02)),
+        bos=raw.get("bos_token_id"),
+        eos=_stops(raw),
+        pad=raw.get("pad_token_id"),
+        model_type=kind,
+        window=window,
+        sliding=sliding,
+        **family.traits,
+        **{field: raw[name] for field, name in family.numbers.items()},
+    )
+
+
+def _stops(raw: Raw) -> tuple[int, ...]:
+    eos = raw.get("eos_token_id")
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def _rope_dict(config: ModelConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if scaling := config.rope_scaling:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low,
+                "high_freq_factor": scaling.high,
+                "original_max_position_embeddings": scaling.original,
+            }
+    return rope
+
+
+def _attention_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Windows and soft caps, only where the family has such settings."""
+    found = {name: getattr(config, field) for field, name in family.numbers.items()}
+    if "sliding_window" in family.free:
+        found["sliding_window"] = config.window
+    if family.layer_types:
+        sliding = config.sliding or (False,) * config.layers
+        found["layer_types"] = [_SLIDING if slides else _FULL for slides in sliding]
+    if "use_sliding_window" in family.defaults:
+        first = config.sliding.index(True) if config.sliding else config.layers
+        found |= {
+            "use_sliding_window": config.window is not None,
+            "max_window_layers": first,
+        }
+    return found
+
+
+def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The Hugging Face configuration of the settings, readable by ``from_dict``.
+
+    **Guarantee**: ``from_dict(to_dict(config)) == config``.
+
+    Args:
+      config: the settings.
+      dtype: name of the weights' type.
+
+    Returns:
+      The content of ``config.json``.
+
+    Raises:
+      UserError: if no configuration of the family means these settings.
+
+    >>> config = ModelConfig(vocab_size=32, width=8, mlp_width=16, layers=1, heads=2)
+    >>> from_dict(to_dict(config)) == config
+    True
+    """
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"expected a model_type of {', '.join(FAMILIES)}, got {config.model_type!r}"
+        )
+    family, eos = FAMILIES[config.model_type], list(config.eos)
+    activation = GELU if config.activation == "gelu_tanh" else "silu"
+    raw = {
+        "architectures": [family.architecture],
+        "attention_bias": False,
+        "bos_token_id": config.bos,
+        "dtype": dtype,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "head_dim": config.head_dim,
+        "hidden_act": activation,
+        "hidden_size": config.width,
+        "initializer_range": config.init_scale,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.context,
+        "mlp_bias": False,
+        "model_type": config.model_type,
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "num_key_value_heads": config.kv_heads,
+        "pad_token_id": config.pad,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": _rope_dict(config),
+        "tie_word_embeddings": config.tied,
+        "vocab_size": config.vocab_size,
+        **_attention_dict(config, family),
+    }
+    if "hidden_activation" in family.allowed:
+        raw["hidden_activation"] = activation
+    again = from_dict(raw)
+    if again != config:
+        odd = [
+            field.name
+            for field in dataclasses.fields(config)
+            if getattr(again, field.name) != getattr(config, field.name)
+        ]
+        raise UserError(
+            f"a {config.model_type} configuration cannot express "
+            f"{', '.join(f'{n}={getattr(config, n)!r}' for n in odd)}; set model_type "
+            "to the family that has it"
+        )
+    return raw
+
+
+def read(folder: str | pathlib.Path) -> ModelConfig:
+    """Reads ``config.json`` of a folder, with the stop tokens of its generation file.
+
+    Chat models often name their end-of-turn token only in
+    ``generation_config.json``, so both files' stop tokens are used.
+
+    Args:
+      folder: a checkpoint folder.
+
+    Returns:
+      The settings.
+
+    Raises:
+      UserError: if the file is missing, not JSON, or not supported.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"expected config.json in {folder}, found none")
+    config = from_dict(read_json(path), str(path))
+    extra = folder / "generation_config.json"
+    if extra.is_file():
+        more = tuple(i for i in _stops(read_json(extra)) if i not in config.eos)
+        config = dataclasses.replace(config, eos=config.eos + more)
+    return config
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: if it holds none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"expected JSON in {path}, got: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"expected a JSON object in {path}, got {found!r:.40}")
+    return found

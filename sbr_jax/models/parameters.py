@@ -1,0 +1,45 @@
+"""The tree of the base weights: what is in it, and of which shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sbr_jax.models.config import BIASED, TARGETS, ModelConfig
+
+
+def base_shapes(config: ModelConfig) -> dict[str, Any]:
+    """The shape of every base weight, in the tree of the base weights.
+
+    >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
+    >>> base_shapes(config)["layers"]["up_proj"]
+    (2, 4, 8)
+    """
+    depth, width = config.layers, config.width
+    layers = {name: (depth, *config.projection(name)) for name in TARGETS}
+    layers |= {"input_norm": (depth, width), "mlp_norm": (depth, width)}
+    if config.post_norms:
+        layers |= {"attention_out_norm": (depth, width), "mlp_out_norm": (depth, width)}
+    if config.qk_norm:
+        layers |= dict.fromkeys(("q_norm", "k_norm"), (depth, config.head_dim))
+    if config.qkv_bias:
+        layers |= {bias_of(n): (depth, config.projection(n)[1]) for n in BIASED}
+    shapes = {
+        "embed": (config.vocab_size, width),
+        "layers": layers,
+        "final_norm": (width,),
+    }
+    return shapes if config.tied else {**shapes, "head": (width, config.vocab_size)}
+
+
+def bias_of(name: str) -> str:
+    """The name of a projection's bias in the tree.
+
+    >>> bias_of("q_proj")
+    'q_proj_bias'
+    """
+    return f"{name}_bias"
+
+
+def is_shape(node: Any) -> bool:
+    """Whether a node of the tree of shapes is a shape."""
+    return isinstance(node, tuple)

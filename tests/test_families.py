@@ -1,0 +1,492 @@
+"""Every family against numbers that PyTorch wrote down, and what must be refused.
+
+``tests/golden`` holds, for a tiny model of each family, its ``config.json`` as
+transformers wrote it, and what PyTorch made of seeded weights; ``make parity`` compares
+with PyTorch itself.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import adapter
+from jax.sharding import AxisType, Mesh
+from parity.make_checkpoints import CASES, GOLDEN, SHOWN, seeded_weights
+from safetensors.numpy import load_file, save_file
+
+from sbr_jax import models
+from sbr_jax.models import hf_config, layers
+from sbr_jax.models.config import RopeScaling
+from sbr_jax.models.parameters import base_shapes, is_shape
+from sbr_jax.models.parts import embed_tokens
+from sbr_jax.typing import UserError
+
+NAMES = sorted(CASES)
+ROLLED = models.Hardware(unroll=1)
+"""A real loop over the layers: shorter programs, and the scan is what is tested."""
+FILE = "model.safetensors"
+
+
+@functools.cache
+def golden(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def write(folder, name, **changes):
+    """The checkpoint of a case, as transformers would have written it."""
+    found = golden(name)
+    weights = seeded_weights(
+        found["tensors"], found["seed"], found["config"]["model_type"]
+    )
+    save_file(weights, folder / FILE)
+    text = json.dumps({**found["config"], **changes})
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+@functools.cache
+def loaded(name):
+    with tempfile.TemporaryDirectory() as folder:
+        return models.load(write(pathlib.Path(folder), name), hardware=ROLLED)
+
+
+def logits_of(config, base, ids, pairs=None):
+    with jax.default_matmul_precision("highest"):
+        apply_fn = jax.jit(models.make_apply_fn(config, ROLLED))
+        return np.asarray(apply_fn(base, pairs, np.asarray([ids], np.int32))[0])
+
+
+@functools.cache
+def own_logits(name):
+    model = loaded(name)
+    return logits_of(model.config, model.params, golden(name)["prompts"][0])
+
+
+def test_every_case_has_its_golden_file():
+    assert {path.stem for path in GOLDEN.glob("*.json")} == set(NAMES)
+    families = {golden(name)["config"]["model_type"] for name in NAMES}
+    assert families == set(hf_config.FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_pytorch(name):
+    wanted = np.asarray(golden(name)["logits"])
+    # Of size 10 at most: two orders of summation in float32 stay below 2e-5.
+    assert 1.0 < np.abs(wanted).max() < 12.0
+    np.testing.assert_allclose(own_logits(name)[:, :SHOWN], wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_is_that_of_pytorch_in_one_padded_batch(name):
+    model, wanted = loaded(name), golden(name)
+    assert len({len(row) for row in wanted["prompts"]}) == 3
+    found = models.generate(
+        model, model.params, None, wanted["prompts"], max_new_tokens=24
+    )
+    assert found == wanted["greedy"]
+
+
+# Each of these reads the same tensors and must be seen in the logits.
+WRONG = [
+    ("llama3", {"rope_scaling": None}),
+    ("llama-linear", {"rope_scaling": None}),
+    ("mistral", {"window": None, "sliding": ()}),
+    ("mistral", {"window": 5}),
+    ("qwen2-window", {"sliding": (True,) * 4}),
+    ("qwen2-window", {"sliding": (True, True, False, False)}),
+    ("gemma", {"activation": "silu"}),
+    ("gemma", {"unit_offset": False}),
+    ("gemma", {"scaled_embedding": False}),
+    ("gemma2", {"attention_cap": None}),
+    ("gemma2", {"logit_cap": None}),
+    ("gemma2", {"query_scalar": None}),
+    ("gemma2", {"sliding": (False, True) * 2}),
+    ("gemma2", {"post_norms": False}),
+    ("qwen2", {"qkv_bias": False}),
+    ("qwen3", {"qk_norm": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), WRONG, ids=str)
+def test_every_trait_shows_in_the_logits(name, change):
+    model = loaded(name)
+    config = dataclasses.replace(model.config, **change)
+    keep = base_shapes(config)["layers"]
+    base = {**model.params, "layers": {k: model.params["layers"][k] for k in keep}}
+    wrong = logits_of(config, base, golden(name)["prompts"][0])
+    assert np.abs(wrong - own_logits(name)).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_round_trip_keeps_settings_and_bits(name, tmp_path):
+    model = loaded(name)
+    models.save(tmp_path, model)
+    again = models.load(tmp_path, hardware=ROLLED)
+    assert again.config == model.config
+    assert again.apply_fn is model.apply_fn
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    found = golden(name)
+    assert {k: list(v.shape) for k, v in load_file(tmp_path / FILE).items()} == found[
+        "tensors"
+    ]
+    # What we write means to transformers what it wrote itself.
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for key in ("model_type", "head_dim", "sliding_window", "layer_types"):
+        assert raw.get(key) == found["config"].get(key, raw.get(key)), key
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_a_cached_beginning_gives_the_same_logits(name):
+    model, ids = loaded(name), golden(name)["prompts"][0]
+    extend = jax.jit(models.make_extend_fn(model.config, ROLLED))
+    rows = np.asarray([ids, [*ids[:9], *ids[:11]]], np.int32)
+    with jax.default_matmul_precision("highest"):
+        apply_fn = jax.jit(model.apply_fn)
+        whole = apply_fn(model.params, None, rows)
+        # The second beginning fills only 9 of its 12 slots.
+        _, past = extend(model.params, None, rows[:, :12])
+        ends = np.stack([rows[0, 12:], rows[1, 9:17]])
+        found, _ = extend(model.params, None, ends, past, np.array([12, 9], np.int32))
+    np.testing.assert_allclose(found[0], whole[0, 12:], atol=2e-5)
+    np.testing.assert_allclose(found[1], whole[1, 9:17], atol=2e-5)
+
+
+SMALL = models.ModelConfig(
+    vocab_size=24, width=16, mlp_width=20, layers=1, heads=2, init_scale=0.3
+)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_window_of_three_sees_three_tokens(cap):
+    config = dataclasses.replace(SMALL, window=3, attention_cap=cap)
+    base = models.init_params(jax.random.key(0), config)
+    ids = np.arange(3, 11)
+    before = logits_of(config, base, ids)
+    for place, felt in ((4, False), (5, True), (6, True)):
+        other = ids.copy()
+        other[place] = 20
+        change = np.abs(logits_of(config, base, other)[7] - before[7]).max()
+        assert (change > 1e-3) == felt, place
+
+
+def test_attention_equals_a_loop():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 7, n, 4)).astype(np.float32) for n in (4, 2, 2))
+    scale, cap, window = 0.9, 1.5, 3
+    wanted = np.zeros((2, 7, 4, 4))
+    for b, t, h in np.ndindex(2, 7, 4):
+        near = slice(max(0, t - window + 1), t + 1)
+        score = cap * np.tanh(scale * (k[b, near, h // 2] @ q[b, t, h]) / cap)
+        share = np.exp(score) / np.exp(score).sum()
+        wanted[b, t, h] = share @ v[b, near, h // 2]
+
+    @jax.jit
+    def run(q, k, v):
+        place = jnp.arange(7)[None]
+        mask = layers.sees(place, place, window)
+        near = functools.partial(layers.attend, q, k, v, window=window, scale=scale)
+        masked = layers.attend(q, k, v, mask, scale=scale, cap=cap)
+        return near(cap=cap), masked, near(), near(cap=1e4)
+
+    with jax.default_matmul_precision("highest"):
+        found, masked, plain, loose = run(q, k, v)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    np.testing.assert_allclose(masked, found, atol=1e-6)
+    # A cap far above every score is none: the kernel and the products agree.
+    np.testing.assert_allclose(plain, loose, atol=2e-6)
+    assert np.abs(plain - found).max() > 1e-2
+
+
+def test_llama3_frequencies_follow_their_definition():
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    found = layers.rope_frequencies(16, 500.0, scaling)
+    kinds = set()
+    for i, value in enumerate(found):
+        f = 500.0 ** (-2 * i / 16)
+        turns = 32 * f / (2 * math.pi)
+        if turns > 4:
+            kinds.add("kept")
+            wanted = f
+        elif turns < 1:
+            kinds.add("divided")
+            wanted = f / 8
+        else:
+            kinds.add("blended")
+            share = (turns - 1) / 3
+            wanted = share * f + (1 - share) * f / 8
+        assert float(value) == pytest.approx(wanted, rel=2e-6)
+    assert len(kinds) == 3
+
+
+def test_adapters_merge_and_train_in_every_projection():
+    model, ids = loaded("gemma2"), golden("gemma2")["prompts"][0]
+    pairs = adapter(model.config)
+    found = logits_of(model.config, model.params, ids, pairs)
+    merged = models.merge_adapter(model.params, pairs)
+    np.testing.assert_allclose(
+        logits_of(model.config, merged, ids), found, rtol=0, atol=1e-4
+    )
+
+    remat = models.make_apply_fn(model.config, models.Hardware(remat=True, unroll=1))
+    rows = np.asarray([ids, ids[::-1]], np.int32)
+
+    def loss_fn(pairs, row, base):
+        return jnp.mean(jnp.square(remat(base, pairs, row[None])))
+
+    with jax.default_matmul_precision("highest"):
+        each = jax.vmap(jax.grad(loss_fn), (None, 0, None))
+        grads = jax.jit(each)(pairs, rows, model.params)
+    # Central differences of step h along a direction d: g · d up to h² and 1e-7 / h.
+    step, rng = 3e-3, np.random.default_rng(0)
+    aside = [
+        rng.normal(size=x.shape).astype(np.float32) for x in jax.tree.leaves(pairs)
+    ]
+    for row, ids in enumerate(rows.tolist()):
+        ends = []
+        for h in (step, -step):
+            leaves = [
+                x + h * d for x, d in zip(jax.tree.leaves(pairs), aside, strict=True)
+            ]
+            moved = jax.tree.unflatten(jax.tree.structure(pairs), leaves)
+            logits = logits_of(model.config, model.params, ids, moved)
+            ends.append(np.mean(np.square(logits.astype(np.float64))))
+        slope = sum(
+            float(np.vdot(g[row], d))
+            for g, d in zip(jax.tree.leaves(grads), aside, strict=True)
+        )
+        assert abs(slope) > 0.1
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=2e-2)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+
+
+def test_embeddings_given_as_rows_are_scaled_like_the_tokens_own():
+    model, ids = loaded("gemma2"), np.asarray([golden("gemma2")["prompts"][0]])
+    rows = model.params["embed"][ids]
+    apply_fn = jax.jit(model.apply_fn)
+    np.testing.assert_array_equal(
+        apply_fn(model.params, None, ids, embeddings=rows),
+        apply_fn(model.params, None, ids),
+    )
+
+
+def test_the_scale_of_gemma_is_rounded_before_it_multiplies():
+    config = dataclasses.replace(SMALL, width=24, scaled_embedding=True, head_dim=8)
+    embed = np.linspace(0.1, 3, 96).reshape(4, 24).astype(jnp.bfloat16)
+    found = embed_tokens(config, {"embed": jnp.asarray(embed)}, jnp.array([[3]]))
+    root = jnp.bfloat16(math.sqrt(24))
+    assert float(root) != pytest.approx(math.sqrt(24), rel=1e-4)
+    np.testing.assert_array_equal(found[0, 0], embed[3] * root)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_half_precision_stays_near(name, tmp_path):
+    half = models.load(write(tmp_path, name), dtype=jnp.bfloat16)
+    found = logits_of(half.config, half.params, golden(name)["prompts"][0])
+    error = np.sqrt(np.mean(np.square(found - own_logits(name))))
+    # Eight bits of a mantissa through four layers: a few per cent of the spread.
+    assert error < 0.08 * np.std(own_logits(name))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2"])
+def test_a_mesh_reads_every_tensor(name, tmp_path):
+    devices = np.array(jax.devices()).reshape(4, 2)
+    mesh = Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    spread = models.load(write(tmp_path, name), mesh=mesh).params
+    jax.tree.map(np.testing.assert_array_equal, spread, loaded(name).params)
+    if name == "qwen2":
+        bias = spread["layers"]["k_proj_bias"]
+        assert bias.addressable_shards[0].data.shape == (4, 8)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2"])
+def test_new_weights_have_the_shapes_and_neutral_norms(name):
+    config = loaded(name).config
+    base = models.init_params(jax.random.key(0), config)
+    wanted = jax.tree.leaves(base_shapes(config), is_leaf=is_shape)
+    assert [x.shape for x in jax.tree.leaves(base)] == wanted
+    neutral = 0.0 if config.unit_offset else 1.0
+    for key, value in base["layers"].items():
+        if key.endswith(("norm", "bias")):
+            expected = neutral if key.endswith("norm") else 0.0
+            assert np.all(np.asarray(value) == expected), key
+
+
+RAW = {name: golden(name)["config"] for name in NAMES}
+
+
+def test_both_spellings_of_llama3_scaling_are_read():
+    rope = dict(RAW["llama3"]["rope_parameters"])
+    theta = rope.pop("rope_theta")
+    old = {k: v for k, v in RAW["llama3"].items() if k != "rope_parameters"}
+    wanted = hf_config.from_dict(RAW["llama3"])
+    assert wanted.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    for key in ("rope_type", "type"):
+        given = {k: v for k, v in rope.items() if k != "rope_type"} | {key: "llama3"}
+        raw = {**old, "rope_theta": theta, "rope_scaling": given}
+        assert hf_config.from_dict(raw) == wanted
+    with pytest.raises(UserError, match="disagree"):
+        hf_config.from_dict({**RAW["llama3"], "rope_scaling": {"type": "default"}})
+
+
+def silent(kind, **settings):
+    """A config.json of the first generation, which names only what is unusual."""
+    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    raw = {k: RAW["llama2"][k] for k in (*keep, "num_attention_heads")}
+    return hf_config.from_dict({**raw, "model_type": kind, **settings})
+
+
+def test_where_a_file_is_silent_the_family_decides():
+    assert silent("mistral", num_key_value_heads=2).window == 4096
+    gemma2 = silent("gemma2")
+    assert gemma2.tied
+    assert gemma2.sliding == (True, False, True, False)
+    caps = gemma2.attention_cap, gemma2.logit_cap, gemma2.query_scalar
+    assert caps == (50.0, 30.0, 256)
+    heads = {"num_key_value_heads": 4}
+    # The first files of Gemma say "gelu" and mean its tanh form.
+    gemma = silent("gemma", hidden_act="gelu", hidden_activation=None, **heads)
+    assert (gemma.activation, gemma.head_dim, gemma.tied) == ("gelu_tanh", 256, True)
+    assert silent("qwen2", **heads).window is None
+    assert not silent("qwen2", **heads).tied
+    assert silent("qwen3", **heads).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"sliding_window": 0}, "window above 0"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ("qwen2", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "chunked"),
+        ("qwen2", {"use_mrope": True}, "use_mrope"),
+        ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"num_experts": 8}, "num_experts"),
+        ("gemma", {"hidden_act": "relu"}, "hidden_act"),
+        ("gemma", {"hidden_activation": "gelu"}, "hidden_activation"),
+        ("gemma", {"sliding_window": 6}, "sliding_window"),
+        ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
+        ("gemma2", {"sliding_window": None}, "layer_types"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_cap above 0"),
+        ("llama3", {"rope_parameters": {"rope_type": "llama3"}}, "high_freq_factor"),
+        ("llama3", {"model_type": "gemma3_text"}, "known are"),
+        (
+            "gemma2",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "full_attention",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_unsupported_settings_are_refused_by_name(name, change, said):
+    with pytest.raises(UserError, match=said):
+        hf_config.from_dict({**RAW[name], **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("qwen2", "llama", r"extra model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ("llama2", "qwen2", r"missing model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ("qwen3", "mistral", r"use_sliding_window"),
+        ("qwen3", "qwen2", r"missing .*bias.*extra .*k_norm"),
+        ("gemma2", "gemma", r"sliding_window|softcapping"),
+        ("gemma", "llama", r"hidden_act"),
+        ("gemma", "gemma2", r"missing .*pre_feedforward_layernorm"),
+        ("mistral", "llama", r"sliding_window"),
+    ],
+)
+def test_a_checkpoint_read_as_another_family_is_refused(tmp_path, name, kind, said):
+    folder = write(tmp_path, name, model_type=kind)
+    with pytest.raises(UserError, match=said):
+        models.load(folder)
+
+
+def test_settings_that_a_family_cannot_say_are_not_saved(tmp_path):
+    config = dataclasses.replace(SMALL, qkv_bias=True, logit_cap=3.0)
+    model = models.make_model(config, models.init_params(jax.random.key(0), config))
+    with pytest.raises(UserError, match=r"qkv_bias=True, logit_cap=3\.0"):
+        models.save(tmp_path, model)
+    with pytest.raises(UserError, match="expected a model_type"):
+        hf_config.to_dict(dataclasses.replace(SMALL, model_type="own"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"window": 4, "sliding": (True, True)}, "one entry for each of 1"),
+        ({"sliding": (True,)}, "expected a window"),
+        ({"activation": "relu"}, "silu"),
+        ({"query_scalar": 0}, "query_scalar above 0"),
+    ],
+    ids=str,
+)
+def test_mistaken_settings_are_named(change, said):
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(SMALL, **change)
+    with pytest.raises(UserError, match="'linear' or 'llama3'"):
+        RopeScaling("yarn", 2.0)
+    with pytest.raises(UserError, match="low < high"):
+        RopeScaling("llama3", 2.0, 4.0, 1.0)
+
+
+def test_equal_patterns_are_equal_settings():
+    none = dataclasses.replace(SMALL, window=4, sliding=(False,))
+    assert none == SMALL
+    every = dataclasses.replace(SMALL, window=4)
+    assert every == dataclasses.replace(SMALL, window=4, sliding=[True])
+    assert hash(every) != hash(SMALL)
+    assert not every.alternates
+
+
+def test_a_file_that_is_cut_short_is_one_clear_error(tmp_path):
+    path = write(tmp_path, "qwen2") / FILE
+    whole = path.read_bytes()
+    for size in (len(whole) - 1, len(whole) // 2, 40, 4, 0):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cut short") as caught:
+            models.load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def shard(folder):
+    """Spread the tensors over two files, the way transformers does."""
+    tensors = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    names = sorted(tensors)
+    listing = {}
+    for i, part in enumerate((names[:9], names[9:])):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        listing |= dict.fromkeys(part, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": listing}))
+    return index, listing
+
+
+def test_shards_are_read_and_what_is_wrong_with_them_is_named(tmp_path):
+    index, listing = shard(write(tmp_path, "gemma2"))
+    params = models.load(tmp_path).params
+    jax.tree.map(np.testing.assert_array_equal, params, loaded("gemma2").params)
+    first, second = sorted(set(listing.values()))
+    swapped = {**listing, "model.norm.weight": first}
+    index.write_text(json.dumps({"weight_map": swapped}))
+    with pytest.raises(UserError, match=r"disagree about model\.norm"):
+        models.load(tmp_path)
+    for text, said in (("{}", "weight_map"), ("[]", "JSON object"), ("{", "JSON")):
+        index.write_text(text)
+        with pytest.raises(UserError, match=said):
+            models.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": listing}))
+    (tmp_path / second).unlink()
+    with pytest.raises(UserError, match=f"{second}, which is missing"):
+        models.load(tmp_path)
