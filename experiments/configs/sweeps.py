@@ -24,6 +24,9 @@ from typing import Any
 
 from experiments.configs import tuning
 
+# Their first three, five and ten are the sequences of T = 3, 5 and 10 domains.
+from experiments.configs.testbed_hard import DOMAINS
+
 PAPERS = (
     "plain",
     "safeanchor",
@@ -35,19 +38,6 @@ PAPERS = (
     "adaptive-probe",
 )
 BASELINES = tuple(row for row in tuning.GRID if row not in PAPERS)
-DOMAINS = (
-    "medical",
-    "legal",
-    "code",
-    "finance",
-    "science",
-    "travel",
-    "music",
-    "sport",
-    "history",
-    "cooking",
-)
-"""The first three, five and ten are the sequences of T = 3, 5 and 10 domains."""
 ORDERS = tuple(itertools.permutations(DOMAINS[:3]))
 SAMPLED = 6
 """Orders of a longer sequence, of which the first is the default one."""
