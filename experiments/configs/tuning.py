@@ -4,7 +4,8 @@
 
 Runs on the validation split with seeds that no table uses. Chosen is the value with the
 highest mean of composite safety at the end and domain accuracy when learnt; a tie goes
-to the published value, which comes first.
+to the published value, which comes first. Where the best of three values stood at the
+edge, or none left anything learnt, further ones were added.
 """
 
 from collections.abc import Mapping
@@ -13,26 +14,38 @@ from typing import Any
 FIRST_SEED = 100
 
 GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "sbr": ("anchor_weight", (50.0, 5.0, 500.0)),
+    "sbr": ("anchor_weight", (50.0, 0.5, 5.0, 500.0)),
     "adaptive-judge": ("beta_min", (0.1, 0.5, 0.8)),
     "adaptive-probe": ("beta_min", (0.1, 0.5, 0.8)),
     "interleaving": ("fraction", (0.1, 0.3, 0.5)),
-    "ewc": ("penalty", (100.0, 1e4, 1e6)),
-    "o-lora": ("orthogonality", (0.5, 5.0, 50.0)),
+    "ewc": ("penalty", (100.0, 1e4, 1e6, 1e7)),
+    "o-lora": ("orthogonality", (0.5, 5.0, 50.0, 500.0)),
     "safegrad": ("weight", (1.0, 10.0, 100.0)),
     "safe-lora": ("threshold", (0.35, 0.6, 0.9)),
-    "asft": ("penalty", (1.0, 10.0, 100.0)),
-    "lox": ("strength", (1.0, 0.5, 2.0)),
-    "antidote": ("fraction", (0.1, 0.01, 0.3)),
+    "asft": ("penalty", (1.0, 0.01, 0.1, 10.0, 100.0)),
+    "lox": ("strength", (1.0, 0.5, 2.0, 4.0)),
+    "antidote": ("fraction", (0.1, 0.001, 0.01, 0.3)),
     "salora": ("safety_rank", (32, 8, 96)),
     "vaccine": ("radius", (2.0, 0.5, 5.0)),
     "booster": ("regulariser", (5.0, 1.0, 20.0)),
-    "lisa": ("proximal", (1.0, 10.0, 100.0)),
+    "lisa": ("proximal", (1.0, 0.01, 0.1, 10.0, 100.0)),
 }
 """Row to its hyper-parameter and values, the published one first."""
 
 
-BEST: dict[str, Any] = {}
+BEST: dict[str, Any] = {
+    "sbr": 0.5,
+    "adaptive-judge": 0.5,
+    "adaptive-probe": 0.5,
+    "ewc": 1e6,
+    "o-lora": 500.0,
+    "asft": 0.1,
+    "lox": 2.0,
+    "antidote": 0.001,
+    "salora": 8,
+    "vaccine": 5.0,
+    "lisa": 0.1,
+}
 """Row to the chosen value, where it is not the published one."""
 
 
