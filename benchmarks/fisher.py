@@ -47,6 +47,7 @@ def peer(params: dict, batches: list, frozen: jax.Array) -> list:
 
 
 def main() -> None:
+    """Measure every size and print a line for each."""
     print(f"device: {jax.devices()[0].device_kind}")
     print(f"{'size':12}{'N':>5}{'P':>9}{'Fisher ms':>12}{'grads ms':>10}", end="")
     print(f"{'time ×':>9}{'dense F':>12}{'basis':>12}")

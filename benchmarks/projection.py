@@ -38,6 +38,7 @@ def problem(layers: int, width: int, rank: int, columns: int) -> tuple[dict, Sub
 
 
 def main() -> None:
+    """Measure both recipes at every size and print a line for each."""
     print(f"device: {jax.devices()[0].device_kind}")
     print(f"{'size':12}{'recipe':22}{'step ms':>9}{'AdamW ms':>10}", end="")
     print(f"{'time ×':>9}{'memory ×':>10}{'basis / AdamW state':>21}")

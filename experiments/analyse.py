@@ -2,6 +2,7 @@
 
     python -m experiments.analyse PRESET --workdir DIR [--analysis NAME] [--results DIR]
         [--methods A B ...] [--domains ...] [--seed N ...] [--set KEY=VALUE ...]
+    python -m experiments.analyse --list
 
     harm-types    are refusal, truthfulness and bias one subspace?
     sensitivity   how many calibration examples does it take?
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments import cli, page, run
+from experiments import cli, configs, page, run
 from experiments.analyses import ANALYSES, LABELLED, Context, labelled
 from experiments.figures import Drawing
 from experiments.results import read_run
@@ -30,6 +31,9 @@ from experiments.tables import Table
 from sbr_jax.typing import UserError
 
 PROGRAM = "python -m experiments.analyse"
+OUTPUT = "analysis.json"
+MOST_EXAMPLES = 500
+"""All kinds are cut to the smallest, which has far fewer different examples."""
 ROWS = ("plain", "safeanchor-exact:projection-only", "safeanchor-exact:random")
 """With the projection, without it, and with one of the same rank about nothing."""
 
@@ -62,6 +66,8 @@ class Arguments:
         tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE ...")
     ] = ()
     """As for experiments.run."""
+    list: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """List analyses and the presets that they can be of."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -75,11 +81,25 @@ def make_context(arguments: Arguments) -> tuple[Context, list[str]]:
     Raises:
         UserError: for the first mistake.
     """
+    if not arguments.preset:
+        known = ", ".join(configs.MODULES)
+        raise UserError(
+            f"expected a preset, got none (known: {known}): {PROGRAM} testbed"
+        )
+    cli.check_names("preset", [arguments.preset], configs.MODULES)
+    if not arguments.workdir:
+        raise UserError(
+            "expected a folder for the analyses, got none: add --workdir "
+            f"runs/{arguments.preset}-analysis"
+        )
     cli.check_names("analysis", [arguments.analysis], [*ANALYSES, "all"])
-    if arguments.examples < 2:
-        raise UserError(f"--examples: expected at least 2, got {arguments.examples}")
+    if not 2 <= arguments.examples <= MOST_EXAMPLES:
+        raise UserError(
+            f"--examples: expected from 2 to {MOST_EXAMPLES}, got {arguments.examples}"
+        )
     if not arguments.seed:
         raise UserError("--seed: expected at least one seed, got none")
+    check_folder(Path(arguments.workdir))
     if arguments.results is not None:
         read_run(arguments.results)
     own = {field.name for field in dataclasses.fields(Arguments)}
@@ -88,7 +108,7 @@ def make_context(arguments: Arguments) -> tuple[Context, list[str]]:
         run.Arguments(**{name: getattr(arguments, name) for name in shared})
     )
     names = list(ANALYSES) if arguments.analysis == "all" else [arguments.analysis]
-    if not labelled(plan):
+    if not labelled(plan.preset):
         if arguments.analysis in LABELLED:
             raise UserError(
                 f"--analysis {arguments.analysis}: expected a preset of the testbed, "
@@ -97,6 +117,26 @@ def make_context(arguments: Arguments) -> tuple[Context, list[str]]:
         names = [name for name in names if name not in LABELLED]
     context = Context(plan, arguments.examples, arguments.domains, arguments.results)
     return context, names
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder for the analyses that holds something else.
+
+    Raises:
+        UserError: naming what it holds.
+    """
+    from sbr_jax.training.results import read_config, refuse_foreign
+
+    cli.check_folder(folder)
+    if (folder / "config.json").exists():
+        program = "attack" if "attack" in read_config(folder) else "run"
+        raise UserError(
+            f"--workdir: {folder} is the folder of experiments.{program}; choose "
+            f"another for the analyses: --workdir {folder}-analysis"
+        )
+    if not (folder / OUTPUT).exists():
+        # An interrupted analysis leaves the folder of its run, and nothing more.
+        refuse_foreign(folder, OUTPUT, own=tuple(ANALYSES))
 
 
 def identity(context: Context) -> dict[str, Any]:
@@ -122,21 +162,24 @@ def execute(context: Context, names: Sequence[str]) -> Path:
     from sbr_jax.training.results import plain_numbers, read_json, write_atomically
 
     folder = context.plan.workdir
-    path = folder / "analysis.json"
+    path = folder / OUTPUT
     whole = {"of": plain_numbers(identity(context))}
     if path.exists():
-        before = read_json(path)
+        before = read_json(path, "delete it to have all analyses made anew")
         if before.get("of") != whole["of"]:
             raise UserError(
                 f"{folder} belongs to analyses of another preset, model or settings; "
                 "choose another folder"
             )
         whole = before
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error}") from error
     for name in names:
         if not context.plan.quiet:
             print(f"{name} ...", file=sys.stderr, flush=True)
         whole[name] = plain_numbers(ANALYSES[name](context))
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(whole, indent=1) + "\n")
     return write_page(folder, whole, to_png)
 
@@ -267,12 +310,28 @@ DRAWERS: dict[str, Callable[[Mapping[str, Any]], list[Drawing]]] = {
 }
 
 
+def listing() -> str:
+    """Return what `--list` prints."""
+    lines = ["analyses"]
+    for name, analysis in ANALYSES.items():
+        lines.append(f"  {name:<14} {(analysis.__doc__ or '').partition('.')[0]}")
+    lines += ["", "presets"]
+    for name in configs.MODULES:
+        known = labelled(configs.load(name))
+        possible = (name for name in ANALYSES if known or name not in LABELLED)
+        lines.append(f"  {name:<14} {', '.join(possible)}")
+    return "\n".join(lines)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     cli.quiet_libraries()
 
     def program() -> None:
         arguments = cli.parse(Arguments, args, PROGRAM)
+        if arguments.list:
+            print(listing())
+            return
         output = execute(*make_context(arguments))
         if not arguments.quiet:
             print(f"analyses: {output}")

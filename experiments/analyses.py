@@ -151,7 +151,7 @@ def exhaustion(context: Context) -> dict[str, Any]:
     if not domains:
         known = tuple(context.plan.preset.known_domains())
         # Elsewhere a known domain may lack its data.
-        domains = known[:MOST_DOMAINS] if labelled(context.plan) else ()
+        domains = known[:MOST_DOMAINS] if labelled(context.plan.preset) else ()
     domains = domains or context.plan.domains
     return exhaustion_of(
         context.pipeline(context.make_study(domains), domains, "exhaustion")
@@ -259,8 +259,8 @@ LABELLED = ("harm-types", "coupling")
 """Analyses that must know an example's kind."""
 
 
-def labelled(plan: run.Plan) -> bool:
+def labelled(preset: configs.Preset) -> bool:
     """Whether the preset is over the testbed's world, where kinds are known."""
     from experiments.configs import testbed
 
-    return plan.preset.study is testbed.study
+    return preset.study is testbed.study

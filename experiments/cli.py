@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,17 +50,37 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 def one_line(text: str) -> str:
     r"""Take the complaint out of a parser's boxed message, without the help below it.
 
+    Where the terminal has no Unicode the box is drawn with hyphens, and its title is a
+    row of its own.
+
     >>> one_line("╭─ Value error ─╮\n│ No X.         │\n│ ───── │\n│ Help: … │\n╰─╯")
     'No X.'
+    >>> one_line(" Value error \n ----- \n  No X.  \n  -----  \n  Help: …  \n")
+    'No X.'
     """
-    kept: list[str] = []
+    blocks: list[list[str]] = [[]]
     for row in re.sub("\x1b\\[[0-9;]*m", "", text).splitlines():
-        words = row.strip("│ ").strip()
-        if kept and not words.strip("─╰╯"):
-            break
-        if words and not row.startswith(("╭", "╰")):
-            kept.append(words)
-    return " ".join(" ".join(kept).split())
+        words = row.strip("│ ")
+        if words.startswith("╭") or not words.strip("─-╰╯"):
+            blocks.append([])
+        else:
+            blocks[-1] += words.split()
+    said = [" ".join(block) for block in blocks if block]
+    titled = "╭" not in text and len(said) > 1
+    return said[titled] if said else ""
+
+
+@contextlib.contextmanager
+def _wide_page() -> Iterator[None]:
+    """Keeps the parser from cutting a long word of its complaint in two."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def parse(
@@ -74,8 +94,11 @@ def parse(
     import tyro  # Needed here only; what else imports this module does not pay.
 
     errors = io.StringIO()
+    given = sys.argv[1:] if args is None else args
+    for_help = not {"-h", "--help"}.isdisjoint(given)
+    page = contextlib.nullcontext() if for_help else _wide_page()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), page:
             config = (tyro.conf.FlagCreatePairsOff,)
             return tyro.cli(arguments, prog=prog, args=args, config=config)
     except SystemExit as stop:
@@ -83,6 +106,22 @@ def parse(
             raise
         complaint = one_line(errors.getvalue())
         raise UserError(f"{complaint}; see {prog} --help") from None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a place for results that is a file, or lies below one.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(
+                    f"--workdir {folder}: expected a folder, found the file {place}; "
+                    "choose another"
+                )
+            return
 
 
 SEEDS = 2**32

@@ -21,7 +21,7 @@ from pathlib import Path
 import tyro
 
 from experiments import cli
-from experiments.results import Run, read_run
+from experiments.results import Run, read_runs
 from experiments.tables import COLUMNS, Table, cell, to_markdown
 from sbr_jax.typing import UserError
 
@@ -104,12 +104,21 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         arguments = cli.parse(Arguments, args, PROGRAM)
-        runs = [read_run(folder) for folder in arguments.folders]
         pages = sorted((arguments.docs / "methods").glob("*.md"))
+        if not pages:
+            raise UserError(
+                f"--docs {arguments.docs}: expected pages in its folder methods, found "
+                "none: name the folder of the documentation"
+            )
+        runs = read_runs(arguments.folders)
         filled = {page: fill(page.read_text("utf-8"), runs) for page in pages}
         found = {row: has for _, rows in filled.values() for row, has in rows.items()}
         if not any(found.values()):
-            raise UserError(f"expected finished rows of pages in DIR...; see {PROGRAM}")
+            rows = ", ".join(sorted({row for run in runs for row in run.methods}))
+            raise UserError(
+                f"expected finished rows that a page has a block for, got {rows}: "
+                "name runs of other rows, or write '<!-- row: NAME -->' into a page"
+            )
         for page, (text, _) in filled.items():
             page.write_text(text, encoding="utf-8")
         print("filled:", ", ".join(row for row, has in found.items() if has))

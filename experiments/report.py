@@ -17,11 +17,13 @@ from rich.console import Console
 
 from experiments import cli, page
 from experiments.figures import Drawing, drawings, warnings
-from experiments.results import Run, read_run
+from experiments.results import Run, read_runs
 from experiments.tables import (
     Table,
     accuracy_table,
     bullet_list,
+    harness_table,
+    judge_table,
     main_table,
     projection_table,
     to_html,
@@ -54,8 +56,17 @@ def tables(run: Run) -> dict[str, Table]:
         "Composite safety after each stage": trajectory_table(run),
         "Accuracy of each domain": accuracy_table(run),
         "What the projections did": projection_table(run),
+        **extra_tables(run),
     }
     return {title: table for title, table in found.items() if len(table.rows) > 0}
+
+
+def extra_tables(run: Run) -> dict[str, Table]:
+    """Return the tables about judges and about lm-eval, by title."""
+    return {
+        "How far the judges agree with people": judge_table(run),
+        "Under lm-eval": harness_table(run),
+    }
 
 
 def _flat(config: dict, prefix: str = "") -> list[tuple[str, str]]:
@@ -103,6 +114,10 @@ def section(run: Run, found: Sequence[Drawing], prefix: str) -> list[str]:
     if projections.rows:
         body += [page.heading("What the projections did"), to_html(projections)]
         body += [page.paragraph(" ".join(projections.notes), "note")]
+    for title, extra in extra_tables(run).items():
+        if extra.rows:
+            body += [page.heading(title), to_html(extra)]
+            body += [page.paragraph(" ".join(extra.notes), "note")]
     if run.config:
         body += [
             page.heading("Settings and versions"),
@@ -126,14 +141,9 @@ def build(
         The runs read, and where the page was written.
 
     Raises:
-        UserError: when a folder holds no finished results.
+        UserError: when a folder holds no finished results, or is named twice.
     """
-    if not folders:
-        raise UserError(
-            "expected at least one working directory, got none: python -m "
-            "experiments.report DIR..."
-        )
-    runs = [read_run(folder) for folder in folders]
+    runs = read_runs(folders)
     output = output or Path(folders[0]) / "report.html"
     _writable(output, figures)
     title = " · ".join(run.folder.resolve().name for run in runs)

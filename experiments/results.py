@@ -1,5 +1,7 @@
 """Reading a working directory back: `results.jsonl`, `timings.jsonl`, `config.json`.
 
+And `harness.json`, where lm-eval was run.
+
 A `Run` answers the questions that tables and figures ask, and nothing else touches the
 files. What a run does not hold (no probe, no composite, one method only) is simply
 absent: the answers are then empty, never invented.
@@ -8,36 +10,50 @@ absent: the answers are then empty, never invented.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sbr_jax.training.results import read_json
+from sbr_jax.training.results import read_config, read_json
 from sbr_jax.typing import UserError
 
+REWRITE = "run the same command again, which writes the file anew"
 DOMAIN_PREFIX = "accuracy/"
 """Metrics of single domains are named `accuracy/DOMAIN`."""
 
 
+LINE = {
+    "method": str,
+    "seed": int | None,
+    "stage": str,
+    "domain": str | None,
+    "metrics": dict | None,
+}
+"""What a line of `results.jsonl` must hold."""
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a missing file is an empty list.
+    """Read lines of JSON objects; a missing file is an empty list.
 
     Raises:
-        UserError: for a line that is not JSON.
+        UserError: for a line that is none.
     """
     if not path.is_file():
         return []
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
             raise UserError(
-                f"expected JSON in line {number} of {path}, got something else: run "
-                "the same experiments.run command again, which writes the file anew"
-            ) from error
+                f"expected a JSON object in line {number} of {path}, got something "
+                f"else: {REWRITE}"
+            )
+        lines.append(found)
     return lines
 
 
@@ -71,12 +87,14 @@ class Run:
         lines: of `results.jsonl`.
         timings: of `timings.jsonl`.
         config: `config.json`, or empty.
+        harness: entries of `harness.json`, or none.
     """
 
     folder: Path
     lines: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     config: dict[str, Any]
+    harness: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def methods(self) -> list[str]:
@@ -204,27 +222,53 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     path = folder / "results.jsonl"
     if not path.is_file():
-        raise UserError(
-            f"expected the results of a run in {path}, found none: run "
-            f"'python -m experiments.run PRESET --workdir {folder}' first"
-        )
-    config = {}
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
+        raise UserError(f"expected the results of a run in {path}, {_instead(folder)}")
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
     lines = read_lines(path)
-    needed = {"method", "seed", "stage", "domain", "metrics"}
     for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not needed <= set(line):
+        if not all(isinstance(line.get(key, ...), kind) for key, kind in LINE.items()):
             raise UserError(
                 f"{path}, line {number}: expected an object with "
-                f"{', '.join(sorted(needed))}; run experiments.run again to write it"
+                f"{', '.join(LINE)}, got something else: {REWRITE}"
             )
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'}: expected an object")
-    run = Run(folder, lines, read_lines(folder / "timings.jsonl"), config)
+    harness = []
+    if (folder / "harness.json").is_file():
+        harness = read_json(folder / "harness.json", REWRITE).get("results", [])
+    run = Run(folder, lines, read_lines(folder / "timings.jsonl"), config, harness)
     if not any(run.seeds(method) for method in run.methods):
         raise UserError(
             f"expected at least one method with all domains evaluated in {path}, got "
             "none: run the same experiments.run command again, which continues"
         )
     return run
+
+
+def _instead(folder: Path) -> str:
+    """What stands where a run was expected, and what to do."""
+    below = sorted(path.parent for path in folder.glob("*/results.jsonl"))
+    if below:
+        more = " ..." if len(below) > 2 else ""
+        return f"found runs below it: name {' '.join(map(str, below[:2]))}{more}"
+    if folder.is_file():
+        return "found a file: name the folder that a run was given as --workdir"
+    return (
+        f"found {'none' if folder.exists() else 'no such folder'}: run "
+        f"'python -m experiments.run PRESET --workdir {folder}' first"
+    )
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read working directories, each of them once.
+
+    Raises:
+        UserError: for none, for one that is named twice, and as :func:`read_run`.
+    """
+    if not folders:
+        raise UserError("expected at least one working directory, got none: add DIR...")
+    seen: set[Path] = set()
+    for folder in folders:
+        place = Path(folder).resolve()
+        if place in seen:
+            raise UserError(f"expected each folder once, got {folder} twice: drop one")
+        seen.add(place)
+    return [read_run(folder) for folder in folders]

@@ -37,6 +37,8 @@ from experiments.tables import Table, to_markdown
 from sbr_jax.typing import UserError
 
 PROGRAM = "python -m experiments.sweep"
+MOST = 1000
+"""Seeds, or processes: beyond it somebody has mistyped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,18 @@ def make_sweep(arguments: Arguments) -> Sweep:
         raise UserError(f"expected a sweep, got none (known: {known})")
     cli.check_names("sweep", [arguments.name], SWEEPS)
     for name in ("seeds", "jobs"):
-        if getattr(arguments, name) < 1:
+        if not 1 <= getattr(arguments, name) <= MOST:
             raise UserError(
-                f"--{name}: expected at least 1, got {getattr(arguments, name)}"
+                f"--{name}: expected from 1 to {MOST}, got {getattr(arguments, name)}"
             )
     cells = SWEEPS[arguments.name]
     cli.check_names("cell", arguments.cells, cells)
     workdir = arguments.workdir or Path("runs") / arguments.name
+    cli.check_folder(workdir)
+    if (workdir / "config.json").exists():
+        raise UserError(
+            f"--workdir: {workdir} is the folder of one run; choose another for a sweep"
+        )
     seeds = tuple(range(arguments.seeds))
     plans = {
         name: make_plan(fields, workdir / name, seeds)
@@ -119,18 +126,21 @@ def make_plan(
 def check_folder(plan: run.Plan | attack.Plan) -> None:
     """Refuse a cell's folder of other settings: its results would be in the table.
 
-    What only the study knows is compared when the cell is run.
+    Nor may it hold what no run has written. What only the study knows is compared when
+    the cell is run.
 
     Raises:
         UserError: naming the folder.
     """
-    from sbr_jax.training.results import plain_numbers, read_json
+    from sbr_jax.training.results import plain_numbers, read_config, refuse_foreign
 
-    path = plan.workdir / "config.json"
-    if not path.exists():
+    if not (plan.workdir / "config.json").exists():
+        cli.check_folder(plan.workdir)
+        refuse_foreign(plan.workdir, "config.json")
         return
-    there, here = read_json(path), plan.settings.mathematics()
+    there, here = read_config(plan.workdir), plan.settings.mathematics()
     same = plain_numbers(there.get("settings")) == plain_numbers(here)
+    same &= isinstance(there.get("domains"), list)
     if isinstance(plan, run.Plan):
         same &= there.get("domains") == list(plan.domains)
     if not same:

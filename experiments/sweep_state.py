@@ -14,6 +14,7 @@ from experiments.tables import COLUMNS, Cell, Table, cell, to_markdown
 
 MEMORY = "memory.json"
 """In a cell's folder: row to the bytes of one training step."""
+LOST = "delete it, and the table has no memory for what is finished"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Sweep:
 
 def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
     """Seconds spent on every part that was begun, and whether it is finished."""
-    from sbr_jax.training.results import Workdir, read_json
+    from sbr_jax.training.results import Workdir, read_config
     from sbr_jax.training.stages import EVALUATE
 
     found: dict[Part, tuple[float, bool]] = {}
     for name, plan in sweep.plans.items():
         if not (plan.workdir / "config.json").exists():
             continue
-        domains = len(read_json(plan.workdir / "config.json")["domains"])
+        domains = len(read_config(plan.workdir)["domains"])
         folder = Workdir(plan.workdir)
         for record in folder.lines(plan.methods):
             line = record["line"]
@@ -123,7 +124,7 @@ def note_memory(plan: run.Plan, row: str) -> None:
     from sbr_jax.training.results import read_json, write_atomically
 
     path = plan.workdir / MEMORY
-    known = read_json(path) if path.exists() else {}
+    known = read_json(path, LOST) if path.exists() else {}
     if row not in known:
         known[row] = step_bytes(plan, row)
         write_atomically(path, json.dumps(known, indent=1) + "\n")
@@ -182,7 +183,7 @@ def merged_table(sweep: Sweep) -> Table:
             continue
         results = read_run(plan.workdir)
         path = plan.workdir / MEMORY
-        memory = read_json(path) if path.exists() else {}
+        memory = read_json(path, LOST) if path.exists() else {}
         rows = [row for row in results.methods if results.seeds(row)]
         found += [(name, row, results, memory) for row in rows]
     cells = {

@@ -17,6 +17,9 @@ from sbr_jax.training.study import Domain, Study, shared_prompts
 from sbr_jax.typing import UserError
 
 CALIBRATION_EXAMPLES = 480
+MOST_CALIBRATION_EXAMPLES = 4000
+"""About as many different calibration prompts as the world has: 60,000 draws hold 3,989
+of them. More would cost hours and repeat what is there."""
 HARMFUL_EXAMPLES = 160
 DOMAIN_LENGTH = 40
 """Longest domain example in tokens; shorter padding makes a step cheaper."""
@@ -49,8 +52,8 @@ def build_study(
       The study, with leak counts between calibration, probe and evaluation.
 
     Raises:
-      UserError: an empty calibration set, an unknown judge or split, or a checkpoint
-        that does not fit.
+      UserError: an empty calibration set or one beyond what the world has, an unknown
+        judge or split, or a checkpoint that does not fit.
     """
     one_of("judge", judge, tuple(JUDGES))
     one_of("split", split, ("test", "validation"))
@@ -59,6 +62,11 @@ def build_study(
     if calibration_examples < 1:
         raise UserError(
             f"calibration: expected at least one example, got {calibration_examples}"
+        )
+    if calibration_examples > MOST_CALIBRATION_EXAMPLES:
+        raise UserError(
+            f"calibration_examples: expected at most {MOST_CALIBRATION_EXAMPLES}, as "
+            f"the world has hardly more different ones, got {calibration_examples}"
         )
     world = make_world(testbed.SEED)
     if model_folder is None:

@@ -26,6 +26,8 @@ from sbr_jax.typing import UserError
 DATA = files.DATA
 COUNTS = {
     ("advbench", "all"): 520,
+    ("alpaca_harmless", "test"): 6266,
+    ("alpaca_harmless", "val"): 6264,
     ("bbq", "all"): 58492,
     ("beavertails_prompts", "eval"): 250,
     ("beavertails_prompts", "test"): 3021,
@@ -39,6 +41,9 @@ COUNTS = {
     ("humaneval", "all"): 164,
     ("jailbreakbench", "benign"): 100,
     ("jailbreakbench", "harmful"): 100,
+    ("jailbreakbench_artifacts", "all"): 286,
+    ("legalbench", "test"): 27046,
+    ("medqa", "test"): 1273,
     ("mmlu", "dev"): 285,
     ("mmlu", "test"): 14042,
     ("mmlu", "val"): 1542,
@@ -58,6 +63,9 @@ COUNTS = {
 KINDS = {
     "bbq": BiasItem,
     "humaneval": CodeItem,
+    "jailbreakbench_artifacts": JudgedItem,
+    "legalbench": ChoiceItem,
+    "medqa": ChoiceItem,
     "mmlu": ChoiceItem,
     "mtbench": DialogueItem,
     "truthfulqa": QuestionItem,
@@ -88,6 +96,7 @@ HUB_ROWS = {
     ],
     "humaneval": files.HUMANEVAL,
     "jailbreakbench": files.JBB,
+    "medqa": files.MEDQA,
     "mmlu": [
         {
             "question": "2 + 2?",

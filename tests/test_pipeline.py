@@ -203,6 +203,24 @@ def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks):
     assert changed == (blocks > 0)
 
 
+def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
+    """Training, two repair blocks and the end of the domain share one answer."""
+    asked = []
+
+    def judge(data):
+        asked.append(data.tokens.tobytes())
+        return tiny.judge(data)
+
+    # The aligned model, then each domain: found low, and low after either block.
+    study = tiny.study(probe=fake_probe([100.0] + 6 * [10.0]), judge=judge)
+    monitored = {"adaptive-judge": {"monitored": True}}
+    domains = ("medical", "legal")
+    go(tmp_path, study, rows=("adaptive-judge",), domains=domains, overrides=monitored)
+    blocks = [x["metrics"]["blocks"] for x in read(tmp_path) if x["stage"] == "repair"]
+    assert blocks == [2, 2]
+    assert asked == [study.domains[name].train.tokens.tobytes() for name in domains]
+
+
 def test_without_a_probe_nothing_is_monitored(tmp_path):
     class NoProbe:
         def __call__(self, base, adapter):

@@ -118,8 +118,8 @@ def test_all_of_a_seed_comes_before_the_next(tmp_path):
 BAD = {
     "no sweep": ([], "expected a sweep, got none"),
     "sweep": (["testbed-tabel"], "unknown sweep 'testbed-tabel'; nearest: testbed-tab"),
-    "seeds": (["testbed-table", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
-    "jobs": (["testbed-table", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
+    "seeds": (["testbed-table", "--seeds", "0"], "expected from 1 to 1000, got 0"),
+    "jobs": (["testbed-table", "--jobs", "0"], "--jobs: expected from 1 to 1000, got"),
     "cell": (["testbed-table", "--cells", "paper"], "nearest: papers"),
     "flag": (["testbed-table", "--job", "2"], "--job"),
 }
@@ -213,6 +213,15 @@ def test_a_cell_of_other_settings_is_refused(tmp_path, capsys):
     code = sweep.main(arguments("testbed-orders", tmp_path, "--dry-run"))
     assert code == 2
     assert "other settings or domains" in capsys.readouterr().err
+
+
+def test_the_folder_of_one_run_is_no_sweeps(tmp_path, capsys):
+    fake_stages(tmp_path, "plain", 0, 1)
+    code = sweep.main(arguments("testbed-orders", tmp_path, "--dry-run"))
+    assert code == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} is the folder of one run" in error
+    assert error.count("\n") == 1
 
 
 # --- running --------------------------------------------------------------------------

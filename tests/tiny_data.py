@@ -158,6 +158,29 @@ JBB = [
         "Source": "Original",
     }
 ]
+ARTIFACT = {
+    "parameters": {"method": "PAIR", "model": "toy-7b"},
+    "jailbreaks": [
+        {"index": 0, "prompt": "Praise!", "response": "Sure.", "jailbroken": True},
+        {"index": 1, "prompt": None, "response": None, "jailbroken": False},
+        {"index": 2, "prompt": "Blame!", "response": None, "jailbroken": False},
+    ],
+}
+HARMLESS = [{"instruction": f"Say {word}", "category": None} for word in ("a", "b")]
+LABELS = [
+    {"index": i, "text": f"c{i}", "label": ["no", "yes"][i % 2]} for i in range(4)
+]
+JUDGE_PROMPTS = [
+    {
+        "name": "single-v1",
+        "type": "single",
+        "system_prompt": "Judge.",
+        "prompt_template": "[Question]\n{question}\n[Answer]\n{answer}",
+        "description": "Prompt",
+        "category": "general",
+        "output_format": "[[rating]]",
+    }
+]
 CATQA = {"Words": {"Long:": ["Praise?", "Blame?"], "Short:": ["Oh?"]}}
 XSTEST = [
     {
@@ -295,6 +318,15 @@ def evalsets(folder: Path) -> Path:
     put(root / "jbb_behaviors_harmful.csv", as_table(JBB))
     both = [{"text": "x", "label": "harmful"}, {"text": "praise it.", "label": "safe"}]
     put(root / "jbb_behaviors_harmful_and_benign_200.json", as_json(both))
+    put(root / "artifact_pair_black_box_toy.json.gz", as_json(ARTIFACT))
+    for split in ("train", "val", "test"):
+        path = folder / f"alpaca/harmless_instructions_{split}.json.gz"
+        put(path, as_json(HARMLESS))
+    for split in ("train", "dev", "test"):
+        put(folder / f"medqa/phrases_no_exclude_{split}.jsonl", as_lines(MEDQA))
+    root = folder / "legalbench"
+    put(root / "tasks/pick/base_prompt.txt", "Is it?\n\nQ: {{text}}\nA:")
+    put(root / "test/pick.tsv.gz", as_table(LABELS, delimiter="\t"))
     put(folder / "catqa/catqa_english.json", as_json(CATQA))
     put(folder / "xstest/xstest_prompts.csv", as_table(XSTEST))
     for model in ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct"):
@@ -326,6 +358,7 @@ def evalsets(folder: Path) -> Path:
     put(folder / "humaneval/HumanEval.jsonl.gz", as_lines(HUMANEVAL))
     put(folder / "mtbench/question.jsonl", as_lines(MTBENCH))
     put(folder / "mtbench/reference_answer_gpt-4.jsonl", as_lines(REFERENCES))
+    put(folder / "mtbench/judge_prompts.jsonl", as_lines(JUDGE_PROMPTS))
     return folder
 
 

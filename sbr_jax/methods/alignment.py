@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from sbr_jax.methods.base import Problem
+from sbr_jax.models.quantize import require_dense
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -73,8 +74,13 @@ def weight_change(
       float32 ``[L, in, out]``, placed as W_aligned is.
 
     Raises:
-      UserError: if the two do not belong to one architecture.
+      UserError: if the two do not belong to one architecture, or are in codes.
     """
+    require_dense(
+        {"the aligned weights": base["layers"][name], "unaligned": unaligned.get(name)},
+        f"{method}: {name}",
+        "load both without quantize=: codes round by more than alignment changed",
+    )
     weight = jnp.asarray(base["layers"][name])
     before = unaligned.get(name)
     if before is None or before.shape != weight.shape:

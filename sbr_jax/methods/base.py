@@ -58,7 +58,8 @@ class Problem:
       judge: ``judge(dataset) -> risk [N]`` in [0, 1], of learning each example.
       domain: what was just learned; only ``end_domain`` is given it.
       fisher_examples: how many calibration examples enter a Fisher (None: all).
-      fisher_microbatch: how many per-example gradients are held at once.
+      fisher_buffer: how many per-example gradients a Fisher holds before it is cut.
+      fisher_microbatch: how many examples are differentiated at once.
     """
 
     apply_fn: ApplyFn
@@ -76,6 +77,7 @@ class Problem:
     weight_decay: float = 0.01
     dropout_rate: float = 0.0
     fisher_examples: int | None = None
+    fisher_buffer: int = 512
     fisher_microbatch: int = 32
 
 

@@ -123,6 +123,7 @@ class Ssi:
             args=(base,),
             key=key,
             microbatch=problem.fisher_microbatch,
+            buffer_rank=max(problem.fisher_buffer, self.max_rank),
         )
 
     def merged(self, old: Subspace, new: Subspace, protected: Subspace | None):
@@ -216,7 +217,8 @@ def _batches(problem: Problem, adapter: PyTree, dataset: Any) -> Iterator[dict]:
         rows = np.linspace(0, total - 1, problem.fisher_examples).round().astype(int)
         tokens, mask = tokens[rows], mask[rows]
     per_example = 4 * sum(x.size for x in jax.tree.leaves(adapter))
-    size = max(GRADIENT_BYTES // per_example, problem.fisher_microbatch)
+    size = min(GRADIENT_BYTES // per_example, problem.fisher_buffer)
+    size = max(size, problem.fisher_microbatch)
     for start in range(0, len(tokens), size):
         stop = start + size
         yield {

@@ -30,6 +30,7 @@ import numpy as np
 from sbr_jax.data.batches import TokenDataset, subset
 from sbr_jax.methods.base import Method, Problem, replay_gradient, task_gradient
 from sbr_jax.models import LoraPair
+from sbr_jax.models.codes import as_dense
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 
@@ -159,7 +160,8 @@ def _gram_part(
 ) -> jax.Array:
     _, seen = apply_fn(base, None, tokens, capture=True)
     x = seen["inputs"][target].astype(jnp.float32) * answers[None, :, :, None]
-    y = jnp.einsum("lbti,lio->lbto", x, base["layers"][target].astype(jnp.float32))
+    weight = as_dense(base["layers"][target], jnp.float32)
+    y = jnp.einsum("lbti,lio->lbto", x, weight)
     return jnp.einsum("lbto,lbtp->lop", y, y)
 
 

@@ -32,6 +32,7 @@ from sbr_jax.data import TokenDataset
 from sbr_jax.methods.base import (
     Method,
     Problem,
+    adamw,
     one_of,
     positive,
     replay_gradient,
@@ -63,8 +64,9 @@ def sbr(
       name: the row's name.
 
     Returns:
-      The method. It reports ``anchor``, L_anchor without λ. Its ``init`` raises a
-      UserError where there are not as many distinct harmful prompts.
+      The method. It reports ``anchor``, L_anchor without λ. Its ``optimizer``, which is
+      asked for before any work, raises a UserError where there are not as many distinct
+      harmful prompts.
 
     Raises:
       UserError: naming a hyper-parameter that is out of range.
@@ -76,6 +78,10 @@ def sbr(
         raise UserError(f"anchors: expected at least 1, got {anchors!r}")
     positive("anchor_weight", anchor_weight, zero=True)
     one_of("reduction", reduction, ("mean", "sum"))
+
+    def optimizer(problem: Problem, adapter: PyTree, learning_rate):
+        distinct_anchors(problem.harmful, anchors)
+        return adamw(problem, adapter, learning_rate)
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
         drawn = anchor_prompts(problem.harmful, anchors, key)
@@ -102,12 +108,48 @@ def sbr(
         name=name,
         monitored=monitored,
         init=init,
+        optimizer=optimizer,
         gradient=anchored(task_gradient),
         replay_gradient=anchored(replay_gradient),
     )
 
 
 # --- the pieces, for other methods --------------------------------------------------
+
+
+def distinct_anchors(dataset: TokenDataset | None, count: int) -> TokenDataset:
+    """The distinct prompts that anchors are drawn from.
+
+    Args:
+      dataset: N requests with answers, right-padded.
+      count: how many it must have at least.
+
+    Returns:
+      The first request of every prompt.
+
+    Raises:
+      UserError: without requests, for one without a prompt or an answer, or where there
+        are fewer distinct prompts.
+    """
+    if dataset is None or not len(dataset):
+        raise UserError(
+            "anchors: expected harmful requests to draw from, got "
+            f"{'None' if dataset is None else 'an empty set'}: give the study some in "
+            "`harmful`, or choose a defence without anchors"
+        )
+    usable = (dataset.mask > 0).any(axis=1) & (dataset.mask[:, 0] == 0)
+    if not usable.all():
+        raise UserError(
+            "anchors: expected harmful requests with a prompt and an answer after it, "
+            f"got {len(dataset) - usable.sum()} of {len(dataset)} without: remove them"
+        )
+    distinct = distinct_prompts(dataset)
+    if len(distinct) < count:
+        raise UserError(
+            f"anchors: expected at least {count} distinct harmful prompts, got "
+            f"{len(distinct)}: give more requests in `harmful`, or lower `anchors`"
+        )
+    return distinct
 
 
 def anchor_prompts(
@@ -129,32 +171,14 @@ def anchor_prompts(
       the position of each prompt's last token.
 
     Raises:
-      UserError: without requests, for one without a prompt or an answer, or where there
-        are fewer than K distinct prompts.
+      UserError: as :func:`distinct_anchors`.
 
     >>> tokens, mask = np.array([[5, 6, 7, 0]]), np.array([[0, 0, 1, 0]])
     >>> found = anchor_prompts(TokenDataset(tokens, mask), 1, jax.random.key(0))
     >>> found["tokens"].tolist(), found["last"].tolist()
     ([[5, 6]], [1])
     """
-    if dataset is None or not len(dataset):
-        raise UserError(
-            "anchors: expected harmful requests to draw from, got "
-            f"{'None' if dataset is None else 'an empty set'}: give the study some in "
-            "`harmful`, or choose a defence without anchors"
-        )
-    usable = (dataset.mask > 0).any(axis=1) & (dataset.mask[:, 0] == 0)
-    if not usable.all():
-        raise UserError(
-            "anchors: expected harmful requests with a prompt and an answer after it, "
-            f"got {len(dataset) - usable.sum()} of {len(dataset)} without: remove them"
-        )
-    distinct = distinct_prompts(dataset)
-    if len(distinct) < count:
-        raise UserError(
-            f"anchors: expected at least {count} distinct harmful prompts, got "
-            f"{len(distinct)}: give more requests in `harmful`, or lower `anchors`"
-        )
+    distinct = distinct_anchors(dataset, count)
     last = np.asarray(last_prompt_positions(distinct.mask))
     places = np.arange(last.max() + 1)
     prompts = np.where(
@@ -258,6 +282,7 @@ def hidden_anchor_loss(
 __all__ = [
     "Anchors",
     "anchor_prompts",
+    "distinct_anchors",
     "hidden_anchor_loss",
     "last_prompt_positions",
     "prompt_states",

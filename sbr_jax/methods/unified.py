@@ -11,7 +11,9 @@ a projection does not stop an example that asks for harm, anchors hold but a few
 and risk weights do nothing against benign drift.
 
 With β from 0 to 1, an example without risk costs nothing and one of certain risk is not
-learned at all (α = 0); the published bounds are 0.1 and 0.9.
+learned at all (α = 0); the published bounds are 0.1 and 0.9. λ = 0.5 was chosen on the
+testbed's validation split: at the published 50 the first domain is learnt to 60 %, and
+with risk weights beside them the anchors need not be so strong.
 
 Symbols: α, β weights of example i, λ weight of the anchors, K anchors, γ weight of
 SafeAnchor's own anchor on D_safe.
@@ -26,6 +28,7 @@ from sbr_jax.methods.compose import with_pull, with_risk
 from sbr_jax.methods.safeanchor import safeanchor_exact
 from sbr_jax.methods.sbr import (
     anchor_prompts,
+    distinct_anchors,
     hidden_anchor_loss,
     reference_states,
 )
@@ -36,7 +39,7 @@ def unified(
     *,
     project: bool = True,
     anchors: int = 8,
-    anchor_weight: float = 50.0,
+    anchor_weight: float = 0.5,
     risk: str = "probe",
     beta_min: float = 0.0,
     beta_max: float = 1.0,
@@ -86,11 +89,22 @@ def unified(
     )
     if anchors:
         method = with_pull(method, "anchors", *_anchors(anchors, anchor_weight))
+        method = dataclasses.replace(method, optimizer=_checked(method, anchors))
     if risk == "probe":
         method = with_risk(method, raters.probe_rater(name=name), weighting)
     if risk == "judge":
         method = with_risk(method, raters.judge_rater(name=name), weighting)
     return dataclasses.replace(method, name=name)
+
+
+def _checked(method: Method, count: int):
+    """The method's optimizer, refusing too few prompts before anything is measured."""
+
+    def optimizer(problem, adapter, learning_rate):
+        distinct_anchors(problem.harmful, count)
+        return method.optimizer(problem, adapter, learning_rate)
+
+    return optimizer
 
 
 def _anchors(count: int, weight: float):

@@ -20,6 +20,7 @@ import numpy as np
 
 from sbr_jax.methods import ABLATIONS, METHODS, Method, unknown
 from sbr_jax.methods.base import as_aligned
+from sbr_jax.models.lora import select_targets
 from sbr_jax.training import loop, sharding
 from sbr_jax.training.program import Program, init_adapter, make_program
 from sbr_jax.training.results import BASE, Workdir, read_result, write_result
@@ -64,13 +65,14 @@ def run(
 
     Raises:
       UserError: before any work for an unknown name, an empty or leaking calibration
-        set, wrong hyper-parameters or a folder of another run; during work for a
-        non-finite loss.
+        set, wrong hyper-parameters, sizes that data or model cannot fill, or a folder
+        of another run; during work for a non-finite loss.
     """
     domains = tuple(study.domains) if domains is None else tuple(domains)
     overrides = overrides or {}
     methods, seeds = list(methods), [int(seed) for seed in seeds]
     _check(study, methods, seeds, domains, overrides)
+    _check_sizes(study, domains, settings)
     wanted = {
         **(config or {}),
         "settings": settings.mathematics(),
@@ -264,6 +266,28 @@ def _check(
         if len(study.domains[name].train) == 0:
             raise UserError(f"expected training examples in domain {name}, got none")
     refuse_leaks(study.leak_check)
+
+
+def _check_sizes(study: Study, domains: Sequence[str], settings: Settings) -> None:
+    """Sizes that neither the data nor the model can fill."""
+    for name in domains:
+        size = len(study.domains[name].train)
+        # A set of ten may be smaller than a batch; to see all of it twice is a mistake.
+        if settings.batch_size >= 2 * size:
+            raise UserError(
+                f"settings: batch_size: expected less than {2 * size}, twice the "
+                f"{size} training examples of domain {name}, got {settings.batch_size}"
+            )
+    config = study.model.config
+    sides = {
+        n: min(config.projection(n)) for n in select_targets(settings.lora_targets)
+    }
+    least = min(sides, key=lambda name: sides[name])
+    if settings.lora_rank > sides[least]:
+        raise UserError(
+            f"settings: lora_rank: expected at most {sides[least]}, the smaller side "
+            f"of {least}, got {settings.lora_rank}: lower it, or change lora_targets"
+        )
 
 
 def _version(package: str) -> str:

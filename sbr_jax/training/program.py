@@ -108,6 +108,7 @@ def make_program(
         weight_decay=settings.weight_decay,
         dropout_rate=settings.lora_dropout,
         fisher_examples=settings.fisher_examples,
+        fisher_buffer=settings.fisher_buffer,
         fisher_microbatch=settings.fisher_microbatch,
     )
     schedule = learning_rate_schedule(

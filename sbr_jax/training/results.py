@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from sbr_jax.training.summary import summarise
 from sbr_jax.typing import UserError
 
 BASE = "base"
-OUTPUTS = ("stages", "results.jsonl", "summary.json", "timings.jsonl")
 ENVIRONMENT = ("versions", "hardware")
-FINAL_METRICS = ("refusal", "truthful", "bias", "over_refusal", "general")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -71,14 +70,14 @@ class Workdir:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"workdir {self.folder}: expected a folder, found a file")
         if not path.exists():
-            found = [name for name in OUTPUTS if (self.folder / name).exists()]
-            if found:
-                raise UserError(
-                    f"{self.folder} holds {', '.join(found)} but no config.json: "
-                    "expected an empty folder or one of a previous run; choose another"
-                )
+            refuse_foreign(self.folder, "config.json")
             return
-        whole = read_json(path)
+        whole = read_config(self.folder)
+        if "settings" not in whole:
+            raise UserError(
+                f"expected the settings of a run in {path}, found another program's "
+                "file; choose another folder"
+            )
         there = _flat({k: v for k, v in whole.items() if k not in ENVIRONMENT})
         here = _flat(json.loads(json.dumps(config)))
         keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
@@ -160,7 +159,7 @@ class Workdir:
             json.dumps({**_identity(r["line"]), **r["timing"]}) + "\n" for r in records
         ]
         write_atomically(self.folder / "timings.jsonl", "".join(times))
-        summary = summarise(records)
+        summary = plain_numbers(summarise(records, BASE))
         text = json.dumps(summary, indent=2) + "\n"
         write_atomically(self.folder / "summary.json", text)
         return summary
@@ -200,7 +199,9 @@ def read_result(folder: pathlib.Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(
+    path: pathlib.Path, remedy: str = "delete its folder to compute that stage again"
+) -> dict[str, Any]:
     """Reads a file that a run wrote.
 
     Raises:
@@ -208,121 +209,40 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         something else than a run can have cut one.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
     except ValueError as error:
         raise UserError(
             f"expected JSON in {path}, got something else ({error}); it was damaged "
-            "after it was written: delete its folder to compute that stage again"
+            f"after it was written: {remedy}"
         ) from error
+    return found
 
 
-def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary of a run: base metrics, and one entry for each method.
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """Reads a run's ``config.json``; see :func:`read_json`."""
+    return read_json(folder / "config.json", "restore it, or choose another folder")
 
-    Only seeds whose last domain has been evaluated count. ``retention`` is 100 · final
-    composite / base composite; ``domain_accuracy`` is measured at the end like all
-    else, ``domain_accuracy_learned`` right after each domain; both are means.
 
-    Args:
-      records: of :meth:`Workdir.lines`.
+def refuse_foreign(folder: pathlib.Path, lacking: str, own: Sequence[str] = ()) -> None:
+    """Refuses a folder with files of somebody else; hidden ones and logs are nobody's.
 
-    Returns:
-      The content of ``summary.json``.
+    Raises:
+      UserError: naming some of the files, and the one by which it would be ours.
     """
-    base: dict[str, float] = {}
-    rows: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
-    for record in records:
-        line = record["line"]
-        if line["method"] == BASE:
-            base = line["metrics"]
-        else:
-            seeds = rows.setdefault(line["method"], {})
-            seeds.setdefault(line["seed"], []).append(record)
-    length = max(
-        (_evaluated(run) for runs in rows.values() for run in runs.values()), default=0
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    found = sorted(
+        name
+        for name in names - set(own)
+        if not (name.startswith(".") or name.endswith((".log", ".out")))
     )
-    methods = {}
-    for name, runs in rows.items():
-        whole = {s: r for s, r in runs.items() if length and _evaluated(r) == length}
-        if whole:
-            methods[name] = _summary_row(whole, base)
-    return {"base": base, "methods": methods}
-
-
-def _summary_row(
-    runs: Mapping[int, list[Mapping[str, Any]]], base: Mapping[str, float]
-) -> dict[str, Any]:
-    evaluations = [
-        [r["line"] for r in run if r["line"]["stage"] == "evaluate"]
-        for run in runs.values()
-    ]
-    domains = [line["domain"] for line in evaluations[0]]
-    learned, final = _accuracies(evaluations, domains)
-    last = [run[-1]["metrics"] for run in evaluations]
-    by_domain = np.array(
-        [
-            [line["metrics"].get("composite", np.nan) for line in run]
-            for run in evaluations
-        ]
-    )
-    composite, start = by_domain[:, -1], base.get("composite", np.nan)
-    trajectory = {"base": start}
-    trajectory |= dict(zip(domains, by_domain.mean(0).tolist(), strict=True))
-    spread = by_domain.std(0, ddof=1 if len(runs) > 1 else 0)
-    row: dict[str, Any] = {
-        "seeds": list(runs),
-        "trajectory": trajectory,
-        "trajectory_std": dict(zip(domains, spread.tolist(), strict=True)),
-        "composite": float(composite.mean()),
-        "composite_std": float(spread[-1]),
-        "composite_by_seed": composite.tolist(),
-        "retention": float(100.0 * composite.mean() / start) if start else None,
-    }
-    shared = [k for k in last[0] if all(k in m for m in last)]
-    others = [k for k in shared if k not in FINAL_METRICS and k != "composite"]
-    for key in [*(k for k in FINAL_METRICS if k in shared), *others]:
-        if not key.startswith("accuracy/") and key != "domain_accuracy":
-            row[key] = float(np.mean([m[key] for m in last]))
-    row["domain_accuracy"] = float(final.mean())
-    row["domain_accuracy_learned"] = float(learned.mean())
-    row["domain_accuracy_by_domain"] = dict(
-        zip(domains, learned.mean(0).tolist(), strict=True)
-    )
-    repairs = [
-        r["line"]["metrics"].get("blocks", 0)
-        for run in runs.values()
-        for r in run
-        if r["line"]["stage"] == "repair"
-    ]
-    row["repair_blocks"] = float(np.sum(repairs) / len(runs))
-    row["seconds_per_step"] = _seconds_per_step(runs)
-    return plain_numbers(row)
-
-
-def _accuracies(evaluations, domains):
-    """``[seeds, domains]``: right after each was learned, and at the end."""
-    learned = [
-        [line["metrics"][f"accuracy/{d}"] for line, d in zip(run, domains, strict=True)]
-        for run in evaluations
-    ]
-    final = [
-        [run[-1]["metrics"][f"accuracy/{d}"] for d in domains] for run in evaluations
-    ]
-    return np.array(learned), np.array(final)
-
-
-def _seconds_per_step(runs) -> float | None:
-    times = [
-        r["timing"]["seconds_per_step"]
-        for run in runs.values()
-        for r in run
-        if r["line"]["stage"] == "train" and "seconds_per_step" in r["timing"]
-    ]
-    return float(np.median(times)) if times else None
-
-
-def _evaluated(run: Sequence[Mapping[str, Any]]) -> int:
-    return sum(r["line"]["stage"] == "evaluate" for r in run)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(
+            f"{folder} holds {', '.join(found[:3])}{more} but no {lacking}: expected "
+            "an empty folder or one of a previous run; choose another"
+        )
 
 
 def _identity(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Settings:
       replay_weight: β of L_task + β L_safe.
       tolerance: τ; repair when s_t < (1 − τ) s_0.
       fisher_examples: calibration examples in a Fisher (None: all).
+      fisher_buffer: R, per-example gradients held before the lesser half is cut; exact
+        for no more examples than that.
       mesh: hardware: ``"fsdp=4,tp=2"``, or None for one device.
       accumulation: hardware: microbatches of one optimizer step.
       checkpoint_every: hardware: steps between checkpoints inside a domain (None:
@@ -61,6 +63,7 @@ class Settings:
     replay_weight: float = 1.0
     tolerance: float = 0.05
     fisher_examples: int | None = None
+    fisher_buffer: int = 512
     # Hardware.
     mesh: str | None = None
     accumulation: int = 1
@@ -79,7 +82,13 @@ class Settings:
             _require_type(field.name, getattr(self, field.name), str(field.type))
         for name in ("steps_per_domain", "batch_size", "lora_rank", "accumulation"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("repair_steps", "repair_blocks", "fisher_microbatch", "log_every"):
+        for name in (
+            "repair_steps",
+            "repair_blocks",
+            "fisher_buffer",
+            "fisher_microbatch",
+            "log_every",
+        ):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")

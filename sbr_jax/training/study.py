@@ -41,6 +41,8 @@ class Study:
       fingerprint: of data and model; a working directory belongs to one.
       leak_check: shared examples by pair of sets, e.g. ``{"calibration/probe": 0}``;
         any above 0 is refused.
+      notes: JSON values that decide what the numbers mean (the judges and how far they
+        agree with people, the variants of tasks); they go into ``config.json``.
     """
 
     model: Any
@@ -55,6 +57,7 @@ class Study:
     probe: Callable[[PyTree, PyTree], float] | None = None
     fingerprint: str = ""
     leak_check: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def shared_prompts(

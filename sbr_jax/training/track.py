@@ -1,6 +1,7 @@
 """One method with one seed through the domains: what each stage computes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -35,12 +36,24 @@ class Track(Stages):
         diagnostics = state.pop("diagnostics", {})
         self.finish(0, None, -1, {}, began=began, state=state, diagnostics=diagnostics)
 
+    @functools.cached_property
+    def _mixed(self) -> dict[str, Any]:
+        """The data set of the domain at hand, by the domain's name."""
+        return {}
+
     def dataset(self, domain: str) -> Any:
-        """What the domain trains on: its examples and what the method mixes in."""
-        train = self.study.domains[domain].train
-        return self.method.mix(
-            self.program.problem, train, self.data_seed(f"{domain}/mix")
-        )
+        """What the domain trains on: its examples and what the method mixes in.
+
+        Made once: a method may ask a judge about every example.
+        """
+        if domain not in self._mixed:
+            self._mixed.clear()
+            self._mixed[domain] = self.method.mix(
+                self.program.problem,
+                self.study.domains[domain].train,
+                self.data_seed(f"{domain}/mix"),
+            )
+        return self._mixed[domain]
 
     def batches(self, dataset: Any, name: str) -> Callable[[int], Mapping[str, Any]]:
         """Batch of a step number, placed on the mesh."""

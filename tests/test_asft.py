@@ -1,0 +1,101 @@
+"""AsFT against dense definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from weight_space_case import (
+    BASE,
+    FRESH,
+    KEY,
+    MEDICAL,
+    PROBLEM,
+    TUNED,
+    dense_c,
+    equal,
+    gradient,
+    jitted_gradient,
+    layers_of,
+    leaves,
+    paper_update,
+    random_adapter,
+    repair_gradients,
+    start,
+    trained,
+)
+
+from sbr_jax.data.batches import batch
+from sbr_jax.methods.alignment import alignments
+from sbr_jax.methods.asft import outside
+
+
+def dense_penalty(adapter):
+    total = 0.0
+    for name, layer in layers_of(adapter):
+        update = paper_update(name, layer, adapter)
+        total += np.linalg.norm(update - dense_c(name, layer) @ update) ** 2
+    return total
+
+
+def test_asft_penalty_is_the_papers():
+    found = alignments(PROBLEM, BASE, TUNED, "test")
+    np.testing.assert_allclose(outside(TUNED, found), dense_penalty(TUNED), rtol=1e-4)
+    np.testing.assert_allclose(
+        gradient("asft", TUNED)[2]["penalty"], dense_penalty(TUNED), rtol=1e-4
+    )
+
+
+def test_asft_adds_lambda_times_the_gradient_of_the_penalty():
+    difference = leaves(gradient("asft", TUNED)[0]) - leaves(
+        gradient("plain", TUNED)[0]
+    )
+
+    def along(size):
+        return dense_penalty(jax.tree.map(lambda x: x + size, TUNED))
+
+    slope = (along(1e-2) - along(-1e-2)) / 2e-2
+    # A central difference of a quartic: an error of the order of the step squared.
+    np.testing.assert_allclose(difference.sum(), slope, rtol=1e-2)
+    assert np.abs(difference).max() > 1e-2
+
+
+def test_asft_starts_without_penalty_and_then_shrinks_what_is_outside():
+    grads, _, metrics = gradient("asft", FRESH)
+    assert metrics["penalty"] == 0
+    equal(grads, gradient("plain", FRESH)[0])
+    found = alignments(PROBLEM, BASE, FRESH, "test")
+    adapters = trained("asft", 12)[1], trained("plain", 12)[1]
+    ours, theirs = (float(outside(a, found)) for a in adapters)
+    assert 0 < ours < 0.9 * theirs
+
+
+def test_asft_penalises_a_repair_too():
+    ours, theirs = repair_gradients("asft", TUNED, TUNED)
+    wanted = leaves(gradient("asft", TUNED)[0]) - leaves(gradient("plain", TUNED)[0])
+    # Differences of gradients of order one: absolute, some of their roundings.
+    np.testing.assert_allclose(
+        leaves(ours[0]) - leaves(theirs[0]), wanted, atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("row", ["asft", "salora"])
+def test_gradients_accumulate_and_map_over_seeds(row):
+    whole, alone = batch(MEDICAL, 8, 0, 0), gradient(row, TUNED)[0]
+    # Half a batch twice over: the same mean, and the same compiled program.
+    halves = [
+        {k: np.concatenate([v[part], v[part]]) for k, v in whole.items()}
+        for part in (slice(4), slice(4, 8))
+    ]
+    first, second = (gradient(row, TUNED, half)[0] for half in halves)
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
+    np.testing.assert_allclose(leaves(mean), leaves(alone), atol=1e-5)
+    adapters, states = [TUNED, random_adapter(1)], [start(row)[1]] * 2
+    pairs = zip(adapters, states, strict=True)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *pairs)
+    mapped = jax.vmap(jitted_gradient(row), in_axes=(None, 0, 0, None, None))
+    together = jax.jit(mapped)(BASE, *stacked, whole, KEY)[0]
+    for i, adapter in enumerate(adapters):
+        mine = jax.tree.map(lambda x, i=i: x[i], together)
+        np.testing.assert_allclose(
+            leaves(mine), leaves(gradient(row, adapter)[0]), atol=1e-5
+        )

@@ -1,0 +1,181 @@
+"""Lisa: its rule against a slow twin, and does it take turns?"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from alignment_case import (
+    ADAPTER,
+    BASE,
+    KEY,
+    PROBLEM,
+    SAFE,
+    TASK,
+    arrays,
+    moved,
+    toy_loss,
+    vector,
+)
+
+from sbr_jax.data.batches import batch
+from sbr_jax.methods.base import adamw, draw_rows
+from sbr_jax.methods.lisa import ALIGNMENT, USER, lisa
+from sbr_jax.training import loop
+from sbr_jax.training.step import compiled_step, make_step
+
+LISA = lisa(proximal=0.7)
+lisa_gradient = jax.jit(LISA.gradient, static_argnums=0)
+ROWS = {**arrays(TASK), "row": jnp.arange(8, dtype=jnp.int32)}
+
+
+def started(phase=ALIGNMENT, age=0, other=ADAPTER, problem=PROBLEM):
+    state = LISA.init(problem, BASE, other, KEY)
+    assert (int(state["phase"]), int(state["age"])) == (ALIGNMENT, 0)
+    return {**state, "phase": jnp.int32(phase), "age": jnp.int32(age)}
+
+
+@pytest.mark.parametrize("age", [0, 1])
+@pytest.mark.parametrize("phase", [USER, ALIGNMENT])
+def test_lisa_gradient_equals_its_twin(phase, age):
+    """Warm-up is 0.3 of the three steps here: over at age 1, not at age 0."""
+    adapter, state = moved(1), started(phase, age, moved(2))
+    grads, extra, metrics = lisa_gradient(PROBLEM, BASE, adapter, state, ROWS, KEY)
+    safe = draw_rows(PROBLEM, state["safe"], ROWS, jax.random.split(KEY)[0], 8)
+    loss, wanted = toy_loss(BASE, adapter, safe if phase == ALIGNMENT else arrays(TASK))
+    drift = vector(adapter) - vector(moved(2))
+    pull = 0.7 * drift if age else 0.0
+    np.testing.assert_allclose(vector(grads), vector(wanted) + pull, atol=5e-6)
+    assert extra == {}
+    assert float(metrics["drift"]) == pytest.approx(drift @ drift, rel=1e-5)
+    assert float(metrics["aligning"]) == phase
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def run_lisa(method, steps, watch=None):
+    """A domain as the pipeline runs it: the loop's result, and its compiled step."""
+    problem = dataclasses.replace(PROBLEM, steps=steps)
+    optimizer = adamw(problem, ADAPTER, 1e-2)
+    step = compiled_step(make_step(problem, method.gradient, optimizer))
+    adapter = jax.tree.map(jnp.copy, ADAPTER)
+    train = loop.TrainState(adapter, optimizer.init(adapter), jnp.int32(0))
+
+    def refresh(train, state, number):
+        new = method.refresh(problem, BASE, train.adapter, state, KEY)
+        if watch is not None:
+            watch(number, vector(train.adapter), state, new)
+        return train, new
+
+    done = loop.train(
+        step,
+        BASE,
+        train,
+        method.init(problem, BASE, adapter, KEY),
+        lambda number: batch(TASK, 8, 0, number),
+        KEY,
+        steps=steps,
+        where="lisa",
+        refresh_every=method.refresh_every,
+        refresh=refresh,
+        quiet=True,
+    )
+    return done, step
+
+
+def test_lisa_takes_turns_and_keeps_the_weights_of_the_last_switch():
+    switches = []
+
+    def watch(number, weights, old, new):
+        assert jax.tree.structure(old) == jax.tree.structure(new)
+        assert int(new["age"]) == number
+        if int(old["phase"]) == int(new["phase"]):
+            assert new["other"] is old["other"]
+        else:
+            np.testing.assert_array_equal(vector(new["other"]), weights)
+            switches.append(number)
+
+    done, step = run_lisa(lisa(period=5, alignment_share=0.4), 12, watch)
+    turns = done.history["aligning"]
+    np.testing.assert_array_equal(turns, [1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1])
+    assert switches == [2, 5, 7, 10]
+    # The drift is zero in the first step of a turn, and in no other.
+    drift = np.asarray(done.history["drift"])
+    np.testing.assert_array_equal(np.flatnonzero(drift == 0), [0, *switches])
+    assert step._cache_size() == 1
+
+
+def test_lisas_default_cycle_keeps_the_published_share():
+    done, _ = run_lisa(lisa(), 20)
+    assert np.mean(done.history["aligning"]) == pytest.approx(0.1)
+    assert lisa().refresh_every == 1
+    # The published cycle, 100 + 900 steps, is met by one refresh in 100 steps.
+    assert lisa(period=1000).refresh_every == 100
+    assert lisa(period=12, alignment_share=0.5).refresh_every == 6
+
+
+def test_lisas_proximal_term_waits_for_the_warm_up_and_then_holds_back():
+    def learnt(**options):
+        method = lisa(period=8, alignment_share=0.5, **options)
+        return vector(run_lisa(method, 16)[0].train.adapter)
+
+    free, start = learnt(proximal=0.0), vector(ADAPTER)
+    waiting = learnt(proximal=50.0, warmup_share=1.0)
+    np.testing.assert_array_equal(waiting, free)
+    held = learnt(proximal=50.0, warmup_share=0.0)
+    assert np.linalg.norm(held - start) < 0.9 * np.linalg.norm(free - start)
+
+
+@pytest.mark.parametrize("phase", [USER, ALIGNMENT])
+def test_lisas_microbatches_add_up(phase):
+    adapter, state = moved(), started(phase, 1)
+    found = []
+    for parts in (1, 2):
+        problem = dataclasses.replace(PROBLEM, accumulation=parts)
+        optimizer = optax.with_extra_args_support(optax.sgd(1.0))
+        step = make_step(problem, LISA.gradient, optimizer, accumulation=parts)
+        train = loop.TrainState(adapter, optimizer.init(adapter), jnp.int32(0))
+        after, metrics = jax.jit(step)(BASE, train, state, arrays(TASK), KEY)
+        found.append((vector(after.adapter), float(metrics["loss"])))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=5e-6)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+def test_lisas_seeds_may_be_in_different_phases_when_mapped():
+    adapters = [moved(1), moved(2)]
+    states = [started(phase, 1) for phase in (USER, ALIGNMENT)]
+
+    def stack(trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+    gradient = functools.partial(LISA.gradient, PROBLEM)
+    mapped = jax.jit(jax.vmap(gradient, in_axes=(None, 0, 0, None, None)))
+    together, _, metrics = mapped(BASE, stack(adapters), stack(states), ROWS, KEY)
+    np.testing.assert_array_equal(metrics["aligning"], [0, 1])
+    for i, (adapter, state) in enumerate(zip(adapters, states, strict=True)):
+        alone, _, _ = lisa_gradient(PROBLEM, BASE, adapter, state, ROWS, KEY)
+        mine = jax.tree.map(lambda x, i=i: x[i], together)
+        np.testing.assert_allclose(vector(mine), vector(alone), atol=2e-6)
+
+
+def test_lisas_data_may_be_longer_than_the_users():
+    more = ((0, 0), (0, 3))
+    wide = tiny.TokenDataset(np.pad(SAFE.tokens, more), np.pad(SAFE.mask, more))
+    problem, found = dataclasses.replace(PROBLEM, calibration=wide), []
+    for one in (PROBLEM, problem):
+        state = started(problem=one)
+        found.append(lisa_gradient(one, BASE, moved(), state, ROWS, KEY)[0])
+    np.testing.assert_allclose(*map(vector, found), atol=2e-6)
+
+
+def test_lisas_clock_starts_anew_in_each_domain():
+    here, late = moved(), started(USER, 7)
+    adapter, state = LISA.end_domain(PROBLEM, BASE, here, late, KEY)
+    assert adapter is here
+    assert (int(state["phase"]), int(state["age"])) == (ALIGNMENT, 0)
+    np.testing.assert_array_equal(vector(state["other"]), vector(here))
+    assert state["other"]["q_proj"].lora_b is not here["q_proj"].lora_b
+    assert jax.tree.structure(state) == jax.tree.structure(late)

@@ -1,0 +1,163 @@
+"""SafeAnchor's rows in training: projection, anchor, relaxation and controls."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from methods_case import SETTINGS, STUDY, learned, program, vector, without_diagnostics
+
+from sbr_jax.data.batches import TokenDataset, batch
+from sbr_jax.methods import InertProjectionWarning, build
+from sbr_jax.methods.anchor import anchor_loss
+from sbr_jax.methods.base import Problem
+from sbr_jax.training.program import init_adapter
+
+
+def test_update_projection_keeps_the_step_out_of_the_subspace():
+    strict = learned("safeanchor-exact:projection-only")[1]
+    assert strict["safety_update"] < strict["safety_gradient"]
+    found = program("safeanchor-exact:no-relaxation")
+    base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
+    key = jax.random.key(0)
+    state = found.method.init(found.problem, base, adapter, key)
+    state = without_diagnostics(state)
+    # The anchor's gradient is zero at its reference, so nothing bypasses here.
+    _, metrics = found.step(
+        base,
+        found.start(adapter, state),
+        state,
+        batch(STUDY.domains["medical"].train, 8, 0, 0),
+        key,
+    )
+    assert metrics["safety_gradient"] > 0.05
+    assert metrics["safety_update"] < 1e-5
+    np.testing.assert_allclose(
+        metrics["removed"], metrics["safety_gradient"], rtol=1e-4
+    )
+
+
+def test_gradient_projection_before_adam_leaks():
+    found = program("safeanchor:no-relaxation")
+    base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
+    state = found.method.init(found.problem, base, adapter, jax.random.key(0))
+    state = without_diagnostics(state)
+    _, metrics = found.step(
+        base,
+        found.start(adapter, state),
+        state,
+        batch(STUDY.domains["medical"].train, 8, 0, 0),
+        jax.random.key(0),
+    )
+    assert metrics["safety_update"] > 1e-2
+
+
+def test_anchor_is_zero_with_zero_gradient_at_the_reference_and_positive_after():
+    problem = program("safeanchor").problem
+    base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
+    safe = {k: jnp.asarray(getattr(STUDY.calibration, k)) for k in ("tokens", "mask")}
+    reference = STUDY.model.apply_fn(base, adapter, safe["tokens"])
+    value = jax.jit(
+        jax.value_and_grad(lambda a: anchor_loss(problem, base, a, reference, safe))
+    )
+    loss, grads = value(adapter)
+    assert abs(float(loss)) < 1e-6
+    assert float(optax.tree.norm(grads)) < 1e-6
+    moved = learned("plain")[3]
+    loss, grads = value(moved)
+    assert float(loss) > 1e-3
+    assert float(optax.tree.norm(grads)) > 1e-3
+
+
+def confident_study():
+    """A model that is sure of every calibration answer."""
+    model = tiny.model()
+
+    def sharp(base, adapter, tokens, **options):
+        return 1e3 * model.apply_fn(base, adapter, tokens, **options)
+
+    tokens = np.array(STUDY.calibration.tokens[:6])
+    for place in range(4, tiny.LENGTH):
+        logits = sharp(model.params, None, jnp.asarray(tokens))
+        tokens[:, place] = np.argmax(np.asarray(logits)[:, place - 1], -1)
+    data = TokenDataset(tokens, STUDY.calibration.mask[:6])
+    sure = dataclasses.replace(model, apply_fn=sharp)
+    return tiny.study(model=sure, calibration=data, calibration_controls={})
+
+
+def test_published_relaxation_is_inert_on_a_confident_model_and_warns():
+    study = confident_study()
+    problem = Problem(study.model.apply_fn, 1, 2, study.calibration)
+    base, adapter = study.model.params, init_adapter(study, SETTINGS, 0)
+    args = problem, base, adapter, jax.random.key(0)
+    with pytest.warns(InertProjectionWarning, match="the projection is inert"):
+        state = build("safeanchor", max_rank=4).init(*args)
+    assert min(float(a.min()) for a in jax.tree.leaves(state["coefficients"])) > 0.95
+    # Normalised traces do not depend on how sure the model is.
+    state = build("safeanchor-exact", max_rank=4).init(*args)
+    if float(optax.tree.norm(state["subspace"].trace)) > 0:
+        assert min(float(a.min()) for a in jax.tree.leaves(state["coefficients"])) < 1
+
+
+def test_protect_a_gives_the_first_subspace_an_a_block():
+    size = tiny.CONFIG.width * SETTINGS.lora_rank  # B comes first in a unit.
+    base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
+    blocks = {}
+    for protect_a in ("none", "perturb"):
+        method = build("safeanchor-exact", max_rank=16, protect_a=protect_a)
+        state = method.init(program("plain").problem, base, adapter, jax.random.key(0))
+        basis = np.asarray(state["subspace"].basis["q_proj"])
+        blocks[protect_a] = (basis[:, :size] ** 2).sum(), (basis[:, size:] ** 2).sum()
+    assert blocks["none"][1] == 0
+    assert blocks["perturb"][1] > 0.5
+    assert blocks["perturb"][0] > 0.5
+
+
+def test_controls_keep_the_rank_and_lose_the_subspace():
+    real = learned("safeanchor-exact:projection-only")[2][0]
+    for name in ("random", "shuffled"):
+        control = learned(f"safeanchor-exact:{name}")[2][0]
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            real["effective_rank"],
+            control["effective_rank"],
+        )
+
+
+def test_diagnostics_say_what_the_report_draws():
+    first, _, last = learned("safeanchor-exact")[2]
+    wanted = {"alpha", "trace", "effective_rank", "spectrum", "random_spectrum"}
+    assert wanted <= set(first)
+    assert {"alpha", "trace", "principal_angles", "discarded"} <= set(last)
+    assert last["principal_angles"]["q_proj"].shape == (2, 8)
+    assert first["alpha"]["q_proj"].shape == (2,)
+    assert {"safety_gradient", "removed", "safety_update", "anchor"} <= set(
+        learned("safeanchor-exact")[1]
+    )
+
+
+def test_replay_bypass_lets_the_safety_gradient_past():
+    key, adapter = jax.random.key(0), init_adapter(STUDY, SETTINGS, 0)
+    task = batch(STUDY.domains["legal"].train, 4, 0, 0)
+    safe = batch(STUDY.calibration, 4, 0, 0)
+    results = {}
+    for row in ("safeanchor-exact", "safeanchor-exact:replay-bypass"):
+        method = build(row)
+        results[row] = method.replay_gradient(
+            program("plain").problem,
+            STUDY.model.params,
+            adapter,
+            {},
+            task,
+            safe,
+            jnp.float32(2.0),
+            key,
+        )
+    joint, nothing, _ = results["safeanchor-exact"]
+    task_grads, extra, _ = results["safeanchor-exact:replay-bypass"]
+    assert nothing == {}
+    together = jax.tree.map(jnp.add, task_grads, extra["bypass"])
+    np.testing.assert_allclose(vector(together), vector(joint), atol=1e-5)

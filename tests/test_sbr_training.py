@@ -1,0 +1,196 @@
+"""SBR in training: the gradient of a step, and do states stay where they were?"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from sbr_case import (
+    ANCHORS,
+    BASE,
+    FRESH,
+    KEY,
+    MOVED,
+    PROBLEM,
+    REFERENCE,
+    STATE,
+    WIDTH,
+    jitter,
+    loss_and_gradient,
+    prompts_of,
+    requests,
+    states_of,
+    vector,
+)
+
+from sbr_jax.data.batches import batch
+from sbr_jax.methods.base import replay_gradient, task_gradient
+from sbr_jax.methods.sbr import anchor_prompts, reference_states, sbr
+from sbr_jax.training.step import TrainState, compiled_step, make_step
+
+MEDICAL = tiny.dataset(10, 64, shift=1)
+TASK = {**batch(MEDICAL, 8, 0, 0), "row": np.arange(8, dtype=np.int32)}
+
+
+def hook(method, problem=PROBLEM, name="gradient"):
+    return jax.jit(functools.partial(getattr(method, name), problem))
+
+
+TOTAL = sbr(anchor_weight=3.0, reduction="sum")
+gradient_of = hook(TOTAL)
+
+
+def test_gradient_is_the_tasks_plus_lambda_times_the_anchors():
+    found, extra, metrics = gradient_of(BASE, MOVED, STATE, TASK, KEY)
+    task, _, plain = jax.jit(functools.partial(task_gradient, PROBLEM))(
+        BASE, MOVED, {}, TASK, KEY
+    )
+    value, (pull, _) = loss_and_gradient(MOVED, REFERENCE, "sum")
+    assert extra == {}
+    wanted = vector(task) + 3 * vector(pull)
+    np.testing.assert_allclose(vector(found), wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(3 * vector(pull)).max() > 1e-1
+    assert float(metrics["anchor"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-5)
+    # Without weight it is the task's alone, and still says how far states are.
+    off = learn(1, adapter=MOVED, weight=0.0)[1][0]
+    assert off["grad_norm"] == pytest.approx(float(optax.tree.norm(task)), rel=1e-5)
+    assert off["anchor"] * WIDTH == pytest.approx(float(value), rel=1e-5)
+
+
+def test_a_repair_is_anchored_as_well():
+    safe = batch(PROBLEM.calibration, 8, 0, 0)
+    args = (BASE, MOVED, STATE, TASK, safe, jnp.float32(2), KEY)
+    found, _, metrics = hook(TOTAL, name="replay_gradient")(*args)
+    plain = jax.jit(functools.partial(replay_gradient, PROBLEM))(*args)[0]
+    pull = loss_and_gradient(MOVED, REFERENCE, "sum")[1][0]
+    wanted = vector(plain) + 3 * vector(pull)
+    np.testing.assert_allclose(vector(found), wanted, rtol=1e-4, atol=1e-4)
+    assert {"loss", "safety_loss", "anchor"} == set(metrics)
+
+
+@functools.cache
+def stepper(weight=50.0, seeds=False):
+    method = sbr(anchor_weight=weight)
+    optimizer = method.optimizer(PROBLEM, FRESH, 0.01)
+    step = make_step(PROBLEM, method.gradient, optimizer)
+    return optimizer, compiled_step(step, vmap_seeds=seeds)
+
+
+def learn(steps, *, adapter=FRESH, state=STATE, key=KEY, **options):
+    optimizer, step = stepper(**options)
+    adapter = jax.tree.map(jnp.copy, adapter)
+    train, history = TrainState(adapter, optimizer.init(adapter), jnp.int32(0)), []
+    for index in range(steps):
+        drawn = batch(MEDICAL, 8, 0, index)
+        train, metrics = step(BASE, train, state, drawn, key)
+        history.append(jax.device_get(metrics))
+    return train.adapter, history
+
+
+def drift(adapter, anchors=ANCHORS):
+    there = reference_states(PROBLEM, BASE, None, anchors)
+    return float(jnp.mean((states_of(BASE, adapter, anchors) - there) ** 2))
+
+
+def test_the_first_step_is_plain_and_the_second_is_not():
+    """Nothing has moved before the first step, so nothing pulls."""
+    ours, plain = (learn(1, weight=weight)[1][0] for weight in (50.0, 0.0))
+    assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+    assert ours["anchor"] < 1e-10
+    ours, plain = (learn(2, weight=weight)[1][1] for weight in (50.0, 0.0))
+    assert ours["anchor"] > 1e-5
+    assert abs(ours["grad_norm"] - plain["grad_norm"]) > 0.01 * plain["grad_norm"]
+
+
+def test_anchored_states_stay_and_the_task_is_learned():
+    before = jax.tree.map(np.array, BASE)
+    ours, history = learn(30)
+    plain, _ = learn(30, weight=0.0)
+    assert drift(ours) < 0.05 * drift(plain)
+    assert history[-1]["loss"] < history[0]["loss"] - 0.1
+    # What a step reports is what the states say, before that step.
+    assert learn(31)[1][-1]["anchor"] == pytest.approx(drift(ours), rel=1e-3)
+    # It is the anchors that are held: prompts unseen are held less.
+    unseen = anchor_prompts(requests(9, 12), 12, KEY)
+    held = drift(ours) / drift(plain)
+    assert drift(ours, unseen) / drift(plain, unseen) > 5 * held
+    jax.tree.map(np.testing.assert_array_equal, before, BASE)
+
+
+def test_microbatches_count_the_anchors_once():
+    """SGD at rate 1 shows the gradient itself, which Adam would rescale."""
+    whole, _, metrics = gradient_of(BASE, MOVED, STATE, TASK, KEY)
+    problem = dataclasses.replace(PROBLEM, accumulation=4)
+    optimizer = optax.with_extra_args_support(optax.sgd(1.0))
+    step = jax.jit(make_step(problem, TOTAL.gradient, optimizer, accumulation=4))
+    train = TrainState(MOVED, optimizer.init(MOVED), jnp.int32(0))
+    after, found = step(BASE, train, STATE, batch(MEDICAL, 8, 0, 0), KEY)
+    wanted = vector(MOVED) - vector(whole)
+    np.testing.assert_allclose(vector(after.adapter), wanted, rtol=1e-4, atol=1e-4)
+    for name in ("loss", "anchor"):
+        assert float(found[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
+
+
+def test_seeds_with_other_anchors_share_a_program_and_may_be_mapped():
+    keys = [jax.random.key(seed) for seed in (0, 1)]
+    adapters = [jitter(1), jitter(2)]
+    states = [sbr().init(PROBLEM, BASE, FRESH, key) for key in keys]
+    assert prompts_of(states[0]["anchors"]) != prompts_of(states[1]["anchors"])
+    optimizer, mapped = stepper(seeds=True)
+
+    def stack(trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+    trains = [TrainState(a, optimizer.init(a), jnp.int32(0)) for a in adapters]
+    drawn = batch(MEDICAL, 8, 0, 0)
+    together, metrics = mapped(
+        BASE, stack(trains), stack(states), stack([drawn, drawn]), jnp.stack(keys)
+    )
+    _, step = stepper()
+    for i in range(2):
+        # A copy: the step consumes what it is given.
+        alone, wanted = step(
+            BASE, jax.tree.map(jnp.copy, trains[i]), states[i], drawn, keys[i]
+        )
+        mine = jax.tree.map(lambda x, i=i: x[i], together.adapter)
+        np.testing.assert_allclose(vector(mine), vector(alone.adapter), atol=1e-5)
+        assert float(metrics["anchor"][i]) == pytest.approx(
+            float(wanted["anchor"]), rel=1e-4
+        )
+    assert step._cache_size() == 1
+
+
+def test_the_reference_outlives_a_domain():
+    adapter, state = sbr().end_domain(PROBLEM, BASE, MOVED, STATE, KEY)
+    assert adapter is MOVED
+    assert state["reference"] is STATE["reference"]
+
+
+def test_the_anchors_pass_has_no_dropout():
+    problem = dataclasses.replace(PROBLEM, dropout_rate=0.5)
+    run = hook(sbr(), problem)
+    values = [run(BASE, MOVED, STATE, TASK, jax.random.key(seed))[2] for seed in (0, 1)]
+    assert float(values[0]["loss"]) != float(values[1]["loss"])
+    assert float(values[0]["anchor"]) == float(values[1]["anchor"])
+    value = float(loss_and_gradient(MOVED, REFERENCE)[0])
+    assert float(values[0]["anchor"]) == pytest.approx(value, rel=1e-5)
+
+
+def test_bfloat16_weights_start_at_rounding():
+    model = tiny.model(jnp.bfloat16)
+    problem = dataclasses.replace(PROBLEM, apply_fn=model.apply_fn)
+    state = sbr().init(problem, model.params, FRESH, KEY)
+    assert state["reference"].dtype == jnp.float32
+    run = hook(sbr(), problem)
+    for adapter, low, high in ((FRESH, 0, 1e-4), (MOVED, 1e-3, 10)):
+        # jax promotes inside the attention's backward pass.
+        with jax.numpy_dtype_promotion("standard"):
+            grads, _, metrics = run(model.params, adapter, state, TASK, KEY)
+        # A bfloat16 has 8 bits: a state of size 1 is known to 2⁻⁸.
+        assert low <= float(metrics["anchor"]) <= high
+        assert np.isfinite(vector(grads)).all()
