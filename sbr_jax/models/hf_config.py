@@ -182,16 +182,20 @@ def _stops(raw: Raw) -> tuple[int, ...]:
 
 
 def _rope_dict(config: ModelConfig) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if scaling := config.rope_scaling:
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            rope |= {
-                "low_freq_factor": scaling.low,
-                "high_freq_factor": scaling.high,
-                "original_max_position_embeddings": scaling.original,
-            }
-    return rope
+    """RoPE in both spellings: transformers before 5 reads the old one only."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if scaling is None:
+        rope = {"rope_theta": theta, "rope_type": "default"}
+        return {"rope_theta": theta, "rope_parameters": rope}
+    old = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        old |= {
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original,
+        }
+    rope = {"rope_theta": theta, **old}
+    return {"rope_theta": theta, "rope_scaling": old, "rope_parameters": rope}
 
 
 def _attention_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -209,6 +213,21 @@ def _attention_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
             "max_window_layers": first,
         }
     return found
+
+
+def generation_dict(config: ModelConfig) -> dict[str, Any]:
+    """The content of ``generation_config.json``: where a text begins and ends.
+
+    >>> generation_dict(ModelConfig(vocab_size=32, width=8, mlp_width=16, layers=1,
+    ...     heads=2, eos=(2, 7)))
+    {'bos_token_id': None, 'eos_token_id': [2, 7], 'pad_token_id': None}
+    """
+    eos = list(config.eos)
+    return {
+        "bos_token_id": config.bos,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": config.pad,
+    }
 
 
 def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -234,14 +253,12 @@ def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         raise UserError(
             f"expected a model_type of {', '.join(FAMILIES)}, got {config.model_type!r}"
         )
-    family, eos = FAMILIES[config.model_type], list(config.eos)
+    family = FAMILIES[config.model_type]
     activation = GELU if config.activation == "gelu_tanh" else "silu"
     raw = {
         "architectures": [family.architecture],
         "attention_bias": False,
-        "bos_token_id": config.bos,
         "dtype": dtype,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "head_dim": config.head_dim,
         "hidden_act": activation,
         "hidden_size": config.width,
@@ -253,11 +270,13 @@ def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_hidden_layers": config.layers,
         "num_key_value_heads": config.kv_heads,
-        "pad_token_id": config.pad,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": _rope_dict(config),
         "tie_word_embeddings": config.tied,
+        # The name of "dtype" before transformers 4.56.
+        "torch_dtype": dtype,
         "vocab_size": config.vocab_size,
+        **generation_dict(config),
+        **_rope_dict(config),
         **_attention_dict(config, family),
     }
     if "hidden_activation" in family.allowed:
