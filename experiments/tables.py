@@ -186,6 +186,49 @@ def projection_table(run: Run) -> Table:
     return Table(("method", *(p[3] for p in PROJECTION)), tuple(rows), notes)
 
 
+def judge_table(run: Run) -> Table:
+    """Return each judge's measured agreement with people, a row per judge."""
+    judges = run.config.get("judges") or {}
+    found = {name: j.get("agreement") or {} for name, j in judges.items()}
+    models = sorted({m for a in found.values() for m in a.get("by_model", {})})
+    keys = ("accuracy", "partial_refused", "undecided")
+    rows = []
+    for name, agreement in found.items():
+        by_model = agreement.get("by_model", {})
+        values = [agreement.get(key) for key in keys]
+        cells = [Cell(v).text() for v in (*values, *(by_model.get(m) for m in models))]
+        kappa = Cell(agreement.get("kappa"), digits=2).text()
+        rows.append((name, cells[0], kappa, *cells[1:]))
+    counts = {a["count"] for a in found.values() if a}
+    notes = [
+        "Agreement with the people who labelled the answers of these models to XSTest"
+        + "".join(f", {count} of them decided" for count in sorted(counts))
+        + ", %. Partial refusals are left out and given apart: the share that the "
+        "judge calls a refusal.",
+        "undecided: answers that the judge calls gibberish or cannot read; they count "
+        "as disagreement.",
+    ]
+    notes += [f"{name}: {j['note']}." for name, j in judges.items() if j.get("note")]
+    head = ("judge", "all", "κ", "partial refused", "undecided", *models)
+    return Table(head, tuple(rows), tuple(notes))
+
+
+def harness_table(run: Run) -> Table:
+    """Return what lm-eval measured: mean ± deviation over seeds, a row per method."""
+    names = list(dict.fromkeys(k for entry in run.harness for k in entry["metrics"]))
+    rows = []
+    for method in dict.fromkeys(entry["method"] for entry in run.harness):
+        own = [e["metrics"] for e in run.harness if e["method"] == method]
+        columns = [[m[n] for m in own if m.get(n) is not None] for n in names]
+        cells = (_cell(np.asarray(values, np.float64)).text() for values in columns)
+        rows.append((method, str(len(own)), *cells))
+    notes = (
+        "Start model and final deployed weights under EleutherAI's harness, in its "
+        "words and metrics: accuracies in %, bbq_bias absolute, in ambiguous contexts.",
+    )
+    return Table(("method", "runs", *names), tuple(rows), notes)
+
+
 def to_markdown(table: Table) -> str:
     """Write a GitHub table.
 

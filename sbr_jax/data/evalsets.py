@@ -10,6 +10,10 @@ hub (:mod:`sbr_jax.data.hub`). Items come in the order of the file.
 | `advbench` | behaviours | all | `advbench/harmful_behaviors.csv` |
 | `jailbreakbench` | behaviours | harmful, benign | \
 `jailbreakbench/{harmful,benign}-behaviors.csv` or `jbb_behaviors_*` |
+| `jailbreakbench_artifacts` | judged | all | `jailbreakbench/artifact_*.json` or \
+`attack-artifacts/METHOD/TYPE/MODEL.json` |
+| `alpaca_harmless` | behaviours | test, val, train | \
+`alpaca/harmless_instructions_SPLIT.json` |
 | `catqa` | behaviours | all | `catqa/catqa_english.json` |
 | `xstest` | behaviours | all, safe, unsafe | `xstest/xstest_prompts.csv` |
 | `beavertails_prompts` | behaviours | test, eval | \
@@ -24,6 +28,9 @@ hub (:mod:`sbr_jax.data.hub`). Items come in the order of the file.
 | `truthfulqa_mc1`, `truthfulqa_mc2` | choices | current, v0 | \
 `truthfulqa/mc_task.json` |
 | `mmlu` | choices | test, val, dev | `mmlu/SPLIT/SUBJECT_SPLIT.csv` |
+| `medqa` | choices | test, train, dev | `medqa/phrases_no_exclude_SPLIT.jsonl` |
+| `legalbench` | choices | test | `legalbench/test/TASK.tsv`, \
+`legalbench/tasks/TASK/base_prompt.txt` |
 | `bbq` | bias | all, single, intersectional, or one category | `bbq/CATEGORY.jsonl` |
 | `humaneval` | code | all | `humaneval/HumanEval.jsonl` |
 | `mtbench` | dialogues | all | `mtbench/question.jsonl` |
@@ -33,15 +40,16 @@ Several sets hold harmful requests: whoever reads them must not print them.
 References: arXiv:2402.04249 (HarmBench), arXiv:2307.15043 (AdvBench), arXiv:2404.01318
 (JailbreakBench), arXiv:2402.11746 (CatQA), arXiv:2308.01263 (XSTest), arXiv:2307.04657
 (BeaverTails), arXiv:2309.07875 (Safety-Tuned LLaMAs), arXiv:2406.18495 (WildGuard),
-arXiv:2109.07958 (TruthfulQA), arXiv:2009.03300 (MMLU), arXiv:2110.08193 (BBQ),
-arXiv:2107.03374 (HumanEval), arXiv:2306.05685 (MT-Bench).
+arXiv:2109.07958 (TruthfulQA), arXiv:2009.03300 (MMLU), arXiv:2009.13081 (MedQA),
+arXiv:2308.11462 (LegalBench), arXiv:2110.08193 (BBQ), arXiv:2107.03374 (HumanEval),
+arXiv:2306.05685 (MT-Bench).
 """
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from sbr_jax.data import bbq, behaviours, questions
+from sbr_jax.data import artifacts, bbq, behaviours, choices, questions
 from sbr_jax.data.hub import hub_rows
 from sbr_jax.data.readers import any_rows, find
 from sbr_jax.data.records import Item
@@ -90,6 +98,10 @@ EVALSETS: dict[str, EvalSet] = {
     "jailbreakbench": EvalSet(
         behaviours.jailbreakbench_rows, behaviours.jailbreakbench, ("harmful", "benign")
     ),
+    "jailbreakbench_artifacts": EvalSet(artifacts.artifact_rows, artifacts.artifact),
+    "alpaca_harmless": EvalSet(
+        artifacts.harmless_rows, artifacts.harmless, ("test", "val", "train")
+    ),
     "catqa": EvalSet(behaviours.catqa_rows, behaviours.catqa),
     "xstest": EvalSet(
         _file("xstest/xstest_prompts.csv"),
@@ -125,6 +137,8 @@ EVALSETS: dict[str, EvalSet] = {
         _TRUTHFUL_SPLITS,
     ),
     "mmlu": EvalSet(questions.mmlu_rows, questions.mmlu, ("test", "val", "dev")),
+    "medqa": EvalSet(choices.medqa_rows, choices.medqa, ("test", "train", "dev")),
+    "legalbench": EvalSet(choices.legalbench_rows, choices.legalbench, ("test",)),
     "bbq": EvalSet(bbq.bbq_rows, bbq.bbq_item, bbq.SPLITS),
     "humaneval": EvalSet(questions.humaneval_rows, questions.humaneval),
     "mtbench": EvalSet(questions.mtbench_rows, questions.mtbench),

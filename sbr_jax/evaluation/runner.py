@@ -122,8 +122,7 @@ class ModelRunner:
         # scorer puts equal contexts together again.
         requests = []
         for prompt, choices in zip(prompts, options, strict=True):
-            pairs = self._chat_pairs if self._chat else self._plain_pairs
-            requests += [self.fit(*pair) for pair in pairs(prompt, choices)]
+            requests += [self.fit(*pair) for pair in self.pairs(prompt, choices)]
         scores = score(
             self.model, self.base, self.adapter, requests, budget=self.budget
         )
@@ -183,6 +182,21 @@ class ModelRunner:
             for before, row in zip(ids, new, strict=True)
         ]
         return [a.strip() for a in answers] if self._chat else answers
+
+    def pairs(
+        self, prompt: str, choices: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Token ids of a prompt, as this model is asked, and of each answer to it.
+
+        Args:
+          prompt: text.
+          choices: see :meth:`log_likelihoods`.
+
+        Returns:
+          Per choice both parts, at least one token each.
+        """
+        pairs = self._chat_pairs if self._chat else self._plain_pairs
+        return pairs(prompt, choices)
 
     def _plain_pairs(
         self, prompt: str, choices: Sequence[str]
