@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.models.codes import as_dense
 from sbr_jax.typing import PyTree, UserError
 
 WRITERS = ("o_proj", "down_proj")
@@ -41,7 +42,7 @@ def ablate_direction(base: PyTree, direction: jax.Array | np.ndarray) -> PyTree:
       direction: ``[D]``, of any length above 0.
 
     Returns:
-      A tree like ``base``.
+      A tree like ``base``; writers that were in codes are dense.
 
     Raises:
       UserError: for a direction of another width, or one without a finite length
@@ -70,7 +71,8 @@ def ablate_direction(base: PyTree, direction: jax.Array | np.ndarray) -> PyTree:
             "nothing would be ablated"
         )
     layers = base["layers"]
-    writing = {"embed": base["embed"], **{name: layers[name] for name in WRITERS}}
+    writing = {name: as_dense(layers[name]) for name in WRITERS}
+    writing["embed"] = base["embed"]
     edited = _without(writing, direction / length)
     return {**base, "embed": edited.pop("embed"), "layers": {**layers, **edited}}
 

@@ -11,6 +11,7 @@ from sbr_jax.models.lora import (
     merge_adapter,
     save_adapter,
 )
+from sbr_jax.models.peft import load_peft, save_peft
 from sbr_jax.models.prefix import make_extend_fn
 from sbr_jax.models.sharding import (
     adapter_partition_specs,
@@ -32,6 +33,7 @@ __all__ = [
     "is_lora_pair",
     "load",
     "load_adapter",
+    "load_peft",
     "load_tokenizer",
     "make_apply_fn",
     "make_extend_fn",
@@ -41,5 +43,6 @@ __all__ = [
     "partition_specs",
     "save",
     "save_adapter",
+    "save_peft",
     "token_log_probs",
 ]

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sbr_jax.models.codes import QuantisedWeight, is_quantised
 from sbr_jax.models.config import RopeScaling
 
 ACTIVATIONS = {
@@ -21,20 +22,31 @@ ACTIVATIONS = {
 
 
 def project(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None
+    x: jax.Array,
+    weight: jax.Array | QuantisedWeight,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """``x W + b``: the one place that multiplies by a projection's weight.
 
+    **Guarantee**: weights in codes are decoded to the dtype of x here and nowhere else,
+    and again in the backward pass instead of being kept for it. So no more layers are
+    dense at a time than one step of the scan unrolls.
+
     Args:
       x: ``[..., in]``.
-      weight: ``[in, out]``.
+      weight: ``[in, out]``, or the same in codes.
       bias: ``[out]``, or None.
 
     Returns:
       ``[..., out]``.
     """
-    y = x @ weight
+    y = _decode_and_multiply(x, weight) if is_quantised(weight) else x @ weight
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+@jax.checkpoint
+def _decode_and_multiply(x: jax.Array, weight: QuantisedWeight) -> jax.Array:
+    return x @ weight.dense(x.dtype)
 
 
 def rms_norm(

@@ -13,9 +13,12 @@ import jax
 from jax.sharding import Mesh
 
 from sbr_jax.models import hf_config
+from sbr_jax.models.codes import check_kind
 from sbr_jax.models.config import Hardware, ModelConfig
+from sbr_jax.models.quantize import require_dense
+from sbr_jax.models.saving import save_weights
 from sbr_jax.models.transformer import make_apply_fn
-from sbr_jax.models.weights import load_weights, save_weights
+from sbr_jax.models.weights import load_weights
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -66,6 +69,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     hardware: Hardware | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint.
 
@@ -74,6 +78,9 @@ def load(
       dtype: of the weights; None keeps the file's.
       mesh: with axes among ``"fsdp"`` and ``"tp"``, to spread the weights over.
       hardware: rematerialisation and the like.
+      quantize: ``"nf4"``, ``"nf4-double"`` or ``"int8"`` to keep the projections in
+        codes (see ``models.quantize``), one dense matrix at a time; None keeps them
+        dense.
 
     Returns:
       The model record.
@@ -82,9 +89,11 @@ def load(
       UserError: if nothing is there, a setting is unsupported or a tensor does not
         fit.
     """
+    if quantize is not None:
+        check_kind(quantize)
     folder = _resolve(folder_or_id)
     config = hf_config.read(folder)
-    params = load_weights(folder, config, dtype=dtype, mesh=mesh)
+    params = load_weights(folder, config, dtype=dtype, mesh=mesh, quantize=quantize)
     return make_model(config, params, load_tokenizer(folder), hardware=hardware)
 
 
@@ -115,24 +124,38 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
         raise UserError(f"cannot read the tokenizer of {folder}: {error}") from error
 
 
-def save(folder: str | pathlib.Path, model: Model) -> None:
+def save(
+    folder: str | pathlib.Path, model: Model, *, max_shard_bytes: int | None = None
+) -> None:
     """Writes a folder that ``load`` and transformers read.
 
-    ``config.json``, ``model.safetensors``, and the tokenizer's files with
-    ``chat_template.jinja`` where it has a chat template.
+    ``config.json``, ``generation_config.json``, the weights as ``model.safetensors`` or
+    shards with an index, and the tokenizer's files with ``chat_template.jinja`` where
+    it has a chat template.
 
     **Guarantee**: ``load(folder)`` gives weights that are bit-identical.
 
     Args:
-      folder: made if it does not exist.
-      model: what to save.
+      folder: made if it does not exist; weights that it holds are replaced.
+      model: what to save, its weights dense.
+      max_shard_bytes: of one file of weights; None: all in one.
+
+    Raises:
+      UserError: if weights are in codes, if no configuration of the family means the
+        model's settings, or for a limit below 1.
     """
+    require_dense(model.params, "save")
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = str(jax.tree.leaves(model.params)[0].dtype)
-    text = json.dumps(hf_config.to_dict(model.config, dtype), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    save_weights(folder, model.config, model.params)
+    files = {
+        "config.json": hf_config.to_dict(model.config, dtype),
+        "generation_config.json": hf_config.generation_dict(model.config),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    save_weights(folder, model.config, model.params, max_shard_bytes=max_shard_bytes)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(str(folder))
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.models.codes import as_dense
 from sbr_jax.models.config import TARGETS, ModelConfig
+from sbr_jax.models.parameters import select_targets
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -46,36 +47,6 @@ def is_lora_pair(node: Any) -> bool:
     False
     """
     return isinstance(node, LoraPair)
-
-
-def select_targets(pattern: str) -> tuple[str, ...]:
-    """The projections whose whole name matches a regular expression.
-
-    Args:
-      pattern: for example ``r"(q|k|v|o)_proj"``.
-
-    Returns:
-      Names in the order of ``TARGETS``.
-
-    Raises:
-      UserError: if nothing matches or the expression is not valid.
-
-    >>> select_targets("(q|v)_proj")
-    ('q_proj', 'v_proj')
-    """
-    try:
-        matcher = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"targets={pattern!r} is no regular expression: {error}") from (
-            error
-        )
-    found = tuple(name for name in TARGETS if matcher.fullmatch(name))
-    if not found:
-        raise UserError(
-            f"targets={pattern!r} matches no projection; the names are "
-            f"{', '.join(TARGETS)}"
-        )
-    return found
 
 
 def init_adapter(
@@ -133,7 +104,9 @@ def init_adapter(
 def merge_adapter(base: PyTree, adapter: dict[str, LoraPair] | None) -> PyTree:
     """The base weights with the adapter added in.
 
-    ``W + scale · A B``, added in float32 and rounded once to the dtype of W.
+    ``W + scale · A B``, added in float32 and rounded once to the dtype of W. A weight
+    in codes is decoded first and comes back dense: coding the sum again would round
+    away most of so small an update.
 
     Args:
       base: the frozen weights.
@@ -154,7 +127,8 @@ def merge_adapter(base: PyTree, adapter: dict[str, LoraPair] | None) -> PyTree:
         lora_a, lora_b = (x.astype(jnp.float32) for x in (pair.lora_a, pair.lora_b))
         delta = pair.scale * jnp.einsum("lir,lro->lio", lora_a, lora_b)
         weight = layers[name]
-        layers[name] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+        wide = as_dense(weight, jnp.float32)
+        layers[name] = (wide + delta).astype(weight.dtype)
     return {**base, "layers": layers}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sbr_jax.models.config import BIASED, TARGETS, ModelConfig
+from sbr_jax.typing import UserError
 
 
 def base_shapes(config: ModelConfig) -> dict[str, Any]:
@@ -43,3 +45,33 @@ def bias_of(name: str) -> str:
 def is_shape(node: Any) -> bool:
     """Whether a node of the tree of shapes is a shape."""
     return isinstance(node, tuple)
+
+
+def select_targets(pattern: str) -> tuple[str, ...]:
+    """The projections whose whole name matches a regular expression.
+
+    Args:
+      pattern: for example ``r"(q|k|v|o)_proj"``.
+
+    Returns:
+      Names in the order of ``TARGETS``.
+
+    Raises:
+      UserError: if nothing matches or the expression is not valid.
+
+    >>> select_targets("(q|v)_proj")
+    ('q_proj', 'v_proj')
+    """
+    try:
+        matcher = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"targets={pattern!r} is no regular expression: {error}") from (
+            error
+        )
+    found = tuple(name for name in TARGETS if matcher.fullmatch(name))
+    if not found:
+        raise UserError(
+            f"targets={pattern!r} matches no projection; the names are "
+            f"{', '.join(TARGETS)}"
+        )
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sbr_jax.models.codes import is_quantised
 from sbr_jax.models.config import BIASED, ModelConfig
 from sbr_jax.models.lora import LoraPair, is_lora_pair
 from sbr_jax.models.parameters import base_shapes, bias_of
@@ -92,16 +94,22 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
 def named_shardings(specs: PyTree, tree: PyTree, mesh: Mesh) -> PyTree:
     """``NamedSharding`` for each array of a tree; see ``fit_spec``.
 
+    Codes and scales of a quantised weight follow the weight's specification, without
+    an axis that would split a block.
+
     Args:
       specs: tree of ``PartitionSpec``.
-      tree: arrays (or anything with a shape) in the same structure.
+      tree: arrays, weights in codes (or anything with a shape) in the same structure.
       mesh: at hand.
 
     Returns:
       A tree of shardings, to be used with ``jax.device_put`` or ``jit``.
     """
 
-    def one(spec: P, leaf: Any) -> NamedSharding:
+    def one(spec: P, leaf: Any) -> Any:
+        if is_quantised(leaf):
+            whole = fit_spec(spec, leaf.grid, mesh)
+            return jax.tree.map(functools.partial(one, whole), leaf)
         shape = leaf if isinstance(leaf, tuple) else leaf.shape
         return NamedSharding(mesh, fit_spec(spec, shape, mesh))
 

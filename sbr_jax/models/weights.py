@@ -10,20 +10,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
+from sbr_jax.models.codes import QuantisedWeight, encode, stack_layers
 from sbr_jax.models.config import BIASED, TARGETS, ModelConfig
 from sbr_jax.models.hf_config import read_json
 from sbr_jax.models.parameters import base_shapes, bias_of, is_shape
+from sbr_jax.models.quantize import check_finite
 from sbr_jax.models.sharding import named_shardings, partition_specs
-from sbr_jax.typing import PyTree, UserError
+from sbr_jax.typing import UserError
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = {
@@ -40,6 +43,7 @@ _POST_NORMS = {
 }
 _HEAD = "lm_head.weight"
 _EMBED = "model.embed_tokens.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DERIVED = "rotary_emb.inv_freq"
 """Old files store the RoPE frequencies, which follow from the configuration."""
 
@@ -83,10 +87,7 @@ class Checkpoint:
 
     def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
         self.folder = folder
-        index, single = (
-            folder / "model.safetensors.index.json",
-            folder / "model.safetensors",
-        )
+        index, single = folder / INDEX, folder / SINGLE
         if index.is_file():
             listing = read_json(index).get("weight_map")
             if not isinstance(listing, dict):
@@ -180,18 +181,22 @@ def load_weights(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Reads the base weights of a folder.
 
     **Guarantee**: without ``dtype``, what ``save_weights`` wrote comes back bit for
     bit. With a mesh each device's slice is read by itself; no host holds a whole
-    weight.
+    weight. With ``quantize`` one matrix of one layer is dense at a time, and codes
+    equal those of ``models.quantize`` bit for bit (the mean of ``"nf4-double"`` on a
+    mesh up to rounding).
 
     Args:
       folder: with ``model.safetensors``, or shards and their index.
       config: the settings that go with it.
       dtype: to convert to; None keeps the file's.
       mesh: with axes among ``"fsdp"`` and ``"tp"``, or None for one device.
+      quantize: a kind of codes for the projections, or None.
 
     Returns:
       The tree ``base``.
@@ -203,18 +208,63 @@ def load_weights(
         file = Checkpoint(pathlib.Path(folder), stack)
         _check(config, file)
         shapes, table = base_shapes(config), sources(config)
-        leaves, structure = jax.tree.flatten(table)
-        readers = [_read(file, source, dtype) for source in leaves]
-        if mesh is None:
-            return structure.unflatten(jnp.asarray(read(...)) for read in readers)
-        shardings = named_shardings(partition_specs(config), shapes, mesh)
-        arrays = map(
-            jax.make_array_from_callback,
-            jax.tree.leaves(shapes, is_leaf=is_shape),
-            jax.tree.leaves(shardings),
-            readers,
+        shardings = jax.tree.map(lambda source: None, table)
+        if mesh is not None:
+            shardings = named_shardings(partition_specs(config), shapes, mesh)
+
+        def place(path: Any, source: Source, shape: Any, sharding: Any) -> Any:
+            if quantize is not None and path[-1].key in TARGETS:
+                return _place_codes(file, source, shape, sharding, dtype, quantize)
+            return _place(_read(file, source, dtype), shape, sharding)
+
+        return jax.tree_util.tree_map_with_path(place, table, shapes, shardings)
+
+
+def _place(
+    read: Callable[[Any], np.ndarray],
+    shape: tuple[int, ...],
+    sharding: NamedSharding | None,
+) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(read(...))
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _place_codes(
+    file: Checkpoint,
+    source: Source,
+    shape: tuple[int, ...],
+    sharding: NamedSharding | None,
+    dtype: Any,
+    kind: str,
+) -> QuantisedWeight:
+    """A projection in codes, layer by layer."""
+    inner = None
+    if sharding is not None:
+        inner = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+
+    def layer(name: str) -> QuantisedWeight:
+        one = Source((name,), stacked=False, transposed=source.transposed)
+        weight = encode(_place(_read(file, one, dtype), shape[1:], inner), kind)
+        check_finite(name, weight)
+        # Frees the dense matrix before the next one is read.
+        return jax.block_until_ready(weight)
+
+    layers = [layer(name) for name in source.names]
+    _check_alike(source, (weight.dtype for weight in layers))
+    stacked = stack_layers(layers)
+    if sharding is None:
+        return stacked
+    placed = named_shardings(sharding.spec, stacked, sharding.mesh)
+    return jax.device_put(stacked, placed)
+
+
+def _check_alike(source: Source, dtypes: Iterable[Any]) -> None:
+    if len({str(dtype) for dtype in dtypes}) > 1:
+        raise UserError(
+            f"{source.names[0]} and its like in other layers differ in dtype; "
+            "pass dtype="
         )
-        return structure.unflatten(arrays)
 
 
 def _read(file: Checkpoint, source: Source, dtype: Any) -> Callable[[Any], np.ndarray]:
@@ -234,36 +284,7 @@ def _read(file: Checkpoint, source: Source, dtype: Any) -> Callable[[Any], np.nd
             return part(source.names[0], index)
         names = source.names[index[0]] if index else source.names
         parts = [part(name, index[1:]) for name in names]
-        if len({str(p.dtype) for p in parts}) > 1:
-            raise UserError(
-                f"{source.names[0]} and its like in other layers differ in dtype; "
-                "pass dtype="
-            )
+        _check_alike(source, (values.dtype for values in parts))
         return np.stack(parts)
 
     return read
-
-
-def _tensors(config: ModelConfig, base: PyTree) -> Iterator[tuple[str, np.ndarray]]:
-    leaves = jax.tree.structure(sources(config)).flatten_up_to(base)
-    for source, leaf in zip(jax.tree.leaves(sources(config)), leaves, strict=True):
-        values = np.asarray(leaf)
-        for i, name in enumerate(source.names):
-            value = values[i] if source.stacked else values
-            yield name, np.ascontiguousarray(value.T if source.transposed else value)
-
-
-def save_weights(
-    folder: str | pathlib.Path, config: ModelConfig, base: Mapping[str, Any]
-) -> None:
-    """Writes the base weights as ``model.safetensors`` under Hugging Face's names.
-
-    Args:
-      folder: an existing folder.
-      config: of the model.
-      base: the weights.
-    """
-    from safetensors.numpy import save_file
-
-    path = pathlib.Path(folder) / "model.safetensors"
-    save_file(dict(_tensors(config, base)), path, metadata={"format": "pt"})
