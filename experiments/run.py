@@ -2,6 +2,7 @@
 
     python -m experiments.run PRESET --workdir DIR [--methods A B ...] [--domains ...]
         [--seed N N ...] [--mesh fsdp=4,tp=2] [--set KEY=VALUE ...] [--quiet]
+        [--harness [TASK ...]] [--dry-run]
     python -m experiments.run --list
 
 Finished stages are kept: the same command continues after an interruption. A mistake
@@ -40,14 +41,22 @@ class Arguments:
     mesh: str | None = None
     """Devices by axis, e.g. fsdp=4,tp=2."""
     data: str | None = None
-    """Data folder (preset stories)."""
+    """Data folder (presets on real text)."""
     model: str | None = None
-    """Checkpoint folder, in place of the preset's model."""
+    """Checkpoint folder, in place of the preset's model; a hub id for real models."""
     overrides: Annotated[
         tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE ...")
     ] = ()
     """Settings (steps_per_domain=50), options of the study (study.KEY=VALUE) and
     hyper-parameters of a row (safeanchor.max_rank=16)."""
+    harness: tuple[str, ...] | None = None
+    """Then put the start model and every row's final weights through lm-eval: tasks by
+    name, or none for all (truthfulqa_mc1, truthfulqa_mc2, bbq, mmlu, medqa_4options).
+    """
+    harness_limit: int | None = None
+    """At most so many items of each task; default: study.limit, or all."""
+    dry_run: bool = False
+    """Check every file and print memory and hours; train nothing."""
     list: Annotated[bool, tyro.conf.arg(name="list")] = False
     """List presets, methods and domains."""
     quiet: bool = False
@@ -68,6 +77,8 @@ class Plan:
         study_options: keyword arguments of the preset's study.
         row_options: keyword arguments per row.
         quiet: whether to print nothing.
+        harness: tasks of lm-eval, none for all; None for no lm-eval.
+        harness_limit: items of each.
     """
 
     preset: configs.Preset
@@ -79,6 +90,8 @@ class Plan:
     study_options: Mapping[str, Any]
     row_options: Mapping[str, Mapping[str, Any]]
     quiet: bool
+    harness: tuple[str, ...] | None = None
+    harness_limit: int | None = None
 
 
 def parse_value(text: str) -> Any:
@@ -153,7 +166,7 @@ def make_plan(arguments: Arguments) -> Plan:
         raise UserError(f"expected a preset, got none (known: {known}): {PROGRAM} demo")
     if arguments.preset not in configs.MODULES:
         raise cli.unknown("preset", arguments.preset, configs.MODULES)
-    if not arguments.workdir:
+    if not arguments.workdir and not arguments.dry_run:
         raise UserError(
             "expected a folder for the results, got none: add --workdir "
             f"runs/{arguments.preset}"
@@ -175,17 +188,35 @@ def make_plan(arguments: Arguments) -> Plan:
 
     rows = arguments.methods or preset.methods
     cli.check_names("method", rows, [*METHODS, *ABLATIONS])
-    settings, study, options = parse_overrides(arguments.overrides, preset, rows)
+    described = [text for text in arguments.overrides if text.startswith("device.")]
+    if described and not arguments.dry_run:
+        raise UserError(f"--set {described[0]}: only --dry-run has use for a device")
+    texts = [text for text in arguments.overrides if text not in described]
+    settings, study, options = parse_overrides(texts, preset, rows)
     if arguments.mesh is not None:
-        from sbr_jax.training.sharding import make_mesh
+        from sbr_jax.training.sharding import make_mesh, parse_mesh
 
-        make_mesh(arguments.mesh)
+        # A forecast may be for other devices than this machine's.
+        (parse_mesh if arguments.dry_run else make_mesh)(arguments.mesh)
         settings["mesh"] = arguments.mesh
+        if "mesh" in preset.options:
+            given["mesh"] = arguments.mesh
     for row in rows:
         build(row, **options.get(row, {}))
+    if preset.check is not None:
+        preset.check(rows, {**study, **given})
+    if arguments.harness is not None:
+        from experiments import harness
+
+        harness.check(arguments.harness, {**study, **given})
+    limit = arguments.harness_limit
+    if limit is not None and (arguments.harness is None or limit < 1):
+        raise UserError(
+            f"--harness-limit: expected at least 1, and --harness, got {limit}"
+        )
     return Plan(
         preset=preset,
-        workdir=Path(arguments.workdir),
+        workdir=Path(arguments.workdir or f"runs/{preset.name}"),
         methods=rows,
         domains=domains,
         seeds=seeds,
@@ -193,14 +224,19 @@ def make_plan(arguments: Arguments) -> Plan:
         study_options={**study, **given},
         row_options=options,
         quiet=arguments.quiet,
+        harness=arguments.harness,
+        harness_limit=limit,
     )
 
 
 def execute(plan: Plan) -> None:
-    """Build the study and run it."""
+    """Build the study, run it and, if asked, put its weights through lm-eval."""
     cli.enable_compilation_cache()
+    from experiments import harness
     from sbr_jax.training import pipeline
 
+    # Read before the hours that the run takes: a missing file is told at once.
+    tasks = None if plan.harness is None else harness.read(plan)
     study = plan.preset.study(plan.domains, **plan.study_options)
     options = configs.recorded(plan.study_options)
     pipeline.run(
@@ -210,10 +246,12 @@ def execute(plan: Plan) -> None:
         plan.workdir,
         plan.settings,
         plan.domains,
-        config={"study": options},
+        config={"study": options, **study.notes},
         overrides=plan.row_options,
         quiet=plan.quiet,
     )
+    if tasks is not None:
+        harness.evaluate(plan, study, tasks)
     if not plan.quiet:
         print(f"results: {plan.workdir / 'results.jsonl'}")
         print(f"next:    python -m experiments.report {plan.workdir}")
@@ -244,7 +282,13 @@ def main(args: Sequence[str] | None = None) -> int:
         if arguments.list:
             print(listing())
             return
-        execute(make_plan(arguments))
+        plan = make_plan(arguments)
+        if not arguments.dry_run:
+            execute(plan)
+            return
+        from experiments import dry_run
+
+        print(dry_run.execute(plan, arguments.overrides))
 
     return cli.guarded(
         program,

@@ -24,6 +24,9 @@ class Preset:
         seeds: the default seeds.
         settings: fields of `sbr_jax.training.settings.Settings`, shared by all rows.
         options: keyword arguments of `study` with their defaults; `--set study.KEY=…`.
+        check: `(rows, options) -> None` refuses, before anything is read, what the
+            study could only refuse later.
+        survey: as `study` for `--dry-run`, but without weights; None: `study` is cheap.
     """
 
     name: str
@@ -35,13 +38,20 @@ class Preset:
     seeds: tuple[int, ...]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    check: Callable[[Sequence[str], Mapping[str, Any]], None] | None = None
+    survey: Callable[..., Any] | None = None
+
+
+HARDWARE = ("mesh", "remat", "generation_batch", "score_tokens")
+"""Options of a study that change how a result is computed, and not the result."""
 
 
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that a run's folder remembers, and that must not change.
 
-    Not the place of a folder, for the fingerprint says what was read from it; nor the
-    usual judge, so that folders from before there was a choice can be continued.
+    Not the place of a folder, for the fingerprint says what was read from it; not the
+    hardware; nor the usual judge, so that folders from before there was a choice can be
+    continued.
 
     >>> recorded({"split": "test", "model_folder": "/models/a", "judge": "exact"})
     {'split': 'test'}
@@ -50,7 +60,7 @@ def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in options.items()
-        if "folder" not in name and usual.get(name) != value
+        if "folder" not in name and name not in HARDWARE and usual.get(name) != value
     }
 
 
@@ -59,6 +69,9 @@ MODULES = {
     "testbed": "testbed",
     "testbed-hard": "testbed_hard",
     "stories": "stories",
+    "llama2-7b": "llama2_7b",
+    "mistral-7b": "mistral_7b",
+    "realtext": "realtext",
 }
 """Name of a preset to its module in this package."""
 

@@ -1,0 +1,250 @@
+"""The study on a chat model: real data in its template, real measurements, a monitor.
+
+Everything is read and checked before the weights are: prompts that two sets share,
+sizes, lengths, the template. What a study was made of goes into `config.json`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import chat_model, measures
+from experiments.chat_parts import Parts, Split, make_parts
+from experiments.cli import check_names
+from experiments.configs.chat import ChatOptions
+from experiments.domain_scores import TokenAccuracy, choice_accuracy
+from experiments.stories import random_tokens
+from sbr_jax.data import TokenDataset
+from sbr_jax.data.sources import data_folder
+from sbr_jax.evaluation import KeywordJudge, verdict_rates
+from sbr_jax.evaluation.judges import Judge
+from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.evaluation.scorer import Budget
+from sbr_jax.models import Model
+from sbr_jax.training.study import Domain, Study
+from sbr_jax.typing import PyTree, UserError
+
+OWN_LENGTH = ("humaneval", "mtbench", "gsm8k")
+"""Measurements whose answers are longer than those to a request."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChatStudy(Study):
+    """A study that can say what it will cost.
+
+    Its `notes` hold sources and sizes of the data, what was left out, judges and
+    measurements: counts and names only.
+
+    Attributes:
+        asked: of each measurement and the probe, how many prompts, and characters of
+            the average one.
+    """
+
+    asked: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+
+
+def build_study(
+    domains: Sequence[str],
+    *,
+    model_folder: str | Path,
+    data_folder: str | Path,
+    weights: bool = True,
+    **options: Any,
+) -> ChatStudy:
+    """Builds the study.
+
+    Args:
+        domains: names of `ROLES` (medical, legal, code) or of data sets, in order.
+        model_folder: a checkpoint of a chat model, or its id on the hub.
+        data_folder: with a folder for each data set.
+        weights: False leaves them out: everything is checked, nothing can be run.
+        **options: of `ChatOptions`.
+
+    Returns:
+        The study.
+
+    Raises:
+        UserError: for anything missing or damaged, a model without a chat template,
+            empty parts, prompts that are too long, and sets that share prompts.
+    """
+    chosen = ChatOptions(**options)
+    folder = _data_folder(data_folder)
+    model, place = chat_model.read_record(model_folder)
+    judge = _judge(chosen, weights=False)
+    measured = _measurements(chosen, folder, judge)
+    asked = {m.name: m.prompts for m in measured}
+    parts = make_parts(domains, chosen, folder, model, asked)
+    notes = {"data": parts.record, **measures.record(measured, judge, folder)}
+    sizes = {name: _size(p) for name, p in {**asked, "probe": parts.probe}.items()}
+    if weights:
+        place = chat_model.locate(model_folder, weights=True)
+        model = chat_model.load_model(
+            place,
+            dtype=chosen.dtype,
+            quantize=chosen.quantize,
+            mesh=chosen.mesh,
+            remat=chosen.remat,
+        )
+        judge = _judge(chosen, weights=True)
+        measured = _measurements(chosen, folder, judge)
+    runner = _runner(model, chosen)
+    sets = parts.sets
+    noise = random_tokens(sets["calibration"], model.config.vocab_size, seed=0)
+    return ChatStudy(
+        model=model,
+        domains={
+            name: Domain(
+                train=sets[f"train {name}"],
+                evaluate=_accuracy(
+                    split, sets[f"test {name}"], model, runner, chosen, folder
+                ),
+            )
+            for name, split in parts.domains.items()
+        },
+        calibration=sets["calibration"],
+        calibration_controls={"benign": sets["benign control"], "random": noise},
+        safety_mix=sets["safety mix"],
+        harmful=sets["harmful"],
+        unaligned=_unaligned(chosen, model) if weights else None,
+        judge=chat_model.risk_judge(judge, model.tokenizer),
+        evaluate=_evaluate(measured, runner),
+        probe=_probe(parts.probe, judge, runner, chosen),
+        fingerprint=_fingerprint(place, parts, asked),
+        leak_check=parts.leaks,
+        notes=notes,
+        asked=sizes,
+    )
+
+
+def _data_folder(folder: str | Path) -> Path:
+    found = data_folder(folder)
+    if not found.is_dir():
+        raise UserError(f"--data: expected a folder, got the file {found}")
+    return found
+
+
+def _size(prompts: Sequence[str]) -> tuple[int, float]:
+    return len(prompts), sum(map(len, prompts)) / max(len(prompts), 1)
+
+
+def _judge(options: ChatOptions, *, weights: bool) -> Judge:
+    return chat_model.make_judge(
+        options.judge, options.judge_folder, dtype=options.dtype, weights=weights
+    )
+
+
+# --- measuring ------------------------------------------------------------------------
+
+
+def _measurements(options: ChatOptions, folder: Path, judge: Judge) -> list[Any]:
+    check_names("measurement", options.measures, measures.MEASURES)
+    return [
+        measures.prepare(
+            name,
+            folder,
+            limit=options.limit,
+            judge=judge,
+            allow_code=options.allow_code,
+            max_new_tokens=None if name in OWN_LENGTH else options.max_new_tokens,
+        )
+        for name in options.measures
+    ]
+
+
+def _runner(model: Model, options: ChatOptions) -> Callable[..., ModelRunner]:
+    def runner(base: PyTree, adapter: PyTree) -> ModelRunner:
+        return ModelRunner(
+            model,
+            base,
+            adapter,
+            chat=True,
+            system=options.system,
+            # Solved examples before a question may be cut; prompts were checked.
+            too_long="left",
+            budget=Budget(tokens=options.score_tokens),
+            batch_size=options.generation_batch,
+        )
+
+    return runner
+
+
+def _evaluate(measured: Sequence[Any], runner: Callable[..., ModelRunner]):
+    def evaluate(base: PyTree, adapter: PyTree) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for measurement in measured:
+            metrics |= measurement(runner(base, adapter))
+        return {**metrics, **measures.composite(metrics)}
+
+    return evaluate
+
+
+def _probe(prompts: Sequence[str], judge: Any, runner: Any, options: ChatOptions):
+    def probe(base: PyTree, adapter: PyTree) -> float:
+        answers = runner(base, adapter).answers(
+            prompts, max_new_tokens=options.max_new_tokens
+        )
+        return verdict_rates(judge(prompts, answers))["refusal"]
+
+    return probe
+
+
+def _accuracy(
+    split: Split,
+    test: TokenDataset,
+    model: Model,
+    runner: Callable[..., ModelRunner],
+    options: ChatOptions,
+    folder: Path,
+) -> Callable[[PyTree, PyTree], float]:
+    """How well a domain is learnt: HumanEval, a choice, or the next token."""
+    if options.allow_code and split.source.startswith("codealpaca"):
+        code = measures.prepare(
+            "humaneval",
+            folder,
+            limit=options.limit,
+            judge=KeywordJudge(),
+            allow_code=True,
+        )
+
+        def passed(base: PyTree, adapter: PyTree) -> float:
+            found = code(runner(base, adapter))
+            return next(v for k, v in found.items() if k.startswith("pass@1/"))
+
+        return passed
+    if split.items:
+        return choice_accuracy(split.items, runner)
+    return TokenAccuracy(model.apply_fn, test)
+
+
+def _unaligned(options: ChatOptions, model: Model) -> PyTree | None:
+    if options.unaligned_folder is None:
+        return None
+    place = chat_model.locate(
+        options.unaligned_folder, weights=True, option="study.unaligned_folder"
+    )
+    before = chat_model.load_model(place, dtype=options.dtype, mesh=options.mesh)
+    if before.config.width != model.config.width:
+        raise UserError(
+            f"study.unaligned_folder: expected the model before its alignment, got "
+            f"another in {place}"
+        )
+    return before.params
+
+
+def _fingerprint(
+    checkpoint: Path, parts: Parts, asked: Mapping[str, Sequence[str]]
+) -> str:
+    """A digest of the checkpoint, all tokens, and all that is asked."""
+    found = hashlib.sha256(chat_model.digest(checkpoint).encode())
+    for name, data in sorted(parts.sets.items()):
+        found.update(name.encode() + np.ascontiguousarray(data.tokens).tobytes())
+        found.update(np.ascontiguousarray(data.mask).tobytes())
+    texts = {**asked, "probe": parts.probe}
+    lists = {name: list(prompts) for name, prompts in texts.items()}
+    found.update(json.dumps(lists, sort_keys=True).encode())
+    return found.hexdigest()[:16]

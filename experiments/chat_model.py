@@ -1,0 +1,228 @@
+"""Checkpoints of a study on a chat model: found and checked before weights are read.
+
+Configuration, tokenizer and the headers of the weights tell whether a model can be
+used, in a second instead of minutes.
+"""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbr_jax import models
+from sbr_jax.data.text import encode_prompts
+from sbr_jax.evaluation import KeywordJudge
+from sbr_jax.evaluation.guard import (
+    GuardJudge,
+    first_tokens,
+    harmbench_classifier,
+    llama_guard,
+    wild_guard,
+)
+from sbr_jax.evaluation.judges import Judge
+from sbr_jax.methods.judges import as_text, label_likelihood_judge
+from sbr_jax.methods.risk import Judge as RiskJudge
+from sbr_jax.models import hf_config
+from sbr_jax.models.parameters import base_shapes, is_shape
+from sbr_jax.models.weights import Checkpoint, sources
+from sbr_jax.typing import UserError
+
+SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
+"""What is fetched from the hub where weights are not wanted."""
+
+
+def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path:
+    """The folder of a checkpoint, fetched from the hub where it is an id.
+
+    Args:
+        model: a folder, or the id of a model on the hub.
+        weights: whether to fetch those too.
+        option: that named it, for messages.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+        raise UserError(
+            f"{option}: expected a checkpoint folder or a hub id like 'owner/name', "
+            f"got '{model}'"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{option}: '{model}' is no folder here and could not be fetched from the "
+            f"hub ({type(error).__name__}): name a folder, or check the network and "
+            "whether its terms must be accepted"
+        ) from error
+
+
+def read_record(model: str | Path) -> tuple[models.Model, Path]:
+    """The model without its weights: configuration and tokenizer, and its folder.
+
+    The headers of the weights are checked where they are here; those of a hub id are
+    fetched last, when all else was found in order.
+
+    Raises:
+        UserError: for an unknown family, an unsupported setting, and a tokenizer that
+            is missing, has no chat template, or one that writes BOS twice or never.
+    """
+    folder = locate(model, weights=False)
+    config = hf_config.read(folder)
+    tokenizer = models.load_tokenizer(folder)
+    if Path(model).is_dir():
+        check_headers(folder, config)
+    if tokenizer is None:
+        raise UserError(f"expected a tokenizer in {folder}, found none")
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"expected a tokenizer with a chat template in {folder}, got one without: "
+            "use the -Chat or -Instruct checkpoint of this model"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"expected a tokenizer of at most {config.vocab_size} tokens in {folder}, "
+            f"got {len(tokenizer)}: it belongs to another model"
+        )
+    encode_prompts(tokenizer, ["Hello."])
+    return models.make_model(config, None, tokenizer), folder
+
+
+def check_headers(folder: Path, config: models.ModelConfig) -> None:
+    """Compares the weights' headers with the configuration; reads no weight.
+
+    Raises:
+        UserError: for files that are cut short, and tensors that are missing or of
+            another shape.
+    """
+    shapes = jax.tree.leaves(base_shapes(config), is_leaf=is_shape)
+    wanted = {}
+    for source, shape in zip(jax.tree.leaves(sources(config)), shapes, strict=True):
+        inner = shape[1:] if source.stacked else shape
+        inner = inner[::-1] if source.transposed else inner
+        wanted |= dict.fromkeys(source.names, inner)
+    with contextlib.ExitStack() as stack:
+        file = Checkpoint(folder, stack)
+        found = file.names()
+        wrong = [
+            f"{name} ({'missing' if name not in found else file.shape(name)})"
+            for name, shape in wanted.items()
+            if name not in found or file.shape(name) != shape
+        ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"expected the tensors of config.json in {folder}, got others: "
+            f"{', '.join(wrong[:3])}{more}"
+        )
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str,
+    quantize: str | None = None,
+    mesh: str | None = None,
+    remat: bool = False,
+) -> models.Model:
+    """The model with its weights, on one device or spread over a mesh."""
+    from sbr_jax.training.sharding import make_mesh
+
+    # The option is named only where it is asked for.
+    options = {} if quantize is None else {"quantize": quantize}
+    return models.load(
+        folder,
+        dtype=jnp.dtype(dtype),
+        mesh=None if mesh is None else make_mesh(mesh),
+        hardware=models.Hardware(remat=remat),
+        **options,
+    )
+
+
+def digest(folder: Path, blocks: int = 64, size: int = 4096) -> str:
+    """A hash of a checkpoint's configuration, headers and some of its weights."""
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        length = path.stat().st_size
+        found.update(f"{path.name} {length}".encode())
+        with path.open("rb") as file:
+            for place in np.linspace(0, max(length - size, 0), blocks).astype(int):
+                file.seek(int(place))
+                found.update(file.read(size))
+    return found.hexdigest()[:16]
+
+
+# --- judges ---------------------------------------------------------------------------
+
+GUARDS: dict[str, Callable[[models.Model, Path], GuardJudge]] = {
+    "llama-guard": lambda model, folder: llama_guard(model),
+    "wildguard": lambda model, folder: wild_guard(model, folder / "template.txt"),
+    "harmbench": lambda model, folder: harmbench_classifier(
+        model, folder / "template.txt"
+    ),
+}
+"""Judges with a checkpoint; what the last two are asked is in a file beside it."""
+
+
+def make_judge(
+    name: str, folder: str | None, *, dtype: str, weights: bool = True
+) -> Judge:
+    """Who judges answers.
+
+    Args:
+        name: `keyword`, `keyword:LIST`, or a key of `GUARDS`.
+        folder: the guard's checkpoint.
+        dtype: of its weights.
+        weights: whether to read them; without, the judge can only describe itself.
+
+    Raises:
+        UserError: for an unknown name or list, and a folder without a guard.
+    """
+    kind, _, words = name.partition(":")
+    if kind == "keyword":
+        return KeywordJudge(words) if words else KeywordJudge()
+    if name not in GUARDS or folder is None:
+        raise UserError(
+            f"study.judge: expected keyword, keyword:LIST, {', '.join(GUARDS)} (with "
+            f"study.judge_folder); got '{name}'"
+        )
+    place = locate(folder, weights=weights, option="study.judge_folder")
+    if weights:
+        return GUARDS[name](load_model(place, dtype=dtype), place)
+    config = hf_config.read(place)
+    if Path(folder).is_dir():
+        check_headers(place, config)
+    record = models.make_model(config, None, models.load_tokenizer(place))
+    return GUARDS[name](record, place)
+
+
+def risk_judge(judge: Judge, tokenizer: Any) -> RiskJudge | None:
+    """Who rates training pairs: the guard's own label, where the judge has one.
+
+    A list of refusal words says what an answer does, not whether it does harm: under
+    it every harmless answer would be a risk. So it rates nothing.
+
+    Args:
+        judge: of answers.
+        tokenizer: of the data sets.
+
+    Returns:
+        `(dataset) -> risk [N]`, or None.
+    """
+    if not isinstance(judge, GuardJudge) or judge.labels is None:
+        return None
+    harmless, harmful = first_tokens(judge.model.tokenizer, judge.labels)
+    render = as_text(tokenizer, judge.encode)
+    return label_likelihood_judge(judge.model, None, (harmful, harmless), render)

@@ -1,0 +1,74 @@
+"""How well a domain is learnt: questions answered by choice, or next tokens guessed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbr_jax.data import TokenDataset
+from sbr_jax.data.records import ChoiceItem
+from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.typing import PyTree
+
+Runner = Callable[[PyTree, PyTree], ModelRunner]
+
+
+def choice_accuracy(items: Sequence[ChoiceItem], runner: Runner) -> Callable[..., Any]:
+    """`(base, adapter) -> accuracy`: the likeliest option, averaged over tasks.
+
+    Args:
+        items: questions as the domain asks them.
+        runner: of weights.
+    """
+    # One answer is told from another as in LegalBench, of which MedQA is one task.
+    from sbr_jax.evaluation.tasks import legalbench
+
+    def accuracy(base: PyTree, adapter: PyTree) -> float:
+        return legalbench(runner(base, adapter), items).metrics["accuracy"]
+
+    return accuracy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenAccuracy:
+    """`(base, adapter) -> accuracy`: answer tokens guessed right, each after the truth.
+
+    Attributes:
+        apply_fn: of the model.
+        data: held-out examples.
+        batch_size: examples whose logits are held at once.
+    """
+
+    apply_fn: Callable[..., jax.Array]
+    data: TokenDataset
+    batch_size: int = 8
+
+    def __call__(self, base: PyTree, adapter: PyTree) -> float:
+        """Accuracy over all answer tokens, 0 to 100."""
+        count, size = _hits(self.apply_fn), min(self.batch_size, len(self.data))
+        total = np.zeros(2)
+        for start in range(0, len(self.data), size):
+            lack = size - len(self.data.tokens[start : start + size])
+            # A short batch is filled with rows without an answer.
+            parts = (
+                np.pad(x[start : start + size], ((0, lack), (0, 0)))
+                for x in (self.data.tokens, self.data.mask)
+            )
+            total += [float(x) for x in count(base, adapter, *parts)]
+        hits, tokens = total
+        return float(100.0 * hits / max(tokens, 1.0))
+
+
+@functools.lru_cache(maxsize=8)
+def _hits(apply_fn: Callable[..., jax.Array]) -> Callable[..., tuple]:
+    @jax.jit
+    def hits(base, adapter, tokens, mask):
+        guessed = jnp.argmax(apply_fn(base, adapter, tokens)[:, :-1], axis=-1)
+        right = guessed.astype(tokens.dtype) == tokens[:, 1:]
+        return jnp.sum(jnp.where(right, mask[:, 1:], 0.0)), jnp.sum(mask[:, 1:])
+
+    return hits

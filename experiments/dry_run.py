@@ -1,0 +1,311 @@
+"""`--dry-run`: everything is checked, nothing is trained, and the cost is printed.
+
+A preset with a `survey` builds its study without weights; the small models of the
+others are simply loaded. Then sizes decide memory and hours, by `experiments.forecast`.
+`--set device.memory_gb=24 device.tflops=60 device.gbps=600` names another device (what
+it reaches, not its peak); `device.tflops=measured` times a product on this machine's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import devices, forecast
+from experiments.forecast import GIB, Device, Job
+from experiments.tables import Table
+
+CARDS = (24, 40, 80)
+"""Memories, in GB, that a peak is compared with where the device's is not known."""
+
+ANSWERS = {"humaneval": 512, "mtbench": 2048, "gsm8k": 256}
+"""Tokens of an answer, where the study does not say it."""
+
+SCORED = ("truthfulqa", "bbq", "mmlu", "medqa", "legalbench", "refusal-auc")
+"""Measurements that read likelihoods and write nothing."""
+
+FRAME, PER_CHARACTER = 30, 0.25
+"""Tokens of a template, and of a character, in a prompt that was not encoded."""
+
+FISHER = ("safeanchor", "unified", "ewc")
+"""Rows with a gradient of each example at the start and after every domain."""
+
+
+# --- what is known of a study ---------------------------------------------------------
+
+
+def job_of(plan: Any, study: Any) -> Job:
+    """What a step of this plan costs, from its settings and the longest domain."""
+    import jax
+
+    options, settings = plan.study_options, plan.settings
+    dtype = options.get("dtype")
+    if dtype is None:
+        dtype = str(jax.tree.leaves(study.model.params)[0].dtype)
+    return Job(
+        config=study.model.config,
+        dtype=dtype,
+        quantize=options.get("quantize"),
+        rank=settings.lora_rank,
+        targets=settings.lora_targets,
+        batch=settings.batch_size,
+        accumulation=settings.accumulation,
+        length=max(study.domains[name].train.length for name in plan.domains),
+        remat=options.get("remat", study.model.hardware.remat),
+    )
+
+
+def parts_table(plan: Any, study: Any) -> Table:
+    """Sizes and lengths of what is learnt and held."""
+    steps, batch = plan.settings.steps_per_domain, plan.settings.batch_size
+    sets = {f"train {name}": study.domains[name].train for name in plan.domains}
+    sets |= {
+        "calibration": study.calibration,
+        **{f"{n} control": x for n, x in study.calibration_controls.items()},
+        "safety mix": study.safety_mix,
+        "harmful": study.harmful,
+    }
+    rows = []
+    for name, data in sets.items():
+        if data is None:
+            continue
+        epochs = f"{steps * batch / len(data):.1f}" if name.startswith("train") else "–"
+        numbers = (len(data), data.length, data.truncated, data.dropped)
+        rows.append((name, *(f"{n:,}" for n in numbers), epochs))
+    for name, (count, characters) in getattr(study, "asked", {}).items():
+        tokens = round(FRAME + PER_CHARACTER * characters)
+        kind = name if name == "probe" else f"measured {name}"
+        rows.append((kind, f"{count:,}", f"~{tokens}", "–", "–", "–"))
+    head = ("part", "examples", "tokens", "answers cut", "too long", "epochs")
+    return Table(head, tuple(rows))
+
+
+def columns_of(plan: Any, row: str) -> int:
+    """K of a row's subspace, 0 where it has none."""
+    if not row.startswith(("safeanchor", "unified")):
+        return 0
+    return plan.row_options.get(row, {}).get("max_rank", 64)
+
+
+def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
+    """Bytes by part of each phase, on one device."""
+    options, settings = plan.study_options, plan.settings
+    config, shards = job.config, _shards(settings.mesh)
+    base = {"weights": forecast.weight_bytes(config, job.dtype, job.quantize) / shards}
+    columns = max(columns_of(plan, row) for row in plan.methods)
+    held = dict(base)
+    if columns:
+        held["subspace, twice"] = forecast.subspace_bytes(job, columns)
+        held["reference adapter"] = forecast.adapter_bytes(job)
+    if getattr(study, "unaligned", None) or options.get("unaligned_folder"):
+        held["weights before alignment"] = (
+            forecast.weight_bytes(config, job.dtype) / shards
+        )
+    training = forecast.training_memory(job)
+    phases = {"training step": {**held, **{k: v / shards for k, v in training.items()}}}
+    if columns:
+        examples = settings.fisher_examples or len(study.calibration)
+        shorter = dataclasses.replace(job, length=study.calibration.length)
+        phases["Fisher"] = held | forecast.fisher_memory(
+            shorter,
+            min(examples, len(study.calibration)),
+            settings.fisher_microbatch,
+            settings.fisher_buffer,
+        )
+    if hasattr(study, "asked"):
+        rows, new = options["generation_batch"], options["max_new_tokens"]
+        longest = max(FRAME + PER_CHARACTER * c for _, c in study.asked.values())
+        cache = forecast.cache_bytes(job, math.ceil(rows * (longest + new)))
+        phases["answers"] = {**held, "keys and values": cache}
+        scored = forecast.cache_bytes(job, options["score_tokens"])
+        phases["likelihoods"] = {**held, "keys and values": scored}
+    return phases
+
+
+def _shards(mesh: str | None) -> int:
+    from sbr_jax.training.sharding import parse_mesh
+
+    return 1 if mesh is None else math.prod(parse_mesh(mesh).values())
+
+
+def memory_table(phases: Mapping[str, Mapping[str, float]]) -> Table:
+    """GiB by part, a row per phase, its sum last."""
+    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
+    rows = [
+        (
+            name,
+            *(f"{phase[p] / GIB:.2f}" if p in phase else "–" for p in parts),
+            f"{sum(phase.values()) / GIB:.2f}",
+        )
+        for name, phase in phases.items()
+    ]
+    return Table(("GiB", *parts, "sum"), tuple(rows))
+
+
+# --- time -----------------------------------------------------------------------------
+
+
+def evaluation_seconds(plan: Any, study: Any, job: Job, device: Device) -> float | None:
+    """Of all measurements once; None where the study does not say what is asked."""
+    if not hasattr(study, "asked"):
+        return None
+    total = 0.0
+    for name in study.asked:
+        if name == "probe":
+            continue
+        total += _asked_seconds(plan, study, job, device, name)
+    return total
+
+
+def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -> float:
+    count, characters = study.asked[name]
+    tokens = round(FRAME + PER_CHARACTER * characters)
+    if name in SCORED:
+        flops = count * forecast.forward_flops(job, tokens, heads=8)
+        return flops / (device.flops * device.count)
+    options = plan.study_options
+    new = ANSWERS.get(name, options["max_new_tokens"])
+    rows = options["generation_batch"]
+    return forecast.generation_seconds(job, device, count, tokens, new, rows)
+
+
+def row_seconds(
+    plan: Any, study: Any, job: Job, device: Device, row: str
+) -> dict[str, float]:
+    """Of one row with one seed: training, Fisher, measurements, monitor, repairs."""
+    from sbr_jax.methods import build
+
+    settings, domains = plan.settings, len(plan.domains)
+    speed = device.flops * device.count
+    method = row.partition(":")[0]
+    steps = domains * settings.steps_per_domain
+    plain = forecast.step_flops(job, "plain")
+    found = {"training": steps * forecast.step_flops(job, method) / speed}
+    found["training"] += (
+        forecast.STAGES.get(method, 0.0) * settings.steps_per_domain * plain / speed
+    )
+    if method.startswith(FISHER):
+        data = study.calibration
+        examples = min(settings.fisher_examples or len(data), len(data))
+        # Also once on the random control.
+        estimates = domains + 2
+        each = forecast.train_flops(job, data.length)
+        found["Fisher"] = estimates * examples * each / speed
+    once = evaluation_seconds(plan, study, job, device)
+    if once is not None:
+        found["measuring"] = domains * once
+    monitored = build(row, **plan.row_options.get(row, {})).monitored
+    if monitored and getattr(study, "asked", None):
+        found["monitor"] = domains * _asked_seconds(plan, study, job, device, "probe")
+    if monitored and study.probe is not None:
+        repairs = domains * settings.repair_blocks * settings.repair_steps
+        found["repairs, at most"] = repairs * 2 * plain / speed
+    return found
+
+
+def time_table(plan: Any, study: Any, job: Job, device: Device) -> Table:
+    """Hours of each row with one seed, and of all rows and seeds."""
+    rows = {row: row_seconds(plan, study, job, device, row) for row in plan.methods}
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    lines, total = [], 0.0
+    for row, found in rows.items():
+        total += sum(found.values())
+        cells = (f"{found[p] / 3600:.3g}" if p in found else "–" for p in parts)
+        lines.append((row, *cells, f"{sum(found.values()) / 3600:.3g}"))
+    seeds = len(plan.seeds)
+    whole = f"{total * seeds / 3600:.3g}"
+    lines.append((f"all, {seeds} seeds", *("" for _ in parts), whole))
+    return Table(("hours", *parts, "one seed"), tuple(lines))
+
+
+# --- what is printed ------------------------------------------------------------------
+
+
+def to_text(table: Table) -> str:
+    """Columns in line, the first to the left.
+
+    >>> print(to_text(Table(("a", "n"), (("row", "1"),))))
+    a    n
+    row  1
+    """
+    lines = (table.head, *table.rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def execute(plan: Any, device_texts: Sequence[str] = ()) -> str:
+    """Check a plan against its files and return what it will cost.
+
+    Raises:
+        UserError: for what the run itself would refuse.
+    """
+    from sbr_jax.training.study import refuse_leaks
+
+    device = devices.read_device(device_texts)
+    build = plan.preset.survey or plan.preset.study
+    study = build(plan.domains, **plan.study_options)
+    refuse_leaks(study.leak_check)
+    job = job_of(plan, study)
+    config, settings = job.config, plan.settings
+    phases = memory(plan, study, job)
+    peak = max(sum(phase.values()) for phase in phases.values())
+    billions = forecast.parameter_count(config) / 1e9
+    size = forecast.weight_bytes(config, job.dtype, job.quantize) / 1e9
+    trained = forecast.adapter_parameters(config, job.rank, job.targets) / 1e6
+    lines = [
+        f"{plan.preset.name}: nothing was trained, no weights of a large model were "
+        "read",
+        "",
+        f"model    {config.model_type}, {billions:.3g} B parameters, {size:.3g} GB in "
+        f"{job.quantize or job.dtype}; context {config.context}; adapter {trained:.3g} "
+        f"M, rank {job.rank}",
+        f"steps    {settings.steps_per_domain} a domain of {job.batch} examples "
+        f"({job.microbatch} at a time), domains {' → '.join(plan.domains)}",
+        f"leaks    {len(study.leak_check)} pairs of sets compared, 0 prompts shared",
+        *_data_lines(study.notes.get("data", {})),
+        "",
+        to_text(parts_table(plan, study)),
+        "",
+        "memory of one device, the least that must be alive at once",
+        to_text(memory_table(phases)),
+        _fit(peak, device.memory),
+        "",
+        f"time on {device.name}: {device.flops / 1e12:.3g} TFLOP/s, "
+        f"{device.bandwidth / 1e9:.4g} GB/s, {device.count} of them; without "
+        "compilation",
+        to_text(time_table(plan, study, job, device)),
+    ]
+    return "\n".join(lines)
+
+
+def _data_lines(data: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if "sources" in data:
+        sources = {**data["sources"], "calibration": data["calibration"]}
+        lines.append("data     " + ", ".join(f"{k}: {v}" for k, v in sources.items()))
+    if data.get("left out"):
+        found = ", ".join(f"{k}: {v}" for k, v in data["left out"].items())
+        lines.append(f"left out for being in two sets (of the first)  {found}")
+    return lines
+
+
+def _fit(peak: float, limit: float | None) -> str:
+    if limit is not None:
+        word = "fits into" if peak < limit else "DOES NOT FIT into"
+        return f"peak {peak / GIB:.1f} GiB: {word} {limit / GIB:.1f} GiB"
+    fits = [f"{card} GB" for card in CARDS if peak < card * 1e9]
+    return (
+        f"peak {peak / GIB:.1f} GiB: "
+        + (
+            f"fits into {', '.join(fits)}"
+            if fits
+            else "fits into none of 24, 40, 80 GB"
+        )
+        + " (--set device.memory_gb=N)"
+    )

@@ -1,0 +1,285 @@
+"""Memory and time of a fine-tuning run, from sizes alone: pure functions, no arrays.
+
+Matrix products are counted exactly, as a compiler counts them (2 FLOPs a multiplication
+and addition, attention over all T x T pairs); elementwise work is left out. Memory is
+that of the arrays that must be alive at once: a lower bound, since a compiler may keep
+more.
+
+Symbols: B sequences, T tokens of a sequence, L layers, D width, V vocabulary, P
+parameters of an adapter, N examples, K columns of a subspace.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from sbr_jax.models.config import TARGETS, ModelConfig
+from sbr_jax.models.lora import select_targets
+from sbr_jax.models.quantize import weight_bytes
+
+GIB = 2**30
+FLOAT32 = 4
+BYTES = {"bfloat16": 2, "float32": 4}
+LOGIT_COPIES = 3
+"""Logits, their logarithm and their gradient, float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained and how, as far as it costs.
+
+    Attributes:
+        config: of the model.
+        dtype: of the frozen weights and the activations.
+        quantize: of the frozen projections: a kind of `models.quantize`, or None.
+        rank: of the adapter.
+        targets: regular expression of the adapted projections.
+        batch: examples of a step.
+        accumulation: microbatches of a step.
+        length: T, tokens of a training example.
+        remat: whether layers are recomputed in the backward pass.
+    """
+
+    config: ModelConfig
+    dtype: str = "bfloat16"
+    quantize: str | None = None
+    rank: int = 16
+    targets: str = r"(q|k|v|o)_proj"
+    batch: int = 16
+    accumulation: int = 1
+    length: int = 512
+    remat: bool = True
+
+    @property
+    def microbatch(self) -> int:
+        """Examples that are in memory at once."""
+        return self.batch // self.accumulation
+
+
+# --- parameters -----------------------------------------------------------------------
+
+
+def projection_parameters(config: ModelConfig) -> int:
+    """Weights of all projections of all layers, without biases."""
+    return config.layers * sum(math.prod(config.projection(n)) for n in TARGETS)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """All frozen weights.
+
+    >>> parameter_count(ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2,
+    ...     heads=2))
+    372
+    """
+    norms = 2 * config.width * (2 if config.post_norms else 1)
+    norms += 2 * config.head_dim if config.qk_norm else 0
+    biases = 0
+    if config.qkv_bias:
+        biases = (config.heads + 2 * config.kv_heads) * config.head_dim
+    table = config.vocab_size * config.width * (1 if config.tied else 2)
+    return (
+        table
+        + projection_parameters(config)
+        + config.layers * (norms + biases)
+        + config.width
+    )
+
+
+def adapter_parameters(config: ModelConfig, rank: int, targets: str) -> int:
+    """P, parameters of an adapter: r (in + out) for every adapted projection."""
+    sizes = (sum(config.projection(name)) for name in select_targets(targets))
+    return config.layers * rank * sum(sizes)
+
+
+# --- FLOPs ----------------------------------------------------------------------------
+
+
+def _layer_flops(job: Job, tokens: int, keys: int) -> tuple[float, float, float]:
+    """Of one sequence in one layer: projections, attention, adapter."""
+    config = job.config
+    weights = sum(math.prod(config.projection(name)) for name in TARGETS)
+    adapter = sum(sum(config.projection(name)) for name in select_targets(job.targets))
+    attention = 4 * tokens * keys * config.heads * config.head_dim
+    return 2 * tokens * weights, attention, 2 * tokens * job.rank * adapter
+
+
+def forward_flops(
+    job: Job, tokens: int, *, keys: int | None = None, heads: int | None = None
+) -> float:
+    """Of one sequence, forwards.
+
+    Args:
+        job: what runs.
+        tokens: T.
+        keys: positions that each token looks at; None for T.
+        heads: positions whose logits are computed; None for T.
+    """
+    layer = sum(_layer_flops(job, tokens, tokens if keys is None else keys))
+    table = 2 * job.config.width * job.config.vocab_size
+    return job.config.layers * layer + (tokens if heads is None else heads) * table
+
+
+def train_flops(job: Job, tokens: int) -> float:
+    """Of one sequence, forwards and backwards, with the base frozen.
+
+    The backward pass of a frozen weight is one product (the input's gradient), that of
+    an adapter or of attention two. A recomputed layer does without its last product,
+    whose result only a norm behind it would need.
+    """
+    weights, attention, adapter = _layer_flops(job, tokens, tokens)
+    table = 2 * tokens * job.config.width * job.config.vocab_size
+    layer = 2 * weights + 3 * attention + 3 * adapter
+    again = 0.0
+    if job.remat:
+        again = weights + attention + adapter
+        if not job.config.post_norms:
+            again -= 2 * tokens * math.prod(job.config.projection("down_proj"))
+    return job.config.layers * (layer + again) + 2 * table
+
+
+# --- memory ---------------------------------------------------------------------------
+
+
+def adapter_bytes(job: Job) -> int:
+    """Of one adapter, float32."""
+    return FLOAT32 * adapter_parameters(job.config, job.rank, job.targets)
+
+
+def cache_bytes(job: Job, tokens: int) -> int:
+    """Keys and values of so many tokens."""
+    config = job.config
+    entries = 2 * config.layers * config.kv_heads * config.head_dim
+    return tokens * entries * BYTES[job.dtype]
+
+
+def _inside_layer(job: Job) -> int:
+    """Activations that the backward pass of one layer needs, for one microbatch."""
+    config, size = job.config, BYTES[job.dtype]
+    queries = config.heads * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    # Normed inputs twice, queries, keys, values, attention's output, and the MLP's
+    # gate before and after its activation, the other factor, and their product.
+    token = 2 * config.width + 2 * queries + 2 * keys + 4 * config.mlp_width
+    scores = 2 * config.heads * job.length * FLOAT32
+    return job.microbatch * job.length * (token * size + scores)
+
+
+def training_memory(job: Job) -> dict[str, int]:
+    """Bytes by part of one step, without the frozen weights."""
+    config, tokens = job.config, job.microbatch * job.length
+    stream = config.layers * tokens * config.width * BYTES[job.dtype]
+    layers = 1 if job.remat else config.layers
+    return {
+        "adapter and its gradient": 2 * adapter_bytes(job),
+        "AdamW's moments": 2 * adapter_bytes(job),
+        "residual stream": stream,
+        "activations inside layers": layers * _inside_layer(job),
+        "logits": LOGIT_COPIES * tokens * config.vocab_size * FLOAT32,
+    }
+
+
+def subspace_bytes(job: Job, columns: int) -> int:
+    """Of a basis of K columns per unit and layer, in the state and the optimizer."""
+    return 2 * columns * adapter_bytes(job)
+
+
+def fisher_memory(
+    job: Job, examples: int, microbatch: int, buffer: int
+) -> dict[str, int]:
+    """Bytes of a Fisher estimate's own arrays.
+
+    The rows, a buffer and a batch at most, are held twice while they are joined or cut.
+    """
+    rows = min(examples, buffer + microbatch)
+    one = dataclasses.replace(job, batch=microbatch, accumulation=1)
+    return {
+        "per-example gradients": (2 * rows + microbatch) * adapter_bytes(job),
+        "activations": _inside_layer(one)
+        + LOGIT_COPIES * microbatch * job.length * job.config.vocab_size * FLOAT32,
+    }
+
+
+# --- time -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a device does in practice.
+
+    Attributes:
+        name: to be printed.
+        memory: bytes, or None where that is not known.
+        flops: of matrix products, a second.
+        bandwidth: bytes a second.
+        count: devices that share the work.
+    """
+
+    name: str
+    memory: float | None
+    flops: float
+    bandwidth: float
+    count: int = 1
+
+
+A100 = Device("A100 (80 GB) at 40 % of its peak", 80e9, 125e12, 1.2e12)
+"""Assumed where nothing is known."""
+
+
+def generation_seconds(
+    job: Job, device: Device, prompts: int, tokens: int, new: int, rows: int
+) -> float:
+    """Of so many answers: a pass over the prompts, then a token of all rows at a time.
+
+    A token takes as long as its products or as reading weights and cache, whichever is
+    longer.
+
+    Args:
+        job: what runs.
+        device: where.
+        prompts: how many.
+        tokens: of a prompt.
+        new: of an answer.
+        rows: answers written at once.
+    """
+    flops, bandwidth = device.flops * device.count, device.bandwidth * device.count
+    reading = prompts * forward_flops(job, tokens, heads=1) / flops
+    size = weight_bytes(job.config, job.dtype, job.quantize)
+    size += cache_bytes(job, rows * (tokens + new))
+    products = rows * forward_flops(job, 1, keys=tokens + new)
+    step = max(products / flops, size / bandwidth)
+    return reading + math.ceil(prompts / rows) * new * step
+
+
+PASSES: Mapping[str, tuple[float, float]] = {
+    "plain": (0, 0),
+    "interleaving": (0, 0),
+    "ewc": (0, 0),
+    "o-lora": (0, 0),
+    "safe-lora": (0, 0),
+    "asft": (0, 0),
+    "lox": (0, 0),
+    "antidote": (0, 0),
+    "vaccine": (0, 0),
+    "booster": (0, 0),
+    "salora": (0, 0),
+    "lisa": (0, 0),
+    "adaptive-judge": (1, 0),
+    "adaptive-probe": (1, 0),
+    "sbr": (0, 0.5),
+    "safegrad": (0.5, 0.5),
+    "safeanchor": (0.5, 0.5),
+    "safeanchor-exact": (0.5, 0.5),
+    "unified": (2.5, 1.0),
+}
+"""What a row does in a step besides the task's own pass, in units of the batch: forward
+passes alone, and forward with backward. 8 prompts count as half of a batch of 16."""
+
+STAGES = {"vaccine": 2.0, "booster": 3.0}
+"""Rows with an alignment stage as long as a domain, and its passes a step."""
+
+
+def step_flops(job: Job, row: str) -> float:
+    """Of one optimizer step of a row (a variant counts as its method)."""
+    forward, both = PASSES.get(row, (0, 0))
+    one, whole = forward_flops(job, job.length), train_flops(job, job.length)
+    return job.batch * ((1 + both) * whole + forward * one)
