@@ -4,7 +4,7 @@
         [--quiet]
 
 Trains a Llama of 3.4 M parameters from scratch to answer benign instructions and to
-refuse harmful ones (`experiments.realtext_corpus`), and measures it. About 15 minutes
+refuse harmful ones (`experiments.realtext_corpus`), and measures it. About 20 minutes
 on two cores.
 
 The folder is written at the end, by rename: a killed run leaves none. Its
@@ -54,7 +54,7 @@ PROGRAM = "python -m experiments.realtext"
 CONTEXT = 2048
 """Room for the longest behaviour of HarmBench; text to learn is at most a quarter."""
 WIDTH, LAYERS, HEADS = 192, 6, 6
-STEPS, LEARNING_RATE = 700, 3e-3
+STEPS, LEARNING_RATE = 1200, 3e-3
 MEASURES = (
     "harmbench",
     "advbench",
