@@ -208,7 +208,7 @@ BAD = {
     "long prompt": (long_prompt, (), "harmbench: expected prompts of at most 88"),
     "overlap": (
         tiny_chat.overlap,
-        ("study.calibration=27",),
+        ("study.calibration=26", "study.safety_mix=1"),
         "calibration/harmbench: 3",
     ),
     "length": (None, ("study.max_length=97",), "the model's context of 96"),

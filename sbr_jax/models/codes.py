@@ -50,8 +50,8 @@ def nf4_levels() -> tuple[float, ...]:
     spaced probabilities from δ to 1/2, and at 9 from 1/2 to 1 - δ, sharing the zero,
     all divided by Q(1 - δ).
 
-    >>> [round(level, 4) for level in nf4_levels()[5:9]]
-    [-0.1848, -0.0911, 0.0, 0.0796]
+    >>> [round(level, 3) for level in nf4_levels()[5:9]]
+    [-0.185, -0.091, 0.0, 0.08]
     """
     tail = (1 / 30 + 1 / 32) / 2
     quantile = statistics.NormalDist().inv_cdf
