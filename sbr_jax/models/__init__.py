@@ -1,5 +1,6 @@
 """Language models: loading, adapters, generation. Nobody outside sees Flax."""
 
+from sbr_jax.models.codes import QuantisedWeight, as_dense, is_quantised
 from sbr_jax.models.config import TARGETS, Hardware, ModelConfig
 from sbr_jax.models.generate import generate, token_log_probs
 from sbr_jax.models.loading import Model, load, load_tokenizer, make_model, save
@@ -13,6 +14,12 @@ from sbr_jax.models.lora import (
 )
 from sbr_jax.models.peft import load_peft, save_peft
 from sbr_jax.models.prefix import make_extend_fn
+from sbr_jax.models.quantize import (
+    dequantize,
+    quantize,
+    require_dense,
+    weight_bytes,
+)
 from sbr_jax.models.sharding import (
     adapter_partition_specs,
     named_shardings,
@@ -26,11 +33,15 @@ __all__ = [
     "LoraPair",
     "Model",
     "ModelConfig",
+    "QuantisedWeight",
     "adapter_partition_specs",
+    "as_dense",
+    "dequantize",
     "generate",
     "init_adapter",
     "init_params",
     "is_lora_pair",
+    "is_quantised",
     "load",
     "load_adapter",
     "load_peft",
@@ -41,8 +52,11 @@ __all__ = [
     "merge_adapter",
     "named_shardings",
     "partition_specs",
+    "quantize",
+    "require_dense",
     "save",
     "save_adapter",
     "save_peft",
     "token_log_probs",
+    "weight_bytes",
 ]
