@@ -150,6 +150,7 @@ def _measurements(options: ChatOptions, folder: Path, judge: Judge) -> list[Any]
             limit=options.limit,
             judge=judge,
             allow_code=options.allow_code,
+            output=Path(options.output_folder) if options.output_folder else None,
             max_new_tokens=None if name in OWN_LENGTH else options.max_new_tokens,
         )
         for name in options.measures

@@ -30,7 +30,8 @@ def read_device(texts: Sequence[str]) -> Device:
         texts: of `--set`; those that do not begin with `device.` are passed over.
 
     Raises:
-        UserError: for an unknown key, or a value that is no number above 0.
+        UserError: for an unknown key, or a value that is no number above 0 (of devices:
+            a whole one).
     """
     import jax
 
@@ -65,9 +66,10 @@ def read_device(texts: Sequence[str]) -> Device:
                 number = float(value)
             except ValueError:
                 number = math.nan
-        if not 0 < number < math.inf:
+        whole = key == "count"
+        if not 0 < number < math.inf or (whole and number != int(number)):
             raise UserError(
-                f"--set {text}: expected a number above 0"
+                f"--set {text}: expected a {'whole ' if whole else ''}number above 0"
                 + (", or 'measured'" if key == "tflops" else "")
             )
         changed = int(number) if key == "count" else number * unit

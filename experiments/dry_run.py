@@ -18,7 +18,7 @@ from experiments.tables import Table
 CARDS = (24, 40, 80)
 """Memories, in GB, that a peak is compared with where the device's is not known."""
 
-ANSWERS = {"humaneval": 512, "mtbench": 2048, "gsm8k": 256}
+ANSWERS = {"humaneval": 512, "mtbench": 2048, "gsm8k": 400}
 """Tokens of an answer, where the study does not say it."""
 
 SCORED = ("truthfulqa", "bbq", "mmlu", "medqa", "legalbench", "refusal-auc")
@@ -245,12 +245,17 @@ def execute(plan: Any, device_texts: Sequence[str] = ()) -> str:
     Raises:
         UserError: for what the run itself would refuse.
     """
-    from sbr_jax.training.study import refuse_leaks
+    from experiments import harness
+    from sbr_jax.training import pipeline
 
     device = devices.read_device(device_texts)
     build = plan.preset.survey or plan.preset.study
     study = build(plan.domains, **plan.study_options)
-    refuse_leaks(study.leak_check)
+    pipeline.check(
+        study, plan.methods, plan.seeds, plan.domains, plan.settings, plan.row_options
+    )
+    if plan.harness is not None:
+        harness.read(plan)
     job = job_of(plan, study)
     config, settings = job.config, plan.settings
     phases = memory(plan, study, job)

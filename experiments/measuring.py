@@ -180,7 +180,7 @@ def _mtbench(ask: Ask) -> Measurement:
     if ask.output is None:
         raise UserError(
             "measurement 'mtbench': it writes answers for a judge elsewhere; name the "
-            "folder for them (output=FOLDER), or drop the measurement"
+            "folder for them (study.output_folder, or output=), or drop the measurement"
         )
     folder, items = Path(ask.output), ask.items("mtbench")
 

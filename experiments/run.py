@@ -212,7 +212,7 @@ def make_plan(arguments: Arguments) -> Plan:
     limit = arguments.harness_limit
     if limit is not None and (arguments.harness is None or limit < 1):
         raise UserError(
-            f"--harness-limit: expected at least 1, and --harness, got {limit}"
+            f"--harness-limit {limit}: expected a number of at least 1 beside --harness"
         )
     return Plan(
         preset=preset,

@@ -129,7 +129,7 @@ def test_a_dry_run_checks_and_forecasts_and_touches_nothing(
     monkeypatch.setattr(chat_model, "load_model", refuse)
     monkeypatch.chdir(tmp_path)
     every = [s for s in SMALL if "measures" not in s]
-    assert dry(world, sets=[*every, "device.memory_gb=24"]) == 0
+    assert dry(world, sets=[*every, "lora_rank=2", "device.memory_gb=24"]) == 0
     out = capsys.readouterr().out
     for text in (
         "medical: medqa, legal: legalbench, code: codealpaca",
@@ -220,6 +220,9 @@ BAD = {
     "words": (None, ("study.judge=keyword:x",), "expected keywords among"),
     "device": (None, ("device.memory=1",), "expected one of memory_gb, tflops"),
     "device value": (None, ("device.tflops=fast",), "or 'measured'"),
+    "devices": (None, ("device.count=0.5",), "expected a whole number above 0"),
+    "batch": (None, ("study.train=2", "batch_size=4"), "expected less than 4"),
+    "rank": (None, ("lora_rank=999",), "lora_rank: expected at most"),
 }
 
 

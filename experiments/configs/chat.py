@@ -31,6 +31,9 @@ NEEDS = {
 }
 """Rows that a study without this option would refuse after hours of other rows."""
 
+COMPARED = ("safe-lora", "asft", "lox")
+"""Rows that take the difference of two checkpoints."""
+
 MEANS = {
     "unaligned_folder": "the weights before alignment",
     "judge_folder": "a guard model (study.judge=llama-guard)",
@@ -67,6 +70,7 @@ class ChatOptions:
         unaligned_folder: the checkpoint before alignment.
         drop_overlaps: leave out what a set shares with a measurement, where otherwise
             the run is refused.
+        output_folder: where answers are written for a judge elsewhere (mtbench).
         remat: hardware: recompute layers in the backward pass.
         generation_batch: hardware: answers written at once.
         score_tokens: hardware: tokens whose keys and values a scorer holds at once.
@@ -95,6 +99,7 @@ class ChatOptions:
     quantize: str | None = None
     unaligned_folder: str | None = None
     drop_overlaps: bool = False
+    output_folder: str | None = None
     remat: bool = True
     generation_batch: int = 16
     score_tokens: int = 16_384
@@ -159,6 +164,12 @@ def check(rows: Sequence[str], options: Mapping[str, Any]) -> None:
     sizes = {f.name for f in dataclasses.fields(ChatOptions)}
     ChatOptions(**{key: value for key, value in options.items() if key in sizes})
     for row in rows:
+        if options["quantize"] and row.partition(":")[0] in COMPARED:
+            raise UserError(
+                f"{row}: expected dense weights, got study.quantize="
+                f"{options['quantize']}: codes round by more than alignment changed; "
+                "leave the row out of --methods, or do not quantise"
+            )
         need = NEEDS.get(row)
         if need is not None and options[need] is None:
             raise UserError(

@@ -71,8 +71,7 @@ def run(
     domains = tuple(study.domains) if domains is None else tuple(domains)
     overrides = overrides or {}
     methods, seeds = list(methods), [int(seed) for seed in seeds]
-    _check(study, methods, seeds, domains, overrides)
-    _check_sizes(study, domains, settings)
+    check(study, methods, seeds, domains, settings, overrides)
     wanted = {
         **(config or {}),
         "settings": settings.mathematics(),
@@ -233,6 +232,32 @@ def _base_stage(
         shown = record["line"]["metrics"].get("composite")
         say(f"base  {seconds:.1f} s" + (f"  composite {shown:.4g}" if shown else ""))
     return record["line"]["metrics"].get("probe")
+
+
+def check(
+    study: Study,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    domains: Sequence[str],
+    settings: Settings,
+    overrides: Mapping[str, Any],
+) -> None:
+    """Refuses what `run` would refuse, without the weights of the model.
+
+    Args:
+      study: its model may lack weights.
+      methods: rows.
+      seeds: of the runs.
+      domains: in order.
+      settings: of the job.
+      overrides: hyper-parameters by row.
+
+    Raises:
+      UserError: for the first mistake.
+    """
+    _check(study, methods, seeds, domains, overrides)
+    _check_sizes(study, domains, settings)
+    _maps_seeds(settings)
 
 
 def _check(
