@@ -45,6 +45,9 @@ FAMILIES = (
 )
 """Beginnings of the names of sets with one origin, which are known to share prompts."""
 
+MADE_OF = {"refusal-auc": ("harmbench", "alpaca", "xstest")}
+"""Measurements that are made of several sets."""
+
 LARGEST_LABEL_SET = 20
 """A task with more different answers is no choice between labels."""
 
@@ -74,16 +77,20 @@ def _there(folder: Path, name: str) -> bool:
     return True
 
 
-def family(name: str) -> str:
-    """The origin of a data set or measurement.
+def families(name: str) -> frozenset[str]:
+    """The origins of a data set or measurement.
 
-    >>> family("hh_rlhf") == family("beavertails_unsafe_qa"), family("bbq")
-    (True, 'bbq')
+    >>> families("hh_rlhf") == families("beavertails_unsafe_qa")
+    True
+    >>> sorted(families("refusal-auc") & families("alpaca")), *families("bbq")
+    (['alpaca'], 'bbq')
     """
-    for members in FAMILIES:
-        if name.startswith(members):
-            return members[0]
-    return name
+    return frozenset(map(_origin, MADE_OF.get(name, (name,))))
+
+
+def _origin(name: str) -> str:
+    found = (members[0] for members in FAMILIES if name.startswith(members))
+    return next(found, name)
 
 
 # --- reading --------------------------------------------------------------------------
@@ -241,7 +248,7 @@ class Ledger:
                 for name, prompts in self._measured.items()
                 if self.drop_overlaps
                 or part in ("probe", "harmful")
-                or family(name) == family(source)
+                or families(name) & families(source)
             }
         if repeats:
             self.repeated[part] = repeats

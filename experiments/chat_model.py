@@ -4,17 +4,16 @@ Configuration, tokenizer and the headers of the weights tell whether a model can
 used, in a second instead of minutes.
 """
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.configs.chat import ChatOptions
 from sbr_jax import models
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.evaluation import KeywordJudge
@@ -29,8 +28,7 @@ from sbr_jax.evaluation.judges import Judge
 from sbr_jax.methods.judges import as_text, label_likelihood_judge
 from sbr_jax.methods.risk import Judge as RiskJudge
 from sbr_jax.models import hf_config
-from sbr_jax.models.parameters import base_shapes, is_shape
-from sbr_jax.models.weights import Checkpoint, sources
+from sbr_jax.models.weights import check_weights
 from sbr_jax.typing import UserError
 
 SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
@@ -83,7 +81,7 @@ def read_record(model: str | Path) -> tuple[models.Model, Path]:
     config = hf_config.read(folder)
     tokenizer = models.load_tokenizer(folder)
     if Path(model).is_dir():
-        check_headers(folder, config)
+        check_weights(folder, config)
     if tokenizer is None:
         raise UserError(f"expected a tokenizer in {folder}, found none")
     if not tokenizer.chat_template:
@@ -100,33 +98,29 @@ def read_record(model: str | Path) -> tuple[models.Model, Path]:
     return models.make_model(config, None, tokenizer), folder
 
 
-def check_headers(folder: Path, config: models.ModelConfig) -> None:
-    """Compares the weights' headers with the configuration; reads no weight.
+def locate_all(
+    model: str | Path, options: ChatOptions, *, weights: bool
+) -> dict[str, Path]:
+    """The folder of every checkpoint that decides a number, by what it is for.
+
+    Args:
+        model: a folder, or the id of a model on the hub.
+        options: that name the others.
+        weights: whether to fetch those from the hub too.
 
     Raises:
-        UserError: for files that are cut short, and tensors that are missing or of
-            another shape.
+        UserError: if one is missing or damaged.
     """
-    shapes = jax.tree.leaves(base_shapes(config), is_leaf=is_shape)
-    wanted = {}
-    for source, shape in zip(jax.tree.leaves(sources(config)), shapes, strict=True):
-        inner = shape[1:] if source.stacked else shape
-        inner = inner[::-1] if source.transposed else inner
-        wanted |= dict.fromkeys(source.names, inner)
-    with contextlib.ExitStack() as stack:
-        file = Checkpoint(folder, stack)
-        found = file.names()
-        wrong = [
-            f"{name} ({'missing' if name not in found else file.shape(name)})"
-            for name, shape in wanted.items()
-            if name not in found or file.shape(name) != shape
-        ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"expected the tensors of config.json in {folder}, got others: "
-            f"{', '.join(wrong[:3])}{more}"
-        )
+    found = {"model": locate(model, weights=weights)}
+    for name in ("unaligned_folder", "judge_folder"):
+        folder = getattr(options, name)
+        if folder is not None:
+            place = locate(folder, weights=weights, option=f"study.{name}")
+            config = hf_config.read(place)
+            if weights or Path(folder).is_dir():
+                check_weights(place, config)
+            found[name] = place
+    return found
 
 
 def load_model(
@@ -203,7 +197,7 @@ def make_judge(
         return GUARDS[name](load_model(place, dtype=dtype), place)
     config = hf_config.read(place)
     if Path(folder).is_dir():
-        check_headers(place, config)
+        check_weights(place, config)
     record = models.make_model(config, None, models.load_tokenizer(place))
     return GUARDS[name](record, place)
 

@@ -19,6 +19,9 @@ from sbr_jax.typing import UserError
 HELD_OUT_SHARE = 5
 """A domain without a test split gives up a fifth of its examples at most."""
 
+OWN_LENGTH = {"humaneval": 512, "mtbench": 1024, "gsm8k": 400}
+"""Measurements whose answers are longer than those to a request, and their tokens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -173,16 +176,19 @@ def _check_prompts(
     options: ChatOptions, model: Model, asked: Mapping[str, Sequence[str]]
 ) -> None:
     """Refuses prompts that would leave no room for an answer, hours from now."""
-    room = model.config.context - options.max_new_tokens
+    (around,) = encode_prompts(model.tokenizer, ["Hello."], system=options.system)
     for name, prompts in asked.items():
+        answer = OWN_LENGTH.get(name, options.max_new_tokens)
+        room = model.config.context - answer
         # A token is a byte at least, so most prompts need no counting.
-        unsure = [p for p in prompts if len(p.encode()) > room // 2]
+        spare = room // 2 - len(around)
+        unsure = [p for p in prompts if len(p.encode()) > spare]
         encoded = encode_prompts(model.tokenizer, unsure, system=options.system)
         long = [len(tokens) for tokens in encoded if len(tokens) > room]
         if long:
             raise UserError(
                 f"{name}: expected prompts of at most {room} tokens (the context of "
-                f"{model.config.context} less study.max_new_tokens), got {len(long)} "
+                f"{model.config.context} less {answer} for an answer), got {len(long)} "
                 f"longer ones, up to {max(long)}: use a model with a longer context, "
                 f"or leave {name} out"
             )

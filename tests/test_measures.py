@@ -264,7 +264,7 @@ def test_measurements_of_the_tiny_folder_make_a_composite(folder):
         ("harmbench", {"limit": 0}, "limit of at least 1, got 0"),
         ("mtbench", {"max_new_tokens": 0}, "max_new_tokens of at least 1"),
         ("humaneval", {}, "allow_code=True"),
-        ("mtbench", {}, "output=FOLDER"),
+        ("mtbench", {}, "study.output_folder"),
     ],
 )
 def test_mistakes_are_one_line(name, options, message, folder):

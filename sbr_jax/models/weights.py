@@ -166,6 +166,23 @@ def _check(config: ModelConfig, file: Checkpoint) -> None:
         )
 
 
+def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
+    """Compares a checkpoint's headers with its configuration, as loading does.
+
+    No weight is read, but for the head of a tied model that stores it again.
+
+    Args:
+      folder: with ``model.safetensors``, or shards and their index.
+      config: the settings that go with it.
+
+    Raises:
+      UserError: for a file that is cut short, and naming every tensor that is missing,
+        extra or misshapen.
+    """
+    with contextlib.ExitStack() as stack:
+        _check(config, Checkpoint(pathlib.Path(folder), stack))
+
+
 def _check_tied_head(file: Checkpoint) -> None:
     """A tied model may store its head again, but then it must be the embedding."""
     if not np.array_equal(file.slice(_HEAD)[:], file.slice(_EMBED)[:]):
