@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 
 from experiments import chat_model, measures
-from experiments.chat_parts import Parts, Split, make_parts
+from experiments.chat_data import source_of
+from experiments.chat_parts import OWN_LENGTH, Parts, Split, make_parts
 from experiments.cli import check_names
 from experiments.configs.chat import ChatOptions
 from experiments.domain_scores import TokenAccuracy, choice_accuracy
+from experiments.measurement import Measurement
 from experiments.stories import random_tokens
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.sources import data_folder
-from sbr_jax.evaluation import KeywordJudge, verdict_rates
+from sbr_jax.evaluation import verdict_rates
 from sbr_jax.evaluation.judges import Judge
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.scorer import Budget
@@ -29,8 +31,8 @@ from sbr_jax.models import Model
 from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import PyTree, UserError
 
-OWN_LENGTH = ("humaneval", "mtbench", "gsm8k")
-"""Measurements whose answers are longer than those to a request."""
+CODE_MEASURE = "humaneval"
+"""What the code domain is examined with, where its answers may be run."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,24 +76,26 @@ def build_study(
     """
     chosen = ChatOptions(**options)
     folder = _data_folder(data_folder)
-    model, place = chat_model.read_record(model_folder)
+    model, _ = chat_model.read_record(model_folder)
     judge = _judge(chosen, weights=False)
-    measured = _measurements(chosen, folder, judge)
-    asked = {m.name: m.prompts for m in measured}
+    names = _examined(domains, chosen, folder)
+    measured = _measurements(names, chosen, folder, judge)
+    asked = {name: m.prompts for name, m in measured.items()}
     parts = make_parts(domains, chosen, folder, model, asked)
-    notes = {"data": parts.record, **measures.record(measured, judge, folder)}
+    record = measures.record(measured.values(), judge, folder)
+    notes = {"data": parts.record, **record}
     sizes = {name: _size(p) for name, p in {**asked, "probe": parts.probe}.items()}
+    places = chat_model.locate_all(model_folder, chosen, weights=weights)
     if weights:
-        place = chat_model.locate(model_folder, weights=True)
         model = chat_model.load_model(
-            place,
+            places["model"],
             dtype=chosen.dtype,
             quantize=chosen.quantize,
             mesh=chosen.mesh,
             remat=chosen.remat,
         )
         judge = _judge(chosen, weights=True)
-        measured = _measurements(chosen, folder, judge)
+        measured = _measurements(names, chosen, folder, judge)
     runner = _runner(model, chosen)
     sets = parts.sets
     noise = random_tokens(sets["calibration"], model.config.vocab_size, seed=0)
@@ -101,7 +105,13 @@ def build_study(
             name: Domain(
                 train=sets[f"train {name}"],
                 evaluate=_accuracy(
-                    split, sets[f"test {name}"], model, runner, chosen, folder
+                    split,
+                    sets[f"test {name}"],
+                    model,
+                    runner,
+                    measured[CODE_MEASURE]
+                    if _runs_code(split.source, chosen)
+                    else None,
                 ),
             )
             for name, split in parts.domains.items()
@@ -110,11 +120,11 @@ def build_study(
         calibration_controls={"benign": sets["benign control"], "random": noise},
         safety_mix=sets["safety mix"],
         harmful=sets["harmful"],
-        unaligned=_unaligned(chosen, model) if weights else None,
+        unaligned=_unaligned(places, chosen, model) if weights else None,
         judge=chat_model.risk_judge(judge, model.tokenizer),
-        evaluate=_evaluate(measured, runner),
+        evaluate=_evaluate([measured[name] for name in chosen.measures], runner),
         probe=_probe(parts.probe, judge, runner, chosen),
-        fingerprint=_fingerprint(place, parts, asked),
+        fingerprint=_fingerprint(places, parts, asked),
         leak_check=parts.leaks,
         notes=notes,
         asked=sizes,
@@ -141,10 +151,24 @@ def _judge(options: ChatOptions, *, weights: bool) -> Judge:
 # --- measuring ------------------------------------------------------------------------
 
 
-def _measurements(options: ChatOptions, folder: Path, judge: Judge) -> list[Any]:
+def _examined(
+    domains: Sequence[str], options: ChatOptions, folder: Path
+) -> tuple[str, ...]:
+    """Every measurement of the study: those of safety, and of a domain's accuracy."""
     check_names("measurement", options.measures, measures.MEASURES)
-    return [
-        measures.prepare(
+    code = any(_runs_code(source_of(name, folder), options) for name in domains)
+    return tuple(dict.fromkeys([*options.measures, *([CODE_MEASURE] if code else [])]))
+
+
+def _runs_code(source: str, options: ChatOptions) -> bool:
+    return options.allow_code and source.startswith("codealpaca")
+
+
+def _measurements(
+    names: Sequence[str], options: ChatOptions, folder: Path, judge: Judge
+) -> dict[str, Measurement]:
+    return {
+        name: measures.prepare(
             name,
             folder,
             limit=options.limit,
@@ -153,8 +177,8 @@ def _measurements(options: ChatOptions, folder: Path, judge: Judge) -> list[Any]
             output=Path(options.output_folder) if options.output_folder else None,
             max_new_tokens=None if name in OWN_LENGTH else options.max_new_tokens,
         )
-        for name in options.measures
-    ]
+        for name in names
+    }
 
 
 def _runner(model: Model, options: ChatOptions) -> Callable[..., ModelRunner]:
@@ -199,18 +223,10 @@ def _accuracy(
     test: TokenDataset,
     model: Model,
     runner: Callable[..., ModelRunner],
-    options: ChatOptions,
-    folder: Path,
+    code: Measurement | None,
 ) -> Callable[[PyTree, PyTree], float]:
     """How well a domain is learnt: HumanEval, a choice, or the next token."""
-    if options.allow_code and split.source.startswith("codealpaca"):
-        code = measures.prepare(
-            "humaneval",
-            folder,
-            limit=options.limit,
-            judge=KeywordJudge(),
-            allow_code=True,
-        )
+    if code is not None:
 
         def passed(base: PyTree, adapter: PyTree) -> float:
             found = code(runner(base, adapter))
@@ -222,12 +238,12 @@ def _accuracy(
     return TokenAccuracy(model.apply_fn, test)
 
 
-def _unaligned(options: ChatOptions, model: Model) -> PyTree | None:
-    if options.unaligned_folder is None:
+def _unaligned(
+    places: Mapping[str, Path], options: ChatOptions, model: Model
+) -> PyTree | None:
+    place = places.get("unaligned_folder")
+    if place is None:
         return None
-    place = chat_model.locate(
-        options.unaligned_folder, weights=True, option="study.unaligned_folder"
-    )
     before = chat_model.load_model(place, dtype=options.dtype, mesh=options.mesh)
     if before.config.width != model.config.width:
         raise UserError(
@@ -238,10 +254,12 @@ def _unaligned(options: ChatOptions, model: Model) -> PyTree | None:
 
 
 def _fingerprint(
-    checkpoint: Path, parts: Parts, asked: Mapping[str, Sequence[str]]
+    places: Mapping[str, Path], parts: Parts, asked: Mapping[str, Sequence[str]]
 ) -> str:
-    """A digest of the checkpoint, all tokens, and all that is asked."""
-    found = hashlib.sha256(chat_model.digest(checkpoint).encode())
+    """A digest of the checkpoints, all tokens, and all that is asked."""
+    found = hashlib.sha256(chat_model.digest(places["model"]).encode())
+    for name in sorted(places.keys() - {"model"}):
+        found.update(name.encode() + chat_model.digest(places[name]).encode())
     for name, data in sorted(parts.sets.items()):
         found.update(name.encode() + np.ascontiguousarray(data.tokens).tobytes())
         found.update(np.ascontiguousarray(data.mask).tobytes())

@@ -54,8 +54,7 @@ class Arguments:
     overrides: Annotated[
         tuple[str, ...], tyro.conf.arg(name="set", metavar="study.KEY=VALUE ...")
     ] = ()
-    """Options of the study that a run's folder does not hold: other folders, the judge,
-    hardware."""
+    """Options of the study that did not decide a result: other folders, hardware."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -119,6 +118,8 @@ def make_plan(arguments: Arguments) -> Plan:
         )
     preset = configs.load(arguments.preset)
     options = _study_options(arguments, preset, config)
+    if preset.check is not None:
+        preset.check((arguments.row,), options)
 
     from sbr_jax.methods import build
     from sbr_jax.methods.base import as_aligned
@@ -238,7 +239,13 @@ def _study_options(
             raise UserError(f"--set: expected study.KEY=VALUE, got '{text}'")
         if name not in preset.options:
             raise cli.unknown("option of --set", name, preset.options)
-        options[name] = parse_value(raw)
+        value = parse_value(raw)
+        if configs.recorded({name: None}) and value != options[name]:
+            raise UserError(
+                f"--set study.{name}: expected the run's {options[name]!r}, got "
+                f"{value!r}: only folders and {', '.join(configs.HARDWARE)} may differ"
+            )
+        options[name] = value
     return options
 
 
@@ -309,7 +316,8 @@ def execute(plan: Plan) -> None:
     if study.fingerprint != plan.config["fingerprint"]:
         raise UserError(
             f"the preset '{plan.preset.name}' has other data or another model here "
-            f"than in the run {plan.workdir}: name the run's preset, --data and --model"
+            f"than in the run {plan.workdir}: name the run's preset, --data, --model "
+            "and every other folder (--set study.KEY=FOLDER)"
         )
     base, adapter = weights(plan, study)
     if plan.merged:
