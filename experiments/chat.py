@@ -105,13 +105,7 @@ def build_study(
             name: Domain(
                 train=sets[f"train {name}"],
                 evaluate=_accuracy(
-                    split,
-                    sets[f"test {name}"],
-                    model,
-                    runner,
-                    measured[CODE_MEASURE]
-                    if _runs_code(split.source, chosen)
-                    else None,
+                    split, sets[f"test {name}"], model, runner, chosen, measured
                 ),
             )
             for name, split in parts.domains.items()
@@ -223,10 +217,12 @@ def _accuracy(
     test: TokenDataset,
     model: Model,
     runner: Callable[..., ModelRunner],
-    code: Measurement | None,
+    options: ChatOptions,
+    measured: Mapping[str, Measurement],
 ) -> Callable[[PyTree, PyTree], float]:
     """How well a domain is learnt: HumanEval, a choice, or the next token."""
-    if code is not None:
+    if _runs_code(split.source, options):
+        code = measured[CODE_MEASURE]
 
         def passed(base: PyTree, adapter: PyTree) -> float:
             found = code(runner(base, adapter))

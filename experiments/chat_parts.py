@@ -179,7 +179,7 @@ def _check_prompts(
     (around,) = encode_prompts(model.tokenizer, ["Hello."], system=options.system)
     for name, prompts in asked.items():
         answer = OWN_LENGTH.get(name, options.max_new_tokens)
-        room = model.config.context - answer
+        room = max(model.config.context - answer, 0)
         # A token is a byte at least, so most prompts need no counting.
         spare = room // 2 - len(around)
         unsure = [p for p in prompts if len(p.encode()) > spare]

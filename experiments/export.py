@@ -240,7 +240,7 @@ def _study_options(
         if name not in preset.options:
             raise cli.unknown("option of --set", name, preset.options)
         value = parse_value(raw)
-        if configs.recorded({name: None}) and value != options[name]:
+        if configs.recorded({name: True}) and value != options[name]:
             raise UserError(
                 f"--set study.{name}: expected the run's {options[name]!r}, got "
                 f"{value!r}: only folders and {', '.join(configs.HARDWARE)} may differ"

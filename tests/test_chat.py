@@ -1,5 +1,7 @@
 """The study on a chat model: disjoint parts, the template, the scores."""
 
+import dataclasses
+import inspect
 import itertools
 import json
 import shutil
@@ -8,17 +10,23 @@ import types
 import numpy as np
 import pytest
 import tiny_chat
+import tiny_data
+from safetensors.numpy import load_file, save_file
 from tiny_data import as_json, put
 
-from experiments import chat, chat_data, chat_model, domain_scores
+from experiments import chat, chat_data, chat_model, chat_parts, domain_scores
 from experiments.chat_data import Example, Ledger
 from sbr_jax.data import TokenDataset, leaks
-from sbr_jax.evaluation import KeywordJudge
+from sbr_jax.evaluation import KeywordJudge, tasks
 from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.evaluation.sandbox import kernel_isolation
 from sbr_jax.methods.risk import JudgeError
 from sbr_jax.typing import UserError
 
 DOMAINS = ("medical", "legal", "code")
+needs_kernel = pytest.mark.skipif(
+    not kernel_isolation(), reason="no kernel filter on this machine"
+)
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +227,94 @@ def test_the_fingerprint_is_of_data_and_weights_and_not_of_hardware(world, copy,
     )
     assert build(world, calibration=5).fingerprint != study.fingerprint
     assert build(copy).fingerprint == study.fingerprint
-    path = copy / "model/model.safetensors"
+    flip(copy / "model")
+    assert build(copy).fingerprint != study.fingerprint
+
+
+def flip(folder):
+    """Change one weight of a checkpoint."""
+    path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert build(copy).fingerprint != study.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("option", "more"),
+    [("unaligned_folder", {}), ("judge_folder", {"judge": "llama-guard"})],
+)
+def test_the_fingerprint_is_of_every_checkpoint(copy, option, more):
+    for name in ("other", "moved"):
+        shutil.copytree(copy / "model", copy / name)
+
+    def fingerprint(name):
+        options = {option: str(copy / name), **more}
+        return build(copy, ("code",), **options).fingerprint
+
+    first = fingerprint("other")
+    assert first != build(copy, ("code",)).fingerprint
+    assert fingerprint("moved") == first
+    flip(copy / "other")
+    assert fingerprint("other") != first
+    with pytest.raises(UserError, match=f"study.{option}: expected a checkpoint"):
+        fingerprint("no where")
+
+
+def test_tensors_that_the_configuration_does_not_name_are_refused(copy):
+    path = copy / "model/model.safetensors"
+    name = "model.layers.0.self_attn.q_proj.bias"
+    save_file({**load_file(path), name: np.zeros(16, np.float32)}, path)
+    with pytest.raises(UserError, match=f"extra {name}"):
+        build(copy, ("code",))
+
+
+def test_a_measurement_of_several_sets_is_related_to_each_of_them():
+    measured = {"refusal-auc": ["one", "two"], "bbq": ["three"]}
+    rows = [Example(p, "a", "g") for p in ("one", "three", "four")]
+    ledger = Ledger(measured)
+    control = ledger.take("benign control", "alpaca", rows, 5)
+    assert {row.prompt for row in control} == {"three", "four"}
+    assert ledger.dropped == {"benign control/refusal-auc": 1}
+    # What only happens to share a prompt does not give way: the run is refused.
+    with pytest.raises(UserError, match="benign control/bbq: 1"):
+        ledger.check([])
+    assert len(Ledger(measured).take("train code", "codealpaca", rows, 5)) == 3
+
+
+@needs_kernel
+def test_code_that_is_run_is_compared_recorded_and_in_the_fingerprint(copy):
+    shutil.rmtree(copy / "model")
+    config = dataclasses.replace(tiny_chat.CONFIG, context=640)
+    tiny_chat.save_model(copy / "model", config=config)
+    study = build(copy, ("code",), allow_code=True)
+    assert study.leak_check["train code/humaneval"] == 0
+    assert (
+        study.notes["measurements"]["humaneval"]["items"] == study.asked["humaneval"][0]
+    )
+    without = build(copy, ("code",))
+    assert "humaneval" not in without.notes["measurements"]
+    assert without.fingerprint != study.fingerprint
+    path = copy / "data/codealpaca/code_alpaca_2k.json"
+    rows = json.loads(path.read_text())
+    for row in rows:
+        row["instruction"] = tiny_data.HUMANEVAL[0]["prompt"]
+    put(path, as_json(rows))
+    with pytest.raises(UserError, match="train code/humaneval: 1"):
+        build(copy, ("code",), allow_code=True, train=22, held_out=1)
+
+
+@needs_kernel
+def test_room_for_an_answer_is_that_of_the_measurement_and_after_the_system(world):
+    asked = {"humaneval": tasks.humaneval, "gsm8k": tasks.gsm8k}
+    asked["mtbench"] = tasks.write_mtbench
+    for name, task in asked.items():
+        default = inspect.signature(task).parameters["max_new_tokens"].default
+        assert chat_parts.OWN_LENGTH[name] == default, name
+    with pytest.raises(UserError, match=r"humaneval: .* 0 tokens .*96 less 512"):
+        build(world, ("code",), allow_code=True)
+    # The prompts alone are short enough to need no counting.
+    with pytest.raises(UserError, match="harmbench: expected prompts of at most 88"):
+        build(world, ("code",), system="w1 " * 84, max_length=96)
 
 
 # --- scores ---------------------------------------------------------------------------

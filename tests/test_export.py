@@ -200,6 +200,7 @@ def test_mistakes_are_one_line_before_anything_is_built(
         ([*start, "--data", "here"], "--data"),
         ([*start, "--set", "size=1"], "study.KEY=VALUE"),
         ([*start, "--set", "study.sizes=1"], "nearest: size"),
+        ([*start, "--set", "study.size=2"], "study.size: expected the run's 1, got 2"),
         ([*start, "--output", str(whole)], "new or empty folder"),
     ):
         assert wanted in said(capsys, *change), wanted
@@ -225,6 +226,24 @@ def test_folders_of_other_programs_presets_and_versions_are_refused(
     (folder / "config.json").write_text(json.dumps(config))
     assert "expected domains" in said(capsys, *start)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_preset_cannot_do_without_is_asked_for_first(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "study": {}}))
+    _, *start = command(folder, tmp_path / "out", "plain")
+    error = said(capsys, "llama2-7b", *start)
+    assert "expected --model FOLDER_OR_HUB_ID" in error
+    error = said(capsys, "llama2-7b", *start, "--model", "M")
+    assert "expected --data FOLDER" in error
+    # Folders and hardware may differ from the run; what decided the result may not.
+    error = said(capsys, "llama2-7b", *start, "--set", "study.quantize=nf4")
+    assert "study.quantize: expected the run's None, got 'nf4'" in error
+    free = ("study.remat=False", "study.unaligned_folder=U")
+    error = said(capsys, "llama2-7b", *start, "--set", *free)
+    assert "expected --model" in error
 
 
 # --- a preset of the command line -----------------------------------------------------
