@@ -4,8 +4,8 @@
         [--quiet]
 
 Trains a Llama of 3.4 M parameters from scratch to answer benign instructions and to
-refuse harmful ones (`experiments.realtext_corpus`), and measures it. About 20 minutes
-on two cores.
+refuse harmful ones (`experiments.realtext_corpus`), and measures it. About 32 minutes
+on one core.
 
 The folder is written at the end, by rename: a killed run leaves none. Its
 `training.json` tells what was read, dropped and reached, in counts and hashes; no row

@@ -5,8 +5,8 @@
         --model runs/realtext-model --data FOLDER
 
 The first command trains a Llama of 3.4 M parameters on the text of a data folder to
-answer benign instructions and to refuse harmful ones, in about 20 minutes on two
-cores. The second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca and measures
+answer benign instructions and to refuse harmful ones, in about 32 minutes on one
+core. The second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca and measures
 refusal on HarmBench, AdvBench and JailbreakBench prompts that it never saw,
 over-refusal on XSTest and held-out Alpaca, and how well the first token tells the two
 apart.
