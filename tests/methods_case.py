@@ -20,10 +20,7 @@ TINY = {
     "safeanchor-exact": {"max_rank": 6},
     # A random model is unsure of everything: its raw traces are far above 1/λ.
     "safeanchor": {"max_rank": 6, "strictness": 1e-3},
-    # At its default of 0.5 pull and task cancel in some coordinates of the first step,
-    # which then magnify rounding (docs/sharp-edges.md, "Where a pull and the task
-    # cancel"); the published 50 dominates.
-    "unified": {"max_rank": 6, "anchor_weight": 50.0},
+    "unified": {"max_rank": 6},
     "salora": {"safety_rank": 4},
     # So that three steps see both states, and a pair lies below the threshold.
     "lisa": {"period": 2, "alignment_share": 0.5},

@@ -53,6 +53,29 @@ def uniform_merge(basis_a, basis_b, energy):
     return u[:, :k], sigma**2
 
 
+def update_projection(steps, projector, alpha, params, rate, *, decay, eps=1e-8):
+    """The steps of `update_projection` on one vector, from pairs (g, b), no clipping.
+
+    α is one number; a zero projector stands for a unit of rank 0.
+    """
+    b1, b2 = 0.9, 0.999
+    together = alpha if projector.any() else 1.0
+    theta, out = f64(params), []
+    first_g = first_b = second = np.zeros_like(theta)
+    for t, (g, b) in enumerate(steps, start=1):
+        g, b = f64(g), f64(b)
+        first_g = b1 * first_g + (1 - b1) * g
+        first_b = b1 * first_b + (1 - b1) * b
+        square = together * (g + b) ** 2 + (1 - together) * (g**2 + b**2)
+        second = b2 * second + (1 - b2) * square
+        scale = np.sqrt(second / (1 - b2**t)) + eps
+        task = -rate * (first_g / (1 - b1**t) / scale + decay * theta)
+        task = task - (1 - alpha) * projector @ task
+        out.append(task - rate * first_b / (1 - b1**t) / scale)
+        theta = theta + out[-1]
+    return out
+
+
 def angles(basis_a, basis_b):
     """Principal angles, ascending: arcsin below 45°, arccos above."""
     a, b = columns(basis_a), columns(basis_b)

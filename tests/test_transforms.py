@@ -202,6 +202,52 @@ def test_update_projection_keeps_the_bypass_whole():
     )
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_update_projection_is_its_dense_twin(alpha):
+    grads = [tree(600 + 7 * i) for i in range(6)]
+    # Half of each bypass undoes the task: where the second moment matters most.
+    bypasses = [
+        jax.tree.map(lambda g, r: -g + 0.3 * r, g, tree(700 + 7 * i))
+        for i, g in enumerate(grads)
+    ]
+    tx = update_projection(
+        S, 1e-2, coefficients=alpha, max_norm=None, weight_decay=0.1
+    )
+    got = run(tx, grads, bypasses)[0]
+    for k in SHAPES:
+        for layer in range(3):
+            want = reference.update_projection(
+                [
+                    (np.ravel(g[k][layer]), np.ravel(b[k][layer]))
+                    for g, b in zip(grads, bypasses, strict=True)
+                ],
+                reference.projector(S.basis[k][layer]),
+                alpha,
+                np.ravel(PARAMS[k][layer]),
+                1e-2,
+                decay=0.1,
+            )
+            for step, twin in zip(got, want, strict=True):
+                # Steps of 1e-2 in float32.
+                np.testing.assert_allclose(
+                    np.ravel(step[k][layer]), twin, rtol=1e-3, atol=1e-7
+                )
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-6, 1e-3])
+def test_a_bypass_that_cancels_the_task_does_not_blow_up_the_step(left):
+    """One second moment of g + b divides each part by what is left of both."""
+    grads = [tree(800)] * 20
+    bypasses = [jax.tree.map(lambda g: (left - 1.0) * g, g) for g in grads]
+    tx = update_projection(S, 1e-2, max_norm=None, weight_decay=0.0)
+    steps = run(tx, grads, bypasses)[0]
+    for step in steps:
+        # Two parts of at most 1e-2 a coordinate; a projection keeps lengths in bounds.
+        size = sum(x.size for x in jax.tree.leaves(step))
+        assert norm(step) <= 2 * 1e-2 * size**0.5 * (1 + 1e-5)
+        assert norm(step) > 1e-3  # projected, they no longer cancel
+
+
 def test_update_projection_holds_right_after_a_new_subspace():
     tx = update_projection(S, 1e-2)
     state = tx.init(PARAMS)

@@ -2,12 +2,13 @@
 
 Symbols: g task gradient, b bypass gradient, θ parameters, P(u) = u − (1 − α) Π u,
 m first moment, v second moment (hats: bias-corrected), η learning rate, ω weight
-decay, ε Adam's epsilon, U the subspace.
+decay, ε Adam's epsilon, U the subspace, α relaxation coefficient.
 
 References:
     SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from sbr_jax.transforms.projection import (
     project_onto_complement,
     relaxed,
 )
-from sbr_jax.transforms.state import RelaxedState
+from sbr_jax.transforms.state import RelaxedState, find_subspaces
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -99,13 +100,18 @@ def update_projection(
     """AdamW whose applied step stays out of the subspace, but for a bypass.
 
     ``step = P(−η (m̂_g / (√v̂ + ε) + ω θ)) − η m̂_b / (√v̂ + ε)``. Adam's first moment is
-    linear in the gradient, so task and bypass keep one each; the second moment is that
-    of the clipped sum ``g + b``.
+    linear in the gradient, so task and bypass keep one each. Both share one second
+    moment, that of ``α (g + b)² + (1 − α)(g² + b²)`` after clipping, with α = 1 where a
+    unit's subspace has rank 0: parts that are applied together are scaled as their sum,
+    and a part that loses its counterpart to the projection is not divided by what the
+    two had left between them.
 
     **Guarantee**: with α = 0, ``‖Uᵀ(step − bypass part)‖ ≤ 1e-5 ‖step − bypass part‖``
     for float32 parameters, momentum and weight decay included, also right after
-    `replace_subspace`. Without a bypass it equals ``chain(clip_by_global_norm, adamw,
-    relaxed(project_onto_complement))`` to float32 rounding. Moments are float32
+    `replace_subspace`; and no coordinate of either part's first step, before the
+    projection, exceeds η, however much g and b cancel. Without a bypass it equals
+    ``chain(clip_by_global_norm, adamw, relaxed(project_onto_complement))``, and where
+    nothing is projected AdamW of ``g + b``, to float32 rounding. Moments are float32
     whatever the parameters' dtype.
 
     Args:
@@ -185,10 +191,9 @@ def update_projection(
         task = jax.tree.map(moment, state.task, task_grad)
         passed = jax.tree.map(moment, state.bypass, bypass_grad)
         second = jax.tree.map(
-            lambda v, g, b: b2 * v + (1 - b2) * (g + b) ** 2,
+            lambda v, s: b2 * v + (1 - b2) * s,
             state.second,
-            task_grad,
-            bypass_grad,
+            _squares(task_grad, bypass_grad, state.projection),
         )
         count = optax.safe_increment(state.count)
         steps = count.astype(jnp.float32)
@@ -215,6 +220,43 @@ def update_projection(
         return step, UpdateProjectionState(count, task, passed, second, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _squares(task: PyTree, bypass: PyTree, projection: RelaxedState) -> PyTree:
+    """``α (g + b)² + (1 − α)(g² + b²)``, with α = 1 where a unit's rank is 0.
+
+    ``(g + b)²`` alone is near zero where the two cancel. Projected, g no longer cancels
+    b there, and each would be divided by nearly nothing.
+    """
+    (subspace,) = find_subspaces(projection)
+    mark = subspace.fingerprint
+    parts = zip(
+        mark.entries(subspace.basis),
+        mark.entries(projection.coefficients),
+        mark.split(task),
+        mark.split(bypass),
+        strict=True,
+    )
+    return mark.join(
+        [
+            jax.tree.map(functools.partial(_square, _together(v, alpha)), g, b)
+            for v, alpha, g, b in parts
+        ]
+    )
+
+
+def _together(basis: jax.Array | None, alpha: jax.Array) -> jax.Array:
+    """How far a unit's parts are applied together: α, or 1 if nothing is projected."""
+    if basis is None:
+        return jnp.ones_like(alpha)
+    # Used columns come first: one of them says whether there are any.
+    used = jnp.any(basis[..., 0] != 0, axis=-1)
+    return jnp.where(used, jnp.clip(alpha, 0.0, 1.0), 1.0)
+
+
+def _square(together: jax.Array, g: jax.Array, b: jax.Array) -> jax.Array:
+    a = together.reshape(together.shape + (1,) * (g.ndim - together.ndim))
+    return a * (g + b) ** 2 + (1.0 - a) * (g**2 + b**2)
 
 
 def _f32(x: jax.Array) -> jax.Array:
