@@ -88,12 +88,17 @@ def token_cross_entropy(
 
 
 def kl_to_reference(
-    ref_logits: jax.Array, logits: jax.Array, mask: jax.Array
+    ref_logits: jax.Array,
+    logits: jax.Array,
+    mask: jax.Array,
+    *,
+    direction: str = "forward",
 ) -> jax.Array:
-    """Mean forward divergence KL(reference ‖ model) at the answer positions.
+    """Mean divergence KL(reference ‖ model) at the answer positions.
 
     ``(1 / |A|) Σ_{t in A} Σ_v p_ref(v) (log p_ref(v) - log p(v))``, over the whole
-    vocabulary, at the positions ``t - 1`` that predict the answer tokens.
+    vocabulary, at the positions ``t - 1`` that predict the answer tokens; with
+    ``direction="reverse"`` the two change places, KL(model ‖ reference).
 
     **Guarantee**: no gradient flows to the reference; an empty mask yields 0.
 
@@ -101,21 +106,31 @@ def kl_to_reference(
       ref_logits: ``[B, T, V]`` of the reference.
       logits: ``[B, T, V]`` of the model.
       mask: ``[B, T]``, 1 at answer tokens (the set A).
+      direction: ``"forward"``, which asks the model for all that the reference does,
+        or ``"reverse"``, which asks it for nothing that the reference does not.
 
     Returns:
-      float32 ``[B]``, in nats.
+      float32 ``[B]``, in nats. Reverse is infinite where the model gives weight to a
+      token that the reference rules out.
+
+    Raises:
+      UserError: for another direction.
 
     >>> import jax.numpy as jnp
     >>> logits = jnp.arange(12.0).reshape(1, 3, 4)
     >>> float(kl_to_reference(logits, logits, jnp.ones((1, 3)))[0])
     0.0
     """
+    if direction not in ("forward", "reverse"):
+        raise UserError(f"expected direction 'forward' or 'reverse', got {direction!r}")
     ref_logits = jax.lax.stop_gradient(ref_logits)
-    reference = jax.nn.log_softmax(ref_logits.astype(jnp.float32))
-    model = jax.nn.log_softmax(logits.astype(jnp.float32))
-    # exp(-inf) * (-inf - x) is NaN where the reference rules a token out.
-    gap = jnp.where(jnp.isneginf(reference), 0.0, reference - model)
-    return _masked_mean(jnp.sum(jnp.exp(reference) * gap, axis=-1), _next(mask))
+    p = jax.nn.log_softmax(ref_logits.astype(jnp.float32))
+    q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    if direction == "reverse":
+        p, q = q, p
+    # exp(-inf) * (-inf - x) is NaN where p rules a token out.
+    gap = jnp.where(jnp.isneginf(p), 0.0, p - q)
+    return _masked_mean(jnp.sum(jnp.exp(p) * gap, axis=-1), _next(mask))
 
 
 def hidden_state_anchor(

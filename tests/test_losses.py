@@ -1,5 +1,7 @@
 """Losses equal their dense definitions and are safe at the edges."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,14 +66,20 @@ def test_kl_equals_its_definition_and_has_this_direction():
     np.testing.assert_allclose(
         losses.kl_to_reference(ref, logits, mask), expected, rtol=1e-5
     )
-    reverse = losses.kl_to_reference(logits, ref, mask)
-    assert np.abs(reverse - np.asarray(expected)).max() > 0.1
+    swapped = losses.kl_to_reference(logits, ref, mask)
+    assert np.abs(swapped - np.asarray(expected)).max() > 0.1
+    reverse = losses.kl_to_reference(ref, logits, mask, direction="reverse")
+    np.testing.assert_array_equal(reverse, swapped)
+    with pytest.raises(UserError, match="'forward' or 'reverse', got 'both'"):
+        losses.kl_to_reference(ref, logits, mask, direction="both")
 
 
 def test_no_gradient_to_the_references():
     (ref, _, mask), (logits, *_) = sample(1), sample(2)
-    grad = jax.grad(lambda r: losses.kl_to_reference(r, logits, mask).sum())(ref)
-    assert not np.any(grad)
+    for direction in ("forward", "reverse"):
+        kl = functools.partial(losses.kl_to_reference, mask=mask, direction=direction)
+        assert not np.any(jax.grad(lambda r, kl=kl: kl(r, logits).sum())(ref))
+        assert np.any(jax.grad(lambda x, kl=kl: kl(ref, x).sum())(logits))
     grad = jax.grad(lambda r: losses.hidden_state_anchor(logits, r).sum())(ref)
     assert not np.any(grad)
 

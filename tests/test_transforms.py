@@ -210,9 +210,7 @@ def test_update_projection_is_its_dense_twin(alpha):
         jax.tree.map(lambda g, r: -g + 0.3 * r, g, tree(700 + 7 * i))
         for i, g in enumerate(grads)
     ]
-    tx = update_projection(
-        S, 1e-2, coefficients=alpha, max_norm=None, weight_decay=0.1
-    )
+    tx = update_projection(S, 1e-2, coefficients=alpha, max_norm=None, weight_decay=0.1)
     got = run(tx, grads, bypasses)[0]
     for k in SHAPES:
         for layer in range(3):

@@ -98,6 +98,12 @@ ABLATIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
         "safeanchor-exact",
         {"energy": 0.9, **_BRIEF},
     ),
+    # The paper prefers KL(reference ‖ model) to KL(model ‖ reference).
+    "safeanchor:reverse-kl": ("safeanchor", {"anchor_kl": "reverse", **_BRIEF}),
+    "safeanchor-exact:reverse-kl": (
+        "safeanchor-exact",
+        {"anchor_kl": "reverse", **_BRIEF},
+    ),
     # Improvements, one at a time.
     "safeanchor-exact:sampled-fisher": (
         "safeanchor-exact",

@@ -29,9 +29,14 @@ def anchor_rows(problem: Problem, anchor_batch_size: int | None) -> int:
 
 
 def anchor_loss(
-    problem: Problem, base: PyTree, adapter: PyTree, reference: jax.Array, safe: Batch
+    problem: Problem,
+    base: PyTree,
+    adapter: PyTree,
+    reference: jax.Array,
+    safe: Batch,
+    direction: str = "forward",
 ) -> jax.Array:
-    """L_anchor: mean forward KL(p_{θ_{t−1}} ‖ p_θ) at the answer positions.
+    """L_anchor: mean KL(p_{θ_{t−1}} ‖ p_θ) at the answer positions.
 
     Args:
       problem: for its model.
@@ -39,12 +44,14 @@ def anchor_loss(
       adapter: θ.
       reference: logits ``[B, T, V]`` of θ_{t−1} on the same tokens; constant.
       safe: the safety minibatch.
+      direction: of the divergence; ``"forward"`` is published.
 
     Returns:
       A float32 scalar: 0 with zero gradient at θ = θ_{t−1}.
     """
     logits = problem.apply_fn(base, adapter, safe["tokens"])
-    return jnp.mean(losses.kl_to_reference(reference, logits, safe["mask"]))
+    kl = losses.kl_to_reference(reference, logits, safe["mask"], direction=direction)
+    return jnp.mean(kl)
 
 
 __all__ = ["anchor_loss", "anchor_rows"]

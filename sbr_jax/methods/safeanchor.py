@@ -83,6 +83,7 @@ def safeanchor(
     keep_base: bool = False,
     anchor_weight: float = 0.1,
     anchor_reference: str = "previous",
+    anchor_kl: str = "forward",
     anchor_batch_size: int | None = None,
     replay_bypass: bool = False,
     control_spectrum: bool = True,
@@ -115,6 +116,7 @@ def safeanchor(
       anchor_reference: whose answers the anchor holds: ``"previous"``, the model before
         the domain (θ_{t−1}, published), or ``"aligned"``, the one before all (θ_0), so
         that what a domain lets slip is not the next one's reference.
+      anchor_kl: ``"forward"``, KL(reference ‖ model) (published), or ``"reverse"``.
       anchor_batch_size: safety examples of one anchor gradient (None: half the task
         batch).
       replay_bypass: in a repair, let the safety gradient bypass the projection
@@ -138,6 +140,7 @@ def safeanchor(
     one_of("basis", basis, ("safety", "random", "shuffled", "benign"))
     one_of("protect_a", protect_a, ("none", "perturb"))
     one_of("anchor_reference", anchor_reference, ("previous", "aligned"))
+    one_of("anchor_kl", anchor_kl, ("forward", "reverse"))
     positive("strictness", strictness, zero=True)
     positive("anchor_weight", anchor_weight, zero=True)
     if not 0 < energy <= 1:
@@ -255,7 +258,7 @@ def safeanchor(
         reference = problem.apply_fn(base, state["reference"], safe["tokens"])
 
         def anchor_fn(a):
-            return anchor_loss(problem, base, a, reference, safe)
+            return anchor_loss(problem, base, a, reference, safe, anchor_kl)
 
         if projecting:
             grads, _, metrics = task_gradient(problem, base, adapter, state, batch, key)
