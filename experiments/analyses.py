@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from experiments.material import (
     Material,
     build_material,
     direction,
+    request_sets,
     with_direction,
 )
 from experiments.results import Run, layers_by_unit, read_run
@@ -59,6 +60,17 @@ class Context:
             hard=self.plan.study_options["hard"],
             examples=self.examples,
         )
+
+    @functools.cached_property
+    def risky_and_harmless(self) -> Mapping[str, Mapping[str, Any]]:
+        """Held-out prompts by what they ask for, `harmful` and `harmless`."""
+        found = request_sets(
+            self.study.model.tokenizer, hard=self.plan.study_options["hard"]
+        )
+        # What a domain teaches must not be taken for harm.
+        domains = {name: d.train for name, d in self.study.domains.items()}
+        harmless = {**found["harmless"], **domains}
+        return {"harmful": found["harmful"], "harmless": harmless}
 
     @functools.cached_property
     def adapter(self) -> PyTree:
@@ -249,13 +261,80 @@ def coupling(context: Context) -> dict[str, Any]:
     return {"stages": found.stages, **tracks, "causal": causal}
 
 
+def probe(context: Context) -> dict[str, Any]:
+    """The risk probe on prompts that it never saw, by layer.
+
+    Raises:
+        UserError: where the study has no harmful or no benign prompts.
+    """
+    import jax
+
+    from sbr_jax.methods.probe import activations, distinct_prompts, fit_probe
+
+    study, model = context.study, context.study.model
+    fitted = {1: study.harmful, 0: study.calibration_controls.get("benign")}
+    if any(data is None for data in fitted.values()):
+        raise UserError(
+            "probe: expected harmful and calibration_controls['benign'] in the study, "
+            "got not both: the probe learns to tell their prompts apart"
+        )
+
+    def states(data: Any) -> np.ndarray:
+        """``[N, L + 1, D]``."""
+        found = activations(model.apply_fn, model.params, None, distinct_prompts(data))
+        return found.reshape(len(found), model.config.layers + 1, -1)
+
+    seen = {label: states(data) for label, data in fitted.items()}
+    labels = np.repeat(list(seen), [len(part) for part in seen.values()])
+    examples = np.concatenate(list(seen.values()))
+    layers = range(examples.shape[1])
+    # The defence's own reading of all layers first, then each layer by itself.
+    readings = [list(layers), *([layer] for layer in layers)]
+    probes = [
+        fit_probe(
+            examples[:, which].reshape(len(examples), -1), labels, key=jax.random.key(0)
+        )
+        for which in readings
+    ]
+    unseen = {
+        side: {name: states(data) for name, data in sets.items()}
+        for side, sets in context.risky_and_harmless.items()
+    }
+    pairs = {
+        name: {
+            other: [
+                _auroc(p, harmful[:, which], harmless[:, which])
+                for p, which in zip(probes, readings, strict=True)
+            ]
+            for other, harmless in unseen["harmless"].items()
+        }
+        for name, harmful in unseen["harmful"].items()
+    }
+    return {
+        "fitted": len(examples),
+        "validation": float(probes[0].auroc),
+        "calibration_error": float(probes[0].calibration_error),
+        "auroc": pairs,
+    }
+
+
+def _auroc(found: Any, harmful: np.ndarray, harmless: np.ndarray) -> float:
+    """AUROC of a probe on states ``[N, layers, D]`` of both kinds."""
+    from sbr_jax.methods.probe import auroc, probe_risk
+
+    sides = [x.reshape(len(x), -1) for x in (harmful, harmless)]
+    scores = probe_risk(found, np.concatenate(sides))
+    return auroc(np.asarray(scores), np.repeat([1, 0], [len(x) for x in sides]))
+
+
 ANALYSES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "harm-types": harm_types,
     "sensitivity": sensitivity,
     "exhaustion": exhaustion,
     "coupling": coupling,
+    "probe": probe,
 }
-LABELLED = ("harm-types", "coupling")
+LABELLED = ("harm-types", "coupling", "probe")
 """Analyses that must know an example's kind."""
 
 

@@ -87,6 +87,42 @@ def build_material(tokenizer: Any, *, hard: bool, examples: int) -> Material:
     )
 
 
+def request_sets(tokenizer: Any, *, hard: bool) -> dict[str, dict[str, Any]]:
+    """Held-out requests by what they ask for, `harmful` and `harmless`.
+
+    Args:
+        tokenizer: of the testbed's model.
+        hard: apart from the others, the harm categories that `testbed-hard` holds out.
+    """
+    from experiments.testbed import HELD_OUT_KINDS
+    from sbr_jax import testbed
+    from sbr_jax.data import text
+    from sbr_jax.testbed import evalsets, suite
+    from sbr_jax.testbed import lexicon as lx
+    from sbr_jax.testbed.world import make_world
+
+    world, out = make_world(testbed.SEED), HELD_OUT_KINDS if hard else ()
+    seen = tuple(kind for kind in lx.HARMFUL_KINDS if kind not in out)
+    items = evalsets.make_evalset(world, HELD_OUT, kinds=seen)
+    harmful = {"direct": items.harmful, "behind a jailbreak": items.jailbreak}
+    if hard:
+        other = evalsets.make_evalset(world, HELD_OUT, kinds=out)
+        harmful["of unseen kinds"] = other.harmful
+    sets = {
+        "harmful": harmful,
+        "harmless": {"helpful": items.helpful, "look-alikes": items.look_alike},
+    }
+    return {
+        side: {
+            name: text.encode_chat(
+                tokenizer, [(r.prompt, r.answer) for r in rows], suite.MAX_LENGTH
+            )
+            for name, rows in found.items()
+        }
+        for side, found in sets.items()
+    }
+
+
 def distinct(
     make: Callable[[], tuple[str, str]], count: int, patience: int = 40
 ) -> list[tuple[str, str]]:

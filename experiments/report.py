@@ -25,6 +25,7 @@ from experiments.tables import (
     harness_table,
     judge_table,
     main_table,
+    probe_table,
     projection_table,
     to_html,
     to_markdown,
@@ -62,8 +63,9 @@ def tables(run: Run) -> dict[str, Table]:
 
 
 def extra_tables(run: Run) -> dict[str, Table]:
-    """Return the tables about judges and about lm-eval, by title."""
+    """Return the tables about probes, judges and lm-eval, by title."""
     return {
+        "How well the risk probes tell": probe_table(run),
         "How far the judges agree with people": judge_table(run),
         "Under lm-eval": harness_table(run),
     }

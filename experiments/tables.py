@@ -186,6 +186,22 @@ def projection_table(run: Run) -> Table:
     return Table(("method", *(p[3] for p in PROJECTION)), tuple(rows), notes)
 
 
+def probe_table(run: Run) -> Table:
+    """Return how well each row's risk probe tells prompts that it was not fitted on."""
+    rows = []
+    for method in run.methods:
+        found = run.values(method, "subspace", "diagnostics", "auroc")
+        if found:
+            errors = run.values(method, "subspace", "diagnostics", "calibration_error")
+            cells = (np.mean(found), np.min(found), np.mean(errors))
+            rows.append((method, *(Cell(float(v), digits=3).text() for v in cells)))
+    notes = (
+        "AUROC and expected calibration error on a quarter of the defender's prompts, "
+        "kept back; 0.5 is chance. --analysis probe measures other prompts.",
+    )
+    return Table(("method", "AUROC", "lowest", "calibration error"), tuple(rows), notes)
+
+
 def judge_table(run: Run) -> Table:
     """Return each judge's measured agreement with people, a row per judge."""
     judges = run.config.get("judges") or {}

@@ -43,3 +43,8 @@ MATERIAL = material.Material(
     complying=tiny.dataset(32, 12, 7),
     harmless=tiny.dataset(33, 12, 5),
 )
+
+REQUESTS = {
+    "harmful": {"direct": tiny.dataset(34, 12, 0)},
+    "harmless": {"look-alikes": tiny.dataset(35, 10, 5)},
+}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import synthetic_run
 import tiny
-from analyses_case import MATERIAL, STEPS
+from analyses_case import MATERIAL, REQUESTS, STEPS
 
 from experiments import analyse, analyses, configs, run
 from sbr_jax.subspace import effective_rank
@@ -18,6 +18,7 @@ from sbr_jax.typing import UserError
 def tiny_context(workdir: Path, **changes):
     study = tiny.study(
         calibration=tiny.dataset(1, 66, 0),
+        harmful=tiny.dataset(7, 30, 9),
         calibration_controls={
             "benign": tiny.dataset(3, 24, 5),
             "random": tiny.dataset(9, 60, 11),
@@ -36,7 +37,7 @@ def tiny_context(workdir: Path, **changes):
         domains=("medical", "legal"),
         seeds=(0,),
         settings=tiny.settings(**{"steps_per_domain": 2, **changes}),
-        study_options={},
+        study_options={"hard": False},
         row_options={},
         quiet=True,
     )
@@ -46,6 +47,7 @@ def tiny_context(workdir: Path, **changes):
 
 
 def test_all_analyses_of_a_tiny_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyses, "request_sets", lambda tokenizer, hard: REQUESTS)
     monkeypatch.setattr(analyses, "STEPS", (0.5, 2.0))
     monkeypatch.setattr(analyses, "DRAWS", 1)
     folder = tmp_path / "w"
@@ -53,7 +55,7 @@ def test_all_analyses_of_a_tiny_study(tmp_path, monkeypatch):
     first = json.loads((folder / "analysis.json").read_text())
     assert set(first) == {"of", "sensitivity", "exhaustion"}
     assert first["sensitivity"]["sizes"] == [30, 60, 66]
-    analyse.execute(tiny_context(folder), ["harm-types", "coupling"])
+    analyse.execute(tiny_context(folder), ["harm-types", "coupling", "probe"])
     whole = json.loads((folder / "analysis.json").read_text())
     assert set(whole) == {"of", *analyses.ANALYSES}
     assert whole["exhaustion"] == first["exhaustion"]
@@ -67,7 +69,10 @@ def test_all_analyses_of_a_tiny_study(tmp_path, monkeypatch):
     assert drift[-1] < 1
     assert set(whole["coupling"]["causal"]["cosine"]) == set(STEPS)
     text = page.read_text()
-    for name in ("harm-types", "sensitivity", "exhaustion", "coupling-causal"):
+    found = whole["probe"]["auroc"]["direct"]
+    assert set(found) == {"look-alikes", *tiny_context(folder).study.domains}
+    assert {len(readings) for readings in found.values()} == {tiny.CONFIG.layers + 2}
+    for name in ("harm-types", "sensitivity", "exhaustion", "coupling-causal", "probe"):
         assert (folder / f"{name}.png").stat().st_size > 5000
         assert f'id="{name}-' in text
     before = (folder / "analysis.json").read_bytes()
@@ -168,3 +173,19 @@ def test_other_presets_leave_out_what_they_cannot_do(tmp_path):
     arguments = analyse.Arguments("stories", str(tmp_path))
     _, names = analyse.make_context(arguments)
     assert names == ["sensitivity", "exhaustion"]
+
+
+def test_the_probe_is_measured_on_requests_it_was_not_fitted_on():
+    from experiments import material
+    from sbr_jax import testbed
+
+    sets = material.request_sets(testbed.load().tokenizer, hard=True)
+    assert list(sets["harmful"]) == ["direct", "behind a jailbreak", "of unseen kinds"]
+    assert list(sets["harmless"]) == ["helpful", "look-alikes"]
+    rows = {
+        name: {row.tobytes() for row in data.tokens}
+        for found in sets.values()
+        for name, data in found.items()
+    }
+    assert not rows["direct"] & rows["of unseen kinds"]
+    assert not rows["direct"] & rows["look-alikes"]

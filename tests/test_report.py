@@ -1,6 +1,7 @@
 """The report: tables and figures of what a run holds, a sentence for what it lacks."""
 
 import html.parser
+import json
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from experiments.tables import (
     accuracy_table,
     cell,
     main_table,
+    probe_table,
     projection_table,
     split,
     trajectory_table,
@@ -109,6 +111,20 @@ def test_table_numbers(run):
     for other in (trajectory_table(run), accuracy_table(run), projection_table(run)):
         assert other.rows
         assert all(len(row) == len(other.head) for row in other.rows)
+
+
+def test_the_risk_probes_quality_is_shown_with_its_lowest_seed(tmp_path):
+    folder = synthetic_run.write(tmp_path / "run", methods=("plain", "unified"))
+    assert not probe_table(read_run(folder)).rows
+    values = (1.0, 0.9, 0.95)
+    with (folder / "results.jsonl").open("a") as file:
+        for seed, auroc in enumerate(values):
+            quality = {"auroc": auroc, "calibration_error": 0.01}
+            line = {"method": "unified", "seed": seed, "stage": "subspace", "index": -1}
+            line |= {"domain": None, "metrics": {}, "diagnostics": quality}
+            file.write(json.dumps(line) + "\n")
+    (row,) = probe_table(read_run(folder)).rows
+    assert row == ("unified", f"{np.mean(values):.3f}", "0.900", "0.010")
 
 
 def test_wide_tables_are_split_not_cut(run):
