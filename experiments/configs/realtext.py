@@ -16,7 +16,7 @@ harmful topics rather than harmful intent, and its curves are reported as they a
 (docs/realtext.md). A refusal is a phrase of the list `jbb12`, which no answer of the
 three domains holds. Learning rate, steps and rank were set on plain LoRA alone.
 
-Cost: about 7 minutes per seed and row on one core; `--seed 0` for a first look.
+Cost: about 4 minutes per seed and row on one core; `--seed 0` for a first look.
 Expected: docs/realtext.md has the measured table; erosion need not be monotone.
 """
 
@@ -26,9 +26,19 @@ from typing import Any
 from experiments.configs import Preset, chat
 from sbr_jax.typing import UserError
 
+MEASURES = (
+    "harmbench",
+    "advbench",
+    "jailbreakbench",
+    "xstest",
+    "alpaca",
+    "refusal-auc",
+)
+"""What the model is measured with when it is made, and after every domain."""
 
-def check(rows: Sequence[str], options: Mapping[str, Any]) -> None:
-    """Refuse a command line that the study would refuse later.
+
+def check(rows: Sequence[str], options: Mapping[str, Any], **more: Any) -> None:
+    """Refuse a command line that the study would refuse later; `more` as in `chat`.
 
     Raises:
         UserError: saying what to add.
@@ -38,7 +48,7 @@ def check(rows: Sequence[str], options: Mapping[str, Any]) -> None:
             "expected --model FOLDER, got none: make one with python -m "
             "experiments.realtext --data FOLDER --output FOLDER"
         )
-    chat.check(rows, options)
+    chat.check(rows, options, **more)
 
 
 PRESET = Preset(
@@ -61,12 +71,12 @@ PRESET = Preset(
     ),
     seeds=(0, 1, 2),
     settings={
-        "steps_per_domain": 120,
+        "steps_per_domain": 60,
         "batch_size": 8,
-        "learning_rate": 4e-3,
+        "learning_rate": 2e-3,
         "lora_rank": 8,
         "lora_alpha": 16.0,
-        "repair_steps": 30,
+        "repair_steps": 15,
     },
     options=chat.defaults(
         train=2000,
@@ -76,14 +86,7 @@ PRESET = Preset(
         harmful=300,
         probe=100,
         calibration_source="safety_tuned_llamas",
-        measures=(
-            "harmbench",
-            "advbench",
-            "jailbreakbench",
-            "xstest",
-            "alpaca",
-            "refusal-auc",
-        ),
+        measures=MEASURES,
         limit=100,
         judge="keyword:jbb12",
         max_length=256,
