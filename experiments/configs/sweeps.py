@@ -75,7 +75,7 @@ def _benign(orders: tuple[tuple[str, ...], ...]) -> dict[str, Mapping[str, Any]]
 RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 1.0)
 RATES = (3e-4, 1e-3)
 EPOCHS = (5, 20)
-PERSISTENT = ((0.1, 1e-3, 50),)
+PERSISTENT = ((0.1, 3e-4, 50), (0.1, 1e-3, 50))
 """Ratio, rate and epochs of further cells: as long as the published long attack."""
 
 
