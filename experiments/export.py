@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import cli, configs
-from experiments.run import parse_value
+from experiments.run import folder_options, parse_value
+from experiments.shipped import reopen
 from sbr_jax.typing import PyTree, UserError
 
 PROGRAM = "python -m experiments.export"
@@ -225,13 +226,7 @@ def _study_options(
             f"the run has options that the preset '{preset.name}' lacks "
             f"({', '.join(strange)}): name the preset of the run"
         )
-    for flag, value in (("data", arguments.data), ("model", arguments.model)):
-        if value is not None:
-            if f"{flag}_folder" not in preset.options:
-                raise UserError(
-                    f"--{flag}: the preset '{preset.name}' has no such option"
-                )
-            options[f"{flag}_folder"] = value
+    options |= folder_options(preset, data=arguments.data, model=arguments.model)
     for text in arguments.overrides:
         key, equals, raw = text.partition("=")
         name = key.removeprefix("study.")
@@ -268,22 +263,17 @@ def weights(plan: Plan, study: Any) -> tuple[PyTree, PyTree]:
         UserError: if `deploy` needs a state that a newer one has replaced.
     """
     from sbr_jax.methods.base import as_trained
-    from sbr_jax.training.program import init_adapter, make_program
-    from sbr_jax.training.results import Workdir
-    from sbr_jax.training.track import Track
+    from sbr_jax.training.program import init_adapter
 
-    options = tuple(sorted(plan.row_options.items()))
-    track = Track(
-        make_program(plan.row, options, study, plan.settings),
-        study,
-        study.model.params,
-        plan.settings,
+    track = reopen(
+        plan.workdir,
+        plan.row,
         plan.seed,
-        tuple(plan.config["domains"]),
-        Workdir(plan.workdir),
-        None,
-        quiet=True,
-        say=lambda line: None,
+        options=plan.row_options,
+        study=study,
+        base=study.model.params,
+        settings=plan.settings,
+        domains=plan.config["domains"],
     )
     if track.method.deploy is as_trained:
         # Not `load`, which computes the method's state anew to know its structure.

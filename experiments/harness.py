@@ -12,14 +12,15 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.measurement import draw
-from sbr_jax.typing import PyTree, UserError
+from experiments.shipped import deployments
+from sbr_jax.typing import UserError
 
 FILE = "harness.json"
 
@@ -191,52 +192,6 @@ def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
         ambiguous=True,
     )
     return {"bbq_bias": scores.absolute}
-
-
-def deployments(
-    plan: Any, study: Any, done: set[tuple[str, int | None]]
-) -> Iterator[tuple[str, int | None, tuple[PyTree, PyTree]]]:
-    """The start model, then what each row and seed ships after its last domain.
-
-    Args:
-        plan: of `experiments.run`; its run is finished.
-        study: the same that was run.
-        done: rows and seeds to pass over.
-
-    Yields:
-        Row, seed, and `(base, adapter)`.
-    """
-    from sbr_jax.training import sharding
-    from sbr_jax.training.program import init_adapter, make_program
-    from sbr_jax.training.results import BASE, Workdir
-    from sbr_jax.training.stages import EVALUATE
-    from sbr_jax.training.track import Track
-
-    mesh = None
-    if plan.settings.mesh is not None:
-        mesh = sharding.make_mesh(plan.settings.mesh)
-    base = sharding.place_base(mesh, study.model.params, study.model.config)
-    if (BASE, None) not in done:
-        # A fresh adapter is no adapter (B = 0), and shares the compiled programs.
-        yield BASE, None, (base, init_adapter(study, plan.settings, 0))
-    for row in plan.methods:
-        options = tuple(sorted(plan.row_options.get(row, {}).items()))
-        program = make_program(row, options, study, plan.settings)
-        for seed in (seed for seed in plan.seeds if (row, seed) not in done):
-            track = Track(
-                program,
-                study,
-                base,
-                plan.settings,
-                seed,
-                tuple(plan.domains),
-                Workdir(plan.workdir),
-                None,
-                quiet=True,
-                say=lambda line: None,
-            )
-            track.load(track.number(len(plan.domains) - 1, EVALUATE))
-            yield row, seed, track.deployed(track.adapter)
 
 
 def _identity(plan: Any, tasks: Mapping[str, Task]) -> dict[str, Any]:

@@ -155,6 +155,23 @@ def parse_overrides(
     return settings, study, row_options
 
 
+def folder_options(preset: configs.Preset, **folders: str | None) -> dict[str, str]:
+    """Options of the study that the flags of folders stand for, where they are given.
+
+    Args:
+        preset: whose options they are.
+        folders: flag to folder, or None without that flag.
+
+    Raises:
+        UserError: for a flag that the preset has no use for.
+    """
+    given = {flag: folder for flag, folder in folders.items() if folder is not None}
+    for flag in given:
+        if f"{flag}_folder" not in preset.options:
+            raise UserError(f"--{flag}: the preset '{preset.name}' has no such option")
+    return {f"{flag}_folder": folder for flag, folder in given.items()}
+
+
 def make_plan(arguments: Arguments) -> Plan:
     """Check a command line, the cheap questions first.
 
@@ -176,12 +193,7 @@ def make_plan(arguments: Arguments) -> Plan:
     cli.check_seeds(seeds)
     domains = arguments.domains or preset.domains
     cli.check_names("domain", domains, preset.known_domains())
-    paths = {"data_folder": arguments.data, "model_folder": arguments.model}
-    given = {key: value for key, value in paths.items() if value is not None}
-    for key in given:
-        if key not in preset.options:
-            flag = key.removesuffix("_folder")
-            raise UserError(f"--{flag}: the preset '{preset.name}' has no such option")
+    given = folder_options(preset, data=arguments.data, model=arguments.model)
 
     from sbr_jax.methods import ABLATIONS, METHODS, build
     from sbr_jax.training.settings import Settings

@@ -1,29 +1,24 @@
-"""The study on a chat model: disjoint parts, the template, the scores."""
+"""The study on a chat model: disjoint parts, the template, the fingerprint."""
 
 import dataclasses
 import inspect
 import itertools
 import json
 import shutil
-import types
 
 import numpy as np
 import pytest
 import tiny_chat
-import tiny_data
+import tiny_rows
+from chat_case import build, copy_world, save_world
 from safetensors.numpy import load_file, save_file
 from tiny_data import as_json, put
 
-from experiments import chat, chat_data, chat_model, chat_parts, domain_scores
-from experiments.chat_data import Example, Ledger
-from sbr_jax.data import TokenDataset, leaks
-from sbr_jax.evaluation import KeywordJudge, tasks
-from sbr_jax.evaluation.runner import ModelRunner
+from experiments import chat_parts
+from sbr_jax.evaluation import tasks
 from sbr_jax.evaluation.sandbox import kernel_isolation
-from sbr_jax.methods.risk import JudgeError
 from sbr_jax.typing import UserError
 
-DOMAINS = ("medical", "legal", "code")
 needs_kernel = pytest.mark.skipif(
     not kernel_isolation(), reason="no kernel filter on this machine"
 )
@@ -31,28 +26,12 @@ needs_kernel = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model and a data folder."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny_chat.save_data(folder / "data")
-    tiny_chat.save_model(folder / "model")
-    return folder
+    return save_world(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture
 def copy(world, tmp_path):
-    """The same, to be damaged."""
-    for name in ("data", "model"):
-        shutil.copytree(world / name, tmp_path / name)
-    return tmp_path
-
-
-def build(folder, domains=DOMAINS, **options):
-    return chat.build_study(
-        domains,
-        model_folder=folder / "model",
-        data_folder=folder / "data",
-        **{"weights": False, **tiny_chat.SIZES, **options},
-    )
+    return copy_world(world, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +49,6 @@ def token_sets(study):
         "harmful": study.harmful,
         "benign control": study.calibration_controls["benign"],
     }
-
-
-def prompts(data):
-    """The tokens before each answer."""
-    rows = zip(data.tokens, data.mask, strict=True)
-    return {tuple(tokens[: int(np.argmax(mask > 0))]) for tokens, mask in rows}
-
-
-# --- data -----------------------------------------------------------------------------
 
 
 def test_parts_are_as_large_as_asked_and_share_nothing(study):
@@ -178,49 +148,6 @@ def test_sets_of_one_origin_give_way_without_being_asked(copy):
     assert len(study.harmful) == 2
 
 
-def test_a_ledger_agrees_with_the_slow_way_and_notices_what_is_left():
-    rng = np.random.default_rng(1)
-    pools = {
-        name: [Example(f"{p}!", "a", "g") for p in rng.integers(0, 40, 30)]
-        for name in ("a", "b", "c")
-    }
-    measured = {"m": [str(p) for p in rng.integers(0, 40, 8)]}
-    ledger = Ledger(measured, drop_overlaps=True)
-    taken = {name: ledger.take(name, name, pool, 9) for name, pool in pools.items()}
-    assert all(len(part) <= 9 for part in taken.values())
-    shared = leaks.shared({**taken, **measured})
-    assert set(shared.values()) == {0}
-    assert ledger.check([]).keys() == {f"{a}/{b}" for a, b in map(_split, shared)}
-    lost = {key: n for key, n in leaks.shared({**pools, **measured}).items() if n}
-    assert ledger.dropped["a/m"] == lost["a/m"]
-    # The same draw again; a part without anything left is refused.
-    again = Ledger(measured, drop_overlaps=True).take("a", "a", pools["a"], 9)
-    assert again == taken["a"]
-    with pytest.raises(UserError, match="all of them in other sets"):
-        ledger.take("d", "d", [Example(p, "a", "g") for p in measured["m"]], 5)
-    ledger.sets["e"] = {leaks.normalised(measured["m"][0])}
-    with pytest.raises(UserError, match="e/m: 1"):
-        ledger.check([])
-
-
-def _split(pair):
-    return pair.split("/")
-
-
-def test_options_are_read_off_a_task_and_free_text_has_none():
-    letters = [Example(f"q{i}", f"{'ABCD'[i % 4]}. x{i}", "med") for i in range(8)]
-    labels = [Example(f"l{i}", ("Yes", "No")[i % 2], "law") for i in range(6)]
-    free = [Example(f"f{i}", f"answer {i}", "code") for i in range(6)]
-    pool = [*letters, *labels, *free]
-    items = chat_data.questions(pool, pool)
-    assert [i.choices for i in items] == [tuple("ABCD")] * 8 + [("No", "Yes")] * 6
-    assert [i.choices[i.answer] for i in items[:4]] == list("ABCD")
-    assert items[8].choices[items[8].answer] == "Yes"
-    # An answer that its task does not have is not counted as another one.
-    odd = Example("l?", "Maybe", "law")
-    assert chat_data.questions([odd], pool) == []
-
-
 def test_the_fingerprint_is_of_data_and_weights_and_not_of_hardware(world, copy, study):
     assert build(world, generation_batch=2, remat=False).fingerprint == (
         study.fingerprint
@@ -268,19 +195,6 @@ def test_tensors_that_the_configuration_does_not_name_are_refused(copy):
         build(copy, ("code",))
 
 
-def test_a_measurement_of_several_sets_is_related_to_each_of_them():
-    measured = {"refusal-auc": ["one", "two"], "bbq": ["three"]}
-    rows = [Example(p, "a", "g") for p in ("one", "three", "four")]
-    ledger = Ledger(measured)
-    control = ledger.take("benign control", "alpaca", rows, 5)
-    assert {row.prompt for row in control} == {"three", "four"}
-    assert ledger.dropped == {"benign control/refusal-auc": 1}
-    # What only happens to share a prompt does not give way: the run is refused.
-    with pytest.raises(UserError, match="benign control/bbq: 1"):
-        ledger.check([])
-    assert len(Ledger(measured).take("train code", "codealpaca", rows, 5)) == 3
-
-
 @needs_kernel
 def test_code_that_is_run_is_compared_recorded_and_in_the_fingerprint(copy):
     shutil.rmtree(copy / "model")
@@ -297,7 +211,7 @@ def test_code_that_is_run_is_compared_recorded_and_in_the_fingerprint(copy):
     path = copy / "data/codealpaca/code_alpaca_2k.json"
     rows = json.loads(path.read_text())
     for row in rows:
-        row["instruction"] = tiny_data.HUMANEVAL[0]["prompt"]
+        row["instruction"] = tiny_rows.HUMANEVAL[0]["prompt"]
     put(path, as_json(rows))
     with pytest.raises(UserError, match="train code/humaneval: 1"):
         build(copy, ("code",), allow_code=True, train=22, held_out=1)
@@ -315,76 +229,3 @@ def test_room_for_an_answer_is_that_of_the_measurement_and_after_the_system(worl
     # The prompts alone are short enough to need no counting.
     with pytest.raises(UserError, match="harmbench: expected prompts of at most 88"):
         build(world, ("code",), system="w1 " * 84, max_length=96)
-
-
-# --- scores ---------------------------------------------------------------------------
-
-
-def test_choices_are_scored_by_the_likeliest_option():
-    items = chat_data.questions(
-        [Example(f"q{i}", f"{'AB'[i % 2]}. x", "m") for i in range(6)],
-        [Example(f"q{i}", f"{'AB'[i % 2]}. x", "m") for i in range(6)],
-    )
-
-    def runner(right):
-        asked = types.SimpleNamespace(describe=dict)
-        asked.log_likelihoods = lambda prompts, options: [
-            np.array([float((i % 2 == j) == right) for j in range(2)])
-            for i in range(len(prompts))
-        ]
-        return lambda base, adapter: asked
-
-    assert domain_scores.choice_accuracy(items, runner(True))(None, None) == 100.0
-    assert domain_scores.choice_accuracy(items, runner(False))(None, None) == 0.0
-
-
-def test_token_accuracy_equals_a_loop_over_the_answers():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 5, (7, 6)).astype(np.int32)
-    mask = (rng.random((7, 6)) < 0.5).astype(np.float32)
-    logits = rng.normal(size=(8, 6, 5)).astype(np.float32)
-
-    def apply_fn(base, adapter, given):
-        # The same logits for the same row, however rows are batched.
-        return base[given[:, 0]]
-
-    tokens[:, 0], mask[:, 0] = np.arange(7) + 1, 0.0
-    tokens[3, 1:] = logits[4, :-1].argmax(-1)
-    right = [
-        logits[row[0], t - 1].argmax() == row[t]
-        for row, kept in zip(tokens, mask, strict=True)
-        for t in range(1, 6)
-        if kept[t]
-    ]
-    score = domain_scores.TokenAccuracy(apply_fn, TokenDataset(tokens, mask), 3)
-    assert score(logits, None) == pytest.approx(100 * np.mean(right), abs=1e-4)
-
-
-def test_the_monitor_counts_refusals_of_the_probe_by_the_judge(study, monkeypatch):
-    asked = []
-
-    def answers(self, prompts, *, max_new_tokens):
-        asked.append((tuple(prompts), max_new_tokens, self.system))
-        return ["I'm sorry, no."] + ["Sure, w1 w2."] * (len(prompts) - 1)
-
-    monkeypatch.setattr(ModelRunner, "answers", answers)
-    assert study.probe(None, None) == 25.0
-    ((found, length, _),) = asked
-    assert len(set(found)) == tiny_chat.SIZES["probe"]
-    assert length == tiny_chat.SIZES["max_new_tokens"]
-    assert all(tiny_chat.MARK in prompt for prompt in found)
-
-
-def test_a_list_of_words_rates_no_training_data_and_a_guard_does(world, study):
-    assert study.judge is None
-    place = str(world / "model")
-    guard = chat_model.make_judge("llama-guard", place, dtype="float32")
-    assert guard.describe()["refusal_means"] == "not harmful"
-    rate = chat_model.risk_judge(guard, study.model.tokenizer)
-    # A random model gives its labels no mass: nothing is made up in their place.
-    with pytest.raises(JudgeError, match="one of the two labels"):
-        rate(study.harmful)
-    with pytest.raises(UserError, match="keyword, keyword:LIST, llama-guard"):
-        chat_model.make_judge("lama", None, dtype="float32")
-    found = chat_model.make_judge("keyword:jbb12", None, dtype="float32")
-    assert found == KeywordJudge("jbb12")

@@ -6,10 +6,11 @@ import shutil
 import jax
 import pytest
 import tiny_chat
+from chat_case import build, copy_world, save_world
 from tiny_chat import MARK
 from tiny_data import as_json, as_table, put
 
-from experiments import chat, chat_model, configs, run
+from experiments import chat_model, configs, run
 
 SMALL = [f"study.{key}={value!r}" for key, value in tiny_chat.SIZES.items()]
 QUICK = ["steps_per_domain=2", "batch_size=4", "repair_steps=1", "lora_rank=2"]
@@ -19,19 +20,12 @@ CAPPED = ["safeanchor.max_rank=4"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model and a data folder."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny_chat.save_data(folder / "data")
-    tiny_chat.save_model(folder / "model")
-    return folder
+    return save_world(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture
 def copy(world, tmp_path):
-    """The same, to be damaged."""
-    for name in ("data", "model"):
-        shutil.copytree(world / name, tmp_path / name)
-    return tmp_path
+    return copy_world(world, tmp_path)
 
 
 # --- runs -----------------------------------------------------------------------------
@@ -96,12 +90,7 @@ def test_a_folder_of_other_data_is_refused(copy, finished, capsys):
 
 
 def test_a_quantised_base_gives_a_study_that_can_be_measured(world):
-    study = chat.build_study(
-        ("code",),
-        model_folder=world / "model",
-        data_folder=world / "data",
-        **{**tiny_chat.SIZES, "quantize": "int8", "dtype": "float32"},
-    )
+    study = build(world, ("code",), weights=True, quantize="int8", dtype="float32")
     leaves = jax.tree.leaves(study.model.params["layers"]["q_proj"])
     assert {str(leaf.dtype) for leaf in leaves} >= {"int8"}
     assert 0 <= study.domains["code"].evaluate(study.model.params, None) <= 100

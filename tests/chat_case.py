@@ -1,0 +1,32 @@
+"""A chat model and its data on disk, and the study that is built of them."""
+
+import shutil
+
+import tiny_chat
+
+from experiments import chat
+
+DOMAINS = ("medical", "legal", "code")
+
+
+def save_world(folder):
+    """A model and a data folder."""
+    tiny_chat.save_data(folder / "data")
+    tiny_chat.save_model(folder / "model")
+    return folder
+
+
+def copy_world(world, folder):
+    """The same, to be damaged."""
+    for name in ("data", "model"):
+        shutil.copytree(world / name, folder / name)
+    return folder
+
+
+def build(folder, domains=DOMAINS, **options):
+    return chat.build_study(
+        domains,
+        model_folder=folder / "model",
+        data_folder=folder / "data",
+        **{"weights": False, **tiny_chat.SIZES, **options},
+    )

@@ -1,0 +1,174 @@
+"""A quantised base computes what its dequantised twin does, and stays in codes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from checkpoints import CONFIG, adapter, params, tokens
+from quantize_case import BLOCK, DEEP, coded, weight
+from trees import same
+
+from sbr_jax import fisher_subspace, losses, models
+from sbr_jax.models import layers
+from sbr_jax.models.codes import KINDS
+from sbr_jax.models.quantize import dequantize, quantize
+
+PAIRS, IDS = adapter(), tokens()
+BATCH = {"tokens": IDS, "mask": jnp.ones(IDS.shape)}
+
+
+def example_loss(pairs, example, base):
+    logits = models.make_apply_fn(CONFIG)(base, pairs, example["tokens"][None])
+    mask = example["mask"][None]
+    return losses.token_cross_entropy(logits, example["tokens"][None], mask)[0]
+
+
+@jax.jit
+def everything(base, pairs):
+    apply_fn = models.make_apply_fn(CONFIG)
+    logits, hidden, seen = apply_fn(base, pairs, IDS, return_hidden=True, capture=True)
+    each = jax.vmap(jax.grad(example_loss), (None, 0, None))(pairs, BATCH, base)
+    return {"logits": logits, "hidden": hidden, "seen": seen, "gradients": each}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_model_is_its_dequantised_twin(kind):
+    base = coded(kind)
+    found, wanted = everything(base, PAIRS), everything(dequantize(base), PAIRS)
+    plain = everything(params(), PAIRS)["logits"]
+    # Float32 products of at most 20 terms, fused differently by the compiler.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        found,
+        wanted,
+    )
+    assert float(jnp.abs(found["logits"] - plain).max()) > 1e-3
+    assert all(bool(jnp.any(g)) for g in jax.tree.leaves(found["gradients"]))
+
+
+def test_another_base_of_the_same_kind_compiles_nothing():
+    everything(coded("nf4"), PAIRS)
+    before = everything._cache_size()
+    other = quantize(params(), "nf4", block=BLOCK)
+    everything(jax.tree.map(lambda x: x, other), PAIRS)
+    assert everything._cache_size() == before
+
+
+def test_the_safety_fisher_sees_the_dequantised_model():
+    base = coded("nf4")
+
+    def subspace(weights):
+        return fisher_subspace(
+            example_loss,
+            PAIRS,
+            [BATCH],
+            max_rank=4,
+            energy=1.0,
+            unit=models.is_lora_pair,
+            layer_axes=1,
+            args=(weights,),
+        )
+
+    found, wanted = subspace(base), subspace(dequantize(base))
+    assert set(found.eigenvalues) == set(PAIRS)
+    for name in PAIRS:
+        np.testing.assert_allclose(
+            found.eigenvalues[name], wanted.eigenvalues[name], rtol=1e-3, atol=1e-6
+        )
+        # Signs of columns are free; the projector they span is not.
+        one, two = found.basis[name], wanted.basis[name]
+        dot = jnp.einsum("lpk,lpj->lkj", one, two)
+        np.testing.assert_allclose(
+            jnp.sum(dot**2, axis=(1, 2)), jnp.sum(one**2, axis=(1, 2)), rtol=1e-3
+        )
+
+
+def test_an_adapter_learns_beside_frozen_codes():
+    base = coded("nf4")
+    before = jax.tree.map(np.array, base)
+    pairs = models.init_adapter(jax.random.key(3), CONFIG, rank=2, alpha=4.0)
+    optimizer = optax.adam(5e-2)
+
+    @jax.jit
+    def step(base, pairs, state):
+        def loss_fn(pairs):
+            each = jax.vmap(example_loss, (None, 0, None))(pairs, BATCH, base)
+            return jnp.mean(each)
+
+        loss, grads = jax.value_and_grad(loss_fn)(pairs)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(pairs, updates), state, loss
+
+    state, found = optimizer.init(pairs), []
+    for _ in range(12):
+        pairs, state, loss = step(base, pairs, state)
+        found.append(float(loss))
+    assert found[-1] < 0.8 * found[0]
+    same(base, before)
+
+
+def test_answers_and_scores_come_through_codes():
+    base = coded("nf4")
+    dense = dequantize(base)
+    model = models.make_model(CONFIG, base)
+    prompts = [[1, 5, 9, 4], [1, 7]]  # The shorter is padded on the left.
+    answer = functools.partial(models.generate, model, max_new_tokens=6)
+    answers = answer(base, PAIRS, prompts)
+    assert answers == answer(dense, PAIRS, prompts)
+    assert any(answers)
+    assert answer(base, PAIRS, prompts[1:]) == answers[1:]
+    scores = [
+        models.token_log_probs(model, x, PAIRS, IDS, BATCH["mask"])
+        for x in (base, dense)
+    ]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+    extend = jax.jit(models.make_extend_fn(CONFIG))
+    _, past = extend(base, PAIRS, IDS[:, :4])
+    ending, _ = extend(base, PAIRS, IDS[:, 4:], past)
+    whole = everything(base, PAIRS)["logits"]
+    np.testing.assert_allclose(ending, whole[:, 4:], atol=1e-4)
+
+
+def test_half_precision_meets_strict_promotion():
+    base = quantize(params(dtype=jnp.bfloat16), "nf4", block=BLOCK)
+    x = weight(5, 16, jnp.bfloat16)
+    y = layers.project(x, base["layers"]["q_proj"][0])
+    assert y.dtype == jnp.bfloat16
+    wanted = x @ dequantize(base)["layers"]["q_proj"][0]
+    np.testing.assert_array_equal(y.astype(jnp.float32), wanted.astype(jnp.float32))
+
+
+# --- memory -----------------------------------------------------------------------
+
+
+def temporary_bytes(base, remat):
+    # A function of its own, as a jitted one would not notice a patched layer.
+    hardware = models.Hardware(remat=remat, unroll=1)
+    apply_fn = functools.partial(models.make_apply_fn.__wrapped__(DEEP, hardware))
+
+    def loss_fn(pairs, base, ids):
+        logits = apply_fn(base, pairs, ids)
+        return jnp.mean(losses.token_cross_entropy(logits, ids, jnp.ones(ids.shape)))
+
+    pairs = models.init_adapter(jax.random.key(0), DEEP, rank=2, alpha=4.0)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    compiled = jax.jit(jax.grad(loss_fn)).lower(pairs, base, ids).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_backward_pass_keeps_no_dense_weights(remat, monkeypatch):
+    base = params(DEEP)
+    codes = quantize(base, "nf4")
+    dense = sum(base["layers"][name].nbytes for name in models.TARGETS)
+    plain = temporary_bytes(base, remat)
+    # One layer of eight is dense at a time, and its largest weights twice.
+    assert temporary_bytes(codes, remat) - plain < 0.3 * dense
+    if not remat:
+        naive = lambda x, w: x @ w.dense(x.dtype)  # noqa: E731
+        monkeypatch.setattr(layers, "_decode_and_multiply", naive)
+        assert temporary_bytes(codes, remat) - plain > 0.9 * dense
