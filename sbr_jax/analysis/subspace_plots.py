@@ -75,6 +75,8 @@ def _cells(axes: Axes, grid: Array, top: float) -> None:
     axes.pcolormesh(grid, cmap=ramp, vmin=0, vmax=top, edgecolor=page, linewidth=1.5)
     if grid.shape[1] <= 16:
         for (i, j), value in np.ndenumerate(grid):
+            if np.isnan(value):
+                continue
             axes.text(
                 j + 0.5,
                 i + 0.5,
@@ -95,7 +97,7 @@ def heat_map(
     """Draw one value per row and column, a panel for each quantity.
 
     Args:
-        panels: title to `{row: [columns]}`, e.g. `{projection: [L]}`.
+        panels: title to `{row: [columns]}`, e.g. `{projection: [L]}`; NaN is blank.
         columns: their names, with panels below each other; by default layers are
             numbered and panels stand side by side.
         limit: the darkest value; by default the largest, and at least 1.
