@@ -2,12 +2,12 @@
 
 import pytest
 import tiny_data as files
+from tiny_data import needs_data
 
 from sbr_jax.data import judge_prompts, load_evalset
 from sbr_jax.typing import UserError
 
 DATA = files.DATA
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ import random
 import string
 
 import pytest
-from tiny_data import DATA
+from tiny_data import DATA, needs_data
 
 from sbr_jax.data import Pair, Record, leaks, load_evalset, load_source
 from sbr_jax.data.records import BehaviourItem, ChoiceItem
 from sbr_jax.training.study import refuse_leaks
 from sbr_jax.typing import UserError
-
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
 
 
 def twin(a, b):

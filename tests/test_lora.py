@@ -5,18 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import CONFIG, adapter, params, tokens
+from trees import same
 
 from sbr_jax import models
 from sbr_jax.models import lora
 from sbr_jax.typing import UserError
 
 APPLY = jax.jit(models.make_apply_fn(CONFIG), static_argnames="dropout_rate")
-
-
-def same(one, two):
-    assert jax.tree.structure(one) == jax.tree.structure(two)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_a_fresh_adapter_equals_the_base_exactly():

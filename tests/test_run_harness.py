@@ -10,8 +10,9 @@ import pytest
 import synthetic_run
 import tiny
 import tiny_data as files
+from tiny_data import needs_data
 
-from experiments import configs, harness, measures, report, run, tables
+from experiments import configs, harness, measures, report, run, shipped, tables
 from experiments.measures import judge_record
 from experiments.results import read_run
 from sbr_jax.evaluation.items import Result
@@ -22,7 +23,6 @@ from sbr_jax.training.results import read_json
 from sbr_jax.typing import UserError
 
 DATA = files.DATA
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
 JUDGE = KeywordJudge()
 
 
@@ -141,13 +141,13 @@ def test_the_weights_that_are_examined_are_those_that_were_measured(finished):
     }
     found = {
         (row, seed): study.evaluate(*weights)["composite"]
-        for row, seed, weights in harness.deployments(plan, study, set())
+        for row, seed, weights in shipped.deployments(plan, study, set())
     }
     # Results are written to six digits.
     assert found == pytest.approx(measured, rel=1e-5)
     assert len(set(found.values())) == len(found) == 5
     done = set(found) - {("antidote", 1)}
-    ((row, seed, _),) = harness.deployments(plan, study, done)
+    ((row, seed, _),) = shipped.deployments(plan, study, done)
     assert (row, seed) == ("antidote", 1)
 
 
@@ -161,6 +161,7 @@ def fake_harness(monkeypatch):
 
     def evaluate(runner, tasks, **options):
         calls.append((runner, options))
+        print("a progress bar", file=sys.stderr)
         picks = [{"pick": 0}] * 2
         return {t["task"]: Result({"acc,none": 0.25}, {}, picks) for t in tasks}
 
@@ -173,7 +174,7 @@ def bias_items():
     return [SimpleNamespace(id=str(i), **row) for i in range(2)]
 
 
-def test_every_row_is_put_through_the_harness_once(finished, fake_harness):
+def test_every_row_is_put_through_the_harness_once(finished, fake_harness, capsys):
     study, model, plan = finished
     study = dataclasses.replace(study, model=model)
     tasks = {
@@ -181,6 +182,8 @@ def test_every_row_is_put_through_the_harness_once(finished, fake_harness):
         "bbq": harness.Task(bias_items(), [{"task": "bbq"}]),
     }
     path = harness.evaluate(plan, study, tasks)
+    # Quiet, and lm-eval's progress bars are not ours to print.
+    assert capsys.readouterr().err == ""
     whole = read_json(path)
     assert whole["of"]["items"] == {"mmlu": 0, "bbq": 2}
     names = [(entry["method"], entry["seed"]) for entry in whole["results"]]

@@ -2,11 +2,11 @@
 
 import math
 import string
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from tasks_case import Fake
+from tiny_data import DATA, needs_data
 
 from sbr_jax.evaluation import composite, picking, tasks
 from sbr_jax.evaluation.items import Result
@@ -242,10 +242,8 @@ def test_nothing_is_measured_on_nothing(ask):
 
 # --- the package's own items have the shapes that tasks expect ----------------------
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
+@needs_data
 def test_real_items_fit_their_tasks():
     from sbr_jax.data.evalsets import load_evalset
 
@@ -274,7 +272,7 @@ def test_real_items_fit_their_tasks():
     assert 0 <= said.metrics["truthful"] <= 100
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
+@needs_data
 def test_a_model_that_never_takes_sides_has_no_bias():
     from sbr_jax.data.evalsets import load_evalset
 

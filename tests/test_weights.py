@@ -11,16 +11,10 @@ import pytest
 from checkpoints import CONFIG, STORIES, needs_stories, params
 from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
+from trees import same
 
 from sbr_jax import models
 from sbr_jax.typing import UserError
-
-
-def same(one, two):
-    assert jax.tree.structure(one) == jax.tree.structure(two)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(name="folder")
