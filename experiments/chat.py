@@ -18,7 +18,7 @@ from experiments.chat_data import source_of
 from experiments.chat_parts import OWN_LENGTH, Parts, Split, make_parts
 from experiments.cli import check_names
 from experiments.configs.chat import ChatOptions
-from experiments.domain_scores import TokenAccuracy, choice_accuracy
+from experiments.domain_scores import Remembered, TokenAccuracy, choice_accuracy
 from experiments.measurement import Measurement
 from experiments.stories import random_tokens
 from sbr_jax.data import TokenDataset
@@ -30,6 +30,9 @@ from sbr_jax.evaluation.scorer import Budget
 from sbr_jax.models import Model
 from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import PyTree, UserError
+
+Score = Callable[[PyTree, PyTree], dict[str, float]]
+"""`(base, adapter) -> metrics` of one measurement."""
 
 CODE_MEASURE = "humaneval"
 """What the code domain is examined with, where its answers may be run."""
@@ -78,6 +81,9 @@ def build_study(
     folder = _data_folder(data_folder)
     model, _ = chat_model.read_record(model_folder)
     judge = _judge(chosen, weights=False)
+    # Every other checkpoint too, before hours go into this one.
+    places = chat_model.locate_all(model_folder, chosen, weights=False)
+    chat_model.check_unaligned(places, model.config)
     names = _examined(domains, chosen, folder)
     measured = _measurements(names, chosen, folder, judge)
     asked = {name: m.prompts for name, m in measured.items()}
@@ -85,8 +91,8 @@ def build_study(
     record = measures.record(measured.values(), judge, folder)
     notes = {"data": parts.record, **record}
     sizes = {name: _size(p) for name, p in {**asked, "probe": parts.probe}.items()}
-    places = chat_model.locate_all(model_folder, chosen, weights=weights)
     if weights:
+        places = chat_model.locate_all(model_folder, chosen, weights=True)
         model = chat_model.load_model(
             places["model"],
             dtype=chosen.dtype,
@@ -97,6 +103,7 @@ def build_study(
         judge = _judge(chosen, weights=True)
         measured = _measurements(names, chosen, folder, judge)
     runner = _runner(model, chosen)
+    scores = {name: _score(m, runner) for name, m in measured.items()}
     sets = parts.sets
     noise = random_tokens(sets["calibration"], model.config.vocab_size, seed=0)
     return ChatStudy(
@@ -105,7 +112,7 @@ def build_study(
             name: Domain(
                 train=sets[f"train {name}"],
                 evaluate=_accuracy(
-                    split, sets[f"test {name}"], model, runner, chosen, measured
+                    split, sets[f"test {name}"], model, runner, chosen, scores
                 ),
             )
             for name, split in parts.domains.items()
@@ -114,9 +121,9 @@ def build_study(
         calibration_controls={"benign": sets["benign control"], "random": noise},
         safety_mix=sets["safety mix"],
         harmful=sets["harmful"],
-        unaligned=_unaligned(places, chosen, model) if weights else None,
+        unaligned=_unaligned(places, chosen) if weights else None,
         judge=chat_model.risk_judge(judge, model.tokenizer),
-        evaluate=_evaluate([measured[name] for name in chosen.measures], runner),
+        evaluate=_evaluate([scores[name] for name in chosen.measures]),
         probe=_probe(parts.probe, judge, runner, chosen),
         fingerprint=_fingerprint(places, parts, asked),
         leak_check=parts.leaks,
@@ -192,11 +199,19 @@ def _runner(model: Model, options: ChatOptions) -> Callable[..., ModelRunner]:
     return runner
 
 
-def _evaluate(measured: Sequence[Any], runner: Callable[..., ModelRunner]):
+def _score(measurement: Measurement, runner: Callable[..., ModelRunner]) -> Score:
+    def score(base: PyTree, adapter: PyTree) -> dict[str, float]:
+        return measurement(runner(base, adapter))
+
+    # What a domain is examined with may be asked for beside it.
+    return Remembered(score) if measurement.name == CODE_MEASURE else score
+
+
+def _evaluate(scores: Sequence[Score]):
     def evaluate(base: PyTree, adapter: PyTree) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for measurement in measured:
-            metrics |= measurement(runner(base, adapter))
+        for score in scores:
+            metrics |= score(base, adapter)
         return {**metrics, **measures.composite(metrics)}
 
     return evaluate
@@ -218,14 +233,14 @@ def _accuracy(
     model: Model,
     runner: Callable[..., ModelRunner],
     options: ChatOptions,
-    measured: Mapping[str, Measurement],
+    scores: Mapping[str, Score],
 ) -> Callable[[PyTree, PyTree], float]:
     """How well a domain is learnt: HumanEval, a choice, or the next token."""
     if _runs_code(split.source, options):
-        code = measured[CODE_MEASURE]
+        code = scores[CODE_MEASURE]
 
         def passed(base: PyTree, adapter: PyTree) -> float:
-            found = code(runner(base, adapter))
+            found = code(base, adapter)
             return next(v for k, v in found.items() if k.startswith("pass@1/"))
 
         return passed
@@ -234,19 +249,11 @@ def _accuracy(
     return TokenAccuracy(model.apply_fn, test)
 
 
-def _unaligned(
-    places: Mapping[str, Path], options: ChatOptions, model: Model
-) -> PyTree | None:
+def _unaligned(places: Mapping[str, Path], options: ChatOptions) -> PyTree | None:
     place = places.get("unaligned_folder")
     if place is None:
         return None
-    before = chat_model.load_model(place, dtype=options.dtype, mesh=options.mesh)
-    if before.config.width != model.config.width:
-        raise UserError(
-            f"study.unaligned_folder: expected the model before its alignment, got "
-            f"another in {place}"
-        )
-    return before.params
+    return chat_model.load_model(place, dtype=options.dtype, mesh=options.mesh).params
 
 
 def _fingerprint(

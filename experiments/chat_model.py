@@ -4,9 +4,10 @@ Configuration, tokenizer and the headers of the weights tell whether a model can
 used, in a second instead of minutes.
 """
 
+import dataclasses
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,33 @@ def locate_all(
     return found
 
 
+SHAPE = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
+"""What two checkpoints have in common if one can be taken from the other."""
+
+
+def check_unaligned(places: Mapping[str, Path], config: models.ModelConfig) -> None:
+    """Refuse another model in the place of the one before its alignment.
+
+    Args:
+        places: of `locate_all`.
+        config: of the aligned model.
+
+    Raises:
+        UserError: naming the first size that differs.
+    """
+    place = places.get("unaligned_folder")
+    if place is None:
+        return
+    before = hf_config.read(place)
+    for name in SHAPE:
+        wanted, got = getattr(config, name), getattr(before, name)
+        if wanted != got:
+            raise UserError(
+                f"study.unaligned_folder: expected the model before its alignment, "
+                f"with {name}={wanted}, got another with {name}={got} in {place}"
+            )
+
+
 def load_model(
     folder: Path,
     *,
@@ -160,14 +188,41 @@ def digest(folder: Path, blocks: int = 64, size: int = 4096) -> str:
 
 # --- judges ---------------------------------------------------------------------------
 
+HEADER_END, BREAKS = "<|end_header_id|>", "\n\n"
+"""What a turn of the Llama 3 family begins with: a header, then two line breaks."""
+
+
+def _llama_guard(model: models.Model, *, breaks: bool = False) -> GuardJudge:
+    """Llama Guard, whose label comes after what its template leaves it to write.
+
+    Version 3's template stops behind the header of the guard's own turn, so the guard
+    begins with the two line breaks; the earlier templates leave it nothing but a label.
+
+    Args:
+        model: the guard.
+        breaks: it begins with line breaks whatever its template looks like, unless
+            that writes them itself.
+    """
+    judge = llama_guard(model)
+    end = model.tokenizer.decode(judge.encode("?", "!")[-2:])
+    if not (end.endswith(HEADER_END) or (breaks and not end.endswith(BREAKS))):
+        return judge
+    settings = {**judge.settings, "lead": BREAKS}
+    return dataclasses.replace(llama_guard(model, lead=BREAKS), settings=settings)
+
+
 GUARDS: dict[str, Callable[[models.Model, Path], GuardJudge]] = {
-    "llama-guard": lambda model, folder: llama_guard(model),
+    "llama-guard": lambda model, folder: _llama_guard(model),
+    "llama-guard-3": lambda model, folder: _llama_guard(model, breaks=True),
     "wildguard": lambda model, folder: wild_guard(model, folder / "template.txt"),
     "harmbench": lambda model, folder: harmbench_classifier(
         model, folder / "template.txt"
     ),
 }
-"""Judges with a checkpoint; what the last two are asked is in a file beside it."""
+"""Judges with a checkpoint; what the last two are asked is in a file beside it.
+
+`llama-guard` is any version whose template is its publisher's; `llama-guard-3` says it
+of a checkpoint with a template of somebody else's."""
 
 
 def make_judge(
@@ -193,13 +248,16 @@ def make_judge(
             f"study.judge_folder); got '{name}'"
         )
     place = locate(folder, weights=weights, option="study.judge_folder")
+    config, tokenizer = hf_config.read(place), models.load_tokenizer(place)
+    if tokenizer is None:
+        raise UserError(
+            f"study.judge_folder: expected a tokenizer in {place}, found none"
+        )
     if weights:
         return GUARDS[name](load_model(place, dtype=dtype), place)
-    config = hf_config.read(place)
     if Path(folder).is_dir():
         check_weights(place, config)
-    record = models.make_model(config, None, models.load_tokenizer(place))
-    return GUARDS[name](record, place)
+    return GUARDS[name](models.make_model(config, None, tokenizer), place)
 
 
 def risk_judge(judge: Judge, tokenizer: Any) -> RiskJudge | None:

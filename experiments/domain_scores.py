@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +63,34 @@ class TokenAccuracy:
             total += [float(x) for x in count(base, adapter, *parts)]
         hits, tokens = total
         return float(100.0 * hits / max(tokens, 1.0))
+
+
+class Remembered:
+    """`(base, adapter) -> metrics` that is measured once for the weights seen last.
+
+    They are told by being the same arrays, none of which is kept alive.
+
+    >>> calls = []
+    >>> score = Remembered(lambda base, adapter: calls.append(base) or {"x": 1.0})
+    >>> one, two = np.ones(1), np.ones(1)
+    >>> [score(weights, None)["x"] for weights in (one, one, two)], len(calls)
+    ([1.0, 1.0, 1.0], 2)
+    """
+
+    def __init__(self, score: Callable[[PyTree, PyTree], dict[str, float]]):
+        self._score = score
+        self._seen: list[weakref.ref] = []
+        self._metrics: dict[str, float] = {}
+
+    def __call__(self, base: PyTree, adapter: PyTree) -> dict[str, float]:
+        """The metrics of these weights."""
+        arrays = jax.tree.leaves((base, adapter))
+        seen = [reference() for reference in self._seen]
+        same = len(arrays) == len(seen) and all(map(operator.is_, arrays, seen))
+        if not (arrays and same):
+            self._metrics = self._score(base, adapter)
+            self._seen = [weakref.ref(array) for array in arrays]
+        return dict(self._metrics)
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,6 +14,7 @@ from typing import Any
 from experiments import devices, forecast
 from experiments.forecast import GIB, Device, Job
 from experiments.tables import Table
+from sbr_jax.typing import UserError
 
 CARDS = (24, 40, 80)
 """Memories, in GB, that a peak is compared with where the device's is not known."""
@@ -24,11 +25,11 @@ ANSWERS = {"humaneval": 512, "mtbench": 2048, "gsm8k": 400}
 SCORED = ("truthfulqa", "bbq", "mmlu", "medqa", "legalbench", "refusal-auc")
 """Measurements that read likelihoods and write nothing."""
 
+START = "start model, once"
+"""The line of what is measured before any row."""
+
 FRAME, PER_CHARACTER = 30, 0.25
 """Tokens of a template, and of a character, in a prompt that was not encoded."""
-
-FISHER = ("safeanchor", "unified", "ewc")
-"""Rows with a gradient of each example at the start and after every domain."""
 
 
 # --- what is known of a study ---------------------------------------------------------
@@ -82,9 +83,10 @@ def parts_table(plan: Any, study: Any) -> Table:
 
 def columns_of(plan: Any, row: str) -> int:
     """K of a row's subspace, 0 where it has none."""
-    if not row.startswith(("safeanchor", "unified")):
+    overrides = plan.row_options.get(row)
+    if not forecast.projects(row, overrides):
         return 0
-    return plan.row_options.get(row, {}).get("max_rank", 64)
+    return forecast.defence_of(row, overrides)[1].get("max_rank", 64)
 
 
 def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
@@ -128,6 +130,22 @@ def _shards(mesh: str | None) -> int:
     return 1 if mesh is None else math.prod(parse_mesh(mesh).values())
 
 
+def on_mesh(device: Device, mesh: str | None) -> Device:
+    """The device, as many times as the mesh has it, whatever its axes.
+
+    Raises:
+        UserError: for another `device.count`.
+    """
+    if mesh is None:
+        return device
+    if device.count not in (1, shards := _shards(mesh)):
+        raise UserError(
+            f"--set device.count={device.count}: expected {shards}, the devices of the "
+            f"mesh {mesh}: leave one of the two out"
+        )
+    return dataclasses.replace(device, count=shards)
+
+
 def memory_table(phases: Mapping[str, Mapping[str, float]]) -> Table:
     """GiB by part, a row per phase, its sum last."""
     parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
@@ -145,16 +163,17 @@ def memory_table(phases: Mapping[str, Mapping[str, float]]) -> Table:
 # --- time -----------------------------------------------------------------------------
 
 
-def evaluation_seconds(plan: Any, study: Any, job: Job, device: Device) -> float | None:
-    """Of all measurements once; None where the study does not say what is asked."""
-    if not hasattr(study, "asked"):
-        return None
-    total = 0.0
-    for name in study.asked:
-        if name == "probe":
-            continue
-        total += _asked_seconds(plan, study, job, device, name)
-    return total
+def start_seconds(plan: Any, study: Any, job: Job, device: Device) -> dict[str, float]:
+    """Of the aligned model, measured once before all rows: everything and the probe.
+
+    Nothing where the study does not say what is asked.
+    """
+    found: dict[str, float] = {}
+    for name in getattr(study, "asked", ()):
+        part = "monitor" if name == "probe" else "measuring"
+        seconds = _asked_seconds(plan, study, job, device, name)
+        found[part] = found.get(part, 0.0) + seconds
+    return found
 
 
 def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -> float:
@@ -164,9 +183,23 @@ def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -
         flops = count * forecast.forward_flops(job, tokens, heads=8)
         return flops / (device.flops * device.count)
     options = plan.study_options
-    new = ANSWERS.get(name, options["max_new_tokens"])
+    new = ANSWERS.get(name) or options["max_new_tokens"]
     rows = options["generation_batch"]
     return forecast.generation_seconds(job, device, count, tokens, new, rows)
+
+
+def fisher_flops(plan: Any, study: Any, job: Job, row: str) -> float:
+    """Of every example that a row differentiates on its own, with one seed."""
+    settings, overrides = plan.settings, plan.row_options.get(row)
+    method, chosen = forecast.defence_of(row, overrides)
+    if method == "ewc" and chosen.get("data", "domain") == "domain":
+        sets = [study.domains[name].train for name in plan.domains]
+    else:
+        size = len(plan.domains), settings.steps_per_domain
+        sets = [study.calibration] * forecast.fisher_estimates(row, overrides, *size)
+    most = chosen.get("fisher_examples") or settings.fisher_examples or math.inf
+    each = (min(len(x), most) * forecast.train_flops(job, x.length) for x in sets)
+    return sum(each)
 
 
 def row_seconds(
@@ -177,26 +210,20 @@ def row_seconds(
 
     settings, domains = plan.settings, len(plan.domains)
     speed = device.flops * device.count
-    method = row.partition(":")[0]
+    method, _ = forecast.defence_of(row)
     steps = domains * settings.steps_per_domain
     plain = forecast.step_flops(job, "plain")
     found = {"training": steps * forecast.step_flops(job, method) / speed}
     found["training"] += (
         forecast.STAGES.get(method, 0.0) * settings.steps_per_domain * plain / speed
     )
-    if method.startswith(FISHER):
-        data = study.calibration
-        examples = min(settings.fisher_examples or len(data), len(data))
-        # Also once on the random control.
-        estimates = domains + 2
-        each = forecast.train_flops(job, data.length)
-        found["Fisher"] = estimates * examples * each / speed
-    once = evaluation_seconds(plan, study, job, device)
-    if once is not None:
-        found["measuring"] = domains * once
+    if fisher := fisher_flops(plan, study, job, row):
+        found["Fisher"] = fisher / speed
     monitored = build(row, **plan.row_options.get(row, {})).monitored
-    if monitored and getattr(study, "asked", None):
-        found["monitor"] = domains * _asked_seconds(plan, study, job, device, "probe")
+    # A row is measured as the start model is; only some rows have a monitor.
+    for part, seconds in start_seconds(plan, study, job, device).items():
+        if part == "measuring" or monitored:
+            found[part] = domains * seconds
     if monitored and study.probe is not None:
         repairs = domains * settings.repair_blocks * settings.repair_steps
         found["repairs, at most"] = repairs * 2 * plain / speed
@@ -204,16 +231,22 @@ def row_seconds(
 
 
 def time_table(plan: Any, study: Any, job: Job, device: Device) -> Table:
-    """Hours of each row with one seed, and of all rows and seeds."""
+    """Hours of each row with one seed, and of all rows and seeds.
+
+    The start model, which is measured once for all of them, has a line of its own.
+    """
     rows = {row: row_seconds(plan, study, job, device, row) for row in plan.methods}
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    lines, total = [], 0.0
-    for row, found in rows.items():
-        total += sum(found.values())
+    start, seeds = start_seconds(plan, study, job, device), len(plan.seeds)
+    parts += [part for part in start if part not in parts]
+    lines = []
+    for row, found in {START: start, **rows}.items():
+        if not found:
+            continue
         cells = (f"{found[p] / 3600:.3g}" if p in found else "–" for p in parts)
         lines.append((row, *cells, f"{sum(found.values()) / 3600:.3g}"))
-    seeds = len(plan.seeds)
-    whole = f"{total * seeds / 3600:.3g}"
+    total = sum(sum(found.values()) for found in rows.values())
+    whole = f"{(total * seeds + sum(start.values())) / 3600:.3g}"
     lines.append((f"all, {seeds} seeds", *("" for _ in parts), whole))
     return Table(("hours", *parts, "one seed"), tuple(lines))
 
@@ -248,7 +281,7 @@ def execute(plan: Any, device_texts: Sequence[str] = ()) -> str:
     from experiments import harness
     from sbr_jax.training import pipeline
 
-    device = devices.read_device(device_texts)
+    device = on_mesh(devices.read_device(device_texts), plan.settings.mesh)
     build = plan.preset.survey or plan.preset.study
     study = build(plan.domains, **plan.study_options)
     pipeline.check(
@@ -282,8 +315,9 @@ def execute(plan: Any, device_texts: Sequence[str] = ()) -> str:
         _fit(peak, device.memory),
         "",
         f"time on {device.name}: {device.flops / 1e12:.3g} TFLOP/s, "
-        f"{device.bandwidth / 1e9:.4g} GB/s, {device.count} of them; without "
-        "compilation",
+        f"{device.bandwidth / 1e9:.4g} GB/s, {device.count} of them"
+        + (" with equal shares and free communication" if device.count > 1 else "")
+        + "; without compilation",
         to_text(time_table(plan, study, job, device)),
     ]
     return "\n".join(lines)

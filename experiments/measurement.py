@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sbr_jax.data.evalsets import load_evalset
+from sbr_jax.data.sources import DOMAINS
 from sbr_jax.evaluation.items import Result
 from sbr_jax.evaluation.judges import Judge
+
+BENCHMARK = "benchmark_accuracy"
+"""What `accuracy` is called of a set that is a domain too: `accuracy/DOMAIN` says how
+well a run learnt it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,10 +118,12 @@ def flat(result: Result, name: str) -> dict[str, float]:
     """The metrics of a task by METRIC/SET/GROUP.
 
     Counts of unparsed answers become percentages; harmless requests that are refused
-    are `over_refusal`.
+    are `over_refusal`, and the accuracy of a possible domain is `BENCHMARK`.
 
     >>> flat(Result({"asr": 4.0, "harmless/refusal/x": 1.0}, {}, []), "s")
     {'asr/s': 4.0, 'over_refusal/s/x': 1.0}
+    >>> flat(Result({"accuracy": 4.0}, {}, []), "gsm8k")
+    {'benchmark_accuracy/gsm8k': 4.0}
     """
     found = {}
     for key, value in result.metrics.items():
@@ -126,6 +133,8 @@ def flat(result: Result, name: str) -> dict[str, float]:
             metric = {"refusal": "over_refusal"}.get(metric, f"harmless_{metric}")
         elif metric == "compliance":
             metric = "asr"
+        elif metric == "accuracy" and name in DOMAINS:
+            metric = BENCHMARK
         found["/".join([metric, name, *group])] = float(value)
     return found
 

@@ -4,7 +4,8 @@
     measurement(ModelRunner(model, base, adapter))   # {"refusal/harmbench": 97.0, …}
 
 A metric is called METRIC/SET or METRIC/SET/GROUP and lies in 0 to 100, but for signed
-biases, `difference` and the numbers of files. What each measures, and its traps:
+biases, `difference` and the numbers of files; none is called `accuracy/DOMAIN`, which
+is how well a run learnt a domain. What each measures, and its traps:
 docs/evaluation.md.
 
 With a limit, the same items are drawn whatever the row, seed or model: those whose ids
@@ -84,14 +85,14 @@ def prepare(
       The measurement.
 
     Raises:
-      UserError: an unknown name, a limit below 1, a file that is missing or damaged,
-        and what `allow_code` and `output` are needed for.
+      UserError: an unknown name, a limit that is no number from 1, a file that is
+        missing or damaged, and what `allow_code` and `output` are needed for.
     """
     known("measurement", name, MEASURES)
     for what, value in (("limit", limit), ("max_new_tokens", max_new_tokens)):
-        if value is not None and value < 1:
+        if value is not None and (type(value) is not int or value < 1):
             raise UserError(
-                f"measurement '{name}': expected {what} of at least 1, got {value}"
+                f"measurement '{name}': expected {what} of at least 1, got {value!r}"
             )
     length = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     path = None if output is None else Path(output)

@@ -83,13 +83,16 @@ def _wildguard(ask: Ask) -> Measurement:
 
 
 def _truthfulqa(ask: Ask) -> Measurement:
-    one, several = ask.items("truthfulqa_mc1"), ask.items("truthfulqa_mc2")
+    sets = {metric: ask.items(f"truthfulqa_{metric}") for metric in ("mc1", "mc2")}
 
     def task(runner: Any) -> dict[str, float]:
-        both = (tasks.truthfulqa_mc(runner, items) for items in (one, several))
-        return {k: v for result in both for k, v in flat(result, ask.name).items()}
+        found: dict[str, float] = {}
+        for metric, items in sets.items():
+            result = tasks.truthfulqa_mc(runner, items, metric=metric)
+            found |= flat(result, ask.name)
+        return found
 
-    questions = [_Asked(item.question) for item in one]
+    questions = [_Asked(item.question) for item in sets["mc1"]]
     return ask.made(questions, task, preamble=True, split="current")
 
 

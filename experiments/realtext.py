@@ -12,10 +12,12 @@ The folder is written at the end, by rename: a killed run leaves none. Its
 is printed or copied.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,7 @@ import numpy as np
 import optax
 
 from experiments import cli, measures
+from experiments.configs.realtext import MEASURES
 from experiments.measurement import Ask, Measurement
 from experiments.realtext_corpus import (
     KEYWORDS,
@@ -55,14 +58,6 @@ CONTEXT = 2048
 """Room for the longest behaviour of HarmBench; text to learn is at most a quarter."""
 WIDTH, LAYERS, HEADS = 192, 6, 6
 STEPS, LEARNING_RATE = 1200, 3e-3
-MEASURES = (
-    "harmbench",
-    "advbench",
-    "jailbreakbench",
-    "xstest",
-    "alpaca",
-    "refusal-auc",
-)
 MEASURED, NEW_TOKENS = 300, 24
 """Prompts of a measurement after training, at most, and tokens of an answer."""
 
@@ -273,14 +268,22 @@ def build(
 
 
 def write(output: Path, model: models.Model, record: Mapping[str, Any]) -> None:
-    """Write the model's folder whole, or not at all."""
-    # Beside the output, for a rename does not cross file systems.
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".realtext-") as place:
-        folder = Path(place) / "model"
-        models.save(folder, model)
-        text = json.dumps(record, indent=2) + "\n"
-        (folder / "training.json").write_text(text, encoding="utf-8")
-        folder.rename(output)
+    """Write the model's folder whole, or not at all, nor the folders it lies in."""
+    made = [folder for folder in output.parents if not folder.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the output, for a rename does not cross file systems.
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".realtext-") as at:
+            folder = Path(at) / "model"
+            models.save(folder, model)
+            text = json.dumps(record, indent=2) + "\n"
+            (folder / "training.json").write_text(text, encoding="utf-8")
+            folder.rename(output)
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 # --- the command line -----------------------------------------------------------------
@@ -312,12 +315,12 @@ def _checked(arguments: Arguments) -> Arguments:
             f"--output: expected a folder that is not there yet, got {output}: remove "
             "it, or name another"
         )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    # It is made at the end, so that a mistake or a kill before that leaves nothing.
+    there = next(folder for folder in output.parents if os.path.exists(folder))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(
-            f"--output: cannot make {output.parent} ({error.strerror}): name another"
-        ) from error
+            f"--output: cannot make {output} below {there}: name another place"
+        )
     return arguments
 
 
@@ -326,20 +329,17 @@ def main(args: Sequence[str] | None = None) -> int:
     cli.quiet_libraries()
 
     def program() -> None:
-        arguments = _checked(cli.parse(Arguments, args, PROGRAM))
+        given = _checked(cli.parse(Arguments, args, PROGRAM))
         cli.enable_compilation_cache()
         model, record = build(
-            arguments.data,
-            steps=arguments.steps,
-            seed=arguments.seed,
-            quiet=arguments.quiet,
+            given.data, steps=given.steps, seed=given.seed, quiet=given.quiet
         )
-        write(arguments.output, model, record)
-        if not arguments.quiet:
+        write(given.output, model, record)
+        if not given.quiet:
             for name in ("held_out_loss", "measured"):
                 for key, value in record[name].items():
                     print(f"{name} {key:<32} {value:.2f}")
-            print(f"model: {arguments.output}")
+            print(f"model: {given.output}")
 
     return cli.guarded(
         program, interrupted="interrupted: nothing was written; start again"

@@ -208,6 +208,13 @@ def make_plan(arguments: Arguments) -> Plan:
     if arguments.mesh is not None:
         from sbr_jax.training.sharding import make_mesh, parse_mesh
 
+        for key, other in (("mesh", settings), ("study.mesh", study)):
+            value = other.get("mesh")
+            if value not in (None, arguments.mesh):
+                raise UserError(
+                    f"--mesh {arguments.mesh}: expected one mesh, got {key}={value} "
+                    "after --set too; --mesh sets all there is"
+                )
         # A forecast may be for other devices than this machine's.
         (parse_mesh if arguments.dry_run else make_mesh)(arguments.mesh)
         settings["mesh"] = arguments.mesh
@@ -216,7 +223,7 @@ def make_plan(arguments: Arguments) -> Plan:
     for row in rows:
         build(row, **options.get(row, {}))
     if preset.check is not None:
-        preset.check(rows, {**study, **given})
+        preset.check(rows, {**study, **given}, overrides=options, settings=settings)
     if arguments.harness is not None:
         from experiments import harness
 

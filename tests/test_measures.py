@@ -119,8 +119,8 @@ def test_refusal_compliance_and_gibberish_are_three_things(
 
 def test_options_are_scored_by_position(folder):
     right, wrong = Rule(option=1), Rule(option=3)
-    assert make("medqa", folder)(right)["accuracy/medqa"] == 100
-    assert make("medqa", folder)(wrong)["accuracy/medqa"] == 0
+    assert make("medqa", folder)(right)["benchmark_accuracy/medqa"] == 100
+    assert make("medqa", folder)(wrong)["benchmark_accuracy/medqa"] == 0
     mmlu = make("mmlu", folder)
     assert mmlu.describe()["shots"] == 1
     assert mmlu(right)["accuracy/mmlu"] == mmlu(right)["accuracy/mmlu/sums"] == 100
@@ -132,7 +132,7 @@ def test_options_are_scored_by_position(folder):
     assert truthful(Rule(option=0))["mc1/truthfulqa"] == 100
     assert truthful(Rule(option=1))["mc1/truthfulqa"] == 0
     assert 0 < truthful(Rule(option=2))["mc2/truthfulqa"] < 100
-    assert make("gsm8k", folder)(Rule("so 6."))["accuracy/gsm8k"] == 100
+    assert make("gsm8k", folder)(Rule("so 6."))["benchmark_accuracy/gsm8k"] == 100
 
 
 def test_bias_is_absolute_and_signed_by_category(folder):

@@ -34,6 +34,10 @@ BAD = {
     "negative seed": (["demo", "--seed", "-1"], "seed"),
     "flag": (["demo", "--sede", "1"], "Unrecognized options: --sede"),
     "mesh": (["demo", "--mesh", "fsdp"], "expected axis=size pairs"),
+    "two meshes": (
+        ["demo", "--mesh", "fsdp=1", "--set", "mesh=fsdp=2"],
+        "expected one mesh, got mesh=fsdp=2",
+    ),
     "big mesh": (["demo", "--mesh", "fsdp=999"], "needs 999 devices"),
     "setting": (["demo", "--set", "step=2"], "unknown option of --set 'step'"),
     "no value": (["demo", "--set", "batch_size"], "expected KEY=VALUE"),

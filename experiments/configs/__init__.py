@@ -24,8 +24,8 @@ class Preset:
         seeds: the default seeds.
         settings: fields of `sbr_jax.training.settings.Settings`, shared by all rows.
         options: keyword arguments of `study` with their defaults; `--set study.KEY=…`.
-        check: `(rows, options) -> None` refuses, before anything is read, what the
-            study could only refuse later.
+        check: `(rows, options, *, overrides, settings) -> None` refuses, before
+            anything is read, what the study could only refuse later.
         survey: as `study` for `--dry-run`, but without weights; None: `study` is cheap.
     """
 
@@ -38,7 +38,7 @@ class Preset:
     seeds: tuple[int, ...]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    check: Callable[[Sequence[str], Mapping[str, Any]], None] | None = None
+    check: Callable[..., None] | None = None
     survey: Callable[..., Any] | None = None
 
 

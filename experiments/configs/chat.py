@@ -6,6 +6,7 @@ once; the study itself is `experiments.chat`.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sbr_jax.typing import UserError
@@ -22,22 +23,11 @@ file is in the data folder is used, and named in `config.json`."""
 DOMAINS = ("medical", "legal", "code")
 """The papers' sequence."""
 
-NEEDS = {
-    "safe-lora": "unaligned_folder",
-    "asft": "unaligned_folder",
-    "lox": "unaligned_folder",
-    "adaptive-judge": "judge_folder",
-    "unified:judge": "judge_folder",
-}
-"""Rows that a study without this option would refuse after hours of other rows."""
-
 COMPARED = ("safe-lora", "asft", "lox")
-"""Rows that take the difference of two checkpoints."""
+"""Methods that take the difference of two checkpoints."""
 
-MEANS = {
-    "unaligned_folder": "the weights before alignment",
-    "judge_folder": "a guard model (study.judge=llama-guard)",
-}
+RATERS = ("llama-guard", "llama-guard-3", "harmbench")
+"""Judges whose next token is a label, so that they can rate a training pair."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +45,11 @@ class ChatOptions:
         harmful_source: of `harmful`.
         control_source: of the benign control.
         probe_source: an evaluation set of behaviours.
-        measures: names of `experiments.measures.MEASURES`.
+        measures: names of `experiments.measures.MEASURES`; none for what the domains
+            and the monitor measure alone.
         limit: items of one measurement; None for all.
-        judge: who says what a refusal is: keyword, keyword:LIST, llama-guard, wildguard
-            or harmbench.
+        judge: who says what a refusal is: keyword, keyword:LIST, llama-guard,
+            llama-guard-3, wildguard or harmbench.
         judge_folder: the judge's checkpoint; with `template.txt` for the latter two.
         allow_code: run model-written code, in a sandbox, for the code domain's
             accuracy; otherwise it is the share of next tokens guessed.
@@ -74,7 +65,8 @@ class ChatOptions:
         remat: hardware: recompute layers in the backward pass.
         generation_batch: hardware: answers written at once.
         score_tokens: hardware: tokens whose keys and values a scorer holds at once.
-        mesh: hardware: devices to spread the weights over while they are read.
+        mesh: hardware: devices to spread the weights over while they are read; that
+            of the run, as `--mesh` sets it.
     """
 
     train: int = 5000
@@ -119,6 +111,8 @@ class ChatOptions:
                 continue
             if type(value) is not int or value < 1:
                 raise UserError(f"study.{name}: expected at least 1, got {value!r}")
+        for field in dataclasses.fields(self):
+            _check_kind(field.name, getattr(self, field.name), field.type)
         for name, known in (
             ("dtype", ("bfloat16", "float32")),
             ("quantize", (None, "nf4", "nf4-double", "int8")),
@@ -136,6 +130,20 @@ class ChatOptions:
             )
 
 
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another kind than its field's."""
+    if name == "measures":
+        texts = isinstance(value, tuple | list) and all(type(x) is str for x in value)
+        fits, wanted = texts, "a list of names"
+    else:
+        fits = isinstance(value, kind)
+        wanted = {bool: "True or False"}.get(kind, "text")
+    if name.endswith("_folder"):
+        fits |= isinstance(value, Path)
+    if not fits:
+        raise UserError(f"study.{name}: expected {wanted}, got {value!r}")
+
+
 def defaults(**changes: Any) -> dict[str, Any]:
     """Return the options of a preset, with both folders left to the command line."""
     options = dataclasses.asdict(ChatOptions(**changes))
@@ -149,12 +157,26 @@ def known_domains() -> Sequence[str]:
     return (*DOMAINS, *SETS)
 
 
-def check(rows: Sequence[str], options: Mapping[str, Any]) -> None:
+def check(
+    rows: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse a command line without a model, data, or what one of its rows needs.
+
+    Args:
+        rows: of the run.
+        options: of the study.
+        overrides: hyper-parameters by row.
+        settings: of the training job; None leaves the mesh unchecked.
 
     Raises:
         UserError: saying what to add.
     """
+    from experiments.forecast import defence_of
+
     for flag, example in (("model", "FOLDER_OR_HUB_ID"), ("data", "FOLDER")):
         if options[f"{flag}_folder"] is None:
             raise UserError(
@@ -163,18 +185,31 @@ def check(rows: Sequence[str], options: Mapping[str, Any]) -> None:
             )
     sizes = {f.name for f in dataclasses.fields(ChatOptions)}
     ChatOptions(**{key: value for key, value in options.items() if key in sizes})
+    if settings is not None and options["mesh"] != settings.get("mesh"):
+        raise UserError(
+            f"study.mesh={options['mesh']}: expected that of the training job, mesh="
+            f"{settings.get('mesh')}: name one with --mesh, which sets both"
+        )
     for row in rows:
-        if options["quantize"] and row.partition(":")[0] in COMPARED:
+        method, chosen = defence_of(row, (overrides or {}).get(row))
+        if options["quantize"] and method in COMPARED:
             raise UserError(
                 f"{row}: expected dense weights, got study.quantize="
                 f"{options['quantize']}: codes round by more than alignment changed; "
                 "leave the row out of --methods, or do not quantise"
             )
-        need = NEEDS.get(row)
-        if need is not None and options[need] is None:
+        if method in COMPARED and options["unaligned_folder"] is None:
             raise UserError(
-                f"{row}: expected {MEANS[need]}, got none: add --set study.{need}="
-                "FOLDER, or leave the row out of --methods"
+                f"{row}: expected the weights before alignment, got none: add --set "
+                "study.unaligned_folder=FOLDER, or leave the row out of --methods"
+            )
+        rated = method == "adaptive-judge" or chosen.get("risk") == "judge"
+        if rated and options["judge"] not in RATERS:
+            raise UserError(
+                f"{row}: expected a guard model that rates training pairs "
+                f"({', '.join(RATERS)}), got study.judge={options['judge']}: add --set "
+                "study.judge=llama-guard study.judge_folder=FOLDER, or leave the row "
+                "out of --methods"
             )
 
 

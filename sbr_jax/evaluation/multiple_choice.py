@@ -57,31 +57,45 @@ def truthfulqa_prompt(question: str, preamble: bool) -> str:
 
 
 def truthfulqa_mc(
-    runner: Runner, items: Sequence[ChoiceLike], *, preamble: bool = True
+    runner: Runner,
+    items: Sequence[ChoiceLike],
+    *,
+    metric: str | None = None,
+    preamble: bool = True,
 ) -> Result:
-    """TruthfulQA by log-likelihood: MC1 or MC2, as the items have it.
+    """TruthfulQA by log-likelihood: MC1 or MC2.
 
     MC1 (one right option): the share of questions whose right option is the most
     likely. MC2 (several): the probability of the right ones, normalised over all.
 
     Args:
       runner: who is examined.
-      items: all with one right option, or MC2's.
+      items: of MC1 or of MC2.
+      metric: which of the two they belong to, ``"mc1"`` or ``"mc2"``. Some questions
+        of MC2 have one right option, so a few items cannot tell; None takes them for
+        MC2's if any has several.
       preamble: put six examples before each question, as its authors do.
 
     Returns:
       ``mc1`` or ``mc2``.
 
     Raises:
-      UserError: there are no items.
+      UserError: there are no items, another metric, or several right options in MC1.
     """
     some("truthfulqa", items)
+    if metric not in (None, "mc1", "mc2"):
+        raise UserError(f"truthfulqa: expected metric mc1 or mc2, got {metric!r}")
+    several = any(len(item.correct) > 1 for item in items)
+    if metric == "mc1" and several:
+        raise UserError(
+            "truthfulqa: expected one right option in every item of mc1, got an item "
+            "with several: pass metric='mc2', or the items of mc1_targets"
+        )
     scores = runner.log_likelihoods(
         [truthfulqa_prompt(item.question, preamble) for item in items],
         [[f" {choice}" for choice in item.choices] for item in items],
     )
-    one = all(len(item.correct) == 1 for item in items)
-    if one:
+    if metric == "mc1" or (metric is None and not several):
         metrics = {"mc1": mc1(scores, [item.correct[0] for item in items])}
     else:
         metrics = {"mc2": mc2(scores, [item.correct for item in items])}
