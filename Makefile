@@ -70,10 +70,11 @@ test: $(STAMP) ## lint, doctests and all tests; the last line counts them
 
 # PyTorch's package index also has wheels for CPUs only, which are much smaller: name it
 # with PIP_EXTRA_INDEX_URL.
-parity: ## every model family against PyTorch, which is installed into .venv first
-	@$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),parity" venv
-	@echo "==> comparing with PyTorch"
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity $(ARGS)
+parity: ## model families against PyTorch, scores against lm-eval; both are installed
+	@$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),parity,eval" venv
+	@echo "==> comparing with PyTorch, peft and lm-eval (about a quarter of an hour on one core)"
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity tests/test_harness.py \
+	  tests/test_qwix.py $(ARGS)
 
 lint: $(STAMP) ## ruff, changing nothing
 	@echo "==> ruff check and format --check"

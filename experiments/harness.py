@@ -8,7 +8,9 @@ text: compare like with like. Results go to `WORKDIR/harness.json`, one entry pe
 and seed as soon as it is there, and the same command continues.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import sys
@@ -152,12 +154,15 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
         if not plan.quiet:
             print(f"harness  {row}  seed {seed}", file=sys.stderr, flush=True)
         runner = ModelRunner(study.model, *weights, too_long="left", budget=budget)
-        found = evaluate_with_harness(
-            runner,
-            [dict(task) for wanted in tasks.values() for task in wanted.tasks],
-            apply_chat_template=chat,
-            system_instruction=plan.study_options.get("system"),
-        )
+        # lm-eval has no switch for its progress bars, one or two for each task and
+        # row. What goes wrong is raised, not printed.
+        with contextlib.redirect_stderr(io.StringIO()):
+            found = evaluate_with_harness(
+                runner,
+                [dict(task) for wanted in tasks.values() for task in wanted.tasks],
+                apply_chat_template=chat,
+                system_instruction=plan.study_options.get("system"),
+            )
         metrics: dict[str, float] = {}
         for name, wanted in tasks.items():
             results = [found[task["task"]] for task in wanted.tasks]

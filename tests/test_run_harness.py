@@ -6,10 +6,12 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
+import checkpoints
 import pytest
 import synthetic_run
 import tiny
 import tiny_data as files
+import tiny_stories
 from tiny_data import needs_data
 
 from experiments import configs, harness, measures, report, run, shipped, tables
@@ -239,3 +241,39 @@ def test_the_tasks_of_the_flag_are_read_from_the_data_folder(folder, finished):
     found = harness.read(dataclasses.replace(plan, workdir=folder / "none"))
     assert list(found) == list(harness.TASKS)
     assert {len(task.items) for task in found.values()} == {1}
+
+
+@checkpoints.needs_stories
+# The harness and what it imports warn about themselves.
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_with_the_flag_ends_in_a_table_of_lm_evals(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    data = files.evalsets(tiny_stories.save_data(tmp_path / "data"))
+    sizes = {"calibration": 8, "train": 8, "held_out": 4, "max_length": 64}
+    command = [
+        *("stories", "--data", str(data), "--workdir", str(tmp_path / "run")),
+        *("--model", str(checkpoints.STORIES / "hf")),
+        *("--methods", "plain", "--seed", "0", "--domains", "gsm8k", "--quiet"),
+        *("--set", "steps_per_domain=2", "lora_rank=2"),
+        *(f"study.{key}={value}" for key, value in sizes.items()),
+        *("--harness", "--harness-limit", "1"),
+    ]
+    assert run.main(command) == 0
+    assert capsys.readouterr().err == ""
+    path = tmp_path / "run" / "harness.json"
+    whole = read_json(path)
+    assert whole["of"]["items"] == dict.fromkeys(harness.TASKS, 1)
+    rows = {(row["method"], row["seed"]): row for row in whole["results"]}
+    assert set(rows) == {("base", None), ("plain", 0)}
+    for row in rows.values():
+        assert set(row["metrics"]) >= set(harness.TASKS)
+        assert all(-100 <= value <= 100 for value in row["metrics"].values())
+    # Training moved the weights that are examined: MC2 is a share of probability.
+    shares = [row["metrics"]["truthfulqa_mc2"] for row in rows.values()]
+    assert shares[0] != shares[1]
+    # The same command finds everything done, and the report has a table of it.
+    before = path.stat().st_mtime_ns
+    assert run.main(command) == 0
+    assert path.stat().st_mtime_ns == before
+    assert report.main([str(tmp_path / "run"), "--quiet"]) == 0
+    assert "Under lm-eval" in (tmp_path / "run" / "report.md").read_text()

@@ -64,7 +64,8 @@ def truthfulqa_task(
 
     Args:
       items: the questions; MC1's have their right option first.
-      name: of the task.
+      name: of the task; one that ends with ``mc2`` is MC2 however many options are
+        right.
       preamble: put the six examples first, as the harness's own task does.
 
     Returns:
@@ -81,7 +82,7 @@ def truthfulqa_task(
         }
         for item in items
     ]
-    several = any(len(item.correct) > 1 for item in items)
+    several = name.endswith("mc2") or any(len(item.correct) > 1 for item in items)
     return _choice_task(name, rows, _share_of_true if several else None)
 
 
