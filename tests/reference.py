@@ -61,13 +61,14 @@ def update_projection(steps, projector, alpha, params, rate, *, decay, eps=1e-8)
     b1, b2 = 0.9, 0.999
     together = alpha if projector.any() else 1.0
     theta, out = f64(params), []
-    first_g = first_b = second = np.zeros_like(theta)
+    first_g = first_b = whole = parts = np.zeros_like(theta)
     for t, (g, b) in enumerate(steps, start=1):
         g, b = f64(g), f64(b)
         first_g = b1 * first_g + (1 - b1) * g
         first_b = b1 * first_b + (1 - b1) * b
-        square = together * (g + b) ** 2 + (1 - together) * (g**2 + b**2)
-        second = b2 * second + (1 - b2) * square
+        whole = b2 * whole + (1 - b2) * (g + b) ** 2
+        parts = b2 * parts + (1 - b2) * (g**2 + b**2)
+        second = together * whole + (1 - together) * parts
         scale = np.sqrt(second / (1 - b2**t)) + eps
         task = -rate * (first_g / (1 - b1**t) / scale + decay * theta)
         task = task - (1 - alpha) * projector @ task

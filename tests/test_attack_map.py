@@ -32,6 +32,7 @@ def write_run(folder, ratio, rate, steps, rows, attack="poison"):
                     "domain": "medical",
                     "index": 0,
                     "metrics": metrics,
+                    "diagnostics": {},
                 }
             )
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -63,12 +64,12 @@ def test_cells_and_means_over_seeds(folder):
 def test_a_row_that_learns_nothing_does_not_hold(folder):
     found = attack_map.read_outcomes(folder)
     rows = {r[0].strip("`"): r for r in attack_map.summary_table(found, 10, 5).rows}
-    # Cells, holds, harmed, not learnt.
-    assert rows["plain"][1:5] == ("2", "0", "2", "0")
-    assert rows["sbr"][1:5] == ("2", "1", "1", "0")
+    # Cells, holds, harmed, not learnt, open.
+    assert rows["plain"][1:6] == ("2", "0", "2", "0", "0")
+    assert rows["sbr"][1:6] == ("2", "1", "1", "0", "0")
     # At ratio 1 there is no task to learn.
-    assert rows["asft"][1:5] == ("2", "1", "0", "1")
-    assert rows["sbr"][5:] == ("16.0", "30.0")
+    assert rows["asft"][1:6] == ("2", "1", "0", "1", "0")
+    assert rows["sbr"][6:] == ("16.0", "30.0")
     stricter = attack_map.summary_table(found, 1, 5).rows
     assert {r[0].strip("`"): r[2] for r in stricter}["sbr"] == "0"
 
@@ -95,7 +96,36 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     assert len(error.strip().splitlines()) == 1
 
 
-def test_a_cell_without_plain_is_judged_by_harm_alone():
+def test_what_was_learnt_needs_something_to_compare_with():
     place = Place(1e-3, 20, 0.1)
-    assert attack_map.verdict(Outcome(9.9, 0.0), None, place, 10, 5) == "holds"
+    assert attack_map.verdict(Outcome(9.9, 0.0), None, place, 10, 5) == "open"
     assert attack_map.verdict(Outcome(10.0, 0.0), None, place, 10, 5) == "harmed"
+    all_harm = place._replace(ratio=1.0)
+    assert attack_map.verdict(Outcome(9.9, 0.0), None, all_harm, 10, 5) == "holds"
+    plain = Outcome(0.0, 100.0)
+    assert attack_map.verdict(plain, plain, place, 10, 0) == "holds"
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "101"])
+@pytest.mark.parametrize("word", ["--limit", "--cost"])
+def test_bounds_that_mean_nothing_are_refused(folder, value, word, capsys):
+    assert attack_map.main([str(folder), word, value]) == 2
+    assert f"{word}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("examples", [None, 0, "240"])
+def test_a_damaged_config_is_named(folder, examples, capsys):
+    path = folder / "a" / "config.json"
+    config = json.loads(path.read_text())
+    config["attack"]["examples"] = examples
+    path.write_text(json.dumps(config))
+    assert attack_map.main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "a/config.json: expected numbers" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_map_that_cannot_be_written_is_one_line(folder, capsys):
+    (folder / "map.md").mkdir()
+    assert attack_map.main([str(folder)]) == 2
+    assert "cannot write the map" in capsys.readouterr().err

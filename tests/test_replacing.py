@@ -116,6 +116,28 @@ def test_bypass_ignores_masked_units_and_casts():
     assert isinstance(out["v"], optax.MaskedNode)
 
 
+@pytest.mark.parametrize(
+    "bypass",
+    [
+        {"v": jnp.zeros(3)},
+        {"v": jnp.zeros(3), "w": jnp.zeros(()), "x": jnp.zeros(1)},
+        {"v": jnp.zeros(3), "w": jnp.zeros(())},
+        {"v": jnp.zeros(3), "w": {"x": jnp.zeros(2)}},
+    ],
+)
+@pytest.mark.parametrize("recipe", ["add", "gradient", "update"])
+def test_a_bypass_that_does_not_fit_is_refused_by_every_recipe(recipe, bypass):
+    params = {"v": jnp.ones(3), "w": jnp.ones(2)}
+    s = empty_subspace(params, max_rank=1)
+    tx = {
+        "add": add_bypass(),
+        "gradient": gradient_projection(s, optax.sgd(0.1)),
+        "update": update_projection(s, 0.1),
+    }[recipe]
+    with pytest.raises(UserError, match="bypass: expected"):
+        tx.update(params, tx.init(params), params, bypass=bypass)
+
+
 def test_a_bypass_of_another_shape_is_refused():
     s = from_factors({"w": jnp.array([[3.0, 0.0]])}, max_rank=1)
     tx = update_projection(s, 0.1)

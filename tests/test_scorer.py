@@ -146,6 +146,25 @@ def test_a_common_beginning_is_read_once(model, monkeypatch, adapter):
     assert all(rows > 1 for rows, _ in widths)
 
 
+def test_one_long_context_does_not_pad_the_short_ones(model, monkeypatch, adapter):
+    shapes = []
+    real = scorer._read
+
+    def counted(*arguments):
+        shapes.append(arguments[3].shape)
+        return real(*arguments)
+
+    monkeypatch.setattr(scorer, "_read", counted)
+    short = random_requests(8, count=6, low=10, high=14, longest=3)
+    long = random_requests(9, count=1, low=90, high=91, longest=3)
+    check(model, adapter, [*short, *long])
+    assert sorted(width for _, width in shapes) == [16, 96]
+    # Near lengths still go together.
+    shapes.clear()
+    check(model, adapter, random_requests(10, count=6, low=10, high=30, longest=3))
+    assert len(shapes) == 1
+
+
 def test_the_budget_changes_no_result(model, adapter):
     requests = random_requests(6, count=4, low=9, high=10, longest=2)
     whole = score(model, model.params, adapter, requests)

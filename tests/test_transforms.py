@@ -186,7 +186,7 @@ def test_update_projection_keeps_the_bypass_whole():
     part = jax.tree.map(
         lambda m, v: -1e-2 * (m / (1 - 0.9**5)) / (jnp.sqrt(v / (1 - 0.999**5)) + 1e-8),
         state.bypass,
-        state.second,
+        state.apart,
     )
     rest = jax.tree.map(jnp.subtract, steps[-1], part)
     assert leak(rest) <= 1e-5
@@ -246,6 +246,40 @@ def test_a_bypass_that_cancels_the_task_does_not_blow_up_the_step(left):
         assert norm(step) > 1e-3  # projected, they no longer cancel
 
 
+@pytest.mark.parametrize(("before", "after"), [(1.0, 0.0), (0.998, 0.7), (None, 0.0)])
+def test_steps_stay_in_bounds_right_after_the_projection_changed(before, after):
+    """α counts when a moment is used, not when it was gathered."""
+    grads = tree(800)
+    bypass = jax.tree.map(lambda g: -g, grads)
+    start = (
+        S if before is not None else empty_subspace(PARAMS, max_rank=4, layer_axes=1)
+    )
+    tx = update_projection(
+        start, 1e-2, coefficients=before, max_norm=None, weight_decay=0.0
+    )
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for _ in range(100):
+        _, state = update(grads, state, PARAMS, bypass=bypass)
+    state = replace_subspace(state, S, after)
+    step, _ = update(grads, state, PARAMS, bypass=bypass)
+    size = sum(x.size for x in jax.tree.leaves(step))
+    assert norm(step) <= 2 * 1e-2 * size**0.5 * (1 + 1e-5)
+    assert norm(step) > 1e-4
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_coefficients_outside_their_range_are_refused(alpha):
+    """Above 1 the safety part of a step would be magnified."""
+    message = r"coefficients from 0 to 1"
+    for make in (
+        lambda: update_projection(S, 1e-2, coefficients=alpha).init(PARAMS),
+        lambda: gradient_projection(S, optax.sgd(1.0), coefficients=alpha).init(PARAMS),
+        lambda: replace_subspace(update_projection(S, 1e-2).init(PARAMS), S, alpha),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
 def test_update_projection_holds_right_after_a_new_subspace():
     tx = update_projection(S, 1e-2)
     state = tx.init(PARAMS)
@@ -276,7 +310,9 @@ def test_bfloat16_parameters_keep_their_dtype():
     tx = update_projection(S, 1e-2)
     step, state = tx.update(half, tx.init(half), half)
     assert {x.dtype.name for x in jax.tree.leaves(step)} == {"bfloat16"}
-    assert {x.dtype.name for x in jax.tree.leaves(state.second)} == {"float32"}
+    assert {x.dtype.name for x in jax.tree.leaves((state.together, state.apart))} == {
+        "float32"
+    }
     # bfloat16 has 8 bits: rounding after the projection leaks about 2⁻⁹.
     as_float = jax.tree.map(lambda x: x.astype(jnp.float32), step)
     assert leak(as_float) < 5e-3

@@ -242,10 +242,13 @@ def _score_group(
     group = sorted(group, key=lambda item: len(item[0]))
     todo = list(group)
     while todo:
-        # Sorted by length: the shape is set by the last of a chunk, so look ahead.
-        rows = budget.fit(common + bucket(len(todo[0][0]) - common, 16))
-        width = bucket(len(todo[:rows][-1][0]) - 1 - common, 16)
-        rows = budget.fit(common + width)
+        # Sorted by length: the shape is set by the last of a chunk, so look ahead, but
+        # not so far that one long context pads many short ones.
+        widths = [bucket(len(context) - 1 - common, 16) for context, _ in todo]
+        rows = budget.fit(common + widths[0])
+        near = sum(w <= 2 * widths[0] for w in widths[:rows])
+        rows = min(near, budget.fit(common + widths[near - 1]))
+        width = widths[rows - 1]
         chunk, todo = todo[:rows], todo[rows:]
         tokens = np.zeros((_few(len(chunk), 1), width), np.int32)
         for i, (context, _) in enumerate(chunk):

@@ -221,6 +221,9 @@ def add_bypass() -> optax.GradientTransformationExtraArgs:
         A stateless transformation whose ``update`` takes ``bypass``, a tree like the
         updates.
 
+    Raises:
+        UserError: by ``update``, for a bypass of another structure or shape.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from sbr_jax import add_bypass
@@ -244,7 +247,8 @@ def add_bypass() -> optax.GradientTransformationExtraArgs:
         del params, extra
         if bypass is None:
             return updates, state
-        return jax.tree.map(_add, updates, bypass, is_leaf=is_masked), state
+        passed = matching_bypass(updates, bypass)
+        return jax.tree.map(lambda u, b: u + b.astype(u.dtype), updates, passed), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
@@ -254,5 +258,33 @@ def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _add(update: Any, bypass: Any) -> Any:
-    return update if is_masked(update) else update + bypass.astype(update.dtype)
+def matching_bypass(updates: PyTree, bypass: PyTree) -> PyTree:
+    """The bypass with ``optax.masked``'s marks where the updates have them.
+
+    Raises:
+        UserError: for a tree of another structure, or a leaf of another shape.
+    """
+
+    def one(u: Any, b: Any) -> Any:
+        if is_masked(u):
+            return u
+        inner = jax.tree.structure(b)
+        leaf = jax.tree_util.treedef_is_leaf(inner)
+        if not leaf or jnp.shape(b) != jnp.shape(u):
+            got = jnp.shape(b) if leaf else inner
+            raise UserError(
+                f"bypass: expected the updates' shape {jnp.shape(u)}, got {got}; "
+                "pass a gradient with respect to the same parameters"
+            )
+        return jnp.asarray(b)
+
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
+    try:
+        parts = treedef.flatten_up_to(bypass)
+    except ValueError as error:
+        raise UserError(
+            f"bypass: expected a tree like the updates, {treedef}, got "
+            f"{jax.tree.structure(bypass)}; pass a gradient with respect to the same "
+            "parameters"
+        ) from error
+    return treedef.unflatten([one(u, b) for u, b in zip(leaves, parts, strict=True)])

@@ -18,7 +18,7 @@ import optax
 from sbr_jax.subspace import Subspace
 from sbr_jax.transforms.projection import (
     add_bypass,
-    is_masked,
+    matching_bypass,
     project_onto_complement,
     relaxed,
 )
@@ -77,12 +77,18 @@ def gradient_projection(
 
 
 class UpdateProjectionState(NamedTuple):
-    """State of `update_projection`: two first moments, one second, the projection."""
+    """State of `update_projection`: two first moments, two second, the projection.
+
+    ``together`` is the second moment of g + b, ``apart`` that of both parts by
+    themselves, g² + b². They are mixed when they are used, so that a new α, or a new
+    subspace, counts at once.
+    """
 
     count: jax.Array
     task: PyTree
     bypass: PyTree
-    second: PyTree
+    together: PyTree
+    apart: PyTree
     projection: RelaxedState
 
 
@@ -100,19 +106,21 @@ def update_projection(
     """AdamW whose applied step stays out of the subspace, but for a bypass.
 
     ``step = P(−η (m̂_g / (√v̂ + ε) + ω θ)) − η m̂_b / (√v̂ + ε)``. Adam's first moment is
-    linear in the gradient, so task and bypass keep one each. Both share one second
-    moment, that of ``α (g + b)² + (1 − α)(g² + b²)`` after clipping, with α = 1 where a
-    unit's subspace has rank 0: parts that are applied together are scaled as their sum,
-    and a part that loses its counterpart to the projection is not divided by what the
-    two had left between them.
+    linear in the gradient, so task and bypass keep one each. Both share
+    ``v = α v[g + b] + (1 − α)(v[g] + v[b])``, second moments of the clipped gradients,
+    with α = 1 where a unit's subspace has rank 0: parts that are applied together are
+    scaled as their sum, and a part that loses its counterpart to the projection is not
+    divided by what the two had left between them.
 
     **Guarantee**: with α = 0, ``‖Uᵀ(step − bypass part)‖ ≤ 1e-5 ‖step − bypass part‖``
     for float32 parameters, momentum and weight decay included, also right after
-    `replace_subspace`; and no coordinate of either part's first step, before the
-    projection, exceeds η, however much g and b cancel. Without a bypass it equals
+    `replace_subspace` (of the update: adding it to θ rounds; and unless the subspace
+    fills its unit). Before the projection no coordinate of either part exceeds
+    Adam's own bound, η for a steady gradient, however much g and b cancel, also right
+    after α or the subspace changed. Without a bypass it equals
     ``chain(clip_by_global_norm, adamw, relaxed(project_onto_complement))``, and where
-    nothing is projected AdamW of ``g + b``, to float32 rounding. Moments are float32
-    whatever the parameters' dtype.
+    nothing is projected AdamW of ``g + b`` (but for the last digits of two moments that
+    cancel), to float32 rounding. Moments are float32 whatever the parameters' dtype.
 
     Args:
         subspace: what to stay out of; copied into the state.
@@ -148,12 +156,12 @@ def update_projection(
     projection = relaxed(project_onto_complement(subspace), coefficients)
 
     def init(params: PyTree) -> UpdateProjectionState:
-        task, bypass, second = (
+        moments = (
             jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
-            for _ in range(3)
+            for _ in range(4)
         )
         return UpdateProjectionState(
-            jnp.zeros([], jnp.int32), task, bypass, second, projection.init(params)
+            jnp.zeros([], jnp.int32), *moments, projection.init(params)
         )
 
     def update(
@@ -174,12 +182,7 @@ def update_projection(
         if bypass is None:
             bypass_grad = jax.tree.map(jnp.zeros_like, task_grad)
         else:
-            bypass_grad = jax.tree.map(
-                lambda u, b: u if is_masked(u) else _same_shape(u, b),
-                updates,
-                bypass,
-                is_leaf=is_masked,
-            )
+            bypass_grad = jax.tree.map(_f32, matching_bypass(updates, bypass))
         factor = _clip_factor(task_grad, bypass_grad, max_norm)
         task_grad, bypass_grad = (
             jax.tree.map(lambda g: factor * g, t) for t in (task_grad, bypass_grad)
@@ -190,11 +193,19 @@ def update_projection(
 
         task = jax.tree.map(moment, state.task, task_grad)
         passed = jax.tree.map(moment, state.bypass, bypass_grad)
-        second = jax.tree.map(
-            lambda v, s: b2 * v + (1 - b2) * s,
-            state.second,
-            _squares(task_grad, bypass_grad, state.projection),
+        together = jax.tree.map(
+            lambda v, g, b: b2 * v + (1 - b2) * (g + b) ** 2,
+            state.together,
+            task_grad,
+            bypass_grad,
         )
+        apart = jax.tree.map(
+            lambda v, g, b: b2 * v + (1 - b2) * (g**2 + b**2),
+            state.apart,
+            task_grad,
+            bypass_grad,
+        )
+        second = _mixed(together, apart, state.projection)
         count = optax.safe_increment(state.count)
         steps = count.astype(jnp.float32)
         fix1, fix2 = 1 - b1**steps, 1 - b2**steps
@@ -217,30 +228,31 @@ def update_projection(
             second,
             updates,
         )
-        return step, UpdateProjectionState(count, task, passed, second, inner)
+        moments = (task, passed, together, apart)
+        return step, UpdateProjectionState(count, *moments, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _squares(task: PyTree, bypass: PyTree, projection: RelaxedState) -> PyTree:
-    """``α (g + b)² + (1 − α)(g² + b²)``, with α = 1 where a unit's rank is 0.
+def _mixed(together: PyTree, apart: PyTree, projection: RelaxedState) -> PyTree:
+    """``α v[g + b] + (1 − α)(v[g] + v[b])``, with α = 1 where a unit's rank is 0.
 
-    ``(g + b)²`` alone is near zero where the two cancel. Projected, g no longer cancels
-    b there, and each would be divided by nearly nothing.
+    The first alone is near zero where the two cancel. Projected, g no longer cancels b
+    there, and each would be divided by nearly nothing.
     """
     (subspace,) = find_subspaces(projection)
     mark = subspace.fingerprint
     parts = zip(
         mark.entries(subspace.basis),
         mark.entries(projection.coefficients),
-        mark.split(task),
-        mark.split(bypass),
+        mark.split(together),
+        mark.split(apart),
         strict=True,
     )
     return mark.join(
         [
-            jax.tree.map(functools.partial(_square, _together(v, alpha)), g, b)
-            for v, alpha, g, b in parts
+            jax.tree.map(functools.partial(_mix, _together(v, alpha)), x, y)
+            for v, alpha, x, y in parts
         ]
     )
 
@@ -251,25 +263,16 @@ def _together(basis: jax.Array | None, alpha: jax.Array) -> jax.Array:
         return jnp.ones_like(alpha)
     # Used columns come first: one of them says whether there are any.
     used = jnp.any(basis[..., 0] != 0, axis=-1)
-    return jnp.where(used, jnp.clip(alpha, 0.0, 1.0), 1.0)
+    return jnp.where(used, alpha, 1.0)
 
 
-def _square(together: jax.Array, g: jax.Array, b: jax.Array) -> jax.Array:
-    a = together.reshape(together.shape + (1,) * (g.ndim - together.ndim))
-    return a * (g + b) ** 2 + (1.0 - a) * (g**2 + b**2)
+def _mix(share: jax.Array, together: jax.Array, apart: jax.Array) -> jax.Array:
+    a = share.reshape(share.shape + (1,) * (together.ndim - share.ndim))
+    return a * together + (1.0 - a) * apart
 
 
 def _f32(x: jax.Array) -> jax.Array:
     return jnp.asarray(x).astype(jnp.float32)
-
-
-def _same_shape(u: jax.Array, b: jax.Array) -> jax.Array:
-    if jnp.shape(u) != jnp.shape(b):
-        raise UserError(
-            f"bypass: expected the updates' shape {jnp.shape(u)}, got {jnp.shape(b)}; "
-            "pass a gradient with respect to the same parameters"
-        )
-    return _f32(b)
 
 
 def _clip_factor(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sbr_jax.subspace import Subspace
 from sbr_jax.subspace.record import same_parameters
@@ -39,6 +40,7 @@ def expand_coefficients(coefficients: PyTree, subspace: Subspace | None) -> PyTr
     """Coefficients as float32 arrays, one ``[*L]`` per unit where units are known."""
     if coefficients is None:
         coefficients = 0.0
+    _check_range(coefficients)
     if subspace is None:
         return jax.tree.map(lambda x: _float32(x, jnp.shape(x)), coefficients)
     mark = subspace.fingerprint
@@ -63,6 +65,21 @@ def expand_coefficients(coefficients: PyTree, subspace: Subspace | None) -> PyTr
             )
         out.append(_float32(0.0 if entry is None else entry, shape))
     return mark.join(out)
+
+
+def _check_range(coefficients: PyTree) -> None:
+    """Refuse known α outside [0, 1]: above 1 what is to be removed is magnified."""
+    for leaf in jax.tree.leaves(coefficients):
+        # What is traced, or lies on other hosts too, has no values to look at.
+        if isinstance(leaf, jax.core.Tracer) or not getattr(
+            leaf, "is_fully_addressable", True
+        ):
+            continue
+        if not np.all((np.asarray(leaf) >= 0) & (np.asarray(leaf) <= 1)):
+            raise UserError(
+                f"expected coefficients from 0 to 1, got {np.asarray(leaf).tolist()}: "
+                "0 projects strictly, 1 not at all"
+            )
 
 
 def _is_number(x: Any) -> bool:
