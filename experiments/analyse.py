@@ -26,11 +26,12 @@ import tyro
 from experiments import cli, configs, page, run
 from experiments.analyses import ANALYSES, LABELLED, Context, labelled
 from experiments.analysis_drawings import drawings
-from experiments.results import read_run
+from experiments.results import program_of, read_run
 from sbr_jax.typing import UserError
 
 PROGRAM = "python -m experiments.analyse"
 OUTPUT = "analysis.json"
+REMEDY = "delete it to have all analyses made anew"
 MOST_EXAMPLES = 500
 """All kinds are cut to the smallest, which has far fewer different examples."""
 ROWS = ("plain", "safeanchor-exact:projection-only", "safeanchor-exact:random")
@@ -128,10 +129,9 @@ def check_folder(folder: Path) -> None:
 
     cli.check_folder(folder)
     if (folder / "config.json").exists():
-        program = "attack" if "attack" in read_config(folder) else "run"
         raise UserError(
-            f"--workdir: {folder} is the folder of experiments.{program}; choose "
-            f"another for the analyses: --workdir {folder}-analysis"
+            f"--workdir: {folder} is the folder of {program_of(read_config(folder))}; "
+            f"choose another for the analyses: --workdir {folder}-analysis"
         )
     if not (folder / OUTPUT).exists():
         # An interrupted analysis leaves the folder of its run, and nothing more.
@@ -154,7 +154,8 @@ def execute(context: Context, names: Sequence[str]) -> Path:
         The page.
 
     Raises:
-        UserError: for a folder of another preset, settings or model.
+        UserError: for a folder of another preset, settings or model, or one whose
+            analyses cannot be drawn.
     """
     cli.enable_compilation_cache()
     from sbr_jax.analysis.theme import to_png
@@ -164,12 +165,13 @@ def execute(context: Context, names: Sequence[str]) -> Path:
     path = folder / OUTPUT
     whole = {"of": plain_numbers(identity(context))}
     if path.exists():
-        before = read_json(path, "delete it to have all analyses made anew")
+        before = read_json(path, REMEDY)
         if before.get("of") != whole["of"]:
             raise UserError(
                 f"{folder} belongs to analyses of another preset, model or settings; "
                 "choose another folder"
             )
+        check_drawable(path, {k: v for k, v in before.items() if k not in names})
         whole = before
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +183,29 @@ def execute(context: Context, names: Sequence[str]) -> Path:
         whole[name] = plain_numbers(ANALYSES[name](context))
         write_atomically(path, json.dumps(whole, indent=1) + "\n")
     return write_page(folder, whole, to_png)
+
+
+def check_drawable(path: Path, whole: Mapping[str, Any]) -> None:
+    """Refuse stored analyses that the page could not show, before others are made.
+
+    Args:
+        path: where they were read.
+        whole: those that are to be kept.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name in ANALYSES:
+        if name not in whole:
+            continue
+        try:
+            drawings(name, whole[name])
+        # What a drawing looks up is its own affair; whatever is missing ends so.
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as e:
+            raise UserError(
+                f"expected a {name} analysis that can be drawn in {path}, got one that "
+                f"is damaged or of an older version: {REMEDY}"
+            ) from e
 
 
 def write_page(

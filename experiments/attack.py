@@ -32,6 +32,8 @@ DATA = ("ratio", "examples", "epochs")
 SEARCH = ("steps", "suffix_length", "candidates", "prompts")
 """Options of attacks that search."""
 SEEDS = (0, 1, 2)
+MOST_EXAMPLES = 100_000
+"""The world's rows recur long before; what is longer is a matter of epochs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +183,11 @@ def _size(arguments: Arguments) -> tuple[float | None, int | None]:
                     "of its own; drop it (--set steps_per_domain=N for longer domains)"
                 )
         return None, None
+    if (asked := given["examples"] or 0) > MOST_EXAMPLES:
+        raise UserError(
+            f"--examples: expected at most {MOST_EXAMPLES}, got {asked}; rows recur "
+            "long before: raise --epochs instead"
+        )
     ratio = attack.ratio if given["ratio"] is None else given["ratio"]
     examples = attack.examples if given["examples"] is None else given["examples"]
     attack_count(ratio, examples)

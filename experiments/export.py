@@ -18,14 +18,13 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import cli, configs
+from experiments.results import PROGRAMS
 from experiments.run import folder_options, parse_value
 from experiments.shipped import reopen
 from sbr_jax.typing import PyTree, UserError
 
 PROGRAM = "python -m experiments.export"
 SHARD_BYTES = 5 * 10**9
-OTHERS = {"attack": "experiments.attack", "analysis": "experiments.analyse"}
-"""What `config.json` holds besides where another program made the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +161,7 @@ def _config(workdir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--workdir: expected the folder of a run, found no {path}")
     config = read_json(path)
-    for key, program in OTHERS.items():
+    for key, program in PROGRAMS.items():
         if key in config:
             raise UserError(
                 f"--workdir {workdir}: expected a run of experiments.run, got one of "
@@ -325,10 +324,13 @@ def execute(plan: Plan) -> None:
 
 
 def _reached(plan: Plan) -> str:
-    from sbr_jax.training.results import read_json
+    from sbr_jax.training.results import read_result
 
     (folder,) = plan.place.parent.glob(f"{plan.stage:02d}-*")
-    line = read_json(folder / "result.json")["line"]
+    record = read_result(folder)
+    if record is None:
+        raise UserError(f"expected a finished stage in {folder}, found no result.json")
+    line = record["line"]
     return f"{line['domain']} (stage {folder.name})"
 
 

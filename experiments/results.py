@@ -10,28 +10,35 @@ absent: the answers are then empty, never invented.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sbr_jax.training.results import read_config, read_json
+from sbr_jax.training.results import (
+    not_numbers,
+    read_config,
+    read_json,
+    unusable,
+)
 from sbr_jax.typing import UserError
 
 REWRITE = "run the same command again, which writes the file anew"
 DOMAIN_PREFIX = "accuracy/"
 """Metrics of single domains are named `accuracy/DOMAIN`."""
+PROGRAMS = {"attack": "experiments.attack", "analysis": "experiments.analyse"}
+"""Whose run it is where `config.json` has the key; others are of experiments.run."""
 
 
-LINE = {
-    "method": str,
-    "seed": int | None,
-    "stage": str,
-    "domain": str | None,
-    "metrics": dict | None,
-}
-"""What a line of `results.jsonl` must hold."""
+def program_of(config: Mapping[str, Any]) -> str:
+    """Name the program whose run a `config.json` is of.
+
+    >>> program_of({"settings": {}, "attack": {"name": "poison"}})
+    'experiments.attack'
+    """
+    found = (program for key, program in PROGRAMS.items() if key in config)
+    return next(found, "experiments.run")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -217,33 +224,61 @@ def read_run(folder: str | Path) -> Run:
     """Read a working directory.
 
     Raises:
-        UserError: when it holds no finished evaluation.
+        UserError: when it holds no finished evaluation, or a damaged file.
     """
     folder = Path(folder)
+    config = _read_config(folder)
     path = folder / "results.jsonl"
     if not path.is_file():
-        raise UserError(f"expected the results of a run in {path}, {_instead(folder)}")
-    config = read_config(folder) if (folder / "config.json").is_file() else {}
+        raise UserError(
+            f"expected the results of a run in {path}, {_instead(folder, config)}"
+        )
     lines = read_lines(path)
     for number, line in enumerate(lines, 1):
-        if not all(isinstance(line.get(key, ...), kind) for key, kind in LINE.items()):
-            raise UserError(
-                f"{path}, line {number}: expected an object with "
-                f"{', '.join(LINE)}, got something else: {REWRITE}"
-            )
+        if wrong := unusable(line):
+            raise _damaged(path, number, wrong)
+    times = read_lines(folder / "timings.jsonl")
+    for number, line in enumerate(times, 1):
+        # The other fields say whose time it is, in words.
+        if wrong := [key for key in not_numbers(line) if key.startswith("seconds")]:
+            raise _damaged(folder / "timings.jsonl", number, wrong)
     harness = []
     if (folder / "harness.json").is_file():
         harness = read_json(folder / "harness.json", REWRITE).get("results", [])
-    run = Run(folder, lines, read_lines(folder / "timings.jsonl"), config, harness)
+    run = Run(folder, lines, times, config, harness)
     if not any(run.seeds(method) for method in run.methods):
         raise UserError(
             f"expected at least one method with all domains evaluated in {path}, got "
-            "none: run the same experiments.run command again, which continues"
+            f"none: run the same {program_of(config)} command again, which continues"
         )
     return run
 
 
-def _instead(folder: Path) -> str:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """A run's `config.json`, or nothing where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = read_config(folder)
+    for key in ("settings", "attack"):
+        if not isinstance(value := config.get(key, {}), dict):
+            raise UserError(
+                f"expected an object as '{key}' in {path}, got {json.dumps(value)}; "
+                "it was damaged after it was written: restore it, or choose another "
+                "folder"
+            )
+    return config
+
+
+def _damaged(path: Path, number: int, wrong: Sequence[str]) -> UserError:
+    """The refusal of a line that no run has written so."""
+    return UserError(
+        f"expected a stage's result in line {number} of {path}, got one without a "
+        f"usable {', '.join(wrong)}: {REWRITE}"
+    )
+
+
+def _instead(folder: Path, config: Mapping[str, Any]) -> str:
     """What stands where a run was expected, and what to do."""
     below = sorted(path.parent for path in folder.glob("*/results.jsonl"))
     if below:
@@ -251,6 +286,9 @@ def _instead(folder: Path) -> str:
         return f"found runs below it: name {' '.join(map(str, below[:2]))}{more}"
     if folder.is_file():
         return "found a file: name the folder that a run was given as --workdir"
+    if "settings" in config:
+        program = program_of(config)
+        return f"found none: run the same {program} command again, which continues"
     return (
         f"found {'none' if folder.exists() else 'no such folder'}: run "
         f"'python -m experiments.run PRESET --workdir {folder}' first"

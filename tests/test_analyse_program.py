@@ -11,7 +11,9 @@ import tiny
 from analyses_case import MATERIAL, REQUESTS, STEPS
 
 from experiments import analyse, analyses, configs, run
+from sbr_jax.analysis import exhaustion
 from sbr_jax.subspace import effective_rank
+from sbr_jax.training.results import plain_numbers
 from sbr_jax.typing import UserError
 
 
@@ -155,6 +157,46 @@ def test_damaged_analyses_are_named_before_any_is_made(text, tmp_path):
         analyse.execute(tiny_context(tmp_path), ["harm-types"])
     assert str(path) in str(e.value)
     assert path.read_text() == text
+
+
+UNDRAWN = {
+    "empty": ("harm-types", {}),
+    "list": ("sensitivity", []),
+    "no rows": ("exhaustion", {}),
+    "no slope": ("exhaustion", {"plain": {"domains": ["a"], "accuracy": [90.0]}}),
+    "no readings": ("probe", {"fitted": 4, "auroc": {}}),
+    "text": ("coupling", {"stages": ["start"], "direction_cosine": {"plain": "x"}}),
+}
+
+
+def keep(folder, context, **stored):
+    """An `analysis.json` of the context's study that holds these results."""
+    whole = {"of": plain_numbers(analyse.identity(context)), **stored}
+    (folder / "analysis.json").write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize(("name", "stored"), UNDRAWN.values(), ids=UNDRAWN)
+def test_what_cannot_be_drawn_is_refused_before_any_is_made(
+    name, stored, tmp_path, monkeypatch
+):
+    other = "sensitivity" if name == "harm-types" else "harm-types"
+    context = tiny_context(tmp_path)
+    keep(tmp_path, context, **{name: stored})
+    before = (tmp_path / "analysis.json").read_bytes()
+    monkeypatch.setitem(analyses.ANALYSES, other, lambda _: pytest.fail("was made"))
+    with pytest.raises(UserError, match=f"expected a {name} analysis .* older") as e:
+        analyse.execute(context, [other])
+    assert str(e.value).endswith("delete it to have all analyses made anew")
+    assert str(tmp_path / "analysis.json") in str(e.value)
+    assert (tmp_path / "analysis.json").read_bytes() == before
+
+
+def test_a_damaged_analysis_can_be_made_anew_by_itself(tmp_path, monkeypatch):
+    row = exhaustion.exhaustion(("a",), [[90.0]])
+    monkeypatch.setitem(analyses.ANALYSES, "exhaustion", lambda _: {"plain": row})
+    context = tiny_context(tmp_path)
+    keep(tmp_path, context, exhaustion={})
+    assert 'id="exhaustion-' in analyse.execute(context, ["exhaustion"]).read_text()
 
 
 def test_list_names_analyses_and_the_presets_that_they_fit(capsys):

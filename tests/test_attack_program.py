@@ -8,6 +8,7 @@ import pytest
 from experiments import attack as program
 from experiments import attacks as studies
 from experiments import configs, testbed
+from sbr_jax.typing import UserError
 
 QUICK = (
     "steps_per_domain=2",
@@ -27,6 +28,10 @@ BAD = {
     "ratio": (["poison", "--ratio", "1.5"], "ratio: expected a number from 0 to 1"),
     "ratio text": (["poison", "--ratio", "x"], "--ratio"),
     "examples": (["poison", "--examples", "0"], "examples: expected at least 1"),
+    "many examples": (
+        ["poison", "--examples", "99999999"],
+        "--examples: expected at most 100000, got 99999999",
+    ),
     "epochs": (["poison", "--epochs", "0"], "epochs: expected at least 1, got 0"),
     "epochs and steps": (
         ["poison", "--epochs", "2", "--set", "steps_per_domain=2"],
@@ -80,6 +85,13 @@ def test_epochs_become_steps():
     assert (
         benign.steps_per_domain == configs.load("testbed").settings["steps_per_domain"]
     )
+
+
+def test_the_largest_training_set_is_one_that_is_drawn_at_once():
+    arguments = program.Arguments("testbed", "w", "poison", examples=100_000)
+    assert program.make_plan(arguments).examples == 100_000
+    with pytest.raises(UserError, match="expected at most 100000, got 100001; rows"):
+        program.make_plan(dataclasses.replace(arguments, examples=100_001))
 
 
 def test_every_attack_is_listed_and_fits_the_testbed(capsys):

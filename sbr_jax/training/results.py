@@ -20,6 +20,17 @@ from sbr_jax.typing import UserError
 
 BASE = "base"
 ENVIRONMENT = ("versions", "hardware")
+RECOMPUTE = "delete its folder to compute that stage again"
+LINE = {
+    "method": str,
+    "seed": int | None,
+    "stage": str,
+    "domain": str | None,
+    "index": int,
+    "metrics": dict,
+    "diagnostics": dict,
+}
+"""What a finished stage's line holds; see :func:`write_result`."""
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -98,7 +109,8 @@ class Workdir:
         """Creates the folder and ``config.json``, and holds the lock.
 
         Raises:
-          UserError: if another process holds it, or :meth:`check` refuses.
+          UserError: if another process holds it, a finished stage's record is
+            damaged, or :meth:`check` refuses.
         """
         import fcntl
 
@@ -119,6 +131,7 @@ class Workdir:
                     f"workdir {self.folder} is in use by another run; wait for it or "
                     "choose another folder"
                 ) from error
+            self.lines(())  # What cannot be published is refused before any work.
             if not (self.folder / "config.json").exists():
                 text = json.dumps({**config, **environment}, indent=2) + "\n"
                 write_atomically(self.folder / "config.json", text)
@@ -135,11 +148,14 @@ class Workdir:
 
         Args:
           order: method names; others come after, by name.
+
+        Raises:
+          UserError: for a damaged record.
         """
         rank = {name: i for i, name in enumerate([BASE, *order])}
         found = []
         for path in (self.folder / "stages").glob("*/*/*/result.json"):
-            record = read_json(path)
+            record = _read_record(path)
             number = int(path.parent.name.split("-")[0])
             method, seed = record["line"]["method"], record["line"]["seed"]
             place = (rank.get(method, len(rank)), method, -1 if seed is None else seed)
@@ -194,14 +210,74 @@ def write_result(
 
 
 def read_result(folder: pathlib.Path) -> dict[str, Any] | None:
-    """A finished stage's record, or None."""
+    """A finished stage's record, or None.
+
+    Raises:
+      UserError: if it is damaged.
+    """
     path = folder / "result.json"
-    return read_json(path) if path.exists() else None
+    return _read_record(path) if path.exists() else None
 
 
-def read_json(
-    path: pathlib.Path, remedy: str = "delete its folder to compute that stage again"
-) -> dict[str, Any]:
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+    """A ``result.json`` of the shape that :func:`write_result` gives it."""
+    record = read_json(path)
+    timing = record.get("timing")
+    wrong = [f"line.{name}" for name in unusable(record.get("line"))]
+    if isinstance(timing, dict):
+        wrong += [f"timing.{name}" for name in not_numbers(timing)]
+    else:
+        wrong.append("timing")
+    if wrong:
+        raise UserError(
+            f"expected a stage's record in {path}, got one without a usable "
+            f"{', '.join(wrong)}; it was damaged after it was written: {RECOMPUTE}"
+        )
+    return record
+
+
+def unusable(line: Any) -> list[str]:
+    """What of a stage's line is missing, or of a type that no run writes.
+
+    Args:
+      line: as read from a file.
+
+    Returns:
+      Names of fields, or else of metrics and diagnostics that hold no numbers; empty
+      for a line in order.
+
+    >>> line = {"method": "plain", "seed": 0, "stage": "train", "domain": "legal"}
+    >>> unusable(line)
+    ['index', 'metrics', 'diagnostics']
+    >>> line |= {"index": 0, "diagnostics": {"alpha": {"q_proj": [0.5, None]}}}
+    >>> unusable({**line, "metrics": {"loss": "low", "removed": None}})
+    ['metrics.loss']
+    """
+    if not isinstance(line, dict):
+        return list(LINE)
+    wrong = [k for k, kind in LINE.items() if not isinstance(line.get(k, ...), kind)]
+    if wrong:
+        return wrong
+    deep = [k for k, tree in line["diagnostics"].items() if not _holds_numbers(tree)]
+    return [
+        *(f"metrics.{name}" for name in not_numbers(line["metrics"])),
+        *(f"diagnostics.{name}" for name in deep),
+    ]
+
+
+def not_numbers(found: Mapping[str, Any]) -> list[str]:
+    """Keys of values that are neither a number nor null, which JSON has for NaN."""
+    return [k for k, v in found.items() if not isinstance(v, int | float | None)]
+
+
+def _holds_numbers(tree: Any) -> bool:
+    if isinstance(tree, (dict, list)):
+        parts = tree.values() if isinstance(tree, dict) else tree
+        return all(map(_holds_numbers, parts))
+    return isinstance(tree, int | float | None)
+
+
+def read_json(path: pathlib.Path, remedy: str = RECOMPUTE) -> dict[str, Any]:
     """Reads a file that a run wrote.
 
     Raises:

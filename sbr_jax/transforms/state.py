@@ -128,7 +128,9 @@ def replace_subspace(
 
     **Guarantee**: pure; shapes, dtypes and structure do not change, so a compiled step
     is not traced again. The state gets copies. Works through ``chain``, ``masked``,
-    ``MultiSteps`` and ``inject_hyperparams``.
+    ``MultiSteps`` and ``inject_hyperparams``. (The latter needs
+    ``hyperparam_dtype=jnp.float32`` where parameters are bfloat16, in which Adam's b2
+    is 1; and α is changed here, not by injecting it.)
 
     Args:
         opt_state: state of an optimizer built with a projection, however nested.
