@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import devices, forecast
+from experiments import devices, forecast, forecast_judge
 from experiments.forecast import GIB, Device, Job
 from experiments.tables import Table
 from sbr_jax.typing import UserError
@@ -94,6 +94,7 @@ def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
     options, settings = plan.study_options, plan.settings
     config, shards = job.config, _shards(settings.mesh)
     base = {"weights": forecast.weight_bytes(config, job.dtype, job.quantize) / shards}
+    base |= forecast_judge.held_bytes(options, job)
     columns = max(columns_of(plan, row) for row in plan.methods)
     held = dict(base)
     if columns:
@@ -185,7 +186,11 @@ def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -
     options = plan.study_options
     new = ANSWERS.get(name) or options["max_new_tokens"]
     rows = options["generation_batch"]
-    return forecast.generation_seconds(job, device, count, tokens, new, rows)
+    seconds = forecast.generation_seconds(job, device, count, tokens, new, rows)
+    if name == "probe" or "judge" in study.notes["measurements"][name]:
+        exchange = count, tokens + new
+        seconds += forecast_judge.judging_seconds(options, job, device, *exchange)
+    return seconds
 
 
 def fisher_flops(plan: Any, study: Any, job: Job, row: str) -> float:
@@ -219,6 +224,7 @@ def row_seconds(
     )
     if fisher := fisher_flops(plan, study, job, row):
         found["Fisher"] = fisher / speed
+    found |= forecast_judge.rating_seconds(plan, study, job, device, row)
     monitored = build(row, **plan.row_options.get(row, {})).monitored
     # A row is measured as the start model is; only some rows have a monitor.
     for part, seconds in start_seconds(plan, study, job, device).items():
@@ -339,12 +345,5 @@ def _fit(peak: float, limit: float | None) -> str:
         word = "fits into" if peak < limit else "DOES NOT FIT into"
         return f"peak {peak / GIB:.1f} GiB: {word} {limit / GIB:.1f} GiB"
     fits = [f"{card} GB" for card in CARDS if peak < card * 1e9]
-    return (
-        f"peak {peak / GIB:.1f} GiB: "
-        + (
-            f"fits into {', '.join(fits)}"
-            if fits
-            else "fits into none of 24, 40, 80 GB"
-        )
-        + " (--set device.memory_gb=N)"
-    )
+    shown = ", ".join(fits) or "none of 24, 40, 80 GB"
+    return f"peak {peak / GIB:.1f} GiB: fits into {shown} (--set device.memory_gb=N)"

@@ -333,7 +333,7 @@ PASSES: Mapping[str, tuple[float, float]] = {
     "safegrad": (0.5, 0.5),
     "safeanchor": (0.5, 0.5),
     "safeanchor-exact": (0.5, 0.5),
-    "unified": (2.5, 1.0),
+    "unified": (1.5, 2.0),
 }
 """What a row does in a step besides the task's own pass, in units of the batch: forward
 passes alone, and forward with backward. 8 prompts count as half of a batch of 16."""

@@ -1,14 +1,16 @@
 """The forecast: parameters, products and memory against what the code really does."""
 
 import dataclasses
+import json
 import math
+import types
 
 import checkpoints
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import devices, dry_run, forecast, run
+from experiments import devices, dry_run, forecast, forecast_judge, run
 from experiments.forecast import Device, Job
 from sbr_jax import losses, models
 from sbr_jax.models import hf_config
@@ -150,6 +152,13 @@ def test_rows_cost_more_than_plain_by_what_they_do():
     cost = {row: forecast.step_flops(job, row) for row in forecast.PASSES}
     assert min(cost.values()) == cost["plain"] < cost["adaptive-probe"]
     assert cost["safeanchor"] < cost["unified"] == max(cost.values())
+    # Forward with backward: task, KL to the reference, half a batch for each of the two
+    # anchors. Forward alone: the reference on the batch, and that of half a batch.
+    whole, one = forecast.train_flops(job, 512), forecast.forward_flops(job, 512)
+    half = job.batch // 2
+    wanted = (job.batch + job.batch + half + half) * whole + (job.batch + half) * one
+    # One sum in two orders: only rounding is left.
+    assert cost["unified"] == pytest.approx(wanted, rel=1e-12)
     # What a row without an entry does is not known: as plain, at the least.
     assert forecast.step_flops(job, "new-row") == cost["plain"]
 
@@ -225,3 +234,49 @@ def test_memory_follows_the_subspace_and_the_mesh(demo):
     assert parts("safeanchor.max_rank=16")["subspace, twice"] == wide / 4
     assert "subspace, twice" not in parts(rows=("plain",))
     assert parts("mesh='fsdp=4'")["weights"] == parts()["weights"] / 4
+
+
+def test_a_guard_is_held_whole_and_pays_a_pass_for_every_exchange(demo, tmp_path):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    guard = hf_config.read(tmp_path)
+    plan = plan_of("mesh='fsdp=4'", rows=("adaptive-judge", "plain"))
+    options = {**plan.study_options, "judge_folder": str(tmp_path)}
+    guarded = dataclasses.replace(plan, study_options=options)
+    job, device = dry_run.job_of(plan, demo), forecast.A100
+    size = forecast.weight_bytes(guard, job.dtype)
+    for phase in dry_run.memory(guarded, demo, job).values():
+        assert phase["guard's weights"] == size
+    for phase in dry_run.memory(plan, demo, job).values():
+        assert "guard's weights" not in phase
+    # Without an adapter, and the logits of one position.
+    alone = forecast.Job(guard, job.dtype, rank=0)
+    domains = [demo.domains[name].train for name in plan.domains]
+    flops = sum(
+        len(x) * forecast.forward_flops(alone, x.length, heads=1) for x in domains
+    )
+    found = dry_run.row_seconds(guarded, demo, job, device, "adaptive-judge")
+    # One sum in two orders: only rounding is left.
+    assert found["ratings"] == pytest.approx(flops / device.flops, rel=1e-12)
+    for other, row in ((guarded, "plain"), (plan, "adaptive-judge")):
+        assert "ratings" not in dry_run.row_seconds(other, demo, job, device, row)
+    assert forecast_judge.rates_pairs("unified", {"risk": "judge"})
+    assert forecast_judge.judging_seconds({}, job, device, 3, 5) == 0.0
+    asked = {"harmbench": (3, 40), "gsm8k": (5, 40), "probe": (7, 40)}
+    notes = {"measurements": {"harmbench": {"judge": {}}, "gsm8k": {}}}
+    study = types.SimpleNamespace(asked=asked, notes=notes)
+    options |= {"generation_batch": 2, "max_new_tokens": 8}
+    free = dataclasses.replace(plan, study_options={**options, "judge_folder": None})
+    with_it = dry_run.start_seconds(guarded, study, job, device)
+    without = dry_run.start_seconds(free, study, job, device)
+    one = forecast.forward_flops(alone, 40 + 8, heads=1) / device.flops
+    # A small part of a sum: the difference keeps six digits at the least.
+    assert with_it["measuring"] - without["measuring"] == pytest.approx(3 * one, 1e-6)
+    assert with_it["monitor"] - without["monitor"] == pytest.approx(7 * one, 1e-6)
