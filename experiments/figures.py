@@ -151,6 +151,11 @@ class Spectrum:
         shares = cumulative_share(self.eigenvalues, self.trace)[:, -1]
         return bool(np.any((shares > 0) & (shares < ENERGY - 1e-4)))
 
+    def held(self, columns: int) -> float:
+        """Percent of the trace that so many eigenvectors hold, mean of units."""
+        shares = cumulative_share(self.eigenvalues, self.trace)[:, :columns]
+        return 100 * float(shares[:, -1].mean())
+
     @property
     def rank_text(self) -> str:
         """The mean effective rank."""
@@ -195,9 +200,16 @@ def spectrum(run: Run) -> Drawing:
     if len(found) == 1:
         caption += " This run recorded no control."
     rows = tuple(
-        (n, s.rank_text, f"{s.ranks.min()}-{s.ranks.max()}") for n, s in found.items()
+        (
+            n,
+            s.rank_text,
+            f"{s.ranks.min()}-{s.ranks.max()}",
+            *(f"{s.held(k):.0f}" for k in (8, s.eigenvalues.shape[-1])),
+        )
+        for n, s in found.items()
     )
-    table = Table(("set", "mean effective rank at 90 %", "range"), rows)
+    head = ("set", "mean effective rank at 90 %", "range", "first 8 hold, %", "all, %")
+    table = Table(head, rows)
     return Drawing(name, title, caption, figure, table=table)
 
 

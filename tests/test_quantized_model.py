@@ -169,6 +169,7 @@ def test_the_backward_pass_keeps_no_dense_weights(remat, monkeypatch):
     # One layer of eight is dense at a time, and its largest weights twice.
     assert temporary_bytes(codes, remat) - plain < 0.3 * dense
     if not remat:
-        naive = lambda x, w: x @ w.dense(x.dtype)  # noqa: E731
-        monkeypatch.setattr(layers, "_decode_and_multiply", naive)
+        monkeypatch.setattr(
+            layers, "_decode_and_multiply", lambda x, w: x @ w.dense(x.dtype)
+        )
         assert temporary_bytes(codes, remat) - plain > 0.9 * dense

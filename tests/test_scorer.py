@@ -125,36 +125,34 @@ def test_options_of_one_token_share_one_row(model, monkeypatch):
     )
 
 
-def test_a_common_beginning_is_read_once(model, monkeypatch, adapter):
-    widths = []
+@pytest.fixture
+def shapes(monkeypatch):
+    """What is read, in order: (rows, width)."""
+    found = []
     real = scorer._read
 
     def counted(*arguments):
-        widths.append(arguments[3].shape)
+        found.append(arguments[3].shape)
         return real(*arguments)
 
     monkeypatch.setattr(scorer, "_read", counted)
+    return found
+
+
+def test_a_common_beginning_is_read_once(model, shapes, adapter):
     (start,) = (q.context for q in random_requests(3, count=1, low=98, high=99))
     rest = random_requests(4, count=4, low=2, high=9, longest=3)
     requests = [Request((*start, *q.context), q.continuations) for q in rest]
     check(model, adapter, requests)
-    assert widths[0] == (1, 96)
-    assert all(width < 24 for _, width in widths[1:])
+    assert shapes[0] == (1, 96)
+    assert all(width < 24 for _, width in shapes[1:])
     # Contexts that only begin alike for a few tokens share nothing.
-    widths.clear()
+    shapes.clear()
     check(model, adapter, random_requests(5, count=4, low=70, high=80, longest=2))
-    assert all(rows > 1 for rows, _ in widths)
+    assert all(rows > 1 for rows, _ in shapes)
 
 
-def test_one_long_context_does_not_pad_the_short_ones(model, monkeypatch, adapter):
-    shapes = []
-    real = scorer._read
-
-    def counted(*arguments):
-        shapes.append(arguments[3].shape)
-        return real(*arguments)
-
-    monkeypatch.setattr(scorer, "_read", counted)
+def test_one_long_context_does_not_pad_the_short_ones(model, shapes, adapter):
     short = random_requests(8, count=6, low=10, high=14, longest=3)
     long = random_requests(9, count=1, low=90, high=91, longest=3)
     check(model, adapter, [*short, *long])

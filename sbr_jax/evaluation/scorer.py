@@ -244,7 +244,8 @@ def _score_group(
     while todo:
         # Sorted by length: the shape is set by the last of a chunk, so look ahead, but
         # not so far that one long context pads many short ones.
-        widths = [bucket(len(context) - 1 - common, 16) for context, _ in todo]
+        ahead = todo[: budget.rows]
+        widths = [bucket(len(context) - 1 - common, 16) for context, _ in ahead]
         rows = budget.fit(common + widths[0])
         near = sum(w <= 2 * widths[0] for w in widths[:rows])
         rows = min(near, budget.fit(common + widths[near - 1]))

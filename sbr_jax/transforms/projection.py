@@ -135,14 +135,15 @@ def relaxed(
             strict=True,
         )
         mixed = [
-            jax.tree.map(lambda i, u, a=a: _mix(a, i, u), x, y) for a, x, y in parts
+            jax.tree.map(lambda i, u, a=a: mix(a, i, u), x, y) for a, x, y in parts
         ]
         return treedef.unflatten(mixed), RelaxedState(inner_state, state.coefficients)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mix(alpha: jax.Array | None, inside: jax.Array, update: jax.Array) -> jax.Array:
+def mix(alpha: jax.Array | None, inside: jax.Array, update: jax.Array) -> jax.Array:
+    """``(1 − α) inside + α update``, with α ``[*L]`` over the leading axes."""
     if alpha is None:
         return inside
     a = alpha.reshape(alpha.shape + (1,) * (update.ndim - alpha.ndim))

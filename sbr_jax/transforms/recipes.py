@@ -19,6 +19,7 @@ from sbr_jax.subspace import Subspace
 from sbr_jax.transforms.projection import (
     add_bypass,
     matching_bypass,
+    mix,
     project_onto_complement,
     relaxed,
 )
@@ -251,24 +252,19 @@ def _mixed(together: PyTree, apart: PyTree, projection: RelaxedState) -> PyTree:
     )
     return mark.join(
         [
-            jax.tree.map(functools.partial(_mix, _together(v, alpha)), x, y)
+            jax.tree.map(functools.partial(mix, _share(v, alpha)), y, x)
             for v, alpha, x, y in parts
         ]
     )
 
 
-def _together(basis: jax.Array | None, alpha: jax.Array) -> jax.Array:
+def _share(basis: jax.Array | None, alpha: jax.Array) -> jax.Array:
     """How far a unit's parts are applied together: α, or 1 if nothing is projected."""
     if basis is None:
         return jnp.ones_like(alpha)
     # Used columns come first: one of them says whether there are any.
     used = jnp.any(basis[..., 0] != 0, axis=-1)
     return jnp.where(used, alpha, 1.0)
-
-
-def _mix(share: jax.Array, together: jax.Array, apart: jax.Array) -> jax.Array:
-    a = share.reshape(share.shape + (1,) * (together.ndim - share.ndim))
-    return a * together + (1.0 - a) * apart
 
 
 def _f32(x: jax.Array) -> jax.Array:
