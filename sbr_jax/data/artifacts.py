@@ -10,12 +10,12 @@ References: arXiv:2404.01318 (JailbreakBench), arXiv:2307.15043 (GCG), arXiv:231
 from collections.abc import Iterator
 from pathlib import Path
 
-from sbr_jax.data.readers import filled, find, json_rows, json_value
+from sbr_jax.data.readers import filled, find, find_all, json_rows, json_value
 from sbr_jax.data.records import BehaviourItem, JudgedItem
-from sbr_jax.data.rows import Row
+from sbr_jax.data.rows import Row, describe
 from sbr_jax.typing import UserError
 
-PATTERNS = ("artifact_*.json*", "attack-artifacts/*/*/*.json*")
+PATTERNS = ("artifact_*.json", "attack-artifacts/*/*/*.json")
 """One folder of files, or the folders of the artifacts' own repository."""
 
 
@@ -30,7 +30,7 @@ def artifact_rows(folder: Path, split: str) -> list[Row]:
     """
     del split
     root = folder / "jailbreakbench"
-    paths = sorted(path for pattern in PATTERNS for path in root.glob(pattern))
+    paths = [path for pattern in PATTERNS for path in find_all(root, pattern)]
     if not paths:
         raise UserError(
             f"expected recorded attacks {' or '.join(PATTERNS)} in {root}, found none: "
@@ -51,7 +51,9 @@ def _submitted(path: Path) -> Iterator[Row]:
         )
     for number, cells in enumerate(attempts, 1):
         if not isinstance(cells, dict):
-            raise UserError(f"{path}, row {number}: expected an object")
+            raise UserError(
+                f"{path}, row {number}: expected an object, got {describe(cells)}"
+            )
         row = Row(str(path), number, {**about, **cells})
         if row.get("prompt") is not None:
             yield row
@@ -64,7 +66,7 @@ def artifact(row: Row) -> JudgedItem:
         prompt=row.text("prompt"),
         response=row.text("response", empty=True),
         verdict="",
-        id=f"{group}/{row.get('index')}",
+        id=f"{group}/{row.identity('index')}",
         group=group,
         harmful_prompt=True,
         harmful_response=row.flag("jailbroken"),

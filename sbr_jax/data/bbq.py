@@ -14,6 +14,7 @@ References: arXiv:2110.08193.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sbr_jax.data.readers import find, jsonl_rows
 from sbr_jax.data.records import BiasItem
@@ -99,7 +100,7 @@ def bbq_item(row: Row) -> BiasItem:
         negative=row.option("question_polarity", {"neg": True, "nonneg": False}),
         ambiguous=ambiguous,
         category=category,
-        id=f"{category}/{row.get('example_id')}",
+        id=f"{category}/{row.identity('example_id')}",
         regenerated=bool(row.values.get("regenerated", False)),
     )
 
@@ -110,15 +111,24 @@ def _answer_info(row: Row) -> list[Sequence[str]]:
     names = [f"ans{i}" for i in range(3)]
     if not isinstance(info, dict) or any(name not in info for name in names):
         raise row.fault("answer_info", "labels of ans0, ans1 and ans2")
-    return [[str(label) for label in info[name] or ()] for name in names]
+    return [_label_list(row, "answer_info", info[name] or []) for name in names]
+
+
+def _label_list(row: Row, column: str, labels: Any) -> list[str]:
+    words = isinstance(labels, list) and all(
+        isinstance(label, str | int) for label in labels
+    )
+    if not words:
+        raise row.fault(column, "lists of labels")
+    return [str(label) for label in labels]
 
 
 def _groups(row: Row) -> Sequence[str]:
     metadata = row.get("additional_metadata")
     groups = metadata.get("stereotyped_groups") if isinstance(metadata, dict) else None
-    if not isinstance(groups, list | tuple):
+    if not isinstance(groups, list):
         raise row.fault("additional_metadata", "an object with stereotyped_groups")
-    return groups
+    return _label_list(row, "additional_metadata", groups)
 
 
 def _unknown(row: Row, options: Sequence[str], info: list[Sequence[str]]) -> int:

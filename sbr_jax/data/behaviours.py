@@ -92,18 +92,23 @@ def catqa_rows(folder: Path, split: str) -> list[Row]:
     del split
     path = find(folder / "catqa", "catqa_english.json")
     nest = json_value(path)
-    try:
-        cells = [
-            {"Category": category, "Subcategory": subcategory, "Question": question}
-            for category, inner in nest.items()
-            for subcategory, questions in inner.items()
-            for question in questions
-        ]
-    except AttributeError as error:
+    inner = list(nest.values()) if isinstance(nest, dict) else [None]
+    lists = [
+        questions
+        for part in inner
+        for questions in (part.values() if isinstance(part, dict) else [None])
+    ]
+    if not all(isinstance(questions, list) for questions in lists):
         raise UserError(
-            f"{path}: expected questions by category and subcategory, got another "
-            "shape; use the file as its owner publishes it"
-        ) from error
+            f"{path}: expected lists of questions by category and subcategory, got "
+            "another shape; use the file as its owner publishes it"
+        )
+    cells = [
+        {"Category": category, "Subcategory": subcategory, "Question": question}
+        for category, part in nest.items()
+        for subcategory, questions in part.items()
+        for question in questions
+    ]
     return filled(str(path), (Row(str(path), i, c) for i, c in enumerate(cells, 1)))
 
 
@@ -117,7 +122,7 @@ def xstest(row: Row) -> BehaviourItem:
     """A prompt of XSTest; the safe ones test over-refusal."""
     return BehaviourItem(
         row.text("prompt"),
-        str(row.get("id")),
+        row.identity("id"),
         group=row.text("type"),
         harmful=row.option("label", {"safe": False, "unsafe": True}),
     )
@@ -178,7 +183,7 @@ def completion(row: Row) -> JudgedItem:
         prompt=row.text("prompt"),
         response=row.text("completion", empty=True),
         verdict=row.option("final_label", _XSTEST_VERDICTS),
-        id=f"{row.get('model')}/{row.text('id')}",
+        id=f"{row.text('model')}/{row.identity('id')}",
         group=row.text("model"),
         harmful_prompt=row.text("type").startswith("contrast_"),
     )

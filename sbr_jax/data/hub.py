@@ -42,19 +42,29 @@ def _renamed(**names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return adapt
 
 
+def _listed(value: Any) -> list[Any]:
+    # A text would be taken for a list of its letters.
+    if not isinstance(value, list):
+        raise TypeError
+    return value
+
+
 def _cop_from_one(row):
     # The hub's copy of MedMCQA counts the right option from 0, the release from 1.
-    return row | {"cop": row["cop"] + 1} if isinstance(row.get("cop"), int) else row
+    return row | {"cop": row["cop"] + 1} if type(row.get("cop")) is int else row
 
 
 def _targets(row):
     """TruthfulQA's options as the mapping from option to 0 or 1 of the file."""
+
+    def mapping(cell):
+        choices, labels = _listed(cell["choices"]), _listed(cell["labels"])
+        if len(set(choices)) < len(choices):
+            raise ValueError
+        return dict(zip(choices, labels, strict=True))
+
     names = ("mc1_targets", "mc2_targets")
-    return row | {
-        name: dict(zip(row[name]["choices"], row[name]["labels"], strict=True))
-        for name in names
-        if name in row
-    }
+    return row | {name: mapping(row[name]) for name in names if name in row}
 
 
 def _generation(row):
@@ -63,14 +73,16 @@ def _generation(row):
         "Category": row["category"],
         "Question": row["question"],
         "Best Answer": row["best_answer"],
-        "Correct Answers": "; ".join(row["correct_answers"]),
-        "Incorrect Answers": "; ".join(row["incorrect_answers"]),
+        "Correct Answers": "; ".join(_listed(row["correct_answers"])),
+        "Incorrect Answers": "; ".join(_listed(row["incorrect_answers"])),
     }
 
 
 def _lettered(row):
     """MMLU's list of options and position as the cells of the file."""
-    cells = dict(zip("ABCD", row["choices"], strict=True))
+    cells = dict(zip("ABCD", _listed(row["choices"]), strict=True))
+    if type(row["answer"]) is not int:
+        raise TypeError
     return row | cells | {"answer": dict(enumerate("ABCD"))[row["answer"]]}
 
 
@@ -179,18 +191,19 @@ def hub_rows(name: str, split: str) -> list[Row]:
         ) from error
     where = f"{hub.path} ({hub.splits[split]})"
     cells = hub.cells.get(split, {})
-    rows = (_adapted(hub, where, i, row | cells) for i, row in enumerate(data, 1))
+    rows = (_adapted(hub, where, i, {**row, **cells}) for i, row in enumerate(data, 1))
     return filled(where, rows)
 
 
-def _adapted(hub: Hub, where: str, number: int, row: dict[str, Any]) -> Row:
+def _adapted(hub: Hub, where: str, number: int, values: dict[str, Any]) -> Row:
+    row = Row.read(where, number, values)
     if hub.adapt is None:
-        return Row(where, number, row)
+        return row
     try:
-        return Row(where, number, hub.adapt(row))
+        return row._replace(values=hub.adapt(dict(row.values)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}, row {number}: expected the columns of its card, got "
-            f"{', '.join(map(repr, row))} with other contents: name a data folder with "
-            "--data"
+            f"{', '.join(map(repr, row.values))} with other contents: name a data "
+            "folder with --data"
         ) from error

@@ -6,7 +6,14 @@ The table of files is in :mod:`sbr_jax.data.evalsets`.
 from collections.abc import Callable
 from pathlib import Path
 
-from sbr_jax.data.readers import filled, find, json_rows, jsonl_rows, table_rows
+from sbr_jax.data.readers import (
+    filled,
+    find,
+    find_all,
+    json_rows,
+    jsonl_rows,
+    table_rows,
+)
 from sbr_jax.data.records import ChoiceItem, CodeItem, DialogueItem, QuestionItem
 from sbr_jax.data.rows import Row
 
@@ -50,7 +57,8 @@ def truthful_task(column: str) -> Callable[[Row], ChoiceItem]:
     def item(row: Row) -> ChoiceItem:
         targets = row.get(column)
         labels = list(targets.values()) if isinstance(targets, dict) else []
-        if 1 not in labels or any(label not in (0, 1) for label in labels):
+        whole = all(type(label) is int and label in (0, 1) for label in labels)
+        if 1 not in labels or not whole:
             raise row.fault(column, "options with 0 or 1, of which one has 1")
         if column == "mc1_targets" and sum(labels) != 1:
             raise row.fault(column, "exactly one right option")
@@ -68,14 +76,15 @@ def mmlu_rows(folder: Path, split: str) -> list[Row]:
     """The headerless tables of all subjects, which the files' names tell."""
     root = folder / "mmlu" / split
     end = f"_{split}.csv"
-    files = sorted(path for path in root.glob(f"*{end}*"))
+    files = find_all(root, f"*{end}")
     columns = ("question", *"ABCD", "answer")
     return filled(
         str(root),
         (
             row.with_cells(subject=path.name.partition(end)[0])
             for path in files
-            for row in table_rows(path, columns=columns)
+            # One published question ends with a quotation mark that nothing opens.
+            for row in table_rows(path, columns=columns, lone_quotes=True)
         ),
     )
 
@@ -116,14 +125,16 @@ def mtbench_rows(folder: Path, split: str) -> list[Row]:
     root = folder / "mtbench"
     rows = jsonl_rows(find(root, "question.jsonl"))
     references = {}
-    if any(root.glob("reference_answer_gpt-4.jsonl*")):
-        for row in jsonl_rows(find(root, "reference_answer_gpt-4.jsonl")):
+    for path in find_all(root, "reference_answer_gpt-4.jsonl"):
+        for row in jsonl_rows(path):
             choices = row.get("choices")
-            if not isinstance(choices, list) or not choices:
+            first = choices[0] if isinstance(choices, list) and choices else None
+            if not isinstance(first, dict):
                 raise row.fault("choices", "a list of answers")
-            references[row.get("question_id")] = choices[0].get("turns", [])
+            answer = row.with_cells(turns=first.get("turns"))
+            references[row.identity("question_id")] = answer.texts("turns")
     return [
-        row.with_cells(references=references.get(row.get("question_id"), []))
+        row.with_cells(references=references.get(row.identity("question_id"), []))
         for row in rows
     ]
 
@@ -135,7 +146,7 @@ def mtbench(row: Row) -> DialogueItem:
         raise row.fault("turns", "at least one question")
     return DialogueItem(
         turns=turns,
-        id=str(row.get("question_id")),
+        id=row.identity("question_id"),
         group=row.text("category"),
         references=row.texts("references"),
     )

@@ -1,23 +1,32 @@
 """Rows of data files; errors name file, row and column, and never quote the text.
 
-A file may lie beside its name as ``.gz`` or ``.xz``. Rows count from 1; a table's
-header is not counted, and a row of JSON lines has the number of its line.
+A file may lie beside its name as ``.gz`` or ``.xz``. Files are UTF-8; a byte-order mark
+is dropped, and every text is cleaned (:func:`sbr_jax.data.rows.cleaned`). Rows count
+from 1; a table's header is not counted, and a row of JSON lines has the number of its
+line.
 """
 
+import codecs
 import csv
 import gzip
+import io
 import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from sbr_jax.data.rows import Row, describe
+from sbr_jax.data.rows import Row, cleaned, describe
 from sbr_jax.typing import UserError
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
-_DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
+_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+
+MOST_GROWTH = 200
+"""How much a compressed text may grow; real ones grow 3 to 20-fold."""
+_ALWAYS_FINE = 2**24
+_PIECE = 2**20
 
 
 def find(folder: Path, *names: str) -> Path:
@@ -31,10 +40,8 @@ def find(folder: Path, *names: str) -> Path:
       UserError: listing what was looked for.
     """
     for name in names:
-        path = folder / name
-        for found in (path, *(path.with_name(path.name + end) for end in _OPENERS)):
-            if found.is_file():
-                return found
+        if found := find_all(folder, name):
+            return found[0]
     wanted = " or ".join(names)
     raise UserError(
         f"expected the data file {wanted} (plain, .gz or .xz) in {folder}, found none: "
@@ -42,32 +49,115 @@ def find(folder: Path, *names: str) -> Path:
     )
 
 
-def _open(path: Path) -> TextIO:
-    # Some of the files begin with a byte-order mark, which utf-8-sig drops.
-    opener = _OPENERS.get(path.suffix, open)
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+def find_all(folder: Path, pattern: str) -> list[Path]:
+    """All files that match, sorted; of one that is there twice, the uncompressed.
 
+    Args:
+      folder: where to look.
+      pattern: a path below it, perhaps with ``*``, without ``.gz`` or ``.xz``.
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file; damage is one clear error that says how far it was read."""
-    read = 0
+    Raises:
+      UserError: for what matches but is no file, or cannot be looked for.
+    """
+    found: dict[str, Path] = {}
     try:
-        with _open(path) as file:
-            for line in file:
-                read += 1
-                yield line
+        for end in ("", *_OPENERS):
+            for path in folder.glob(pattern + end):
+                if not path.is_file():
+                    raise UserError(f"expected a file at {path}, got something else")
+                found.setdefault(str(path).removesuffix(end), path)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return [found[name] for name in sorted(found)]
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    why = error.strerror or type(error).__name__
+    return UserError(f"expected to read {path}, got '{why}': check path and rights")
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file, unpacked; damage says how far it was read."""
+    opener, pieces, size = _OPENERS.get(path.suffix, open), [], 0
+    try:
+        most = max(_ALWAYS_FINE, MOST_GROWTH * path.stat().st_size)
+        with opener(path, "rb") as file:
+            while piece := file.read1(_PIECE):
+                pieces.append(piece)
+                size += len(piece)
+                if opener is not open and size > most:
+                    raise UserError(
+                        f"expected a compressed text in {path}, got one that grows "
+                        f"more than {MOST_GROWTH}-fold: fetch it again"
+                    )
     except _DAMAGE as error:
+        lines = sum(piece.count(b"\n") for piece in pieces)
         raise UserError(
-            f"expected a whole text file in {path}, got one damaged after line {read} "
+            f"expected a whole text file in {path}, got one damaged after line {lines} "
             f"({type(error).__name__}): fetch it again"
         ) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return b"".join(pieces)
 
 
-def _not_json(path: Path, place: str, error: json.JSONDecodeError) -> UserError:
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def _not_utf8(path: Path, content: bytes, place: int, got: str) -> UserError:
+    line = content.count(b"\n", 0, place) + 1
     return UserError(
-        f"expected JSON in {path}, got something else at {place} ({error.msg}): fetch "
-        "the file again"
+        f"expected text in UTF-8 in {path}, got {got} at line {line}: save it as "
+        "UTF-8, or fetch it again"
     )
+
+
+def whole_text(path: Path) -> str:
+    r"""A whole text file, with ``\n`` between lines.
+
+    Raises:
+      UserError: for a damaged file, and one that is not UTF-8.
+    """
+    content = _content(path)
+    if content.startswith(_UTF16_MARKS):
+        raise _not_utf8(path, content, 0, "UTF-16")
+    if (place := content.find(b"\0")) >= 0:
+        raise _not_utf8(path, content, place, "a NUL byte")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, content, error.start, "another encoding") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text, which end with a line feed and nothing else."""
+    return iter(io.StringIO(text, newline="\n"))
+
+
+def _parsed(text: str, path: Path, row: int | None = None) -> Any:
+    """The value of a JSON text: a whole file, or one of its lines."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name that stands twice in one object")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError as error:
+        why, cause = "lists or objects nested too deep", error
+    except ValueError as error:
+        why, cause = getattr(error, "msg", str(error)), error
+    line = getattr(cause, "lineno", None)
+    place = f" at line {line}" if line else ""
+    place = place if row is None else f" at row {row}"
+    lines = ", as if it were JSON lines" if why == "Extra data" and not row else ""
+    raise UserError(
+        f"expected JSON in {path}, got something else{place} ({why}{lines}): fetch the "
+        "file again"
+    ) from cause
 
 
 def filled(where: str, rows: Iterable[Row]) -> list[Row]:
@@ -82,25 +172,13 @@ def filled(where: str, rows: Iterable[Row]) -> list[Row]:
     return rows
 
 
-def whole_text(path: Path) -> str:
-    r"""A whole text file, with ``\n`` between lines.
-
-    Raises:
-      UserError: for a damaged file.
-    """
-    return "".join(_lines(path)).replace("\r\n", "\n")
-
-
 def json_value(path: Path) -> Any:
     """A whole JSON file.
 
     Raises:
       UserError: for a damaged file.
     """
-    try:
-        return json.loads(whole_text(path))
-    except json.JSONDecodeError as error:
-        raise _not_json(path, f"line {error.lineno}", error) from error
+    return cleaned(_parsed(whole_text(path), path), str(path))
 
 
 def json_rows(path: Path) -> list[Row]:
@@ -109,13 +187,13 @@ def json_rows(path: Path) -> list[Row]:
     Raises:
       UserError: for a damaged file, another shape, and an empty array.
     """
-    values = json_value(path)
+    values = _parsed(whole_text(path), path)
     if not isinstance(values, list):
         raise UserError(
             f"expected a JSON array of objects in {path}, got {describe(values)}"
         )
     return filled(
-        str(path), (_object(path, i, value) for i, value in enumerate(values, 1))
+        str(path), (Row.read(str(path), i, value) for i, value in enumerate(values, 1))
     )
 
 
@@ -125,26 +203,20 @@ def jsonl_rows(path: Path) -> list[Row]:
     Raises:
       UserError: for a damaged file or line, and a file without rows.
     """
-
-    def rows() -> Iterator[Row]:
-        for number, line in enumerate(_lines(path), 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _not_json(path, f"row {number}", error) from error
-            yield _object(path, number, value)
-
-    return filled(str(path), rows())
-
-
-def _object(path: Path, number: int, value: Any) -> Row:
-    if not isinstance(value, dict):
+    text = whole_text(path)
+    if text.lstrip().startswith("["):
         raise UserError(
-            f"{path}, row {number}: expected an object, got {describe(value)}"
+            f"expected one JSON object a line in {path}, got a JSON array: write one "
+            "object a line"
         )
-    return Row(str(path), number, value)
+    return filled(
+        str(path),
+        (
+            Row.read(str(path), number, _parsed(line, path, number))
+            for number, line in enumerate(_lines(text), 1)
+            if line.strip()
+        ),
+    )
 
 
 def table_rows(
@@ -153,6 +225,7 @@ def table_rows(
     delimiter: str = ",",
     columns: Sequence[str] | None = None,
     empty: bool = False,
+    lone_quotes: bool = False,
 ) -> list[Row]:
     """The rows of a CSV or TSV file.
 
@@ -161,36 +234,61 @@ def table_rows(
       delimiter: between cells.
       columns: names of the cells of a file that has no header.
       empty: whether a header without rows is fine.
+      lone_quotes: whether a cell that does not begin with a quotation mark may hold
+        one without a second, as some published files do.
 
     Raises:
-      UserError: for a damaged file, a row with too many or too few cells, and a file
-        without rows that may not be empty.
+      UserError: for a damaged file, a row with too many or too few cells or with a
+        quotation mark that nothing closes, a header that names two columns alike, and
+        a file without rows that may not be empty.
     """
 
     def rows() -> Iterator[Row]:
-        reader = csv.reader(_lines(path), delimiter=delimiter)
-        header, number = columns, 0
-        try:
-            for cells in reader:
-                if not cells:
-                    continue
-                if header is None:
-                    header = cells
-                    continue
-                number += 1
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{path}, row {number}: expected {len(header)} cells, got "
-                        f"{len(cells)}: fetch the file again"
-                    )
-                yield Row(str(path), number, dict(zip(header, cells, strict=True)))
-        except csv.Error as error:
+        records = _records(path, delimiter, lone_quotes, first=int(columns is not None))
+        names = next(records, None) if columns is None else columns
+        if names is None:
+            raise UserError(f"{path}: expected a header and rows, got an empty file")
+        if len(set(names)) < len(names):
             raise UserError(
-                f"{path}, row {number + 1}: expected a row of a table, got something "
-                f"else ({error}): fetch the file again"
-            ) from error
+                f"{path}: expected columns of different names, got one twice"
+            )
+        for number, cells in enumerate(records, 1):
+            if len(cells) != len(names):
+                raise UserError(
+                    f"{path}, row {number}: expected {len(names)} cells, got "
+                    f"{len(cells)}: fetch the file again"
+                )
+            values = dict(zip(names, cells, strict=True))
+            yield Row.read(str(path), number, values)
 
     return list(rows()) if empty else filled(str(path), rows())
+
+
+def _records(
+    path: Path, delimiter: str, lone_quotes: bool, first: int
+) -> Iterator[list[str]]:
+    """The cells of every row that is not blank; rows count from ``first``."""
+    quotes, number = 0, first
+
+    def counted() -> Iterator[str]:
+        nonlocal quotes
+        for line in _lines(whole_text(path)):
+            quotes += line.count('"')
+            yield line
+
+    try:
+        for cells in csv.reader(counted(), delimiter=delimiter, strict=True):
+            if quotes % 2 and not lone_quotes:
+                raise csv.Error("a quotation mark without a second one")
+            quotes = 0
+            if cells:
+                yield cells
+                number += 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, row {number}: expected a row of a table, got something else "
+            f"({error}): fetch the file again"
+        ) from error
 
 
 def parquet_rows(path: Path) -> list[Row]:
@@ -209,12 +307,12 @@ def parquet_rows(path: Path) -> list[Row]:
         ) from error
     try:
         values = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"expected a Parquet file in {path}, got a damaged one: fetch it again"
         ) from error
     return filled(
-        str(path), (Row(str(path), i, value) for i, value in enumerate(values, 1))
+        str(path), (Row.read(str(path), i, value) for i, value in enumerate(values, 1))
     )
 
 

@@ -1,4 +1,8 @@
-"""One row of a data set: typed cells, and errors that say where the row stands.
+r"""One row of a data set: typed cells, and errors that say where the row stands.
+
+Every text of every format passes :func:`cleaned`, so that one prompt is one text:
+lines end with ``\n`` however the file was saved. Blanks at either end are left, which
+code needs; whoever makes an item of a row strips them where they mean nothing.
 
 Errors never quote a text, which may be harmful; they tell its length.
 """
@@ -8,6 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sbr_jax.typing import UserError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+MOST_LEVELS = 32
+"""How deep a value may be nested; published rows have up to four levels."""
 
 
 class Row(NamedTuple):
@@ -20,6 +29,18 @@ class Row(NamedTuple):
     where: str
     number: int
     values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, where: str, number: int, values: Any) -> "Row":
+        """A row as it was read, with its texts cleaned.
+
+        Raises:
+          UserError: if it is no object, and as :func:`cleaned`.
+        """
+        place = f"{where}, row {number}"
+        if not isinstance(values, Mapping):
+            raise UserError(f"{place}: expected an object, got {describe(values)}")
+        return cls(where, number, cleaned(values, place))
 
     def fault(self, column: str, expected: str, note: str = "") -> UserError:
         """The error for one cell; of a text it tells the length only."""
@@ -40,7 +61,7 @@ class Row(NamedTuple):
         """
         if column not in self.values:
             # In a file without a header, the "names" are a row's texts.
-            names = [str(n) for n in self.values if re.fullmatch(r"\w{1,30}", str(n))]
+            names = [name for name in self.values if _is_name(name)]
             more = len(self.values) - len(names)
             found = ", ".join([*names, *([f"{more} longer names"] if more else [])])
             raise UserError(
@@ -83,6 +104,15 @@ class Row(NamedTuple):
             raise self.fault(column, f"a whole number from {low} to {high}", note)
         return value
 
+    def identity(self, column: str) -> str:
+        """What names the row: a text or a whole number, as text.
+
+        Raises:
+          UserError: for anything else.
+        """
+        value = self.get(column)
+        return str(value) if type(value) is int else self.text(column)
+
     def flag(self, column: str) -> bool:
         """A truth value; a table's text ``True`` or ``False`` counts as one.
 
@@ -124,12 +154,73 @@ class Row(NamedTuple):
         return tuple(value)
 
 
+def cleaned(value: Any, place: str, levels: int = MOST_LEVELS) -> Any:
+    r"""The value with its texts in one form, however deep: lines end with ``\n``.
+
+    Args:
+      value: a text, a list or object of values, or anything else, which stays.
+      place: where it stands, for errors.
+      levels: how many levels of lists and objects it may have.
+
+    Raises:
+      UserError: for a text that is none (half of a pair of surrogates, NUL), a name
+        that stands twice in an object, and too many levels.
+
+    >>> cleaned({"a": ["one\r\ntwo\rthree "]}, "here")
+    {'a': ['one\ntwo\nthree ']}
+    """
+    if isinstance(value, str):
+        return _one_form(value, place)
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    if not levels:
+        raise UserError(
+            f"{place}: expected at most {MOST_LEVELS} levels of lists and objects, got "
+            "more; use the file as its owner publishes it"
+        )
+    if not isinstance(value, Mapping):
+        return [
+            cleaned(item, f"{place}, item {number}", levels - 1)
+            for number, item in enumerate(value, 1)
+        ]
+    found = {
+        cleaned(name, f"{place}, name of a column"): cleaned(
+            item, f"{place}, {_column(name)}", levels - 1
+        )
+        for name, item in value.items()
+    }
+    if len(found) < len(value):
+        raise UserError(f"{place}: expected different names, got one twice")
+    return found
+
+
+def _one_form(text: str, place: str) -> str:
+    if "\0" in text:
+        raise UserError(f"{place}: expected a text, got one with a NUL character")
+    if not text.isascii() and _SURROGATE.search(text):
+        raise UserError(
+            f"{place}: expected a text, got one with half of a pair of surrogates, "
+            "which no encoding can write: fetch the file again, or remove the row"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a column's name may be shown; in some files the names are texts."""
+    return re.fullmatch(r"[A-Za-z]\w{0,29}", str(name), re.ASCII) is not None
+
+
+def _column(name: Any) -> str:
+    return f"column '{name}'" if _is_name(name) else "a column with a longer name"
+
+
 def describe(value: Any) -> str:
     """What a value is, without its text."""
     if value is None:
         return "nothing"
     if isinstance(value, bool | int | float):
-        return repr(value)
+        shown = repr(value)
+        return shown if len(shown) <= 30 else "a number of many digits"
     if isinstance(value, str):
         return f"a text of {len(value)} characters" if value.strip() else "a blank text"
     if isinstance(value, list | tuple):

@@ -34,17 +34,15 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sbr_jax.data.hub import hub_rows
+from sbr_jax.data.legalbench import legalbench, legalbench_rows
 from sbr_jax.data.readers import (
-    filled,
     find,
     json_rows,
     jsonl_rows,
-    table_rows,
-    whole_text,
 )
 from sbr_jax.data.records import LETTERS, Pair, format_choices
 from sbr_jax.data.rows import Row
@@ -92,43 +90,6 @@ def _beavertails_rows(folder: Path, split: str) -> list[Row]:
     return jsonl_rows(find(folder, official, f"beavertails/{split}.jsonl"))
 
 
-def _last_query(template: str) -> str:
-    r"""Keeps a few-shot template's instruction and its open question.
-
-    >>> _last_query("Is it?\n\nQ: a\nA: no\n\nQ: {{text}}\nA:")
-    'Is it?\n\nQ: {{text}}\nA:'
-    """
-    start = template.rfind("\n\n", 0, template.find("{{"))
-    if start < 0:
-        return template.strip()
-    instruction = template.split("\n\n", 1)[0].strip()
-    query = template[start:].strip()
-    return query if instruction in query else f"{instruction}\n\n{query}"
-
-
-def _legalbench_rows(folder: Path, split: str) -> list[Row]:
-    """The rows of every task, each with its task's question under `prompt`."""
-    root = folder / "legalbench"
-    if split == "train":
-        files = {path.parent.name: path for path in root.glob("tasks/*/train.tsv*")}
-    else:
-        files = {path.name.partition(".")[0]: path for path in root.glob("test/*.tsv*")}
-    rows = (
-        row for task in sorted(files) for row in _task_rows(root, files[task], task)
-    )
-    return filled(f"{root} ({split})", rows)
-
-
-def _task_rows(root: Path, path: Path, task: str) -> Iterator[Row]:
-    template = _last_query(whole_text(find(root / "tasks" / task, "base_prompt.txt")))
-    # Some tasks have no examples to learn from.
-    for row in table_rows(path, delimiter="\t", empty=True):
-        question = re.sub(
-            r"\{\{(.*?)\}\}", lambda m, row=row: row.text(m[1], empty=True), template
-        )
-        yield row.with_cells(prompt=question)
-
-
 # --- the pair of a row ----------------------------------------------------------------
 
 
@@ -167,16 +128,9 @@ def _medqa(row: Row) -> Pair:
     if not isinstance(options, dict) or sorted(options) != list("ABCD"):
         raise row.fault("options", "an object of the options A to D")
     letter = row.option("answer_idx", tuple("ABCD"))
-    prompt = format_choices(row.text("question"), [options[name] for name in "ABCD"])
+    choices = row.with_cells(options=[options[name] for name in "ABCD"])
+    prompt = format_choices(row.text("question"), choices.texts("options"))
     return Pair(prompt, f"{letter}. {options[letter].strip()}")
-
-
-def _legalbench(row: Row) -> Pair:
-    """The target is called `answer`, in most files of tests `label`."""
-    target = "label" if "answer" not in row.values else "answer"
-    if target not in row.values:
-        raise row.fault(target, "a target called 'answer' or 'label'")
-    return Pair(row.text("prompt"), row.text(target).strip())
 
 
 def _beavertails(row: Row, *, safe: bool) -> Pair | None:
@@ -197,10 +151,13 @@ def _first_turn(row: Row) -> Pair | None:
 def _conversation(row: Row) -> Pair:
     """One request and one answer."""
     turns = row.get("conversations")
-    roles = [turn.get("role") for turn in turns] if isinstance(turns, list) else []
-    if roles != ["user", "assistant"]:
+    turns = turns if isinstance(turns, list) else []
+    cells = [turn if isinstance(turn, dict) else {} for turn in turns]
+    texts = [cell.get("content") for cell in cells]
+    asked = [cell.get("role") for cell in cells] == ["user", "assistant"]
+    if not asked or not all(isinstance(text, str) for text in texts):
         raise row.fault("conversations", "one message of a user and one answer")
-    return Pair(*(turn["content"].strip() for turn in turns))
+    return Pair(*(text.strip() for text in texts))
 
 
 _BEAVERTAILS_SPLITS = ("30k_train", "30k_test", "330k_train", "330k_test")
@@ -218,7 +175,7 @@ SOURCES: dict[str, Source] = {
         _array("codealpaca/code_alpaca_20k.json"), _instruction, splits=("train",)
     ),
     "gsm8k": Source(_lines("gsm8k/SPLIT.jsonl"), _gsm8k, splits=("train", "test")),
-    "legalbench": Source(_legalbench_rows, _legalbench, splits=("train", "test")),
+    "legalbench": Source(legalbench_rows, legalbench, splits=("train", "test")),
     "medmcqa": Source(_lines("medmcqa/SPLIT.json"), _medmcqa, splits=("dev", "train")),
     "medqa": Source(
         _lines("medqa/phrases_no_exclude_SPLIT.jsonl"),
@@ -288,7 +245,11 @@ def data_folder(folder: str | Path) -> Path:
       UserError: if it is not.
     """
     folder = Path(folder)
-    if not folder.exists():
+    try:
+        there = folder.exists()
+    except OSError:  # A name that is too long, or a folder that may not be entered.
+        there = False
+    if not there:
         raise UserError(
             f"expected a folder with data sets at {folder}, found none: name it with "
             "--data"
