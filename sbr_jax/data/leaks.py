@@ -1,6 +1,7 @@
 """Prompts that stand in two sets: counted, refused, or dropped.
 
-Two prompts are the same if they agree after lower-casing, dropping punctuation and
+Two prompts are the same if they agree after taking full-width and other compatible
+forms for the letters they stand for (NFKC), lower-casing, dropping punctuation and
 collapsing blanks. Public sets share more than their names tell (hh-rlhf and BeaverTails
 come from the same red-team prompts, JailbreakBench takes from AdvBench and HarmBench),
 so a calibration set and a test set are to be checked before any split.
@@ -11,6 +12,7 @@ the form of :attr:`sbr_jax.training.study.Study.leak_check`.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ T = TypeVar("T")
 
 
 def normalised(text: str) -> str:
-    r"""Lower case, without punctuation, with single blanks.
+    r"""Plain forms in lower case, without punctuation, with single blanks.
 
     A text of punctuation alone stays as it is, so that such texts do not all agree.
 
@@ -28,9 +30,13 @@ def normalised(text: str) -> str:
     'whats this then'
     >>> normalised("?!")
     '?!'
+    >>> normalised("\uff27\uff4f\u3000\u2460\uff01")  # Full-width "Go ①!"
+    'go 1'
     """
-    words = re.sub(r"[^\w\s]|_", "", text.lower()).split()
-    return " ".join(words) or text.strip()
+    plain = unicodedata.normalize("NFKC", text).lower()
+    # Dropping a mark may bring parts of one letter together.
+    words = unicodedata.normalize("NFKC", re.sub(r"[^\w\s]|_", "", plain)).split()
+    return " ".join(words) or plain.strip()
 
 
 def prompt_of(item: Any) -> str:
@@ -50,7 +56,9 @@ def prompt_of(item: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt):
-        return "\n".join(str(message.get("content", "")) for message in prompt)
+        contents = [message.get("content") for message in prompt]
+        if contents and all(isinstance(content, str) for content in contents):
+            return "\n".join(contents)
     raise UserError(
         f"leak check: expected texts, pairs, items or records, got a "
         f"{type(item).__name__}"
@@ -58,6 +66,8 @@ def prompt_of(item: Any) -> str:
 
 
 def _keys(items: Iterable[Any]) -> set[str]:
+    if isinstance(items, str):  # It would be taken for a list of its letters.
+        raise UserError("leak check: expected a list of prompts, got a text")
     return {normalised(prompt_of(item)) for item in items}
 
 
