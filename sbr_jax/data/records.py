@@ -12,6 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sbr_jax.data.fields import (
+    check_text,
+    check_texts,
+    is_dialogue,
+    is_position,
+    refuse,
+)
+from sbr_jax.data.rows import describe
+from sbr_jax.typing import UserError
+
 LETTERS = string.ascii_uppercase
 """Names of options."""
 
@@ -43,6 +53,11 @@ class Record:
     system: str | None = None
     """A system message, put first."""
 
+    def __post_init__(self):
+        check_text(self, "response", *([] if self.system is None else ["system"]))
+        if not isinstance(self.prompt, str) and not is_dialogue(self.prompt):
+            raise refuse(self, "prompt", "a text, or messages with role and content")
+
     @property
     def context(self) -> list[dict[str, str]]:
         """The messages before the answer."""
@@ -71,7 +86,13 @@ def as_record(item: RecordLike) -> Record:
     >>> as_record(("Hello?", "Hi.")).response
     'Hi.'
     """
-    return item if isinstance(item, Record) else Record(*item)
+    if isinstance(item, Record):
+        return item
+    if not isinstance(item, list | tuple) or not 1 <= len(item) <= 3:
+        raise UserError(
+            f"expected a Record or a pair (prompt, response), got {describe(item)}"
+        )
+    return Record(*item)
 
 
 def format_choices(question: str, choices: Sequence[str]) -> str:
@@ -83,6 +104,11 @@ def format_choices(question: str, choices: Sequence[str]) -> str:
     B. four
     Answer:
     """
+    if isinstance(choices, str) or len(choices) > len(LETTERS):
+        raise UserError(
+            f"expected a list of at most {len(LETTERS)} options, got "
+            f"{describe(choices)}"
+        )
     options = zip(LETTERS[: len(choices)], choices, strict=True)
     lines = [f"{letter}. {text}" for letter, text in options]
     return "\n".join([question.strip(), *lines, "Answer:"])
@@ -128,6 +154,14 @@ class ChoiceItem:
     """Positions of the right options."""
     id: str
     group: str = ""
+
+    def __post_init__(self):
+        check_text(self, "question", "id", "group")
+        check_texts(self, "choices", least=1)
+        correct, count = self.correct, len(self.choices)
+        listed = isinstance(correct, list | tuple) and len(correct) > 0
+        if not listed or not all(is_position(place, count) for place in correct):
+            raise refuse(self, "correct", f"a list of positions from 0 to {count - 1}")
 
     @property
     def answer(self) -> int:
@@ -188,6 +222,15 @@ class BiasItem:
     regenerated: bool = False
     """Not of the release, but made anew with its generator."""
 
+    def __post_init__(self):
+        check_text(self, "context", "question", "category", "id")
+        check_texts(self, "choices", least=3)
+        for field in ("correct", "unknown", "stereotyped"):
+            value = getattr(self, field)
+            none = value is None and field == "stereotyped"
+            if not none and not is_position(value, 3):
+                raise refuse(self, field, "a position from 0 to 2")
+
     @property
     def biased(self) -> int | None:
         """The answer that follows the stereotype.
@@ -216,6 +259,11 @@ class QuestionItem:
     id: str
     group: str = ""
 
+    def __post_init__(self):
+        check_text(self, "prompt", "best", "id", "group")
+        check_texts(self, "correct")
+        check_texts(self, "incorrect")
+
 
 @dataclasses.dataclass(frozen=True)
 class CodeItem:
@@ -236,6 +284,11 @@ class DialogueItem:
     id: str
     group: str = ""
     references: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_text(self, "id", "group")
+        check_texts(self, "turns", least=1)
+        check_texts(self, "references")
 
     @property
     def prompt(self) -> str:
