@@ -115,12 +115,10 @@ def _answer_info(row: Row) -> list[Sequence[str]]:
 
 
 def _label_list(row: Row, column: str, labels: Any) -> list[str]:
-    words = isinstance(labels, list) and all(
-        isinstance(label, str | int) for label in labels
-    )
+    words = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     if not words:
         raise row.fault(column, "lists of labels")
-    return [str(label) for label in labels]
+    return labels
 
 
 def _groups(row: Row) -> Sequence[str]:

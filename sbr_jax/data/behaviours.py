@@ -15,7 +15,7 @@ from sbr_jax.data.readers import (
     table_rows,
 )
 from sbr_jax.data.records import BehaviourItem, JudgedItem
-from sbr_jax.data.rows import Row
+from sbr_jax.data.rows import Row, describe
 from sbr_jax.typing import UserError
 
 HARMBENCH_KINDS = ("standard", "contextual", "copyright")
@@ -24,13 +24,21 @@ HARMBENCH_KINDS = ("standard", "contextual", "copyright")
 def harmbench_rows(folder: Path, split: str) -> list[Row]:
     """Behaviours with the beginning of a compliant answer under ``target``."""
     root = folder / "harmbench"
-    targets = json_value(find(root, "harmbench_targets_text.json"))
+    source = find(root, "harmbench_targets_text.json")
+    targets = json_value(source)
     rows = table_rows(find(root, f"harmbench_behaviors_text_{split}.csv"))
     if not isinstance(targets, dict):
-        raise UserError(f"{root}: expected targets by BehaviorID, got another shape")
+        raise UserError(
+            f"{source}: expected targets by BehaviorID, got {describe(targets)}"
+        )
     for row in rows:
         if row.text("BehaviorID") not in targets:
-            raise row.fault("BehaviorID", "an id that harmbench_targets_text.json has")
+            raise row.fault("BehaviorID", f"an id that {source} has")
+        if not isinstance(target := targets[row.text("BehaviorID")], str):
+            raise UserError(
+                f"{source}: expected a text for the id of row {row.number} of "
+                f"{row.where}, got {describe(target)}"
+            )
     return [row.with_cells(target=targets[row.text("BehaviorID")]) for row in rows]
 
 

@@ -12,6 +12,8 @@ from sbr_jax.data.records import Pair
 from sbr_jax.data.rows import Row
 from sbr_jax.typing import UserError
 
+_CELL = r"\{\{(.*?)\}\}"
+
 
 def _last_query(template: str) -> str:
     r"""Keeps a few-shot template's instruction and its open question.
@@ -43,18 +45,17 @@ def legalbench_rows(folder: Path, split: str) -> list[Row]:
 def _task_rows(root: Path, path: Path, task: str) -> Iterator[Row]:
     source = find(root / "tasks" / task, "base_prompt.txt")
     template = whole_text(source)
-    names = re.findall(r"\{\{(.*?)\}\}", template)
+    names = re.findall(_CELL, template)
     if not names or {template.count("{{"), template.count("}}")} != {len(names)}:
         raise UserError(
             f"expected names of columns in double braces in {source}, got "
             f"{len(names)} of them, or braces that nothing closes: fetch it again"
         )
-    template = _last_query(template)
+    query = _last_query(template)
     # Some tasks have no examples to learn from.
-    for row in table_rows(path, delimiter="\t", empty=True):
-        question = re.sub(
-            r"\{\{(.*?)\}\}", lambda m, row=row: row.text(m[1], empty=True), template
-        )
+    needed = re.findall(_CELL, query)
+    for row in table_rows(path, delimiter="\t", needed=needed):
+        question = re.sub(_CELL, lambda m, row=row: row.text(m[1], empty=True), query)
         yield row.with_cells(prompt=question)
 
 

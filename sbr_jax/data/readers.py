@@ -224,7 +224,7 @@ def table_rows(
     *,
     delimiter: str = ",",
     columns: Sequence[str] | None = None,
-    empty: bool = False,
+    needed: Sequence[str] | None = None,
     lone_quotes: bool = False,
 ) -> list[Row]:
     """The rows of a CSV or TSV file.
@@ -233,14 +233,14 @@ def table_rows(
       path: the file.
       delimiter: between cells.
       columns: names of the cells of a file that has no header.
-      empty: whether a header without rows is fine.
+      needed: columns that the header must have, after which no row need follow.
       lone_quotes: whether a cell that does not begin with a quotation mark may hold
         one without a second, as some published files do.
 
     Raises:
       UserError: for a damaged file, a row with too many or too few cells or with a
         quotation mark that nothing closes, a header that names two columns alike, and
-        a file without rows that may not be empty.
+        a file without rows or without a needed column.
     """
 
     def rows() -> Iterator[Row]:
@@ -252,6 +252,8 @@ def table_rows(
             raise UserError(
                 f"{path}: expected columns of different names, got one twice"
             )
+        for name in needed or ():
+            Row(str(path), 0, dict.fromkeys(names)).get(name)
         for number, cells in enumerate(records, 1):
             if len(cells) != len(names):
                 raise UserError(
@@ -261,7 +263,7 @@ def table_rows(
             values = dict(zip(names, cells, strict=True))
             yield Row.read(str(path), number, values)
 
-    return list(rows()) if empty else filled(str(path), rows())
+    return filled(str(path), rows()) if needed is None else list(rows())
 
 
 def _records(
