@@ -67,6 +67,57 @@ def test_what_differs_by_a_word_is_no_leak():
     assert leaks.normalised("Straße — déjà_vu") == "straße déjàvu"
 
 
+FORMS = {
+    "full width": "\uff2d\uff41\uff59 \uff29 \uff47\uff4f\uff1f",
+    "full-width blanks": "May\u3000I\u3000go?",
+    "no-break blanks": "May\u00a0I\u202fgo",
+    "mathematical letters": "\U0001d40c\U0001d41a\U0001d432 I go",
+    "circled": "\u24c2\u24d0\u24e8 \u24be \u24d6\u24de",
+    "zero width": "M\u200bay\u00ad I g\u2060o",
+    "byte-order mark": "\ufeffMay I go?",
+    "marks": "\u201cMay\u201d I\u2026 go\u203d",
+    "line ends": "may\r\ni\rgo",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_of_the_same_letters_are_no_other_prompt(form):
+    assert leaks.normalised(FORMS[form]) == "may i go"
+    assert leaks.shared({"a": ["May I go?"], "b": [FORMS[form]]}) == {"a/b": 1}
+    assert leaks.without([FORMS[form]], ["May I go?"]) == ([], 1)
+    assert leaks.distinct(["May I go?", FORMS[form]]) == (["May I go?"], 1)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("d\u00e9j\u00e0", "de\u0301ja\u0300"),
+        ("\ufb01ne", "fine"),
+        ("\uff11\uff12", "12"),
+        ("\ud55c", "\u1112\u1161\u11ab"),
+        ("\uff76\uff9e", "\u30ac"),
+        ("\uff01\uff1f", "!?"),
+    ],
+)
+def test_composed_and_compatible_forms_agree(a, b):
+    assert leaks.normalised(a) == leaks.normalised(b)
+
+
+def test_normalising_twice_is_normalising_once():
+    rng = random.Random(0)
+    ranges = (
+        (32, 127),
+        (0xA0, 0x24F),
+        (0x300, 0x36F),
+        (0x1100, 0x11FF),
+        (0xFF00, 0xFFEF),
+    )
+    for _ in range(300):
+        marks = [chr(rng.randrange(*rng.choice(ranges))) for _ in range(8)]
+        once = leaks.normalised("".join(marks))
+        assert leaks.normalised(once) == once
+
+
 def test_pairs_items_and_messages_are_compared_by_their_prompts():
     choice = ChoiceItem("May I?", ("yes", "no"), (0,), "1")
     turn = {"role": "user", "content": "may i"}

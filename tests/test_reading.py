@@ -1,0 +1,371 @@
+"""One text whatever the format: tables of how it is saved, and of what is no row."""
+
+import csv
+import gzip
+import io
+import json
+
+import numpy as np
+import pytest
+import tiny_data as files
+
+from sbr_jax.data import Pair, Record, leaks, load_evalset, load_source, readers
+from sbr_jax.data.records import (
+    BiasItem,
+    ChoiceItem,
+    DialogueItem,
+    QuestionItem,
+    as_record,
+    format_choices,
+)
+from sbr_jax.data.rows import MOST_LEVELS, Row, cleaned
+from sbr_jax.typing import UserError
+
+# --- line ends ------------------------------------------------------------------------
+
+TEXTS = {
+    "one\r\ntwo": "one\ntwo",
+    "one\rtwo": "one\ntwo",
+    "one\n\r\ntwo": "one\n\ntwo",
+    "\r\n one \r": "\n one \n",
+    " blanks stay \t": " blanks stay \t",
+    "a\u2028b\x85c\x0bd\x0ce": "a\u2028b\x85c\x0bd\x0ce",
+    "a \ufeff mark": "a \ufeff mark",
+    '"quoted", \\r': '"quoted", \\r',
+    "\u00e9 \U0001f600 e\u0301": "\u00e9 \U0001f600 e\u0301",
+}
+
+
+def table(values, end):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator=end)
+    writer.writerows([["t"], *([value] for value in values)])
+    return out.getvalue()
+
+
+def as_parquet(path, values):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"t": list(values)}), path)
+
+
+FORMATS = {
+    "csv": lambda path, values: path.write_text(table(values, "\n"), newline=""),
+    "csv with CRLF": lambda path, values: path.write_text(
+        table(values, "\r\n"), newline=""
+    ),
+    "tsv": lambda path, values: path.write_text(table(values, "\n"), newline=""),
+    "json": lambda path, values: path.write_text(
+        json.dumps([{"t": v} for v in values])
+    ),
+    "jsonl": lambda path, values: path.write_text(
+        "\r\n".join(json.dumps({"t": v}, ensure_ascii=False) for v in values),
+        newline="",
+    ),
+    "parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize("way", FORMATS)
+def test_a_text_is_the_same_from_every_format(way, tmp_path):
+    path = tmp_path / f"a.{way.split()[0]}"
+    FORMATS[way](path, TEXTS)
+    rows = readers.any_rows(path)
+    assert [row.text("t") for row in rows] == list(TEXTS.values())
+
+
+def test_a_text_is_the_same_from_the_hub(monkeypatch):
+    rows = [{"question": question, "answer": "4\r\n"} for question in TEXTS]
+    files.fake_hub(monkeypatch, rows)
+    expected = [(text.strip(), "4") for text in TEXTS.values()]
+    assert load_source("gsm8k") == expected
+
+
+def with_crlf(content):
+    return content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
+@files.needs_data
+@pytest.mark.parametrize(
+    ("name", "below", "split"),
+    [
+        ("harmbench", "harmbench", "all"),
+        ("mmlu", "mmlu/test", "test"),
+        ("mmlu", "mmlu/val", "val"),
+    ],
+)
+def test_copies_with_other_line_ends_give_the_prompts_of_the_originals(
+    name, below, split, tmp_path
+):
+    for path in (files.DATA / below).rglob("*.*"):
+        copy = tmp_path / path.relative_to(files.DATA)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(with_crlf(path.read_bytes()))
+    copied = load_evalset(name, tmp_path, split=split)
+    # Compared by pairs, so that a difference would not be printed.
+    original = load_evalset(name, files.DATA, split=split)
+    same = [a == b for a, b in zip(copied, original, strict=True)]
+    assert sum(same) == len(same)
+    assert not sum("\r" in item.prompt for item in copied)
+
+
+# --- files that are not what their name says ------------------------------------------
+
+LONE = "a secret sentence"
+ROW = {"t": LONE}
+WRONG = {
+    "UTF-16": ("a.csv", f"t\n{LONE}\n".encode("utf-16"), "got UTF-16 at line 1: save"),
+    "Latin-1 table": (
+        "a.csv",
+        f"t\n{LONE}\n\xe9\n".encode("latin-1"),
+        "got another encoding at line 3: save it as UTF-8",
+    ),
+    "Latin-1 lines": (
+        "a.jsonl",
+        (json.dumps(ROW) + '\n{"t": "\xe9"}').encode("latin-1"),
+        "got another encoding at line 2",
+    ),
+    "NUL": ("a.csv", b"t\nx\na\0\n", "got a NUL byte at line 3"),
+    "surrogate in lines": (
+        "a.jsonl",
+        (json.dumps(ROW) + '\n{"t": "x\\ud800"}').encode(),
+        "row 2, column 't': expected a text, got one with half of a pair",
+    ),
+    "surrogate in an array": (
+        "a.json",
+        b'[{"t": {"u": ["x", "\\udfff"]}}]',
+        "row 1, column 't', column 'u', item 2: expected a text",
+    ),
+    "surrogate in a name": ("a.jsonl", b'{"\\ud800": 1}', "row 1, name of a column"),
+    "escaped NUL": ("a.jsonl", b'{"t": "\\u0000"}', "column 't': .* a NUL character"),
+    "text as column": (
+        "a.jsonl",
+        b'{"a secret sentence": "\\u0000"}',
+        "row 1, a column with a longer name: ",
+    ),
+    "deep": ("a.json", b"[" * 100_000, r"got something else \(lists .* too deep\)"),
+    "deep line": ("a.jsonl", b'{"t":' * 100_000, r"at row 1 \(lists .* too deep\)"),
+    "levels": (
+        "a.jsonl",
+        b'{"t":' + b"[" * MOST_LEVELS + b"]" * MOST_LEVELS + b"}",
+        f"row 1, .*expected at most {MOST_LEVELS} levels",
+    ),
+    "digits": ("a.jsonl", b'{"t": ' + b"9" * 5000 + b"}", "at row 1 .*4300 digits"),
+    "array as lines": ("a.jsonl", b'[{"t": 1},\n{"t": 2}]', "got a JSON array: write"),
+    "lines as array": (
+        "a.json",
+        b'{"t": 1}\n{"t": 2}',
+        "line 2 .*as if it were JSON l",
+    ),
+    "name twice": (
+        "a.jsonl",
+        b'{"t": 1, "t": 1}',
+        "row 1 .*stands twice in one object",
+    ),
+    "names by line end": (
+        "a.jsonl",
+        b'{"t\\r\\n": 1, "t\\n": 2}',
+        "row 1: expected different names",
+    ),
+    "header twice": ("a.csv", b"t,t\n1,2\n", "columns of different names"),
+    "nothing": ("a.csv", b"", "got an empty file"),
+    "header only": ("a.csv", b"t,u\n", "at least one row, got none"),
+    "bomb": ("a.jsonl.gz", gzip.compress(b" " * 2**25, 1), "more than 200-fold"),
+    "swallowed": (
+        "a.csv",
+        b"t,u\n" + b'"a secret sentence,b\n' * 50,
+        r"row 1: .*expected after '\"'",
+    ),
+    "unclosed": ("a.csv", b't,u\nx,y\n"a secret sentence,b\n', "row 2: .*end of data"),
+    "lone quote": ("a.csv", b't,u\nx,y\nz "," a"b\n', "row 2"),
+    "lost quote": ("a.csv", b't,u\nx,y\nz ""a"" b",c\n', "row 2: .*without a second"),
+    "other delimiter": ("a.csv", b"t;u\na,b;c\n", "row 1: expected 1 cells, got 2"),
+    "row of a list": (
+        "a.json",
+        b'[{"t": 1}, ["x"]]',
+        "row 2: expected an object, got a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_row_is_one_line_with_file_and_place(case, tmp_path):
+    name, content, said = WRONG[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        readers.any_rows(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_what_grows_as_text_does_is_no_bomb(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    rows = [{"question": "x" * 500, "answer": str(i)} for i in range(100)]
+    path.write_bytes(gzip.compress(files.as_lines(rows).encode()))
+    assert len(readers.jsonl_rows(path)) == 100
+
+
+def test_a_published_table_may_hold_a_lone_quotation_mark(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('Is it?",yes\nx,no\n')
+    rows = readers.table_rows(path, columns=("q", "a"), lone_quotes=True)
+    assert [row.values["q"] for row in rows] == ['Is it?"', "x"]
+    with pytest.raises(UserError, match=r"row 1: .*without a second"):
+        readers.table_rows(path, columns=("q", "a"))
+
+
+def test_a_file_beside_its_packed_copy_is_read_once(tmp_path):
+    rows = files.as_table(files.MMLU, header=False)
+    files.put(tmp_path / "mmlu/test/sums_test.csv", rows)
+    files.put(tmp_path / "mmlu/test/sums_test.csv.gz", rows)
+    files.put(tmp_path / "mmlu/test/sums_test.csv.bak", rows)
+    assert len(load_evalset("mmlu", tmp_path)) == 1
+
+
+def test_a_place_that_cannot_be_looked_at_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="expected a folder with data sets at"):
+        load_source("gsm8k", tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match=r"expected to read .*File name too long"):
+        readers.any_rows(tmp_path / f"{'x' * 300}.csv")
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/train.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"gsm8k/train.jsonl, got something else"):
+        load_source("gsm8k", tmp_path)
+
+
+# --- cells and items of another type --------------------------------------------------
+
+CELLS = {
+    "catqa": ("catqa/catqa_english.json", {"Words": {"Long:": "Who?"}}, "lists of q"),
+    "safety_tuned_questions": (
+        "safety_tuned_llamas/I-MaliciousInstructions.json",
+        {"instructions": "Who?"},
+        "a list of texts, got a text of 4",
+    ),
+    "mtbench": (
+        "mtbench/question.jsonl",
+        files.MTBENCH[0] | {"turns": "Go."},
+        "'turns': expected a list of texts",
+    ),
+    "medqa": (
+        "medqa/phrases_no_exclude_test.jsonl",
+        files.MEDQA[0] | {"options": "wxyz"},
+        "an object of the options",
+    ),
+    "truthfulqa_mc1": (
+        "truthfulqa/mc_task.json",
+        [files.TASKS[0] | {"mc1_targets": {"No": True, "Yes": False}}],
+        "options with 0 or 1",
+    ),
+    "truthfulqa_mc2": (
+        "truthfulqa/mc_task.json",
+        [files.TASKS[0] | {"mc2_targets": {"No": 1.0, "Yes": 0.0}}],
+        "options with 0 or 1",
+    ),
+    "bbq": (
+        "bbq/Age.jsonl",
+        files.BBQ[0]
+        | {"answer_info": {"ans0": "old", "ans1": ["x"], "ans2": ["unknown"]}},
+        "lists of labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_text_is_no_list_and_a_truth_value_no_number(name, tmp_path):
+    path, content, said = CELLS[name]
+    files.put(tmp_path / path, files.as_json(content))
+    split = "Age" if name == "bbq" else None
+    with pytest.raises(UserError, match=said) as error:
+        load_evalset(name, tmp_path, split=split)
+    assert str(tmp_path / path) in str(error.value)
+
+
+HUB_CELLS = {
+    "letters as options": ("mmlu", {"choices": "abcd", "answer": 1}),
+    "truth value": ("mmlu", {"choices": list("abcd"), "answer": True}),
+    "fraction": ("mmlu", {"choices": list("abcd"), "answer": 1.0}),
+    "out of range": ("mmlu", {"choices": list("abcd"), "answer": 4}),
+    "five options": ("mmlu", {"choices": list("abcde"), "answer": 1}),
+    "letters as targets": (
+        "truthfulqa_mc1",
+        {"mc1_targets": {"choices": "ab", "labels": [1, 0]}},
+    ),
+    "option twice": (
+        "truthfulqa_mc1",
+        {"mc1_targets": {"choices": ["a", "a"], "labels": [1, 0]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HUB_CELLS)
+def test_the_hubs_cells_are_typed_too(case, monkeypatch):
+    name, cells = HUB_CELLS[case]
+    files.fake_hub(monkeypatch, [{"question": "q", "subject": "s"} | cells])
+    with pytest.raises(UserError, match="row 1: expected the columns of its card"):
+        load_evalset(name)
+
+
+ABC = ("a", "b", "c")
+ITEMS = {
+    "letters as options": lambda: ChoiceItem("q", "abcd", (0,), "1"),
+    "no options": lambda: ChoiceItem("q", (), (0,), "1"),
+    "numbers as options": lambda: ChoiceItem("q", (1, 2), (0,), "1"),
+    "no right one": lambda: ChoiceItem("q", ABC, (), "1"),
+    "position beyond": lambda: ChoiceItem("q", ABC, (3,), "1"),
+    "negative position": lambda: ChoiceItem("q", ABC, (-1,), "1"),
+    "fraction": lambda: ChoiceItem("q", ABC, (1.0,), "1"),
+    "truth value": lambda: ChoiceItem("q", ABC, (True,), "1"),
+    "bare position": lambda: ChoiceItem("q", ABC, 1, "1"),
+    "no question": lambda: ChoiceItem(None, ABC, (1,), "1"),
+    "bias": lambda: BiasItem("c", "q", "abc", 0, 2, None, True, True, "k", "1"),
+    "bias beyond": lambda: BiasItem("c", "q", ABC, 0, 3, None, True, True, "k", "1"),
+    "answers": lambda: QuestionItem("q", "b", "yes", (), "1"),
+    "turns": lambda: DialogueItem("Go.", "1"),
+    "no turns": lambda: DialogueItem((), "1"),
+    "response": lambda: Record("p", 7),
+    "system": lambda: Record("p", "r", system=["x"]),
+    "messages": lambda: Record(({"role": "user"},)),
+    "no messages": lambda: Record(()),
+    "two letters": lambda: as_record("ab"),
+    "object": lambda: as_record({"prompt": "p", "response": "r"}),
+    "letters": lambda: format_choices("q", "abcd"),
+    "27 options": lambda: format_choices("q", ["x"] * 27),
+    "leaks of a text": lambda: leaks.shared({"a": "Who?", "b": []}),
+    "leaks without text": lambda: leaks.shared({"a": [({"role": "user"},)], "b": []}),
+}
+
+
+@pytest.mark.parametrize("case", ITEMS)
+def test_an_item_of_other_types_is_refused(case):
+    with pytest.raises(UserError, match="expected") as error:
+        ITEMS[case]()
+    assert "Who?" not in str(error.value)
+
+
+def test_items_of_the_right_types_are_made():
+    assert ChoiceItem("q", list(ABC), (np.int64(2),), "1").answer == 2
+    assert as_record(["p", "r"]) == as_record(Pair("p", "r")) == Record("p", "r")
+
+
+def test_an_identity_is_a_text_or_a_whole_number():
+    row = Row("toy", 1, {"a": "v2-1", "b": 81, "c": True, "d": 8.5, "e": [1]})
+    assert (row.identity("a"), row.identity("b")) == ("v2-1", "81")
+    for column in "cde":
+        with pytest.raises(UserError, match=f"column '{column}': expected a text"):
+            row.identity(column)
+
+
+def test_no_message_quotes_a_number_of_thousands_of_digits():
+    error = Row("toy", 1, {"n": 10**4000}).fault("n", "at most 4")
+    assert str(error).endswith("got a number of many digits")
+
+
+def test_cleaning_is_done_once():
+    for text, clean in TEXTS.items():
+        assert cleaned({"a": [text, (text,)]}, "here") == {"a": [clean, [clean]]}
+        assert cleaned(clean, "here") == clean
+    assert cleaned([1, None, 2.5, b"x"], "here") == [1, None, 2.5, b"x"]
