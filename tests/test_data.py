@@ -208,6 +208,80 @@ def test_batch_mistakes_are_named():
         data.TokenDataset(np.ones((2, 3)), np.ones((2, 4)))
 
 
+PROMPTS = ([5, 6, 7, 8], [9, 10], [11], [12, 13, 14, 15])
+
+
+def padded(prompts, side, pad=0, bos=(), answer=(20, 21)):
+    """Tokens, answer mask and attention mask, as a tokenizer pads them."""
+    rows = [[*bos, *prompt, *answer] for prompt in prompts]
+    longest = max(map(len, rows))
+    fill = {
+        "left": lambda row, value: [value] * (longest - len(row)) + row,
+        "right": lambda row, value: row + [value] * (longest - len(row)),
+    }[side]
+    marks = [[0] * (len(row) - len(answer)) + [1] * len(answer) for row in rows]
+    tokens = np.array([fill(row, pad) for row in rows])
+    return (
+        tokens,
+        np.array([fill(m, 0) for m in marks]),
+        np.array([fill([1] * len(row), 0) for row in rows]),
+    )
+
+
+@pytest.mark.parametrize("pad", [0, 1, 21])
+@pytest.mark.parametrize("bos", [(), (1,)])
+@pytest.mark.parametrize("told", [False, True])
+def test_rows_padded_on_the_left_are_refused(pad, bos, told):
+    tokens, mask, attention = padded(PROMPTS, "right", pad, bos)
+    given = {"attention_mask": attention} if told else {}
+    assert len(data.TokenDataset(tokens, mask, **given)) == 4
+    tokens, mask, attention = padded(PROMPTS, "left", pad, bos)
+    given = {"attention_mask": attention} if told else {}
+    with pytest.raises(UserError, match=r"padded on the right, got 2 of 4 with"):
+        data.TokenDataset(tokens, mask, **given)
+
+
+def test_a_row_alone_is_told_by_its_attention_mask():
+    tokens, mask, attention = (rows[1:2] for rows in padded(PROMPTS, "left"))
+    assert len(data.TokenDataset(tokens, mask)) == 1
+    with pytest.raises(UserError, match="got 1 of 1"):
+        data.TokenDataset(tokens, mask, attention_mask=attention)
+    with pytest.raises(UserError, match="an attention_mask of 0 and 1 of the shape"):
+        data.TokenDataset(tokens, mask, attention_mask=attention[0])
+    whole = data.TokenDataset(tokens, mask, attention_mask=np.ones_like(mask))
+    assert whole.attention_mask is None
+
+
+def test_rows_of_one_length_that_begin_alike_are_no_padding():
+    """Nor are repeated tokens at the start of some prompts, or parts of a set."""
+    tokens, mask, _ = padded([[3, 3, 5], [3, 4, 6], [7, 7, 7]], "right")
+    assert len(data.TokenDataset(tokens, mask, attention_mask=np.ones_like(mask))) == 3
+    rows = [[1, 5, 6], [1, 7, 8], [1, 1, 9]]
+    longer = data.TokenDataset(*padded([*rows, [1, 2]], "right")[:2])
+    assert len(data.take(longer, [0, 1, 2])) == 3
+    same = np.full((4, 6), 3)
+    assert len(data.TokenDataset(same, np.eye(6)[[5] * 4])) == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "said"),
+    [
+        ([[1.5, 2]], [[0, 1]], "whole numbers of at least 0 as tokens, got other"),
+        ([[-100, 2]], [[0, 1]], "whole numbers"),
+        ([[2**31, 2]], [[0, 1]], "whole numbers"),
+        ([[np.nan, 2]], [[0, 1]], "whole numbers"),
+        ([[True, False]], [[0, 1]], "whole numbers of at least 0 as tokens, got bool"),
+        ([["a", "b"]], [[0, 1]], "whole numbers"),
+        ([[1, 2]], [[0, np.nan]], "a mask of 0 and 1"),
+        ([[1, 2]], [[0, -1]], "a mask of 0 and 1"),
+        ([[1, 2]], [[0, 7]], "a mask of 0 and 1"),
+    ],
+)
+def test_what_is_no_token_or_mask_is_refused(tokens, mask, said):
+    with pytest.raises(UserError, match=said):
+        data.TokenDataset(np.array(tokens), np.array(mask))
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 1.0])
 def test_a_mixture_replaces_the_fraction(fraction):
     mixed = data.mixture(numbers(20), numbers(30, 100), fraction, seed=0)

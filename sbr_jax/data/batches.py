@@ -18,6 +18,11 @@ from sbr_jax.typing import UserError
 class TokenDataset:
     """Right-padded token sequences with the mask of their answers.
 
+    The models take no mask of padding: with causal attention, what follows the last
+    answer token changes nothing, but padding *before* a prompt is read as its
+    beginning. Padding there is refused, by ``attention_mask`` where it is given (it is
+    not kept), else where the rows show it: :func:`refuse_left_padding`.
+
     >>> data = TokenDataset(np.zeros((3, 5), np.int32), np.ones((3, 5), np.float32))
     >>> len(data), data.length
     (3, 5)
@@ -33,15 +38,24 @@ class TokenDataset:
     """Records whose answer was cut because they were too long."""
     risk: np.ndarray | None = None
     """float32 ``[N]`` in [0, 1]: how harmful it would be to learn each example."""
+    attention_mask: dataclasses.InitVar[np.ndarray | None] = None
+    """``[N, T]``, 1 at what is no padding, as a tokenizer gives it."""
 
-    def __post_init__(self):
-        tokens = np.asarray(self.tokens, np.int32)
+    def __post_init__(self, attention_mask):
+        tokens = _token_ids(self.tokens)
         mask = np.asarray(self.mask, np.float32)
         if tokens.ndim != 2 or tokens.shape != mask.shape:
             raise UserError(
                 "TokenDataset expected tokens and mask of one shape [N, T], got "
                 f"{tokens.shape} and {mask.shape}"
             )
+        if not ((mask >= 0) & (mask <= 1)).all():
+            raise UserError("TokenDataset expected a mask of 0 and 1, got other values")
+        if attention_mask is None:
+            first = np.argmax(mask > 0, axis=1)
+            refuse_left_padding("TokenDataset", tokens, _last(mask > 0), first)
+        else:
+            _check_attention(np.asarray(attention_mask), mask)
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "mask", mask)
         if self.risk is not None:
@@ -60,6 +74,77 @@ class TokenDataset:
     def length(self) -> int:
         """T, to which every example is padded."""
         return self.tokens.shape[1]
+
+
+def _token_ids(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values)
+    numbers = values.dtype.kind in "iuf"
+    if not numbers or not ((values >= 0) & (values < 2**31) & (values % 1 == 0)).all():
+        raise UserError(
+            "TokenDataset expected whole numbers of at least 0 as tokens, got "
+            f"{'other ones' if numbers else values.dtype}"
+        )
+    return values.astype(np.int32)
+
+
+def _last(marked: np.ndarray) -> np.ndarray:
+    """The last marked place of each row; -1 where there is none."""
+    places = np.where(marked, np.arange(marked.shape[1]), -1)
+    return places.max(axis=1, initial=-1)
+
+
+def _check_attention(attention: np.ndarray, mask: np.ndarray) -> None:
+    """Refuses rows with padding before their end, or an answer after it."""
+    if attention.shape != mask.shape or not np.isin(attention, (0, 1)).all():
+        raise UserError(
+            f"TokenDataset expected an attention_mask of 0 and 1 of the shape "
+            f"{mask.shape}, got {attention.shape}, or other values"
+        )
+    rising = (np.diff(attention.astype(np.int8), axis=1) > 0).any(axis=1)
+    wrong = rising | (mask > attention).any(axis=1)
+    if wrong.any():
+        raise UserError(_left_padded("TokenDataset", int(wrong.sum()), len(mask)))
+
+
+def _left_padded(what: str, wrong: int, count: int) -> str:
+    return (
+        f"{what} expected rows that are padded on the right, got {wrong} of {count} "
+        "with padding before their end: use padding_side='right', or give the "
+        "attention_mask of rows that have no padding there"
+    )
+
+
+def refuse_left_padding(
+    what: str, tokens: np.ndarray, last: np.ndarray, free: np.ndarray
+) -> None:
+    """Refuses rows that look as if they were padded on the left.
+
+    They do where all end in the same place, and at least half of them begin with one
+    token that some repeat, and not all equally often. A single row, or rows of one
+    length, cannot be told.
+
+    Args:
+      what: named in the error.
+      tokens: ``[N, T]``.
+      last: ``[N]``, the last place of each row that is no padding; -1 if unknown.
+      free: ``[N]``, how many places of each row may be padding: those before an answer.
+
+    Raises:
+      UserError: for such rows.
+
+    >>> rows = np.array([[0, 0, 5, 6], [7, 5, 8, 6]])
+    >>> refuse_left_padding("rows", rows[:, ::-1], np.array([1, 3]), 3)
+    >>> refuse_left_padding("rows", rows, np.array([3, 3]), 3)
+    Traceback (most recent call last):
+    sbr_jax.typing.UserError: rows expected rows that are padded on the right, ...
+    """
+    if len(tokens) < 2 or last[0] < 1 or (last != last[0]).any():
+        return
+    runs = np.logical_and.accumulate(tokens == tokens[:, :1], axis=1).sum(axis=1)
+    runs = np.where(tokens[:, 0] == tokens[runs.argmax(), 0], runs, 0)
+    runs = np.minimum(runs, free)
+    if runs.max() > 1 and runs.min() < runs.max() and 2 * (runs > 0).sum() >= len(runs):
+        raise UserError(_left_padded(what, int((runs > 1).sum()), len(runs)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -155,7 +240,11 @@ def take(dataset: TokenDataset, rows: Sequence[int] | np.ndarray) -> TokenDatase
     """
     rows = np.asarray(rows, np.int64)
     risk = None if dataset.risk is None else dataset.risk[rows]
-    return TokenDataset(dataset.tokens[rows], dataset.mask[rows], risk=risk)
+    tokens, mask = dataset.tokens[rows], dataset.mask[rows]
+    # They were looked at as a whole; a few of them may end alike by chance.
+    return TokenDataset(
+        tokens, mask, risk=risk, attention_mask=np.ones(tokens.shape, np.int8)
+    )
 
 
 def concatenate(datasets: Sequence[TokenDataset]) -> TokenDataset:
