@@ -276,3 +276,18 @@ def test_defaults_are_the_published_ones():
     }
     assert sbr().name == "sbr"
     assert not sbr().monitored
+
+
+@pytest.mark.parametrize(
+    ("tokens", "last", "said"),
+    [
+        ([[0, 0, 5, 6], [7, 8, 9, 5], [0, 0, 0, 7]], [3, 3, 3], "got 2 of 3 with"),
+        ([[5, 6, 0, 0], [7, 8, 9, 0]], [1, 4], "last places from 0 to 3, got 1 to 4"),
+        ([[5, 6, 0, 0], [7, 8, 9, 0]], [-1, 2], "last places from 0 to 3, got -1"),
+        ([[5, 6, 0, 0], [7, 8, 9, 0]], [1], "the last place"),
+    ],
+)
+def test_anchors_that_are_not_padded_on_the_right_are_refused(tokens, last, said):
+    anchors = {"tokens": jnp.array(tokens), "last": jnp.array(last)}
+    with pytest.raises(UserError, match=f"anchors.* {said}"):
+        reference_states(PROBLEM, BASE, FRESH, anchors)

@@ -29,6 +29,7 @@ import numpy as np
 
 from sbr_jax import losses
 from sbr_jax.data import TokenDataset
+from sbr_jax.data.batches import refuse_left_padding
 from sbr_jax.methods.base import (
     Method,
     Problem,
@@ -246,9 +247,32 @@ def reference_states(
 
     Returns:
       float32 ``[K, D]``.
+
+    Raises:
+      UserError: for anchors that end outside their row, or are padded on the left.
     """
+    _check_anchors(anchors)
     states = _compiled_states(problem.apply_fn, base, adapter, anchors)
     return states.astype(jnp.float32)
+
+
+def _check_anchors(anchors: Anchors) -> None:
+    """Refuses anchors whose last token is not where they say; not while tracing."""
+    tokens, last = anchors["tokens"], anchors["last"]
+    if isinstance(tokens, jax.core.Tracer) or isinstance(last, jax.core.Tracer):
+        return
+    tokens, last = np.asarray(tokens), np.asarray(last)
+    if tokens.ndim != 2 or last.shape != tokens.shape[:1]:
+        raise UserError(
+            "anchors: expected tokens [K, T] and the last place [K] of each, got "
+            f"{tokens.shape} and {last.shape}"
+        )
+    if not ((last >= 0) & (last < tokens.shape[1])).all():
+        raise UserError(
+            f"anchors: expected last places from 0 to {tokens.shape[1] - 1}, got "
+            f"{last.min()} to {last.max()}"
+        )
+    refuse_left_padding("anchors", tokens, last, last)
 
 
 def hidden_anchor_loss(
