@@ -72,6 +72,19 @@ def page_tables(text: str) -> Iterator[PageTable]:
         )
 
 
+def page_figures(text: str) -> Iterator[tuple[int, str, str]]:
+    r"""Line, name and what stands below of every figure of `docs/figures`.
+
+    >>> list(page_figures("![A map](docs/figures/map.png)\n\nText\n\nMore"))
+    [(1, 'figures/map.png', 'Text')]
+    """
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if found := re.match(r"!\[.*\]\(.*(figures/[^/]+)\)$", line):
+            below = next((text for text in lines[number:] if text), "")
+            yield number, found[1], below
+
+
 def cells(line: str) -> tuple[str, ...]:
     """The cells of a line.
 

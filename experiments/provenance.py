@@ -3,10 +3,11 @@
     python -m experiments.provenance                  # rows older than the code at hand
     python -m experiments.provenance --record COMMIT  # add the code at hand by name
 
-`docs/tables.json` has, for every measured line of a table marked `<!-- table: ID -->`,
-the hash of the code that decided it (:mod:`experiments.code_version`), and the version
-that the table shows: where that would give a line another hash, the line bears a †.
-Tables that :mod:`experiments.fill_docs` writes have the hash in a column of their own.
+`docs/tables.json` has, for every measured line of a table marked `<!-- table: ID -->`
+and for every figure, the hash of the code that decided it
+(:mod:`experiments.code_version`), and the version that the table shows: where that
+would give a line another hash, the line bears a †. Tables that
+:mod:`experiments.fill_docs` writes have the hash in a column of their own.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from typing import Any
 
 from experiments import cli
 from experiments.code_version import ROOT, code_hash
-from experiments.markdown_tables import MARK, PageTable, page_tables
+from experiments.markdown_tables import MARK, PageTable, page_figures, page_tables
 from sbr_jax.typing import UserError
 
 PROGRAM = "python -m experiments.provenance"
@@ -28,6 +29,7 @@ CODE = "code"
 """Title of the column of hashes in generated tables."""
 PAGES = ("README.md", "experiments/README.md", "docs/*.md", "docs/methods/*.md")
 TESTBED = "testbed"
+SPREAD = r"\d+\.\d+ ± \d+\.\d+"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +156,46 @@ def problems(root: Path = ROOT) -> list[str]:
                     f"ID --> above them and the rows' hashes into {MANIFEST}, or "
                     "<!-- no measurement --> where nothing was measured"
                 )
+        for number, name, below in page_figures(text):
+            where = f"{page}:{number}"
+            if name not in manifest.tables:
+                found.append(f"{where}: expected the rows of {name} in {MANIFEST}")
+                continue
+            seen.append(name)
+            drawn = manifest.tables[name]
+            rows = [m for line in drawn.lines for m in line]
+            older = any(manifest.is_older(m, drawn.version) for m in rows)
+            if older != (MARK in below):
+                found.append(_mismatch(where, name, older))
+    found += quoted(root)
     left = set(manifest.tables) - set(seen)
     found += [f"{MANIFEST}: table {name} is on no page" for name in sorted(left)]
     twice = {name for name in seen if seen.count(name) > 1}
     return found + [f"table {name}: expected once, found twice" for name in twice]
+
+
+def quoted(root: Path = ROOT) -> list[str]:
+    """Numbers with a spread, quoted in sentences, that only marked rows have."""
+    marked: dict[bool, set[str]] = {True: set(), False: set()}
+    texts = []
+    for page, text in pages(root):
+        lines = text.splitlines()
+        for table in page_tables(text):
+            if table.is_measured:
+                for number, line in enumerate(table.lines, table.line + 1):
+                    lines[number] = ""
+                    for cell in line:
+                        older = MARK in line[0] or MARK in cell
+                        marked[older].update(re.findall(SPREAD, cell))
+        texts.append((page, lines))
+    old = marked[True] - marked[False]
+    return [
+        f"{page}:{number}: {found}: only rows marked with {MARK} have it: mark it too"
+        for page, lines in texts
+        for number, line in enumerate(lines, 1)
+        for found in re.findall(rf"{SPREAD}(?! {MARK})(?!\d)", line)
+        if found in old
+    ]
 
 
 def _generated(where: str, table: PageTable, manifest: Manifest) -> list[str]:

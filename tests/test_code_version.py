@@ -69,6 +69,11 @@ OTHER = {
         "        check_sign(x)",
         "        x = check_sign(x)",
     ),
+    "a call that is no check": (
+        "toy/main.py",
+        "        check_sign(x)",
+        "        checkpoint(x)",
+    ),
     "work at import": ("toy/parts.py", "TWO = 2\n", "TWO = 2\nprint(TWO)\n"),
 }
 

@@ -8,11 +8,12 @@ import pytest
 import synthetic_run
 import tiny
 
-from experiments import cli, fill_docs, provenance
+from experiments import cli, fill_docs, fill_tables, provenance
 from experiments.code_version import ROOT
 from experiments.markdown_tables import MARK, page_tables
 from experiments.provenance import MANIFEST, PAGES, problems, read_manifest
 from experiments.results import read_run
+from experiments.tables import cell
 from sbr_jax.training import code_record, pipeline
 from sbr_jax.training.results import write_result
 from sbr_jax.typing import UserError
@@ -87,6 +88,24 @@ FAULTS = {
     ),
     "no sentence below": (PARTS, r"^† Measured.*\n", "", "a sentence with †"),
     "a column that is gone": ("README.md", " poisoned ", " harmful ", "a column"),
+    "a figure without a mark": (
+        "README.md",
+        r"^† Drawn from",
+        "Drawn from",
+        "trajectory.png: measured with other code",
+    ),
+    "a figure of unknown rows": (
+        "README.md",
+        "trajectory.png",
+        "another.png",
+        "expected the rows of figures/another.png",
+    ),
+    "a quoted number": (
+        "docs/claims.md",
+        "97.4 ± 1.7 †",
+        "97.4 ± 1.7",
+        "97.4 ± 1.7: only rows marked",
+    ),
     "a generated row without a hash": (
         "docs/methods/lisa.md",
         r"[0-9a-f]{10} \|$",
@@ -189,7 +208,8 @@ def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
         pipeline.run(study, ["plain"], seeds, tmp_path, settings, domains, **more)
 
     go("old", 0)
-    where = {"stage": "evaluate", "domain": "medical", "index": 0, "metrics": {}}
+    where = {"stage": "evaluate", "domain": "medical", "index": 0}
+    where["metrics"] = {"accuracy/medical": 50.0}
     write_result(seeds / "0" / "04-evaluate", method="plain", seed=0, **where)
     go("new", 0, 1)  # Seed 0 is finished: nothing of it is computed anew.
     assert code_record.read(seeds / "0") == ["old"]
@@ -210,3 +230,38 @@ def test_filled_rows_carry_their_hash_and_a_mark_where_they_are_older(site, tmp_
     assert [line[0] for line in table.lines] == [f"`plain` {MARK}", "`ewc`"]
     assert [line[-1] for line in table.lines] == ["0123456789", code]
     assert MARK in table.below
+
+
+def test_rows_measured_again_come_into_a_named_table(site, tmp_path, capsys):
+    folder = synthetic_run.write(tmp_path / "x", ("plain", "safeanchor"), seeds=(0, 1))
+    manifest = read_manifest(site)
+    record(folder, "plain", "0123456789", seeds=(0, 1))
+    code = manifest.codes[manifest.version]["testbed"]["safeanchor"]
+    record(folder, "safeanchor", code, seeds=(0, 1))
+    args = ["parts", str(folder), "--commit", "abcdef0", "--tree", str(site)]
+    assert fill_tables.main([*args, "--keep", "s / step"]) == 0
+    assert "filled plain, safeanchor" in capsys.readouterr().out
+    assert problems(site) == []
+    text, run = (site / PARTS).read_text(encoding="utf-8"), read_run(folder)
+    (table,) = (t for t in page_tables(text) if t.name == "parts")
+    assert [line[0] for line in table.lines[1:3]] == [f"`plain` {MARK}", "`safeanchor`"]
+    composite = cell(run, "safeanchor", "composite")
+    assert table.lines[2][1] == composite.text()
+    assert table.lines[2][2] == cell(run, "safeanchor", "retention").text().split()[0]
+    assert table.lines[2][-1] == "0.112"
+    # Every other line is as it was.
+    before = (ROOT / PARTS).read_text(encoding="utf-8").splitlines()
+    changed = [x for x in text.splitlines() if x not in before]
+    assert len(changed) == 2
+
+
+def test_rows_of_unknown_code_stay_out_of_tables(site, tmp_path, capsys):
+    folder = synthetic_run.write(tmp_path / "x", ("plain",), seeds=(0,))
+    args = [str(folder), "--commit", "abcdef0", "--tree", str(site)]
+    assert fill_tables.main(["parts", *args]) == cli.EXIT_USER
+    assert "expected the row plain by one known code" in capsys.readouterr().err
+    assert fill_tables.main(["none", *args]) == cli.EXIT_USER
+    assert "table none: expected one of" in capsys.readouterr().err
+    record(folder, "plain", "0123456789")
+    assert fill_tables.main(["unified-parts", *args]) == cli.EXIT_USER
+    assert "expected a finished row of it, got plain" in capsys.readouterr().err
