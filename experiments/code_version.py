@@ -23,6 +23,9 @@ ATTACKS = "experiments.attacks"
 """Where `ATTACKS` does so for an attack."""
 BOOKKEEPING = (
     "sbr_jax.training.results",
+    "sbr_jax.training.records",
+    "sbr_jax.training.stage_records",
+    "sbr_jax.training.finite",
     "sbr_jax.training.summary",
     "sbr_jax.training.checkpoint",
     "sbr_jax.typing",

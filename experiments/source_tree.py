@@ -181,7 +181,7 @@ def is_refusal(node: Any) -> bool:
     """Whether a statement does nothing but refuse: a finished run passed it.
 
     That is an `if` with nothing but a `raise UserError`, or a call of a function named
-    `check_...` or `refuse_...` whose result is not used.
+    `check_...`, `refuse_...` or `require_...` whose result is not used.
 
     >>> is_refusal(ast.parse("if n < 1: raise UserError('n')").body[0])
     True
@@ -192,7 +192,7 @@ def is_refusal(node: Any) -> bool:
     """
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         name = ast.unparse(node.value.func).rsplit(".", 1)[-1].lstrip("_")
-        return name.split("_")[0] in ("check", "refuse")
+        return name.split("_")[0] in ("check", "refuse", "require")
     return (
         isinstance(node, ast.If)
         and not node.orelse
