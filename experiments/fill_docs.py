@@ -8,8 +8,9 @@ A page of `docs/methods` says where a row belongs:
     <!-- end row -->
 
 What stands between is replaced by the row's cells in the report's table: a line for
-each DIR that has the row, below plain fine-tuning of the same study and settings. Rows
-that no DIR has stay as they are: calls add up, and the same call again changes nothing.
+each DIR that has the row, below plain fine-tuning of the same study and settings, with
+the hash of the code that decided it (:mod:`experiments.provenance`). Rows that no DIR
+has stay as they are: calls add up, and the same call again changes nothing.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ from pathlib import Path
 import tyro
 
 from experiments import cli
+from experiments.markdown_tables import MARK
+from experiments.provenance import CODE, MANIFEST, Manifest, read_manifest
 from experiments.results import Run, read_runs
 from experiments.tables import COLUMNS, Table, cell, to_markdown
 from sbr_jax.typing import UserError
@@ -42,8 +45,19 @@ class Arguments:
     """Folder of the documentation."""
 
 
-def row_table(row: str, runs: Sequence[Run]) -> Table | None:
-    """What was measured of one row; None for nothing."""
+OLDER = (
+    f"{MARK} Measured with older code than the other rows "
+    "([what that means](../claims.md#which-code-gave-a-number))."
+)
+
+
+def row_table(
+    row: str, runs: Sequence[Run], manifest: Manifest | None = None
+) -> Table | None:
+    """What was measured of one row; None for nothing.
+
+    Rows of other code than the manifest's version are marked.
+    """
     lines: list[tuple[str, Run]] = []
     for run in runs:
         if run.seeds(row):
@@ -57,10 +71,13 @@ def row_table(row: str, runs: Sequence[Run]) -> Table | None:
     rows = []
     for i, (name, run) in enumerate(lines):
         values = (cells[column.key][i].text() for column in used)
-        seeds = str(len(run.seeds(name)))
-        rows.append((f"`{name}`", _source(name, run), seeds, *values))
-    head = ("row", "run", "seeds", *(column.title for column in used))
-    return Table(head, tuple(rows)) if rows else None
+        seeds, code = str(len(run.seeds(name))), run.code(name)
+        older = manifest and code and code not in manifest.hashes(name)
+        label = f"`{name}` {MARK}" if older else f"`{name}`"
+        rows.append((label, _source(name, run), seeds, *values, code or "–"))
+    head = ("row", "run", "seeds", *(column.title for column in used), CODE)
+    notes = (OLDER,) if any(MARK in row[0] for row in rows) else ()
+    return Table(head, tuple(rows), notes) if rows else None
 
 
 def _same(a: Run, b: Run) -> bool:
@@ -74,7 +91,9 @@ def _source(row: str, run: Run) -> str:
     return run.folder.resolve().name + (f" ({given})" if given else "")
 
 
-def fill(text: str, runs: Sequence[Run]) -> tuple[str, dict[str, bool]]:
+def fill(
+    text: str, runs: Sequence[Run], manifest: Manifest | None = None
+) -> tuple[str, dict[str, bool]]:
     """Fill a page's blocks: the page, and for each row whether a run has it.
 
     Raises:
@@ -87,9 +106,10 @@ def fill(text: str, runs: Sequence[Run]) -> tuple[str, dict[str, bool]]:
 
     def filled(match: re.Match[str]) -> str:
         row, before = match.groups()
-        table = row_table(row, runs)
+        table = row_table(row, runs, manifest)
         found[row] = table is not None
-        body = before if table is None else f"\n{to_markdown(table)}\n\n"
+        parts = () if table is None else (to_markdown(table), *table.notes)
+        body = "".join(f"\n{part}\n" for part in parts) + "\n" if parts else before
         return f"<!-- row: {row} -->\n{body}<!-- end row -->"
 
     text = BLOCK.sub(filled, text)
@@ -111,7 +131,9 @@ def main(args: Sequence[str] | None = None) -> int:
                 "none: name the folder of the documentation"
             )
         runs = read_runs(arguments.folders)
-        filled = {page: fill(page.read_text("utf-8"), runs) for page in pages}
+        known = (arguments.docs / Path(MANIFEST).name).is_file()
+        manifest = read_manifest(arguments.docs.parent) if known else None
+        filled = {page: fill(page.read_text("utf-8"), runs, manifest) for page in pages}
         found = {row: has for _, rows in filled.values() for row, has in rows.items()}
         if not any(found.values()):
             rows = ", ".join(sorted({row for run in runs for row in run.methods}))

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from sbr_jax.training import code_record
 from sbr_jax.training.results import (
+    Workdir,
     not_numbers,
     read_config,
     read_json,
@@ -198,6 +200,20 @@ class Run:
             for part in layers_by_unit((line.get(group) or {}).get(key)).values():
                 found += part.ravel().tolist()
         return found
+
+    def code(self, method: str) -> str | None:
+        """Return the hash of the code that decided a row, "mixed" for several.
+
+        None where a seed's is not known: before runs recorded it, or elsewhere.
+        """
+        found: set[str] = set()
+        for seed in self.seeds(method):
+            stages = Workdir(self.folder).stage(method, seed, 0, "subspace").parent
+            hashes = code_record.read(stages)
+            if not hashes:
+                return None
+            found.update(hashes)
+        return "mixed" if len(found) > 1 else next(iter(found), None)
 
     def triggers(self, method: str) -> float | None:
         """Return repairs per seed; None where nothing was monitored."""

@@ -252,6 +252,7 @@ def execute(plan: Plan) -> None:
     """Build the study, run it and, if asked, put its weights through lm-eval."""
     cli.enable_compilation_cache()
     from experiments import harness
+    from experiments.code_version import code_hash
     from sbr_jax.training import pipeline
 
     # Read before the hours that the run takes: a missing file is told at once.
@@ -267,6 +268,7 @@ def execute(plan: Plan) -> None:
         plan.domains,
         config={"study": options, **study.notes},
         overrides=plan.row_options,
+        code={row: code_hash(row, plan.preset.name) for row in plan.methods},
         quiet=plan.quiet,
     )
     if tasks is not None:

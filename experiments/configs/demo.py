@@ -4,7 +4,7 @@
     python -m experiments.run demo --workdir runs/demo
 
 Cost: about 4 minutes on two cores. Expected: the composite of plain LoRA falls from 100
-to about 44, `safeanchor-exact` retains 99.8 %.
+to about 44, `safeanchor-exact` retains 100 %.
 """
 
 import dataclasses

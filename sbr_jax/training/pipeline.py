@@ -21,11 +21,11 @@ import numpy as np
 from sbr_jax.methods import ABLATIONS, METHODS, Method, unknown
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.models.lora import select_targets
-from sbr_jax.training import loop, sharding
+from sbr_jax.training import code_record, loop, sharding
 from sbr_jax.training.program import Program, init_adapter, make_program
 from sbr_jax.training.results import BASE, Workdir, read_result, write_result
 from sbr_jax.training.settings import Settings
-from sbr_jax.training.stages import TRAIN
+from sbr_jax.training.stages import EVALUATE, TRAIN
 from sbr_jax.training.study import Study, refuse_leaks
 from sbr_jax.training.track import Track, measure
 from sbr_jax.typing import PyTree, UserError
@@ -43,6 +43,7 @@ def run(
     *,
     config: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    code: Mapping[str, str] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs rows × seeds × domains, or what is left of them.
@@ -58,6 +59,8 @@ def run(
       config: further JSON values that decide the results (a preset's name), written
         and compared with the settings.
       overrides: hyper-parameters by row.
+      code: for each row a hash of the code that decides it, written beside the stages
+        that this call computes.
       quiet: no progress bars and no lines.
 
     Returns:
@@ -118,6 +121,9 @@ def run(
                 )
                 for seed in seeds
             ]
+            for track in tracks if code else []:
+                if not track.finished(track.number(len(domains) - 1, EVALUATE)):
+                    code_record.add(track.folder(0).parent, code[row])
             for group in [tracks] if mapped else [[track] for track in tracks]:
                 _run_group(group, domains, mapped)
                 folder.publish(order)

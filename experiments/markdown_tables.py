@@ -1,0 +1,94 @@
+"""The tables of a Markdown page, as lines of cells."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+MARK = "†"
+"""Stands by rows and numbers that were measured with older code."""
+NAMED = re.compile(r"^<!-- table: (\S+) -->$")
+EXEMPT = "<!-- no measurement -->"
+FIRST = ("row", "method", "order")
+"""How the first column of a table of measured rows is called."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """One table of a page.
+
+    Attributes:
+        line: number of its heading, from 1.
+        name: of the comment `<!-- table: NAME -->` above it; None without.
+        head: titles of its columns.
+        lines: the others, as cells.
+        below: text between the table and the next heading or table.
+        exempt: whether the page says that nothing in it was measured.
+    """
+
+    line: int
+    name: str | None
+    head: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    below: str
+    exempt: bool = False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its lines are measured rows: it has a name, or looks like it."""
+        first = re.split(r"\W", self.head[0])[0]
+        return self.name is not None or (first in FIRST and not self.exempt)
+
+
+def page_tables(text: str) -> Iterator[PageTable]:
+    r"""Every table of a page.
+
+    >>> [t.head for t in page_tables("| a | b |\n|---|--:|\n| 1 | 2 |\n")]
+    [('a', 'b')]
+    """
+    lines = text.splitlines()
+    starts = [
+        i
+        for i, line in enumerate(lines)
+        if line.startswith("|---") and i and lines[i - 1].startswith("|")
+    ]
+    for start in starts:
+        end = start + 1
+        while end < len(lines) and lines[end].startswith("|"):
+            end += 1
+        above = lines[start - 2] if start > 1 else ""
+        name = NAMED.match(above)
+        below = []
+        for line in lines[end:]:
+            if line.startswith(("#", "|", "<!-- row", "<!-- table")):
+                break
+            below.append(line)
+        yield PageTable(
+            start,
+            name[1] if name else None,
+            cells(lines[start - 1]),
+            tuple(cells(line) for line in lines[start + 1 : end]),
+            "\n".join(below),
+            above == EXEMPT,
+        )
+
+
+def page_figures(text: str) -> Iterator[tuple[int, str, str]]:
+    r"""Line, name and what stands below of every figure of `docs/figures`.
+
+    >>> list(page_figures("![A map](docs/figures/map.png)\n\nText\n\nMore"))
+    [(1, 'figures/map.png', 'Text')]
+    """
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if found := re.match(r"!\[.*\]\(.*(figures/[^/]+)\)$", line):
+            below = next((text for text in lines[number:] if text), "")
+            yield number, found[1], below
+
+
+def cells(line: str) -> tuple[str, ...]:
+    """The cells of a line.
+
+    >>> cells("| `plain` † | 45.7 ± 9.1 |  |")
+    ('`plain` †', '45.7 ± 9.1', '')
+    """
+    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))

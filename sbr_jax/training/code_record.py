@@ -1,0 +1,45 @@
+"""Which code computed the stages of one row and seed: a file beside them.
+
+It lies in ``stages/ROW/SEED`` and so goes along where that folder is copied. A row that
+was interrupted and continued with other code has two hashes.
+"""
+
+import json
+import pathlib
+
+from sbr_jax.training.results import write_atomically
+from sbr_jax.typing import UserError
+
+NAME = "code.json"
+
+
+def read(folder: pathlib.Path) -> list[str]:
+    """Hashes of the code that computed stages, in order of use; empty if unknown.
+
+    Args:
+      folder: of a row and seed.
+
+    Raises:
+      UserError: for a file that no run has written so.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
+        raise UserError(
+            f"expected a list of hashes in {path}, got something else; it was damaged "
+            "after it was written: delete it, and the row's code counts as unknown"
+        )
+    return found
+
+
+def add(folder: pathlib.Path, code: str) -> None:
+    """Notes that stages of a folder are computed by this code from now on."""
+    known = read(folder)
+    if known[-1:] != [code]:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / NAME, json.dumps([*known, code]) + "\n")
