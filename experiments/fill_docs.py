@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import cli
+from experiments import cli, files
 from experiments.results import Run, read_runs
 from experiments.tables import COLUMNS, Table, cell, to_markdown
 from sbr_jax.typing import UserError
@@ -120,7 +120,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 "name runs of other rows, or write '<!-- row: NAME -->' into a page"
             )
         for page, (text, _) in filled.items():
-            page.write_text(text, encoding="utf-8")
+            files.write_text(page, text)
         print("filled:", ", ".join(row for row, has in found.items() if has))
         print("left:", ", ".join(row for row, has in found.items() if not has) or "–")
 

@@ -97,6 +97,11 @@ def make_sweep(arguments: Arguments) -> Sweep:
     }
     for plan in plans.values():
         check_folder(plan)
+    if (workdir / "table.md").exists() and not any(workdir.glob("*/config.json")):
+        raise UserError(
+            f"--workdir: expected to write {workdir}/table.md, found one there, but no "
+            "cell of a sweep: choose another folder, or move it away"
+        )
     return Sweep(arguments.name, workdir, plans, seeds)
 
 
