@@ -15,6 +15,7 @@ one DIR add up; runs below it (`exhaustion`, `coupling`) are resumed where they 
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, configs, page, run
+from experiments import cli, configs, files, page, run
 from experiments.analyses import ANALYSES, LABELLED, Context, labelled
 from experiments.analysis_drawings import drawings
 from experiments.results import program_of, read_run
@@ -217,10 +218,11 @@ def write_page(
         for drawing in drawings(name, whole[name]) if name in whole else ():
             body.append(page.drawing_block(drawing, ""))
             if drawing.figure is not None:
-                to_png(drawing.figure, str(folder / f"{drawing.name}.png"))
+                picture = folder / f"{drawing.name}.png"
+                files.replace(picture, functools.partial(to_png, drawing.figure))
     output = folder / "analysis.html"
     title = f"{whole['of']['preset']}: analyses"
-    output.write_text(page.page(title, body), encoding="utf-8")
+    files.write_text(output, page.page(title, body))
     return output
 
 

@@ -13,6 +13,7 @@ by a row that is not harmed. Writes `map.md`, `map.html` and `map.png` into DIR.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from experiments import cli, page
+from experiments import cli, files, page
 from experiments.figures import Drawing
 from experiments.results import Run, read_run
 from experiments.tables import Table, cell, to_html, to_markdown
@@ -218,17 +219,18 @@ def write(folder: Path, found: Outcomes, limit: float, cost: float) -> Path:
     """
     from sbr_jax.analysis.theme import to_png
 
+    output, texts = folder / "map.html", (folder / "map.md", folder / "map.png")
+    files.refuse_foreign([output] if output.exists() else texts)
     summary, drawing = summary_table(found, limit, cost), drawing_of(found)
     tables = [summary, detail_table(found)]
     text = "\n".join(f"{to_markdown(t)}\n\n{' '.join(t.notes)}\n" for t in tables)
     body = [page.heading("Poisoned fine-tuning", 1), to_html(summary)]
     body += [page.paragraph(" ".join(summary.notes), "note")]
     body += [page.drawing_block(drawing, "")]
-    output = folder / "map.html"
     try:
-        (folder / "map.md").write_text(text, encoding="utf-8")
-        to_png(drawing.figure, str(folder / "map.png"))
-        output.write_text(page.page("Where each defence breaks", body), "utf-8")
+        files.write_text(texts[0], f"{text}\n<!-- {files.MARK} -->\n")
+        files.replace(texts[1], functools.partial(to_png, drawing.figure))
+        files.write_text(output, page.page("Where each defence breaks", body))
     except OSError as error:
         raise UserError(f"cannot write the map into {folder}: {error}") from error
     return output

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import io
 import os
 import re
@@ -11,12 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from experiments import terminal
 from sbr_jax.typing import UserError
 
 Arguments = TypeVar("Arguments")
+EXIT_SYSTEM = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
+EXIT_TERMINATED = 143
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -103,6 +108,7 @@ def parse(
             return tyro.cli(arguments, prog=prog, args=args, config=config)
     except SystemExit as stop:
         if stop.code != EXIT_USER:
+            sys.stdout.flush()
             raise
         complaint = one_line(errors.getvalue())
         raise UserError(f"{complaint}; see {prog} --help") from None
@@ -143,31 +149,54 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def guarded(program: Callable[[], None], *, interrupted: str) -> int:
     """Run a program and return its exit code.
 
-    A `UserError` becomes one line on stderr and code 2; an interrupt becomes the line
-    `interrupted` and code 130. Anything else is a defect and keeps its traceback.
+    A `UserError` becomes one line on stderr and code 2; what the system refuses (a full
+    disk, a stream that is closed) one line and code 1; an interrupt the line
+    `interrupted` and code 130, or 143 for SIGTERM. Anything else is a defect and keeps
+    its traceback.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show_warning
-            program()
-            sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER
-    except BrokenPipeError:
-        # The reader has seen enough; at its end Python would try to write once more.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        return EXIT_PIPE
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return EXIT_INTERRUPTED
+    terminal.end_with_parent()
+    with terminal.streams():
+        try:
+            with warnings.catch_warnings(), terminal.terminable():
+                warnings.showwarning = show_warning
+                program()
+                sys.stdout.flush()
+        except UserError as error:
+            terminal.complain(f"error: {error}")
+            return EXIT_USER
+        except BrokenPipeError:
+            # The reader has seen enough.
+            terminal.silence_output()
+            return EXIT_PIPE
+        except OSError as error:
+            terminal.complain(f"error: {system_line(error)}")
+            return EXIT_SYSTEM
+        except KeyboardInterrupt as interrupt:
+            terminal.complain(interrupted)
+            ended = isinstance(interrupt, terminal.Terminated)
+            return EXIT_TERMINATED if ended else EXIT_INTERRUPTED
     return 0
+
+
+def system_line(error: OSError) -> str:
+    """What the system refused, and where; drops output that cannot be printed.
+
+    >>> system_line(FileNotFoundError(2, "No such file or directory", "a"))
+    "expected to use 'a', got 'No such file or directory'"
+    """
+    said = error.strerror or str(error)
+    if error.filename == terminal.OUTPUT:
+        terminal.silence_output()
+        return f"expected to print to {terminal.OUTPUT}, got '{said}': lines are lost"
+    where = "a file" if error.filename is None else repr(os.fsdecode(error.filename))
+    more = "; make room, then run the same command" if error.errno in FULL else ""
+    return f"expected to use {where}, got '{said}'{more}"
 
 
 def show_warning(message: Warning | str, *where: object, **more: object) -> None:
     """Print a warning as one line, without the place in our code that it came from."""
     del where, more
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    terminal.complain(f"warning: {message}")
 
 
 def quiet_libraries() -> None:

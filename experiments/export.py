@@ -10,6 +10,7 @@ were given are written with `--merged` only, which joins base and adapter.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, configs
+from experiments import cli, configs, files
+from experiments.recorded_options import study_options, unlisted
 from experiments.results import PROGRAMS
-from experiments.run import folder_options, parse_value
 from experiments.shipped import reopen
 from sbr_jax.typing import PyTree, UserError
 
@@ -112,12 +113,12 @@ def make_plan(arguments: Arguments) -> Plan:
     workdir, output = Path(arguments.workdir or ""), Path(arguments.output or "")
     config = _config(workdir)
     place, stage = _place(arguments, workdir, config)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if not files.is_free(output):
         raise UserError(
             f"--output {output}: expected a new or empty folder, found something there"
         )
     preset = configs.load(arguments.preset)
-    options = _study_options(arguments, preset, config)
+    options = study_options(arguments, preset, config)
     if preset.check is not None:
         preset.check((arguments.row,), options)
 
@@ -131,7 +132,7 @@ def make_plan(arguments: Arguments) -> Plan:
             f"{workdir} has the settings {', '.join(strange)}, which this version does "
             "not know: use the version that wrote it"
         )
-    row_options = _unlisted(config.get("overrides", {}).get(arguments.row, {}))
+    row_options = unlisted(config.get("overrides", {}).get(arguments.row, {}))
     method = build(arguments.row, **row_options)
     if method.prepare is not as_aligned and not arguments.merged:
         raise _needs_merging(arguments.row)
@@ -215,39 +216,6 @@ def _place(
     return stages[before[-1]], stage
 
 
-def _study_options(
-    arguments: Arguments, preset: configs.Preset, config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The run's options of the study, and what the command line adds."""
-    options = {**preset.options, **_unlisted(config["study"])}
-    if strange := sorted(config["study"].keys() - preset.options.keys()):
-        raise UserError(
-            f"the run has options that the preset '{preset.name}' lacks "
-            f"({', '.join(strange)}): name the preset of the run"
-        )
-    options |= folder_options(preset, data=arguments.data, model=arguments.model)
-    for text in arguments.overrides:
-        key, equals, raw = text.partition("=")
-        name = key.removeprefix("study.")
-        if not equals or name == key:
-            raise UserError(f"--set: expected study.KEY=VALUE, got '{text}'")
-        if name not in preset.options:
-            raise cli.unknown("option of --set", name, preset.options)
-        value = parse_value(raw)
-        if configs.recorded({name: True}) and value != options[name]:
-            raise UserError(
-                f"--set study.{name}: expected the run's {options[name]!r}, got "
-                f"{value!r}: only folders and {', '.join(configs.HARDWARE)} may differ"
-            )
-        options[name] = value
-    return options
-
-
-def _unlisted(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they were before JSON made lists of tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-
-
 def _needs_merging(row: str) -> UserError:
     return UserError(
         f"the row '{row}' ships other base weights than it was given, which an adapter "
@@ -312,11 +280,13 @@ def execute(plan: Plan) -> None:
     if plan.merged:
         merged = dequantize(merge_adapter(base, adapter))
         model = dataclasses.replace(study.model, params=merged)
-        save(plan.output, model, max_shard_bytes=SHARD_BYTES)
+        write = functools.partial(save, model=model, max_shard_bytes=SHARD_BYTES)
     elif adapter is None or base is not study.model.params:
         raise _needs_merging(plan.row)
     else:
-        save_peft(plan.output, study.model, adapter, base_name=plan.base_name)
+        names = {"model": study.model, "adapter": adapter}
+        write = functools.partial(save_peft, **names, base_name=plan.base_name)
+    files.fill_folder(plan.output, write)
     if not plan.quiet:
         kind = "checkpoint" if plan.merged else "adapter"
         print(f"{kind} of {plan.row}, seed {plan.seed}, after {_reached(plan)}")
@@ -341,7 +311,7 @@ def main(args: Sequence[str] | None = None) -> int:
     def program() -> None:
         execute(make_plan(cli.parse(Arguments, args, PROGRAM)))
 
-    return cli.guarded(program, interrupted="interrupted: the output is incomplete")
+    return cli.guarded(program, interrupted="interrupted: nothing was written")
 
 
 if __name__ == "__main__":

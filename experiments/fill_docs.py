@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import cli
+from experiments import cli, files
 from experiments.markdown_tables import MARK
 from experiments.provenance import CODE, MANIFEST, Manifest, read_manifest
 from experiments.results import Run, read_runs
@@ -142,7 +142,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 "name runs of other rows, or write '<!-- row: NAME -->' into a page"
             )
         for page, (text, _) in filled.items():
-            page.write_text(text, encoding="utf-8")
+            files.write_text(page, text)
         print("filled:", ", ".join(row for row, has in found.items() if has))
         print("left:", ", ".join(row for row, has in found.items() if not has) or "–")
 

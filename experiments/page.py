@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 
+from experiments import files
 from experiments.figures import Drawing
 from experiments.tables import to_html
 from sbr_jax.analysis.theme import DARK, LIGHT, to_svg
@@ -112,6 +113,7 @@ def page(title: str, body: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        f'<meta name="generator" content="{files.MARK}">\n'
         f"<title>{html.escape(title)}</title>\n<style>\n{_variables()}{_CSS}</style>\n"
         f"</head>\n<body>\n<main>\n{content}\n</main>\n</body>\n</html>\n"
     )

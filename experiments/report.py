@@ -8,14 +8,16 @@ into the first DIR, and prints the main table. A pure function of `results.jsonl
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import cli, page
+from experiments import cli, files, page
 from experiments.figures import Drawing, drawings, warnings
 from experiments.results import Run, read_runs
 from experiments.tables import (
@@ -147,24 +149,55 @@ def build(
     """
     runs = read_runs(folders)
     output = output or Path(folders[0]) / "report.html"
+    text_output = _text_beside(output)
     _writable(output, figures)
+    found = [drawings(run) for run in runs]
+    pictures = {} if figures is None else _pictures(runs, found, figures)
+    # Only whoever has a page of ours has a text of ours beside it.
+    new = [output, text_output] if not output.exists() else [output]
+    files.refuse_foreign([*new, *pictures])
     title = " · ".join(run.folder.resolve().name for run in runs)
     body = [page.heading("Safety under sequential fine-tuning", 1)]
     for index, run in enumerate(runs):
-        found = drawings(run)
         name = run.folder.resolve().name
         if len(runs) > 1:
             body += ["<hr>" if index else "", page.heading(name, 1)]
-        body += section(run, found, f"r{index}-")
-        if figures is not None:
-            start = f"{name}-" if len(runs) > 1 else ""
-            for drawing in found:
-                if drawing.figure is not None:
-                    to_png(drawing.figure, str(figures / f"{start}{drawing.name}.png"))
-    output.write_text(page.page(f"{title}: safety report", body), encoding="utf-8")
+        body += section(run, found[index], f"r{index}-")
+    for path, figure in pictures.items():
+        files.replace(path, functools.partial(to_png, figure))
+    files.write_text(output, page.page(f"{title}: safety report", body))
     text = "\n".join(markdown(run) for run in runs)
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    files.write_text(text_output, f"{text}\n<!-- {files.MARK} -->\n")
     return runs, output
+
+
+def _text_beside(output: Path) -> Path:
+    """Where the page's twin in markdown belongs.
+
+    Raises:
+        UserError: where the page itself would be.
+    """
+    if output.suffix.lower() == ".md":
+        raise UserError(
+            f"--output {output}: expected the name of the page, whose text goes beside "
+            f"it as {output.name}: {output.with_suffix('.html')}"
+        )
+    return output.with_suffix(".md")
+
+
+def _pictures(
+    runs: Sequence[Run], found: Sequence[Sequence[Drawing]], folder: Path
+) -> dict[Path, Figure]:
+    """Figures by the file that each belongs into."""
+    several = len(runs) > 1
+    return {
+        folder / f"{run.folder.resolve().name + '-' if several else ''}{x.name}.png": (
+            x.figure
+        )
+        for run, drawn in zip(runs, found, strict=True)
+        for x in drawn
+        if x.figure is not None
+    }
 
 
 def _writable(output: Path, figures: Path | None) -> None:

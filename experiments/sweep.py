@@ -11,18 +11,19 @@ stages are kept: the same command continues after a kill. A row that refuses its
 settings is named at the end, and does not keep others from being run.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from experiments import attack, cli, run
+from experiments import attack, cli, run, terminal
 from experiments.configs.sweeps import SWEEPS
 from experiments.sweep_state import (
     Part,
@@ -39,6 +40,8 @@ from sbr_jax.typing import UserError
 PROGRAM = "python -m experiments.sweep"
 MOST = 1000
 """Seeds, or processes: beyond it somebody has mistyped."""
+POLL_SECONDS = 0.1
+"""Between looks at the cells that run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,11 @@ def make_sweep(arguments: Arguments) -> Sweep:
     }
     for plan in plans.values():
         check_folder(plan)
+    if (workdir / "table.md").exists() and not any(workdir.glob("*/config.json")):
+        raise UserError(
+            f"--workdir: expected to write {workdir}/table.md, found one there, but no "
+            "cell of a sweep: choose another folder, or move it away"
+        )
     return Sweep(arguments.name, workdir, plans, seeds)
 
 
@@ -216,28 +224,41 @@ def execute(sweep: Sweep, *, quiet: bool) -> None:
         )
 
 
+def cell_command(sweep: Sweep, name: str, *, quiet: bool) -> list[str]:
+    """What runs one cell in a process of its own."""
+    command = [sys.executable, "-m", "experiments.sweep", sweep.name]
+    command += ["--workdir", str(sweep.workdir), "--cells", name]
+    command += ["--seeds", str(len(sweep.seeds))]
+    return [*command, *(["--quiet"] if quiet else [])]
+
+
 def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
     """Run every cell in a process of its own, so many at a time.
+
+    However this process ends, no cell outlives it: a later command could not have its
+    folder.
 
     Raises:
         UserError: at the end, for cells that could not be finished.
     """
-
-    def one(name: str) -> tuple[str, int]:
-        command = [sys.executable, "-m", "experiments.sweep", sweep.name]
-        command += ["--workdir", str(sweep.workdir), "--cells", name]
-        command += ["--seeds", str(len(sweep.seeds))]
-        return name, subprocess.call([*command, *(["--quiet"] if quiet else [])])
-
-    failed = []
-    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    environment = {**os.environ, terminal.PARENT: str(os.getpid())}
+    waiting, running, failed = list(sweep.plans), {}, []
     try:
-        for name, code in pool.map(one, sweep.plans):
-            write_table(sweep)
-            failed += [name] if code else []
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                command = cell_command(sweep, waiting[0], quiet=quiet)
+                running[waiting.pop(0)] = subprocess.Popen(command, env=environment)
+            ended = [name for name in running if running[name].poll() is not None]
+            for name in ended:
+                failed += [name] if running.pop(name).returncode else []
+                write_table(sweep)
+            if not ended:
+                time.sleep(POLL_SECONDS)
     finally:
-        # After an interrupt no further cell may begin.
-        pool.shutdown(cancel_futures=True)
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
     if failed:
         raise UserError(f"could not finish {', '.join(failed)}; see the lines above")
 

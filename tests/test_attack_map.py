@@ -128,4 +128,8 @@ def test_a_damaged_config_is_named(folder, examples, capsys):
 def test_a_map_that_cannot_be_written_is_one_line(folder, capsys):
     (folder / "map.md").mkdir()
     assert attack_map.main([str(folder)]) == 2
+    assert "found something there" in capsys.readouterr().err
+    # Over a map of ours nothing is asked before.
+    (folder / "map.html").write_text("made by sbr_jax")
+    assert attack_map.main([str(folder)]) == 2
     assert "cannot write the map" in capsys.readouterr().err

@@ -185,15 +185,3 @@ def test_more_mistakes_are_one_line(given, message, tmp_path, capsys):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "w").exists()
-
-
-def test_a_reader_that_stops_early_is_no_error():
-    def program():
-        raise BrokenPipeError
-
-    out = sys.stdout
-    try:
-        assert cli.guarded(program, interrupted="") == cli.EXIT_PIPE
-    finally:
-        sys.stdout.close()
-        sys.stdout = out

@@ -6,10 +6,12 @@ import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sbr_jax.evaluation import sandbox
+from sbr_jax.evaluation.humaneval import humaneval_program
 from sbr_jax.evaluation.sandbox import Ending, run_many, run_python
 from sbr_jax.typing import UserError
 
@@ -28,6 +30,21 @@ def run(program, isolation="audit", seconds=5.0, **options):
         seconds=seconds,
         **options,
     )
+
+
+HOOKLESS = ("    sys.addaudithook(_auditor(readable))\n", "")
+"""What takes the audit hook away: only the kernel's filters are left to say no."""
+
+
+def changed_inside(folder, monkeypatch, before, after):
+    """Puts a changed copy of the inside into the sandbox's place."""
+    text = sandbox._CHILD.read_text()
+    assert before in text
+    child = folder / "child.py"
+    child.write_text(text.replace(before, after))
+    wire = sandbox._CHILD.with_name("sandbox_wire.py")
+    (folder / wire.name).write_text(wire.read_text())
+    monkeypatch.setattr(sandbox, "_CHILD", child)
 
 
 def test_nothing_runs_unless_allowed(tmp_path):
@@ -215,12 +232,7 @@ def test_the_kernel_allows_no_thread():
     ],
 )
 def test_the_kernel_refuses_where_the_hook_is_gone(call, tmp_path, monkeypatch):
-    # The inside without its audit hook: only the filter is left to say no.
-    text = sandbox._CHILD.read_text().replace("    sys.addaudithook(_audit)\n", "")
-    assert "addaudithook" not in text
-    child = tmp_path / "child.py"
-    child.write_text(text)
-    monkeypatch.setattr(sandbox, "_CHILD", child)
+    changed_inside(tmp_path, monkeypatch, *HOOKLESS)
     target = tmp_path / "kept.txt"
     target.write_text("before")
     call = call.format(path=str(target), pid=os.getpid())
@@ -236,20 +248,14 @@ def test_the_kernel_refuses_where_the_hook_is_gone(call, tmp_path, monkeypatch):
 @needs_kernel
 def test_the_filter_test_can_fail(tmp_path, monkeypatch):
     # The same program is not refused where there is neither filter nor hook.
-    text = sandbox._CHILD.read_text().replace("    sys.addaudithook(_audit)\n", "")
-    child = tmp_path / "child.py"
-    child.write_text(text)
-    monkeypatch.setattr(sandbox, "_CHILD", child)
+    changed_inside(tmp_path, monkeypatch, *HOOKLESS)
     program = "import ctypes\nassert ctypes.CDLL(None).socket(2, 1, 0) == -1"
     assert run(program, "audit").ending is Ending.FAILED
     assert run(program, "kernel").passed
 
 
 def test_a_sandbox_that_cannot_be_set_up_is_no_failed_program(tmp_path, monkeypatch):
-    child = tmp_path / "child.py"
-    text = sandbox._CHILD.read_text()
-    child.write_text(text.replace("def _limit(", "def _unlimited("))
-    monkeypatch.setattr(sandbox, "_CHILD", child)
+    changed_inside(tmp_path, monkeypatch, "def _limit(", "def _unlimited(")
     with pytest.raises(UserError, match=r"did not start.*NameError"):
         run("pass")
 
@@ -273,11 +279,10 @@ def test_many_keep_their_order():
 def test_every_canonical_solution_passes_and_none_without_its_body():
     with gzip.open(DATA / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file]
-    check = "{}{}\n{}\ncheck({})"
 
     def program(task, body):
-        parts = (task["prompt"], body, task["test"], task["entry_point"])
-        return check.format(*parts)
+        item = SimpleNamespace(**task)
+        return humaneval_program(item, body)
 
     right = [program(task, task["canonical_solution"]) for task in tasks]
     wrong = [program(task, "    return None\n") for task in tasks[:12]]

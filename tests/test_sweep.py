@@ -304,11 +304,15 @@ def test_cells_in_processes_of_their_own(tmp_path, monkeypatch):
     found = sweep.make_sweep(sweep.Arguments("testbed-orders", tmp_path, seeds=3))
     commands = []
 
-    def call(command):
-        commands.append(command[1:])
-        return 2 if "code-legal-medical" in command else 0
+    class Ended:
+        def __init__(self, command, **options):
+            commands.append(command[1:])
+            self.returncode = 2 if "code-legal-medical" in command else 0
 
-    monkeypatch.setattr(sweep.subprocess, "call", call)
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Ended)
     with pytest.raises(ValueError, match="could not finish code-legal-medical;"):
         sweep.execute_cells(found, 2, quiet=True)
     assert len(commands) == 6

@@ -157,4 +157,10 @@ def to_svg(figure: Figure, *, name: str, alt: str) -> str:
 def to_png(figure: Figure, path: str, *, dpi: int = 160) -> None:
     """Write a figure as PNG on the light page colour."""
     with style():
-        figure.savefig(path, format="png", dpi=dpi, facecolor=LIGHT["page"])
+        figure.savefig(
+            path,
+            format="png",
+            dpi=dpi,
+            facecolor=LIGHT["page"],
+            metadata={"Software": "made by sbr_jax"},
+        )

@@ -9,15 +9,15 @@ import numpy as np
 from sbr_jax.evaluation.code import pass_at_k
 from sbr_jax.evaluation.items import CodeLike, Result, some
 from sbr_jax.evaluation.runner import Runner
-from sbr_jax.evaluation.sandbox import run_many
+from sbr_jax.evaluation.sandbox import Trial, run_many
 from sbr_jax.typing import UserError
 
 _CODE_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```")
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
-def humaneval_program(item: CodeLike, answer: str) -> str:
-    """The program that tests an answer.
+def humaneval_program(item: CodeLike, answer: str) -> Trial:
+    """The program that an answer makes, and the test of its function.
 
     A fenced block, or an answer that defines the function itself, stands alone (after
     the prompt's imports); anything else continues the prompt up to the next statement
@@ -28,7 +28,8 @@ def humaneval_program(item: CodeLike, answer: str) -> str:
       answer: the model's text.
 
     Returns:
-      Python source that fails unless the answer is right.
+      What fails unless the answer is right. The test has the prompt's helpers from
+      the prompt itself, not from the program.
     """
     blocks = _FENCE.findall(answer)
     text = next((b for b in blocks if f"def {item.entry_point}" in b), None)
@@ -40,7 +41,12 @@ def humaneval_program(item: CodeLike, answer: str) -> str:
     else:
         end = min((p for s in _CODE_STOPS if (p := answer.find(s)) >= 0), default=None)
         body = item.prompt + answer[:end]
-    return f"{body}\n{item.test}\ncheck({item.entry_point})\n"
+    return Trial(
+        program=body,
+        entry_point=item.entry_point,
+        setup=f"{item.prompt}\n    pass\n",
+        check=f"{item.test}\ncheck({item.entry_point})\n",
+    )
 
 
 def humaneval(

@@ -1,27 +1,43 @@
 """Runs a program that a model wrote, where it can do little harm.
 
 Nothing runs unless the caller allows it. Each program gets a fresh interpreter
-(isolated, without site packages: the standard library only), its own session, an empty
-temporary working folder that is removed afterwards, no standard input, limits on
-memory, processor time, open files and file size, a limit of wall-clock time after which
-its whole process group is killed, and a limit on what it may print.
+(isolated, without site packages: the standard library only) with an empty environment,
+its own session, an empty temporary working folder that is removed afterwards, no
+standard input, limits on memory, processor time, open files and file size, a limit of
+wall-clock time after which its whole process group is killed, and a limit on what it
+may print. It ends when the process that started it does, however that ends, and by an
+alarm of its own where even that fails (on Linux; elsewhere by the alarm alone).
 
-**What holds.** With ``isolation="kernel"`` (Linux on x86-64) a seccomp filter, put on
-before the first line of the program, lets through only the system calls that reading,
-computing and printing need. Starting a process or thread, opening a socket, opening any
-file for writing (also inside its own folder), deleting, renaming, mounting, signalling
-others and raising a limit fail with EPERM, for root too. A Python audit hook refuses
-the same things first, in clearer words. With ``isolation="audit"`` (elsewhere) there is
-the hook alone, which Python does not call a sandbox: code that sets out to escape can.
+**Two processes.** The program runs in a worker. What it is tested with (:class:`Trial`)
+runs in a judge, the worker's parent, which calls the worker's function with plain data
+and gets plain data back: numbers, texts, lists, tuples, dicts and sets, made anew of
+Python's own types. The program sees neither the check nor what marks a success, so
+reading frames, an ``__eq__`` that is always true, a trace function that jumps over the
+asserts or a changed built-in reach nobody but itself. A value of any other type equals
+nothing, and what a function does to its arguments stays in the worker.
 
-**What does not hold.** The program may read every file its user may read; it has no way
-to send it anywhere but into its own output. The result is reported by the process that
-ran the program, so code written to deceive this very runner could claim to have passed.
-The processor's own leaks (timing) are out of scope.
+**What holds.** With ``isolation="kernel"`` (Linux on x86-64 with Landlock) two kernel
+filters are put on before the first line of the program. Seccomp lets through only the
+system calls that reading, computing and printing need: starting a process or thread,
+opening a socket, opening any file for writing (also inside its own folder), deleting,
+renaming, mounting, signalling others, and raising a limit fail with EPERM, for root
+too. Landlock lets nothing be opened but the standard library, the system's libraries
+and the empty folder: no file of the user, no environment and no memory of any process
+under ``/proc``. A Python audit hook refuses the same things first, in clearer words.
+With ``isolation="audit"`` (elsewhere) there is the hook alone, which Python does not
+call a sandbox: code that sets out to escape can, and can then reach the judge too.
+
+**What does not hold.** That a path exists, its size and its owner can be asked (stat).
+A program without a check (:func:`run_python` of a text) reports its own end, so that
+one which sets out to can claim it early: "passed" then says no more than that. A check
+sees values, not how they were come by: who guesses what is asked passes. The
+processor's own leaks (timing) are out of scope.
 """
 
+import ctypes
 import dataclasses
 import enum
+import functools
 import json
 import os
 import platform
@@ -35,6 +51,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 from sbr_jax.typing import UserError
 
@@ -42,6 +59,9 @@ START_SECONDS = 60.0
 """How long an interpreter may take to start."""
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
+_MEMORY, _SIGNALLED = 3, 128
+"""Exit codes of the judge, see there."""
+_LANDLOCK_CREATE = 444
 
 
 class Ending(enum.Enum):
@@ -62,6 +82,24 @@ class Ending(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Trial:
+    """A program that defines a function, and the check that the function must pass.
+
+    Attributes:
+      program: source that is not trusted.
+      entry_point: the function's name.
+      setup: trusted source that the check needs (helpers); run where the check is.
+      check: trusted source, for which ``entry_point`` is the program's function; an
+        exception is a failure.
+    """
+
+    program: str
+    entry_point: str
+    setup: str
+    check: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a program, and what it printed (its error's name last)."""
 
@@ -74,13 +112,17 @@ class Outcome:
         return self.ending is Ending.PASSED
 
 
+@functools.cache
 def kernel_isolation() -> bool:
-    """Whether this machine can hold a program with a kernel filter."""
-    return (sys.platform, platform.machine()) == ("linux", "x86_64")
+    """Whether this machine can hold a program with kernel filters."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return False
+    # Asks for Landlock's version; changes nothing.
+    return ctypes.CDLL(None).syscall(_LANDLOCK_CREATE, None, 0, 1) > 0
 
 
 def run_python(
-    program: str,
+    program: str | Trial,
     *,
     allow_code_execution: bool = False,
     seconds: float = 3.0,
@@ -91,7 +133,7 @@ def run_python(
     """Runs one program and says how it ended.
 
     Args:
-      program: Python source.
+      program: Python source, or a function and its check.
       allow_code_execution: must be True: the program is not to be trusted.
       seconds: wall-clock limit of the program; twice that of processor time.
       memory_mb: limit of the address space, in MiB.
@@ -106,52 +148,60 @@ def run_python(
         isolation of that kind, or the sandbox could not be set up.
     """
     _check(allow_code_execution, seconds, memory_mb, max_output, isolation)
-    # Only the inside knows these two before the program runs.
+    trial = Trial(program, "", "", "") if isinstance(program, str) else program
+    # Only the judge knows these two, and what it checks.
     begun, done = ("\0" + secrets.token_hex(16) for _ in range(2))
     orders = {
-        "program": program,
-        "begun": begun,
-        "done": done,
+        "program": trial.program,
+        "entry_point": trial.entry_point,
         "memory": memory_mb * 2**20,
         "cpu_seconds": max(1, round(2 * seconds)),
+        "alarm": START_SECONDS + 2 * seconds,
         "kernel": isolation == "kernel",
+        "parent": os.getpid(),
     }
-    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_CHILD)]
+    sealed = {"begun": begun, "done": done, "entry_point": trial.entry_point}
+    sealed |= {"setup": trial.setup, "check": trial.check}
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-") as folder,
-        tempfile.TemporaryFile() as note,
+        _note(orders) as note,
+        _note(sealed) as secret,
     ):
-        note.write(json.dumps(orders).encode())
-        note.seek(0)
+        command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_CHILD)]
         process = subprocess.Popen(
-            command,
+            [*command, str(secret.fileno())],
             stdin=note,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            pass_fds=(secret.fileno(),),
             cwd=folder,
             env={},
             start_new_session=True,
         )
         with process:
-            output, ending = _watch(process, begun.encode(), seconds, max_output)
+            try:
+                output, ending = _watch(process, begun.encode(), seconds, max_output)
+            except BaseException:  # An interrupt ends the program too.
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
     before, mark, output = output.partition(begun.encode())
     if not mark:
         said = before.decode(errors="replace").strip().rpartition("\n")[2]
         raise UserError(
             f"run_python: the sandbox did not start ({said or 'no word from it'}); "
-            "use a machine that allows seccomp filters, or isolation='audit'"
+            "use a machine that allows seccomp and Landlock, or isolation='audit'"
         )
     outcome = _outcome(output, ending, process.returncode, done.encode())
     return dataclasses.replace(outcome, output=outcome.output[:max_output])
 
 
 def run_many(
-    programs: Sequence[str], *, workers: int | None = None, **options
+    programs: Sequence[str | Trial], *, workers: int | None = None, **options
 ) -> list[Outcome]:
     """Runs programs side by side, in the given order of results.
 
     Args:
-      programs: Python sources.
+      programs: Python sources, or functions and their checks.
       workers: how many at once (None: as many as processors).
       **options: of :func:`run_python`.
 
@@ -163,7 +213,19 @@ def run_many(
     """
     workers = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(max(1, min(workers, len(programs)))) as pool:
-        return list(pool.map(lambda p: run_python(p, **options), programs))
+        try:
+            return list(pool.map(lambda p: run_python(p, **options), programs))
+        finally:
+            # After an interrupt no further program may begin.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _note(content: dict[str, object]) -> IO[bytes]:
+    """A nameless file to read from, which holds JSON."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(json.dumps(content).encode())
+    file.seek(0)
+    return file
 
 
 def _check(
@@ -184,9 +246,10 @@ def _check(
         )
     if isolation == "kernel" and not kernel_isolation():
         raise UserError(
-            "run_python: isolation='kernel' needs Linux on x86-64, this is "
-            f"{sys.platform} on {platform.machine()}; use a container and "
-            "isolation='audit', which stops accidents only"
+            "run_python: isolation='kernel' needs Linux on x86-64 with Landlock (5.13 "
+            f"or later, not switched off), this is {sys.platform} on "
+            f"{platform.machine()} without; use a container and isolation='audit', "
+            "which stops accidents only"
         )
 
 
@@ -237,14 +300,15 @@ def _outcome(output: bytes, ending: Ending | None, status: int, done: bytes) -> 
     finished = output.endswith(done) and status == 0
     text = output.removesuffix(done).decode(errors="replace").strip()
     if ending is None:
-        last = text.rpartition("\n")[2]
+        # A signal that ended the judge itself has its number below zero.
+        killer = -status if status < 0 else status - _SIGNALLED
         if finished:
             ending = Ending.PASSED
-        elif status == -signal.SIGXCPU:
+        elif killer in (signal.SIGXCPU, signal.SIGALRM):
             ending = Ending.TIMEOUT
-        elif last.startswith("MemoryError"):
+        elif status == _MEMORY:
             ending = Ending.MEMORY
-        elif status < 0:
+        elif killer > 0:
             ending = Ending.KILLED
         else:
             ending = Ending.FAILED

@@ -1,15 +1,28 @@
-"""The inside of the sandbox: gives up what it may do, then runs one program.
+"""The inside of the sandbox: a judge, and a worker that runs one program for it.
 
-Started by :mod:`sbr_jax.evaluation.sandbox` as a script of a fresh interpreter; reads
-its orders as JSON from standard input and imports nothing outside the standard library.
+Started by :mod:`sbr_jax.evaluation.sandbox` as a script of a fresh interpreter without
+environment; reads its orders as JSON from standard input and imports nothing outside
+the standard library. The worker is forked before the judge reads its secrets: what
+marks a success, and the check. Both give up what they may do before they begin.
 """
 
 import ctypes
 import json
 import os
 import resource
+import signal
 import struct
 import sys
+
+# An isolated interpreter does not look beside its script; what else lies there (a
+# module `code`) must not stand in for the library's.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import sandbox_wire as wire
+
+del sys.path[0]
+
+PASSED, FAILED, MEMORY, SIGNALLED = 0, 1, 3, 128
+"""The judge's exit codes; a worker's signal is added to the last."""
 
 # System calls a program of pure Python needs to read, compute and print (x86-64).
 _ALLOWED = {
@@ -82,10 +95,73 @@ _DESCRIPTOR_FLAGS = (0, 1, 2, 3, 1030)  # F_DUPFD, F_[GS]ETFD, F_GETFL, F_DUPFD_
 _LOAD, _EQUAL, _ABOVE, _BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _YES, _NO, _DIE = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # allow, EPERM, kill process
 _ARCHITECTURE = 0xC000003E  # AUDIT_ARCH_X86_64
-_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 22, 38, 4
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
+_TIMER_CREATE, _TIMER_SETTIME = 222, 223
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
+_READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
+_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
+"""Version of Landlock to how many rights it knows; 16 from the fifth on."""
+_WAIT = {"wait4": 61}
+"""What the judge may do beyond the worker: learn how that ended."""
 
 
-def _filter() -> bytes:
+def _readable() -> list[str]:
+    """What the standard library is made of, and the empty working folder."""
+    base = sys.base_prefix
+    found = [*sys.path, f"{base}/lib", f"{base}/lib64", os.getcwd()]
+    found += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
+    found += ["/nix/store", "/usr/share/zoneinfo", "/etc/localtime"]
+    found += ["/etc/ld.so.cache", "/dev/null", "/dev/urandom"]
+    return [os.path.realpath(path) for path in found if path and os.path.exists(path)]
+
+
+def _system_call(number: int, *args) -> int:
+    """Does a system call that the C library has no function for."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    plain = (ctypes.c_long(a) if isinstance(a, int) else a for a in args)
+    result = libc.syscall(ctypes.c_long(number), *plain)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(number))
+    return result
+
+
+def _hide_files(readable: list[str]) -> None:
+    """Lets nothing be opened but these, by Landlock; other processes least of all."""
+    version = _system_call(_LANDLOCK_CREATE, None, 0, 1)
+    rights = (1 << _FILE_RIGHTS.get(version, 16)) - 1
+    rules = _system_call(_LANDLOCK_CREATE, struct.pack("Q", rights), 8, 0)
+    for path in readable:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        allowed = _READ_FILE | (_READ_FOLDER if os.path.isdir(path) else 0)
+        _system_call(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0)
+        os.close(place)
+    _system_call(_LANDLOCK_RESTRICT, rules, 0)
+    os.close(rules)
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when its parent does, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # It was gone before.
+        os._exit(FAILED)
+
+
+def _set_alarm(seconds: float, kernel: bool) -> None:
+    """Ends this process after a time, should nobody outside do it."""
+    if not kernel:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        return
+    # A timer whose signal is SIGKILL: no handler and no mask holds it up.
+    event = struct.pack("=qii48x", 0, int(signal.SIGKILL), 0)
+    timer = ctypes.c_int()
+    _system_call(_TIMER_CREATE, 1, event, ctypes.byref(timer))
+    whole = struct.pack("=qqqq", 0, 0, int(seconds), int(seconds % 1 * 1e9))
+    _system_call(_TIMER_SETTIME, timer.value, 0, whole, None)
+
+
+def _filter(more: dict[str, int]) -> bytes:
     """The filter as BPF: allow what is listed, answer EPERM to all else."""
     code: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, 4),
@@ -95,7 +171,7 @@ def _filter() -> bytes:
     ]
     # The x32 calling convention has other numbers for the same calls.
     code += [(_ABOVE, 0, 1, 0x40000000), (_RETURN, 0, 0, _DIE)]
-    for number in _ALLOWED.values():
+    for number in (*_ALLOWED.values(), *more.values()):
         code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _YES)]
     for number, place in ((_OPEN, 1), (_OPENAT, 2)):
         code += [
@@ -121,19 +197,20 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
 
-def _install_filter() -> None:
-    """Puts the filter on this process, for good."""
+def _prctl(option: int, first: int, second=0) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    code = _filter()
+    if libc.prctl(option, first, second, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl", str(option))
+
+
+def _install_filters(readable: list[str], more: dict[str, int]) -> None:
+    """Puts both filters on this process, for good: of files and of system calls."""
+    code = _filter(more)
     program = _Program(len(code) // 8, code)
-    calls = (
-        (_PR_SET_NO_NEW_PRIVS, 1, 0),
-        (_PR_SET_DUMPABLE, 0, 0),
-        (_PR_SET_SECCOMP, 2, ctypes.byref(program)),
-    )
-    for option, first, second in calls:
-        if libc.prctl(option, first, second, 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl", str(option))
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_SET_DUMPABLE, 0)
+    _hide_files(readable)
+    _prctl(_PR_SET_SECCOMP, 2, ctypes.byref(program))
 
 
 def _limit(memory: int, seconds: int) -> None:
@@ -171,51 +248,132 @@ _REFUSED = (
     "_posixsubprocess.",
 )
 _HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.putenv", "os.unsetenv")
+_LOOKING = ("os.listdir", "os.scandir")
 
 
-def _audit(event: str, args: tuple) -> None:
+def _auditor(readable: list[str]):
     """Says in Python's words what the kernel would refuse (and stands in for it)."""
-    if event == "open":
-        _, mode, flags = args
-        writing = isinstance(mode, str) and set(mode) & set("wax+")
-        if writing or (isinstance(flags, int) and flags & _WRITING):
-            raise PermissionError("the sandbox refuses to write files")
-    elif event.startswith(_REFUSED) and not event.startswith(_HARMLESS):
-        raise PermissionError(f"the sandbox refuses {event}")
+
+    def check_place(path) -> None:
+        if isinstance(path, int):
+            return
+        whole = os.path.realpath(os.fsdecode(path or "."))
+        if not any(whole == p or whole.startswith(p + os.sep) for p in readable):
+            raise PermissionError("the sandbox refuses to read files")
+
+    def audit(event: str, args: tuple) -> None:
+        if event == "open":
+            path, mode, flags = args
+            writing = isinstance(mode, str) and set(mode) & set("wax+")
+            if writing or (isinstance(flags, int) and flags & _WRITING):
+                raise PermissionError("the sandbox refuses to write files")
+            check_place(path)
+        elif event in _LOOKING:
+            check_place(args[0])
+        elif event.startswith(_REFUSED) and not event.startswith(_HARMLESS):
+            raise PermissionError(f"the sandbox refuses {event}")
+
+    return audit
 
 
-def main() -> None:
-    """Reads the orders, gives up everything, runs the program, reports."""
-    orders = json.loads(sys.stdin.buffer.read())
-    program = orders["program"]
-    begun, done = orders["begun"].encode(), orders["done"].encode()
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    report = os.dup(1)
+def _enclose(orders: dict, readable: list[str], more: dict[str, int]) -> None:
+    """Gives up what this process may do."""
     _limit(orders["memory"], orders["cpu_seconds"])
+    _set_alarm(orders["alarm"], orders["kernel"])
     if orders["kernel"]:
-        _install_filter()
-    orders.clear()
+        _install_filters(readable, more)
+
+
+def _work(orders: dict, judge: int, inbox: int, outbox: int) -> None:
+    """Runs the program, then its function as often as the judge asks."""
+    _die_with(judge)
+    readable = _readable()
+    _enclose(orders, readable, {})
+    program, entry_point = orders["program"], orders["entry_point"]
     for name in [
         m for m in sys.modules if m.partition(".")[0] in ("ctypes", "_ctypes")
     ]:
         del sys.modules[name]
-    sys.addaudithook(_audit)
-    os.write(report, begun)
-    status = 1
+    sys.addaudithook(_auditor(readable))
+    wire.send(outbox, "ready")
+    wire.receive(inbox)
+    namespace = {"__name__": "__main__", "__builtins__": __builtins__}
+
+    def answered(call) -> dict:
+        message = wire.answer(call)
+        # What it printed comes before what is made of its answer.
+        flushed = wire.answer(sys.stdout.flush)
+        return message if "value" in flushed else flushed
+
+    def whole() -> None:
+        exec(compile(program, "<program>", "exec"), namespace)
+
+    def function(*args, **kwargs):
+        return namespace[entry_point](*args, **kwargs)
+
+    wire.send(outbox, answered(whole))
+    while True:
+        args, kwargs = map(wire.decode, wire.receive(inbox))
+        wire.send(outbox, answered(lambda a=args, k=kwargs: function(*a, **k)))
+
+
+def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
+    """Runs the check against the worker's function; the exit code says what came."""
+    namespace = {"__name__": "__main__"}
     try:
-        code = compile(program, "<program>", "exec")
-        exec(code, {"__name__": "__main__", "__builtins__": __builtins__})
-        status = 0
-    except SystemExit as error:
-        print(f"SystemExit: {error.code}", flush=True)
-    except BaseException as error:  # Whatever it was, it is the result.
-        print(f"{type(error).__name__}: {str(error)[:500]}", flush=True)
-    if status == 0:
+        wire.receive(inbox)
+        os.write(1, secrets["begun"].encode())
+        wire.send(outbox, "go")
+        wire.value_of(wire.receive(inbox))
+        if secrets["check"]:
+            exec(compile(secrets["setup"], "<setup>", "exec"), namespace)
+            # The check may know the function by either name.
+            call = wire.remote(inbox, outbox)
+            namespace[secrets["entry_point"]] = call
+            exec(compile(secrets["check"], "<check>", "exec"), namespace)
         sys.stdout.flush()
-        # Only a program that came to its end gets here: leaving early is no success.
-        os.write(report, done)
-    os._exit(status)
+    except wire.Gone:
+        os.close(outbox)
+        _, status = os.waitpid(worker, 0)
+        signalled = os.WIFSIGNALED(status)
+        return SIGNALLED + os.WTERMSIG(status) if signalled else FAILED
+    except BaseException as error:  # Whatever it was, it is the result.
+        print(": ".join(wire.complaint(error)["raised"]), flush=True)
+        code = MEMORY if isinstance(error, MemoryError) else FAILED
+    else:
+        code = PASSED
+    # Without its judge the worker ends; what it still prints comes before the verdict.
+    os.close(outbox)
+    os.waitpid(worker, 0)
+    return code
+
+
+def main() -> None:
+    """Reads the orders, forks the worker, judges it."""
+    orders = json.loads(sys.stdin.buffer.read())
+    sealed = int(sys.argv[1])
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    _die_with(orders["parent"])
+    judge = os.getpid()
+    (calls, to_worker), (answers, to_judge) = os.pipe(), os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        for descriptor in (sealed, to_worker, answers):
+            os.close(descriptor)
+        try:
+            _work(orders, judge, calls, to_judge)
+        except wire.Gone:
+            os._exit(0)
+    for descriptor in (calls, to_judge):
+        os.close(descriptor)
+    with open(sealed, "rb") as note:
+        secrets = json.load(note)
+    _enclose(orders, _readable(), _WAIT)
+    code = _judge(secrets, worker, answers, to_worker)
+    if code == PASSED:
+        os.write(1, secrets["done"].encode())
+    os._exit(code)
 
 
 if __name__ == "__main__":

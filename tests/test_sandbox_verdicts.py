@@ -1,0 +1,350 @@
+"""What a program would have to reach to pass without being right, and does not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_sandbox import HOOKLESS, ISOLATIONS, changed_inside, needs_kernel, run
+
+from sbr_jax.evaluation import sandbox
+from sbr_jax.evaluation import sandbox_wire as wire
+from sbr_jax.evaluation.sandbox import Ending, Trial
+
+needs_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux ends a process with its parent"
+)
+CHECK = """
+def check(candidate):
+    assert candidate(2) == 3
+    assert abs(candidate(0.5) - 1.5) < 1e-6
+    assert add_one(7) == 8
+    print(end='')
+check(add_one)
+"""
+
+
+def judged(program, isolation="audit", check=CHECK, setup="", **options):
+    trial = Trial(program, "add_one", setup, check)
+    return run(trial, isolation, **options)
+
+
+def test_a_right_function_passes_and_a_wrong_one_does_not():
+    right = "def add_one(x):\n    print('seen', x)\n    return x + 1"
+    assert judged(right).passed
+    outcome = judged("def add_one(x): return x")
+    assert (outcome.ending, outcome.output) == (Ending.FAILED, "AssertionError:")
+    assert judged("x = 1").output.startswith("KeyError")
+    assert "ZeroDivisionError" in judged("1 / 0").output
+    helped = judged(
+        right, setup="def h(x): return x + 1", check="assert add_one(1) == h(1)"
+    )
+    assert helped.passed
+    assert helped.output == "seen 1"
+
+
+FORGERIES = {
+    "marker read from frames": """
+import os, sys
+def every():
+    frame = sys._getframe()
+    while frame is not None:
+        yield from frame.f_locals.values()
+        yield from frame.f_globals.values()
+        frame = frame.f_back
+def add_one(x):
+    for value in list(every()):
+        for text in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(text, (str, bytes)) and len(text) == 33:
+                os.write(1, text if isinstance(text, bytes) else text.encode())
+                os._exit(0)
+    return 0
+""",
+    "marker found by the collector": """
+import gc, os
+def add_one(x):
+    for thing in gc.get_objects():
+        for text in thing.values() if type(thing) is dict else ():
+            if isinstance(text, (str, bytes)) and len(text) == 33:
+                os.write(1, text if isinstance(text, bytes) else text.encode())
+                os._exit(0)
+    return 0
+""",
+    "equal to everything": """
+class Equal:
+    def __eq__(self, other): return True
+    def __sub__(self, other): return self
+    def __abs__(self): return 0
+def add_one(x): return Equal()
+""",
+    "a subclass that is equal to everything": """
+class Equal(int):
+    def __eq__(self, other): return True
+    def __sub__(self, other): return 0
+    __hash__ = int.__hash__
+def add_one(x): return Equal(-5)
+""",
+    "asserts jumped over": """
+import sys
+def add_one(x):
+    def jump(frame, event, argument):
+        if event == 'line':
+            for line in range(frame.f_lineno + 9, frame.f_lineno, -1):
+                try:
+                    frame.f_lineno = line
+                    break
+                except ValueError:
+                    continue
+        return jump
+    sys._getframe(1).f_trace = jump
+    sys.settrace(lambda *_: None)
+    return 3
+""",
+    "built-ins that say yes": """
+import builtins
+builtins.abs = lambda x: 0
+builtins.AssertionError = ValueError
+def add_one(x): return 0
+""",
+    "the check replaced in every namespace": """
+import gc
+def add_one(x):
+    for thing in gc.get_objects():
+        if type(thing) is dict and 'check' in thing:
+            thing['check'] = lambda candidate: None
+    return 0
+""",
+    "leaving with success": "import os\ndef add_one(x): os._exit(0)",
+    "a verdict of its own": """
+import os
+def add_one(x):
+    for pipe in range(32):
+        try:
+            os.write(pipe, b'\\x02\\0\\0\\0\\0\\0\\0\\0{}')
+        except OSError:
+            pass
+    return 0
+""",
+    "an exception that ends the judge": "def add_one(x): raise SystemExit(0)",
+    "an exception of a name that ends the judge": """
+class Gone(BaseException): pass
+Gone.__name__ = 'SystemExit'
+def add_one(x): raise Gone(0)
+""",
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES.values(), ids=FORGERIES)
+def test_a_forged_verdict_is_a_failure(forgery):
+    assert judged(forgery, ISOLATIONS[-1]).ending is Ending.FAILED
+
+
+@pytest.mark.parametrize(
+    "name", ["marker read from frames", "equal to everything", "asserts jumped over"]
+)
+def test_the_forgeries_work_where_nothing_keeps_them_apart(name):
+    # In one process with its check, as it was: so the test above can fail.
+    program = f"{FORGERIES[name]}\nbegun = done = '0' * 33\n{CHECK}\n"
+    program += "print('came to its end')"
+    outcome = run(program)
+    assert "came to its end" in outcome.output or "0" * 33 in outcome.output
+
+
+# --- secrets of others ----------------------------------------------------------------
+
+SECRET = "a-token-that-no-program-may-read"
+READ = {
+    "environ": "open(f'/proc/{os.getppid()}/environ').read()",
+    "environ of the starter": "open('/proc/{pid}/environ').read()",
+    "memory": "open(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
+    "memory of the starter": "open('/proc/{pid}/mem', 'rb').seek(2**20)",
+    "maps": "open(f'/proc/{os.getppid()}/maps').read()",
+    "command line": "open('/proc/{pid}/cmdline').read()",
+    "own environ": "open('/proc/self/environ').read()",
+    "descriptors": "os.listdir(f'/proc/{os.getppid()}/fd')",
+    "processes": "os.listdir('/proc')",
+    "a file": "open({path!r}).read()",
+    "a file by descriptor": "os.read(os.open({path!r}, os.O_RDONLY), 9)",
+    "a folder": "os.listdir({folder!r})",
+    "users": "open('/etc/passwd').read()",
+    "a way around": "open('/usr/lib/../../etc/passwd').read()",
+}
+
+
+@pytest.mark.parametrize("hook", [True, False], ids=["hook", "kernel alone"])
+@pytest.mark.parametrize("way", READ.values(), ids=READ)
+def test_nothing_of_others_can_be_read(way, hook, tmp_path, monkeypatch):
+    if not hook:
+        if not sandbox.kernel_isolation():
+            pytest.skip("no Landlock in this kernel: files are not hidden")
+        changed_inside(tmp_path, monkeypatch, *HOOKLESS)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    target = tmp_path / "secret.txt"
+    target.write_text(SECRET)
+    names = {"pid": os.getpid(), "path": str(target), "folder": str(tmp_path)}
+    for name, value in names.items():
+        way = way.replace(f"{{{name}!r}}", repr(value)).replace(
+            f"{{{name}}}", str(value)
+        )
+    outcome = run(f"import os\nprint({way})", "audit" if hook else "kernel")
+    assert outcome.ending is Ending.FAILED, outcome.output
+    assert "PermissionError" in outcome.output
+    assert SECRET not in outcome.output
+
+
+@needs_kernel
+def test_links_of_other_processes_cannot_be_followed(tmp_path, monkeypatch):
+    changed_inside(tmp_path, monkeypatch, *HOOKLESS)
+    program = f"import os\nprint(os.readlink('/proc/{os.getpid()}/cwd'))"
+    assert "PermissionError" in run(program, "kernel").output
+
+
+# --- plain data -----------------------------------------------------------------------
+
+VALUES = [
+    None,
+    True,
+    -(2**70),
+    0.1,
+    float("inf"),
+    "é\ud800\0",
+    b"\xff",
+    bytearray(b"x"),
+    2 - 1j,
+    [1, (2, [3.0]), {4}, frozenset({5})],
+    {1: "a", (1, 2): None, "x": {"y": []}},
+    {},
+    (),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_plain_data_comes_back_as_it_was(value):
+    ours, theirs = os.pipe()
+    wire.send(theirs, wire.encode(value))
+    found = wire.decode(wire.receive(ours))
+    os.close(theirs)
+    assert found == value
+    assert type(found) is type(value)
+    with pytest.raises(wire.Gone):
+        wire.receive(ours)
+    os.close(ours)
+
+
+def test_what_is_no_plain_data_is_equal_to_nothing():
+    class Liar(str):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = str.__hash__
+
+    sent = wire.decode(wire.encode(Liar("x")))
+    assert type(sent) is str
+    assert sent != "y"
+    for value in (object(), range(3), map(int, "012"), {"a": 1}.keys()):
+        found = wire.decode(wire.encode(value))
+        assert found not in ([0, 1, 2], range(3), {"a"}, None)
+    assert list(wire.decode(wire.encode(range(3)))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"value": {"eval": "1"}},
+        {"value": {"list": 3}},
+        {"value": [1]},
+        {"value": {"dict": [[{"list": []}, 1]]}},
+        {"value": {"opaque": []}},
+        {"value": 1, "raised": []},
+        {"raised": [1, 2, 3]},
+        3,
+        None,
+    ],
+    ids=repr,
+)
+def test_what_is_no_answer_is_an_error(message):
+    with pytest.raises(RuntimeError):
+        wire.value_of(message)
+
+
+# --- nothing left behind --------------------------------------------------------------
+
+STARTER = """
+import importlib.util, sys, types
+parent, typing = types.ModuleType("sbr_jax"), types.ModuleType("sbr_jax.typing")
+typing.UserError = ValueError
+sys.modules |= {{"sbr_jax": parent, "sbr_jax.typing": typing}}
+spec = importlib.util.spec_from_file_location("sandbox", {path!r})
+sandbox = sys.modules["sandbox"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sandbox)
+sandbox.run_python(
+    {program!r}, allow_code_execution=True, seconds=300, isolation={isolation!r}
+)
+"""
+SLEEPER = "import signal, time\nsignal.signal({name}, signal.SIG_IGN)\ntime.sleep(300)"
+
+
+def inside(mark):
+    """Processes whose parent is a mark, or whose parent's parent is."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, parent = (
+                    (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                )
+            except OSError:
+                continue
+            if state != "Z":
+                found[int(entry.name)] = int(parent)
+    children = [pid for pid, parent in found.items() if parent == mark]
+    return children + [pid for pid, parent in found.items() if parent in children]
+
+
+def alive(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
+
+
+@needs_linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_program_ends_with_who_started_it(number):
+    starter = STARTER.format(
+        path=sandbox.__file__,
+        program=SLEEPER.format(name="signal.SIGTERM"),
+        isolation=ISOLATIONS[-1],
+    )
+    process = subprocess.Popen([sys.executable, "-S", "-c", starter])
+    try:
+        found = wait_for(lambda: len(p := inside(process.pid)) == 2 and p)
+        assert found, "judge and worker never began"
+        process.send_signal(number)
+        process.wait(10)
+        assert wait_for(lambda: not any(map(alive, found)))
+    finally:
+        process.kill()
+
+
+@needs_linux
+def test_a_program_ends_by_its_own_alarm(tmp_path, monkeypatch):
+    # Nobody outside keeps time here, and it refuses to hear the alarm.
+    began = time.monotonic()
+    real = sandbox._watch
+    monkeypatch.setattr(sandbox, "_watch", lambda p, b, s, m: real(p, b, 60.0, m))
+    monkeypatch.setattr(sandbox, "START_SECONDS", 1.0)
+    sleeper = SLEEPER.format(name="signal.SIGALRM")
+    outcome = run(sleeper, ISOLATIONS[-1], seconds=0.2)
+    assert not outcome.passed
+    assert time.monotonic() - began < 20
