@@ -11,6 +11,7 @@ from sbr_jax.data.sources import DOMAINS
 from sbr_jax.evaluation.items import Result
 from sbr_jax.evaluation.judges import Judge
 from sbr_jax.evaluation.refusals import as_asr
+from sbr_jax.typing import UserError
 
 BENCHMARK = "benchmark_accuracy"
 """What `accuracy` is called of a set that is a domain too: `accuracy/DOMAIN` says how
@@ -38,8 +39,15 @@ class Measurement:
         return {"name": self.name, "items": len(self.prompts), **self.facts}
 
     def __call__(self, runner: Any) -> dict[str, float]:
-        """The metrics of a runner, by METRIC/SET."""
-        return self.task(runner)
+        """The metrics of a runner, by METRIC/SET.
+
+        Raises:
+            UserError: naming the measurement, of which there is no result.
+        """
+        try:
+            return self.task(runner)
+        except UserError as error:
+            raise UserError(f"measurement '{self.name}': {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
