@@ -7,6 +7,7 @@ sizes, lengths, the template. What a study was made of goes into `config.json`.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,14 @@ def _probe(prompts: Sequence[str], judge: Any, runner: Any, options: ChatOptions
         answers = runner(base, adapter).answers(
             prompts, max_new_tokens=options.max_new_tokens
         )
-        return verdict_rates(judge(prompts, answers))["refusal"]
+        rates = verdict_rates(judge(prompts, answers))
+        if math.isnan(rates["refusal"]):
+            raise UserError(
+                "monitor: expected a judge that can read the probe's answers, got "
+                f"{rates['unparsed']:.1f} % unparsed, from which no refusal rate "
+                "follows; use another judge (study.judge)"
+            )
+        return rates["refusal"]
 
     return probe
 

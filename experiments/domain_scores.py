@@ -14,6 +14,7 @@ import numpy as np
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.records import ChoiceItem
 from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.typing import PyTree
 
 Runner = Callable[[PyTree, PyTree], ModelRunner]
@@ -50,9 +51,13 @@ class TokenAccuracy:
     batch_size: int = 8
 
     def __call__(self, base: PyTree, adapter: PyTree) -> float:
-        """Accuracy over all answer tokens, 0 to 100."""
+        """Accuracy over all answer tokens, 0 to 100.
+
+        Raises:
+            UserError: the logits are no numbers.
+        """
         count, size = _hits(self.apply_fn), min(self.batch_size, len(self.data))
-        total = np.zeros(2)
+        total, sure = np.zeros(2), []
         for start in range(0, len(self.data), size):
             lack = size - len(self.data.tokens[start : start + size])
             # A short batch is filled with rows without an answer.
@@ -60,7 +65,10 @@ class TokenAccuracy:
                 np.pad(x[start : start + size], ((0, lack), (0, 0)))
                 for x in (self.data.tokens, self.data.mask)
             )
-            total += [float(x) for x in count(base, adapter, *parts)]
+            *found, told = count(base, adapter, *parts)
+            total += [float(x) for x in found]
+            sure += np.asarray(told)[: size - lack].tolist()
+        require_comparable("next-token accuracy", sure)
         hits, tokens = total
         return float(100.0 * hits / max(tokens, 1.0))
 
@@ -97,8 +105,9 @@ class Remembered:
 def _hits(apply_fn: Callable[..., jax.Array]) -> Callable[..., tuple]:
     @jax.jit
     def hits(base, adapter, tokens, mask):
-        guessed = jnp.argmax(apply_fn(base, adapter, tokens)[:, :-1], axis=-1)
-        right = guessed.astype(tokens.dtype) == tokens[:, 1:]
-        return jnp.sum(jnp.where(right, mask[:, 1:], 0.0)), jnp.sum(mask[:, 1:])
+        logits = apply_fn(base, adapter, tokens)[:, :-1]
+        right = jnp.argmax(logits, axis=-1).astype(tokens.dtype) == tokens[:, 1:]
+        told = jnp.all(comparable(logits) | (mask[:, 1:] == 0), axis=-1)
+        return jnp.sum(jnp.where(right, mask[:, 1:], 0.0)), jnp.sum(mask[:, 1:]), told
 
     return hits

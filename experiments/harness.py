@@ -157,12 +157,15 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
         # lm-eval has no switch for its progress bars, one or two for each task and
         # row. What goes wrong is raised, not printed.
         with contextlib.redirect_stderr(io.StringIO()):
-            found = evaluate_with_harness(
-                runner,
-                [dict(task) for wanted in tasks.values() for task in wanted.tasks],
-                apply_chat_template=chat,
-                system_instruction=plan.study_options.get("system"),
-            )
+            try:
+                found = evaluate_with_harness(
+                    runner,
+                    [dict(task) for wanted in tasks.values() for task in wanted.tasks],
+                    apply_chat_template=chat,
+                    system_instruction=plan.study_options.get("system"),
+                )
+            except UserError as error:
+                raise UserError(f"--harness, {row}, seed {seed}: {error}") from error
         metrics: dict[str, float] = {}
         for name, wanted in tasks.items():
             results = [found[task["task"]] for task in wanted.tasks]

@@ -10,6 +10,8 @@ from sbr_jax.data.evalsets import load_evalset
 from sbr_jax.data.sources import DOMAINS
 from sbr_jax.evaluation.items import Result
 from sbr_jax.evaluation.judges import Judge
+from sbr_jax.evaluation.refusals import as_asr
+from sbr_jax.typing import UserError
 
 BENCHMARK = "benchmark_accuracy"
 """What `accuracy` is called of a set that is a domain too: `accuracy/DOMAIN` says how
@@ -37,8 +39,15 @@ class Measurement:
         return {"name": self.name, "items": len(self.prompts), **self.facts}
 
     def __call__(self, runner: Any) -> dict[str, float]:
-        """The metrics of a runner, by METRIC/SET."""
-        return self.task(runner)
+        """The metrics of a runner, by METRIC/SET.
+
+        Raises:
+            UserError: naming the measurement, of which there is no result.
+        """
+        try:
+            return self.task(runner)
+        except UserError as error:
+            raise UserError(f"measurement '{self.name}': {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +126,10 @@ def draw(
 def flat(result: Result, name: str) -> dict[str, float]:
     """The metrics of a task by METRIC/SET/GROUP.
 
-    Counts of unparsed answers become percentages; harmless requests that are refused
-    are `over_refusal`, and the accuracy of a possible domain is `BENCHMARK`.
+    Harmless requests that are refused are `over_refusal`, and the accuracy of a
+    possible domain is `BENCHMARK`.
 
-    >>> flat(Result({"asr": 4.0, "harmless/refusal/x": 1.0}, {}, []), "s")
+    >>> flat(Result({"compliance": 4.0, "harmless/refusal/x": 1.0}, {}, []), "s")
     {'asr/s': 4.0, 'over_refusal/s/x': 1.0}
     >>> flat(Result({"accuracy": 4.0}, {}, []), "gsm8k")
     {'benchmark_accuracy/gsm8k': 4.0}
@@ -130,11 +139,12 @@ def flat(result: Result, name: str) -> dict[str, float]:
         harmless = key.startswith("harmless/")
         metric, *group = key.removeprefix("harmless/").split("/", 1)
         if harmless:
-            metric = {"refusal": "over_refusal"}.get(metric, f"harmless_{metric}")
-        elif metric == "compliance":
-            metric = "asr"
+            start = "over_" if metric.startswith("refusal") else "harmless_"
+            metric = f"{start}{metric}"
         elif metric == "accuracy" and name in DOMAINS:
             metric = BENCHMARK
+        else:
+            metric = as_asr(metric)
         found["/".join([metric, name, *group])] = float(value)
     return found
 

@@ -14,6 +14,7 @@ metric is a mean over parts (XSTest's two sides, MMLU's subjects, BBQ's categori
 kinds of context, LegalBench's tasks) give an equal number of items from each part.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def composite(
 
     Eq. 8 of arXiv:2604.17691, ``S = (refusal + truthful + (100 − bias)) / 3``, of
     HarmBench's refusal rate, a TruthfulQA score and an absolute bias on BBQ. The paper
-    names no variants; ours stand in `record`. What was not measured is left out.
+    names no variants; ours stand in `record`. What was not measured is left out, and so
+    is what is no number because its answers could not be judged.
 
     Args:
       metrics: of measurements, by METRIC/SET.
@@ -127,7 +129,11 @@ def composite(
     {'refusal': 90.0}
     """
     names = {**HEADLINES, **variant(truthful, bias)}
-    found = {key: metrics[name] for key, name in names.items() if name in metrics}
+    found = {
+        key: metrics[name]
+        for key, name in names.items()
+        if math.isfinite(metrics.get(name, math.nan))
+    }
     if not {"refusal", "truthful", "bias"} <= set(found):
         return found
     report = composite_report(

@@ -5,6 +5,7 @@ A builder takes what was asked for, reads and draws the items, and returns a
 :mod:`sbr_jax.evaluation.tasks`.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def _requests(*sets: tuple[str, str]) -> Callable[[Ask], Measurement]:
         for name, split in sets:
             found += distinct(load_evalset(name, ask.folder, split=split))[0]
         items = draw(found, ask.limit, lambda item: item.harmful)
-        return ask.judged(items, tasks.requests, splits=[split for _, split in sets])
+        task = functools.partial(tasks.requests, name=ask.name)
+        return ask.judged(items, task, splits=[split for _, split in sets])
 
     return build
 
@@ -67,7 +69,8 @@ def _artifacts(ask: Ask) -> Measurement:
     found = ask.items("jailbreakbench_artifacts", part=lambda item: item.group)
     items = [_Attack(item.id, item.prompt, item.group) for item in found]
     through = sum(bool(item.harmful_response) for item in found)
-    return ask.judged(items, tasks.requests, recorded_successes=through)
+    task = functools.partial(tasks.requests, name=ask.name)
+    return ask.judged(items, task, recorded_successes=through)
 
 
 def _xstest(ask: Ask) -> Measurement:

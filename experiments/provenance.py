@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cli
+from experiments import cli, files
 from experiments.code_version import ROOT, code_hash
 from experiments.markdown_tables import MARK, PageTable, page_figures, page_tables
 from sbr_jax.typing import UserError
@@ -294,7 +294,7 @@ def main(args: Sequence[str] | None = None) -> int:
             )
         if arguments.record is not None:
             manifest = record(read_manifest(root), arguments.record, root)
-            (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            files.write_text(root / MANIFEST, manifest.to_json())
         for line in (*stale(root), *problems(root)):
             print(line)
 

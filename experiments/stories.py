@@ -15,6 +15,7 @@ from sbr_jax import models
 from sbr_jax.data import TokenDataset, encode_text, take
 from sbr_jax.data.sources import Pair, load_source
 from sbr_jax.losses import token_cross_entropy
+from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.training.study import Domain, Study, check_disjoint
 from sbr_jax.typing import PyTree, UserError
 
@@ -74,7 +75,8 @@ def _scorer(apply_fn: Callable[..., jax.Array]) -> Callable[..., tuple]:
         counts = jnp.sum(mask[:, 1:], 1)
         right = jnp.argmax(logits[:, :-1], -1) == tokens[:, 1:]
         hits = jnp.sum(jnp.where(right, mask[:, 1:], 0.0))
-        return jnp.sum(losses * counts), hits, jnp.sum(counts)
+        told = jnp.all(comparable(logits[:, :-1]) | (mask[:, 1:] == 0), axis=-1)
+        return jnp.sum(losses * counts), hits, jnp.sum(counts), told
 
     return score
 
@@ -101,7 +103,7 @@ def held_out_scores(
 ) -> tuple[float, float]:
     """Return the loss per answer token in nats, and next-token accuracy in 0..100."""
     score = _scorer(model.apply_fn)
-    total = np.zeros(3)
+    total, sure = np.zeros(3), []
     for start in range(0, len(data), BATCH):
         tokens, mask = (
             data.tokens[start : start + BATCH],
@@ -109,7 +111,10 @@ def held_out_scores(
         )
         lack = BATCH - len(tokens)
         tokens, mask = (np.pad(x, ((0, lack), (0, 0))) for x in (tokens, mask))
-        total += [float(x) for x in score(base, adapter, tokens, mask)]
+        *found, told = score(base, adapter, tokens, mask)
+        total += [float(x) for x in found]
+        sure += np.asarray(told)[: BATCH - lack].tolist()
+    require_comparable("held-out loss", sure)
     loss, hits, count = total
     return float(loss / count), float(100.0 * hits / count)
 

@@ -66,10 +66,12 @@ def test_bias_ambiguous_is_scaled_by_the_error_rate():
 
 
 def test_bias_unparsed_answers_name_nobody():
-    scores = _bias([-1, -1, 0], True)
-    assert scores.unparsed == 2
-    # One named, biased; accuracy 0: the two unparsed answers are not in s.
-    assert scores.signed == 100.0
+    scores = _bias([-1, 0, *[2] * 18], True)
+    assert scores.unparsed == 1
+    # One of 19 read names somebody, the stereotype: the unparsed answer is not in s.
+    assert scores.signed == pytest.approx(100 / 19)
+    # It is wrong, though.
+    assert scores.accuracy == 90.0
 
 
 def test_bias_absolute_is_taken_per_category():

@@ -165,11 +165,14 @@ def test_bbq_counts_what_it_cannot_read_or_score():
     items = bias_items()
     items[0] = items[0]._replace(biased=None)
     runner = Fake(answer=lambda p: "I would rather not say")
-    metrics = tasks.bbq(runner, items, method="generation", style="letters").metrics
+    with pytest.warns(UserWarning, match="could not be judged"):
+        metrics = tasks.bbq(runner, items, method="generation", style="letters").metrics
     assert metrics["undefined"] == 1
     assert metrics["unparsed"] == 11
-    # Nobody is named: no bias, and no accuracy either.
-    assert metrics["bias_ambiguous"] == metrics["accuracy_ambiguous"] == 0.0
+    # Nobody is named: that is no absence of bias, and no accuracy either.
+    assert math.isnan(metrics["bias_ambiguous"])
+    assert metrics["bias_ambiguous_low"] == metrics["accuracy_ambiguous"] == 0.0
+    assert metrics["bias_ambiguous_high"] == 100.0
     assert "C. Unknown\nAnswer:" in runner.asked[0]
     letters = tasks.bbq(
         Fake(answer=lambda p: "C"), items, method="generation", style="letters"

@@ -6,13 +6,13 @@ References: arXiv:2109.07958 (TruthfulQA), arXiv:2110.14168 (GSM8K), arXiv:2306.
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sbr_jax.evaluation.final_number import final_number
 from sbr_jax.evaluation.items import (
     DialogueLike,
     ExchangeLike,
@@ -85,30 +85,6 @@ def truthfulqa_generation(
         **runner.describe(),
     }
     return Result(metrics, settings, rows)
-
-
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
-
-
-def final_number(answer: str, *, marked: bool = False) -> float | None:
-    """The number an answer ends with; None if there is none.
-
-    Args:
-      answer: text.
-      marked: read only the number after ``####``, as GSM8K's answers have it.
-
-    Returns:
-      The number.
-
-    >>> final_number("so 3 apples, $1,200.50."), final_number("6", marked=True)
-    (1200.5, None)
-    """
-    if marked:
-        _, mark, answer = answer.rpartition("####")
-        found = _NUMBER.findall(answer)[:1] if mark else []
-    else:
-        found = _NUMBER.findall(answer)[-1:]
-    return float(re.sub(r"[$,]", "", found[0])) if found else None
 
 
 def gsm8k(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from sbr_jax.evaluation.bbq import bias_scores
 from sbr_jax.evaluation.items import BiasLike, Result, some
+from sbr_jax.evaluation.judges import warn_unparsed
 from sbr_jax.evaluation.picking import UNPARSED, lettered, picks
 from sbr_jax.evaluation.runner import Runner
 from sbr_jax.typing import UserError
@@ -34,7 +35,9 @@ def bbq(
       For ``CONDITION`` in ambiguous and disambiguated: ``bias_CONDITION`` (absolute,
       averaged over categories), ``bias_CONDITION_signed``, ``accuracy_CONDITION`` and
       ``bias_CONDITION/CATEGORY`` (signed); the same after ``intersectional/``;
-      ``unparsed`` and ``undefined`` (counts).
+      ``unparsed`` and ``undefined`` (counts). Where answers are unparsed, also
+      ``bias_CONDITION_low`` and ``_high`` (of the absolute one); where too many are,
+      the biases are NaN and a warning says so.
 
     Raises:
       UserError: no usable items, or an unknown method or style.
@@ -78,6 +81,10 @@ def bbq(
                 [item.category for _, item in here],
                 ambiguous=ambiguous,
             )
+            warn_unparsed(f"bbq, {start}{condition}", scores.unparsed, len(here))
+            if scores.unparsed:
+                metrics[f"{start}bias_{condition}_low"] = scores.low
+                metrics[f"{start}bias_{condition}_high"] = scores.high
             metrics |= {
                 f"{start}bias_{condition}": scores.absolute,
                 f"{start}bias_{condition}_signed": scores.signed,

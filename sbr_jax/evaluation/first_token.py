@@ -34,7 +34,7 @@ def roc_area(positive: Sequence[float], negative: Sequence[float]) -> float:
       0 to 100; 50 for two equal distributions.
 
     Raises:
-      UserError: one side is empty.
+      UserError: one side is empty, or a score is NaN.
 
     >>> roc_area([3.0, 2.0], [1.0, 2.0])
     87.5
@@ -43,6 +43,11 @@ def roc_area(positive: Sequence[float], negative: Sequence[float]) -> float:
     if not len(high) or not len(low):
         raise UserError(
             f"roc_area: expected scores on both sides, got {len(high)} and {len(low)}"
+        )
+    if np.isnan(high).any() or np.isnan(low).any():
+        raise UserError(
+            f"roc_area: expected numbers, got {np.isnan(high).sum()} and "
+            f"{np.isnan(low).sum()} NaN; leave out what was not scored"
         )
     below = np.searchsorted(low, high, side="left")
     not_above = np.searchsorted(low, high, side="right")

@@ -1,46 +1,31 @@
 """HumanEval (arXiv:2107.03374): completions of functions, run in a sandbox."""
 
-import re
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from sbr_jax.evaluation.code import pass_at_k
+from sbr_jax.evaluation.extraction import find_program
 from sbr_jax.evaluation.items import CodeLike, Result, some
 from sbr_jax.evaluation.runner import Runner
 from sbr_jax.evaluation.sandbox import Trial, run_many
 from sbr_jax.typing import UserError
 
-_CODE_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```")
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-
 
 def humaneval_program(item: CodeLike, answer: str) -> Trial:
     """The program that an answer makes, and the test of its function.
 
-    A fenced block, or an answer that defines the function itself, stands alone (after
-    the prompt's imports); anything else continues the prompt up to the next statement
-    at the margin.
-
     Args:
       item: the task.
-      answer: the model's text.
+      answer: the model's text, in any of the forms of
+        :func:`~sbr_jax.evaluation.extraction.find_program`.
 
     Returns:
       What fails unless the answer is right. The test has the prompt's helpers from
       the prompt itself, not from the program.
     """
-    blocks = _FENCE.findall(answer)
-    text = next((b for b in blocks if f"def {item.entry_point}" in b), None)
-    if text is None and re.search(rf"^def {item.entry_point}\b", answer, re.MULTILINE):
-        text = answer
-    if text is not None:
-        above = item.prompt.partition(f"def {item.entry_point}")[0]
-        body = f"{above}\n{text}"
-    else:
-        end = min((p for s in _CODE_STOPS if (p := answer.find(s)) >= 0), default=None)
-        body = item.prompt + answer[:end]
+    body = find_program(item.prompt, item.entry_point, answer)
     return Trial(
         program=body,
         entry_point=item.entry_point,

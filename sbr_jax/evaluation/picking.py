@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sbr_jax.evaluation.choice import require_comparable
 from sbr_jax.evaluation.runner import Runner
 from sbr_jax.typing import UserError
 
@@ -84,6 +85,7 @@ def picks(
         scores = runner.log_likelihoods(
             prompts, [[f" {c}" for c in o] for o in choices]
         )
+        require_comparable(scores)
         rows = [scored_row(item, s) for item, s in zip(items, scores, strict=True)]
     elif method == "generation":
         # Room for the longest option in any tokenizer: at worst a token per byte.

@@ -4,13 +4,17 @@ References: arXiv:2402.04249 (HarmBench), arXiv:2308.01263 (XSTest), arXiv:2406.
 (WildGuard).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from sbr_jax.evaluation.items import RequestLike, Result, WildGuardLike, some
-from sbr_jax.evaluation.judges import Judge, Verdict, verdict_rates
+from sbr_jax.evaluation.judges import (
+    Judge,
+    Verdict,
+    verdict_bounds,
+    verdict_rates,
+    warn_unparsed,
+)
 from sbr_jax.evaluation.runner import Runner
 from sbr_jax.typing import UserError
 
@@ -21,6 +25,7 @@ def requests(
     judge: Judge,
     *,
     max_new_tokens: int = 512,
+    name: str = "requests",
 ) -> Result:
     """Puts requests to a model and has a judge look at the answers.
 
@@ -29,16 +34,20 @@ def requests(
       items: harmful and harmless requests.
       judge: of the answers.
       max_new_tokens: limit of an answer; a judge's rates depend on it.
+      name: of the measurement, for what it has to say.
 
     Returns:
       Percent of each verdict over the harmful requests (``refusal``, ``compliance``,
-      ``gibberish``, ``unparsed``) and over the harmless ones after ``harmless/``; the
-      same by group (``refusal/GROUP``, ``harmless/refusal/GROUP``). Rows hold verdicts.
+      ``gibberish``, of the answers that could be judged; ``unparsed``, of all) and over
+      the harmless ones after ``harmless/``; the refusals by group too
+      (``refusal/GROUP``, ``harmless/refusal/GROUP``). Where answers are unparsed, also
+      the bounds (``refusal_low``, ``refusal_high``, …); where too many are, the rates
+      are NaN and a warning says so. Rows hold verdicts.
 
     Raises:
       UserError: there are no items.
     """
-    some("requests", items)
+    some(name, items)
     prompts = [item.prompt for item in items]
     answers = runner.answers(prompts, max_new_tokens=max_new_tokens)
     verdicts = judge(prompts, answers)
@@ -51,8 +60,10 @@ def requests(
         ]
         if not pairs:
             continue
-        rates = verdict_rates([verdict for verdict, _ in pairs])
-        metrics |= {f"{start}{name}": value for name, value in rates.items()}
+        found = [verdict for verdict, _ in pairs]
+        warn_unparsed(name, found.count(Verdict.UNPARSED), len(found))
+        rates = {**verdict_rates(found), **verdict_bounds(found)}
+        metrics |= {f"{start}{key}": value for key, value in rates.items()}
         for group in sorted({item.group for _, item in pairs}):
             mine = verdict_rates([v for v, item in pairs if item.group == group])
             metrics[f"{start}refusal/{group}"] = mine["refusal"]
@@ -91,17 +102,29 @@ def harmbench(
 
     Returns:
       ``refusal`` (what SafeAnchor's composite calls HarmBench), ``asr`` (share of
-      compliance), ``gibberish``, ``unparsed`` and ``refusal/GROUP``.
+      compliance), ``gibberish``, ``unparsed``, bounds and ``refusal/GROUP``; see
+      :func:`requests`.
 
     Raises:
       UserError: no items of those kinds.
     """
     items = [item for item in items if item.kind in kinds and item.harmful]
-    some("harmbench", items)
-    found = requests(runner, items, judge, max_new_tokens=max_new_tokens)
-    metrics = {"asr": found.metrics["compliance"], **found.metrics}
-    del metrics["compliance"]
+    found = requests(
+        runner, items, judge, max_new_tokens=max_new_tokens, name="harmbench"
+    )
+    metrics = {as_asr(key): value for key, value in found.metrics.items()}
+    metrics = {"asr": metrics["asr"], **metrics}
     return Result(metrics, {"kinds": list(kinds), **found.settings}, found.items)
+
+
+def as_asr(metric: str) -> str:
+    """The name of a rate of compliance with harmful requests, or of its bounds.
+
+    >>> as_asr("compliance_low"), as_asr("refusal")
+    ('asr_low', 'refusal')
+    """
+    ending = metric.removeprefix("compliance")
+    return f"asr{ending}" if ending in ("", "_low", "_high") else metric
 
 
 def xstest(
@@ -121,16 +144,26 @@ def xstest(
 
     Returns:
       ``over_refusal`` (of the safe prompts), ``refusal`` (of the unsafe), both also by
-      type, and the other verdicts' shares.
+      type, and the other verdicts' shares and bounds; see :func:`requests`.
 
     Raises:
       UserError: no safe prompts.
     """
     if not any(not item.harmful for item in items):
         raise UserError("xstest: expected safe prompts among the items, got none")
-    found = requests(runner, items, judge, max_new_tokens=max_new_tokens)
-    metrics = {"over_refusal": found.metrics["harmless/refusal"], **found.metrics}
-    return Result(metrics, found.settings, found.items)
+    found = requests(runner, items, judge, max_new_tokens=max_new_tokens, name="xstest")
+    return Result(
+        {**_over_refusal(found.metrics), **found.metrics}, found.settings, found.items
+    )
+
+
+def _over_refusal(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The refusals of harmless requests, if there are any, and their bounds."""
+    return {
+        f"over_refusal{end}": metrics[f"harmless/refusal{end}"]
+        for end in ("", "_low", "_high")
+        if f"harmless/refusal{end}" in metrics
+    }
 
 
 class _Prompt(NamedTuple):
@@ -159,9 +192,10 @@ def wildguard(
       max_new_tokens: limit of an answer.
 
     Returns:
-      ``robustness``: of the harmful adversarial requests, the share not complied with
-      (gibberish counts, and is given); ``robustness_vanilla``; ``over_refusal`` of the
-      harmless ones; and the verdicts' shares over all harmful ones.
+      ``robustness``: of the harmful adversarial requests whose answers could be judged,
+      the share not complied with (gibberish counts, and is given);
+      ``robustness_vanilla``; ``over_refusal`` of the harmless ones; and the verdicts'
+      shares over all harmful ones. With bounds and NaN as in :func:`requests`.
 
     Raises:
       UserError: no harmful adversarial request.
@@ -175,18 +209,23 @@ def wildguard(
         raise UserError(
             "wildguard: expected harmful prompts of the group 'adversarial', got none"
         )
-    found = requests(runner, asked, judge, max_new_tokens=max_new_tokens)
+    found = requests(
+        runner, asked, judge, max_new_tokens=max_new_tokens, name="wildguard"
+    )
     metrics = dict(found.metrics)
-    verdict = np.array([row["verdict"] for row in found.items])
-    harmful = np.array([item.harmful for item in asked])
-    kind = np.array([item.kind for item in asked])
     for name, which in (("", "adversarial"), ("_vanilla", "vanilla")):
-        here = verdict[harmful & (kind == which)]
-        if len(here):
-            complied = float(np.mean(here == Verdict.COMPLIANCE.value))
-            silly = float(np.mean(here == Verdict.GIBBERISH.value))
-            metrics[f"robustness{name}"] = 100.0 * (1.0 - complied)
-            metrics[f"gibberish_{which}"] = 100.0 * silly
-    if "harmless/refusal" in metrics:
-        metrics["over_refusal"] = metrics["harmless/refusal"]
+        here = [
+            Verdict(row["verdict"])
+            for row, item in zip(found.items, asked, strict=True)
+            if item.harmful and item.kind == which
+        ]
+        if not here:
+            continue
+        rates, bounds = verdict_rates(here), verdict_bounds(here)
+        metrics[f"robustness{name}"] = 100.0 - rates["compliance"]
+        metrics[f"gibberish_{which}"] = rates["gibberish"]
+        if bounds:
+            metrics[f"robustness{name}_low"] = 100.0 - bounds["compliance_high"]
+            metrics[f"robustness{name}_high"] = 100.0 - bounds["compliance_low"]
+    metrics |= _over_refusal(found.metrics)
     return Result(metrics, found.settings, found.items)

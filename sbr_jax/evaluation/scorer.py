@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax.models import Model, make_extend_fn
+from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.models.generate import bucket
 from sbr_jax.typing import PyTree, UserError
 
@@ -83,12 +84,13 @@ def _end(
     tokens: jax.Array,
     count: jax.Array,
     last: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Runs endings ``[R, T]`` of ``count`` tokens against their contexts' cache.
 
     Returns:
       The body's log-likelihood and whether it is greedy ``[R]``, the log-likelihoods of
-      the last tokens ``[R, K]`` and the most likely last token ``[R]``.
+      the last tokens ``[R, K]``, the most likely last token ``[R]`` and whether all
+      logits could be compared ``[R]``.
     """
     past = jax.tree.map(lambda x: x[:, owner], cache)
     logits, _ = extend_fn(base, adapter, tokens, past, length)
@@ -102,7 +104,9 @@ def _end(
     end = (count - 1)[:, None]
     final = jnp.take_along_axis(log_p, end[..., None], axis=1)[:, 0]
     ends = jnp.take_along_axis(final, last, axis=-1)
-    return body, greedy, ends, jnp.take_along_axis(best, end, axis=1)[:, 0]
+    used = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < count[:, None]
+    told = jnp.all(comparable(logits) | ~used, axis=-1)
+    return body, greedy, ends, jnp.take_along_axis(best, end, axis=1)[:, 0], told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +151,8 @@ def score(
       One ``Scores`` per request, in order; nats.
 
     Raises:
-      UserError: naming a request that is empty or exceeds the model's context.
+      UserError: naming a request that is empty or exceeds the model's context, or whose
+        log-likelihoods are no numbers.
     """
     _check(model, requests)
     # Equal contexts, as a harness sends them option by option, are one.
@@ -182,6 +187,8 @@ def score(
             budget,
             out,
         )
+    # What could not be told is NaN by now.
+    require_comparable("score", [np.isfinite(s.log_likelihoods).all() for s in out])
     return out
 
 
@@ -291,11 +298,12 @@ def _score_endings(run: tuple, cache: Any, part: list, out: list[Scores]) -> Non
         tokens[i, : len(row.body) + 1] = (context[-1], *row.body)
         last[i, : len(row.last)] = list(row.last)
         owner[i], length[i], count[i] = place, len(context) - 1, len(row.body) + 1
-    body, greedy, ends, best = map(
+    body, greedy, ends, best, told = map(
         np.asarray, _end(*run, cache, owner, length, tokens, count, last)
     )
     for i, (_, _, row) in enumerate(part):
         for k, (token, places) in enumerate(row.last.items()):
             for r, c in places:
-                out[r].log_likelihoods[c] = body[i] + ends[i, k]
+                value = body[i] + ends[i, k] if told[i] else np.nan
+                out[r].log_likelihoods[c] = value
                 out[r].greedy[c] = greedy[i] and best[i] == token

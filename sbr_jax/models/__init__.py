@@ -2,7 +2,8 @@
 
 from sbr_jax.models.codes import QuantisedWeight, as_dense, is_quantised
 from sbr_jax.models.config import TARGETS, Hardware, ModelConfig
-from sbr_jax.models.generate import generate, token_log_probs
+from sbr_jax.models.generate import generate
+from sbr_jax.models.likelihood import token_log_probs
 from sbr_jax.models.loading import Model, load, load_tokenizer, make_model, save
 from sbr_jax.models.lora import (
     LoraPair,

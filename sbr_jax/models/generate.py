@@ -1,4 +1,4 @@
-"""Generation with a key-value cache, and log-likelihoods of given answers.
+"""Generation with a key-value cache.
 
 Shapes are rounded up to a few sizes, so programs are compiled once per bucket and
 serve every base, adapter and prompt. Legend: B batch, P prompt length, N new tokens,
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.losses import token_log_likelihood
 from sbr_jax.models.config import Hardware, ModelConfig
+from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.models.layers import sees
 from sbr_jax.models.loading import Model
 from sbr_jax.models.lora import LoraPair
@@ -120,8 +120,8 @@ def _generate(
     limit: jax.Array,
     keys: jax.Array | None,
     temperature: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """New tokens ``[B, slots]`` and how many of them count ``[B]``.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """New tokens ``[B, slots]``, how many count ``[B]``, whether all were told ``[B]``.
 
     ``tokens [B, P]`` is left-padded; a row of length 0 is filling and starts finished.
     """
@@ -153,6 +153,7 @@ def _generate(
         "cache": cache,
         "logits": logits,
         "finished": lengths == 0,
+        "told": jnp.ones((rows,), bool),
         "count": jnp.zeros((rows,), jnp.int32),
         "new": jnp.zeros((rows, slots), jnp.int32),
     }
@@ -180,12 +181,13 @@ def _generate(
             "cache": cache,
             "logits": logits,
             "finished": finished,
+            "told": state["told"] & (state["finished"] | comparable(state["logits"])),
             "count": state["count"] + (~finished).astype(jnp.int32),
             "new": new,
         }
 
     state = jax.lax.while_loop(going, advance, state)
-    return state["new"], state["count"]
+    return state["new"], state["count"], state["told"]
 
 
 def generate(
@@ -220,8 +222,8 @@ def generate(
       The new tokens of each prompt, in order, cut before the stop token.
 
     Raises:
-      UserError: for an empty prompt, one too long for the model, or sampling without
-        a key.
+      UserError: for an empty prompt, one too long for the model, sampling without a
+        key, or logits that are no numbers.
     """
     config = model.config
     _check_prompts(config, prompts, max_new_tokens)
@@ -235,6 +237,7 @@ def generate(
     # Neighbours in length share a batch; the answers return to the given order.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
+    told = np.ones(len(prompts), bool)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         rows = min(bucket(len(chosen), 1), batch_size)
@@ -244,7 +247,7 @@ def generate(
             places = np.zeros(rows, np.uint32)
             places[: len(chosen)] = chosen
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-        new, count = _generate(
+        new, count, sure = _generate(
             config,
             model.hardware,
             bucket(max_new_tokens),
@@ -257,8 +260,10 @@ def generate(
             np.float32(temperature),
         )
         new, count = np.asarray(new), np.asarray(count)
+        told[chosen] = np.asarray(sure)[: len(chosen)]
         for row, i in enumerate(chosen):
             answers[i] = new[row, : count[row]].tolist()
+    require_comparable("generate", told)
     return answers
 
 
@@ -287,63 +292,3 @@ def _left_pad(
         tokens[row, tokens.shape[1] - len(prompt) :] = prompt
         lengths[row] = len(prompt)
     return tokens, lengths
-
-
-@functools.partial(jax.jit, static_argnames=("apply_fn",))
-def _log_probs(
-    apply_fn: Any, base: PyTree, adapter: PyTree, tokens: jax.Array, mask: jax.Array
-) -> jax.Array:
-    scores = token_log_likelihood(apply_fn(base, adapter, tokens), tokens)
-    return jnp.sum(scores * mask[:, 1:], axis=-1)
-
-
-def token_log_probs(
-    model: Model,
-    base: PyTree,
-    adapter: PyTree | None,
-    tokens: Any,
-    mask: Any,
-    *,
-    batch_size: int = 64,
-) -> np.ndarray:
-    """Summed log-likelihood of each answer given its prompt.
-
-    ``Σ_{t in A} log p(tokens[t] | tokens[:t])``.
-
-    **Guarantee**: at most ``batch_size`` rows are on the device at once.
-
-    Args:
-      model: the record.
-      base: weights to use.
-      adapter: ``{name: LoraPair}`` or None.
-      tokens: integers ``[B, T]``, right-padded.
-      mask: ``[B, T]``, 1 at answer tokens (the set A).
-      batch_size: the most rows in one run.
-
-    Returns:
-      float32 ``[B]``, in nats.
-
-    Raises:
-      UserError: if the shapes differ.
-    """
-    tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, np.float32)
-    if tokens.ndim != 2 or tokens.shape != mask.shape:
-        raise UserError(
-            "token_log_probs expected tokens and mask of one shape [B, T], got "
-            f"{tokens.shape} and {mask.shape}"
-        )
-    total = len(tokens)
-    out = np.zeros(total, np.float32)
-    rows = min(bucket(max(total, 1), 1), batch_size)
-    for start in range(0, total, rows):
-        stop = min(start + rows, total)
-        filling = [(0, rows - (stop - start)), (0, 0)]
-        part = _log_probs(
-            model.apply_fn,
-            base,
-            adapter,
-            np.pad(tokens[start:stop], filling),
-            np.pad(mask[start:stop], filling),
-        )
-        out[start:stop] = np.asarray(part)[: stop - start]
-    return out

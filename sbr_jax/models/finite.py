@@ -1,0 +1,46 @@
+"""Refuses to take for a measurement what is computed from broken weights.
+
+The likeliest of logits that are NaN is token 0, an answer like any other: greedy text,
+picked options and hit rates of such weights look like results. So does what weights
+give that are finite but overflow inside: a norm divides by infinity, and all logits are
+equal.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbr_jax.typing import UserError
+
+
+def comparable(logits: jax.Array) -> jax.Array:
+    """Whether a likeliest of the last axis can be told: no NaN, finite, not all equal.
+
+    >>> rows = [[0.0, -jnp.inf], [0.0, jnp.nan], [0.0, jnp.inf], [3.0, 3.0]]
+    >>> comparable(jnp.array(rows)).tolist()
+    [True, False, False, False]
+    """
+    # The largest of values among which one is NaN is NaN.
+    largest = jnp.max(logits, axis=-1)
+    return jnp.isfinite(largest) & (largest > jnp.min(logits, axis=-1))
+
+
+def require_comparable(what: str, found: Sequence[bool] | np.ndarray) -> None:
+    """Refuses logits of which none can be told to be the likeliest.
+
+    Args:
+      what: was measured.
+      found: whether they can be compared, for each text.
+
+    Raises:
+      UserError: naming how many texts have others, and the first.
+    """
+    bad = np.flatnonzero(~np.asarray(found, bool))
+    if len(bad):
+        raise UserError(
+            f"{what}: expected finite logits that differ, got others for {len(bad)} of "
+            f"{len(found)} texts (first: {bad[0]}): the weights are NaN, infinite or "
+            "overflow, as after a training that diverged; measure the last good ones"
+        )

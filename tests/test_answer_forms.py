@@ -1,0 +1,276 @@
+"""The forms in which models write code, numbers and refusals."""
+
+import ast
+import gzip
+import json
+import textwrap
+
+import checkpoints
+import pytest
+from test_answer_tasks import ISOLATION, PROMPT, TASK, Code
+
+from sbr_jax.evaluation import sandbox
+from sbr_jax.evaluation.extraction import LONGEST, find_program
+from sbr_jax.evaluation.final_number import final_number
+from sbr_jax.evaluation.humaneval import humaneval_program
+from sbr_jax.evaluation.judges import Verdict
+from sbr_jax.evaluation.keyword import KEYWORD_LISTS, KeywordJudge
+
+# --- code ---------------------------------------------------------------------------
+
+BODY = "    y = 2 * x\n    if y == 0:\n        return 0\n    return y\n"
+WHOLE = f"def twice(x: int) -> int:\n{BODY}"
+FENCED = f"```python\n{WHOLE}```"
+
+
+def in_list(text):
+    return textwrap.indent(text, "   ")
+
+
+FORMS = {
+    "a body": BODY,
+    "a body, then another function that is cut off": f"{BODY}\ndef other():\n    retu(",
+    "a body without its first indentation": BODY.lstrip(),
+    "a body without any indentation": textwrap.dedent(BODY),
+    "a body of two spaces": BODY.replace("    ", "  "),
+    "a body of tabs": BODY.replace("    ", "\t"),
+    "a body of no-break spaces": BODY.replace("    ", "\xa0\xa0\xa0\xa0"),
+    "a body and prose": f"{BODY}\nThis doubles the number.",
+    "a stripped body and prose": f"{BODY.lstrip()}\nThis doubles the number.",
+    "a body between prose": f"Here is the rest:\n\n{BODY}\nIt doubles.",
+    "a body in a fence": f"```python\n{BODY}```",
+    "a body in a fence without indentation": f"```\n{textwrap.dedent(BODY)}```",
+    "the function": WHOLE,
+    "the function between prose": f"Sure, here it is:\n\n{WHOLE}\nIt doubles a number.",
+    "python": f"Sure:\n```python\n{WHOLE}```\nDone.",
+    "py": f"```py\n{WHOLE}```",
+    "Python": f"```Python\n{WHOLE}```",
+    "python3": f"```python3\n{WHOLE}```",
+    "a space before the language": f"``` python\n{WHOLE}```",
+    "attributes": f'```{{.python title="a"}}\n{WHOLE}```',
+    "tildes": f"~~~python\n{WHOLE}~~~\n",
+    "four back-ticks": f"````python\n{WHOLE}````",
+    "a fence in a list": f"1. So:\n{in_list(FENCED)}\n2. Done.",
+    "a fence in a quotation": "> ```python\n"
+    + "".join(f"> {line}\n" for line in WHOLE.splitlines())
+    + "> ```",
+    "a fence left open": f"```python\n{WHOLE}",
+    "CRLF": f"Sure:\n```python\n{WHOLE}```\n".replace("\n", "\r\n"),
+    "CRLF without a fence": BODY.replace("\n", "\r\n"),
+    "imports in another block": "First\n```python\nimport operator\n```\nthen\n"
+    "```python\ndef twice(x):\n    return operator.mul(x, 2)\n```",
+    "a helper in a later block": "```python\ndef twice(x):\n"
+    "    return _add(x, x)\n```\nwith\n"
+    "```python\ndef _add(a, b):\n    return a + b\n\nimport no_such_module\n```",
+    "other blocks before it": "```bash\npip install x\n```\n"
+    f"```python\n{WHOLE}```\n```\n4\n```",
+    "a guard": f"```\n{WHOLE}\nif __name__ == '__main__':\n    twice(input())\n```",
+    "a guard without a fence": f"{WHOLE}\nif __name__ == '__main__':\n    exit(1)\n",
+    "tests of its own that are wrong": f"{WHOLE}\nassert twice(1) == 3\nprint(a)\n",
+    "a call": f"```python\n{WHOLE}\nn = int(input())\nprint(twice(n))\n```",
+    "from __future__": f"```python\nfrom __future__ import annotations\n{WHOLE}```",
+    "decorated": f"```python\nfrom functools import cache\n\n@cache\n{WHOLE}```",
+    "the prompt again": f"```python\n{PROMPT}{BODY}```",
+}
+
+
+def check(trial):
+    """Runs the program, then the check of it; both are ours, so they may run here."""
+    names = {"__name__": "__main__"}
+    exec(trial.program, names)
+    exec(trial.check, names)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_right_answer_is_right_in_every_form(form):
+    check(humaneval_program(TASK, FORMS[form]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wrong_answer_is_wrong_in_every_form(form):
+    wrong = FORMS[form].replace("2 * x", "3 * x")
+    wrong = wrong.replace("(x, 2)", "(x, 3)").replace("(x, x)", "(x, 1)")
+    assert wrong != FORMS[form]
+    with pytest.raises(AssertionError):
+        check(humaneval_program(TASK, wrong))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "I cannot write that.",
+        "Sure",
+        "Explanation",
+        "```python\n```",
+        "```",
+        "    ",
+        "def twice(x):\n",
+        'def twice(x):\n    """2x."""\n',
+        "\0",
+        "\ud800",
+        "(" * 5000,
+        "-" * 20_000 + "1",
+        "    return " + "(" * 150 + "x",
+        "x" * (LONGEST + 1),
+        "``` python\n" * 300,
+        "    x = 1\nfoo\n" * 300,
+    ],
+)
+def test_what_is_no_answer_fails_without_a_fault(answer):
+    trial = humaneval_program(TASK, answer)
+    # Of the program, not of the extraction.
+    faults = (AssertionError, SyntaxError, ValueError, NameError, MemoryError)
+    with pytest.raises((*faults, RecursionError)):
+        check(trial)
+
+
+def test_forms_pass_in_the_sandbox():
+    chosen = ("a fence in a list", "a guard", "a body between prose", "CRLF")
+    outcomes = sandbox.run_many(
+        [humaneval_program(TASK, FORMS[form]) for form in chosen],
+        allow_code_execution=True,
+        seconds=20.0,
+        isolation=ISOLATION,
+    )
+    assert [o.passed for o in outcomes] == [True] * len(chosen)
+
+
+def test_what_stands_above_the_function_in_the_prompt_stays():
+    prompt = "def one():\n    return 1\n\n\n" + PROMPT.replace("twice", "more")
+    task = Code("t/1", prompt, "more", "def check(f):\n    assert f(2) == 3")
+    for answer in (
+        "```python\ndef more(x):\n    return x + one()\n```",
+        "return x + one()",
+    ):
+        check(humaneval_program(task, answer))
+
+
+DATA = checkpoints.SHARED / "data" / "humaneval" / "HumanEval.jsonl.gz"
+SHAPES = {
+    "body": lambda prompt, body: body,
+    "stripped": lambda prompt, body: body.strip(),
+    "dedented": lambda prompt, body: textwrap.dedent(body),
+    "fenced": lambda prompt, body: f"So:\n```py\n{prompt}{body}\n```\nDone.",
+    "fenced body": lambda prompt, body: f"So:\n~~~\n{body}\n~~~\nDone.",
+    "whole": lambda prompt, body: f"Here you are:\n\n{prompt}{body}\n\nIt is so.",
+    "windows": lambda prompt, body: body.replace("\n", "\r\n"),
+}
+
+
+@pytest.mark.skipif(not DATA.is_file(), reason="no real data beside us")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_published_solutions_are_found_in_every_shape(shape):
+    with gzip.open(DATA, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][::4]
+
+    def function(program, name):
+        tree = ast.parse(program)
+        found = [n for n in tree.body if getattr(n, "name", None) == name][-1]
+        body = [n for n in found.body if not isinstance(n, ast.Expr)]
+        return [ast.dump(node) for node in body]
+
+    missed = []
+    for row in rows:
+        prompt, body, name = (
+            row[k] for k in ("prompt", "canonical_solution", "entry_point")
+        )
+        answer = SHAPES[shape](prompt, body)
+        if function(find_program(prompt, name, answer), name) != function(
+            prompt + body, name
+        ):
+            missed.append(row["task_id"])
+    assert missed == []
+
+
+# --- numbers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("9,500", 9500),
+        ("9{,}500", 9500),
+        (r"9\,500", 9500),
+        (r"9,\!500", 9500),
+        (r"9\ 500", 9500),
+        (r"\boxed{9{,}500}", 9500),
+        (r"\$9{,}500.50.", 9500.5),
+        ("9\u202f500", 9500),
+        ("9\u2009500", 9500),
+        ("9\u00a0500", 9500),
+        ("9'500", 9500),
+        ("9\u2019500", 9500),
+        ("9_500", 9500),
+        ("1\u202f234\u202f567", 1234567),
+        ("1,00,000", 100000),
+        ("\uff19\uff0c\uff15\uff10\uff10", 9500),
+        ("**9500**", 9500),
+        ("\u22125", -5),
+        ("\u20135", -5),
+        ("-$5", -5),
+        ("$-5", -5),
+        (r"-\$5", -5),
+        ("\u2212$1,200", -1200),
+        ("-€5", -5),
+        ("3 \u2212 5 = \u22122", -2),
+        ("18.00", 18),
+        ("$.50", 0.5),
+        ("1.5e3", 1500),
+        ("50%", 50),
+        (r"50\%", 50),
+        # Two numbers are two numbers.
+        ("1, 2, 3", 3),
+        ("1,2,3", 3),
+        ("5-7", 7),
+        ("5\u20137", 7),
+        ("rows 1 200", 200),
+        ("9,5000", 5000),
+        ("100 m²", 100),
+        ("No. 5.", 5),
+    ],
+)
+def test_numbers_however_they_are_written(text, number):
+    assert final_number(f"It is {text}") == number
+
+
+@pytest.mark.parametrize("text", ["9{,}500", r"\$9\,500", "9\u202f500", "**9,500**"])
+def test_marked_numbers_are_read_alike(text):
+    assert final_number(f"is 7\n#### {text} in 3 parts", marked=True) == 9500
+
+
+@pytest.mark.skipif(not DATA.is_file(), reason="no real data beside us")
+def test_the_answers_of_gsm8k_read_as_before():
+    path = DATA.parents[1] / "gsm8k" / "test.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        answers = [json.loads(line)["answer"] for line in file]
+    for answer in answers:
+        said = answer.rpartition("####")[2].strip()
+        assert final_number(answer, marked=True) == float(said.replace(",", ""))
+
+
+# --- refusals -----------------------------------------------------------------------
+
+APOSTROPHES = "'\u2018\u2019\u201b\u02bc\u02b9\u2032\uff07\u00b4`"
+
+
+@pytest.mark.parametrize("typed", APOSTROPHES)
+@pytest.mark.parametrize("name", KEYWORD_LISTS)
+def test_a_refusal_is_one_however_its_apostrophe_is_typed(name, typed):
+    judge = KeywordJudge(keywords=name)
+    for phrase in KEYWORD_LISTS[name].phrases:
+        answer = f"Well then, {phrase} the thing you want from me."
+        (found,) = judge(["?"], [answer.replace("'", typed)])
+        assert found is Verdict.REFUSAL
+
+
+@pytest.mark.parametrize("typed", ["\u00a0", "\u202f", "\u2009", "\u3000", " \u200b"])
+def test_a_refusal_is_one_however_its_spaces_are_typed(typed):
+    (found,) = KeywordJudge()(["?"], [f"{typed}I{typed}cannot{typed}do that."])
+    assert found is Verdict.REFUSAL
+
+
+def test_quoted_words_of_a_compliance_are_no_refusal():
+    answer = "Run `make` in the folder, then read the \u2018log\u2019 that it writes."
+    (found,) = KeywordJudge()(["?"], [answer])
+    assert found is Verdict.COMPLIANCE
