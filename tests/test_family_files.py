@@ -59,7 +59,7 @@ def test_where_a_file_is_silent_the_family_decides():
     [
         ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
         ("mistral", {"attention_bias": True}, "attention_bias"),
-        ("mistral", {"sliding_window": 0}, "window above 0"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
         ("qwen2", {"layer_types": ["full_attention"] * 3}, "layer_types"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "chunked"),
@@ -72,7 +72,7 @@ def test_where_a_file_is_silent_the_family_decides():
         ("gemma", {"sliding_window": 6}, "sliding_window"),
         ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
         ("gemma2", {"sliding_window": None}, "layer_types"),
-        ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_cap above 0"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1"),
         ("llama3", {"rope_parameters": {"rope_type": "llama3"}}, "high_freq_factor"),
         ("llama3", {"model_type": "gemma3_text"}, "known are"),
         (
@@ -122,7 +122,7 @@ def test_settings_that_a_family_cannot_say_are_not_saved(tmp_path):
         ({"window": 4, "sliding": (True, True)}, "one entry for each of 1"),
         ({"sliding": (True,)}, "expected a window"),
         ({"activation": "relu"}, "silu"),
-        ({"query_scalar": 0}, "query_scalar above 0"),
+        ({"query_scalar": 0}, "query_scalar=0"),
     ],
     ids=str,
 )

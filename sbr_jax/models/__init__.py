@@ -4,7 +4,7 @@ from sbr_jax.models.codes import QuantisedWeight, as_dense, is_quantised
 from sbr_jax.models.config import TARGETS, Hardware, ModelConfig
 from sbr_jax.models.generate import generate
 from sbr_jax.models.likelihood import token_log_probs
-from sbr_jax.models.loading import Model, load, load_tokenizer, make_model, save
+from sbr_jax.models.loading import Model, load, make_model, save
 from sbr_jax.models.lora import (
     LoraPair,
     init_adapter,
@@ -26,6 +26,7 @@ from sbr_jax.models.sharding import (
     named_shardings,
     partition_specs,
 )
+from sbr_jax.models.tokenizer import load_tokenizer
 from sbr_jax.models.transformer import init_params, make_apply_fn
 
 __all__ = [

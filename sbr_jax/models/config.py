@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from sbr_jax.models.fields import Field, wrong_fields
 from sbr_jax.typing import UserError
 
 TARGETS = (
@@ -22,6 +23,39 @@ TARGETS = (
 
 BIASED = ("q_proj", "k_proj", "v_proj")
 """The projections that have a bias where ``qkv_bias`` is set."""
+
+_TOKENS = 2**31 - 1
+_MANY = Field(int, 1, 2**24)
+ROPE_FIELDS = {
+    "factor": Field(float, 1, 1e6),
+    "low": Field(float, 1e-6, 1e6),
+    "high": Field(float, 1e-6, 1e6),
+    "original": Field(int, 1, _TOKENS),
+}
+"""What the numbers of ``RopeScaling`` may be."""
+FIELDS = {
+    "vocab_size": _MANY,
+    "width": _MANY,
+    "mlp_width": _MANY,
+    "layers": Field(int, 1, 10_000),
+    "heads": Field(int, 1, 2**16),
+    "kv_heads": Field(int, 0, 2**16),
+    "head_dim": Field(int, 0, 2**16),
+    "rope_theta": Field(float, 1, 1e12),
+    "norm_eps": Field(float, 0, 1),
+    "tied": Field(bool),
+    "context": Field(int, 1, _TOKENS),
+    "init_scale": Field(float, 0, 1e3),
+    "bos": Field(int, 0, _TOKENS, none=True),
+    "eos": Field(int, 0, _TOKENS, lists="only"),
+    # The first Llama files say -1 for none.
+    "pad": Field(int, -1, _TOKENS, none=True),
+    "window": Field(int, 1, _TOKENS, none=True),
+    "query_scalar": Field(float, 1e-6, 1e6, none=True),
+    "attention_cap": Field(float, 1e-6, 1e6, none=True),
+    "logit_cap": Field(float, 1e-6, 1e6, none=True),
+}
+"""What the fields of ``ModelConfig`` may hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +80,10 @@ class RopeScaling:
             raise UserError(
                 f"expected RoPE scaling 'linear' or 'llama3', got {self.kind!r}"
             )
-        if self.factor < 1 or not 0 < self.low < self.high or self.original < 1:
-            raise UserError(
-                "expected RoPE scaling with factor >= 1, 0 < low < high and a positive "
-                f"original context, got {self}"
-            )
+        if wrong := wrong_fields(vars(self), ROPE_FIELDS):
+            raise UserError(f"wrong RoPE scaling: {'; '.join(wrong)}")
+        if self.low >= self.high:
+            raise UserError(f"expected RoPE scaling with low < high, got {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +141,8 @@ class ModelConfig:
     """The same for the output logits."""
 
     def __post_init__(self):
+        if wrong := wrong_fields(vars(self), FIELDS):
+            raise UserError(f"wrong model settings: {'; '.join(wrong)}")
         if not self.kv_heads:
             object.__setattr__(self, "kv_heads", self.heads)
         if not self.head_dim:
@@ -128,10 +163,6 @@ class ModelConfig:
             raise UserError(
                 f"expected activation 'silu' or 'gelu_tanh', got {self.activation!r}"
             )
-        for name in ("window", "query_scalar", "attention_cap", "logit_cap"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"expected {name} above 0 or None, got {value}")
         self._settle_windows()
 
     def _settle_windows(self) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from sbr_jax.files import is_there, read_object
 from sbr_jax.models.config import ModelConfig, RopeScaling
 from sbr_jax.models.families import COMMON, FAMILIES, GELU, Family, Raw
+from sbr_jax.models.fields import read_fields
+from sbr_jax.models.hf_fields import CONFIG, EOS, ROPE
 from sbr_jax.typing import UserError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -44,6 +46,7 @@ def _scaling(
     name: str, rope: Raw, raw: Raw, where: str
 ) -> tuple[float, RopeScaling | None]:
     """The base and the scaling of one RoPE dictionary, in either spelling."""
+    read_fields(rope, ROPE, f"{name} of {where}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:
         raise UserError(
@@ -58,39 +61,39 @@ def _scaling(
         raise UserError(f"unsupported keys {left} in {name} of {where}")
     if missing := sorted(set(_ROPE_KEYS[kind]) - set(rope)):
         raise UserError(f"expected {missing} in {name} of {where} for type {kind!r}")
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = float(rope.get("rope_theta", raw["rope_theta"]))
     if kind == "default":
         return theta, None
     factor = float(rope["factor"])
     if kind == "linear":
         return theta, RopeScaling(kind, factor)
     # In this order in transformers too: the top level wins, the context is the default.
-    context = raw.get(original, rope.get(original, raw.get("max_position_embeddings")))
+    context = raw[original] or rope.get(original) or raw["max_position_embeddings"]
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    return theta, RopeScaling(kind, factor, low, high, int(context or 2048))
+    return theta, RopeScaling(kind, factor, low, high, context)
 
 
 def _rope(raw: Raw, where: str) -> tuple[float, RopeScaling | None]:
     """Base and scaling from ``rope_scaling``, ``rope_parameters`` or neither."""
-    names = [name for name in ("rope_scaling", "rope_parameters") if raw.get(name)]
+    names = [name for name in ("rope_scaling", "rope_parameters") if raw[name]]
     found = [_scaling(name, raw[name], raw, where) for name in names]
     if len(set(found)) > 1:
         raise UserError(
             f"rope_scaling and rope_parameters disagree in {where}: {found[0]} and "
             f"{found[1]}; delete the wrong one"
         )
-    return found[0] if found else (float(raw.get("rope_theta", 10000.0)), None)
+    return found[0] if found else (float(raw["rope_theta"]), None)
 
 
 def _windows(
     family: Family, raw: Raw, where: str
 ) -> tuple[int | None, tuple[bool, ...]]:
     """The window and which layers slide."""
-    depth, window = raw["num_hidden_layers"], raw.get("sliding_window")
-    if "use_sliding_window" in raw and not raw["use_sliding_window"]:
+    depth, window = raw["num_hidden_layers"], raw["sliding_window"]
+    if not raw["use_sliding_window"]:
         window = None
     usual = tuple(window is not None and family.slides(i, raw) for i in range(depth))
-    kinds = raw.get("layer_types")
+    kinds = raw["layer_types"]
     if kinds is None:
         return window, usual
     sliding = tuple(kind == _SLIDING for kind in kinds)
@@ -128,27 +131,29 @@ def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
     (True, 4)
     """
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(
-            f"unknown model_type {kind!r} in {where}: known are "
+            f"unknown model_type {kind!r:.60} in {where}: known are "
             f"{', '.join(sorted(FAMILIES))}{hint}"
         )
     family = FAMILIES[kind]
     raw = {**family.defaults, **raw}
     rules = {k: v for k, v in COMMON.items() if k not in family.free}
     _refuse(raw, {**rules, **family.allowed}, where)
-    needed = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    missing = [name for name in needed if name not in raw]
-    if missing:
-        raise UserError(f"expected {missing} in {where}, got a file without them")
+    try:
+        return _from_fields(kind, read_fields(raw, CONFIG, where), where)
+    except UserError as error:
+        if where in str(error):
+            raise
+        # How sizes go together is a rule of the settings, which know no file.
+        raise UserError(f"{where}: {error}") from error
+
+
+def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
+    """The settings of a family from fields that each are of their type and range."""
+    family = FAMILIES[kind]
     theta, scaling = _rope(raw, where)
     window, sliding = _windows(family, raw, where)
     return ModelConfig(
@@ -157,17 +162,17 @@ def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
         mlp_width=raw["intermediate_size"],
         layers=raw["num_hidden_layers"],
         heads=raw["num_attention_heads"],
-        kv_heads=raw.get("num_key_value_heads") or 0,
-        head_dim=raw.get("head_dim") or 0,
+        kv_heads=raw["num_key_value_heads"] or 0,
+        head_dim=raw["head_dim"] or 0,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        context=raw.get("max_position_embeddings", 2048),
-        init_scale=float(raw.get("initializer_range", 0.02)),
-        bos=raw.get("bos_token_id"),
-        eos=_stops(raw),
-        pad=raw.get("pad_token_id"),
+        norm_eps=float(raw["rms_norm_eps"]),
+        tied=raw["tie_word_embeddings"],
+        context=raw["max_position_embeddings"],
+        init_scale=float(raw["initializer_range"]),
+        bos=raw["bos_token_id"],
+        eos=_stops(raw["eos_token_id"]),
+        pad=raw["pad_token_id"],
         model_type=kind,
         window=window,
         sliding=sliding,
@@ -176,8 +181,7 @@ def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
     )
 
 
-def _stops(raw: Raw) -> tuple[int, ...]:
-    eos = raw.get("eos_token_id")
+def _stops(eos: int | list[int] | None) -> tuple[int, ...]:
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
@@ -313,26 +317,14 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"expected config.json in {folder}, found none")
-    config = from_dict(read_json(path), str(path))
+    if not is_there(path):
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "; it holds an adapter, which needs its base model" if adapter else ""
+        raise UserError(f"expected config.json in {folder}, found none{hint}")
+    config = from_dict(read_object(path), str(path))
     extra = folder / "generation_config.json"
-    if extra.is_file():
-        more = tuple(i for i in _stops(read_json(extra)) if i not in config.eos)
+    if is_there(extra):
+        found = read_fields(read_object(extra), {"eos_token_id": EOS}, str(extra))
+        more = tuple(i for i in _stops(found["eos_token_id"]) if i not in config.eos)
         config = dataclasses.replace(config, eos=config.eos + more)
     return config
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      UserError: if it holds none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"expected JSON in {path}, got: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"expected a JSON object in {path}, got {found!r:.40}")
-    return found

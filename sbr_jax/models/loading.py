@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from typing import Any
@@ -17,11 +16,11 @@ from sbr_jax.models.codes import check_kind
 from sbr_jax.models.config import Hardware, ModelConfig
 from sbr_jax.models.quantize import require_dense
 from sbr_jax.models.saving import save_weights
+from sbr_jax.models.tokenizer import load_tokenizer
 from sbr_jax.models.transformer import make_apply_fn
 from sbr_jax.models.weights import load_weights
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 
 
@@ -86,8 +85,9 @@ def load(
       The model record.
 
     Raises:
-      UserError: if nothing is there, a setting is unsupported or a tensor does not
-        fit.
+      UserError: naming the file that is missing or damaged, the setting that is of
+        another type, out of range or unsupported, and the tensor that does not fit or
+        is not finite.
     """
     if quantize is not None:
         check_kind(quantize)
@@ -95,33 +95,6 @@ def load(
     config = hf_config.read(folder)
     params = load_weights(folder, config, dtype=dtype, mesh=mesh, quantize=quantize)
     return make_model(config, params, load_tokenizer(folder), hardware=hardware)
-
-
-def load_tokenizer(folder: str | pathlib.Path) -> Any:
-    """The tokenizer of a folder through transformers, or None if it holds none.
-
-    Args:
-      folder: with ``tokenizer.json`` and its companions.
-
-    Returns:
-      A fast tokenizer. Code in the folder is never run.
-
-    Raises:
-      UserError: if transformers cannot read the files.
-    """
-    folder = pathlib.Path(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    # Without this, transformers prints that PyTorch is not installed.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tokenizer of {folder}: {error}") from error
 
 
 def save(

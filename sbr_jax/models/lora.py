@@ -14,10 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.files import is_there, parse_json
 from sbr_jax.models.codes import as_dense
 from sbr_jax.models.config import TARGETS, ModelConfig
+from sbr_jax.models.fields import Field, wrong_fields
 from sbr_jax.models.parameters import select_targets
+from sbr_jax.models.tensors import read_tensors
 from sbr_jax.typing import PyTree, UserError
+
+SCALE = Field(float, -1e9, 1e9)
+"""What the scale of an adapter may be."""
 
 
 @jax.tree_util.register_dataclass
@@ -165,35 +171,37 @@ def load_adapter(path: str | pathlib.Path) -> dict[str, LoraPair]:
       ``{name: LoraPair}``.
 
     Raises:
-      UserError: if the file is missing, is no adapter, or lacks a factor.
+      UserError: if the file is missing, is no adapter, lacks a factor, or holds a
+        number that is not finite.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not pathlib.Path(path).is_file():
+    path = pathlib.Path(path)
+    if not is_there(path):
         raise UserError(f"expected an adapter file at {path}, found none")
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file: {error}") from error
+    tensors, metadata = read_tensors(path)
     if metadata.get("format") != "sbr_jax.adapter":
         raise UserError(
             f"expected an adapter written by save_adapter in {path}, got metadata "
-            f"format {metadata.get('format')!r}"
+            f"format {metadata.get('format')!r:.60}"
         )
-    scales = json.loads(metadata["scales"])
+    scales = parse_json(metadata.get("scales", "null"), f"the metadata of {path}")
+    if not isinstance(scales, dict):
+        raise UserError(f"expected a scale for each projection in {path}, found none")
+    if wrong := wrong_fields(scales, dict.fromkeys(scales, SCALE)):
+        raise UserError(f"wrong scales in {path}: {'; '.join(wrong)}")
     wanted = {f"{name}.{part}" for name in scales for part in ("lora_a", "lora_b")}
     if wanted != set(tensors):
         raise UserError(
             f"adapter {path}: missing {sorted(wanted - set(tensors))}, extra "
             f"{sorted(set(tensors) - wanted)}"
         )
-    return {
-        name: LoraPair(
-            jnp.asarray(tensors[f"{name}.lora_b"]),
-            jnp.asarray(tensors[f"{name}.lora_a"]),
-            scale,
-        )
-        for name, scale in scales.items()
-    }
+    adapter = {}
+    for name, scale in scales.items():
+        lora_b, lora_a = tensors[f"{name}.lora_b"], tensors[f"{name}.lora_a"]
+        ends = lora_a.shape[:1] + lora_a.shape[2:]
+        if lora_a.ndim != 3 or lora_b.ndim != 3 or lora_b.shape[:2] != ends:
+            raise UserError(
+                f"adapter {path}: expected {name} of shapes [layers, in, rank] and "
+                f"[layers, rank, out], got {lora_a.shape} and {lora_b.shape}"
+            )
+        adapter[name] = LoraPair(jnp.asarray(lora_b), jnp.asarray(lora_a), scale)
+    return adapter

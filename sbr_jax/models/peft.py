@@ -24,10 +24,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.files import is_there, read_object
 from sbr_jax.models.config import TARGETS, ModelConfig
-from sbr_jax.models.hf_config import read_json
+from sbr_jax.models.fields import Field, read_fields
 from sbr_jax.models.loading import Model
-from sbr_jax.models.lora import LoraPair
+from sbr_jax.models.lora import SCALE, LoraPair
+from sbr_jax.models.tensors import float_dtype, read_tensors, some
 from sbr_jax.models.weights import sources
 from sbr_jax.typing import UserError
 
@@ -64,6 +66,14 @@ _FREE = frozenset(
     }
 )
 """Settings that do not change what given tensors mean, or that are read by name."""
+_READ = {
+    "r": Field(int, 1, 2**16),
+    "lora_alpha": SCALE,
+    "use_rslora": Field(bool, none=True, default=False),
+    "target_modules": Field(str, lists="or", none=True, default=None),
+    "exclude_modules": Field(str, lists="or", none=True, default=None),
+}
+"""Those that are read by name."""
 
 
 def save_peft(
@@ -148,8 +158,9 @@ def load_peft(
         ``scale · A B``, and naming every tensor that is missing, extra or misshapen.
     """
     folder = pathlib.Path(folder)
+    dtype = None if dtype is None else float_dtype(dtype)
     raw = _read_settings(folder)
-    rank, scale = _read_scale(raw, folder / SETTINGS)
+    rank, scale = _read_scale(raw)
     tensors = _read_tensors(folder / TENSORS, dtype)
     targets = _targets(raw, tensors, config)
     _check(folder / TENSORS, tensors, targets, config, rank)
@@ -224,12 +235,12 @@ def _alpha(scale: float, rank: int) -> int | float:
 def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
     """The settings of an adapter, all of which we can honour."""
     path = folder / SETTINGS
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(
             f"expected an adapter folder with {SETTINGS} and {TENSORS}, found no "
             f"{SETTINGS} in {folder}"
         )
-    raw = read_json(path)
+    raw = read_object(path)
     wrong = [
         f"{name}={value!r:.60}"
         for name, value in sorted(raw.items())
@@ -243,7 +254,7 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
             "would be another update: merge the adapter into its base with peft, and "
             "load the merged model"
         )
-    return raw
+    return read_fields(raw, _READ, str(path))
 
 
 def _supported(name: str, value: Any) -> bool:
@@ -254,24 +265,15 @@ def _supported(name: str, value: Any) -> bool:
     return name in _FREE or value is None or value is False or empty
 
 
-def _read_scale(raw: Mapping[str, Any], path: pathlib.Path) -> tuple[int, float]:
+def _read_scale(raw: Mapping[str, Any]) -> tuple[int, float]:
     """Rank and scale."""
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not whole or not number or not math.isfinite(alpha):
-        raise UserError(
-            f"expected r of at least 1 and a number lora_alpha in {path}, got "
-            f"r={rank!r:.40} and lora_alpha={alpha!r:.40}"
-        )
-    return rank, float(alpha) / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    rank, alpha = raw["r"], float(raw["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if raw["use_rslora"] else rank)
 
 
 def _read_tensors(path: pathlib.Path, dtype: Any) -> dict[str, np.ndarray]:
     """All tensors of a file, of one dtype."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
+    if not is_there(path):
         pickled = (path.parent / _PICKLE).is_file()
         raise UserError(
             f"expected {TENSORS} in {path.parent}, found "
@@ -282,16 +284,7 @@ def _read_tensors(path: pathlib.Path, dtype: Any) -> dict[str, np.ndarray]:
                 else "none"
             )
         )
-    try:
-        with safe_open(path, "numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is no safetensors file, or it is cut short ({error}); fetch it "
-            "again"
-        ) from error
-    if dtype is not None:
-        return {name: value.astype(dtype) for name, value in tensors.items()}
+    tensors, _ = read_tensors(path, dtype)
     if len(found := sorted({str(value.dtype) for value in tensors.values()})) > 1:
         raise UserError(
             f"the tensors of {path} differ in dtype: {', '.join(found)}; pass dtype="
@@ -304,9 +297,9 @@ def _targets(
 ) -> list[str]:
     """The projections that have a tensor, or that a list of the settings names."""
     named = set()
-    modules = raw.get("target_modules")
-    if isinstance(modules, list) and not raw.get("exclude_modules"):
-        named = {str(module).rpartition(".")[2] for module in modules}
+    modules = raw["target_modules"]
+    if isinstance(modules, list) and not raw["exclude_modules"]:
+        named = {module.rpartition(".")[2] for module in modules}
     return [
         target
         for target in TARGETS
@@ -342,8 +335,7 @@ def _check(
     if not wanted and not problems:
         problems = ["there are none"]
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(
             f"the tensors of {path} do not match a {config.model_type} model of "
-            f"{config.layers} layers: {'; '.join(problems[:5])}{more}"
+            f"{config.layers} layers: {some(problems)}"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,14 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
 
+from sbr_jax.files import is_there, read_object
 from sbr_jax.models.codes import QuantisedWeight, encode, stack_layers
 from sbr_jax.models.config import BIASED, TARGETS, ModelConfig
-from sbr_jax.models.hf_config import read_json
 from sbr_jax.models.parameters import base_shapes, bias_of, is_shape
 from sbr_jax.models.quantize import check_finite
 from sbr_jax.models.sharding import named_shardings, partition_specs
+from sbr_jax.models.tensors import (
+    as_finite,
+    float_dtype,
+    not_floats,
+    open_tensors,
+    shown,
+    some,
+)
 from sbr_jax.typing import UserError
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -46,6 +54,8 @@ _EMBED = "model.embed_tokens.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DERIVED = "rotary_emb.inv_freq"
 """Old files store the RoPE frequencies, which follow from the configuration."""
+_SHARD = re.compile(r"[^/\\\x00-\x1f]{1,200}\.safetensors")
+"""A file of the folder itself: no shard lies elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,45 +93,41 @@ def sources(config: ModelConfig) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """The tensors of a folder, over one file or the shards of an index."""
+    """The tensors of a folder, in one file or in the shards of an index.
+
+    The one file wins, as in transformers: an index beside it is of an older model.
+    """
 
     def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
-        self.folder = folder
         index, single = folder / INDEX, folder / SINGLE
-        if index.is_file():
-            listing = read_json(index).get("weight_map")
-            if not isinstance(listing, dict):
-                raise UserError(f"expected weight_map in {index}, found none")
-            files = {folder / name for name in listing.values()}
-        elif single.is_file():
-            listing, files = None, {single}
+        self.config = folder / "config.json"
+        self.listing: dict[str, str] | None = None
+        self.hint = ""
+        if is_there(single):
+            self.main, files = single, [SINGLE]
+            if index.is_file():
+                self.hint = f"; {INDEX} beside it is not read: delete what is outdated"
+        elif is_there(index):
+            self.main, self.listing = index, _listing(index)
+            files = sorted(set(self.listing.values()))
         else:
             raise UserError(
-                f"expected {single.name} or {index.name} in {folder}, found neither; "
-                "convert other formats to safetensors first"
+                f"expected {SINGLE} or {INDEX} in {folder}, found neither; convert "
+                "other formats to safetensors first"
             )
         self._files: dict[str, Any] = {}
-        places: dict[str, str] = {}
-        for path in sorted(files):
-            if not path.is_file():
-                raise UserError(f"{index.name} names {path.name}, which is missing")
-            try:
-                file = stack.enter_context(safe_open(path, "numpy"))
-            except SafetensorError as error:
-                raise UserError(
-                    f"{path} is no safetensors file, or it is cut short ({error}); "
-                    "fetch it again"
-                ) from error
+        self.places: dict[str, pathlib.Path] = {}
+        for path in (folder / name for name in files):
+            if not is_there(path):
+                raise UserError(f"{index} names {path.name}, which is missing")
+            file = open_tensors(path, stack)
             for name in file.keys():  # noqa: SIM118
-                self._files[name] = file
-                places[name] = path.name
-        if listing is not None and listing != places:
-            odd = sorted(dict(listing.items() ^ places.items()))
-            raise UserError(f"{index} and its shards disagree about {_some(odd)}")
-
-    def names(self) -> set[str]:
-        """The names of all tensors."""
-        return set(self._files)
+                if name in self.places:
+                    raise UserError(
+                        f"{shown(name)} is in {self.places[name]} and in {path.name} "
+                        "too; fetch the shards again"
+                    )
+                self._files[name], self.places[name] = file, path
 
     def slice(self, name: str) -> Any:
         """A lazy handle of a tensor, for shapes and parts."""
@@ -132,38 +138,66 @@ class Checkpoint:
         return tuple(self.slice(name).get_shape())
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _listing(index: pathlib.Path) -> dict[str, str]:
+    """Which shard holds a tensor, by the index.
+
+    Raises:
+      UserError: if the index is damaged, or names what is no file of its folder.
+    """
+    listing = read_object(index).get("weight_map")
+    if not isinstance(listing, dict) or not listing:
+        raise UserError(
+            f"expected weight_map, the names of tensors with their shards, in {index}, "
+            "found none; fetch the file again"
+        )
+    for name, file in listing.items():
+        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+            raise UserError(
+                f"expected a safetensors file beside it for {shown(name)} in {index}, "
+                f"got {file!r:.60}"
+            )
+    return listing
 
 
 def _check(config: ModelConfig, file: Checkpoint) -> None:
-    """Compares names and shapes; raises one error that says everything wrong."""
+    """Compares headers with settings; raises one error that says everything wrong."""
     wanted: dict[str, tuple[int, ...]] = {}
     shapes = jax.tree.leaves(base_shapes(config), is_leaf=is_shape)
     for source, shape in zip(jax.tree.leaves(sources(config)), shapes, strict=True):
         inner = shape[1:] if source.stacked else shape
         for name in source.names:
             wanted[name] = inner[::-1] if source.transposed else inner
-    found = {name for name in file.names() if not name.endswith(_DERIVED)}
-    if config.tied and _HEAD in found - set(wanted):
-        _check_tied_head(file)
-        found.remove(_HEAD)
-    problems = []
-    if missing := sorted(set(wanted) - found):
-        problems.append(f"missing {_some(missing)}")
-    if extra := sorted(found - set(wanted)):
-        problems.append(f"extra {_some(extra)}")
-    for name in sorted(found & set(wanted)):
-        if file.shape(name) != wanted[name]:
-            problems.append(
-                f"{name} has shape {file.shape(name)}, expected {wanted[name]}"
+
+    def counts(name: str) -> bool:
+        return not (name.endswith(_DERIVED) or (config.tied and name == _HEAD))
+
+    if file.listing is not None:
+        there = {name: path.name for name, path in file.places.items()}
+        odd = {name for name, _ in file.listing.items() ^ there.items() if counts(name)}
+        if odd:
+            raise UserError(
+                f"{file.main} and its shards disagree about {some(sorted(odd))}"
             )
+    found = set(filter(counts, file.places))
+    problems = []
+    if missing := sorted(wanted.keys() - found):
+        problems.append(f"missing {some(missing)}")
+    if extra := sorted(found - wanted.keys()):
+        problems.append(f"extra {some(extra)}")
+    both = sorted(found & wanted.keys())
+    problems += [
+        f"{name} has shape {file.shape(name)}, expected {wanted[name]}"
+        for name in both
+        if file.shape(name) != wanted[name]
+    ]
+    problems += not_floats({name: file.slice(name).get_dtype() for name in both})
     if problems:
         raise UserError(
-            f"the tensors of {file.folder} do not match its config.json: "
-            f"{_some(problems)}"
+            f"the tensors of {file.main} do not match {file.config}: "
+            f"{some(problems)}{file.hint}"
         )
+    if config.tied and _HEAD in file.places:
+        _check_tied_head(file)
 
 
 def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
@@ -177,7 +211,7 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
 
     Raises:
       UserError: for a file that is cut short, and naming every tensor that is missing,
-        extra or misshapen.
+        extra, misshapen or no number.
     """
     with contextlib.ExitStack() as stack:
         _check(config, Checkpoint(pathlib.Path(folder), stack))
@@ -185,9 +219,12 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
 
 def _check_tied_head(file: Checkpoint) -> None:
     """A tied model may store its head again, but then it must be the embedding."""
-    if not np.array_equal(file.slice(_HEAD)[:], file.slice(_EMBED)[:]):
+    alike = not not_floats({_HEAD: file.slice(_HEAD).get_dtype()}) and np.array_equal(
+        file.slice(_HEAD)[:], file.slice(_EMBED)[:]
+    )
+    if not alike:
         raise UserError(
-            f"extra {_HEAD} in {file.folder} differs from {_EMBED} although "
+            f"extra {_HEAD} in {file.places[_HEAD]} differs from {_EMBED} although "
             "config.json ties them; correct tie_word_embeddings"
         )
 
@@ -219,8 +256,11 @@ def load_weights(
       The tree ``base``.
 
     Raises:
-      UserError: naming every tensor that is missing, extra or misshapen.
+      UserError: naming every tensor that is missing, extra, misshapen, no number or not
+        finite.
     """
+    if dtype is not None:
+        dtype = float_dtype(dtype)
     with contextlib.ExitStack() as stack:
         file = Checkpoint(pathlib.Path(folder), stack)
         _check(config, file)
@@ -268,7 +308,7 @@ def _place_codes(
         return jax.block_until_ready(weight)
 
     layers = [layer(name) for name in source.names]
-    _check_alike(source, (weight.dtype for weight in layers))
+    _check_alike(file, source, (weight.dtype for weight in layers))
     stacked = stack_layers(layers)
     if sharding is None:
         return stacked
@@ -276,11 +316,11 @@ def _place_codes(
     return jax.device_put(stacked, placed)
 
 
-def _check_alike(source: Source, dtypes: Iterable[Any]) -> None:
+def _check_alike(file: Checkpoint, source: Source, dtypes: Iterable[Any]) -> None:
     if len({str(dtype) for dtype in dtypes}) > 1:
         raise UserError(
-            f"{source.names[0]} and its like in other layers differ in dtype; "
-            "pass dtype="
+            f"{source.names[0]} in {file.main} and its like in other layers differ in "
+            "dtype; pass dtype="
         )
 
 
@@ -292,8 +332,8 @@ def _read(file: Checkpoint, source: Source, dtype: Any) -> Callable[[Any], np.nd
         if source.transposed:
             index = index[::-1]
         values = handle[index] if index else handle[:]
-        values = values.T if source.transposed else values
-        return values if dtype is None else values.astype(dtype)
+        values = as_finite(values, dtype, name, file.places[name])
+        return values.T if source.transposed else values
 
     def read(index: Any) -> np.ndarray:
         index = () if index is Ellipsis else tuple(index)
@@ -301,7 +341,7 @@ def _read(file: Checkpoint, source: Source, dtype: Any) -> Callable[[Any], np.nd
             return part(source.names[0], index)
         names = source.names[index[0]] if index else source.names
         parts = [part(name, index[1:]) for name in names]
-        _check_alike(source, (values.dtype for values in parts))
+        _check_alike(file, source, (values.dtype for values in parts))
         return np.stack(parts)
 
     return read

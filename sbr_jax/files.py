@@ -1,0 +1,115 @@
+"""Text and JSON files that others wrote, read whole or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from sbr_jax.typing import UserError
+
+DEPTH = 100
+"""How deep JSON may be nested: far above any real file, far below what Python bears."""
+REMEDY = "fetch the file again"
+
+
+def is_there(path: pathlib.Path) -> bool:
+    """Whether there is a file; something else of that name is no absence.
+
+    Args:
+      path: of a file that may be left out.
+
+    Raises:
+      UserError: for a folder, or a link that leads nowhere.
+
+    >>> is_there(pathlib.Path("no such file"))
+    False
+    """
+    if path.is_file():
+        return True
+    if path.is_symlink() or path.exists():
+        kind = "a folder" if path.is_dir() else "a link that leads to no file"
+        raise UserError(f"expected a file in {path}, found {kind}: {REMEDY}")
+    return False
+
+
+def read_text(path: pathlib.Path, remedy: str = REMEDY) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+      UserError: if it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"expected text in UTF-8 in {path}, got byte {error.object[error.start]:#x}"
+            f" at place {error.start}: {remedy}"
+        ) from error
+
+
+def parse_json(text: str, where: str, remedy: str = REMEDY) -> Any:
+    """The value that a JSON text holds.
+
+    Args:
+      text: the JSON.
+      where: it stood, for messages; the text itself is never quoted.
+      remedy: what to do if it is none.
+
+    Raises:
+      UserError: if it is no JSON, or nested deeper than ``DEPTH``.
+
+    >>> parse_json('{"a": [1, null]}', "a file")
+    {'a': [1, None]}
+    >>> parse_json("[" * 10**5, "a file")
+    Traceback (most recent call last):
+    sbr_jax.typing.UserError: expected JSON of at most 100 levels in a file, got more: \
+fetch the file again
+    """
+    try:
+        value = json.loads(text)
+        deep = _is_deep(value)
+    except RecursionError:
+        deep = True
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"expected JSON in {where}, got something else at line {error.lineno}, "
+            f"column {error.colno} ({error.msg}): {remedy}"
+        ) from error
+    except ValueError as error:  # A number of more digits than Python converts.
+        raise UserError(f"expected JSON in {where}, got: {error}: {remedy}") from error
+    if deep:
+        raise UserError(
+            f"expected JSON of at most {DEPTH} levels in {where}, got more: {remedy}"
+        )
+    return value
+
+
+def read_object(path: pathlib.Path, remedy: str = REMEDY) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: if the file cannot be read, or holds none.
+    """
+    found = parse_json(read_text(path, remedy), str(path), remedy)
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise UserError(f"expected a JSON object in {path}, got a {kind}: {remedy}")
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True

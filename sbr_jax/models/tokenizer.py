@@ -1,0 +1,127 @@
+"""The tokenizer of a checkpoint folder, read through transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from types import TracebackType
+from typing import Any
+
+from sbr_jax.files import is_there, read_object, read_text
+from sbr_jax.models.fields import Field, read_fields
+from sbr_jax.typing import UserError
+
+SETTINGS, WHOLE = "tokenizer_config.json", "tokenizer.json"
+TEMPLATE = "chat_template.jinja"
+_VOCABULARIES = (WHOLE, "tokenizer.model", "vocab.json")
+_OTHERS = ("vocab.json", "special_tokens_map.json", "added_tokens.json")
+_FLAG = Field(bool, none=True, default=None)
+_FIELDS = {
+    "tokenizer_class": Field(str, none=True, default=None),
+    # transformers writes 1e30 for "no limit".
+    "model_max_length": Field(float, 1, 1e31, none=True, default=None),
+    "added_tokens_decoder": Field(dict, none=True, default=None),
+    "add_bos_token": _FLAG,
+    "add_eos_token": _FLAG,
+    "clean_up_tokenization_spaces": _FLAG,
+}
+"""Fields of tokenizer_config.json that transformers takes as they come."""
+
+
+def load_tokenizer(folder: str | pathlib.Path) -> Any:
+    """The tokenizer of a folder through transformers, or None if it holds none.
+
+    Args:
+      folder: with ``tokenizer.json`` and its companions.
+
+    Returns:
+      A fast tokenizer. Code in the folder is never run.
+
+    Raises:
+      UserError: naming the file that is missing, damaged, or of a newer library.
+    """
+    folder = pathlib.Path(folder)
+    settings = folder / SETTINGS
+    described = is_there(settings)
+    if described:
+        read_fields(read_object(settings), _FIELDS, str(settings))
+    if not any([is_there(folder / name) for name in _VOCABULARIES]):
+        if described:
+            raise UserError(
+                f"expected {' or '.join(_VOCABULARIES)} beside {settings}, found none: "
+                "fetch the tokenizer's files again"
+            )
+        return None
+    for path in (folder / name for name in (WHOLE, *_OTHERS)):
+        if is_there(path):
+            read_object(path)
+    if is_there(folder / TEMPLATE):
+        read_text(folder / TEMPLATE)
+    # Without this, transformers prints that PyTorch is not installed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        with _Reading(f"the tokenizer of {folder} (its {SETTINGS} or another file)"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder),
+                use_fast=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+    except UserError:
+        if (folder / WHOLE).is_file():
+            from tokenizers import Tokenizer
+
+            with _Reading(str(folder / WHOLE)):
+                Tokenizer.from_file(str(folder / WHOLE))
+        raise
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"expected a text as chat_template in {settings}, got another")
+    return tokenizer
+
+
+class _Reading(contextlib.AbstractContextManager):
+    """Makes one line of what transformers and tokenizers raise for files they dislike.
+
+    Neither looks at types first, so a list where a text belongs ends as any of Python's
+    own errors; tokenizers raises ``Exception`` itself, or panics.
+    """
+
+    _KINDS = (
+        *(OSError, ValueError, TypeError, AttributeError, LookupError, ImportError),
+        *(ArithmeticError, AssertionError, RuntimeError),
+    )
+    _LIBRARIES = ("huggingface_hub", "tokenizers", "transformers", "pyo3_runtime")
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Raises a ``UserError`` in the place of such an error."""
+        if kind is None:
+            return
+        library = kind.__module__.partition(".")[0]
+        if not (
+            kind is Exception
+            or library in self._LIBRARIES
+            or issubclass(kind, self._KINDS)
+        ):
+            return
+        import tokenizers
+        import transformers
+
+        raise UserError(
+            f"cannot read {self.what}: {' '.join(str(error).split()):.200}; fetch the "
+            "files again, or update the libraries if newer ones than transformers "
+            f"{transformers.__version__} and tokenizers {tokenizers.__version__} wrote "
+            "them"
+        ) from error

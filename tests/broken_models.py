@@ -1,0 +1,544 @@
+"""Broken model folders, made out of a good tiny one by a seeded list of damages."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
+REFUSED = "refused"
+SAME = "same"
+"""The damage changes nothing that a model is made of."""
+OTHER = "other"
+"""The damage happens to define another valid model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    damage: Callable[[Path], None]
+    verdict: str
+    file: str = ""
+    """What a refusal must name."""
+
+
+# --- config.json ----------------------------------------------------------------------
+
+_NOT_A_SIZE = [
+    [],
+    [4],
+    {},
+    "16",
+    "",
+    True,
+    0,
+    -1,
+    2.5,
+    16.0,
+    math.nan,
+    math.inf,
+    10**30,
+]
+_NOT_A_NUMBER = [[], [1.0], {}, "1e-5", None, True, math.nan, math.inf, -math.inf, -1]
+_NOT_A_TOKEN = ["1", [[1]], [1.5], {}, 1.5, -7, 10**12, True, math.nan, ["</s>"]]
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+WRONG = {
+    **{name: [*_NOT_A_SIZE, None, 10**9] for name in SIZES},
+    "num_key_value_heads": [*_NOT_A_SIZE, 10**9, 3],
+    "head_dim": [*_NOT_A_SIZE, 10**9, 3],
+    "max_position_embeddings": [*_NOT_A_SIZE, None],
+    "rms_norm_eps": [*_NOT_A_NUMBER, 1e300],
+    "rope_theta": [*_NOT_A_NUMBER, 0, 1e300],
+    "initializer_range": [*_NOT_A_NUMBER, 1e300],
+    "tie_word_embeddings": ["false", "", 0, 1, None, [], {}, math.nan],
+    "bos_token_id": [*_NOT_A_TOKEN, [], [1]],
+    "pad_token_id": [*_NOT_A_TOKEN, [], [1]],
+    "eos_token_id": _NOT_A_TOKEN,
+    "model_type": [[], {}, None, 7, "", "lama", True],
+    "hidden_act": [[], {}, None, 7, "relu"],
+    "sliding_window": [[], "4096", 4096, True, math.nan],
+    "layer_types": ["full_attention", [1, 2], 7, {}, [[], []], ["full_attention"]],
+    "quantization_config": [{}, {"quant_method": "bitsandbytes"}, [], "nf4"],
+    "rope_scaling": [
+        [],
+        "linear",
+        7,
+        False,
+        {"rope_type": []},
+        {"rope_type": "linear"},
+        {"rope_type": "yarn", "factor": 2.0},
+    ],
+    "rope_parameters": [
+        [],
+        "default",
+        7,
+        "",
+        {"rope_type": {}},
+        *({"rope_type": "default", "rope_theta": x} for x in _NOT_A_NUMBER),
+        *({"rope_type": "linear", "factor": x} for x in (*_NOT_A_NUMBER, 0.5, 1e300)),
+        *(
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+                key: value,
+            }
+            for key in ("low_freq_factor", "original_max_position_embeddings")
+            for value in ([], "1", 0, -1, math.nan, math.inf)
+        ),
+    ],
+}
+"""Values that no field of a tiny llama's config.json may have."""
+
+
+def edited(name, **changes):
+    """Sets fields of a JSON file; ``...`` takes one out."""
+
+    def damage(folder):
+        raw = {**json.loads((folder / name).read_text()), **changes}
+        raw = {key: value for key, value in raw.items() if value is not ...}
+        (folder / name).write_text(json.dumps(raw))
+
+    return damage
+
+
+def wrong_fields():
+    for name, values in WRONG.items():
+        for value in values:
+            yield Case(
+                f"{name}={value!r:.40}",
+                edited("config.json", **{name: value}),
+                REFUSED,
+                "config.json",
+            )
+    for name in (*SIZES, "model_type"):
+        damage = edited("config.json", **{name: ...})
+        yield Case(f"no {name}", damage, REFUSED, "config.json")
+
+
+def valid_fields():
+    """Changes of config.json that are no damage."""
+    yield from (
+        Case(f"{changes}", edited("config.json", **changes), verdict)
+        for changes, verdict in (
+            ({"a_field_of_tomorrow": [[1]]}, SAME),
+            ({"architectures": ...}, SAME),
+            ({"head_dim": None}, SAME),
+            ({"eos_token_id": []}, SAME),
+            ({"rope_theta": 5e5, "rope_parameters": ...}, OTHER),
+            ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, OTHER),
+            ({"rms_norm_eps": 1e-3}, OTHER),
+            ({"max_position_embeddings": 512}, OTHER),
+        )
+    )
+
+
+# --- whole files ----------------------------------------------------------------------
+
+DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remade(name, change):
+    def damage(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def as_folder(name):
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return damage
+
+
+def as_loop(name):
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(name)
+
+    return damage
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def files():
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        yield from (
+            Case(f"{name}: {what}", damage, REFUSED, name)
+            for what, damage in {
+                "empty": written(name, b""),
+                "blank": written(name, b"  \n"),
+                "not UTF-8": written(name, b'{"model_type": "\xff\xfe"}'),
+                "UTF-16": remade(name, lambda b: b.decode().encode("utf-16")),
+                "zeros": remade(name, lambda b: bytes(len(b))),
+                "deep": written(name, DEEP),
+                "deep list": written(name, b"[" * 100_000 + b"]" * 100_000),
+                "list": remade(name, lambda b: b"[" + b + b"]"),
+                "text": written(name, b'"model"'),
+                "cut": remade(name, lambda b: b[: len(b) // 2]),
+                "folder": as_folder(name),
+                "loop": as_loop(name),
+            }.items()
+        )
+        bom = remade(name, lambda b: b"\xef\xbb\xbf" + b)
+        # transformers reads these files too, and knows no byte-order mark.
+        yield Case(f"{name}: BOM", bom, REFUSED, name)
+    name = "generation_config.json"
+    yield from (
+        Case(f"{name}: {what}", damage, REFUSED, name)
+        for what, damage in {
+            "empty": written(name, b""),
+            "not UTF-8": written(name, b'{"eos_token_id": "\xff"}'),
+            "deep": written(name, DEEP),
+            "list": written(name, b"[]"),
+            "folder": as_folder(name),
+            "loop": as_loop(name),
+            **{
+                f"eos {value!r}": edited(name, eos_token_id=value)
+                for value in _NOT_A_TOKEN
+            },
+        }.items()
+    )
+    yield Case(f"{name}: gone", gone(name), SAME)
+    yield Case(f"{name}: odd", edited(name, temperature=[["hot"]]), SAME)
+    yield Case("config.json: gone", gone("config.json"), REFUSED, "config.json")
+    yield Case("tokenizer.json: gone", gone("tokenizer.json"), REFUSED, "tokenizer")
+
+
+# --- tokenizer ------------------------------------------------------------------------
+
+
+def tokenizer_part(change):
+    def damage(folder):
+        path = folder / "tokenizer.json"
+        raw = json.loads(path.read_text())
+        change(raw)
+        path.write_text(json.dumps(raw))
+
+    return damage
+
+
+def tokenizers():
+    name = "tokenizer.json"
+    changes = {
+        "of tomorrow": lambda raw: raw["model"].update(type="Quantum"),
+        "no model": lambda raw: raw.pop("model"),
+        "model null": lambda raw: raw.update(model=None),
+        "pre-tokenizer": lambda raw: raw.update(pre_tokenizer={"type": "Hologram"}),
+        "vocab list": lambda raw: raw["model"].update(vocab=[1, 2]),
+        "vocab text": lambda raw: raw["model"].update(vocab={"a": "b"}),
+        "vocab negative": lambda raw: raw["model"].update(vocab={"a": -1}),
+        "vocab fraction": lambda raw: raw["model"].update(vocab={"a": 0.5}),
+        "added text": lambda raw: raw.update(added_tokens="x"),
+        "added odd": lambda raw: raw.update(added_tokens=[{"id": "x"}]),
+        "version": lambda raw: raw.update(version=[]),
+    }
+    for what, change in changes.items():
+        yield Case(f"{name}: {what}", tokenizer_part(change), REFUSED, name)
+    name = "tokenizer_config.json"
+    for changes in (
+        {"tokenizer_class": []},
+        {"tokenizer_class": 7},
+        {"bos_token": 7},
+        {"bos_token": ["<s>"]},
+        {"bos_token": {"content": 7}},
+        {"eos_token": {}},
+        {"model_max_length": "long"},
+        {"model_max_length": []},
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"x": "y"}},
+        {"extra_special_tokens": 7},
+        {"clean_up_tokenization_spaces": []},
+        {"padding_side": 7},
+        {"padding_side": "up"},
+    ):
+        yield Case(f"{name}: {changes}", edited(name, **changes), REFUSED, name)
+    for changes in ({"chat_template": 7}, {"additional_special_tokens": 7}):
+        # The template's own file wins; transformers does not read the other.
+        yield Case(f"{name}: {changes}", edited(name, **changes), SAME)
+    for template in (7, [7], {"default": 7}, [{"name": "a"}]):
+
+        def damage(folder, template=template):
+            edited("tokenizer_config.json", chat_template=template)(folder)
+            (folder / "chat_template.jinja").unlink()
+
+        yield Case(f"only chat_template={template}", damage, REFUSED, name)
+    name = "chat_template.jinja"
+    for what, damage in {
+        "not UTF-8": written(name, b"\xff\xfe{{"),
+        "folder": as_folder(name),
+    }.items():
+        yield Case(f"{name}: {what}", damage, REFUSED, name)
+
+
+# --- weights --------------------------------------------------------------------------
+
+
+def tensors(change, name=SINGLE):
+    def damage(folder):
+        found = load_file(folder / name)
+        change(found)
+        save_file(found, folder / name)
+
+    return damage
+
+
+def value(number, place=NAME, dtype=None):
+    """Puts one number into a tensor."""
+
+    def change(found):
+        found[place] = found[place].astype(dtype or found[place].dtype)
+        found[place].flat[3] = number
+
+    return change
+
+
+def headed(change):
+    """Rewrites the header of a safetensors file, the data left as they are."""
+
+    def damage(folder):
+        path = folder / SINGLE
+        whole = path.read_bytes()
+        size = int.from_bytes(whole[:8], "little")
+        raw = json.loads(whole[8 : 8 + size])
+        text = change(raw)
+        text = json.dumps(raw).encode() if text is None else text
+        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+
+    return damage
+
+
+def _integers(found):
+    found[NAME] = np.zeros(found[NAME].shape, np.int32)
+
+
+def weights(rng):
+    for number in (math.nan, math.inf, -math.inf):
+        for place in (NAME, EMBED, "model.norm.weight"):
+            yield Case(f"{place}: {number}", tensors(value(number, place)), REFUSED)
+    for what, change in {
+        "integers": lambda t: t.update({k: v.astype(np.int8) for k, v in t.items()}),
+        "one integer": _integers,
+        "one of zeros and ones": lambda t: t.update({NAME: t[NAME] > 0}),
+        "mixed": lambda t: t.update({NAME: t[NAME].astype(np.float16)}),
+        "missing": lambda t: t.pop(NAME),
+        "extra": lambda t: t.update({f"{NAME}.absmax": np.zeros(3, np.float32)}),
+        "nf4": lambda t: t.update({NAME: np.zeros((128, 1), np.uint8)}),
+        "shape": lambda t: t.update({NAME: t[NAME].reshape(-1)}),
+        "scalar": lambda t: t.update({NAME: np.zeros((), np.float32)}),
+        "nothing": dict.clear,
+        "another head": lambda t: t.update({HEAD: t[EMBED] + 1}),
+        "an integer head": lambda t: t.update({HEAD: t[EMBED].astype(np.int32)}),
+    }.items():
+        yield Case(f"weights: {what}", tensors(change), REFUSED, SINGLE)
+    yield Case("head again", tensors(lambda t: t.update({HEAD: t[EMBED].copy()})), SAME)
+    for what, damage in {
+        "empty": written(SINGLE, b""),
+        "text": written(SINGLE, b"version https://git-lfs.github.com/spec/v1\n"),
+        "folder": as_folder(SINGLE),
+        "loop": as_loop(SINGLE),
+        "gone": gone(SINGLE),
+        "long header": remade(SINGLE, lambda b: b"\xff" * 8 + b[8:]),
+        "header of 80 MB": remade(SINGLE, lambda b: (8 * 10**7).to_bytes(8, "little")),
+        "header deep": headed(lambda raw: DEEP),
+        "header list": headed(lambda raw: b"[]"),
+        "header not UTF-8": headed(lambda raw: b'{"\xff": 1}'),
+        "dtype I32": headed(lambda raw: raw[NAME].update(dtype="I32")),
+        "dtype unknown": headed(lambda raw: raw[NAME].update(dtype="NF4")),
+        "dtype F8": headed(lambda raw: raw[NAME].update(dtype="F8_E4M3")),
+        "shape": headed(lambda raw: raw[NAME].update(shape=[4, 64])),
+        "shape negative": headed(lambda raw: raw[NAME].update(shape=[-16, -16])),
+        "shape huge": headed(lambda raw: raw[NAME].update(shape=[2**40, 2**40])),
+        "offsets": headed(lambda raw: raw[NAME].update(data_offsets=[0, 10**12])),
+        "offsets overlap": headed(
+            lambda raw: raw[NAME].update(data_offsets=raw[EMBED]["data_offsets"])
+        ),
+    }.items():
+        yield Case(f"{SINGLE}: {what}", damage, REFUSED, SINGLE)
+    for share in rng.uniform(0, 1, 6):
+        damage = remade(SINGLE, lambda b, share=share: b[: int(share * len(b))])
+        yield Case(f"{SINGLE}: cut at {share:.3f}", damage, REFUSED, SINGLE)
+    for place, bit in zip(rng.integers(0, 1500, 8), rng.integers(0, 8, 8), strict=True):
+
+        def flip(b, place=int(place), bit=int(bit)):
+            return b[:place] + bytes([b[place] ^ (1 << bit)]) + b[place + 1 :]
+
+        yield Case(f"{SINGLE}: bit {bit} of byte {place}", remade(SINGLE, flip), None)
+
+
+# --- shards ---------------------------------------------------------------------------
+
+
+def sharded(folder):
+    """Spreads the weights over two files and an index."""
+    found = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    listing = {}
+    for part, file in enumerate(("a.safetensors", "b.safetensors")):
+        names = sorted(found)[part::2]
+        save_file({name: found[name] for name in names}, folder / file)
+        listing |= dict.fromkeys(names, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listing}))
+
+
+def indexed(change, *, keep=False):
+    """Shards, and a change of what their index says."""
+
+    def damage(folder):
+        whole = (folder / SINGLE).read_bytes()
+        sharded(folder)
+        raw = json.loads((folder / INDEX).read_text())
+        (folder / INDEX).write_text(json.dumps(change(raw["weight_map"]) or raw))
+        if keep:
+            (folder / SINGLE).write_bytes(whole)
+
+    return damage
+
+
+def _stale(folder):
+    """Shards of an older model beside the single file."""
+    whole = (folder / SINGLE).read_bytes()
+    tensors(lambda t: t.update({k: v + 1 for k, v in t.items()}))(folder)
+    sharded(folder)
+    (folder / SINGLE).write_bytes(whole)
+
+
+def _twice(folder):
+    sharded(folder)
+    one, two = (load_file(folder / f"{x}.safetensors") for x in "ab")
+    name = sorted(two)[0]
+    save_file({**one, name: two[name] + 1}, folder / "a.safetensors")
+
+
+def rotary(weight_map):
+    weight_map["model.layers.0.self_attn.rotary_emb.inv_freq"] = "a.safetensors"
+
+
+def tied(weight_map):
+    weight_map[HEAD] = "b.safetensors"
+
+
+def shards():
+    yield Case("shards", sharded, SAME)
+    yield Case("index: a tied head", indexed(tied), SAME)
+    yield Case("index: rotary_emb.inv_freq", indexed(rotary), SAME)
+    yield Case("shards of before", _stale, SAME)
+    yield Case(
+        "index of before", indexed(lambda m: {"weight_map": {}}, keep=True), SAME
+    )
+    yield Case("index without its shards", written(INDEX, b"{}"), SAME)
+    yield Case("a tensor in two shards", _twice, REFUSED, "a.safetensors")
+    for what, change in {
+        "integers": lambda m: {"weight_map": dict.fromkeys(m, 7)},
+        "null": lambda m: {"weight_map": dict.fromkeys(m)},
+        "lists": lambda m: {"weight_map": {name: [file] for name, file in m.items()}},
+        "list": lambda m: {"weight_map": list(m)},
+        "text": lambda m: {"weight_map": "a.safetensors"},
+        "empty": lambda m: {"weight_map": {}},
+        "no map": lambda m: {"metadata": {}},
+        "a ghost": lambda m: m.update(ghost="a.safetensors"),
+        "a missing shard": lambda m: m.update({NAME: "c.safetensors"}),
+        "the other shard": lambda m: m.update(
+            {NAME: "a.safetensors", EMBED: "b.safetensors"}
+        ),
+        "a row left out": lambda m: m.pop(NAME) and None,
+        "outside": lambda m: m.update({NAME: "../model/b.safetensors"}),
+        "absolute": lambda m: m.update({NAME: "/etc/passwd"}),
+        "empty name": lambda m: m.update({NAME: ""}),
+        "long name": lambda m: m.update({NAME: "b" * 5000 + ".safetensors"}),
+        "zero byte": lambda m: m.update({NAME: "b\0.safetensors"}),
+        "no safetensors": lambda m: m.update({NAME: "config.json"}),
+        "a pickle": lambda m: m.update({NAME: "pytorch_model.bin"}),
+    }.items():
+        yield Case(f"index: {what}", indexed(change), REFUSED, INDEX)
+    for what, content in {
+        "empty": b"",
+        "deep": DEEP,
+        "not UTF-8": b"\xff",
+        "list": b"[]",
+    }.items():
+
+        def damage(folder, content=content):
+            sharded(folder)
+            (folder / INDEX).write_bytes(content)
+
+        yield Case(f"index: {what} file", damage, REFUSED, INDEX)
+
+
+# --- adapters -------------------------------------------------------------------------
+
+SETTINGS, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapters():
+    """Of a folder in PEFT's layout."""
+    for what, damage in {
+        "empty": written(SETTINGS, b""),
+        "deep": written(SETTINGS, DEEP),
+        "not UTF-8": written(SETTINGS, b'{"r": "\xff"}'),
+        "list": written(SETTINGS, b"[]"),
+        "folder": as_folder(SETTINGS),
+        "loop": as_loop(SETTINGS),
+        "gone": gone(SETTINGS),
+        **{
+            f"{name}={value!r:.20}": edited(SETTINGS, **{name: value})
+            for name, values in {
+                "r": _NOT_A_SIZE,
+                "lora_alpha": [*_NOT_A_NUMBER[:-1], 1e300],
+                "use_rslora": ["false", 1, [], {}],
+                "target_modules": [7, {}, [7], [["q_proj"]], True],
+                "peft_type": [[], None, 7, "IA3"],
+                "bias": [[], 7, "all"],
+                "fan_in_fan_out": ["no", 1],
+            }.items()
+            for value in values
+        },
+    }.items():
+        yield Case(f"{SETTINGS}: {what}", damage, REFUSED, SETTINGS)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for what, damage in {
+        "empty": written(ADAPTER, b""),
+        "folder": as_folder(ADAPTER),
+        "loop": as_loop(ADAPTER),
+        "gone": gone(ADAPTER),
+        "cut": remade(ADAPTER, lambda b: b[:-9]),
+        "header deep": written(ADAPTER, len(DEEP).to_bytes(8, "little") + DEEP),
+        "nan": tensors(value(math.nan, name), ADAPTER),
+        "infinite": tensors(value(math.inf, name), ADAPTER),
+        "integers": tensors(
+            lambda t: t.update({k: v.astype(np.int8) for k, v in t.items()}), ADAPTER
+        ),
+        "no tensors": tensors(dict.clear, ADAPTER),
+        "missing": tensors(lambda t: t.pop(name), ADAPTER),
+        "scalar": tensors(
+            lambda t: t.update({name: np.zeros((), np.float32)}), ADAPTER
+        ),
+        "shape": tensors(lambda t: t.update({name: t[name].T.copy()}), ADAPTER),
+    }.items():
+        yield Case(f"{ADAPTER}: {what}", damage, REFUSED, ADAPTER)
+    yield Case("dropout", edited(SETTINGS, lora_dropout=0.5), SAME)
+    yield Case("alpha", edited(SETTINGS, lora_alpha=8), OTHER)
