@@ -50,13 +50,17 @@ def read_text(path: pathlib.Path, remedy: str = REMEDY) -> str:
         ) from error
 
 
-def parse_json(text: str, where: str, remedy: str = REMEDY) -> Any:
+def parse_json(
+    text: str, where: str, remedy: str = REMEDY, *, unique: bool = False
+) -> Any:
     """The value that a JSON text holds.
 
     Args:
       text: the JSON.
       where: it stood, for messages; the text itself is never quoted.
       remedy: what to do if it is none.
+      unique: whether a name that stands twice in one object is refused; else, as in
+        most readers, the last one counts.
 
     Raises:
       UserError: if it is no JSON, or nested deeper than ``DEPTH``.
@@ -69,22 +73,30 @@ def parse_json(text: str, where: str, remedy: str = REMEDY) -> Any:
 fetch the file again
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once if unique else None)
         deep = _is_deep(value)
     except RecursionError:
         deep = True
     except json.JSONDecodeError as error:
+        lines = ", as if it were JSON lines" if error.msg == "Extra data" else ""
         raise UserError(
             f"expected JSON in {where}, got something else at line {error.lineno}, "
-            f"column {error.colno} ({error.msg}): {remedy}"
+            f"column {error.colno} ({error.msg}{lines}): {remedy}"
         ) from error
-    except ValueError as error:  # A number of more digits than Python converts.
-        raise UserError(f"expected JSON in {where}, got: {error}: {remedy}") from error
+    except ValueError as error:  # Too many digits, or a name twice.
+        raise UserError(f"expected JSON in {where}, got {error}: {remedy}") from error
     if deep:
         raise UserError(
             f"expected JSON of at most {DEPTH} levels in {where}, got more: {remedy}"
         )
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that stands twice in one object")
+    return found
 
 
 def read_object(path: pathlib.Path, remedy: str = REMEDY) -> dict[str, Any]:

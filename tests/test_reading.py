@@ -144,14 +144,18 @@ WRONG = {
         b'{"a secret sentence": "\\u0000"}',
         "row 1, a column with a longer name: ",
     ),
-    "deep": ("a.json", b"[" * 100_000, r"got something else \(lists .* too deep\)"),
-    "deep line": ("a.jsonl", b'{"t":' * 100_000, r"at row 1 \(lists .* too deep\)"),
+    "deep": ("a.json", b"[" * 100_000, "JSON of at most 100 levels in"),
+    "deep line": (
+        "a.jsonl",
+        b'{"t":' * 100_000,
+        "JSON of at most 100 levels in .*row 1, got",
+    ),
     "levels": (
         "a.jsonl",
         b'{"t":' + b"[" * MOST_LEVELS + b"]" * MOST_LEVELS + b"}",
         f"row 1, .*expected at most {MOST_LEVELS} levels",
     ),
-    "digits": ("a.jsonl", b'{"t": ' + b"9" * 5000 + b"}", "at row 1 .*4300 digits"),
+    "digits": ("a.jsonl", b'{"t": ' + b"9" * 5000 + b"}", "row 1, got .*4300 digits"),
     "array as lines": ("a.jsonl", b'[{"t": 1},\n{"t": 2}]', "got a JSON array: write"),
     "lines as array": (
         "a.json",
@@ -161,7 +165,7 @@ WRONG = {
     "name twice": (
         "a.jsonl",
         b'{"t": 1, "t": 1}',
-        "row 1 .*stands twice in one object",
+        "row 1, got a name that stands twice in one object",
     ),
     "names by line end": (
         "a.jsonl",

@@ -10,7 +10,6 @@ import codecs
 import csv
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sbr_jax.data.rows import Row, cleaned, describe
+from sbr_jax.files import parse_json
 from sbr_jax.typing import UserError
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
@@ -137,27 +137,8 @@ def _lines(text: str) -> Iterator[str]:
 
 def _parsed(text: str, path: Path, row: int | None = None) -> Any:
     """The value of a JSON text: a whole file, or one of its lines."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name that stands twice in one object")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except RecursionError as error:
-        why, cause = "lists or objects nested too deep", error
-    except ValueError as error:
-        why, cause = getattr(error, "msg", str(error)), error
-    line = getattr(cause, "lineno", None)
-    place = f" at line {line}" if line else ""
-    place = place if row is None else f" at row {row}"
-    lines = ", as if it were JSON lines" if why == "Extra data" and not row else ""
-    raise UserError(
-        f"expected JSON in {path}, got something else{place} ({why}{lines}): fetch the "
-        "file again"
-    ) from cause
+    where = str(path) if row is None else f"{path}, row {row}"
+    return parse_json(text, where, unique=True)
 
 
 def filled(where: str, rows: Iterable[Row]) -> list[Row]:
