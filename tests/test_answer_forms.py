@@ -74,16 +74,16 @@ FORMS = {
 }
 
 
-def check(trial):
-    """Runs the program, then the check of it; both are ours, so they may run here."""
+def tried(task, answer):
+    """Runs the program and its test here; both are ours."""
+    program = find_program(task.prompt, task.entry_point, answer)
     names = {"__name__": "__main__"}
-    exec(trial.program, names)
-    exec(trial.check, names)
+    exec(f"{program}\n{task.test}\ncheck({task.entry_point})\n", names)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_right_answer_is_right_in_every_form(form):
-    check(humaneval_program(TASK, FORMS[form]))
+    tried(TASK, FORMS[form])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -92,7 +92,7 @@ def test_a_wrong_answer_is_wrong_in_every_form(form):
     wrong = wrong.replace("(x, 2)", "(x, 3)").replace("(x, x)", "(x, 1)")
     assert wrong != FORMS[form]
     with pytest.raises(AssertionError):
-        check(humaneval_program(TASK, wrong))
+        tried(TASK, wrong)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,10 @@ def test_a_wrong_answer_is_wrong_in_every_form(form):
     ],
 )
 def test_what_is_no_answer_fails_without_a_fault(answer):
-    trial = humaneval_program(TASK, answer)
     # Of the program, not of the extraction.
     faults = (AssertionError, SyntaxError, ValueError, NameError, MemoryError)
     with pytest.raises((*faults, RecursionError)):
-        check(trial)
+        tried(TASK, answer)
 
 
 def test_forms_pass_in_the_sandbox():
@@ -143,7 +142,7 @@ def test_what_stands_above_the_function_in_the_prompt_stays():
         "```python\ndef more(x):\n    return x + one()\n```",
         "return x + one()",
     ):
-        check(humaneval_program(task, answer))
+        tried(task, answer)
 
 
 DATA = checkpoints.SHARED / "data" / "humaneval" / "HumanEval.jsonl.gz"

@@ -71,7 +71,8 @@ def opening_tokens(
       UserError: the tokenizer knows none of them.
     """
     openings = [f" {phrase[:1].upper()}{phrase[1:]}" for phrase in phrases]
-    first = {after[0] for _, after in runner.pairs(prompt, openings)}
+    # One by one: together they are scored from where all of them can be.
+    first = {runner.pairs(prompt, [opening])[0][1][0] for opening in openings}
     first.discard(runner.model.tokenizer.unk_token_id)
     if not first:
         raise UserError(

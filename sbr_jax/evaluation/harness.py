@@ -19,7 +19,7 @@ import numpy as np
 
 from sbr_jax.evaluation.harness_tasks import import_harness
 from sbr_jax.evaluation.items import Result
-from sbr_jax.evaluation.runner import ModelRunner, cut, decode_after
+from sbr_jax.evaluation.runner import ModelRunner, cut, decode_after, encode_options
 from sbr_jax.evaluation.scorer import score
 from sbr_jax.models import generate
 from sbr_jax.typing import UserError
@@ -27,13 +27,44 @@ from sbr_jax.typing import UserError
 DEFAULT_NEW_TOKENS = 256
 
 
+def encode_requests(
+    tokenizer: Any, requests: Sequence[tuple[str, str]], *, chat: bool = False
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of contexts and of what may follow them, by the rule of our own tasks.
+
+    What follows the same context is scored from the same token on; see
+    :func:`~sbr_jax.evaluation.runner.encode_options`.
+
+    Args:
+      tokenizer: of transformers.
+      requests: texts, as a harness sends them option by option.
+      chat: whether the contexts are written by the chat template; they begin as it
+        begins then, with BOS or without, and plain ones with one BOS.
+
+    Returns:
+      Both parts per request, in order.
+    """
+    by_context: dict[str, list[int]] = {}
+    for place, (context, _) in enumerate(requests):
+        by_context.setdefault(context, []).append(place)
+    out: list[tuple[list[int], list[int]]] = [([], [])] * len(requests)
+    for context, places in by_context.items():
+        options = [requests[place][1] for place in places]
+        pairs = encode_options(tokenizer, context, options, plain=not chat)
+        for place, pair in zip(places, pairs, strict=True):
+            out[place] = pair
+    return out
+
+
 def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
     """The model of a runner as an ``lm_eval`` model.
 
-    Log-likelihoods go through our scorer and answers through our generator. A prompt
-    holds BOS exactly once, whether or not a chat template wrote it. Whether chat
-    templates are used is the harness's own switch (``apply_chat_template``), so a
-    runner with a system message is refused.
+    Log-likelihoods go through our scorer and answers through our generator. Texts are
+    encoded as our own tasks encode them: a plain one begins with BOS exactly once, one
+    that the chat template wrote begins as the template has it. Whether that is used is
+    the harness's own switch (``apply_chat_template``), so a runner with a system
+    message is refused, and a model serves one kind of evaluation: make another for
+    the other.
 
     Args:
       runner: model, weights and budget; its ``too_long`` says what happens to prompts
@@ -61,6 +92,9 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
     class HarnessModel(TemplateLM):
         """A model record as the harness sees it."""
 
+        rendered = False
+        """Whether prompts come out of the chat template."""
+
         @property
         def eot_token_id(self) -> int:
             return eos if eos is not None else model.config.eos[0]
@@ -80,6 +114,7 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
+            self.rendered = True
             return tokenizer.apply_chat_template(
                 chat_history,
                 tokenize=False,
@@ -91,9 +126,28 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
             self, string: str, add_special_tokens: bool | None = None, **_: Any
         ) -> list[int]:
             ids = list(tokenizer(string, add_special_tokens=False)["input_ids"])
-            if add_special_tokens is False or bos is None or ids[:1] == [bos]:
+            if add_special_tokens is None:
+                add_special_tokens = not self.rendered
+            if not add_special_tokens or bos is None or ids[:1] == [bos]:
                 return ids
             return [bos, *ids]
+
+        def loglikelihood(
+            self, requests: Sequence[Any], disable_tqdm: bool = False
+        ) -> list[tuple[float, bool]]:
+            texts = [request.args for request in requests]
+            asked = [text for text in texts if text[0]]
+            encoded = iter(encode_requests(tokenizer, asked, chat=self.rendered))
+            pairs = [
+                next(encoded) if context else self._alone(text)
+                for context, text in texts
+            ]
+            return self._loglikelihood_tokens([(None, *pair) for pair in pairs])
+
+        def _alone(self, text: str) -> tuple[list[int], list[int]]:
+            """Without a context BOS, or what stands for it, is there exactly once."""
+            first, ids = self.prefix_token_id, self.tok_encode(text, False)
+            return [first], ids[1:] if ids[:1] == [first] else ids
 
         def _loglikelihood_tokens(
             self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any

@@ -254,6 +254,11 @@ def encode_options(
     In plain text, spaces at the end of the context belong to what follows: a tokenizer
     that marks the beginnings of words has no other way to write them.
 
+    **Guarantee**: both parts together are the tokens of the whole text, and the first
+    part is the same for all options. Where a token of some option's text spans the
+    border, every option is scored from the last token that all texts and the context
+    have in common, so that none is scored in part and none for more than the others.
+
     Args:
       tokenizer: of transformers.
       context: may be empty if the text is plain and the tokenizer has a BOS token.
@@ -265,7 +270,7 @@ def encode_options(
       Per option both parts, at least one token each.
 
     Raises:
-      UserError: one of them would have none.
+      UserError: an option is empty, or no token comes before what is scored.
     """
     spaces = ""
     if plain:
@@ -279,16 +284,22 @@ def encode_options(
             return ids
         return [bos, *ids]
 
-    before, pairs = encode(context), []
-    for option in options:
-        after = encode(context + spaces + option)[len(before) :]
-        if not before or not after:
-            raise UserError(
-                "runner: expected a context and an option of at least one token each, "
-                f"got {len(before)} and {len(after)}"
-            )
-        pairs.append((before, after))
-    return pairs
+    before = encode(context)
+    wholes = [encode(context + spaces + option) for option in options]
+    start = min([len(before), *(_shared(before, whole) for whole in wholes)])
+    if not start or any(whole == before[: len(whole)] for whole in wholes):
+        raise UserError(
+            "runner: expected a context and an option of at least one token each, got "
+            f"{start} that all texts begin with, and options that add "
+            f"{[len(whole) - len(before) for whole in wholes]}"
+        )
+    return [(whole[:start], whole[start:]) for whole in wholes]
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def decode_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
