@@ -1,6 +1,7 @@
 """Broken model folders: one line that names the file, or the very same model."""
 
 import dataclasses
+import doctest
 import json
 import math
 import shutil
@@ -19,8 +20,8 @@ from checkpoints import CONFIG, adapter
 from safetensors.numpy import load_file, save_file
 
 from experiments import run
-from sbr_jax import models
-from sbr_jax.models import config, hf_config
+from sbr_jax import files, models
+from sbr_jax.models import config, fields, hf_config, tensors
 from sbr_jax.models.codes import KINDS
 from sbr_jax.typing import UserError
 
@@ -184,10 +185,10 @@ ADAPTER_DAMAGES = {
 def test_a_damaged_adapter_is_refused(change, tmp_path):
     path = tmp_path / "adapter.safetensors"
     models.save_adapter(path, adapter(targets="q_proj"))
-    tensors = load_file(path)
-    change(tensors)
+    found = load_file(path)
+    change(found)
     scales = json.dumps({"q_proj": 2.0})
-    save_file(tensors, path, {"format": "sbr_jax.adapter", "scales": scales})
+    save_file(found, path, {"format": "sbr_jax.adapter", "scales": scales})
     with pytest.raises(UserError, match=r"adapter\.safetensors"):
         models.load_adapter(path)
 
@@ -209,6 +210,20 @@ def test_settings_made_in_memory_are_checked_too(name):
     for value in ("text", -2, math.nan, [[1]], {}):
         with pytest.raises(UserError, match=f"wrong model settings: {name}="):
             dataclasses.replace(CONFIG, **{name: value})
+
+
+@pytest.mark.parametrize("rank", [0, True, 2.5, "2", 10**9])
+def test_an_adapter_of_no_rank_is_not_made(rank):
+    with pytest.raises(UserError, match="wrong adapter settings: rank="):
+        models.init_adapter(jax.random.key(0), CONFIG, alpha=4.0, rank=rank)
+    for alpha in (math.nan, math.inf, "4", None):
+        with pytest.raises(UserError, match="wrong adapter settings: alpha="):
+            models.init_adapter(jax.random.key(0), CONFIG, rank=2, alpha=alpha)
+
+
+@pytest.mark.parametrize("module", [files, fields, tensors], ids=lambda m: m.__name__)
+def test_examples_run(module):
+    assert doctest.testmod(module).failed == 0
 
 
 # --- the command line -----------------------------------------------------------------

@@ -192,8 +192,8 @@ def check_kind(kind: str, block: int = BLOCK) -> None:
     """
     if kind not in KINDS:
         raise UserError(f"quantize: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if block < 2 or block % 2:
-        raise UserError(f"block: expected an even number of inputs, got {block}")
+    if not isinstance(block, int) or block < 2 or block % 2:
+        raise UserError(f"block: expected an even number of inputs, got {block!r}")
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "block"))

@@ -93,8 +93,10 @@ def load(
         check_kind(quantize)
     folder = _resolve(folder_or_id)
     config = hf_config.read(folder)
+    # Small files first: their mistakes are told before minutes of reading weights.
+    tokenizer = load_tokenizer(folder)
     params = load_weights(folder, config, dtype=dtype, mesh=mesh, quantize=quantize)
-    return make_model(config, params, load_tokenizer(folder), hardware=hardware)
+    return make_model(config, params, tokenizer, hardware=hardware)
 
 
 def save(

@@ -23,7 +23,9 @@ from sbr_jax.models.tensors import read_tensors
 from sbr_jax.typing import PyTree, UserError
 
 SCALE = Field(float, -1e9, 1e9)
-"""What the scale of an adapter may be."""
+"""What the scale of an adapter may be, and α."""
+RANK = Field(int, 1, 2**16)
+"""What its rank may be."""
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +83,7 @@ def init_adapter(
       ``{name: LoraPair}``.
 
     Raises:
-      UserError: for a rank below 1 or a pattern that matches nothing.
+      UserError: for a rank or alpha out of range, or a pattern that matches nothing.
 
     >>> import jax
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
@@ -89,8 +91,9 @@ def init_adapter(
     >>> adapter["q_proj"].lora_a.shape, adapter["q_proj"].scale
     ((2, 4, 2), 2.0)
     """
-    if rank < 1:
-        raise UserError(f"expected a rank of at least 1, got {rank}")
+    given = {"rank": rank, "alpha": alpha}
+    if wrong := wrong_fields(given, {"rank": RANK, "alpha": SCALE}):
+        raise UserError(f"wrong adapter settings: {'; '.join(wrong)}")
     adapter = {}
     for name in select_targets(targets):
         fan_in, fan_out = config.projection(name)

@@ -64,7 +64,7 @@ def select_targets(pattern: str) -> tuple[str, ...]:
     """
     try:
         matcher = re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise UserError(f"targets={pattern!r} is no regular expression: {error}") from (
             error
         )

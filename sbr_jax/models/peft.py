@@ -28,7 +28,7 @@ from sbr_jax.files import is_there, read_object
 from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.fields import Field, read_fields
 from sbr_jax.models.loading import Model
-from sbr_jax.models.lora import SCALE, LoraPair
+from sbr_jax.models.lora import RANK, SCALE, LoraPair
 from sbr_jax.models.tensors import float_dtype, read_tensors, some
 from sbr_jax.models.weights import sources
 from sbr_jax.typing import UserError
@@ -67,7 +67,7 @@ _FREE = frozenset(
 )
 """Settings that do not change what given tensors mean, or that are read by name."""
 _READ = {
-    "r": Field(int, 1, 2**16),
+    "r": RANK,
     "lora_alpha": SCALE,
     "use_rslora": Field(bool, none=True, default=False),
     "target_modules": Field(str, lists="or", none=True, default=None),
