@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments import devices, forecast, forecast_judge
 from experiments.forecast import GIB, Device, Job
+from experiments.rehearsal import rehearse
 from experiments.tables import Table
 from sbr_jax.typing import UserError
 
@@ -24,10 +25,8 @@ ANSWERS = {"humaneval": 512, "mtbench": 2048, "gsm8k": 400}
 
 SCORED = ("truthfulqa", "bbq", "mmlu", "medqa", "legalbench", "refusal-auc")
 """Measurements that read likelihoods and write nothing."""
-
 START = "start model, once"
 """The line of what is measured before any row."""
-
 FRAME, PER_CHARACTER = 30, 0.25
 """Tokens of a template, and of a character, in a prompt that was not encoded."""
 
@@ -293,6 +292,7 @@ def execute(plan: Any, device_texts: Sequence[str] = ()) -> str:
     pipeline.check(
         study, plan.methods, plan.seeds, plan.domains, plan.settings, plan.row_options
     )
+    rehearse(plan, study)
     if plan.harness is not None:
         harness.read(plan)
     job = job_of(plan, study)

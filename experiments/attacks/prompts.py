@@ -22,6 +22,7 @@ from sbr_jax import models
 from sbr_jax.attacks import SplitPrompt, ascii_tokens, gcg, gcg_prompts, round_trips
 from sbr_jax.testbed import grammar
 from sbr_jax.testbed.evalsets import Request
+from sbr_jax.testbed.suite import MAX_NEW_TOKENS
 from sbr_jax.training.loop import Bar
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree, UserError
@@ -79,7 +80,8 @@ class SuffixSearch:
         """Draws the requests.
 
         Raises:
-          UserError: for more requests than are held out.
+          UserError: for more requests than are held out, or a suffix that leaves the
+            model's context no room for an answer.
         """
         held_out = setting.suite.items.harmful
         if prompts > len(held_out):
@@ -96,6 +98,15 @@ class SuffixSearch:
             "suffix_length": suffix_length,
             "candidates": candidates,
         }
+        config = self._model.config
+        longest = max(len(before) + len(after) for before, after in self._prompts)
+        room = config.context - longest - MAX_NEW_TOKENS
+        if suffix_length > room:
+            raise UserError(
+                f"suffix_length: expected at most {room}, what the longest request and "
+                f"an answer leave of the model's context of {config.context}, got "
+                f"{suffix_length}"
+            )
 
     @functools.cached_property
     def _prompts(self) -> list[SplitPrompt]:

@@ -1,0 +1,89 @@
+"""A run's own refusals, found without weights and without training.
+
+What a row refuses once it has seen data and model (a rank that no adapter holds, a
+layer that the model lacks, a part that the study does not have) stands in the row's own
+code. So that code is run on shapes: JAX traces it, and nothing is computed. Where it
+asks for a number, which a shape does not have, its checks of sizes are behind it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from sbr_jax.typing import PyTree
+
+UNKNOWN = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    AttributeError,
+)
+"""What JAX raises where a traced program asks for a number, or where an array lies."""
+
+
+class _Asked(Exception):
+    """The row has come so far as to ask the study's judge."""
+
+
+def _unasked(*args: Any, **kwargs: Any) -> Any:
+    raise _Asked
+
+
+def rehearse(plan: Any, study: Any) -> None:
+    """Refuse what the rows of a plan would refuse before and between domains.
+
+    Args:
+        plan: of `experiments.run`.
+        study: its model may lack weights.
+
+    Raises:
+        UserError: what the run would raise, for the first such row.
+    """
+    from sbr_jax.training.program import make_program
+
+    # The judge is a model too, and the mesh may be of other devices than are here.
+    judge = None if study.judge is None else _unasked
+    shown = dataclasses.replace(study, judge=judge)
+    settings = dataclasses.replace(plan.settings, mesh=None)
+    base = base_shapes(plan, study)
+    unaligned = study.unaligned
+    if unaligned is None and plan.study_options.get("unaligned_folder"):
+        unaligned = base  # It has been checked to be of the same architecture.
+    for row in plan.methods:
+        options = tuple(sorted(plan.row_options.get(row, {}).items()))
+        program = make_program(row, options, shown, settings)
+        for name in plan.domains:
+            try:
+                program.method.mix(program.problem, study.domains[name].train, 0)
+            except _Asked:
+                continue
+        try:
+            jax.eval_shape(_first_stage(program, shown, settings), base, unaligned)
+        except (*UNKNOWN, _Asked):
+            continue
+
+
+def base_shapes(plan: Any, study: Any) -> PyTree:
+    """Shapes and types of the base weights, dense where the study has none."""
+    from sbr_jax.models import init_params
+
+    if study.model.params is not None:
+        return jax.eval_shape(lambda x: x, study.model.params)
+    dtype = plan.study_options["dtype"]
+    shapes = jax.eval_shape(
+        lambda: init_params(jax.random.key(0), study.model.config),
+    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+
+
+def _first_stage(program: Any, study: Any, settings: Any) -> Any:
+    """What a run does with one seed before the first step: `prepare`, then `init`."""
+    from sbr_jax.training.program import init_adapter
+
+    def stage(base: PyTree, unaligned: PyTree) -> None:
+        problem = dataclasses.replace(program.problem, unaligned=unaligned)
+        adapter, key = init_adapter(study, settings, 0), jax.random.key(0)
+        prepared = program.method.prepare(problem, base, adapter, key)
+        program.start(adapter, program.method.init(problem, prepared, adapter, key))
+
+    return stage
