@@ -11,16 +11,17 @@ References:
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.subspace import units
+from sbr_jax import checks
+from sbr_jax.subspace import spectrum, units
 from sbr_jax.subspace.record import (
     Subspace,
-    empty_subspace,
+    check_settings,
     from_rows,
     unit_eigenpairs,
 )
@@ -49,6 +50,10 @@ def per_example_gradients(
     Returns:
         Tree like ``params`` with leaves ``[B, *leaf.shape]``.
 
+    Raises:
+        UserError: for an empty batch, a loss that is not one number, parameters that
+            are not floating-point, or a ``microbatch`` below 1.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from sbr_jax import per_example_gradients
@@ -60,9 +65,19 @@ def per_example_gradients(
     References:
         arXiv:2604.17691
     """
+    checks.function("loss_fn", loss_fn)
+    units.fingerprint(params)
+    units.examples(batch, what="batch")
+    if microbatch is not None:
+        microbatch = checks.whole("microbatch", microbatch)
+
+    def scalar_loss(p: PyTree, example: PyTree) -> jax.Array:
+        loss = loss_fn(p, example, *args)
+        _check_loss(loss)
+        return loss
 
     def gradient(example: PyTree) -> PyTree:
-        return jax.grad(loss_fn)(params, example, *args)
+        return jax.grad(scalar_loss)(params, example)
 
     if microbatch is None:
         return jax.vmap(gradient)(batch)
@@ -124,7 +139,9 @@ def fisher_subspace(
         The `Subspace`.
 
     Raises:
-        UserError: for no batches, unknown settings, or gradients that are not finite.
+        UserError: for no batches or an empty one, unknown settings or values out of
+            range, parameters that are not floating-point, a loss that is not one
+            number, or gradients that are not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -138,18 +155,35 @@ def fisher_subspace(
     References:
         arXiv:2604.17691
     """
-    mark = empty_subspace(
-        jax.eval_shape(lambda: params),
-        max_rank=max_rank,
-        unit=unit,
-        layer_axes=layer_axes,
-    ).fingerprint
-    _check_settings(fisher, key, max_rank, energy, buffer_rank)
+    mark = units.fingerprint(params, unit=unit, layer_axes=layer_axes)
+    max_rank = check_settings(mark, max_rank, energy)
+    checks.function("loss_fn", loss_fn)
+    checks.one_of("fisher", fisher, ("empirical", "sampled"))
+    if fisher == "sampled" or key is not None:
+        checks.random_key("key", key)
+    if microbatch is not None:
+        microbatch = checks.whole("microbatch", microbatch)
+    buffer_rank = checks.whole(
+        "buffer_rank", buffer_rank, least=max_rank, note="max_rank rows are kept"
+    )
+    if progress is not None:
+        checks.function("progress", progress)
+    if not isinstance(args, tuple | list):
+        raise UserError(
+            f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
+        )
+    if isinstance(batches, Mapping | str | jax.Array) or not isinstance(
+        batches, Iterable
+    ):
+        raise UserError(
+            f"expected batches to be a list of batches, got {checks.shown(batches)}; "
+            "pass [batch]"
+        )
     blocks: list[list[jax.Array]] = [[] for _ in mark.units]
-    traces: list[Any] = [0.0] * len(mark.units)
+    traces: list[Any] = [None] * len(mark.units)
     held = seen = size = 0
     for batch in batches:
-        count = _count(batch)
+        count = units.examples(batch, what="batch")
         size = max(size, count)
         rows, norms = _rows(
             params,
@@ -164,7 +198,7 @@ def fisher_subspace(
         )
         for i, (row, norm) in enumerate(zip(rows, norms, strict=True)):
             blocks[i].append(row)
-            traces[i] = traces[i] + norm
+            traces[i] = norm if traces[i] is None else spectrum.add(traces[i], norm)
         held, seen = held + count, seen + count
         if held > buffer_rank:
             keep = max(max_rank, buffer_rank // 2)
@@ -177,7 +211,8 @@ def fisher_subspace(
             "expected at least one batch with an example, got none; "
             "an iterator that was used before is empty: pass a list"
         )
-    for spec, trace in zip(mark.units, traces, strict=True):
+    traces = [spectrum.Scaled(t.value / seen, t.unit) for t in traces]
+    for spec, trace in zip(mark.units, [t.plain() for t in traces], strict=True):
         if not jnp.all(jnp.isfinite(trace)):
             raise UserError(
                 f"expected finite gradients, got tr F = {trace} at {spec.path or '/'}; "
@@ -185,9 +220,7 @@ def fisher_subspace(
             )
     scale = 1.0 / math.sqrt(seen)
     joined = [_join(block, scale) for block in blocks]
-    return from_rows(
-        mark, joined, [t / seen for t in traces], max_rank=max_rank, energy=energy
-    )
+    return from_rows(mark, joined, traces, max_rank=max_rank, energy=energy)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "mark", "microbatch"))
@@ -202,9 +235,9 @@ def _rows(
     loss_fn: LossFn,
     mark: units.Fingerprint,
     microbatch: int | None,
-) -> tuple[list[jax.Array], list[jax.Array]]:
+) -> tuple[list[jax.Array], list[spectrum.Scaled]]:
     """Gradients ``[*L, B, P]`` and their squared norms ``[*L]``, per unit."""
-    place = jnp.arange(_count(batch), dtype=jnp.int32)
+    place = jnp.arange(units.examples(batch, what="batch"), dtype=jnp.int32)
     if key is None:
         grads = per_example_gradients(
             loss_fn, params, batch, *args, microbatch=microbatch
@@ -223,18 +256,21 @@ def _rows(
         vector = units.to_vector(part, mark.layer_axes, batch_axes=1)
         real = (place < count).reshape(-1, *[1] * (vector.ndim - 1))
         rows.append(jnp.moveaxis(jnp.where(real, vector, 0.0), 0, -2))
-    return rows, [jnp.sum(row**2, axis=(-2, -1)) for row in rows]
+    return rows, [spectrum.sum_of_squares(row) for row in rows]
 
 
 @functools.partial(jax.jit, static_argnames=("keep", "layer_axes"))
 def _cut(block: list[jax.Array], keep: int, layer_axes: int) -> jax.Array:
     """The ``keep`` rows ``√λ_k v_kᵀ`` that say most about ``Σ g gᵀ``."""
     rows = jnp.concatenate(block, axis=-2)
-    total = jnp.sum(rows**2, axis=(-2, -1))
+    # λ is of the order of the square of the rows, which may leave float32.
+    unit = spectrum.binary_unit(rows, (-2, -1))[..., None, None]
+    rows = rows / unit
+    total = spectrum.sum_of_squares(rows)
     basis, values = unit_eigenpairs(
         rows, total, columns=keep, energy=1.0, layer_axes=layer_axes
     )
-    return jnp.swapaxes(basis * jnp.sqrt(values)[..., None, :], -1, -2)
+    return unit * jnp.swapaxes(basis * jnp.sqrt(values)[..., None, :], -1, -2)
 
 
 @jax.jit
@@ -242,20 +278,9 @@ def _join(block: list[jax.Array], scale: jax.Array) -> jax.Array:
     return scale * jnp.concatenate(block, axis=-2)
 
 
-def _count(batch: PyTree) -> int:
-    leaves = jax.tree.leaves(batch)
-    sizes = {jnp.shape(leaf)[:1] for leaf in leaves}
-    if len(sizes) != 1 or () in sizes:
-        raise UserError(
-            "expected a batch whose arrays share one leading example axis, got shapes "
-            f"{[jnp.shape(leaf) for leaf in leaves]}"
-        )
-    return sizes.pop()[0]
-
-
 def _fill(batch: PyTree, size: int) -> PyTree:
     """Repeat the last example up to ``size``: a short batch then compiles nothing."""
-    short = size - _count(batch)
+    short = size - units.examples(batch, what="batch")
     if not short:
         return batch
     return jax.tree.map(
@@ -263,20 +288,10 @@ def _fill(batch: PyTree, size: int) -> PyTree:
     )
 
 
-def _check_settings(
-    fisher: str,
-    key: jax.Array | None,
-    max_rank: int,
-    energy: float,
-    buffer_rank: int,
-) -> None:
-    if fisher not in ("empirical", "sampled"):
-        raise UserError(f"expected fisher 'empirical' or 'sampled', got {fisher!r}")
-    if fisher == "sampled" and key is None:
-        raise UserError("expected a random key for fisher='sampled', got None")
-    if buffer_rank < max_rank:
+def _check_loss(loss: Any) -> None:
+    dtype = getattr(loss, "dtype", None)
+    if dtype is None or loss.shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(
-            f"expected buffer_rank of at least max_rank = {max_rank}, got {buffer_rank}"
+            "expected loss_fn to return one floating-point number for one example, "
+            f"got {checks.shown(loss)}; the batch's axis is mapped over"
         )
-    if not 0.0 < energy <= 1.0:
-        raise UserError(f"expected energy in (0, 1], got {energy}; 0.9 is published")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import checks
 from sbr_jax.typing import UserError
 
 
@@ -19,6 +20,27 @@ def _next(values: jax.Array) -> jax.Array:
     Shifting the small arrays rather than cutting the logits saves a copy of those.
     """
     return jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], axis=-1)
+
+
+def _check(name: str, logits: jax.Array, **others: jax.Array) -> None:
+    """Refuses arrays that broadcasting or a cast would make something of.
+
+    Raises:
+      UserError: naming the array.
+    """
+    checks.floating(name, "", logits)
+    shape = tuple(logits.shape[:-1])
+    if not shape:
+        raise UserError(f"expected {name} [B, T, V], got {checks.shown(logits)}")
+    for what, array in others.items():
+        dtype = getattr(array, "dtype", None)
+        fits = dtype is not None and tuple(array.shape) == shape
+        whole = what == "tokens"
+        if not fits or (whole and not jnp.issubdtype(dtype, jnp.integer)):
+            raise UserError(
+                f"expected {what} to be {'integers ' if whole else ''}{list(shape)}, "
+                f"like {name} without the vocabulary, got {checks.shown(array)}"
+            )
 
 
 def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -42,6 +64,9 @@ def token_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     Returns:
       float32 ``[B, T - 1]``.
 
+    Raises:
+      UserError: for tokens that are no integers, or shapes that differ.
+
     >>> import jax.numpy as jnp
     >>> float(token_log_likelihood(jnp.zeros((1, 2, 4)), jnp.array([[0, 1]]))[0, 0])
     -1.3862943649291992
@@ -51,6 +76,7 @@ def token_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def _log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """``[B, T]``: the log-likelihood of the next token; the last column is filling."""
+    _check("logits", logits, tokens=tokens)
     scores = logits.astype(jnp.float32)
     targets = _next(tokens)[..., None].astype(jnp.int32)
     # Comparing beats gathering: its gradient is no scatter, and XLA fuses it.
@@ -76,6 +102,9 @@ def token_cross_entropy(
     Returns:
       float32 ``[B]``, in nats.
 
+    Raises:
+      UserError: for tokens that are no integers, or shapes that differ.
+
     >>> import jax.numpy as jnp
     >>> logits, tokens = jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]])
     >>> float(token_cross_entropy(logits, tokens, jnp.array([[0.0, 1.0, 1.0]]))[0])
@@ -83,6 +112,7 @@ def token_cross_entropy(
     >>> float(token_cross_entropy(logits, tokens, jnp.zeros((1, 3)))[0])
     0.0
     """
+    _check("logits", logits, mask=mask)
     # 0 - x rather than -x, so that an empty example is 0 and not -0.
     return 0.0 - _masked_mean(_log_likelihood(logits, tokens), _next(mask))
 
@@ -114,15 +144,21 @@ def kl_to_reference(
       token that the reference rules out.
 
     Raises:
-      UserError: for another direction.
+      UserError: for another direction, or shapes that differ.
 
     >>> import jax.numpy as jnp
     >>> logits = jnp.arange(12.0).reshape(1, 3, 4)
     >>> float(kl_to_reference(logits, logits, jnp.ones((1, 3)))[0])
     0.0
     """
-    if direction not in ("forward", "reverse"):
-        raise UserError(f"expected direction 'forward' or 'reverse', got {direction!r}")
+    checks.one_of("direction", direction, ("forward", "reverse"))
+    _check("logits", logits, mask=mask)
+    _check("ref_logits", ref_logits, mask=mask)
+    if ref_logits.shape != logits.shape:
+        raise UserError(
+            "expected ref_logits and logits of one shape, got "
+            f"{ref_logits.shape} and {logits.shape}"
+        )
     ref_logits = jax.lax.stop_gradient(ref_logits)
     p = jax.nn.log_softmax(ref_logits.astype(jnp.float32))
     q = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -162,8 +198,9 @@ def hidden_state_anchor(
     >>> float(hidden_state_anchor(hidden, reference)[0])
     1.0
     """
-    if reduction not in ("mean", "sum"):
-        raise UserError(f"expected reduction 'mean' or 'sum', got {reduction!r}")
+    checks.one_of("reduction", reduction, ("mean", "sum"))
+    checks.floating("hidden states", "", hidden)
+    checks.floating("reference states", "", reference)
     if hidden.shape != reference.shape:
         raise UserError(
             "hidden_state_anchor expected hidden and reference of one shape, got "

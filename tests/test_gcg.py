@@ -172,8 +172,11 @@ def test_progress_is_told_after_every_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampling": "odd"}, "sampling.*even, random"),
+        ({"sampling": "odd"}, "sampling.*'even' or 'random'"),
         ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps.*whole number"),
+        ({"candidates": "many"}, "candidates.*whole number"),
+        ({"initial_token": True}, "initial_token"),
         ({"chunk": 0}, "chunk"),
         ({"top_k": 0}, "top_k"),
         ({"allowed": ALLOWED[1:]}, r"allowed.*\[32\]"),

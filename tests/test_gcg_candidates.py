@@ -153,6 +153,14 @@ def test_even_sampling_covers_every_place_as_the_original_does(candidates):
     assert set(places.tolist()) == set(range(LENGTH))
 
 
+def test_even_sampling_of_fewer_candidates_than_places_reaches_every_place():
+    """Two candidates for four places: unshifted, places 1 and 3 would stay for ever."""
+    drawn = [changed_places(draw(jax.random.key(i), candidates=2)) for i in range(20)]
+    assert set(np.concatenate(drawn).tolist()) == set(range(LENGTH))
+    for places in drawn:  # as far apart as the original's
+        assert (places[1] - places[0]) % LENGTH == 2
+
+
 def test_random_sampling_draws_the_places():
     places = [
         changed_places(draw(jax.random.key(i), sampling="random")) for i in (1, 2)

@@ -86,6 +86,8 @@ def draw_candidates(
     index = jnp.arange(candidates, dtype=jnp.int32)
     if sampling == "even":
         place = index * length // candidates
+        if candidates < length:  # the places between would never be changed
+            place = (place + jax.random.randint(place_key, (), 0, length)) % length
     else:
         place = jax.random.randint(place_key, (candidates,), 0, length)
     token = best[place, jax.random.randint(rank_key, (candidates,), 0, top_k)]

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import checks
 from sbr_jax.attacks.candidates import prefill, propose, score_candidates
 from sbr_jax.attacks.suffix import (
     RoundTrip,
@@ -101,7 +102,8 @@ def gcg(
       candidates: B, of each prompt at each step.
       top_k: k, at most all allowed tokens but one.
       sampling: of the place changed: ``"even"`` (the original: candidate b changes
-        place ``⌊b S / B⌋``) or ``"random"``.
+        place ``⌊b S / B⌋``; where B < S, all places shifted by one random number, or
+        some would never be changed) or ``"random"``.
       always_move: move to the best candidate even where that raises L (the original);
         otherwise only where it lowers L. The best suffix is kept in both cases.
       chunk: how many sequences run at once.
@@ -121,13 +123,12 @@ def gcg(
       UserError: naming the argument that is out of range, or the prompt whose initial
         suffix fails ``round_trip``.
     """
-    if sampling not in ("even", "random"):
-        raise UserError(f"sampling: expected one of even, random; got {sampling!r}")
-    sizes = {"suffix_length": suffix_length, "steps": steps, "candidates": candidates}
-    sizes |= {"top_k": top_k, "chunk": chunk}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{name}: expected at least 1, got {value!r}")
+    checks.one_of("sampling", sampling, ("even", "random"))
+    suffix_length = checks.whole("suffix_length", suffix_length)
+    steps = checks.whole("steps", steps)
+    candidates = checks.whole("candidates", candidates)
+    top_k = checks.whole("top_k", top_k)
+    chunk = checks.whole("chunk", chunk)
     allowed = check_tokens(allowed, initial_token, base["embed"].shape[0])
     layout = lay_out(prompts, targets, suffix_length)
     count = len(layout.tokens)

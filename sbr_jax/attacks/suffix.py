@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sbr_jax import checks
 from sbr_jax.data import encode_prompts
 from sbr_jax.typing import UserError
 
@@ -270,7 +271,8 @@ def check_tokens(allowed: Any, initial_token: int, vocab_size: int) -> np.ndarra
             f"allowed: expected bool [{vocab_size}] with two tokens or more, got "
             f"{list(allowed.shape)} with {int(allowed.sum())}"
         )
-    if not 0 <= initial_token < vocab_size or not allowed[initial_token]:
+    checks.whole("initial_token", initial_token, least=0)
+    if initial_token >= vocab_size or not allowed[initial_token]:
         raise UserError(
             f"initial_token: expected an allowed token, got {initial_token}; choose "
             "another one or allow it"

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import jax
 
+from sbr_jax import checks
 from sbr_jax.subspace import spectrum, units
-from sbr_jax.subspace.record import Subspace
+from sbr_jax.subspace.record import Subspace, check_subspace
 
 
 def random_subspace(key: jax.Array, like: Subspace) -> Subspace:
@@ -24,6 +25,9 @@ def random_subspace(key: jax.Array, like: Subspace) -> Subspace:
 
     Returns:
         A `Subspace` with random basis; eigenvalues and trace are those of ``like``.
+
+    Raises:
+        UserError: for what is no key, or no subspace.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -57,6 +61,9 @@ def shuffled_subspace(key: jax.Array, subspace: Subspace) -> Subspace:
     Returns:
         A `Subspace` with permuted rows of the basis.
 
+    Raises:
+        UserError: for what is no key, or no subspace.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from sbr_jax import from_factors, overlap, shuffled_subspace
@@ -68,6 +75,8 @@ def shuffled_subspace(key: jax.Array, subspace: Subspace) -> Subspace:
 
 
 def _with_keys(function: Callable, key: jax.Array, subspace: Subspace) -> Subspace:
+    checks.random_key("key", key)
+    check_subspace("subspace", subspace)
     mark = subspace.fingerprint
     lifted = units.over_layers(function, mark.layer_axes)
     out = []
@@ -77,5 +86,5 @@ def _with_keys(function: Callable, key: jax.Array, subspace: Subspace) -> Subspa
             continue
         layers = basis.shape[: mark.layer_axes]
         keys = jax.random.split(jax.random.fold_in(key, i), math.prod(layers))
-        out.append(lifted(keys.reshape(layers), basis))
+        out.append(lifted(keys.reshape(*layers, *keys.shape[1:]), basis))
     return dataclasses.replace(subspace, basis=mark.join(out))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sbr_jax.subspace import spectrum, units
-from sbr_jax.subspace.record import Subspace, same_parameters
+from sbr_jax.subspace.record import Subspace, check_subspace, same_parameters
 from sbr_jax.typing import PyTree
 
 
@@ -87,8 +87,9 @@ def project_out(tree: PyTree, subspace: Subspace) -> PyTree:
 def _per_unit(
     function: Callable, tree: PyTree, subspace: Subspace, *, missing: Callable
 ) -> PyTree:
+    check_subspace("subspace", subspace)
     mark = subspace.fingerprint
-    parts = mark.split(tree)
+    parts, back = mark.match(tree)
     lifted = units.over_layers(function, mark.layer_axes)
     out = []
     for part, basis in zip(parts, mark.entries(subspace.basis), strict=True):
@@ -97,7 +98,7 @@ def _per_unit(
         else:
             vector = lifted(units.to_vector(part, mark.layer_axes), basis)
             out.append(units.from_vector(vector, part, mark.layer_axes))
-    return mark.join(out)
+    return back(out)
 
 
 def principal_angles(a: Subspace, b: Subspace) -> PyTree:
@@ -218,7 +219,8 @@ def discarded_energy(old: Subspace, new: Subspace) -> PyTree:
 
 
 def _pairwise(function: Callable, a: Subspace, b: Subspace) -> PyTree:
-    mark = same_parameters(a, b)
+    b = same_parameters(a, b)
+    mark = a.fingerprint
     lifted = units.over_layers(function, mark.layer_axes)
     pairs = zip(mark.entries(a.basis), mark.entries(b.basis), strict=True)
     return mark.join(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import checks
 from sbr_jax.subspace import spectrum, units
 from sbr_jax.subspace.record import Subspace, check_settings, same_parameters
 from sbr_jax.typing import UserError
@@ -71,18 +72,16 @@ def merge(
     References:
         arXiv:2604.17691
     """
-    check_settings(max_rank, energy)
-    if weighting not in ("eigenvalue", "uniform"):
-        raise UserError(
-            f"expected weighting 'eigenvalue' or 'uniform', got {weighting!r}"
-        )
-    mark = same_parameters(a, b)
+    b = same_parameters(a, b)
+    mark = a.fingerprint
+    max_rank = check_settings(mark, max_rank, energy)
+    checks.one_of("weighting", weighting, ("eigenvalue", "uniform"))
     bases = [mark.entries(s.basis) for s in (a, b)]
     values = [mark.entries(s.eigenvalues) for s in (a, b)]
     traces = [mark.entries(s.trace) for s in (a, b)]
     first: list[Any] = [None] * len(mark.units)
     if protected is not None:
-        same_parameters(a, protected)
+        protected = same_parameters(a, protected)
         first = mark.entries(protected.basis)
         _check_room(first, max_rank)
     out: list[tuple[Any, Any, Any]] = []
@@ -141,6 +140,7 @@ def _merge_unit(
         weights = [spectrum.used_columns(v).astype(jnp.float32) for v in bases]
         trace = traces[-1]
         total = sum(jnp.sum(w, axis=-1) for w in weights)
+    total = spectrum.Scaled(total, jnp.ones_like(total))
     rows = jnp.concatenate(
         [
             jnp.swapaxes(v * jnp.sqrt(jnp.maximum(w, 0.0))[..., None, :], -1, -2)

@@ -10,12 +10,14 @@ References:
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import checks
 from sbr_jax.subspace import spectrum, units
 from sbr_jax.typing import PyTree, UserError
 
@@ -59,6 +61,40 @@ class Subspace:
     trace: PyTree
     fingerprint: units.Fingerprint
 
+    def __post_init__(self):
+        """Let Flax, where it is in use, write and read states that hold this."""
+        flax = sys.modules.get("flax.serialization")
+        if flax is not None:
+            _register(flax)
+
+
+_FIELDS = ("basis", "eigenvalues", "trace")
+
+
+@functools.cache
+def _register(flax: Any) -> None:
+    """Teaches ``flax.serialization`` the record; it asks for the very type."""
+
+    def restored(target: Subspace, state: dict[str, Any]) -> Subspace:
+        fields = {
+            f: flax.from_state_dict(getattr(target, f), state[f]) for f in _FIELDS
+        }
+        new = dataclasses.replace(target, **fields)
+        shapes = ([jnp.shape(x) for x in jax.tree.leaves(s)] for s in (target, new))
+        for wanted, got in zip(*shapes, strict=True):
+            if wanted != got:
+                raise UserError(
+                    f"expected a subspace with arrays of shape {wanted}, got {got}; "
+                    "build the optimizer with the max_rank that was saved"
+                )
+        return new
+
+    flax.register_serialization_state(
+        Subspace,
+        lambda s: {f: flax.to_state_dict(getattr(s, f)) for f in _FIELDS},
+        restored,
+    )
+
 
 def empty_subspace(
     params: PyTree,
@@ -79,7 +115,8 @@ def empty_subspace(
         A `Subspace` of zeros.
 
     Raises:
-        UserError: if ``max_rank < 1`` or a unit's leaves disagree on layer axes.
+        UserError: for a ``max_rank`` out of range, parameters that are not
+            floating-point, or a unit whose leaves disagree on layer axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -91,8 +128,8 @@ def empty_subspace(
     References:
         arXiv:2604.17691
     """
-    check_settings(max_rank, 1.0)
     mark = units.fingerprint(params, unit=unit, layer_axes=layer_axes)
+    max_rank = check_settings(mark, max_rank, 1.0)
     shapes = [(u.layers(mark.layer_axes), u.size(mark.layer_axes)) for u in mark.units]
     return Subspace(
         mark.join([jnp.zeros((*layers, size, max_rank)) for layers, size in shapes]),
@@ -117,7 +154,9 @@ def from_factors(
     published code keeps one arbitrary column when ``tr F = 0``; here the rank is 0.
 
     **Guarantee**: nothing of size P × P is built; the eigenpairs equal those of the
-    dense F to float32 rounding; all-zero factors give rank 0 and no NaN.
+    dense F to float32 rounding; all-zero factors give rank 0 and no NaN. Directions
+    and rank do not depend on the scale of the factors; eigenvalues and trace do, and
+    are at least float32's smallest number, 1.2e-38, where they are not zero.
 
     Args:
         factors: parameters-like tree; leaves ``[N, *leaf.shape]``.
@@ -130,7 +169,8 @@ def from_factors(
         The `Subspace` of F.
 
     Raises:
-        UserError: for settings out of range.
+        UserError: for settings out of range, or factors that are not finite,
+            floating-point, or as many for every parameter.
 
     Example:
         >>> import jax.numpy as jnp
@@ -142,15 +182,16 @@ def from_factors(
     References:
         arXiv:2604.17691
     """
-    check_settings(max_rank, energy)
+    units.examples(factors, what="factors")
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), factors)
     mark = units.fingerprint(one, unit=unit, layer_axes=layer_axes)
+    max_rank = check_settings(mark, max_rank, energy)
     rows = [
         jnp.moveaxis(units.to_vector(u, mark.layer_axes, batch_axes=1), 0, -2)
         for u in mark.treedef.flatten_up_to(factors)
     ]
-    traces = [jnp.sum(r**2, axis=(-2, -1)) for r in rows]
-    for trace in traces:
+    traces = [spectrum.sum_of_squares(r) for r in rows]
+    for trace in (t.plain() for t in traces):
         if not isinstance(trace, jax.core.Tracer) and not jnp.all(jnp.isfinite(trace)):
             raise UserError(
                 "expected factors whose squares sum to a finite float32, got an "
@@ -162,7 +203,7 @@ def from_factors(
 def from_rows(
     mark: units.Fingerprint,
     rows: list[jax.Array],
-    traces: list[jax.Array],
+    traces: list[spectrum.Scaled],
     *,
     max_rank: int,
     energy: float,
@@ -175,13 +216,15 @@ def from_rows(
         for r, t in zip(rows, traces, strict=True)
     ]
     basis, values = ([pair[i] for pair in pairs] for i in range(2))
-    return Subspace(mark.join(basis), mark.join(values), mark.join(traces), mark)
+    # A trace is at least the sum of its eigenvalues, the smallest of float32 too.
+    total = [t.plain(max_rank * spectrum.TINY) for t in traces]
+    return Subspace(mark.join(basis), mark.join(values), mark.join(total), mark)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "energy", "layer_axes"))
 def unit_eigenpairs(
     rows: jax.Array,
-    total: jax.Array,
+    total: spectrum.Scaled,
     *,
     columns: int,
     energy: float,
@@ -208,27 +251,39 @@ def effective_rank(subspace: Subspace) -> PyTree:
         >>> int(effective_rank(s)["w"])
         1
     """
+    check_subspace("subspace", subspace)
     return jax.tree.map(
         lambda v: jnp.sum(spectrum.used_columns(v), axis=-1, dtype=jnp.int32),
         subspace.basis,
     )
 
 
-def same_parameters(a: Subspace, b: Subspace) -> units.Fingerprint:
-    """The fingerprint two subspaces share.
+def same_parameters(a: Subspace, b: Subspace) -> Subspace:
+    """The second in the units of the first, whatever containers it came in.
 
     Raises:
         UserError: if they belong to different parametrisations.
     """
-    if a.fingerprint == b.fingerprint:
-        return a.fingerprint
-    for x, y in zip(a.fingerprint.units, b.fingerprint.units, strict=False):
-        if x != y:
-            found = f"{x.path or '/'}: {x.shapes} against {y.path or '/'}: {y.shapes}"
+    for subspace in (a, b):
+        check_subspace("subspace", subspace)
+    mine, theirs = a.fingerprint, b.fingerprint
+    if mine == theirs:
+        return b
+    place = {spec.names: i for i, spec in enumerate(theirs.units)}
+    for spec in mine.units:
+        other = theirs.units[place[spec.names]] if spec.names in place else None
+        if other is None or other.shapes != spec.shapes:
+            got = "nothing there" if other is None else other.shapes
+            found = f"{spec.path or '/'}: {spec.shapes} against {got}"
             break
     else:
-        counts = [len(s.fingerprint.units) for s in (a, b)]
-        axes = [s.fingerprint.layer_axes for s in (a, b)]
+        if mine.layer_axes == theirs.layer_axes and len(place) == len(mine.units):
+            order = [place[spec.names] for spec in mine.units]
+            fields = (getattr(b, field) for field in _FIELDS)
+            entries = (theirs.entries(field) for field in fields)
+            return Subspace(*(mine.join([e[i] for i in order]) for e in entries), mine)
+        counts = len(mine.units), len(theirs.units)
+        axes = [mine.layer_axes, theirs.layer_axes]
         found = f"{counts[0]} against {counts[1]} units, layer_axes {axes}"
     raise UserError(
         "expected two subspaces of the same parameters, got different ones "
@@ -236,9 +291,29 @@ def same_parameters(a: Subspace, b: Subspace) -> units.Fingerprint:
     )
 
 
-def check_settings(max_rank: int, energy: float) -> None:
-    """Raise `UserError` for a cap or an energy out of range."""
-    if max_rank < 1:
-        raise UserError(f"expected max_rank of at least 1, got {max_rank}")
-    if not 0.0 < energy <= 1.0:
-        raise UserError(f"expected energy in (0, 1], got {energy}; 0.9 is published")
+def check_subspace(name: str, value: Any) -> None:
+    """Raise `UserError` for what is no `Subspace`."""
+    if not isinstance(value, Subspace):
+        raise UserError(
+            f"expected {name} to be a Subspace, got {checks.shown(value)}; make one "
+            "with fisher_subspace or from_factors"
+        )
+
+
+MOST_COLUMNS = 4096
+"""Cap on K where no unit has as many parameters: columns beyond P are always zero."""
+
+
+def check_settings(mark: units.Fingerprint, max_rank: int, energy: float) -> int:
+    """The cap as an ``int``; raises `UserError` for it or an energy out of range."""
+    size = max(spec.size(mark.layer_axes) for spec in mark.units)
+    max_rank = checks.whole(
+        "max_rank",
+        max_rank,
+        most=max(size, MOST_COLUMNS),
+        note=f"the largest unit has {size} parameters, and columns beyond are zero",
+    )
+    checks.number("energy", energy, above=0.0, most=1.0, note="0.9 is published")
+    if isinstance(energy, jax.Array):  # it is part of the compiled program
+        raise UserError(f"expected energy to be a float, got {checks.shown(energy)}")
+    return max_rank

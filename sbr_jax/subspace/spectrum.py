@@ -6,6 +6,7 @@ Symbols: M rows of factors [C, P] with C rows, P parameters, K columns,
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,49 @@ _SLACK = 1e-6
 # A column of length one that keeps less than this outside the others depends on them:
 # 32 units of float32 rounding.
 _DEPENDENT = 32 * 2.0**-23
+TINY = 2.0**-126  # the smallest float32 that is not flushed to zero
+
+
+class Scaled(NamedTuple):
+    """Squares too small or too large for float32: ``value · unit²``.
+
+    The unit is a power of two, so values are those of unscaled arithmetic to the bit
+    wherever that stays in range.
+    """
+
+    value: jax.Array
+    unit: jax.Array
+
+    def within(self, unit: jax.Array) -> jax.Array:
+        """The value in another unit."""
+        ratio = self.unit / unit
+        return self.value * ratio * ratio
+
+    def plain(self, least: float = TINY) -> jax.Array:
+        """The number itself, but ``least`` where it is positive and smaller."""
+        number = self.within(jnp.ones_like(self.unit))
+        return jnp.where(self.value > 0, jnp.maximum(number, least), number)
+
+
+def binary_unit(rows: jax.Array, axes: int | tuple[int, ...] | None) -> jax.Array:
+    """The power of two at or below the largest entry, 1 where all are zero."""
+    peak = jnp.max(jnp.abs(rows), axis=axes)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(peak), peak, 1.0))
+    # Both the unit and one over it have to be ordinary numbers.
+    power = jnp.clip(exponent - 1, -126, 126)
+    return jnp.where(peak > 0, jnp.ldexp(jnp.float32(1.0), power), 1.0)
+
+
+def sum_of_squares(rows: jax.Array) -> Scaled:
+    """``Σ M²`` over the last two axes, whatever the scale of M."""
+    unit = binary_unit(rows, (-2, -1))
+    return Scaled(jnp.sum((rows / unit[..., None, None]) ** 2, axis=(-2, -1)), unit)
+
+
+def add(a: Scaled, b: Scaled) -> Scaled:
+    """Sum of two."""
+    unit = jnp.maximum(a.unit, b.unit)
+    return Scaled(a.within(unit) + b.within(unit), unit)
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -108,7 +152,7 @@ def kept(
 
 def leading_eigenpairs(
     rows: jax.Array,
-    total: jax.Array,
+    total: Scaled,
     *,
     columns: int,
     energy: float,
@@ -120,18 +164,20 @@ def leading_eigenpairs(
     matrix squares the condition number; the last two undo it, as they see M itself.
 
     **Guarantee**: used columns are orthonormal to about 1e-6, unused ones are zero
-    and last; eigenvalues below ``(16 ε √C)² · tr F`` (ε = 2⁻²³) count as zero.
+    and last; eigenvalues below ``(16 ε √C)² · tr F`` (ε = 2⁻²³) count as zero. The
+    scale of M changes the eigenvalues alone: those of used columns are at least
+    2⁻¹²⁶, float32's smallest.
     """
-    basis, values, used = _ritz(rows, columns, None)
-    keep = kept(values, used, total, energy)
-    return _pad(polish(masked(basis, keep)), columns), _pad(
-        masked(values, keep), columns
-    )
+    unit = binary_unit(rows, None)
+    basis, values, used = _ritz(rows / unit, columns, None)
+    keep = kept(values, used, total.within(unit), energy)
+    values = Scaled(masked(values, keep), unit).plain()
+    return _pad(polish(masked(basis, keep)), columns), _pad(values, columns)
 
 
 def leading_eigenpairs_beside(
     rows: jax.Array,
-    total: jax.Array,
+    total: Scaled,
     protected: jax.Array,
     *,
     columns: int,
@@ -143,15 +189,19 @@ def leading_eigenpairs_beside(
     their complement, fills up to the energy. The value of a protected column v is
     ``vᵀ F v``.
     """
+    whole = total.plain()
     first = used_columns(protected)
     first_values = jnp.sum(dot(rows, protected) ** 2, axis=0)
     rest = rows - dot(dot(rows, protected), protected.T)
-    basis, values, used = _ritz(rest, columns, jnp.sqrt(jnp.sum(rows**2)))
+    size = jnp.sum(rows**2)
+    # Rows of the smallest eigenvalues have squares of zero; F itself is not smaller.
+    size = jnp.sqrt(jnp.where(size > 0, size, whole))
+    basis, values, used = _ritz(rest, columns, size)
     # Ritz vectors of rounding-sized rows may point back into the protected span.
     basis = basis - dot(protected, dot(protected.T, basis))
-    keep = kept(values, used, total, energy, jnp.sum(first_values))
+    keep = kept(values, used, whole, energy, jnp.sum(first_values))
     joined = jnp.concatenate([protected, polish(masked(basis, keep))], axis=1)
-    values = jnp.concatenate([first_values, masked(values, keep)])
+    values = jnp.concatenate([first_values, masked(jnp.maximum(values, TINY), keep)])
     order = jnp.argsort(~jnp.concatenate([first, keep]), stable=True)[:columns]
     return _pad(joined[:, order], columns), _pad(values[order], columns)
 

@@ -3,6 +3,10 @@
 A unit is turned into vectors ``[*L, P]`` by joining its flattened leaves in
 pytree order; the leading layer axes ``*L`` stay in front.
 
+Trees are matched by the names on the way to a leaf and by its shape, so the same
+parameters may come as dicts, as attributes of a module, or wrapped in the variables of
+Flax: as they do where a library hands them to an optimizer in another container.
+
 Symbols: L layers, P parameters of a unit in one layer, K columns.
 """
 
@@ -14,15 +18,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import checks
 from sbr_jax.typing import PyTree, UserError
+
+Names = tuple[str, ...]
+"""A path in a tree, without the kinds of its containers."""
+
+_ADVICE = (
+    "compute the subspace on the parameters it is used with "
+    "(same tree, same unit predicate, same layer_axes)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class UnitSpec:
-    """What one unit looks like: where it is, and the shapes of its leaves."""
+    """What one unit looks like: where it is, and the names and shapes of its leaves."""
 
     path: str
+    key: Names
     treedef: Any
+    names: tuple[Names, ...]
     shapes: tuple[tuple[int, ...], ...]
 
     def layers(self, layer_axes: int) -> tuple[int, ...]:
@@ -32,6 +47,10 @@ class UnitSpec:
     def size(self, layer_axes: int) -> int:
         """P, the number of parameters of the unit in one layer."""
         return sum(math.prod(shape[layer_axes:]) for shape in self.shapes)
+
+    def fits(self, part: PyTree) -> bool:
+        """Whether a subtree has this unit's structure, or no leaves at all."""
+        return not jax.tree.leaves(part) or jax.tree.structure(part) == self.treedef
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,59 +65,140 @@ class Fingerprint:
     units: tuple[UnitSpec, ...]
     layer_axes: int
 
-    def split(self, tree: PyTree, *, what: str = "tree") -> list[PyTree]:
-        """Cut ``tree`` into its units, checking that it is the tree expected.
+    def match(
+        self, tree: PyTree, *, what: str = "tree"
+    ) -> tuple[list[PyTree], Callable[[Sequence[PyTree]], PyTree]]:
+        """The units of ``tree``, and what puts such units back into a tree like it.
 
-        Units without leaves (``optax.MaskedNode``) pass unchecked.
+        Units without leaves (``optax.MaskedNode``, ``None``) pass unchecked, and so do
+        those of the whole where the subspace is of a part.
 
         Raises:
-            UserError: if structure or shapes differ from the fingerprint.
+            UserError: if names or shapes differ from the fingerprint, or a leaf is not
+                a floating-point array.
         """
-        advice = (
-            "compute the subspace on the parameters it is used with "
-            "(same tree, same unit predicate, same layer_axes)"
-        )
         try:
-            units = self.treedef.flatten_up_to(tree)
-        except ValueError as error:
-            got = {p for p, _ in _leaf_shapes(tree)}
-            known = [unit.path for unit in self.units]
-            lost = [p for p in known if not any(g.startswith(p) for g in got)]
-            more = [g for g in sorted(got) if not any(g.startswith(p) for p in known)]
-            raise UserError(
-                f"expected {what} with the units {known}; "
-                f"missing: {lost or 'none'}, unexpected: {more or 'none'}; {advice}"
-            ) from error
-        for spec, unit in zip(self.units, units, strict=True):
-            leaves = jax.tree.leaves(unit)
-            if not leaves:
-                continue
-            shapes = tuple(tuple(jnp.shape(leaf)) for leaf in leaves)
-            if shapes != spec.shapes:
+            parts, back = self.treedef.flatten_up_to(tree), self.join
+        except ValueError:
+            parts = None
+        if parts is None or not all(map(UnitSpec.fits, self.units, parts)):
+            parts, back = self._match_names(tree, what)
+        for spec, part in zip(self.units, parts, strict=True):
+            leaves = jax.tree.leaves(part)
+            for leaf in leaves:
+                checks.floating(what, spec.path, leaf)
+            shapes = tuple(tuple(leaf.shape) for leaf in leaves)
+            if leaves and shapes != spec.shapes:
                 raise UserError(
                     f"expected {what} with shapes {spec.shapes} at {spec.path or '/'}, "
-                    f"got {shapes}; {advice}"
+                    f"got {shapes}; {_ADVICE}"
                 )
-            treedef = jax.tree.structure(unit)
-            if treedef != spec.treedef:
-                raise UserError(
-                    f"expected {what} with the structure {spec.treedef} at "
-                    f"{spec.path or '/'}, got {treedef}; {advice}"
-                )
-        return units
+        return parts, back
+
+    def split(self, tree: PyTree, *, what: str = "tree") -> list[PyTree]:
+        """The units of ``tree`` alone, see `match`."""
+        return self.match(tree, what=what)[0]
 
     def entries(self, tree: PyTree) -> list[Any]:
-        """The per-unit entries of a basis, eigenvalue or trace tree."""
-        return self.treedef.flatten_up_to(tree)
+        """The per-unit entries of a basis, eigenvalue or trace tree.
+
+        Raises:
+            ValueError: if the tree has not one entry for each unit.
+        """
+        try:
+            found = self.treedef.flatten_up_to(tree)
+        except ValueError:
+            flat = jax.tree_util.tree_leaves_with_path(
+                tree, is_leaf=lambda x: x is None or is_box(x)
+            )
+            by_name = {names(path): entry for path, entry in flat}
+            if set(by_name) != {spec.key for spec in self.units}:
+                raise
+            found = [by_name[spec.key] for spec in self.units]
+        return [jax.tree.leaves(x)[0] if is_box(x) else x for x in found]
 
     def join(self, entries: Sequence[Any]) -> PyTree:
-        """The inverse of ``split`` and ``entries``."""
+        """The inverse of ``entries``, and of ``split`` for the fingerprint's tree."""
         return self.treedef.unflatten(entries)
 
+    def _match_names(
+        self, tree: PyTree, what: str
+    ) -> tuple[list[PyTree], Callable[[Sequence[PyTree]], PyTree]]:
+        """As `match`, in the fingerprint's structures, whatever the containers are."""
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+        place = {names(path): i for i, (path, _) in enumerate(flat)}
+        empty = {names(path) for path, leaf in flat if path and _is_empty(leaf)}
+        parts: list[Any] = []
+        places: list[list[int]] = []
+        lost, used = [], set(empty)
+        for spec in self.units:
+            used.update(spec.names)
+            here = [name for name in spec.names if name in place and name not in empty]
+            masked = [name for name in spec.names if _is_below(name, empty)]
+            if len(here) == len(spec.names):
+                places.append([place[name] for name in here])
+                parts.append(spec.treedef.unflatten([flat[i][1] for i in places[-1]]))
+            elif len(masked) == len(spec.names):
+                places.append([])
+                parts.append(None)
+            else:
+                lost.append(spec)
+        more = [path for path, _ in flat if names(path) not in used]
+        if lost or more:
+            raise UserError(
+                f"expected {what} with the units {_listed(self.units)}; missing: "
+                f"{[spec.path for spec in lost] or 'none'}, unexpected: "
+                f"{[jax.tree_util.keystr(p) for p in more] or 'none'}; {_ADVICE}, or "
+                "leave what is not covered to another transformation with "
+                "optax.partition"
+            )
 
-def _leaf_shapes(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(p), tuple(jnp.shape(x))) for p, x in leaves]
+        def back(units: Sequence[PyTree]) -> PyTree:
+            leaves = [leaf for _, leaf in flat]
+            for where, unit in zip(places, units, strict=True):
+                for i, leaf in zip(where, jax.tree.leaves(unit), strict=True):
+                    leaves[i] = leaf
+            return treedef.unflatten(leaves)
+
+        return parts, back
+
+
+def names(path: Sequence[Any]) -> Names:
+    """A path without the kinds of its containers, nor the box around its array.
+
+    A key, an attribute and a place in a list are the same way down.
+    """
+    path = list(path)
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path.pop()
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+
+
+def is_box(node: Any) -> bool:
+    """Whether a node is but a wrapper of one array, ``node.value``: a Flax variable."""
+    if isinstance(node, dict | list | tuple | None):
+        return False
+    flat = jax.tree_util.tree_leaves_with_path(node)
+    return [path for path, _ in flat] == [(jax.tree_util.GetAttrKey("value"),)]
+
+
+def _is_empty(node: Any) -> bool:
+    """Whether nothing is there: ``None``, or what ``optax.masked`` leaves."""
+    return not jax.tree.leaves(node)
+
+
+def _is_below(name: Names, roots: set[Names]) -> bool:
+    return any(name[:n] in roots for n in range(len(name) + 1))
+
+
+def _listed(units: Sequence[UnitSpec], most: int = 8) -> str:
+    """Paths and shapes of the first few units."""
+    shown = [
+        f"{unit.path or '/'} {', '.join(map(str, unit.shapes))}"
+        for unit in units[:most]
+    ]
+    more = len(units) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def fingerprint(
@@ -120,14 +220,26 @@ def fingerprint(
     Raises:
         UserError: if a unit is empty, or its leaves disagree on the layer axes.
     """
-    axes = 0 if layer_axes is None else layer_axes
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=unit)
+    if unit is not None:
+        checks.function("unit", unit)
+    axes = 0 if layer_axes is None else checks.whole("layer_axes", layer_axes, least=0)
+
+    def is_unit(node: Any) -> bool:
+        return (unit is not None and unit(node)) or is_box(node)
+
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_unit)
+    if not flat:
+        raise UserError(
+            "expected parameters with at least one array, got a tree without leaves"
+        )
     specs = []
     for path, subtree in flat:
-        leaves, structure = jax.tree.flatten(subtree)
-        shapes = tuple(tuple(jnp.shape(leaf)) for leaf in leaves)
+        inner, structure = jax.tree_util.tree_flatten_with_path(subtree)
         where = jax.tree_util.keystr(path)
-        if not leaves:
+        for _, leaf in inner:
+            checks.floating("parameters", where, leaf)
+        shapes = tuple(tuple(leaf.shape) for _, leaf in inner)
+        if not inner:
             raise UserError(
                 f"expected a unit with at least one array, got none at {where or '/'}; "
                 "narrow the unit predicate"
@@ -137,8 +249,30 @@ def fingerprint(
                 f"expected leaves that share {axes} leading layer axes, got shapes "
                 f"{shapes} at {where or '/'}; stack the layers or lower layer_axes"
             )
-        specs.append(UnitSpec(where, structure, shapes))
+        if 0 in map(math.prod, shapes):
+            raise UserError(
+                f"expected parameters without empty arrays, got shapes {shapes} at "
+                f"{where or '/'}; leave the empty ones out"
+            )
+        leaves = tuple(names((*path, *below)) for below, _ in inner)
+        specs.append(UnitSpec(where, names(path), structure, leaves, shapes))
     return Fingerprint(treedef, tuple(specs), axes)
+
+
+def examples(tree: PyTree, *, what: str) -> int:
+    """How many examples a tree's arrays hold along the leading axis they share.
+
+    Raises:
+        UserError: if they share none, or it is empty.
+    """
+    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(tree)]
+    sizes = {shape[:1] for shape in shapes}
+    if len(sizes) != 1 or () in sizes or (0,) in sizes:
+        raise UserError(
+            f"expected {what} to be arrays that share one leading example axis of at "
+            f"least one example, got shapes {shapes}"
+        )
+    return sizes.pop()[0]
 
 
 def to_vector(unit: PyTree, layer_axes: int, batch_axes: int = 0) -> jax.Array:

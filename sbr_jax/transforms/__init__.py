@@ -1,8 +1,8 @@
 """Optax transformations built on a `Subspace`, and two recipes made of them."""
 
+from sbr_jax.transforms.bypass import add_bypass, multi_steps
 from sbr_jax.transforms.projection import (
     ProjectionState,
-    add_bypass,
     fisher_relaxation,
     project_onto_complement,
     relaxed,
@@ -21,6 +21,7 @@ __all__ = [
     "add_bypass",
     "fisher_relaxation",
     "gradient_projection",
+    "multi_steps",
     "project_onto_complement",
     "read_subspace",
     "relaxed",

@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sbr_jax import checks
 from sbr_jax.subspace import Subspace, project_out
+from sbr_jax.subspace.record import check_subspace
 from sbr_jax.transforms.state import (
     RelaxedState,
+    check_range,
     copy_arrays,
     expand_coefficients,
     find_subspaces,
 )
-from sbr_jax.typing import PyTree, UserError
+from sbr_jax.typing import PyTree
 
 
 class ProjectionState(NamedTuple):
@@ -48,7 +51,8 @@ def project_onto_complement(
         A transformation with the state `ProjectionState`.
 
     Raises:
-        UserError: by ``init``, if the parameters are not those of the subspace.
+        UserError: by ``init``, if the parameters are not those of the subspace, or not
+            floating-point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,6 +67,7 @@ def project_onto_complement(
     References:
         arXiv:2604.17691
     """
+    check_subspace("subspace", subspace)
 
     def init(params: PyTree) -> ProjectionState:
         subspace.fingerprint.split(params, what="parameters")
@@ -97,7 +102,8 @@ def relaxed(
         A transformation with the state `RelaxedState`.
 
     Raises:
-        UserError: by ``init``, if the coefficients do not fit the units.
+        UserError: for coefficients outside [0, 1]; by ``init``, if they do not fit the
+            units.
 
     Example:
         >>> import jax.numpy as jnp
@@ -111,9 +117,12 @@ def relaxed(
     References:
         arXiv:2604.17691
     """
+    checks.transformation("inner", inner)
+    check_range(coefficients)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> RelaxedState:
+        checks.floating_leaves("parameters", params)
         inner_state = wrapped.init(params)
         found = find_subspaces(inner_state)
         alpha = expand_coefficients(coefficients, found[0] if found else None)
@@ -125,19 +134,23 @@ def relaxed(
         inside, inner_state = wrapped.update(
             updates, state.inner_state, params, **extra
         )
-        entries, treedef = jax.tree.flatten(
-            state.coefficients, is_leaf=lambda x: x is None
-        )
-        parts = zip(
-            entries,
-            treedef.flatten_up_to(inside),
-            treedef.flatten_up_to(updates),
-            strict=True,
-        )
+        held = find_subspaces(state.inner_state)
+        if held:
+            mark = held[0].fingerprint
+            entries = mark.entries(state.coefficients)
+            insides, back = mark.match(inside)
+            wholes = mark.split(updates)
+        else:  # entries for whatever subtrees they were given for
+            entries, treedef = jax.tree.flatten(
+                state.coefficients, is_leaf=lambda x: x is None
+            )
+            insides, back = treedef.flatten_up_to(inside), treedef.unflatten
+            wholes = treedef.flatten_up_to(updates)
         mixed = [
-            jax.tree.map(lambda i, u, a=a: mix(a, i, u), x, y) for a, x, y in parts
+            jax.tree.map(lambda i, u, a=a: mix(a, i, u), x, y)
+            for a, x, y in zip(entries, insides, wholes, strict=True)
         ]
-        return treedef.unflatten(mixed), RelaxedState(inner_state, state.coefficients)
+        return back(mixed), RelaxedState(inner_state, state.coefficients)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -171,7 +184,8 @@ def fisher_relaxation(
         Tree of α in [0, 1], entries ``[*L]``, one per unit.
 
     Raises:
-        UserError: for an unknown normalisation or a negative strictness.
+        UserError: for an unknown normalisation, or a strictness that is not a finite
+            number of at least 0.
 
     Example:
         >>> import jax.numpy as jnp
@@ -183,8 +197,9 @@ def fisher_relaxation(
     References:
         arXiv:2604.17691
     """
-    if isinstance(strictness, int | float) and strictness < 0:
-        raise UserError(f"expected strictness of at least 0, got {strictness}")
+    check_subspace("subspace", subspace)
+    checks.number("strictness", strictness, least=0.0)
+    checks.one_of("normalisation", normalisation, ("none", "mean", "parameter"))
     mark = subspace.fingerprint
     traces = mark.entries(subspace.trace)
     known = [t for t in traces if t is not None]
@@ -194,13 +209,8 @@ def fisher_relaxation(
         count = sum(t.size for t in known)
         mean = sum(jnp.sum(t) for t in known) / max(count, 1)
         scales = [jnp.where(mean > 0, mean, 1.0)] * len(traces)
-    elif normalisation == "parameter":
-        scales = [float(u.size(mark.layer_axes)) for u in mark.units]
     else:
-        raise UserError(
-            "expected normalisation 'none', 'mean' or 'parameter', got "
-            f"{normalisation!r}"
-        )
+        scales = [float(u.size(mark.layer_axes)) for u in mark.units]
     pairs = zip(traces, scales, strict=True)
     return mark.join(
         [
@@ -208,84 +218,3 @@ def fisher_relaxation(
             for t, s in pairs
         ]
     )
-
-
-def add_bypass() -> optax.GradientTransformationExtraArgs:
-    """Add the keyword gradient ``bypass`` to the updates: ``u ← u + bypass``.
-
-    Placed after a projection, it lets one gradient (an anchor's) past it.
-
-    **Guarantee**: without ``bypass=``, or with ``None``, updates pass unchanged. In
-    ``optax.MultiSteps`` it is the last micro-step's bypass that counts.
-
-    Returns:
-        A stateless transformation whose ``update`` takes ``bypass``, a tree like the
-        updates.
-
-    Raises:
-        UserError: by ``update``, for a bypass of another structure or shape.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from sbr_jax import add_bypass
-        >>> tx = add_bypass()
-        >>> u = jnp.array([1.0, 2.0])
-        >>> tx.update(u, tx.init(u), bypass=jnp.array([0.5, 0.0]))[0].tolist()
-        [1.5, 2.0]
-
-    References:
-        arXiv:2604.17691
-    """
-
-    def update(
-        updates: PyTree,
-        state: optax.EmptyState,
-        params: Any = None,
-        *,
-        bypass: PyTree = None,
-        **extra: Any,
-    ) -> tuple[PyTree, optax.EmptyState]:
-        del params, extra
-        if bypass is None:
-            return updates, state
-        passed = matching_bypass(updates, bypass)
-        return jax.tree.map(lambda u, b: u + b.astype(u.dtype), updates, passed), state
-
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-
-
-def is_masked(node: Any) -> bool:
-    """Whether a node is what ``optax.masked`` puts in place of a masked one."""
-    return isinstance(node, optax.MaskedNode)
-
-
-def matching_bypass(updates: PyTree, bypass: PyTree) -> PyTree:
-    """The bypass with ``optax.masked``'s marks where the updates have them.
-
-    Raises:
-        UserError: for a tree of another structure, or a leaf of another shape.
-    """
-
-    def one(u: Any, b: Any) -> Any:
-        if is_masked(u):
-            return u
-        inner = jax.tree.structure(b)
-        leaf = jax.tree_util.treedef_is_leaf(inner)
-        if not leaf or jnp.shape(b) != jnp.shape(u):
-            got = jnp.shape(b) if leaf else inner
-            raise UserError(
-                f"bypass: expected the updates' shape {jnp.shape(u)}, got {got}; "
-                "pass a gradient with respect to the same parameters"
-            )
-        return jnp.asarray(b)
-
-    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
-    try:
-        parts = treedef.flatten_up_to(bypass)
-    except ValueError as error:
-        raise UserError(
-            f"bypass: expected a tree like the updates, {treedef}, got "
-            f"{jax.tree.structure(bypass)}; pass a gradient with respect to the same "
-            "parameters"
-        ) from error
-    return treedef.unflatten([one(u, b) for u, b in zip(leaves, parts, strict=True)])

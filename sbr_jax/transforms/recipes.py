@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sbr_jax import checks
 from sbr_jax.subspace import Subspace
+from sbr_jax.transforms.bypass import add_bypass, matching_bypass
 from sbr_jax.transforms.projection import (
-    add_bypass,
-    matching_bypass,
     mix,
     project_onto_complement,
     relaxed,
@@ -54,7 +54,8 @@ def gradient_projection(
         A transformation whose ``update`` takes an optional ``bypass``.
 
     Raises:
-        UserError: by ``init``, if parameters or coefficients do not fit the subspace.
+        UserError: for a ``max_norm`` that is not above 0, or no optimizer; by ``init``,
+            if parameters or coefficients do not fit the subspace.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -69,6 +70,9 @@ def gradient_projection(
     References:
         arXiv:2604.17691
     """
+    checks.transformation("optimizer", optimizer)
+    if max_norm is not None:
+        checks.number("max_norm", max_norm, above=0.0)
     return optax.chain(
         relaxed(project_onto_complement(subspace), coefficients),
         add_bypass(),
@@ -138,8 +142,9 @@ def update_projection(
         ``bypass``, a tree like the updates.
 
     Raises:
-        UserError: by ``init``, if parameters or coefficients do not fit the subspace;
-            by ``update``, if ``params`` are not given.
+        UserError: for a number out of range; by ``init``, if parameters or coefficients
+            do not fit the subspace; by ``update``, if ``params`` are not given, trees
+            do not fit, or there is a bypass in ``optax.MultiSteps``, see `multi_steps`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -154,9 +159,18 @@ def update_projection(
     References:
         arXiv:2604.17691; AdamW: arXiv:1711.05101
     """
+    if not callable(learning_rate):
+        checks.number("learning_rate", learning_rate, least=0.0)
+    if max_norm is not None:
+        checks.number("max_norm", max_norm, above=0.0)
+    for name, beta in (("b1", b1), ("b2", b2)):
+        checks.number(name, beta, least=0.0, below=1.0)
+    checks.number("eps", eps, above=0.0)
+    checks.number("weight_decay", weight_decay, least=0.0)
     projection = relaxed(project_onto_complement(subspace), coefficients)
 
     def init(params: PyTree) -> UpdateProjectionState:
+        checks.floating_leaves("parameters", params)
         moments = (
             jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
             for _ in range(4)
@@ -179,6 +193,7 @@ def update_projection(
                 "expected params in update(updates, state, params), got None; "
                 "weight decay needs them"
             )
+        _check_trees(state.task, updates, params)
         task_grad = jax.tree.map(_f32, updates)
         if bypass is None:
             bypass_grad = jax.tree.map(jnp.zeros_like, task_grad)
@@ -243,14 +258,15 @@ def _mixed(together: PyTree, apart: PyTree, projection: RelaxedState) -> PyTree:
     """
     (subspace,) = find_subspaces(projection)
     mark = subspace.fingerprint
+    joint, back = mark.match(together)
     parts = zip(
         mark.entries(subspace.basis),
         mark.entries(projection.coefficients),
-        mark.split(together),
+        joint,
         mark.split(apart),
         strict=True,
     )
-    return mark.join(
+    return back(
         [
             jax.tree.map(functools.partial(mix, _share(v, alpha)), y, x)
             for v, alpha, x, y in parts
@@ -265,6 +281,22 @@ def _share(basis: jax.Array | None, alpha: jax.Array) -> jax.Array:
     # Used columns come first: one of them says whether there are any.
     used = jnp.any(basis[..., 0] != 0, axis=-1)
     return jnp.where(used, alpha, 1.0)
+
+
+def _check_trees(moment: PyTree, updates: PyTree, params: PyTree) -> None:
+    """Refuse an ``update`` with other trees than ``init`` has seen."""
+
+    def look(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+        return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
+
+    wanted = look(moment)
+    for what, tree in (("updates", updates), ("params", params)):
+        checks.floating_leaves(what, tree)
+        if look(tree) != wanted:
+            raise UserError(
+                f"expected {what} like the parameters of init, {wanted}, got "
+                f"{look(tree)}"
+            )
 
 
 def _f32(x: jax.Array) -> jax.Array:

@@ -3,14 +3,16 @@
 Symbols: α relaxation coefficient, L layers, K columns.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import checks
 from sbr_jax.subspace import Subspace
-from sbr_jax.subspace.record import same_parameters
+from sbr_jax.subspace.record import check_subspace, same_parameters
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -40,7 +42,7 @@ def expand_coefficients(coefficients: PyTree, subspace: Subspace | None) -> PyTr
     """Coefficients as float32 arrays, one ``[*L]`` per unit where units are known."""
     if coefficients is None:
         coefficients = 0.0
-    _check_range(coefficients)
+    check_range(coefficients)
     if subspace is None:
         return jax.tree.map(lambda x: _float32(x, jnp.shape(x)), coefficients)
     mark = subspace.fingerprint
@@ -67,7 +69,7 @@ def expand_coefficients(coefficients: PyTree, subspace: Subspace | None) -> PyTr
     return mark.join(out)
 
 
-def _check_range(coefficients: PyTree) -> None:
+def check_range(coefficients: PyTree) -> None:
     """Refuse known α outside [0, 1]: above 1 what is to be removed is magnified."""
     for leaf in jax.tree.leaves(coefficients):
         # What is traced, or lies on other hosts too, has no values to look at.
@@ -75,11 +77,17 @@ def _check_range(coefficients: PyTree) -> None:
             leaf, "is_fully_addressable", True
         ):
             continue
-        if not np.all((np.asarray(leaf) >= 0) & (np.asarray(leaf) <= 1)):
+        values = np.asarray(leaf)
+        numeric = any(jnp.issubdtype(values.dtype, t) for t in _REAL)
+        if not numeric or not np.all((values >= 0) & (values <= 1)):
             raise UserError(
-                f"expected coefficients from 0 to 1, got {np.asarray(leaf).tolist()}: "
+                "expected coefficients from 0 to 1, got "
+                f"{values.tolist() if numeric else checks.shown(leaf)}: "
                 "0 projects strictly, 1 not at all"
             )
+
+
+_REAL = (jnp.floating, jnp.integer)
 
 
 def _is_number(x: Any) -> bool:
@@ -158,23 +166,30 @@ def replace_subspace(
     References:
         arXiv:2604.17691
     """
+    read_subspace(opt_state)  # raises where there is none
+    check_subspace("subspace", subspace)
     for old in find_subspaces(opt_state):
         _check_same(old, subspace)
-    read_subspace(opt_state)  # raises where there is none
     given = coefficients is not None
     places = 0
 
     def put(node: Any) -> Any:
         nonlocal places
         if isinstance(node, Subspace):
-            return jax.tree.map(_like, node, subspace)
+            new = same_parameters(node, subspace)
+            fields = ("basis", "eigenvalues", "trace")
+            return dataclasses.replace(
+                node,
+                **{f: _filled(node, getattr(node, f), getattr(new, f)) for f in fields},
+            )
         if isinstance(node, RelaxedState):
             inner = jax.tree.map(put, node.inner_state, is_leaf=_is_ours)
             alpha = node.coefficients
-            if given and find_subspaces(node.inner_state):
+            held = find_subspaces(node.inner_state)
+            if given and held:
                 places += 1
-                fresh = expand_coefficients(coefficients, subspace)
-                alpha = jax.tree.map(_like, alpha, fresh)
+                fresh = expand_coefficients(coefficients, held[0])
+                alpha = _filled(held[0], alpha, fresh)
             return RelaxedState(inner, alpha)
         return node
 
@@ -187,8 +202,19 @@ def replace_subspace(
     return state
 
 
+def _filled(subspace: Subspace, old: PyTree, new: PyTree) -> PyTree:
+    """A tree with the containers of ``old`` and the entries of ``new``, per unit.
+
+    Where a state lives in Flax, every array of ``old`` is wrapped in a variable.
+    """
+    leaves, treedef = jax.tree.flatten(old)
+    entries = [x for x in subspace.fingerprint.entries(new) if x is not None]
+    return treedef.unflatten(map(_like, leaves, entries))
+
+
 def _check_same(old: Subspace, new: Subspace) -> None:
-    mark = same_parameters(old, new)
+    new = same_parameters(old, new)
+    mark = old.fingerprint
     pairs = zip(mark.entries(old.basis), mark.entries(new.basis), strict=True)
     for spec, (x, y) in zip(mark.units, pairs, strict=True):
         shapes = [None if v is None else tuple(v.shape) for v in (x, y)]

@@ -1,0 +1,175 @@
+"""Checks of the values that a user passes; each mistake is one `UserError`.
+
+Numbers may be arrays without axes, as ``optax.inject_hyperparams`` passes them: what
+is traced has no value to look at, and is held to its kind alone.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbr_jax.typing import UserError
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    note: str = "",
+) -> None:
+    """Refuse what is no finite real number in the range.
+
+    Args:
+        name: of the argument.
+        value: a number, or an array without axes.
+        least: the smallest that is in range; ``above`` leaves the bound itself out.
+        above: see ``least``.
+        most: the largest that is in range; ``below`` leaves the bound itself out.
+        below: see ``most``.
+        note: added to the message.
+
+    Raises:
+        UserError: naming the argument and its range.
+    """
+    wanted = f"a finite number{_range(least, above, most, below)}"
+    if not _is_real(value):
+        raise _refusal(name, wanted, value, note)
+    if isinstance(value, jax.core.Tracer) or not getattr(
+        value, "is_fully_addressable", True
+    ):
+        return
+    try:
+        x = float(value)
+    except OverflowError:  # an integer beyond every float
+        x = np.inf
+    bounds = (
+        (operator.ge, least),
+        (operator.gt, above),
+        (operator.le, most),
+        (operator.lt, below),
+    )
+    within = all(bound is None or test(x, bound) for test, bound in bounds)
+    if not np.isfinite(x) or not within:
+        raise _refusal(name, wanted, value, note)
+
+
+def whole(
+    name: str, value: Any, *, least: int = 1, most: int | None = None, note: str = ""
+) -> int:
+    """The value as an ``int``, refusing what is none in the range.
+
+    Args:
+        name: of the argument.
+        value: an integer; it shapes arrays, so it cannot be traced.
+        least: the smallest that is in range.
+        most: the largest that is in range.
+        note: added to the message.
+
+    Returns:
+        The integer.
+
+    Raises:
+        UserError: naming the argument and its range.
+    """
+    fits = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not fits or value < least or (most is not None and value > most):
+        wanted = f"a whole number{_range(least, None, most, None)}"
+        raise _refusal(name, wanted, value, note)
+    return int(value)
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    """Refuse a value that is none of the known words."""
+    if not isinstance(value, str) or value not in known:
+        *first, last = map(repr, known)
+        raise _refusal(name, f"{', '.join(first)} or {last}", value)
+
+
+def function(name: str, value: Any) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise _refusal(name, "a function", value)
+
+
+def transformation(name: str, value: Any) -> None:
+    """Refuse what has no ``init`` and ``update``."""
+    if not all(callable(getattr(value, field, None)) for field in ("init", "update")):
+        note = "pass one that is built, such as optax.adam(1e-3)"
+        raise _refusal(name, "an Optax transformation", value, note)
+
+
+def random_key(name: str, value: Any) -> None:
+    """Refuse what is not one key of ``jax.random``."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    typed = isinstance(value, jax.Array) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    old = dtype == jnp.uint32 and shape == (2,)
+    if not (typed and shape == ()) and not old:
+        raise _refusal(name, "one random key, such as jax.random.key(0)", value)
+
+
+def floating(what: str, where: str, leaf: Any) -> None:
+    """Refuse a leaf that is not an array of real floating-point numbers.
+
+    A step cast to integers is 0, and one cast from complex numbers loses half.
+    """
+    dtype = getattr(leaf, "dtype", None)
+    fits = dtype is not None and hasattr(leaf, "shape")
+    if not fits or not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(
+            f"expected {what} that are floating-point arrays, got {shown(leaf)} at "
+            f"{where or '/'}; leave out what is not trained, or convert it"
+        )
+
+
+def floating_leaves(what: str, tree: Any) -> None:
+    """Refuse a tree in which a leaf is not `floating`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        floating(what, jax.tree_util.keystr(path), leaf)
+
+
+def shown(value: Any) -> str:
+    """A value in a few words: an array by its kind and shape, all else by its text."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        if _is_real(value) and not isinstance(value, jax.core.Tracer):
+            return f"{value.dtype} {value}"
+        return f"{value.dtype} {list(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}... ({type(value).__name__})"
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return False
+    if isinstance(value, int | float):
+        return True
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or getattr(value, "shape", None) != ():
+        return False
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+
+
+def _range(
+    least: float | None, above: float | None, most: float | None, below: float | None
+) -> str:
+    low, high = (least if above is None else above), (most if below is None else below)
+    if low is None and high is None:
+        return ""
+    if high is None:
+        return f" of at least {low}" if above is None else f" above {low}"
+    if low is None:
+        return f" of at most {high}" if below is None else f" below {high}"
+    left, right = "(" if least is None else "[", ")" if most is None else "]"
+    return f" in {left}{low}, {high}{right}"
+
+
+def _refusal(name: str, wanted: str, value: Any, note: str = "") -> UserError:
+    rest = f"; {note}" if note else ""
+    return UserError(f"expected {name} to be {wanted}, got {shown(value)}{rest}")

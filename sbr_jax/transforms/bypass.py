@@ -1,0 +1,219 @@
+"""The bypass: a gradient that a projection lets past, added and accumulated.
+
+Symbols: u update, g task gradient, b bypass gradient, k micro-steps of a step.
+
+References:
+    SafeAnchor: https://arxiv.org/abs/2604.17691
+"""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sbr_jax import checks
+from sbr_jax.typing import PyTree, UserError
+
+
+def add_bypass() -> optax.GradientTransformationExtraArgs:
+    """Add the keyword gradient ``bypass`` to the updates: ``u ← u + bypass``.
+
+    Placed after a projection, it lets one gradient (an anchor's) past it.
+
+    **Guarantee**: without ``bypass=``, or with ``None``, updates pass unchanged. Inside
+    ``optax.MultiSteps``, which would hand on the last micro-step's bypass alone, a
+    bypass is refused: `multi_steps` averages it as it does the gradient.
+
+    Returns:
+        A stateless transformation whose ``update`` takes ``bypass``, a tree like the
+        updates.
+
+    Raises:
+        UserError: by ``init``, for parameters that are not floating-point; by
+            ``update``, for a bypass of another structure or shape, or in
+            ``optax.MultiSteps``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from sbr_jax import add_bypass
+        >>> tx = add_bypass()
+        >>> u = jnp.array([1.0, 2.0])
+        >>> tx.update(u, tx.init(u), bypass=jnp.array([0.5, 0.0]))[0].tolist()
+        [1.5, 2.0]
+
+    References:
+        arXiv:2604.17691
+    """
+
+    def init(params: PyTree) -> optax.EmptyState:
+        checks.floating_leaves("parameters", params)
+        return optax.EmptyState()
+
+    def update(
+        updates: PyTree,
+        state: optax.EmptyState,
+        params: Any = None,
+        *,
+        bypass: PyTree = None,
+        **extra: Any,
+    ) -> tuple[PyTree, optax.EmptyState]:
+        del params, extra
+        if bypass is None:
+            return updates, state
+        passed = matching_bypass(updates, bypass)
+        return jax.tree.map(lambda u, b: u + b.astype(u.dtype), updates, passed), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def multi_steps(
+    inner: optax.GradientTransformation,
+    every_k_schedule: Any,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """As ``optax.MultiSteps``, but the bypass is averaged like the gradient.
+
+    ``optax.MultiSteps`` averages g over k micro-steps and hands on all other arguments
+    as the last micro-step gave them, so of the k bypasses one would count, for all.
+
+    **Guarantee**: the k-th ``update`` is that of ``inner`` with the means of g and of
+    b; a micro-step without a bypass counts as one of zeros. The others return zeros.
+
+    Args:
+        inner: an optimizer whose ``update`` takes ``bypass``.
+        every_k_schedule: k, or a function of the step to it.
+        **options: those of ``optax.MultiSteps``.
+
+    Returns:
+        A transformation with the state ``optax.MultiStepsState``.
+
+    Raises:
+        UserError: for a k below 1, or what is no transformation; by ``init``, for
+            parameters that are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from sbr_jax import add_bypass, multi_steps
+        >>> tx = multi_steps(add_bypass(), 2)
+        >>> u = jnp.zeros(1)
+        >>> state = tx.init(u)
+        >>> _, state = tx.update(u, state, bypass=jnp.array([1.0]))
+        >>> tx.update(u, state, bypass=jnp.array([3.0]))[0].tolist()
+        [2.0]
+    """
+    checks.transformation("inner", inner)
+    if not callable(every_k_schedule):
+        every_k_schedule = checks.whole("every_k_schedule", every_k_schedule)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def update_both(
+        pair: PyTree, state: Any, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        own = None if params is None else params["task"]
+        step, state = _update(wrapped, pair["task"], state, own, pair["bypass"], extra)
+        return {"task": step, "bypass": _zeros(pair["bypass"])}, state
+
+    both = optax.MultiSteps(
+        optax.GradientTransformationExtraArgs(
+            lambda pair: wrapped.init(pair["task"]), update_both
+        ),
+        every_k_schedule,
+        **options,
+    )
+
+    def init(params: PyTree) -> optax.MultiStepsState:
+        checks.floating_leaves("parameters", params)
+        return both.init({"task": params, "bypass": params})
+
+    def update(
+        updates: PyTree,
+        state: optax.MultiStepsState,
+        params: PyTree = None,
+        *,
+        bypass: PyTree = None,
+        **extra: Any,
+    ) -> tuple[PyTree, optax.MultiStepsState]:
+        if bypass is None:
+            bypass = _zeros(updates)
+        pair = {"task": updates, "bypass": matching_bypass(updates, bypass)}
+        own = None if params is None else {"task": params, "bypass": params}
+        # Optax counts in int32 and divides floats by it.
+        with jax.numpy_dtype_promotion("standard"):
+            step, state = both.update(pair, state, own, **extra)
+        return step["task"], state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _update(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    state: Any,
+    params: PyTree,
+    bypass: PyTree,
+    extra: dict[str, Any],
+) -> tuple[PyTree, Any]:
+    """The inner update with averages; `_refuse_last_bypass` knows it by its name."""
+    return inner.update(updates, state, params, bypass=bypass, **extra)
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def is_masked(node: Any) -> bool:
+    """Whether a node is what ``optax.masked`` puts in place of a masked one."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def matching_bypass(updates: PyTree, bypass: PyTree) -> PyTree:
+    """The bypass with ``optax.masked``'s marks where the updates have them.
+
+    Raises:
+        UserError: for a tree of another structure, or a leaf of another shape; inside
+            ``optax.MultiSteps``.
+    """
+    _refuse_last_bypass()
+
+    def one(u: Any, b: Any) -> Any:
+        if is_masked(u):
+            return u
+        inner = jax.tree.structure(b)
+        leaf = jax.tree_util.treedef_is_leaf(inner)
+        if not leaf or jnp.shape(b) != jnp.shape(u):
+            got = jnp.shape(b) if leaf else inner
+            raise UserError(
+                f"bypass: expected the updates' shape {jnp.shape(u)}, got {got}; "
+                "pass a gradient with respect to the same parameters"
+            )
+        checks.floating("bypass", "", b)
+        return jnp.asarray(b)
+
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
+    try:
+        parts = treedef.flatten_up_to(bypass)
+    except ValueError as error:
+        raise UserError(
+            f"bypass: expected a tree like the updates, {treedef}, got "
+            f"{jax.tree.structure(bypass)}; pass a gradient with respect to the same "
+            "parameters"
+        ) from error
+    return treedef.unflatten([one(u, b) for u, b in zip(leaves, parts, strict=True)])
+
+
+def _refuse_last_bypass() -> None:
+    """Refuse a bypass that ``optax.MultiSteps`` hands on from one micro-step alone.
+
+    Nothing that Optax passes to the inner ``update`` tells that it accumulates, so the
+    calls that led here are looked at; only where a bypass is given, and once a trace.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _update.__code__:
+        if frame.f_code is optax.MultiSteps.update.__code__:
+            raise UserError(
+                "expected no bypass inside optax.MultiSteps, which hands on the last "
+                "micro-step's alone; use sbr_jax.multi_steps, which averages it"
+            )
+        frame = frame.f_back

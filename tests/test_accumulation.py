@@ -1,0 +1,132 @@
+"""Micro-steps with a bypass: all of them count, or it is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from transforms_case import PARAMS, SHAPES, S, close, space, tree
+
+from sbr_jax import (
+    UserError,
+    add_bypass,
+    gradient_projection,
+    multi_steps,
+    read_subspace,
+    replace_subspace,
+    update_projection,
+)
+
+RECIPES = {
+    "add": lambda: add_bypass(),
+    "gradient": lambda: gradient_projection(S, optax.sgd(0.1)),
+    "update": lambda: update_projection(S, 1e-2, max_norm=None, weight_decay=0.1),
+}
+every = pytest.mark.parametrize("recipe", RECIPES)
+GRADS = [tree(900 + 7 * i) for i in range(6)]
+# Large in the first micro-steps and opposite in the last.
+BYPASSES = [tree(950 + 7 * i, (3.0, 2.0, -1.0)[i % 3]) for i in range(6)]
+
+
+def mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+def run(tx, grads, bypasses, update=None):
+    state, steps = tx.init(PARAMS), []
+    for g, b in zip(grads, bypasses, strict=True):
+        step, state = (update or tx.update)(g, state, PARAMS, bypass=b)
+        steps.append(step)
+    return steps, state
+
+
+@every
+def test_micro_steps_are_one_step_of_the_means(recipe):
+    steps, _ = run(multi_steps(RECIPES[recipe](), 3), GRADS, BYPASSES)
+    want, _ = run(
+        RECIPES[recipe](),
+        [mean(GRADS[:3]), mean(GRADS[3:])],
+        [mean(BYPASSES[:3]), mean(BYPASSES[3:])],
+    )
+    close(steps[2], want[0])
+    close(steps[5], want[1])
+    for i in (0, 1, 3, 4):
+        assert not any(x.any() for x in jax.tree.leaves(steps[i]))
+    last, _ = run(RECIPES[recipe](), [mean(GRADS[:3])], BYPASSES[2:3])
+    gap = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), steps[2], last[0])
+    assert max(jax.tree.leaves(gap)) > 1e-3  # what optax.MultiSteps alone would do
+
+
+def test_micro_steps_are_the_dense_twin():
+    steps, _ = run(multi_steps(RECIPES["update"](), 3), GRADS, BYPASSES)
+    for k in SHAPES:
+        for layer in range(3):
+            pairs = [
+                [
+                    np.mean([np.ravel(t[k][layer]) for t in trees[i : i + 3]], axis=0)
+                    for trees in (GRADS, BYPASSES)
+                ]
+                for i in (0, 3)
+            ]
+            want = reference.update_projection(
+                pairs,
+                reference.projector(S.basis[k][layer]),
+                0.0,
+                np.ravel(PARAMS[k][layer]),
+                1e-2,
+                decay=0.1,
+            )
+            # Steps of 1e-2 in float32; the twin moves its parameters in between.
+            got = np.ravel(steps[2][k][layer])
+            np.testing.assert_allclose(got, want[0], rtol=1e-3, atol=1e-7)
+
+
+@every
+def test_optax_alone_is_refused_with_a_bypass_and_works_without(recipe):
+    tx = optax.MultiSteps(RECIPES[recipe](), 3)
+    given = GRADS[0], tx.init(PARAMS), PARAMS
+    with jax.numpy_dtype_promotion("standard"):
+        for update in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(UserError, match=r"MultiSteps.*multi_steps"):
+                update(*given, bypass=BYPASSES[0])
+        tx.update(*given)
+
+
+@every
+def test_a_missing_bypass_counts_as_zeros(recipe):
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    a, _ = run(multi_steps(RECIPES[recipe](), 2), GRADS[:2], [BYPASSES[0], None])
+    b, _ = run(multi_steps(RECIPES[recipe](), 2), GRADS[:2], [BYPASSES[0], zero])
+    close(a[1], b[1], rtol=0, atol=0)
+
+
+def test_it_traces_once_initialises_abstractly_and_takes_a_new_subspace():
+    tx, count = multi_steps(RECIPES["update"](), lambda step: 2), {"n": 0}
+
+    @jax.jit
+    def update(g, state, params, bypass):
+        count["n"] += 1
+        return tx.update(g, state, params, bypass=bypass)
+
+    steps, state = run(tx, GRADS[:3], BYPASSES[:3], update)
+    close(steps, run(tx, GRADS[:3], BYPASSES[:3])[0])
+    other = space(11)
+    state = replace_subspace(state, other, 0.5)
+    np.testing.assert_array_equal(read_subspace(state).basis["w"], other.basis["w"])
+    update(GRADS[3], state, PARAMS, bypass=BYPASSES[3])
+    assert count["n"] == 1
+    shapes = jax.eval_shape(tx.init, PARAMS)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
+
+
+def test_masked_and_chained_it_is_still_the_mean():
+    mask = {"v": True, "w": False}
+    inner = multi_steps(add_bypass(), 2)
+    tx = optax.chain(optax.scale(1.0), optax.masked(inner, mask))
+    state = tx.init(PARAMS)
+    for g, b in zip(GRADS[:2], BYPASSES[:2], strict=True):
+        step, state = tx.update(g, state, PARAMS, bypass=b)
+    want = mean(GRADS[:2])["v"] + mean(BYPASSES[:2])["v"]
+    np.testing.assert_allclose(step["v"], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(step["w"], GRADS[1]["w"])

@@ -1,0 +1,371 @@
+"""What cannot work is refused, by every public function and for every argument.
+
+A table of kinds says which values an argument takes and which it does not. Every
+wrong value is tried once, beside random right ones for all other arguments.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sbr_jax
+from sbr_jax import UserError, from_factors, losses, update_projection
+
+NAN, INF = float("nan"), float("inf")
+PARAMS = {"v": jnp.ones((2, 3)), "w": jnp.ones((2, 3))}
+FACTORS = {"v": jnp.ones((3, 2, 3)), "w": jnp.ones((3, 2, 3))}
+S = from_factors(FACTORS, max_rank=2, layer_axes=1)
+STATE = update_projection(S, 0.1).init(PARAMS)
+KEY = jax.random.key(0)
+X = jnp.ones((2, 2, 3))
+LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 4)), jnp.ones((2, 3), int), jnp.ones((2, 3))
+
+
+def loss(params, x):
+    return jnp.vdot(params["v"], x)
+
+
+def sampled(params, x, key):
+    return jnp.vdot(params["v"], x + jax.random.normal(key, x.shape))
+
+
+def cast(dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+
+
+NO_NUMBER = ["1", True, 1j, [1], jnp.ones(2), {}]
+NO_TREE = [
+    {},
+    3,
+    "v",
+    cast("int32"),
+    cast("complex64"),
+    cast("bool"),
+    {"v": 1.0, "w": 2.0},
+    {"v": "a", "w": "b"},
+    {"v": KEY, "w": KEY},
+    [object()],
+]
+NO_PARAMS = [
+    *NO_TREE,
+    None,
+    {"v": PARAMS["v"]},
+    PARAMS | {"u": jnp.ones(2)},
+    PARAMS | {"w": jnp.ones((4, 2))},
+    {"v": {"x": PARAMS["v"]}, "w": PARAMS["w"]},
+]
+KINDS = {  # right, wrong
+    "cap": ([3, 1, np.int64(2)], [0, -1, 2.5, NAN, None, 10**9, *NO_NUMBER]),
+    "count": ([None, 1, 2, np.int32(3)], [0, -1, 2.5, NAN, *NO_NUMBER]),
+    "steps": ([1, 2, lambda step: 2], [0, -1, 2.5, NAN, None, "1", True, [1], {}]),
+    "buffer": ([512, 1000, 3], [0, -3, 2.5, None, *NO_NUMBER]),
+    "axes": ([1, 0, None], [-1, 1.0, 3, *NO_NUMBER]),
+    "energy": ([0.5, 1, np.float32(0.9)], [0.0, -0.1, 1.1, NAN, INF, None, *NO_NUMBER]),
+    "rate": (
+        [0.0, 1e-3, 1, jnp.float32(0.1), optax.constant_schedule(0.1)],
+        [-1e-3, NAN, INF, -INF, jnp.float32(NAN), 10**400, None, *NO_NUMBER],
+    ),
+    "norm": ([1.0, 2, None, jnp.float32(1.0)], [0.0, -1.0, NAN, INF, *NO_NUMBER]),
+    "beta": ([0.0, 0.9, jnp.float32(0.9)], [1.0, 1, -0.1, NAN, INF, None, *NO_NUMBER]),
+    "eps": ([1e-8, 1.0], [0.0, -1e-8, NAN, INF, None, *NO_NUMBER]),
+    "weight": ([0.0, 0.01, 3], [-0.01, NAN, INF, None, *NO_NUMBER]),
+    "alpha": (
+        [None, 0, 0.5, 1.0, {"v": 0.5, "w": jnp.array([0.0, 1.0])}],
+        [
+            -0.1,
+            1.5,
+            NAN,
+            INF,
+            "1",
+            True,
+            1j,
+            {"v": 0.5},
+            {"v": 0.0, "w": NAN},
+            jnp.ones(3),
+            {"v": jnp.ones(3), "w": 0.0},
+            {"v": "a", "w": 0.0},
+        ],
+    ),
+    "any alpha": ([0, 0.5, None], [-0.1, 1.5, NAN, INF, "1", True, 1j, jnp.array(2)]),
+    "subspace": ([S], [None, {}, PARAMS, 0.5, "s", STATE, S.basis]),
+    "no subspace": ([S, None], [{}, PARAMS, 0.5, "s", STATE]),
+    "tree": ([PARAMS, cast("bfloat16")], NO_PARAMS),
+    "new parameters": (
+        [PARAMS, {"v": jnp.ones((2, 5))}],
+        [x for x in NO_TREE if x != {}],
+    ),
+    "own parameters": ([PARAMS], [None, *NO_TREE, {"v": jnp.ones((2, 0))}]),
+    "state": ([STATE, (1, STATE)], [None, {}, 3, optax.adam(0.1).init(PARAMS), PARAMS]),
+    "factors": (
+        [FACTORS],
+        [
+            None,
+            *NO_TREE,
+            {"v": jnp.ones((0, 2, 3))},
+            {"v": jnp.full((2, 2, 3), NAN)},
+            {"v": jnp.ones((3, 2, 3)), "w": jnp.ones((2, 2, 3))},
+            {"v": jnp.full((2, 2, 3), 1e30)},
+            {"v": jnp.float32(1.0)},
+        ],
+    ),
+    "key": (
+        [KEY, jax.random.PRNGKey(0)],
+        [None, 0, "a", jnp.zeros(2), np.random, jax.random.split(KEY)],
+    ),
+    "no key": ([KEY, None], [0, "a", jnp.zeros(2), jax.random.split(KEY)]),
+    "weighting": (
+        ["eigenvalue", "uniform"],
+        ["median", "", None, 1, True, ["uniform"]],
+    ),
+    "scale": (["none", "mean", "parameter"], ["max", "", None, 1, False, ["mean"]]),
+    "fisher": (["empirical"], ["true", "", None, 1, ["empirical"]]),
+    "direction": (["forward", "reverse"], ["both", "", None, 1, True]),
+    "reduction": (["mean", "sum"], ["max", "", None, 1, True]),
+    "unit": ([None, lambda x: False], [3, "v", True, PARAMS]),
+    "progress": ([None, lambda seen: None], [3, "v", True]),
+    "loss": (
+        [loss],
+        [
+            None,
+            3,
+            "loss",
+            lambda p, x: p["v"] * 1.0,
+            lambda p, x: 1,
+            lambda p, x: None,
+            lambda p, x: jnp.sum(x > 0),
+            lambda p, x: (loss(p, x), 0),
+        ],
+    ),
+    "optimizer": (
+        [optax.sgd(0.1), optax.identity()],
+        [None, 3, "adam", optax.adam, {}, STATE],
+    ),
+    "batch": (
+        [X, X[:1]],
+        [None, {}, 3, "x", X[:0], jnp.float32(1.0), {"x": X, "y": X[:1]}, [1, 2]],
+    ),
+    "batches": (
+        [[X], [X, X[:1]], (X,)],
+        [None, 3, "x", X, {"x": X}, [], [X[:0]], [X, X[:0]], [3], [None], ["x"]],
+    ),
+    "args": ([(), []], [None, 3, X, "x", {}]),
+    "logits": (
+        [LOGITS],
+        [None, 3, "x", TOKENS, LOGITS[0, 0], LOGITS[:1], LOGITS[..., 0]],
+    ),
+    "tokens": ([TOKENS], [None, 3, "x", MASK, TOKENS[:1], TOKENS[:, :2], LOGITS]),
+    "mask": ([MASK, TOKENS, MASK > 0], [None, 3, "x", MASK[:1], MASK[:, :2], LOGITS]),
+    "states": ([LOGITS], [None, 3, "x", TOKENS, LOGITS[:1], LOGITS[..., :1]]),
+}
+
+
+def from_init(name, **given):
+    """A transformation is made, and initialised on parameters."""
+    params = given.pop("params")
+    return getattr(sbr_jax, name)(**given).init(params)
+
+
+def from_update(name, **given):
+    trees = {k: given.pop(k) for k in ("updates", "params", "bypass") if k in given}
+    tx = getattr(sbr_jax, name)(**given)
+    state = tx.init(PARAMS)
+    return tx.update(
+        trees["updates"], state, trees.get("params", PARAMS), bypass=trees.get("bypass")
+    )
+
+
+SHAPE = {"unit": "unit", "layer_axes": "axes"}
+RECIPE = {"subspace": "subspace", "coefficients": "alpha", "max_norm": "norm"}
+ADAM = {"learning_rate": "rate", "b1": "beta", "b2": "beta", "eps": "eps"}
+ADAM |= {"weight_decay": "weight"}
+GRADIENTS = {"updates": "tree"}
+PAIR = {"a": "subspace", "b": "subspace"}
+CALLS = {  # name, how it is called -> kinds of its arguments
+    ("empty_subspace", None): {"params": "own parameters", "max_rank": "cap", **SHAPE},
+    ("from_factors", None): {
+        "factors": "factors",
+        "max_rank": "cap",
+        "energy": "energy",
+        **SHAPE,
+    },
+    ("merge", None): {
+        **PAIR,
+        "max_rank": "cap",
+        "energy": "energy",
+        "weighting": "weighting",
+        "protected": "no subspace",
+    },
+    ("project_onto", None): {"tree": "tree", "subspace": "subspace"},
+    ("project_out", None): {"tree": "tree", "subspace": "subspace"},
+    ("principal_angles", None): PAIR,
+    ("overlap", None): PAIR,
+    ("discarded_energy", None): {"old": "subspace", "new": "subspace"},
+    ("effective_rank", None): {"subspace": "subspace"},
+    ("random_subspace", None): {"key": "key", "like": "subspace"},
+    ("shuffled_subspace", None): {"key": "key", "subspace": "subspace"},
+    ("per_example_gradients", None): {
+        "loss_fn": "loss",
+        "params": "own parameters",
+        "batch": "batch",
+        "microbatch": "count",
+    },
+    ("fisher_subspace", None): {
+        "loss_fn": "loss",
+        "params": "own parameters",
+        "batches": "batches",
+        "max_rank": "cap",
+        "energy": "energy",
+        "fisher": "fisher",
+        **SHAPE,
+        "args": "args",
+        "key": "no key",
+        "microbatch": "count",
+        "buffer_rank": "buffer",
+        "progress": "progress",
+    },
+    ("fisher_relaxation", None): {
+        "subspace": "subspace",
+        "strictness": "weight",
+        "normalisation": "scale",
+    },
+    ("read_subspace", None): {"opt_state": "state"},
+    ("replace_subspace", None): {
+        "opt_state": "state",
+        "subspace": "subspace",
+        "coefficients": "alpha",
+    },
+    ("project_onto_complement", from_init): {"subspace": "subspace", "params": "tree"},
+    ("relaxed", from_init): {
+        "inner": "optimizer",
+        "coefficients": "any alpha",
+        "params": "new parameters",
+    },
+    ("add_bypass", from_init): {"params": "new parameters"},
+    ("multi_steps", from_init): {
+        "inner": "optimizer",
+        "every_k_schedule": "steps",
+        "params": "new parameters",
+    },
+    ("gradient_projection", from_init): {
+        **RECIPE,
+        "optimizer": "optimizer",
+        "params": "tree",
+    },
+    ("update_projection", from_init): {**RECIPE, **ADAM, "params": "tree"},
+    ("project_onto_complement", from_update): {"subspace": "subspace", **GRADIENTS},
+    ("gradient_projection", from_update): {
+        "subspace": "subspace",
+        "optimizer": "optimizer",
+        **GRADIENTS,
+    },
+    ("update_projection", from_update): {
+        "subspace": "subspace",
+        "learning_rate": "rate",
+        **GRADIENTS,
+        "params": "tree",
+    },
+    ("losses.token_log_likelihood", None): {"logits": "logits", "tokens": "tokens"},
+    ("losses.token_cross_entropy", None): {
+        "logits": "logits",
+        "tokens": "tokens",
+        "mask": "mask",
+    },
+    ("losses.kl_to_reference", None): {
+        "ref_logits": "logits",
+        "logits": "logits",
+        "mask": "mask",
+        "direction": "direction",
+    },
+    ("losses.hidden_state_anchor", None): {
+        "hidden": "states",
+        "reference": "states",
+        "reduction": "reduction",
+    },
+}
+
+
+def call(name, how, given):
+    if how is not None:
+        return how(name, **given)
+    owner, _, own = name.rpartition(".")
+    function = getattr(losses if owner else sbr_jax, own)
+    if name == "per_example_gradients":
+        args = [given.pop(k) for k in ("loss_fn", "params", "batch")]
+        return function(*args, **given)
+    return function(**given)
+
+
+def right(rng, kinds, **fixed):
+    """Random right values for all arguments."""
+    given = {
+        name: KINDS[kind][0][rng.integers(len(KINDS[kind][0]))]
+        for name, kind in kinds.items()
+    }
+    return given | fixed
+
+
+def label(case):
+    return f"{case[0]}{'' if case[1] is None else ' ' + case[1].__name__[5:]}"
+
+
+def cases():
+    for (name, how), kinds in CALLS.items():
+        for argument, kind in kinds.items():
+            for value in KINDS[kind][1]:
+                yield name, how, argument, value
+
+
+@pytest.mark.parametrize("called", CALLS, ids=label)
+def test_every_wrong_value_of_every_argument_is_refused_in_one_line(called):
+    (name, how), kinds = called, CALLS[called]
+    rng = np.random.default_rng(0)
+    faults = []
+    for argument, kind in kinds.items():
+        for value in KINDS[kind][1]:
+            given = right(rng, kinds, **{argument: value})
+            where = f"{name}({argument}={' '.join(repr(value).split()):.60})"
+            try:
+                call(name, how, given)
+            except UserError as error:
+                if len(str(error).splitlines()) != 1:
+                    faults.append(f"{where}: more than one line")
+            except Exception as error:  # the fault looked for
+                faults.append(f"{where}: {type(error).__name__}: {error!s:.80}")
+            else:
+                faults.append(f"{where}: accepted")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("called", CALLS, ids=label)
+def test_every_right_value_is_accepted(called):
+    (name, how), kinds = called, CALLS[called]
+    for argument, kind in kinds.items():
+        for value in KINDS[kind][0]:
+            first = {other: KINDS[kinds[other]][0][0] for other in kinds}
+            call(name, how, first | {argument: value})
+
+
+def test_the_table_is_whole():
+    assert len(list(cases())) >= 150
+    tried = {}
+    for (name, _), kinds in CALLS.items():
+        tried.setdefault(name, set()).update(kinds)
+    public = {n: getattr(sbr_jax, n) for n in sbr_jax.__all__}
+    functions = {n: f for n, f in public.items() if inspect.isfunction(f)}
+    functions |= {
+        f"losses.{n}": f
+        for n, f in vars(losses).items()
+        if inspect.isfunction(f) and not n.startswith("_")
+    }
+    assert set(tried) == set(functions)
+    for name, function in functions.items():
+        own = {
+            n
+            for n, p in inspect.signature(function).parameters.items()
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
+        assert own <= tried[name], name
