@@ -33,6 +33,8 @@ class TokenDataset:
     """Records whose answer was cut because they were too long."""
     risk: np.ndarray | None = None
     """float32 ``[N]`` in [0, 1]: how harmful it would be to learn each example."""
+    escaped: int = 0
+    """Records whose text holds control tokens, which were encoded as plain text."""
 
     def __post_init__(self):
         tokens = np.asarray(self.tokens, np.int32)
@@ -190,6 +192,7 @@ def concatenate(datasets: Sequence[TokenDataset]) -> TokenDataset:
         sum(dataset.dropped for dataset in datasets),
         sum(dataset.truncated for dataset in datasets),
         _joined_risks([dataset for dataset in datasets if len(dataset)]),
+        sum(dataset.escaped for dataset in datasets),
     )
 
 
