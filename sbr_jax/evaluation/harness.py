@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from sbr_jax.data import control, template, text
 from sbr_jax.evaluation.harness_tasks import import_harness
 from sbr_jax.evaluation.items import Result
-from sbr_jax.evaluation.runner import ModelRunner, cut, decode_after
+from sbr_jax.evaluation.runner import ModelRunner, cut, decode_after, decode_answer
 from sbr_jax.evaluation.scorer import score
 from sbr_jax.models import generate
 from sbr_jax.typing import UserError
@@ -61,6 +62,9 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
     class HarnessModel(TemplateLM):
         """A model record as the harness sees it."""
 
+        rendered = False
+        """Whether texts come out of the chat template; others are data throughout."""
+
         @property
         def eot_token_id(self) -> int:
             return eos if eos is not None else model.config.eos[0]
@@ -80,17 +84,20 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            return tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+            self.rendered = True
+            history, begun = tuple(chat_history), ""
+            if not add_generation_prompt:
+                *history, last = history
+                begun = control.mark(tokenizer, last["content"])
+            where = template.place(tokenizer, text.Record(tuple(history)))
+            return where.before + (where.space + begun if begun else "")
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
         ) -> list[int]:
-            ids = list(tokenizer(string, add_special_tokens=False)["input_ids"])
+            if not self.rendered:
+                string = control.mark(tokenizer, string)
+            ids = control.encode(tokenizer, string)
             if add_special_tokens is False or bos is None or ids[:1] == [bos]:
                 return ids
             return [bos, *ids]
@@ -143,7 +150,10 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
             warm = float(wish.get("temperature", 0.0)) if wish.get("do_sample") else 0.0
             limit = int(wish.get("max_gen_toks", DEFAULT_NEW_TOKENS))
             room = self.max_length - limit
-            prompts = [runner.shorten(self.tok_encode(text), room) for text in contexts]
+            prompts = [runner.shorten(self.tok_encode(c), room) for c in contexts]
+            stops, read = (), decode_after
+            if self.rendered:
+                stops, read = text.stop_tokens(tokenizer), decode_answer
             written = generate(
                 model,
                 runner.base,
@@ -153,9 +163,10 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
                 temperature=warm,
                 key=jax.random.key(seed) if warm > 0 else None,
                 batch_size=runner.batch_size,
+                stops=stops,
             )
             return [
-                cut(decode_after(tokenizer, before, ids), until)
+                cut(read(tokenizer, before, ids), until)
                 for before, ids in zip(prompts, written, strict=True)
             ]
 
