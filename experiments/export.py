@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import cli, configs
+from experiments.dates import dated
 from experiments.results import PROGRAMS
 from experiments.run import folder_options, parse_value
 from experiments.shipped import reopen
@@ -118,6 +119,7 @@ def make_plan(arguments: Arguments) -> Plan:
         )
     preset = configs.load(arguments.preset)
     options = _study_options(arguments, preset, config)
+    options = dated(options, workdir)
     if preset.check is not None:
         preset.check((arguments.row,), options)
 
