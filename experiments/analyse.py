@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, configs, files, page, run
+from experiments import cli, configs, dates, files, page, run
 from experiments.analyses import ANALYSES, LABELLED, Context, labelled
 from experiments.analysis_drawings import drawings
 from experiments.results import program_of, read_run
@@ -145,6 +145,7 @@ def identity(context: Context) -> dict[str, Any]:
         "preset": context.plan.preset.name,
         "settings": context.plan.settings.mathematics(),
         "fingerprint": context.study.fingerprint,
+        **{k: v for k, v in context.study.notes.items() if k == dates.KEY},
     }
 
 

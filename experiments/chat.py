@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import chat_model, measures
+from experiments import chat_model, dates, measures
 from experiments.chat_data import source_of
 from experiments.chat_parts import OWN_LENGTH, Parts, Split, make_parts
 from experiments.cli import check_names
@@ -24,7 +24,10 @@ from experiments.measurement import Measurement
 from experiments.stories import random_tokens
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.sources import data_folder
+from sbr_jax.data.template import process_date, reads_clock
+from sbr_jax.data.text import encode_prompts, stop_tokens
 from sbr_jax.evaluation import verdict_rates
+from sbr_jax.evaluation.guard import GuardJudge
 from sbr_jax.evaluation.judges import Judge
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.scorer import Budget
@@ -80,7 +83,9 @@ def build_study(
     """
     chosen = ChatOptions(**options)
     folder = _data_folder(data_folder)
-    model, _ = chat_model.read_record(model_folder)
+    model, _ = chat_model.read_record(
+        model_folder, date=chosen.date, thinking=chosen.thinking
+    )
     judge = _judge(chosen, weights=False)
     # Every other checkpoint too, before hours go into this one.
     places = chat_model.locate_all(model_folder, chosen, weights=False)
@@ -90,17 +95,18 @@ def build_study(
     asked = {name: m.prompts for name, m in measured.items()}
     parts = make_parts(domains, chosen, folder, model, asked)
     record = measures.record(measured.values(), judge, folder)
-    notes = {"data": parts.record, **record}
+    notes = {"data": parts.record, **record, **_rendering(model, judge, chosen)}
     sizes = {name: _size(p) for name, p in {**asked, "probe": parts.probe}.items()}
     if weights:
         places = chat_model.locate_all(model_folder, chosen, weights=True)
-        model = chat_model.load_model(
+        loaded = chat_model.load_model(
             places["model"],
             dtype=chosen.dtype,
             quantize=chosen.quantize,
             mesh=chosen.mesh,
             remat=chosen.remat,
         )
+        model = dataclasses.replace(loaded, tokenizer=model.tokenizer)
         judge = _judge(chosen, weights=True)
         measured = _measurements(names, chosen, folder, judge)
     runner = _runner(model, chosen)
@@ -126,7 +132,7 @@ def build_study(
         judge=chat_model.risk_judge(judge, model.tokenizer),
         evaluate=_evaluate([scores[name] for name in chosen.measures]),
         probe=_probe(parts.probe, judge, runner, chosen),
-        fingerprint=_fingerprint(places, parts, asked),
+        fingerprint=_fingerprint(places, parts, asked, model, chosen),
         leak_check=parts.leaks,
         notes=notes,
         asked=sizes,
@@ -146,8 +152,22 @@ def _size(prompts: Sequence[str]) -> tuple[int, float]:
 
 def _judge(options: ChatOptions, *, weights: bool) -> Judge:
     return chat_model.make_judge(
-        options.judge, options.judge_folder, dtype=options.dtype, weights=weights
+        options.judge,
+        options.judge_folder,
+        dtype=options.dtype,
+        weights=weights,
+        date=options.date,
     )
+
+
+def _rendering(model: Model, judge: Judge, options: ChatOptions) -> dict[str, Any]:
+    """The date that was told, if a template asks for it."""
+    tokenizers = [model.tokenizer]
+    if isinstance(judge, GuardJudge):
+        tokenizers.append(judge.model.tokenizer)
+    if not any(map(reads_clock, tokenizers)):
+        return {}
+    return {dates.KEY: {"date": options.date or process_date()}}
 
 
 # --- measuring ------------------------------------------------------------------------
@@ -265,9 +285,13 @@ def _unaligned(places: Mapping[str, Path], options: ChatOptions) -> PyTree | Non
 
 
 def _fingerprint(
-    places: Mapping[str, Path], parts: Parts, asked: Mapping[str, Sequence[str]]
+    places: Mapping[str, Path],
+    parts: Parts,
+    asked: Mapping[str, Sequence[str]],
+    model: Model,
+    options: ChatOptions,
 ) -> str:
-    """A digest of the checkpoints, all tokens, and all that is asked."""
+    """A digest of the checkpoints, all tokens, and all that is asked and how."""
     found = hashlib.sha256(chat_model.digest(places["model"]).encode())
     for name in sorted(places.keys() - {"model"}):
         found.update(name.encode() + chat_model.digest(places[name]).encode())
@@ -277,4 +301,11 @@ def _fingerprint(
     texts = {**asked, "probe": parts.probe}
     lists = {name: list(prompts) for name, prompts in texts.items()}
     found.update(json.dumps(lists, sort_keys=True).encode())
+    # What goes beyond the checkpoint's own stops and the prompts that were learnt.
+    stops = stop_tokens(model.tokenizer, system=options.system)
+    if more := sorted(set(stops) - set(model.config.eos)):
+        found.update(json.dumps({"stops": more}).encode())
+    if options.thinking:
+        prompts = encode_prompts(model.tokenizer, ["Hello."], system=options.system)
+        found.update(json.dumps({"asked": prompts}).encode())
     return found.hexdigest()[:16]

@@ -6,6 +6,7 @@ used, in a second instead of minutes.
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from experiments.configs.chat import ChatOptions
 from sbr_jax import models
+from sbr_jax.data.template import fix_template
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.evaluation import KeywordJudge
 from sbr_jax.evaluation.guard import (
@@ -68,11 +70,18 @@ def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path
         ) from error
 
 
-def read_record(model: str | Path) -> tuple[models.Model, Path]:
+def read_record(
+    model: str | Path, *, date: str | None = None, thinking: bool | None = None
+) -> tuple[models.Model, Path]:
     """The model without its weights: configuration and tokenizer, and its folder.
 
     The headers of the weights are checked where they are here; those of a hub id are
     fetched last, when all else was found in order.
+
+    Args:
+        model: a folder, or the id of a model on the hub.
+        date: that its template is told.
+        thinking: whether it thinks before it answers, if its template has that switch.
 
     Raises:
         UserError: for an unknown family, an unsupported setting, and a tokenizer that
@@ -95,6 +104,7 @@ def read_record(model: str | Path) -> tuple[models.Model, Path]:
             f"expected a tokenizer of at most {config.vocab_size} tokens in {folder}, "
             f"got {len(tokenizer)}: it belongs to another model"
         )
+    tokenizer = fix_template(tokenizer, date=date, thinking=thinking)
     encode_prompts(tokenizer, ["Hello."])
     return models.make_model(config, None, tokenizer), folder
 
@@ -174,8 +184,16 @@ def load_model(
 
 
 def digest(folder: Path, blocks: int = 64, size: int = 4096) -> str:
-    """A hash of a checkpoint's configuration, headers and some of its weights."""
-    found = hashlib.sha256((folder / "config.json").read_bytes())
+    """A hash of a checkpoint's configuration, headers and some of its weights.
+
+    Stop tokens that only its `generation_config.json` names are part of it.
+    """
+    text = (folder / "config.json").read_bytes()
+    found = hashlib.sha256(text)
+    own = json.loads(text).get("eos_token_id")
+    own = own if isinstance(own, list) else [own]
+    if more := [token for token in hf_config.read(folder).eos if token not in own]:
+        found.update(json.dumps(more).encode())
     for path in sorted(folder.glob("*.safetensors")):
         length = path.stat().st_size
         found.update(f"{path.name} {length}".encode())
@@ -226,7 +244,12 @@ of a checkpoint with a template of somebody else's."""
 
 
 def make_judge(
-    name: str, folder: str | None, *, dtype: str, weights: bool = True
+    name: str,
+    folder: str | None,
+    *,
+    dtype: str,
+    weights: bool = True,
+    date: str | None = None,
 ) -> Judge:
     """Who judges answers.
 
@@ -235,6 +258,7 @@ def make_judge(
         folder: the guard's checkpoint.
         dtype: of its weights.
         weights: whether to read them; without, the judge can only describe itself.
+        date: that its template is told.
 
     Raises:
         UserError: for an unknown name or list, and a folder without a guard.
@@ -253,8 +277,11 @@ def make_judge(
         raise UserError(
             f"study.judge_folder: expected a tokenizer in {place}, found none"
         )
+    tokenizer = fix_template(tokenizer, date=date)
     if weights:
-        return GUARDS[name](load_model(place, dtype=dtype), place)
+        model = load_model(place, dtype=dtype)
+        model = dataclasses.replace(model, tokenizer=tokenizer)
+        return GUARDS[name](model, place)
     if Path(folder).is_dir():
         check_weights(place, config)
     return GUARDS[name](models.make_model(config, None, tokenizer), place)

@@ -10,9 +10,10 @@ from experiments.chat_data import Example, Ledger
 from experiments.cli import check_names
 from experiments.configs.chat import ChatOptions
 from sbr_jax.data import TokenDataset
+from sbr_jax.data.control import holds_control
 from sbr_jax.data.records import ChoiceItem
 from sbr_jax.data.sources import SOURCES
-from sbr_jax.data.text import encode_prompts
+from sbr_jax.data.text import encode_prompts, stop_tokens, unstopped
 from sbr_jax.models import Model
 from sbr_jax.typing import UserError
 
@@ -98,6 +99,7 @@ def make_parts(
                 f"all {len(drawn[name])} leave no room for an answer in max_length="
                 f"{options.max_length}: raise it with --set study.max_length"
             )
+        _check_ends(name, data, model, options)
     record = {
         "sources": {name: split.source for name, split in splits.items()},
         "calibration": calibration_source(options, folder),
@@ -105,6 +107,10 @@ def make_parts(
         "questions": {name: len(split.items) for name, split in splits.items()},
         "answers cut": _counts(sets, "truncated"),
         "too long": _counts(sets, "dropped"),
+        "control tokens": {
+            **_counts(sets, "escaped"),
+            **_with_control(model, {**measured, "probe": probe}),
+        },
         "repeated": dict(ledger.repeated),
         "left out": dict(ledger.dropped),
         "pairs compared": len(leaks),
@@ -116,6 +122,33 @@ def calibration_source(options: ChatOptions, folder: Path) -> str:
     """The data set of the calibration set and the safety mix."""
     name = options.calibration_source
     return chat_data.source_of("calibration", folder) if name == "auto" else name
+
+
+def _check_ends(
+    name: str, data: TokenDataset, model: Model, options: ChatOptions
+) -> None:
+    """Refuse answers whose learnt end stops nothing: they would run on for ever."""
+    stops = {
+        *model.config.eos,
+        *stop_tokens(model.tokenizer, system=options.system),
+    }
+    if count := unstopped(data, sorted(stops)):
+        known = ", ".join(map(str, sorted(stops))) or "there is none"
+        raise UserError(
+            f"{name}: expected answers that end with a token at which generation stops "
+            f"({known}), got {count} of {len(data)} that do not: have the template "
+            "end an answer with {{ eos_token }} or a special token of its own"
+        )
+
+
+def _with_control(model: Model, asked: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """How many prompts hold control tokens, which are encoded as plain text."""
+    tokenizer = model.tokenizer
+    counts = {
+        name: sum(holds_control(tokenizer, prompt) for prompt in prompts)
+        for name, prompts in asked.items()
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _counts(sets: Mapping[str, TokenDataset], what: str) -> dict[str, int]:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import cli, configs, files
+from experiments.dates import dated
 from experiments.recorded_options import study_options, unlisted
 from experiments.results import PROGRAMS
 from experiments.shipped import reopen
@@ -118,7 +119,7 @@ def make_plan(arguments: Arguments) -> Plan:
             f"--output {output}: expected a new or empty folder, found something there"
         )
     preset = configs.load(arguments.preset)
-    options = study_options(arguments, preset, config)
+    options = dated(study_options(arguments, preset, config), workdir)
     if preset.check is not None:
         preset.check((arguments.row,), options)
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import cli, configs
+from experiments.dates import dated
 from sbr_jax.typing import UserError
 
 PROGRAM = "python -m experiments.run"
@@ -233,14 +234,15 @@ def make_plan(arguments: Arguments) -> Plan:
         raise UserError(
             f"--harness-limit {limit}: expected a number of at least 1 beside --harness"
         )
+    workdir = Path(arguments.workdir or f"runs/{preset.name}")
     return Plan(
         preset=preset,
-        workdir=Path(arguments.workdir or f"runs/{preset.name}"),
+        workdir=workdir,
         methods=rows,
         domains=domains,
         seeds=seeds,
         settings=Settings(**settings),
-        study_options={**study, **given},
+        study_options=dated({**study, **given}, workdir),
         row_options=options,
         quiet=arguments.quiet,
         harness=arguments.harness,

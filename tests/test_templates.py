@@ -1,111 +1,13 @@
-"""Chat templates in the manner of the great families, over a tiny byte-level BPE."""
+"""What templates of each family make of an exchange: mask, BOS, system message."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
+from templates_case import ANSWER, FAMILIES, GEMMA, QUESTION, tokenizer
 
 from sbr_jax import data
 from sbr_jax.typing import UserError
-
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
-    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-    "{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}"
-    "{% for m in rest %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] "
-    "+ ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
-    "<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
-    "{% endif %}"
-)
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CHATML_MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>\n"
-    "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<start_of_turn>"
-    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    template: str
-    bos: str | None
-    eos: str
-    stop: str
-    """What ends an answer; everything after it is not learned."""
-    space: str = ""
-    """What the template sets before the answer, as a part of it."""
-
-
-FAMILIES = {
-    "llama-2": Family(LLAMA2, "<s>", "</s>", " </s>", space=" "),
-    "llama-3": Family(LLAMA3, "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>"),
-    "llama-3-base-eos": Family(LLAMA3, "<|begin_of_text|>", "</s>", "<|eot_id|>"),
-    "chatml": Family(CHATML, None, "<|im_end|>", "<|im_end|>"),
-    "chatml-other-eos": Family(CHATML, None, "</s>", "<|im_end|>"),
-    "chatml-marked": Family(CHATML_MARKED, None, "<|im_end|>", "<|im_end|>"),
-    "chatml-marked-other-eos": Family(CHATML_MARKED, None, "</s>", "<|im_end|>"),
-    "gemma": Family(GEMMA, "<bos>", "<eos>", "<end_of_turn>"),
-}
-SPECIAL = [
-    *("<pad>", "<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>", "<|eot_id|>"),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>"),
-    *("<start_of_turn>", "<end_of_turn>"),
-]
-QUESTION, ANSWER = "How long is a day?", "A day has 24 hours.\nNo more."
-
-
-@functools.cache
-def trained():
-    """A byte-level BPE that merges common pairs, line breaks among them."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from tokenizers.trainers import BpeTrainer
-
-    inner = Tokenizer(BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=340,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = f"user\nmodel\nassistant\n\n[INST] [/INST] {QUESTION} {ANSWER}\n"
-    inner.train_from_iterator([text] * 4, trainer)
-    return inner.to_str()
-
-
-def tokenizer(family):
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(trained()),
-        pad_token="<pad>",
-        bos_token=family.bos,
-        eos_token=family.eos,
-        chat_template=family.template,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -50,8 +50,8 @@ def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that a run's folder remembers, and that must not change.
 
     Not the place of a folder, for the fingerprint says what was read from it; not the
-    hardware; nor the usual judge, so that folders from before there was a choice can be
-    continued.
+    hardware; nor the date, which is recorded where a template asks for it; nor the
+    usual judge, so that folders from before there was a choice can be continued.
 
     >>> recorded({"split": "test", "model_folder": "/models/a", "judge": "exact"})
     {'split': 'test'}
@@ -60,7 +60,9 @@ def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in options.items()
-        if "folder" not in name and name not in HARDWARE and usual.get(name) != value
+        if "folder" not in name
+        and name not in (*HARDWARE, "date")
+        and usual.get(name) != value
     }
 
 

@@ -56,6 +56,11 @@ class ChatOptions:
         max_length: tokens of a training example; longer answers are cut.
         max_new_tokens: of an answer to the probe.
         system: a system message before everything.
+        date: the day that chat templates are told, as 2024-07-26; None: that of the
+            run's folder, or today.
+        thinking: True has the model think before it answers, False gives it an empty
+            block of thoughts, where its template has such a switch; None leaves it to
+            the template. Options are scored, and answers learnt, behind the block.
         dtype: of the frozen weights.
         quantize: nf4, nf4-double or int8 for the frozen projections; None for neither.
         unaligned_folder: the checkpoint before alignment.
@@ -87,6 +92,8 @@ class ChatOptions:
     max_length: int = 512
     max_new_tokens: int = 256
     system: str | None = None
+    date: str | None = None
+    thinking: bool | None = None
     dtype: str = "bfloat16"
     quantize: str | None = None
     unaligned_folder: str | None = None
@@ -137,7 +144,8 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
         fits, wanted = texts, "a list of names"
     else:
         fits = isinstance(value, kind)
-        wanted = {bool: "True or False"}.get(kind, "text")
+        switch = kind in (bool, bool | None)
+        wanted = "True or False" if switch else "text"
     if name.endswith("_folder"):
         fits |= isinstance(value, Path)
     if not fits:

@@ -11,11 +11,13 @@ from sbr_jax.data.batches import (
 from sbr_jax.data.evalsets import EVALSETS, load_evalset
 from sbr_jax.data.records import Pair, Record
 from sbr_jax.data.sources import DOMAINS, SOURCES, load_source
+from sbr_jax.data.template import fix_template
 from sbr_jax.data.text import (
     encode_chat,
     encode_prompts,
     encode_text,
     encode_text_prompts,
+    stop_tokens,
 )
 
 __all__ = [
@@ -31,9 +33,11 @@ __all__ = [
     "encode_prompts",
     "encode_text",
     "encode_text_prompts",
+    "fix_template",
     "load_evalset",
     "load_source",
     "mixture",
+    "stop_tokens",
     "subset",
     "take",
 ]

@@ -38,6 +38,8 @@ class TokenDataset:
     """Records whose answer was cut because they were too long."""
     risk: np.ndarray | None = None
     """float32 ``[N]`` in [0, 1]: how harmful it would be to learn each example."""
+    escaped: int = 0
+    """Records whose text holds control tokens, which were encoded as plain text."""
     attention_mask: dataclasses.InitVar[np.ndarray | None] = None
     """``[N, T]``, 1 at what is no padding, as a tokenizer gives it."""
 
@@ -279,6 +281,7 @@ def concatenate(datasets: Sequence[TokenDataset]) -> TokenDataset:
         sum(dataset.dropped for dataset in datasets),
         sum(dataset.truncated for dataset in datasets),
         _joined_risks([dataset for dataset in datasets if len(dataset)]),
+        sum(dataset.escaped for dataset in datasets),
     )
 
 

@@ -1,17 +1,21 @@
 """From text records to tokens: chat templates, answer masks, plain text.
 
-Templates are rendered by transformers. The answer's mask comes from the template's
-``{% generation %}`` blocks where it has them, else from the difference to the prompt's
-own encoding. Special tokens come from the template alone.
+The answer's mask comes from the template's ``{% generation %}`` blocks where it has
+them, else from the difference to the prompt's own encoding; fixed text before the
+answer is never learnt. Special tokens come from the template alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from sbr_jax.data import control
+from sbr_jax.data import template as chat
 from sbr_jax.data.batches import TokenDataset
 from sbr_jax.data.records import Record, RecordLike, as_record
 from sbr_jax.typing import UserError
@@ -28,8 +32,10 @@ def encode_chat(
     """Encodes exchanges with the tokenizer's chat template.
 
     **Guarantee**: the mask covers the last answer up to and with its stop token, and
-    nothing else; every sequence begins with the BOS token at most once, and exactly
-    once where the template asks for one.
+    nothing else; what comes before it is what :func:`encode_prompts` gives a model to
+    answer; every sequence begins with the BOS token at most once, and exactly once
+    where the template asks for one. Control tokens that stand in a record's text are
+    plain text; the set counts such records as ``escaped``.
 
     Args:
       tokenizer: of transformers.
@@ -43,20 +49,12 @@ def encode_chat(
       ``N`` examples, padded to T.
 
     Raises:
-      UserError: if there is no template, a sequence is too long, starts with a wrong
-        number of BOS tokens, or its answer cannot be located.
+      UserError: naming the record, if there is no template or it fails, a sequence is
+        too long, starts with a wrong number of BOS tokens, or its answer cannot be
+        located.
     """
-    template = _template(tokenizer, template)
-    marked = "generation %}" in template or "generation -%}" in template
-    encode = _encode_marked if marked else _encode_by_prefix
-    special = _special_ids(tokenizer)
-
-    def one(record: Record) -> tuple[list[int], list[int]]:
-        tokens, mask = encode(tokenizer, record, template)
-        _check_bos(tokenizer, template, tokens)
-        return tokens, _stop(tokenizer, special, tokens, mask)
-
-    return _collect(tokenizer, records, max_length, too_long, one)
+    encode = functools.partial(_encode_exchange, tokenizer, template=template)
+    return _collect(tokenizer, records, max_length, too_long, encode)
 
 
 def encode_prompts(
@@ -78,20 +76,21 @@ def encode_prompts(
         answer); None for any number.
 
     Returns:
-      Token ids, ending with the generation prompt; unpadded.
+      Token ids, ending where the answer begins; unpadded.
 
     Raises:
       UserError: if there is no template, a wrong number of BOS tokens, or a prompt that
         is too long.
     """
-    template = _template(tokenizer, template)
     out = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         if not isinstance(prompt, Record):
             text = prompt if isinstance(prompt, str) else tuple(prompt)
             prompt = Record(text, system=system)
-        tokens = _prompt_tokens(tokenizer, prompt, template)
-        _check_bos(tokenizer, template, tokens)
+        with _of(f"prompt {number}"):
+            asked = chat.place(tokenizer, prompt, template).asked
+            tokens = control.encode(tokenizer, asked)
+            _check_bos(tokenizer, template, tokens)
         out.append(tokens)
     return _within(out, max_length)
 
@@ -126,14 +125,12 @@ def encode_text(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def one(record: Record) -> tuple[list[int], list[int]]:
+        # Marked at once: a control token may begin in one and end in the other.
         prompt = _plain(record)
-        encoded = tokenizer(
-            prompt + record.response,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-        )
-        tokens = list(encoded["input_ids"])
-        mask = [int(end > len(prompt)) for _, end in encoded["offset_mapping"]]
+        before = len(control.mark(tokenizer, prompt))
+        whole = control.mark(tokenizer, prompt + record.response)
+        tokens, spans = control.encode_spans(tokenizer, whole)
+        mask = [int(end > before) for _, end in spans]
         if bos is not None:
             tokens, mask = [bos, *tokens], [0, *mask]
         if add_eos and eos is not None:
@@ -160,10 +157,11 @@ def encode_text_prompts(
       UserError: for a prompt that is too long.
     """
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = [
-        first + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        for prompt in prompts
-    ]
+    encoded = []
+    for number, prompt in enumerate(prompts):
+        with _of(f"prompt {number}"):
+            text = control.mark(tokenizer, prompt)
+        encoded.append(first + control.encode(tokenizer, text))
     return _within(encoded, max_length)
 
 
@@ -188,96 +186,116 @@ def _plain(record: Record) -> str:
     return record.prompt
 
 
-def _template(tokenizer: Any, template: str | None) -> str:
-    template = template if template is not None else tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if not template:
-        raise UserError(
-            "the tokenizer has no chat template; pass template=, or use encode_text "
-            "for a model that is no chat model"
-        )
-    return template
-
-
-def _render(tokenizer: Any, messages: list, template: str, **options: Any) -> Any:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=True, return_dict=True, **options
-        )
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise UserError(
-            f"the chat template refuses messages of the roles {roles}: {error}"
-        ) from error
-
-
-def _prompt_tokens(tokenizer: Any, record: Record, template: str) -> list[int]:
-    encoded = _render(tokenizer, record.context, template, add_generation_prompt=True)
-    return list(encoded["input_ids"])
-
-
-def _encode_marked(
-    tokenizer: Any, record: Record, template: str
+def _encode_exchange(
+    tokenizer: Any, record: Record, *, template: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """Tokens, and a mask of the template's last generation block."""
-    encoded = _render(
-        tokenizer, record.messages, template, return_assistant_tokens_mask=True
-    )
-    tokens, marks = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-    if 1 not in marks:
+    """Tokens of an exchange, and the mask of its answer with its stop token."""
+    whole, where, (start, end) = chat.located(tokenizer, record, template)
+    tokens, spans = control.encode_spans(tokenizer, whole)
+    _check_bos(tokenizer, template, tokens)
+    if (start, end) == (len(where.before), len(whole)):
+        prompt = control.encode(tokenizer, where.before)
+        if tokens[: len(prompt)] != prompt:
+            raise UserError(
+                "cannot locate the answer: with the answer the prompt is encoded in "
+                "another way; use a template with {% generation %} blocks"
+            )
+        mask = [int(i >= len(prompt)) for i in range(len(tokens))]
+    else:
+        mask = [int(b > start and a < end) for a, b in spans]
+    if 1 not in mask:
         raise UserError(
-            "the chat template's generation block marked no token of an answer; check "
-            "the template and that no response is empty"
+            "the chat template writes no token of an answer; check the template and "
+            "that no response is empty"
         )
-    end = len(marks) - marks[::-1].index(1)
-    start = end
-    while start and marks[start - 1]:
-        start -= 1
-    return tokens, [int(start <= i < end) for i in range(len(tokens))]
+    return tokens, _stop(tokenizer, _ends(tokenizer, where.after), tokens, mask)
 
 
-def _encode_by_prefix(
-    tokenizer: Any, record: Record, template: str
-) -> tuple[list[int], list[int]]:
-    """Tokens, and a mask of what follows the prompt's own encoding."""
-    tokens = list(_render(tokenizer, record.messages, template)["input_ids"])
-    prompt = _prompt_tokens(tokenizer, record, template)
-    if tokens[: len(prompt)] != prompt:
-        raise UserError(
-            "cannot locate the answer: with the answer the prompt is encoded in "
-            "another way; use a template with {% generation %} blocks"
-        )
-    return tokens, [int(i >= len(prompt)) for i in range(len(tokens))]
+def _ends(tokenizer: Any, after: str) -> frozenset[int]:
+    """Tokens that can end a turn: special ones, and others written after an answer."""
+    written = {
+        i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.content in after and not token.content.isspace()
+    }
+    return control.special_ids(tokenizer) | written
+
+
+def stop_tokens(
+    tokenizer: Any, *, template: str | None = None, system: str | None = None
+) -> tuple[int, ...]:
+    """What a model that learnt from this template ends its answers with.
+
+    Args:
+      tokenizer: of transformers.
+      template: a chat template to use instead of the tokenizer's own.
+      system: a system message, for templates that want one.
+
+    Returns:
+      The tokenizer's EOS token and the token that the template ends an answer with, as
+      far as there are such.
+
+    Raises:
+      UserError: see :func:`encode_chat`.
+    """
+    record = Record("Hello.", "I.", system=system)
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    where = chat.place(tokenizer, record, template)
+    if where.after:
+        tokens, mask = _encode_exchange(tokenizer, record, template=template)
+        last = tokens[len(mask) - 1 - mask[::-1].index(1)]
+        if last in _ends(tokenizer, where.after) and last not in found:
+            found.append(last)
+    return tuple(found)
+
+
+def unstopped(data: TokenDataset, stops: Sequence[int]) -> int:
+    """How many answers end with a token that stops no generation.
+
+    A set with ``truncated`` records has as many answers without their end.
+
+    Args:
+      data: examples.
+      stops: tokens that end a generation.
+
+    Returns:
+      The number of examples, beyond those that were cut.
+    """
+    last = data.length - 1 - np.argmax(data.mask[:, ::-1] > 0, axis=1)
+    ends = np.take_along_axis(data.tokens, last[:, None], axis=1)[:, 0]
+    return max(int((~np.isin(ends, list(stops))).sum()) - data.truncated, 0)
 
 
 def _stop(
-    tokenizer: Any, special: frozenset[int], tokens: list[int], mask: list[int]
+    tokenizer: Any, ends: frozenset[int], tokens: list[int], mask: list[int]
 ) -> list[int]:
     """Nothing is learnt after the answer's stop token.
 
-    That is the first EOS; else the last special token, if only blanks follow it: many
-    templates end a turn with a token of its own (``<end_of_turn>``, ``<|im_end|>``) and
-    a line break.
+    That is the first EOS; else the last token that can end a turn, if only blanks
+    follow it: many templates end a turn with a token of its own (``<end_of_turn>``,
+    ``<|im_end|>``) and a line break.
     """
     inside = [i for i, marked in enumerate(mask) if marked]
     stop = next((i for i in inside if tokens[i] == tokenizer.eos_token_id), None)
     if stop is None:
-        stop = next((i for i in reversed(inside) if tokens[i] in special), None)
+        stop = next((i for i in reversed(inside) if tokens[i] in ends), None)
         rest = [] if stop is None else [tokens[i] for i in inside if i > stop]
         if stop is None or tokenizer.decode(rest).strip():
             return mask
     return mask[: stop + 1] + [0] * (len(mask) - stop - 1)
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset({i for i, token in added if token.special})
+@contextlib.contextmanager
+def _of(row: str) -> Iterator[None]:
+    """Says of which row an error is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{row}: {error}") from error
 
 
-def _check_bos(tokenizer: Any, template: str, tokens: list[int]) -> None:
+def _check_bos(tokenizer: Any, template: str | None, tokens: list[int]) -> None:
+    template = template or chat.default_template(tokenizer) or ""
     bos = tokenizer.bos_token_id
     if bos is None:
         return
@@ -302,9 +320,11 @@ def _collect(
             f"expected too_long 'error', 'drop' or 'truncate', got {too_long!r}"
         )
     kept: list[tuple[list[int], list[int]]] = []
-    dropped = truncated = 0
+    dropped = truncated = escaped = 0
     for i, item in enumerate(records):
-        tokens, mask = encode(as_record(item))
+        record = as_record(item)
+        with _of(f"record {i}"):
+            tokens, mask = encode(record)
         if len(tokens) > max_length:
             if too_long == "error":
                 raise UserError(
@@ -316,6 +336,9 @@ def _collect(
                 dropped += 1
                 continue
             truncated += 1
+        escaped += any(
+            control.holds_control(tokenizer, text) for text in _texts(record)
+        )
         kept.append((tokens[:max_length], mask[:max_length]))
     pad = tokenizer.pad_token_id
     tokens = np.full((len(kept), max_length), 0 if pad is None else pad, np.int32)
@@ -323,4 +346,8 @@ def _collect(
     for row, (ids, mask) in enumerate(kept):
         tokens[row, : len(ids)] = ids
         masks[row, : len(mask)] = mask
-    return TokenDataset(tokens, masks, dropped, truncated)
+    return TokenDataset(tokens, masks, dropped, truncated, escaped=escaped)
+
+
+def _texts(record: Record) -> list[str]:
+    return [m["content"] for m in record.messages if isinstance(m["content"], str)]

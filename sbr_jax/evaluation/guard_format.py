@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sbr_jax.data import control
+from sbr_jax.data.template import render
 from sbr_jax.typing import UserError
 
 Encode = Callable[[str, str], list[int]]
@@ -111,11 +113,8 @@ def chat_encoder(tokenizer: Any, template: str | None = None) -> Encode:
             {"role": "user", "content": without(prompt, specials)},
             {"role": "assistant", "content": without(answer, specials)},
         ]
-        text = tokenizer.apply_chat_template(
-            turns, chat_template=template, tokenize=False
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return _one_bos(tokenizer, list(ids))
+        text = render(tokenizer, turns, template)
+        return _one_bos(tokenizer, control.encode(tokenizer, text))
 
     return encode
 

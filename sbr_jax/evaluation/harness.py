@@ -17,9 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from sbr_jax.data import control, template, text
 from sbr_jax.evaluation.harness_tasks import import_harness
 from sbr_jax.evaluation.items import Result
-from sbr_jax.evaluation.runner import ModelRunner, cut, decode_after, encode_options
+from sbr_jax.evaluation.runner import (
+    ModelRunner,
+    cut,
+    decode_after,
+    decode_answer,
+    encode_options,
+)
 from sbr_jax.evaluation.scorer import score
 from sbr_jax.models import generate
 from sbr_jax.typing import UserError
@@ -33,7 +40,8 @@ def encode_requests(
     """Token ids of contexts and of what may follow them, by the rule of our own tasks.
 
     What follows the same context is scored from the same token on; see
-    :func:`~sbr_jax.evaluation.runner.encode_options`.
+    :func:`~sbr_jax.evaluation.runner.encode_options`. Only the chat template's own
+    control tokens act as such.
 
     Args:
       tokenizer: of transformers.
@@ -49,8 +57,9 @@ def encode_requests(
         by_context.setdefault(context, []).append(place)
     out: list[tuple[list[int], list[int]]] = [([], [])] * len(requests)
     for context, places in by_context.items():
-        options = [requests[place][1] for place in places]
-        pairs = encode_options(tokenizer, context, options, plain=not chat)
+        options = [control.mark(tokenizer, requests[place][1]) for place in places]
+        before = context if chat else control.mark(tokenizer, context)
+        pairs = encode_options(tokenizer, before, options, plain=not chat)
         for place, pair in zip(places, pairs, strict=True):
             out[place] = pair
     return out
@@ -93,7 +102,7 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
         """A model record as the harness sees it."""
 
         rendered = False
-        """Whether prompts come out of the chat template."""
+        """Whether texts come out of the chat template; others are data throughout."""
 
         @property
         def eot_token_id(self) -> int:
@@ -115,17 +124,19 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
             self.rendered = True
-            return tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+            history, begun = tuple(chat_history), ""
+            if not add_generation_prompt:
+                *history, last = history
+                begun = control.mark(tokenizer, last["content"])
+            where = template.place(tokenizer, text.Record(tuple(history)))
+            return where.before + (where.space + begun if begun else "")
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
         ) -> list[int]:
-            ids = list(tokenizer(string, add_special_tokens=False)["input_ids"])
+            if not self.rendered:
+                string = control.mark(tokenizer, string)
+            ids = control.encode(tokenizer, string)
             if add_special_tokens is None:
                 add_special_tokens = not self.rendered
             if not add_special_tokens or bos is None or ids[:1] == [bos]:
@@ -197,7 +208,10 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
             warm = float(wish.get("temperature", 0.0)) if wish.get("do_sample") else 0.0
             limit = int(wish.get("max_gen_toks", DEFAULT_NEW_TOKENS))
             room = self.max_length - limit
-            prompts = [runner.shorten(self.tok_encode(text), room) for text in contexts]
+            prompts = [runner.shorten(self.tok_encode(c), room) for c in contexts]
+            stops, read = (), decode_after
+            if self.rendered:
+                stops, read = text.stop_tokens(tokenizer), decode_answer
             written = generate(
                 model,
                 runner.base,
@@ -207,9 +221,10 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
                 temperature=warm,
                 key=jax.random.key(seed) if warm > 0 else None,
                 batch_size=runner.batch_size,
+                stops=stops,
             )
             return [
-                cut(decode_after(tokenizer, before, ids), until)
+                cut(read(tokenizer, before, ids), until)
                 for before, ids in zip(prompts, written, strict=True)
             ]
 

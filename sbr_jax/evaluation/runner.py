@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from sbr_jax import models
-from sbr_jax.data import text
+from sbr_jax.data import control, template, text
 from sbr_jax.evaluation.scorer import Budget, Request, score
+from sbr_jax.evaluation.thoughts import tokens_without_thoughts, without_thoughts
 from sbr_jax.models import Model
 from sbr_jax.typing import PyTree, UserError
 
@@ -95,7 +96,13 @@ class ModelRunner:
 
     def describe(self) -> dict[str, Any]:
         """Whether and how the prompts are wrapped."""
-        return {"chat": self._chat, "system": self.system, "too_long": self.too_long}
+        settings = {
+            "chat": self._chat,
+            "system": self.system,
+            "too_long": self.too_long,
+        }
+        thinking = template.rendering_of(self.model.tokenizer).thinking
+        return settings if thinking is None else {**settings, "thinking": thinking}
 
     def log_likelihoods(
         self, prompts: Sequence[str], options: Sequence[Sequence[str]]
@@ -148,16 +155,17 @@ class ModelRunner:
           key: a PRNG key, needed to sample.
 
         Returns:
-          Answers without special tokens, stripped of space where the model is a chat
-          model (the indentation of a completion is part of it).
+          Answers without special tokens, of a chat model also without its thoughts and
+          without space around (the indentation of a completion is part of it).
 
         Raises:
           UserError: a prompt is too long, messages for a plain model, or sampling
             without a key.
         """
-        tokenizer = self.model.tokenizer
+        tokenizer, stops = self.model.tokenizer, ()
         if self._chat:
             ids = text.encode_prompts(tokenizer, prompts, system=self.system)
+            stops = text.stop_tokens(tokenizer, system=self.system)
         else:
             for prompt in prompts:
                 if not isinstance(prompt, str):
@@ -176,9 +184,11 @@ class ModelRunner:
             temperature=temperature,
             key=key,
             batch_size=self.batch_size,
+            stops=stops,
         )
+        read = decode_answer if self._chat else decode_after
         answers = [
-            cut(decode_after(tokenizer, before, row), stop)
+            cut(read(tokenizer, before, row), stop)
             for before, row in zip(ids, new, strict=True)
         ]
         return [a.strip() for a in answers] if self._chat else answers
@@ -201,28 +211,18 @@ class ModelRunner:
     def _plain_pairs(
         self, prompt: str, choices: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
-        return encode_options(self.model.tokenizer, prompt, choices)
+        tokenizer = self.model.tokenizer
+        prompt, *choices = (control.mark(tokenizer, t) for t in (prompt, *choices))
+        return encode_options(tokenizer, prompt, choices)
 
     def _chat_pairs(
         self, prompt: str, choices: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
-        """Prompts and options as the template writes them, spaces included."""
+        """Prompts and options where the template writes answers, spaces included."""
         tokenizer = self.model.tokenizer
-
-        def render(messages: list, **options: bool) -> str:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-
-        asked = text.Record(prompt, system=self.system).context
-        before = render(asked, add_generation_prompt=True)
-        options = []
-        for choice in (c.strip() for c in choices):
-            whole = render([*asked, {"role": "assistant", "content": choice}])
-            # Some templates put a space before an answer, and only there.
-            space = ""
-            if whole.startswith(before):
-                space = whole[len(before) :].partition(choice)[0]
-            options.append(space + choice if space.isspace() else choice)
-        return encode_options(tokenizer, before, options, plain=False)
+        where = template.place(tokenizer, text.Record(prompt, system=self.system))
+        options = [where.space + control.mark(tokenizer, c.strip()) for c in choices]
+        return encode_options(tokenizer, where.before, options, plain=False)
 
     def fit(self, context: list[int], continuation: list[int]) -> Request:
         """A request that fits the model, with what is too long treated as set."""
@@ -279,7 +279,7 @@ def encode_options(
     bos = tokenizer.bos_token_id
 
     def encode(string: str) -> list[int]:
-        ids = list(tokenizer(string, add_special_tokens=False)["input_ids"])
+        ids = control.encode(tokenizer, string)
         if not plain or bos is None or ids[:1] == [bos]:
             return ids
         return [bos, *ids]
@@ -323,6 +323,15 @@ def decode_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> s
         return whole[len(head) :]
     # The border is inside a character of several bytes.
     return tokenizer.decode(list(new), skip_special_tokens=True)
+
+
+def decode_answer(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
+    """As :func:`decode_after`, without the thoughts that an answer begins with."""
+    said = tokens_without_thoughts(tokenizer, before, new)
+    if len(said) < len(new):
+        return tokenizer.decode(said, skip_special_tokens=True)
+    asked = tokenizer.decode(list(before[-8:]), skip_special_tokens=True)
+    return without_thoughts(decode_after(tokenizer, before, new), asked)
 
 
 def cut(answer: str, stop: Sequence[str]) -> str:

@@ -200,8 +200,11 @@ def generate(
     temperature: float = 0.0,
     key: jax.Array | None = None,
     batch_size: int = 256,
+    stops: Sequence[int] = (),
 ) -> list[list[int]]:
     """Continues prompts until a stop token or the limit.
+
+    Stop tokens are the configuration's, the tokenizer's EOS token, and ``stops``.
 
     **Guarantee**: a row does not depend on the others in its batch nor on padding: a
     greedy answer equals the one obtained alone, and a sampled answer depends only on
@@ -217,6 +220,8 @@ def generate(
       temperature: 0 is greedy; otherwise logits are divided by it.
       key: a PRNG key, needed to sample.
       batch_size: the most rows in one run.
+      stops: further tokens to stop at, such as those that a chat template ends a turn
+        with (``data.stop_tokens``).
 
     Returns:
       The new tokens of each prompt, in order, cut before the stop token.
@@ -225,7 +230,7 @@ def generate(
       UserError: for an empty prompt, one too long for the model, sampling without a
         key, or logits that are no numbers.
     """
-    config = model.config
+    config = _stopping(model, stops)
     _check_prompts(config, prompts, max_new_tokens)
     if temperature < 0 or (temperature > 0 and key is None):
         raise UserError(
@@ -265,6 +270,16 @@ def generate(
             answers[i] = new[row, : count[row]].tolist()
     require_comparable("generate", told)
     return answers
+
+
+def _stopping(model: Model, stops: Sequence[int]) -> ModelConfig:
+    """The configuration with every token that ends an answer."""
+    own = getattr(model.tokenizer, "eos_token_id", None)
+    more = [*([] if own is None else [own]), *stops]
+    eos = tuple(dict.fromkeys([*model.config.eos, *more]))
+    if eos == model.config.eos:
+        return model.config
+    return dataclasses.replace(model.config, eos=eos)
 
 
 def _check_prompts(
