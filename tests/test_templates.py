@@ -103,3 +103,9 @@ def test_prompts_longer_than_the_context_are_refused(family):
     record = (QUESTION, ANSWER)
     found = data.encode_chat(tok, [record], longest - 1, too_long="truncate")
     assert (len(found), found.dropped) == (0, 1)
+
+
+@pytest.mark.parametrize("encode", [text.encode_prompts, text.encode_text_prompts])
+def test_a_text_is_no_list_of_prompts(encode):
+    with pytest.raises(UserError, match="expected a list of prompts, got a text"):
+        encode(None, "How do I bake bread?")

@@ -83,7 +83,7 @@ def encode_prompts(
         is too long.
     """
     out = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(_list_of(prompts)):
         if not isinstance(prompt, Record):
             text = prompt if isinstance(prompt, str) else tuple(prompt)
             prompt = Record(text, system=system)
@@ -158,11 +158,18 @@ def encode_text_prompts(
     """
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     encoded = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(_list_of(prompts)):
         with _of(f"prompt {number}"):
             text = control.mark(tokenizer, prompt)
         encoded.append(first + control.encode(tokenizer, text))
     return _within(encoded, max_length)
+
+
+def _list_of(prompts: Iterable[Any]) -> Iterable[Any]:
+    """The prompts, which a single text would be taken for letter by letter."""
+    if isinstance(prompts, str):
+        raise UserError("expected a list of prompts, got a text: put it into a list")
+    return prompts
 
 
 def _within(prompts: list[list[int]], max_length: int | None) -> list[list[int]]:
@@ -343,10 +350,14 @@ def _collect(
     pad = tokenizer.pad_token_id
     tokens = np.full((len(kept), max_length), 0 if pad is None else pad, np.int32)
     masks = np.zeros((len(kept), max_length), np.float32)
+    there = np.zeros((len(kept), max_length), np.int8)
     for row, (ids, mask) in enumerate(kept):
         tokens[row, : len(ids)] = ids
         masks[row, : len(mask)] = mask
-    return TokenDataset(tokens, masks, dropped, truncated, escaped=escaped)
+        there[row, : len(ids)] = 1
+    return TokenDataset(
+        tokens, masks, dropped, truncated, escaped=escaped, attention_mask=there
+    )
 
 
 def _texts(record: Record) -> list[str]:
