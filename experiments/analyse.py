@@ -16,7 +16,6 @@ one DIR add up; runs below it (`exhaustion`, `coupling`) are resumed where they 
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -161,13 +160,13 @@ def execute(context: Context, names: Sequence[str]) -> Path:
     """
     cli.enable_compilation_cache()
     from sbr_jax.analysis.theme import to_png
-    from sbr_jax.training.results import plain_numbers, read_json, write_atomically
+    from sbr_jax.training.records import plain_numbers, read_json, write_record
 
     folder = context.plan.workdir
     path = folder / OUTPUT
     whole = {"of": plain_numbers(identity(context))}
     if path.exists():
-        before = read_json(path, REMEDY)
+        before = read_json(path, REMEDY, sealed=True)
         if before.get("of") != whole["of"]:
             raise UserError(
                 f"{folder} belongs to analyses of another preset, model or settings; "
@@ -183,7 +182,7 @@ def execute(context: Context, names: Sequence[str]) -> Path:
         if not context.plan.quiet:
             print(f"{name} ...", file=sys.stderr, flush=True)
         whole[name] = plain_numbers(ANALYSES[name](context))
-        write_atomically(path, json.dumps(whole, indent=1) + "\n")
+        write_record(path, whole, indent=1)
     return write_page(folder, whole, to_png)
 
 

@@ -23,7 +23,7 @@ def dated(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         UserError: for a damaged record.
     """
     from sbr_jax.data.template import process_date
-    from sbr_jax.training.results import read_json
+    from sbr_jax.training.records import read_json
 
     if options.get("date", "") is not None:
         return dict(options)

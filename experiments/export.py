@@ -157,7 +157,7 @@ def make_plan(arguments: Arguments) -> Plan:
 
 def _config(workdir: Path) -> dict[str, Any]:
     """The configuration of a run of `experiments.run`."""
-    from sbr_jax.training.results import read_json
+    from sbr_jax.training.records import read_json
 
     path = workdir / "config.json"
     if not path.is_file():
@@ -184,7 +184,8 @@ def _place(
         UserError: for an unknown row or seed, and a stage that is not finished or whose
             adapter is gone.
     """
-    from sbr_jax.training.results import BASE
+    from sbr_jax.training.results import run_of
+    from sbr_jax.training.stage_records import BASE, read_result
 
     rows = {p.name.replace("+", ":"): p for p in sorted(workdir.glob("stages/*"))}
     rows.pop(BASE, None)
@@ -206,10 +207,14 @@ def _place(
             f"{arguments.row}, seed {arguments.seed}: expected stage {stage} to be "
             f"finished, found {shown}; continue the run, or name one with --stage"
         )
-    holding = [n for n, path in stages.items() if (path / "adapter").is_dir()]
-    if not (before := [n for n in holding if n <= stage]):
-        # A newer checkpoint replaces the older ones.
-        kept = f"that of {stages[holding[0]].name}" if holding else "none"
+    run = run_of(config)
+    records = {n: read_result(path, run) or {} for n, path in stages.items()}
+    holding = [n for n, record in records.items() if "adapter" in record["files"]]
+    before = [n for n in holding if n <= stage]
+    replaced = before and before != holding
+    # A newer checkpoint replaces the older ones.
+    if not before or (replaced and not (stages[before[-1]] / "adapter").is_dir()):
+        kept = f"that of {stages[holding[-1]].name}" if holding else "none"
         raise UserError(
             f"--stage {stage}: expected a stage whose adapter is still there, found "
             f"{kept}; name it, or a later one"
@@ -295,10 +300,11 @@ def execute(plan: Plan) -> None:
 
 
 def _reached(plan: Plan) -> str:
-    from sbr_jax.training.results import read_result
+    from sbr_jax.training.results import run_of
+    from sbr_jax.training.stage_records import read_result
 
     (folder,) = plan.place.parent.glob(f"{plan.stage:02d}-*")
-    record = read_result(folder)
+    record = read_result(folder, run_of(plan.config))
     if record is None:
         raise UserError(f"expected a finished stage in {folder}, found no result.json")
     line = record["line"]

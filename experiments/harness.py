@@ -11,7 +11,6 @@ and seed as soon as it is there, and the same command continues.
 import contextlib
 import hashlib
 import io
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +141,7 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
     from sbr_jax.evaluation.harness import evaluate_with_harness
     from sbr_jax.evaluation.runner import ModelRunner
     from sbr_jax.evaluation.scorer import Budget
-    from sbr_jax.training.results import plain_numbers, write_atomically
+    from sbr_jax.training.records import plain_numbers, write_record
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     path = plan.workdir / FILE
@@ -176,7 +175,7 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
                 metrics |= bias_of(wanted.items, picks)
         entries.append({"method": row, "seed": seed, "metrics": plain_numbers(metrics)})
         whole = {"of": _identity(plan, tasks), "results": entries}
-        write_atomically(path, json.dumps(whole, indent=1) + "\n")
+        write_record(path, whole, indent=1)
     return path
 
 
@@ -205,11 +204,13 @@ def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
 def _identity(plan: Any, tasks: Mapping[str, Task]) -> dict[str, Any]:
     """What all entries of one `harness.json` have in common."""
     from sbr_jax.evaluation.harness_tasks import import_harness
+    from sbr_jax.training.results import Workdir
 
     def digest(items: Sequence[Any]) -> str:
         return hashlib.sha256("\n".join(i.id for i in items).encode()).hexdigest()[:12]
 
     return {
+        "run": Workdir(plan.workdir).run,
         "lm_eval": import_harness().__version__,
         "items": {name: len(task.items) for name, task in tasks.items()},
         "ids": {name: digest(task.items) for name, task in tasks.items()},
@@ -223,15 +224,15 @@ def _entries(plan: Any, tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
     Raises:
         UserError: where it is of other tasks or items.
     """
-    from sbr_jax.training.results import read_json
+    from sbr_jax.training.records import read_json
 
     path = plan.workdir / FILE
     if not path.exists():
         return []
-    whole = read_json(path, "delete it and run the same command again")
+    whole = read_json(path, sealed=True)
     if whole.get("of") != _identity(plan, tasks):
         raise UserError(
-            f"{path} holds other tasks, items or another lm-eval: ask for the same "
+            f"{path} holds other tasks, items or weights: ask for the same "
             "again, or move that file away"
         )
     return list(whole["results"])

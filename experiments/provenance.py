@@ -21,6 +21,7 @@ from typing import Any
 from experiments import cli, files
 from experiments.code_version import ROOT, code_hash
 from experiments.markdown_tables import MARK, PageTable, page_figures, page_tables
+from sbr_jax.files import read_object
 from sbr_jax.typing import UserError
 
 PROGRAM = "python -m experiments.provenance"
@@ -110,7 +111,7 @@ def _brief(measured: Measured) -> dict[str, Any]:
 
 def read_manifest(root: Path = ROOT) -> Manifest:
     """Read `docs/tables.json`."""
-    found = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    found = read_object(root / MANIFEST)
     tables = {
         name: Listed(
             table["version"], [[Measured(**m) for m in line] for line in table["lines"]]

@@ -17,13 +17,9 @@ from typing import Any
 import numpy as np
 
 from sbr_jax.training import code_record
-from sbr_jax.training.results import (
-    Workdir,
-    not_numbers,
-    read_config,
-    read_json,
-    unusable,
-)
+from sbr_jax.training.records import read_json
+from sbr_jax.training.results import Workdir, read_config
+from sbr_jax.training.stage_records import not_numbers, unusable
 from sbr_jax.typing import UserError
 
 REWRITE = "run the same command again, which writes the file anew"
@@ -55,7 +51,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise UserError(
@@ -221,7 +217,7 @@ class Run:
         lines = [x for x in self._of("repair", method=method) if x["seed"] in seeds]
         if not seeds or not lines:
             return None
-        fired = [x for x in lines if x["metrics"].get("blocks", 0) > 0]
+        fired = [x for x in lines if (x["metrics"].get("blocks") or 0) > 0]
         return len(fired) / len(seeds)
 
     def seconds_per_step(self, method: str) -> float | None:

@@ -70,7 +70,7 @@ def deployments(
     """
     from sbr_jax.training import sharding
     from sbr_jax.training.program import init_adapter
-    from sbr_jax.training.results import BASE
+    from sbr_jax.training.stage_records import BASE
     from sbr_jax.training.stages import EVALUATE
 
     mesh = None

@@ -1,7 +1,6 @@
 """What a sweep has done, how long the rest will take, and its table."""
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,13 +120,13 @@ def clock(seconds: float | None) -> str:
 
 def note_memory(plan: run.Plan, row: str) -> None:
     """Write down what a row's training step takes, once for each cell."""
-    from sbr_jax.training.results import read_json, write_atomically
+    from sbr_jax.training.records import read_json, write_record
 
     path = plan.workdir / MEMORY
     known = read_json(path, LOST) if path.exists() else {}
     if row not in known:
         known[row] = step_bytes(plan, row)
-        write_atomically(path, json.dumps(known, indent=1) + "\n")
+        write_record(path, known, indent=1)
 
 
 def step_bytes(plan: run.Plan, row: str) -> int:
@@ -174,7 +173,7 @@ def step_bytes(plan: run.Plan, row: str) -> int:
 
 def merged_table(sweep: Sweep) -> Table:
     """Mean ± standard deviation over seeds, a row for each row of each cell."""
-    from sbr_jax.training.results import read_json
+    from sbr_jax.training.records import read_json
 
     finished = {part.cell for part, (_, whole) in spent(sweep).items() if whole}
     found: list[tuple[str, str, Run, dict[str, int]]] = []
@@ -217,7 +216,7 @@ def write_table(sweep: Sweep) -> Path | None:
     A sweep of one cell writes into the cell's own folder, so that processes with a
     cell each do not write the same file.
     """
-    from sbr_jax.training.results import write_atomically
+    from sbr_jax.training.records import write_atomically
 
     table = merged_table(sweep)
     if not table.rows:

@@ -48,7 +48,8 @@ LLAMA31 = (
     "{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set rest = messages[1:] %}"
     "{% set system = messages[0]['content'] + '\n\n' %}{% else %}"
     "{% set rest = messages %}{% set system = '' %}{% endif %}{% for m in rest %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"

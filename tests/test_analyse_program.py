@@ -13,7 +13,7 @@ from analyses_case import MATERIAL, REQUESTS, STEPS
 from experiments import analyse, analyses, configs, run
 from sbr_jax.analysis import exhaustion
 from sbr_jax.subspace import effective_rank
-from sbr_jax.training.results import plain_numbers
+from sbr_jax.training.records import plain_numbers, read_json, write_record
 from sbr_jax.typing import UserError
 
 
@@ -54,11 +54,11 @@ def test_all_analyses_of_a_tiny_study(tmp_path, monkeypatch):
     monkeypatch.setattr(analyses, "DRAWS", 1)
     folder = tmp_path / "w"
     page = analyse.execute(tiny_context(folder), ["sensitivity", "exhaustion"])
-    first = json.loads((folder / "analysis.json").read_text())
+    first = read_json(folder / "analysis.json")
     assert set(first) == {"of", "sensitivity", "exhaustion"}
     assert first["sensitivity"]["sizes"] == [30, 60, 66]
     analyse.execute(tiny_context(folder), ["harm-types", "coupling", "probe"])
-    whole = json.loads((folder / "analysis.json").read_text())
+    whole = read_json(folder / "analysis.json")
     assert set(whole) == {"of", *analyses.ANALYSES}
     assert whole["exhaustion"] == first["exhaustion"]
     row = whole["exhaustion"]["safeanchor-exact:projection-only"]
@@ -172,7 +172,7 @@ UNDRAWN = {
 def keep(folder, context, **stored):
     """An `analysis.json` of the context's study that holds these results."""
     whole = {"of": plain_numbers(analyse.identity(context)), **stored}
-    (folder / "analysis.json").write_text(json.dumps(whole))
+    write_record(folder / "analysis.json", whole)
 
 
 @pytest.mark.parametrize(("name", "stored"), UNDRAWN.values(), ids=UNDRAWN)

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import synthetic_run
 
+from experiments import report
 from experiments.results import read_run
-from sbr_jax.training.results import Workdir, read_result, write_result
+from sbr_jax.training.records import digest_of, write_record
+from sbr_jax.training.results import Workdir, run_of
+from sbr_jax.training.stage_records import read_result, unusable, write_result
 from sbr_jax.typing import UserError
 
 LINE = {
@@ -32,21 +35,22 @@ def one_line(error):
 
 # --- a finished stage -----------------------------------------------------------------
 
+RECORD = {
+    "line": LINE,
+    "timing": {},
+    "run": "r",
+    "place": "plain/0/01-train",
+    "files": {},
+}
 RECORDS = {
-    "nothing": ({}, "line.method"),
-    "empty parts": ({"line": {}, "timing": {}}, "line.method"),
-    "line": ({"line": [], "timing": {}}, "line.method"),
-    "seed": ({"line": {**LINE, "seed": "0"}, "timing": {}}, "usable line.seed;"),
-    "timing": ({"line": LINE}, "usable timing;"),
-    "metric": (
-        {"line": {**LINE, "metrics": {"loss": "low"}}, "timing": {}},
-        "usable line.metrics.loss;",
+    "nothing": ({}, "expected a digest in"),
+    "unsealed": (RECORD, "expected a digest in"),
+    "edited": (
+        {**RECORD, "timing": {"seconds": 1}, "digest": digest_of(RECORD)},
+        "it was changed after it was written",
     ),
-    "diagnostic": (
-        {"line": {**LINE, "diagnostics": {"alpha": {"q": ["a"]}}}, "timing": {}},
-        "usable line.diagnostics.alpha;",
-    ),
-    "seconds": ({"line": LINE, "timing": {"seconds": "2 s"}}, "timing.seconds;"),
+    "of another run": ({**RECORD, "run": "q"}, "found one of another run"),
+    "of another seed": ({**RECORD, "place": "plain/1/01-train"}, "that of plain/1/01"),
 }
 
 
@@ -54,19 +58,26 @@ def stage(folder):
     return Workdir(folder).stage("plain", 0, 1, "train")
 
 
-@pytest.mark.parametrize(("record", "named"), RECORDS.values(), ids=RECORDS)
-def test_a_damaged_stage_is_named(record, named, tmp_path):
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_stage_is_named(name, tmp_path):
+    config = {"settings": {}}
+    write_record(tmp_path / "config.json", config)
+    run = run_of(config)
+    record, named = RECORDS[name]
     path = stage(tmp_path) / "result.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(record))
+    record = {k: run if v == "r" else v for k, v in record.items()}
+    if name.startswith("of"):
+        write_record(path, record)
+    else:
+        path.write_text(json.dumps(record))
 
     def open_again():
-        with Workdir(tmp_path).opened({"settings": {}}, {}):
+        with Workdir(tmp_path).opened(config, {}):
             pytest.fail("work would begin")
 
-    (tmp_path / "config.json").write_text('{"settings": {}}')
     readers = (
-        lambda: read_result(path.parent),
+        lambda: read_result(path.parent, run),
         lambda: Workdir(tmp_path).lines(()),
         open_again,
     )
@@ -74,14 +85,18 @@ def test_a_damaged_stage_is_named(record, named, tmp_path):
         with pytest.raises(UserError) as error:
             reader()
         said = one_line(error)
-        assert f"expected a stage's record in {path}, " in said
+        assert str(path) in said
         assert named in said
-        assert said.endswith("delete its folder to compute that stage again")
+        seed = path.parent.parent
+        assert said.endswith(f": delete {seed} and run the same command again")
 
 
 def test_what_a_run_writes_is_in_order(tmp_path):
+    config = {"settings": {}}
+    write_record(tmp_path / "config.json", config)
     written = write_result(
         stage(tmp_path),
+        run=run_of(config),
         method="plain",
         seed=0,
         stage="train",
@@ -92,8 +107,23 @@ def test_what_a_run_writes_is_in_order(tmp_path):
         timing={"seconds": 1.5, "seconds_per_step": None},
     )
     assert written["line"]["metrics"] == {"loss": None, "blocks": 1}
-    assert Workdir(tmp_path).lines(()) == [written] == [read_result(stage(tmp_path))]
-    assert read_result(tmp_path) is None
+    found = read_result(stage(tmp_path), run_of(config))
+    assert Workdir(tmp_path).lines(()) == [written] == [found]
+    assert read_result(tmp_path, run_of(config)) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ([], "method"),
+        ({**LINE, "seed": "0"}, "seed"),
+        ({**LINE, "metrics": {"loss": "low"}}, "metrics.loss"),
+        ({**LINE, "diagnostics": {"alpha": {"q": ["a"]}}}, "diagnostics.alpha"),
+    ],
+)
+def test_a_line_that_no_run_writes_is_named(line, named):
+    assert unusable(line)[0] == named
+    assert unusable(LINE) == []
 
 
 # --- the files of a run ---------------------------------------------------------------
@@ -126,6 +156,18 @@ def test_a_metric_that_was_not_finite_is_none_that_is_damaged(finished):
     change(finished / "results.jsonl", 3, composite=None)
     assert not read_run(finished).metric("plain", "composite").size
     assert read_run(finished).metric("plain", "refusal").size
+
+
+@pytest.mark.parametrize("stage", ["base", "train", "repair", "evaluate"])
+def test_a_report_bears_what_was_not_finite(stage, tmp_path):
+    run = synthetic_run.write(tmp_path / "run", ("plain", "safeanchor"), seeds=(0,))
+    path = run / "results.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for line in (line for line in lines if line["stage"] == stage):
+        line["metrics"] = dict.fromkeys(line["metrics"])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.main([str(run), "--quiet"]) == 0
+    assert "safeanchor" in (run / "report.md").read_text()
 
 
 def test_a_time_that_is_no_number_is_named(finished):

@@ -15,6 +15,8 @@ from sbr_jax import models
 from sbr_jax.models.peft import load_peft
 from sbr_jax.training import checkpoint, pipeline
 from sbr_jax.training.program import init_adapter
+from sbr_jax.training.records import read_json, write_record
+from sbr_jax.training.results import run_of
 
 STUDY = tiny.study()
 SETTINGS = tiny.settings(steps_per_domain=2)
@@ -175,6 +177,17 @@ def test_an_unfinished_row_needs_a_stage_that_is_still_there(whole, tmp_path, ca
     assert go(whole, tmp_path / "whole", "plain") == 0
     one, two = (load_peft(x, tiny.CONFIG) for x in (out, tmp_path / "whole"))
     jax.tree.map(np.testing.assert_array_equal, one, two)
+    # An older checkpoint that lies there is not taken for one that has gone.
+    shutil.copytree(
+        folder / "stages/plain/3/05-train/adapter",
+        folder / "stages/plain/3/01-train/adapter",
+    )
+    shutil.rmtree(folder / "stages/plain/3/05-train/adapter")
+    start = command(folder, tmp_path / "third", "plain")
+    for stage in ("5", "4"):
+        assert f"delete {folder}/stages/plain/3 and" in said(
+            capsys, *start, "--stage", stage
+        )
     # What SaLoRA ships depends on a state that stage 7 has replaced.
     start = command(folder, tmp_path / "other", "salora")
     assert "state" in said(capsys, *start, "--stage", "5")
@@ -207,12 +220,19 @@ def test_mistakes_are_one_line_before_anything_is_built(
     assert not out.exists()
 
 
+def rewrite(folder, config):
+    """Makes of a run one that had another configuration from the beginning."""
+    write_record(folder / "config.json", config)
+    for path in folder.rglob("result.json"):
+        write_record(path, {**read_json(path), "run": run_of(config)})
+
+
 def test_folders_of_other_programs_presets_and_versions_are_refused(
     whole, tmp_path, capsys
 ):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     start = command(folder, tmp_path / "out", "plain")
     for change, wanted in (
         ({"attack": {"name": "poison"}}, "experiments.attack"),
@@ -220,10 +240,10 @@ def test_folders_of_other_programs_presets_and_versions_are_refused(
         ({"fingerprint": "other"}, "other data or another model"),
         ({"settings": {**config["settings"], "odd": 1}}, "settings odd"),
     ):
-        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        rewrite(folder, {**config, **change})
         assert wanted in said(capsys, *start)
     del config["domains"]
-    (folder / "config.json").write_text(json.dumps(config))
+    rewrite(folder, config)
     assert "expected domains" in said(capsys, *start)
     assert not (tmp_path / "out").exists()
 
@@ -231,8 +251,8 @@ def test_folders_of_other_programs_presets_and_versions_are_refused(
 def test_what_a_preset_cannot_do_without_is_asked_for_first(whole, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "study": {}}))
+    config = read_json(folder / "config.json")
+    rewrite(folder, {**config, "study": {}})
     _, *start = command(folder, tmp_path / "out", "plain")
     error = said(capsys, "llama2-7b", *start)
     assert "expected --model FOLDER_OR_HUB_ID" in error

@@ -17,7 +17,7 @@ import pytest
 import tiny
 
 from sbr_jax.data.batches import TokenDataset
-from sbr_jax.training import results, stages
+from sbr_jax.training import records, results, stages
 from sbr_jax.training.pipeline import run
 from sbr_jax.training.study import check_disjoint
 from sbr_jax.typing import UserError
@@ -333,5 +333,5 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 def test_numbers_in_results_are_valid_json():
     tree = {"a": np.float32(1 / 3), "b": [np.nan, 1], "c": jax.numpy.ones(2)}
-    found = results.plain_numbers(tree)
+    found = records.plain_numbers(tree)
     assert found == {"a": 0.333333, "b": [None, 1], "c": [1.0, 1.0]}

@@ -21,7 +21,7 @@ from sbr_jax.evaluation.items import Result
 from sbr_jax.evaluation.judges import CallableJudge, Verdict
 from sbr_jax.evaluation.keyword import KeywordJudge
 from sbr_jax.training import pipeline
-from sbr_jax.training.results import read_json
+from sbr_jax.training.records import read_json, write_record
 from sbr_jax.typing import UserError
 
 DATA = files.DATA
@@ -203,12 +203,19 @@ def test_every_row_is_put_through_the_harness_once(finished, fake_harness, capsy
     # Another call finds everything done; one entry less is one evaluation more.
     harness.evaluate(plan, study, tasks)
     assert len(fake_harness) == 5
-    path.write_text(json.dumps({**whole, "results": whole["results"][:-1]}))
+    write_record(path, {**whole, "results": whole["results"][:-1]})
     harness.evaluate(plan, study, tasks)
     assert len(fake_harness) == 6
     assert read_json(path) == whole
     with pytest.raises(UserError, match="holds other tasks"):
         harness.evaluate(plan, study, {"bbq": tasks["bbq"]})
+    # Neither an edited score nor the file of another run is gone on from.
+    path.write_text(path.read_text().replace("25.0", "26.0"))
+    with pytest.raises(UserError, match=r"delete .* and run the same command again"):
+        harness.evaluate(plan, study, tasks)
+    write_record(path, {**whole, "of": {**whole["of"], "run": "another"}})
+    with pytest.raises(UserError, match="holds other tasks, items or weights"):
+        harness.evaluate(plan, study, tasks)
 
 
 def plan_of(*more, data=None):

@@ -13,7 +13,9 @@ from experiments.configs import tuning
 from experiments.configs.sweeps import SWEEPS
 from experiments.sweep_state import Part
 from sbr_jax.methods import METHODS
-from sbr_jax.training.results import Workdir, write_atomically, write_result
+from sbr_jax.training.records import write_record
+from sbr_jax.training.results import Workdir, run_of
+from sbr_jax.training.stage_records import write_result
 
 ORDERS = {
     "forward": {
@@ -165,12 +167,13 @@ def fake_stages(folder, row, seed, stages, seconds=10.0, domains=2):
     """Finished stages of a run, as the pipeline leaves them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"settings": {}, "domains": ["medical", "legal"][:domains]}
-    write_atomically(folder / "config.json", json.dumps(config))
+    write_record(folder / "config.json", config)
     names = [(0, "subspace"), (1, "train"), (4, "evaluate"), (5, "train")]
     names += [(8, "evaluate")]
     for number, stage in names[:stages]:
         write_result(
             Workdir(folder).stage(row, seed, number, stage),
+            run=run_of(config),
             method=row,
             seed=seed,
             stage=stage,

@@ -105,7 +105,7 @@ def test_prompts_longer_than_the_context_are_refused(family):
     assert (len(found), found.dropped) == (0, 1)
 
 
-@pytest.mark.parametrize("encode", [text.encode_prompts, text.encode_text_prompts])
+@pytest.mark.parametrize("encode", [data.encode_prompts, data.encode_text_prompts])
 def test_a_text_is_no_list_of_prompts(encode):
     with pytest.raises(UserError, match="expected a list of prompts, got a text"):
         encode(None, "How do I bake bread?")

@@ -16,7 +16,7 @@ from sbr_jax.evaluation.judges import (
     verdict_bounds,
     verdict_rates,
 )
-from sbr_jax.training.results import plain_numbers
+from sbr_jax.training.records import plain_numbers
 
 R, C, G, U = Verdict
 SIDES = ("refusal", "compliance", "gibberish")

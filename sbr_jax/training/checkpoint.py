@@ -5,8 +5,11 @@ tens of milliseconds. A save is atomic: Orbax writes beside the target and renam
 """
 
 import contextlib
+import errno
 import logging
+import os
 import pathlib
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,16 +17,17 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from sbr_jax.training.records import unwritable, writing
 from sbr_jax.typing import PyTree, UserError
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's progress notes and its warnings about itself to itself."""
+    """Keeps to itself what Orbax notes, warns of, or raises as well."""
     loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,18 +44,35 @@ def save(folder: str | pathlib.Path, tree: PyTree) -> None:
       folder: where; its parent must exist.
       tree: arrays and Python numbers. Typed PRNG keys are refused by Orbax's
         standard handler: save the integer they were made from.
+
+    Raises:
+      UserError: where it cannot be written.
     """
     import orbax.checkpoint as ocp
 
     folder = pathlib.Path(folder).resolve()
-    if folder.exists():
-        shutil.rmtree(folder)
     arrays = _arrays(tree)
-    if not arrays:  # Orbax refuses an empty tree.
-        folder.mkdir()
-        return
-    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-        writer.save(folder, args=ocp.args.StandardSave(arrays))
+    with writing(folder):
+        for path in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path)  # A kill or a full disk left it.
+        if folder.exists():
+            shutil.rmtree(folder)
+        if not arrays:  # Orbax refuses an empty tree.
+            folder.mkdir()
+            return
+        # Asked first: Orbax writes arrays side by side, and each complains for itself.
+        if shutil.disk_usage(folder.parent).free < sum(x.nbytes for x in arrays):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+            writer.save(folder, args=ocp.args.StandardSave(arrays))
+    except (ValueError, OSError) as error:
+        # TensorStore has one exception for all, with the system's number in its text.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = error.errno if isinstance(error, OSError) else code and int(code[1])
+        if number is None:
+            raise
+        raise unwritable(folder, os.strerror(number)) from error
 
 
 def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
@@ -82,7 +103,7 @@ def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
     try:
         with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             found = reader.restore(folder, args=ocp.args.StandardRestore(target))
-    except (ValueError, KeyError, FileNotFoundError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise UserError(
             f"checkpoint {folder} does not hold what is expected "
             f"({str(error).splitlines()[0][:200]}); it is damaged or of another "

@@ -7,7 +7,8 @@ was interrupted and continued with other code has two hashes.
 import json
 import pathlib
 
-from sbr_jax.training.results import write_atomically
+from sbr_jax.files import parse_json, read_text
+from sbr_jax.training.records import write_atomically
 from sbr_jax.typing import UserError
 
 NAME = "code.json"
@@ -25,14 +26,12 @@ def read(folder: pathlib.Path) -> list[str]:
     path = folder / NAME
     if not path.exists():
         return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
+    remedy = "delete it, and the row's code counts as unknown"
+    found = parse_json(read_text(path, remedy), str(path), remedy)
     if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
         raise UserError(
             f"expected a list of hashes in {path}, got something else; it was damaged "
-            "after it was written: delete it, and the row's code counts as unknown"
+            f"after it was written: {remedy}"
         )
     return found
 

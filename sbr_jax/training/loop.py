@@ -130,7 +130,7 @@ def train(
       The trained state with its history.
 
     Raises:
-      UserError: at the first step whose loss or gradient is not finite.
+      UserError: at the first step whose loss, gradient or update is not finite.
     """
     places = [where] if isinstance(where, str) else list(where)
     before = {name: list(values) for name, values in (history or {}).items()}
@@ -182,10 +182,11 @@ def _check_finite(metrics: Mapping[str, Any], step: int, places: list[str]) -> N
     bad = int(np.argmin(finite))
     loss = float(np.atleast_1d(metrics["loss"])[bad])
     norm = float(np.atleast_1d(metrics["grad_norm"])[bad])
+    update = float(np.atleast_1d(metrics["update_norm"])[bad])
     raise UserError(
-        f"{places[bad]}: expected a finite loss, got {loss} (gradient norm {norm}) "
-        f"at step {step}; finished stages are kept and nothing of this one is saved: "
-        "lower the learning rate or look at the data"
+        f"{places[bad]}: expected a finite loss and update, got {loss} (gradient norm "
+        f"{norm}, update norm {update}) at step {step}; finished stages are kept and "
+        "nothing of this one is saved: lower the learning rate or look at the data"
     )
 
 

@@ -11,6 +11,8 @@ as one block of steps on L_task + β L_safe, and at most one further block.
 from collections.abc import Callable
 from typing import TypeVar
 
+from sbr_jax.training.finite import require_number
+
 Trained = TypeVar("Trained")
 
 
@@ -39,6 +41,7 @@ def monitor(
     *,
     tolerance: float = 0.05,
     max_blocks: int = 2,
+    where: str = "monitor",
 ) -> tuple[Trained, list[float]]:
     """Probes, and repairs while the rule says so, at most ``max_blocks`` times.
 
@@ -49,18 +52,22 @@ def monitor(
       start_score: s_0.
       tolerance: τ.
       max_blocks: one block and, as published, at most one further.
+      where: names the run in messages.
 
     Returns:
       What is left, and the probe's score before and after each block: a list of
       length 1 means that no repair was needed.
 
+    Raises:
+      UserError: for a score that is not finite, which would ask for no repair.
+
     >>> monitor(0, lambda x: 90.0 + 6 * x, lambda x, block: x + 1, 100.0)
     (1, [90.0, 96.0])
     """
-    scores = [float(probe(trained))]
+    scores = [require_number(probe(trained), f"{where}, probe")]
     for block in range(max_blocks):
         if not needs_repair(scores[-1], start_score, tolerance):
             break
         trained = repair(trained, block)
-        scores.append(float(probe(trained)))
+        scores.append(require_number(probe(trained), f"{where}, probe"))
     return trained, scores

@@ -22,9 +22,11 @@ from sbr_jax.methods import ABLATIONS, METHODS, Method, unknown
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.models.lora import select_targets
 from sbr_jax.training import code_record, loop, sharding
+from sbr_jax.training.finite import require_finite_base, require_number
 from sbr_jax.training.program import Program, init_adapter, make_program
-from sbr_jax.training.results import BASE, Workdir, read_result, write_result
+from sbr_jax.training.results import Workdir
 from sbr_jax.training.settings import Settings
+from sbr_jax.training.stage_records import BASE, read_result, write_result
 from sbr_jax.training.stages import EVALUATE, TRAIN
 from sbr_jax.training.study import Study, refuse_leaks
 from sbr_jax.training.track import Track, measure
@@ -69,7 +71,8 @@ def run(
     Raises:
       UserError: before any work for an unknown name, an empty or leaking calibration
         set, wrong hyper-parameters, sizes that data or model cannot fill, or a folder
-        of another run; during work for a non-finite loss.
+        of another run, or one whose stages are damaged; during work for a loss, an
+        update or weights that are not finite, and where nothing can be written.
     """
     domains = tuple(study.domains) if domains is None else tuple(domains)
     overrides = overrides or {}
@@ -104,9 +107,9 @@ def run(
     with folder.opened(wanted, environment):
         mesh = next(iter(programs.values())).mesh
         base = sharding.place_base(mesh, study.model.params, study.model.config)
-        start_score = _base_stage(study, base, settings, domains, folder, say)
-        for row in methods:
-            tracks = [
+
+        def tracks_of(row: str, start_score: float | None) -> list[Track]:
+            return [
                 Track(
                     programs[row],
                     study,
@@ -121,11 +124,20 @@ def run(
                 )
                 for seed in seeds
             ]
+
+        for row in methods:
+            for track in tracks_of(row, None):
+                track.require_usable()
+        start_score = _base_stage(study, base, settings, domains, folder, say)
+        for row in methods:
+            tracks = tracks_of(row, start_score)
             for track in tracks if code else []:
                 if not track.finished(track.number(len(domains) - 1, EVALUATE)):
                     code_record.add(track.folder(0).parent, code[row])
             for group in [tracks] if mapped else [[track] for track in tracks]:
                 _run_group(group, domains, mapped)
+                for track in group:
+                    track.require_complete()
                 folder.publish(order)
         return folder.publish(order)
 
@@ -214,19 +226,23 @@ def _base_stage(
 ) -> float | None:
     """Measures the aligned model once; returns the monitor's s_0."""
     path = folder.stage(BASE, None, 0, "base")
-    record = read_result(path)
+    record = read_result(path, folder.run)
     if record is None:
         began = time.perf_counter()
+        require_finite_base(base, "base model")
         # A fresh adapter is no adapter (B = 0), and shares the compiled programs.
         adapter = init_adapter(study, settings, 0)
         metrics = measure(study, base, adapter, domains)
         accuracies = [metrics[f"accuracy/{name}"] for name in domains]
         metrics["domain_accuracy"] = float(np.mean(accuracies))
         if study.probe is not None:
-            metrics["probe"] = float(study.probe(base, adapter))
+            score = study.probe(base, adapter)
+            metrics["probe"] = require_number(score, "base model, probe")
         seconds = time.perf_counter() - began
+        folder.require_held()
         record = write_result(
             path,
+            run=folder.run,
             method=BASE,
             seed=None,
             stage="base",

@@ -1,59 +1,36 @@
 """The working directory: finished stages, result lines, the summary.
 
 A stage is a folder whose ``result.json`` is renamed into place last; without it the
-stage never happened. ``results.jsonl``, ``timings.jsonl`` and ``summary.json`` are
-functions of the finished stages and are written anew.
+stage never happened. That record knows the run, its own place in it and the digests of
+the stage's files, and all of it is compared on reading. ``results.jsonl``,
+``timings.jsonl`` and ``summary.json`` are functions of the finished stages and are
+written anew.
 """
 
 import contextlib
 import json
-import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from sbr_jax.training.records import (
+    DamagedError,
+    again,
+    digest_of,
+    plain_numbers,
+    read_json,
+    write_atomically,
+    write_record,
+    writing,
+)
+from sbr_jax.training.stage_records import BASE, HISTORY, PARTIAL, RESULT, read_result
 from sbr_jax.training.summary import summarise
 from sbr_jax.typing import UserError
 
-BASE = "base"
 ENVIRONMENT = ("versions", "hardware")
-RECOMPUTE = "delete its folder to compute that stage again"
-LINE = {
-    "method": str,
-    "seed": int | None,
-    "stage": str,
-    "domain": str | None,
-    "index": int,
-    "metrics": dict,
-    "diagnostics": dict,
-}
-"""What a finished stage's line holds; see :func:`write_result`."""
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that it is either whole or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def plain_numbers(tree: Any) -> Any:
-    """Arrays to nested lists, floats to six digits, NaN to null: what JSON holds."""
-    if isinstance(tree, Mapping):
-        return {str(k): plain_numbers(v) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [plain_numbers(v) for v in tree]
-    if isinstance(tree, (bool, str, int)) or tree is None:
-        return tree
-    if isinstance(tree, float):
-        return float(f"{tree:.6g}") if math.isfinite(tree) else None
-    return plain_numbers(np.asarray(tree).tolist())
+RESTORE = "restore it, or choose another folder"
 
 
 class Workdir:
@@ -66,6 +43,22 @@ class Workdir:
           folder: where results go.
         """
         self.folder = pathlib.Path(folder)
+        self._run: str | None = None
+        self._lock: Any = None
+
+    @property
+    def run(self) -> str:
+        """The digest of what decides the results; every record carries it.
+
+        Raises:
+          UserError: for a folder of an older version, which wrote no digests: it can be
+            reported, and not continued.
+        """
+        if self._run is None:
+            remedy = f"choose another folder, or {again(self.folder)}"
+            path = self.folder / "config.json"
+            self._run = run_of(read_json(path, remedy, sealed=True))
+        return self._run
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuses a folder that belongs to other settings; touches nothing.
@@ -78,29 +71,48 @@ class Workdir:
           UserError: naming the settings that differ.
         """
         path = self.folder / "config.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"workdir {self.folder}: expected a folder, found a file")
-        if not path.exists():
-            refuse_foreign(self.folder, "config.json")
+        with writing(self.folder):  # A name may be too long even to ask for.
+            if self.folder.exists() and not self.folder.is_dir():
+                raise UserError(
+                    f"workdir {self.folder}: expected a folder, found a file"
+                )
+            if not path.exists():
+                if not self._all_of(run_of(config)):
+                    refuse_foreign(self.folder, "config.json")
+                return
+        whole = read_config(self.folder, f"{again(path)}, or {RESTORE}")
+        there = _flat({k: v for k, v in whole.items() if k not in ENVIRONMENT})
+        here = _flat(json.loads(json.dumps(config)))
+        keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+        if not keys:
             return
-        whole = read_config(self.folder)
+        if self._all_of(run_of(config)):
+            raise DamagedError(
+                f"expected the settings of the stages here in {path}, found something "
+                "else",
+                path,
+            )
         if "settings" not in whole:
             raise UserError(
                 f"expected the settings of a run in {path}, found another program's "
                 "file; choose another folder"
             )
-        there = _flat({k: v for k, v in whole.items() if k not in ENVIRONMENT})
-        here = _flat(json.loads(json.dumps(config)))
-        keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
-        if keys:
-            shown = "; ".join(
-                f"{k}: there {_short(there.get(k))}, now {_short(here.get(k))}"
-                for k in keys
-            )
-            raise UserError(
-                f"{self.folder} belongs to a run with other settings: {shown}; "
-                "choose another folder or the same settings"
-            )
+        shown = "; ".join(
+            f"{k}: there {_short(there.get(k))}, now {_short(here.get(k))}"
+            for k in keys
+        )
+        raise UserError(
+            f"{self.folder} belongs to a run with other settings: {shown}; "
+            "choose another folder or the same settings"
+        )
+
+    def _all_of(self, run: str) -> bool:
+        """Whether there are finished stages, and all readable ones are of this run."""
+        found = set()
+        for path in self.folder.glob(f"stages/*/*/*/{RESULT}"):
+            with contextlib.suppress(UserError):
+                found.add(read_json(path).get("run"))
+        return found - {None} == {run}
 
     @contextlib.contextmanager
     def opened(
@@ -109,12 +121,13 @@ class Workdir:
         """Creates the folder and ``config.json``, and holds the lock.
 
         Raises:
-          UserError: if another process holds it, a finished stage's record is
-            damaged, or :meth:`check` refuses.
+          UserError: if another process holds it, a finished stage's record is damaged
+            or of another run, or :meth:`check` refuses.
         """
         import fcntl
 
         self.check(config)
+        path = self.folder / "config.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("w")
@@ -131,17 +144,55 @@ class Workdir:
                     f"workdir {self.folder} is in use by another run; wait for it or "
                     "choose another folder"
                 ) from error
-            self.lines(())  # What cannot be published is refused before any work.
-            if not (self.folder / "config.json").exists():
-                text = json.dumps({**config, **environment}, indent=2) + "\n"
-                write_atomically(self.folder / "config.json", text)
-            yield
+            self._run = None if path.exists() else run_of(config)
+            records = self.lines(())  # What cannot be published is refused at once.
+            if not path.exists():
+                write_record(path, {**config, **environment}, indent=2)
+            self._tidy(records)
+            self._lock = lock
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def require_held(self) -> None:
+        """Refuses to go on in a folder that was deleted or replaced in mid-run.
+
+        Raises:
+          UserError: naming it.
+        """
+        if self._lock is None:
+            return
+        own = os.fstat(self._lock.fileno())
+        try:
+            same = os.path.samestat(own, (self.folder / ".lock").stat())
+        except OSError:
+            same = False
+        if not same or not (self.folder / "config.json").exists():
+            raise UserError(
+                f"workdir {self.folder} was deleted or replaced while this run worked "
+                "in it, and so are its results: run the same command again"
+            )
 
     def stage(self, method: str, seed: int | None, number: int, stage: str):
         """The folder of one stage."""
         seed_part = "all" if seed is None else str(seed)
         name = method.replace(":", "+")
         return self.folder / "stages" / name / seed_part / f"{number:02d}-{stage}"
+
+    def _tidy(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Drops what a kill left behind: replaced and unfinished checkpoints."""
+        for path in self.folder.glob(f"stages/*/*/*/{PARTIAL}*"):
+            if (path.parent / RESULT).exists() or not (path / HISTORY).exists():
+                shutil.rmtree(path, ignore_errors=True)
+        newest: dict[tuple[pathlib.Path, str], pathlib.Path] = {}
+        for record in records:  # In order of the stages.
+            place = self.folder / "stages" / record["place"]
+            for name in record["files"]:
+                older = newest.get((place.parent, name))
+                if older is not None:
+                    shutil.rmtree(older, ignore_errors=True)
+                newest[place.parent, name] = place / name
 
     def lines(self, order: Sequence[str]) -> list[dict[str, Any]]:
         """Every finished stage's record, in canonical order.
@@ -150,16 +201,22 @@ class Workdir:
           order: method names; others come after, by name.
 
         Raises:
-          UserError: for a damaged record.
+          DamagedError: for records that are damaged, of another run or another place.
         """
         rank = {name: i for i, name in enumerate([BASE, *order])}
-        found = []
-        for path in (self.folder / "stages").glob("*/*/*/result.json"):
-            record = _read_record(path)
+        found, wrong = [], []
+        for path in sorted((self.folder / "stages").glob(f"*/*/*/{RESULT}")):
+            try:
+                record = read_result(path.parent, self.run)
+            except DamagedError as error:
+                wrong.append(error)
+                continue
             number = int(path.parent.name.split("-")[0])
             method, seed = record["line"]["method"], record["line"]["seed"]
             place = (rank.get(method, len(rank)), method, -1 if seed is None else seed)
             found.append(((*place, number), record))
+        if wrong:
+            raise DamagedError(wrong[0].reason, wrong[0].redo, wrong[1:])
         return [record for _, record in sorted(found, key=lambda item: item[0])]
 
     def publish(self, order: Sequence[str]) -> dict[str, Any]:
@@ -167,7 +224,11 @@ class Workdir:
 
         Returns:
           The summary.
+
+        Raises:
+          UserError: where they cannot be written, or the folder has gone.
         """
+        self.require_held()
         records = self.lines(order)
         lines = [json.dumps(r["line"]) + "\n" for r in records]
         write_atomically(self.folder / "results.jsonl", "".join(lines))
@@ -181,124 +242,18 @@ class Workdir:
         return summary
 
 
-def write_result(
-    folder: pathlib.Path,
-    *,
-    method: str,
-    seed: int | None,
-    stage: str,
-    domain: str | None,
-    index: int,
-    metrics: Mapping[str, Any],
-    diagnostics: Mapping[str, Any] | None = None,
-    timing: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Marks a stage as finished: its ``result.json``, renamed into place."""
-    line = {
-        "method": method,
-        "seed": seed,
-        "stage": stage,
-        "domain": domain,
-        "index": index,
-        "metrics": plain_numbers(metrics),
-        "diagnostics": plain_numbers(diagnostics or {}),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"line": line, "timing": plain_numbers(timing or {})}
-    write_atomically(folder / "result.json", json.dumps(record) + "\n")
-    return record
-
-
-def read_result(folder: pathlib.Path) -> dict[str, Any] | None:
-    """A finished stage's record, or None.
-
-    Raises:
-      UserError: if it is damaged.
-    """
-    path = folder / "result.json"
-    return _read_record(path) if path.exists() else None
-
-
-def _read_record(path: pathlib.Path) -> dict[str, Any]:
-    """A ``result.json`` of the shape that :func:`write_result` gives it."""
-    record = read_json(path)
-    timing = record.get("timing")
-    wrong = [f"line.{name}" for name in unusable(record.get("line"))]
-    if isinstance(timing, dict):
-        wrong += [f"timing.{name}" for name in not_numbers(timing)]
-    else:
-        wrong.append("timing")
-    if wrong:
-        raise UserError(
-            f"expected a stage's record in {path}, got one without a usable "
-            f"{', '.join(wrong)}; it was damaged after it was written: {RECOMPUTE}"
-        )
-    return record
-
-
-def unusable(line: Any) -> list[str]:
-    """What of a stage's line is missing, or of a type that no run writes.
-
-    Args:
-      line: as read from a file.
-
-    Returns:
-      Names of fields, or else of metrics and diagnostics that hold no numbers; empty
-      for a line in order.
-
-    >>> line = {"method": "plain", "seed": 0, "stage": "train", "domain": "legal"}
-    >>> unusable(line)
-    ['index', 'metrics', 'diagnostics']
-    >>> line |= {"index": 0, "diagnostics": {"alpha": {"q_proj": [0.5, None]}}}
-    >>> unusable({**line, "metrics": {"loss": "low", "removed": None}})
-    ['metrics.loss']
-    """
-    if not isinstance(line, dict):
-        return list(LINE)
-    wrong = [k for k, kind in LINE.items() if not isinstance(line.get(k, ...), kind)]
-    if wrong:
-        return wrong
-    deep = [k for k, tree in line["diagnostics"].items() if not _holds_numbers(tree)]
-    return [
-        *(f"metrics.{name}" for name in not_numbers(line["metrics"])),
-        *(f"diagnostics.{name}" for name in deep),
-    ]
-
-
-def not_numbers(found: Mapping[str, Any]) -> list[str]:
-    """Keys of values that are neither a number nor null, which JSON has for NaN."""
-    return [k for k, v in found.items() if not isinstance(v, int | float | None)]
-
-
-def _holds_numbers(tree: Any) -> bool:
-    if isinstance(tree, (dict, list)):
-        parts = tree.values() if isinstance(tree, dict) else tree
-        return all(map(_holds_numbers, parts))
-    return isinstance(tree, int | float | None)
-
-
-def read_json(path: pathlib.Path, remedy: str = RECOMPUTE) -> dict[str, Any]:
-    """Reads a file that a run wrote.
-
-    Raises:
-      UserError: if it is damaged; files are renamed into place when complete, so only
-        something else than a run can have cut one.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-    except ValueError as error:
-        raise UserError(
-            f"expected JSON in {path}, got something else ({error}); it was damaged "
-            f"after it was written: {remedy}"
-        ) from error
-    return found
-
-
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: pathlib.Path, remedy: str = RESTORE) -> dict[str, Any]:
     """Reads a run's ``config.json``; see :func:`read_json`."""
-    return read_json(folder / "config.json", "restore it, or choose another folder")
+    return read_json(folder / "config.json", remedy)
+
+
+def run_of(config: Mapping[str, Any]) -> str:
+    """The digest of what decides a run's results.
+
+    >>> run_of({"domains": ["legal"], "versions": {}}) == run_of({"domains": ["legal"]})
+    True
+    """
+    return digest_of({k: v for k, v in config.items() if k not in ENVIRONMENT})
 
 
 def refuse_foreign(folder: pathlib.Path, lacking: str, own: Sequence[str] = ()) -> None:

@@ -2,7 +2,8 @@
 
 A stage is done once: its folder holds what changed (``adapter``, ``state``) and, last,
 ``result.json``. Before the next stage is computed, what the finished ones left is
-loaded. Older checkpoints go when a newer stage is finished.
+loaded, each checkpoint from the stage that changed it last, as the records say; without
+it nothing is computed. Older checkpoints go when a newer stage is finished.
 
 Stages of domain i (from 0), after stage 0 (the method's ``init``): 4i+1 train, 4i+2
 repair (monitored rows), 4i+3 subspace (``end_domain``), 4i+4 evaluate.
@@ -12,7 +13,7 @@ import functools
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,18 @@ import numpy as np
 
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.training import checkpoint, sharding
+from sbr_jax.training.finite import require_finite, require_finite_base
 from sbr_jax.training.program import Program, init_adapter
-from sbr_jax.training.results import Workdir, write_result
+from sbr_jax.training.records import DamagedError, writing
+from sbr_jax.training.results import Workdir
 from sbr_jax.training.settings import Settings
+from sbr_jax.training.stage_records import (
+    PARTIAL,
+    read_result,
+    redo,
+    require_intact,
+    write_result,
+)
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree
 
@@ -70,6 +80,7 @@ class Stages:
         self.quiet, self.say = quiet, say
         self.method = program.method
         self._loaded = -1  # The last stage whose result is in memory.
+        self._records: dict[int, dict[str, Any]] = {}
         self.adapter: PyTree = None
         self.state: dict[str, Any] = {}
 
@@ -87,6 +98,7 @@ class Stages:
         base = self.method.prepare(
             self.program.problem, self._aligned, adapter, self.key(6)
         )
+        require_finite_base(base, f"{self.name}, prepared base weights")
         return sharding.place_base(mesh, base, model.config)
 
     def _first_adapter(self) -> PyTree:
@@ -104,6 +116,13 @@ class Stages:
         """The stage's number."""
         return 4 * index + kind
 
+    @property
+    def numbers(self) -> list[int]:
+        """Those of all stages of this row, in order."""
+        kinds = [kind for kind in NAMES if kind != REPAIR or self.monitored]
+        every = range(len(self.domains))
+        return [0, *(self.number(index, kind) for index in every for kind in kinds)]
+
     def folder(self, number: int) -> Path:
         """The stage's folder."""
         stage = "subspace" if number == 0 else NAMES[(number - 1) % 4 + 1]
@@ -111,7 +130,50 @@ class Stages:
 
     def finished(self, number: int) -> bool:
         """Whether the stage has a result."""
-        return (self.folder(number) / "result.json").exists()
+        return self.record(number) is not None
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """The stage's record, or None before it is finished.
+
+        Raises:
+          DamagedError: if it is damaged, of another run or another place.
+        """
+        if number not in self._records:
+            found = read_result(self.folder(number), self.workdir.run)
+            if found is None:
+                return None
+            self._records[number] = found
+        return self._records[number]
+
+    def require_usable(self) -> None:
+        """Refuses, before any work, stages that cannot be continued.
+
+        Raises:
+          DamagedError: where what the first unfinished stage begins with is missing or
+            damaged.
+        """
+        left = next((n for n in self.numbers if not self.finished(n)), None)
+        for what in ("adapter", "state"):
+            holder = None if left is None else self._holder(what, left)
+            if holder is not None:
+                require_intact(self.folder(holder) / what, self.workdir.run)
+
+    def require_complete(self) -> None:
+        """Refuses to call a row and seed done of which something has gone since.
+
+        Raises:
+          DamagedError: naming the stage.
+        """
+        self._records.clear()
+        self._require_finished(self.numbers)
+
+    def _require_finished(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if not self.finished(number):
+                raise DamagedError(
+                    f"expected a finished stage in {self.folder(number)}, found none",
+                    redo(self.folder(number)),
+                )
 
     def key(self, purpose: int, name: str = "") -> jax.Array:
         """A key of this seed for one purpose (and one domain, by its name)."""
@@ -122,15 +184,25 @@ class Stages:
         """Seed of a data order: of this seed and a name."""
         return zlib.crc32(f"{self.seed}/{name}".encode()) & 0x7FFFFFFF
 
-    def where(self, domain: str) -> str:
-        """How messages name this run."""
-        return f"{self.method.name}, seed {self.seed}, domain {domain}"
+    @property
+    def name(self) -> str:
+        """How messages name this row and seed."""
+        return f"{self.method.name}, seed {self.seed}"
+
+    def where(self, domain: str | None) -> str:
+        """How messages name a domain of it."""
+        return self.name if domain is None else f"{self.name}, domain {domain}"
 
     # --- loading and saving ---------------------------------------------------------
 
     def load(self, before: int) -> None:
-        """Brings adapter and state as the stages before ``before`` left them."""
-        last = max((n for n in range(before) if self.finished(n)), default=-1)
+        """Brings adapter and state as the stages before ``before`` left them.
+
+        Raises:
+          DamagedError: where one of them, or what it left, is missing or damaged.
+        """
+        self._require_finished(n for n in self.numbers if n < before)
+        last = max((n for n in self.numbers if n < before), default=-1)
         if self._loaded == last and self.adapter is not None:
             return
         self.adapter = adapter = self._first_adapter()
@@ -145,13 +217,26 @@ class Stages:
         self.state = self._latest("state", before, state)
 
     def _latest(self, what: str, before: int, like: PyTree) -> PyTree:
-        for number in range(before - 1, -1, -1):
-            if (self.folder(number) / what).is_dir() and self.finished(number):
-                return self.restore(self.folder(number) / what, like)
-        return like
+        holder = self._holder(what, before)
+        if holder is None:
+            return like
+        return self.restore(self.folder(holder) / what, like)
+
+    def _holder(self, what: str, before: int) -> int | None:
+        """The last stage that changed the adapter or the state; None for none."""
+        for number in reversed([n for n in self.numbers if n < before]):
+            record = self.record(number)
+            if record is not None and what in record["files"]:
+                return number
+        return None
 
     def restore(self, folder: Path, like: PyTree) -> PyTree:
-        """Reads a checkpoint back, placed as ``like`` is."""
+        """Reads a checkpoint back, placed as ``like`` is.
+
+        Raises:
+          DamagedError: if it is not as its stage left it.
+        """
+        require_intact(folder, self.workdir.run)
         found = checkpoint.restore(folder, like)
         if self.program.mesh is None:
             # Uncommitted, as freshly computed arrays are: the same compiled program.
@@ -175,20 +260,29 @@ class Stages:
         diagnostics: Mapping[str, Any] | None = None,
         **timing: Any,
     ) -> None:
-        """Saves what changed, marks the stage as finished, drops what it replaces."""
+        """Saves what changed, marks the stage as finished, drops what it replaces.
+
+        Raises:
+          UserError: for weights that are not finite, and where nothing can be written.
+        """
         folder = self.folder(number)
-        folder.mkdir(parents=True, exist_ok=True)
+        stage = folder.name.split("-", 1)[1]
         changed = {}
         if adapter is not None:
             changed["adapter"] = self.adapter = adapter
         if state is not None:
             changed["state"] = self.state = dict(state)
         for name, tree in changed.items():
+            require_finite(tree, f"{self.where(domain)}, {name} after {stage}")
+        self.workdir.require_held()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, tree in changed.items():
             checkpoint.save(folder / name, tree)
-        stage = folder.name.split("-", 1)[1]
         seconds = time.perf_counter() - began
-        write_result(
+        self._records[number] = write_result(
             folder,
+            run=self.workdir.run,
             method=self.method.name,
             seed=self.seed,
             stage=stage,
@@ -197,12 +291,13 @@ class Stages:
             metrics=metrics,
             diagnostics=jax.device_get(diagnostics),
             timing={"seconds": seconds, **timing},
+            checkpoints=tuple(changed),
         )
         self._loaded = number
         for name in changed:
             for older in range(number):
                 shutil.rmtree(self.folder(older) / name, ignore_errors=True)
-        for partial in folder.glob("partial-*"):
+        for partial in folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
         shown = ", ".join(
             f"{k} {metrics[k]:.4g}"

@@ -117,15 +117,15 @@ def make_step(
                 grads, train.opt_state, train.adapter, **extra
             )
         adapter = optax.apply_updates(train.adapter, updates)
-        norm = optax.tree.norm(grads)
+        norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         metrics = {
             **metrics,
             "grad_norm": norm,
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": update_norm,
             **_safety_components(state, grads, updates),
         }
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        metrics["finite"] = finite
+        metrics["finite"] = finite & jnp.isfinite(update_norm)
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
         return TrainState(adapter, opt_state, train.step + 1), metrics
 

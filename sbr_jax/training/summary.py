@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+NOT_MEASURED = float("nan")
 FINAL_METRICS = ("refusal", "truthful", "bias", "over_refusal", "general")
 
 
@@ -20,7 +21,7 @@ def summarise(records: Sequence[Mapping[str, Any]], base_name: str) -> dict[str,
       base_name: what stands for the method where the aligned model was measured.
 
     Returns:
-      The content of ``summary.json``, NaN where a metric is missing.
+      The content of ``summary.json``, NaN where a metric is missing or was not finite.
     """
     base: dict[str, float] = {}
     rows: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
@@ -53,12 +54,9 @@ def _summary_row(
     learned, final = _accuracies(evaluations, domains)
     last = [run[-1]["metrics"] for run in evaluations]
     by_domain = np.array(
-        [
-            [line["metrics"].get("composite", np.nan) for line in run]
-            for run in evaluations
-        ]
+        [[_number(line["metrics"], "composite") for line in run] for run in evaluations]
     )
-    composite, start = by_domain[:, -1], base.get("composite", np.nan)
+    composite, start = by_domain[:, -1], _number(base, "composite")
     trajectory = {"base": start}
     trajectory |= dict(zip(domains, by_domain.mean(0).tolist(), strict=True))
     spread = by_domain.std(0, ddof=1 if len(runs) > 1 else 0)
@@ -75,14 +73,14 @@ def _summary_row(
     others = [k for k in shared if k not in FINAL_METRICS and k != "composite"]
     for key in [*(k for k in FINAL_METRICS if k in shared), *others]:
         if not key.startswith("accuracy/") and key != "domain_accuracy":
-            row[key] = float(np.mean([m[key] for m in last]))
+            row[key] = float(np.mean([_number(m, key) for m in last]))
     row["domain_accuracy"] = float(final.mean())
     row["domain_accuracy_learned"] = float(learned.mean())
     row["domain_accuracy_by_domain"] = dict(
         zip(domains, learned.mean(0).tolist(), strict=True)
     )
     repairs = [
-        r["line"]["metrics"].get("blocks", 0)
+        r["line"]["metrics"].get("blocks") or 0
         for run in runs.values()
         for r in run
         if r["line"]["stage"] == "repair"
@@ -95,13 +93,23 @@ def _summary_row(
 def _accuracies(evaluations, domains):
     """``[seeds, domains]``: right after each was learned, and at the end."""
     learned = [
-        [line["metrics"][f"accuracy/{d}"] for line, d in zip(run, domains, strict=True)]
+        [
+            _number(line["metrics"], f"accuracy/{d}")
+            for line, d in zip(run, domains, strict=True)
+        ]
         for run in evaluations
     ]
     final = [
-        [run[-1]["metrics"][f"accuracy/{d}"] for d in domains] for run in evaluations
+        [_number(run[-1]["metrics"], f"accuracy/{d}") for d in domains]
+        for run in evaluations
     ]
     return np.array(learned), np.array(final)
+
+
+def _number(metrics: Mapping[str, Any], key: str) -> float:
+    """A metric; NaN where it is missing, or null: it was not finite."""
+    value = metrics.get(key)
+    return NOT_MEASURED if value is None else float(value)
 
 
 def _seconds_per_step(runs) -> float | None:
@@ -109,7 +117,8 @@ def _seconds_per_step(runs) -> float | None:
         r["timing"]["seconds_per_step"]
         for run in runs.values()
         for r in run
-        if r["line"]["stage"] == "train" and "seconds_per_step" in r["timing"]
+        if r["line"]["stage"] == "train"
+        and r["timing"].get("seconds_per_step") is not None
     ]
     return float(np.median(times)) if times else None
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,15 @@ import numpy as np
 
 from sbr_jax.data.batches import batch
 from sbr_jax.training import checkpoint, loop, sharding
+from sbr_jax.training.finite import require_finite, require_finite_base
 from sbr_jax.training.monitor import monitor
+from sbr_jax.training.records import writing
+from sbr_jax.training.stage_records import (
+    HISTORY,
+    PARTIAL,
+    read_result,
+    write_history,
+)
 from sbr_jax.training.stages import EVALUATE, REPAIR, SUBSPACE, TRAIN, Stages
 from sbr_jax.training.step import TrainState
 from sbr_jax.training.study import Study
@@ -89,7 +96,7 @@ class Track(Stages):
             refresh_every=self.method.refresh_every,
             refresh=self._refresher(domain),
             checkpoint_every=self.settings.checkpoint_every,
-            checkpoint=self._checkpointer(number),
+            checkpoint=self._checkpointer(number, self.where(domain)),
             quiet=self.quiet,
         )
         self.trained(index, done, loop.summarise(done.history), began)
@@ -128,15 +135,17 @@ class Track(Stages):
 
         return refresh
 
-    def _checkpointer(self, number: int):
+    def _checkpointer(self, number: int, where: str):
         def save(step, train, state, history):
-            folder = self.folder(number) / f"partial-{step:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
+            require_finite((train, state), f"{where}, after step {step}")
+            self.workdir.require_held()
+            folder = self.folder(number) / f"{PARTIAL}{step:08d}"
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save(folder / "tree", (train, state))
-            text = json.dumps({"step": step, "history": history})
-            (folder / "history.tmp").write_text(text, encoding="utf-8")
-            (folder / "history.tmp").replace(folder / "history.json")
-            for other in folder.parent.glob("partial-*"):
+            run = self.workdir.run
+            write_history(folder, run=run, step=step, history=history)
+            for other in folder.parent.glob(f"{PARTIAL}*"):
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
 
@@ -144,9 +153,10 @@ class Track(Stages):
 
     def _partial(self, number: int, train: TrainState, state: PyTree):
         """The newest checkpoint inside a stage, or the stage's start."""
-        for folder in sorted(self.folder(number).glob("partial-*"), reverse=True):
-            if (folder / "history.json").exists():
-                record = json.loads((folder / "history.json").read_text("utf-8"))
+        found = self.folder(number).glob(f"{PARTIAL}*")
+        for folder in sorted(found, reverse=True):
+            record = read_result(folder, self.workdir.run, HISTORY)
+            if record is not None:
                 train, state = self.restore(folder / "tree", (train, state))
                 return train, state, record["step"], record["history"]
         return train, state, 0, None
@@ -172,6 +182,7 @@ class Track(Stages):
             self.start_score,
             tolerance=self.settings.tolerance,
             max_blocks=self.settings.repair_blocks,
+            where=self.where(domain),
         )
         metrics = {
             "probe_start": self.start_score,
@@ -239,6 +250,10 @@ class Track(Stages):
         began = time.perf_counter()
         self.load(number)
         base, adapter = self.deployed(self.adapter)
+        where = f"{self.where(domain)}, weights to measure"
+        require_finite(adapter, where)
+        if base is not self.base:
+            require_finite_base(base, where)
         metrics = measure(self.study, base, adapter, self.domains[: index + 1])
         self.finish(number, domain, index, metrics, began=began)
 

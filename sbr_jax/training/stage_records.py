@@ -1,0 +1,240 @@
+"""A finished stage's record: whose it is, where it stands, and what its files are.
+
+``result.json`` holds the stage's line of ``results.jsonl``, its timing, the run that it
+is of, its place in it, and the digests of its files; a checkpoint inside a stage has
+the same in ``history.json``.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from sbr_jax.training.records import (
+    DamagedError,
+    file_digests,
+    plain_numbers,
+    read_record,
+    write_record,
+    writing,
+)
+
+BASE = "base"
+RESULT, HISTORY = "result.json", "history.json"
+PARTIAL = "partial-"
+LINE = {
+    "method": str,
+    "seed": int | None,
+    "stage": str,
+    "domain": str | None,
+    "index": int,
+    "metrics": dict,
+    "diagnostics": dict,
+}
+"""What a finished stage's line holds; see :func:`write_result`."""
+
+
+def write_result(
+    folder: pathlib.Path,
+    *,
+    run: str,
+    method: str,
+    seed: int | None,
+    stage: str,
+    domain: str | None,
+    index: int,
+    metrics: Mapping[str, Any],
+    diagnostics: Mapping[str, Any] | None = None,
+    timing: Mapping[str, Any] | None = None,
+    checkpoints: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Marks a stage as finished: its ``result.json``, renamed into place.
+
+    Args:
+      folder: of the stage.
+      run: the digest of what decides the run's results.
+      method: the row.
+      seed: of the row.
+      stage: what was done.
+      domain: on which; None at the start.
+      index: of the domain.
+      metrics: numbers.
+      diagnostics: trees of numbers.
+      timing: seconds.
+      checkpoints: names of those in the folder, which must be complete.
+
+    Returns:
+      The record.
+
+    Raises:
+      UserError: where it cannot be written.
+    """
+    line = {
+        "method": method,
+        "seed": seed,
+        "stage": stage,
+        "domain": domain,
+        "index": index,
+        "metrics": plain_numbers(metrics),
+        "diagnostics": plain_numbers(diagnostics or {}),
+    }
+    content = {"line": line, "timing": plain_numbers(timing or {})}
+    return _write(folder, RESULT, run, content, checkpoints)
+
+
+def write_history(
+    folder: pathlib.Path, *, run: str, step: int, history: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Marks a checkpoint inside a stage as complete: its ``history.json``.
+
+    Args:
+      folder: of the checkpoint, whose ``tree`` is written.
+      run: the digest of what decides the run's results.
+      step: how many are done.
+      history: their metrics.
+
+    Returns:
+      The record.
+    """
+    content = {"step": step, "history": history}
+    return _write(folder, HISTORY, run, content, ("tree",))
+
+
+def _write(folder, name, run, content, checkpoints) -> dict[str, Any]:
+    record = {
+        **content,
+        "run": run,
+        "place": place_of(folder),
+        "files": {kind: file_digests(folder / kind) for kind in checkpoints},
+    }
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / name, record)
+    return record
+
+
+def read_result(
+    folder: pathlib.Path, run: str, name: str = RESULT
+) -> dict[str, Any] | None:
+    """The record in a stage's folder, or None where there is none.
+
+    Args:
+      folder: of the stage, or of a checkpoint inside it.
+      run: whose it must be.
+      name: of the record.
+
+    Raises:
+      DamagedError: if it is damaged, of another run or of another place.
+    """
+    path = folder / name
+    if not path.exists():
+        return None
+    record = read_record(path, redo(folder))
+    if record.get("run") != run:
+        raise DamagedError(
+            f"expected a stage of this run in {path}, found one of another run (other "
+            "settings, data or model)",
+            redo(folder),
+        )
+    if record.get("place") != place_of(folder):
+        raise DamagedError(
+            f"expected the record of {place_of(folder)} in {path}, found that of "
+            f"{record.get('place')}",
+            redo(folder),
+        )
+    return record
+
+
+def require_intact(checkpoint: pathlib.Path, run: str) -> None:
+    """Compares every file of a checkpoint with the record beside it.
+
+    Args:
+      checkpoint: its folder.
+      run: whose it must be.
+
+    Raises:
+      DamagedError: naming the first file that is not as it was written.
+    """
+    folder = checkpoint.parent
+    name = HISTORY if folder.name.startswith(PARTIAL) else RESULT
+    record = read_result(folder, run, name)
+    if record is None or checkpoint.name not in record["files"]:
+        raise DamagedError(
+            f"expected a record of {checkpoint}, found none", redo(folder)
+        )
+    if not checkpoint.is_dir():
+        raise DamagedError(
+            f"expected a checkpoint in {checkpoint}, found none", redo(folder)
+        )
+    written, found = record["files"][checkpoint.name], file_digests(checkpoint)
+    for file in sorted({*written, *found}):
+        if written.get(file) != found.get(file):
+            raise DamagedError(
+                f"expected {checkpoint / file} as its stage left it, found "
+                f"{'none' if file not in found else 'another file'}",
+                redo(folder),
+            )
+
+
+def place_of(folder: pathlib.Path) -> str:
+    """Row, seed and stage of a folder, and the checkpoint inside it, if it is one.
+
+    >>> place_of(pathlib.Path("runs/a/stages/plain/0/05-train/partial-00000002"))
+    'plain/0/05-train/partial-00000002'
+    """
+    return "/".join(folder.parts[-4 if folder.name.startswith(PARTIAL) else -3 :])
+
+
+def redo(folder: pathlib.Path) -> pathlib.Path:
+    """What to delete so that a stage is computed again from what it was computed from.
+
+    Newer checkpoints replace older ones: a stage in the middle can seldom be computed
+    alone, and its row and seed begin anew. A checkpoint inside a stage, a measurement
+    that nothing follows and that of the aligned model can.
+    """
+    if folder.name.startswith(PARTIAL) or folder.parent.parent.name == BASE:
+        return folder
+    last = not any(
+        path.parent.name > folder.name for path in folder.parent.glob(f"*/{RESULT}")
+    )
+    return folder if last and folder.name.endswith("-evaluate") else folder.parent
+
+
+def unusable(line: Any) -> list[str]:
+    """What of a stage's line is missing, or of a type that no run writes.
+
+    Args:
+      line: as read from a file.
+
+    Returns:
+      Names of fields, or else of metrics and diagnostics that hold no numbers; empty
+      for a line in order.
+
+    >>> line = {"method": "plain", "seed": 0, "stage": "train", "domain": "legal"}
+    >>> unusable(line)
+    ['index', 'metrics', 'diagnostics']
+    >>> line |= {"index": 0, "diagnostics": {"alpha": {"q_proj": [0.5, None]}}}
+    >>> unusable({**line, "metrics": {"loss": "low", "removed": None}})
+    ['metrics.loss']
+    """
+    if not isinstance(line, dict):
+        return list(LINE)
+    wrong = [k for k, kind in LINE.items() if not isinstance(line.get(k, ...), kind)]
+    if wrong:
+        return wrong
+    deep = [k for k, tree in line["diagnostics"].items() if not _holds_numbers(tree)]
+    return [
+        *(f"metrics.{name}" for name in not_numbers(line["metrics"])),
+        *(f"diagnostics.{name}" for name in deep),
+    ]
+
+
+def not_numbers(found: Mapping[str, Any]) -> list[str]:
+    """Keys of values that are neither a number nor null, which JSON has for NaN."""
+    return [k for k, v in found.items() if not isinstance(v, int | float | None)]
+
+
+def _holds_numbers(tree: Any) -> bool:
+    if isinstance(tree, (dict, list)):
+        parts = tree.values() if isinstance(tree, dict) else tree
+        return all(map(_holds_numbers, parts))
+    return isinstance(tree, int | float | None)
