@@ -118,7 +118,14 @@ def test_a_dry_run_checks_and_forecasts_and_touches_nothing(
     monkeypatch.setattr(chat_model, "load_model", refuse)
     monkeypatch.chdir(tmp_path)
     every = [s for s in SMALL if "measures" not in s]
-    assert dry(world, sets=[*every, "lora_rank=2", "device.memory_gb=24"]) == 0
+    # What a tiny model cannot hold is refused, as the run would refuse it.
+    assert dry(world, sets=[*every, "lora_rank=2"]) == 2
+    assert "max_rank: expected at most the 48" in capsys.readouterr().err
+    ranked = ("safeanchor", "safeanchor-exact", "unified")
+    capped = [f"{row}.max_rank=4" for row in ranked]
+    capped += ["sbr.anchors=4", "unified.anchors=4"]
+    sets = [*every, *capped, "lora_rank=2", "device.memory_gb=24"]
+    assert dry(world, sets=sets) == 0
     out = capsys.readouterr().out
     for text in (
         "medical: medqa, legal: legalbench, code: codealpaca",
