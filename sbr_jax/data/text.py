@@ -156,9 +156,10 @@ def encode_text_prompts(
     Raises:
       UserError: for a prompt that is too long.
     """
+    prompts = _list_of(prompts)
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     encoded = []
-    for number, prompt in enumerate(_list_of(prompts)):
+    for number, prompt in enumerate(prompts):
         with _of(f"prompt {number}"):
             text = control.mark(tokenizer, prompt)
         encoded.append(first + control.encode(tokenizer, text))
