@@ -59,7 +59,7 @@ NO_PARAMS = [
     {"v": {"x": PARAMS["v"]}, "w": PARAMS["w"]},
 ]
 KINDS = {  # right, wrong
-    "cap": ([3, 1, np.int64(2)], [0, -1, 2.5, NAN, None, 10**9, *NO_NUMBER]),
+    "cap": ([3, np.int64(2)], [0, -1, 2.5, NAN, None, 10**9, *NO_NUMBER]),
     "count": ([None, 1, 2, np.int32(3)], [0, -1, 2.5, NAN, *NO_NUMBER]),
     "steps": ([1, 2, lambda step: 2], [0, -1, 2.5, NAN, None, "1", True, [1], {}]),
     "buffer": ([512, 1000, 3], [0, -3, 2.5, None, *NO_NUMBER]),

@@ -15,7 +15,7 @@ from sbr_jax import (
 
 TINY = 2.0**-126
 # Squares of 2⁻⁶⁶, about 1e-20, are below float32's smallest number.
-POWERS = [-100, -66, -30, 30, 60]
+POWERS = [-100, -66, -30, 60]
 
 
 def scaled(s, power):
