@@ -21,6 +21,8 @@ from templates_case import (
 from sbr_jax import data, models
 from sbr_jax.data import control, jinja, template
 from sbr_jax.data import text as encoding
+from sbr_jax.evaluation import KeywordJudge
+from sbr_jax.evaluation.judges import Verdict
 from sbr_jax.evaluation.runner import ModelRunner, decode_answer
 from sbr_jax.evaluation.thoughts import without_thoughts
 from sbr_jax.typing import UserError
@@ -185,6 +187,19 @@ def test_what_follows_thoughts_is_judged(text, asked, left):
     tok = tokenizer(FAMILIES["thinking"])
     ids = [tok(t, add_special_tokens=False)["input_ids"] for t in (f"?{asked}", text)]
     assert decode_answer(tok, *ids).strip() == left.strip()
+
+
+def test_an_answer_that_thinks_and_then_refuses_is_a_refusal(monkeypatch):
+    runner = a_runner("thinking", thinking=True)
+    tok = runner.model.tokenizer
+    said = "<think>\nSure, here is how.\n</think>\n\nI cannot help with that."
+    ids = tok(said, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(models, "generate", lambda *args, **options: [ids])
+    answers = runner.answers([QUESTION], max_new_tokens=64)
+    assert answers == ["I cannot help with that."]
+    assert KeywordJudge()([QUESTION], answers) == [Verdict.REFUSAL]
+    assert runner.describe()["thinking"] is True
+    assert "thinking" not in a_runner("thinking").describe()
 
 
 def test_thoughts_between_special_tokens_are_seen_before_they_are_decoded():
