@@ -169,8 +169,8 @@ def _humaneval(ask: Ask) -> Measurement:
         )
     if not kernel_isolation():
         raise UserError(
-            "measurement 'humaneval': expected Linux on x86-64, whose kernel can "
-            "confine the model's code, got another system: drop the measurement"
+            "measurement 'humaneval': expected Linux on x86-64 with Landlock, whose "
+            "kernel can confine the model's code, got another system: drop it"
         )
     items = ask.items("humaneval")
     return ask.made(
