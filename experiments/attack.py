@@ -244,7 +244,7 @@ def execute(plan: Plan) -> None:
     """Build the study, run it, write its report."""
     cli.enable_compilation_cache()
     from experiments import attacks, report
-    from experiments.code_version import code_hash
+    from experiments.code_version import recorder
     from sbr_jax.training import pipeline
 
     study = attacks.build(
@@ -266,7 +266,7 @@ def execute(plan: Plan) -> None:
         plan.settings,
         config={"study": options, "attack": attack},
         overrides=plan.row_options,
-        code={row: code_hash(row, f"attack:{plan.attack}") for row in plan.methods},
+        code=recorder(f"attack:{plan.attack}"),
         quiet=plan.quiet,
     )
     runs, output = report.build([plan.workdir])

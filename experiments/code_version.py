@@ -9,6 +9,7 @@ text of errors, refusals (`if ...: raise UserError(...)`) and :data:`BOOKKEEPING
 import ast
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from experiments.source_tree import Symbol, Tree, digest
@@ -66,6 +67,19 @@ def code_hash(row: str, study: str = "testbed", root: Path = ROOT) -> str:
     parts["assets"] = _assets(root)
     text = "\n".join(f"{name} {parts[name]}" for name in sorted(parts))
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def recorder(study: str) -> Callable[[str], str] | None:
+    """The hash by row, for a run to record; None for a study made elsewhere.
+
+    Args:
+        study: as for :func:`code_hash`.
+    """
+    try:
+        _study(_tree(ROOT), study)
+    except UserError:
+        return None
+    return functools.partial(code_hash, study=study)
 
 
 def decided_by(row: str, study: str, root: Path = ROOT) -> dict[Symbol, str]:

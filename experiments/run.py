@@ -254,7 +254,7 @@ def execute(plan: Plan) -> None:
     """Build the study, run it and, if asked, put its weights through lm-eval."""
     cli.enable_compilation_cache()
     from experiments import harness
-    from experiments.code_version import code_hash
+    from experiments.code_version import recorder
     from sbr_jax.training import pipeline
 
     # Read before the hours that the run takes: a missing file is told at once.
@@ -270,7 +270,7 @@ def execute(plan: Plan) -> None:
         plan.domains,
         config={"study": options, **study.notes},
         overrides=plan.row_options,
-        code={row: code_hash(row, plan.preset.name) for row in plan.methods},
+        code=recorder(plan.preset.name),
         quiet=plan.quiet,
     )
     if tasks is not None:

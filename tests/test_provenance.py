@@ -204,7 +204,7 @@ def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
 
     def go(code, *seeds):
         domains, settings = ["medical"], tiny.settings()
-        more = {"code": {"plain": code}, "quiet": True}
+        more = {"code": lambda row: code, "quiet": True}
         pipeline.run(study, ["plain"], seeds, tmp_path, settings, domains, **more)
 
     go("old", 0)

@@ -45,7 +45,7 @@ def run(
     *,
     config: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    code: Mapping[str, str] | None = None,
+    code: Callable[[str], str] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs rows × seeds × domains, or what is left of them.
@@ -61,7 +61,7 @@ def run(
       config: further JSON values that decide the results (a preset's name), written
         and compared with the settings.
       overrides: hyper-parameters by row.
-      code: for each row a hash of the code that decides it, written beside the stages
+      code: of a row, a hash of the code that decides it, written beside the stages
         that this call computes.
       quiet: no progress bars and no lines.
 
@@ -131,9 +131,12 @@ def run(
         start_score = _base_stage(study, base, settings, domains, folder, say)
         for row in methods:
             tracks = tracks_of(row, start_score)
-            for track in tracks if code else []:
-                if not track.finished(track.number(len(domains) - 1, EVALUATE)):
-                    code_record.add(track.folder(0).parent, code[row])
+            last = tracks[0].number(len(domains) - 1, EVALUATE)
+            left = [track for track in tracks if not track.finished(last)]
+            if code is not None and left:
+                by = code(row)
+                for track in left:
+                    code_record.add(track.folder(0).parent, by)
             for group in [tracks] if mapped else [[track] for track in tracks]:
                 _run_group(group, domains, mapped)
                 for track in group:
