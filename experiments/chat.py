@@ -23,9 +23,10 @@ from experiments.domain_scores import Remembered, TokenAccuracy, choice_accuracy
 from experiments.measurement import Measurement
 from experiments.stories import random_tokens
 from sbr_jax.data import TokenDataset
+from sbr_jax.data.exchange import stop_tokens
 from sbr_jax.data.sources import data_folder
 from sbr_jax.data.template import process_date, reads_clock
-from sbr_jax.data.text import encode_prompts, stop_tokens
+from sbr_jax.data.text import encode_prompts
 from sbr_jax.evaluation import verdict_rates
 from sbr_jax.evaluation.guard import GuardJudge
 from sbr_jax.evaluation.judges import Judge

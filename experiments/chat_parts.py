@@ -11,9 +11,10 @@ from experiments.cli import check_names
 from experiments.configs.chat import ChatOptions
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.control import holds_control
+from sbr_jax.data.exchange import stop_tokens, unstopped
 from sbr_jax.data.records import ChoiceItem
 from sbr_jax.data.sources import SOURCES
-from sbr_jax.data.text import encode_prompts, stop_tokens, unstopped
+from sbr_jax.data.text import encode_prompts
 from sbr_jax.models import Model
 from sbr_jax.typing import UserError
 

@@ -81,8 +81,8 @@ def tokenizer():
         eos_token="<end>",
         additional_special_tokens=["<user>"],
         chat_template=(
-            "{{ bos_token }}{% for m in messages %}<user>{{ m['content'] }}<end>"
-            "{% endfor %}"
+            "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>"
+            "{{ m['content'] }}<end>{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
         ),
         clean_up_tokenization_spaces=False,
     )

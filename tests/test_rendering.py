@@ -19,8 +19,7 @@ from templates_case import (
 )
 
 from sbr_jax import data, models
-from sbr_jax.data import control, jinja, template
-from sbr_jax.data import text as encoding
+from sbr_jax.data import clock, control, exchange, template
 from sbr_jax.evaluation import KeywordJudge
 from sbr_jax.evaluation.judges import Verdict
 from sbr_jax.evaluation.runner import ModelRunner, decode_answer
@@ -58,7 +57,7 @@ def test_a_row_is_the_prompt_that_is_asked_then_what_is_learnt(name, pieces):
     stop = tok.convert_tokens_to_ids(family.stop.strip())
     stops = data.stop_tokens(tok)
     assert stop in stops
-    assert encoding.unstopped(rows, stops) == 0
+    assert exchange.unstopped(rows, stops) == 0
     for record, prompt, tokens, mask in zip(
         records, prompts, rows.tokens, rows.mask, strict=True
     ):
@@ -275,15 +274,15 @@ def test_rows_that_end_with_what_does_not_stop_are_counted():
     endless = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     tok = tokenizer(dataclasses.replace(FAMILIES["chatml"], template=endless))
     rows = data.encode_chat(tok, [(QUESTION, ANSWER)] * 3, 256)
-    assert encoding.unstopped(rows, data.stop_tokens(tok)) == 3
+    assert exchange.unstopped(rows, data.stop_tokens(tok)) == 3
     tok = tokenizer(FAMILIES["chatml"])
     rows = data.encode_chat(tok, [(QUESTION, ANSWER)] * 3, 256)
-    assert encoding.unstopped(rows, data.stop_tokens(tok)) == 0
-    assert encoding.unstopped(rows, [tok.bos_token_id]) == 3
+    assert exchange.unstopped(rows, data.stop_tokens(tok)) == 0
+    assert exchange.unstopped(rows, [tok.bos_token_id]) == 3
     before = int(np.flatnonzero(rows.mask[0])[-1])
     rows = data.encode_chat(tok, [(QUESTION, ANSWER)] * 3, before, too_long="truncate")
     assert rows.truncated == 3
-    assert encoding.unstopped(rows, data.stop_tokens(tok)) == 0
+    assert exchange.unstopped(rows, data.stop_tokens(tok)) == 0
 
 
 # --- the date -------------------------------------------------------------------------
@@ -329,7 +328,7 @@ def test_the_date_is_english_in_every_locale(monkeypatch):
         "05 Mar 2024|Tuesday March|Tue Mar  5 00:00:00 2024|03/05/24|00:00:00|AM|5| 5|"
         "065||1709596800|100 %b"
     )
-    assert jinja.strftime(day, form) == expected
+    assert clock.strftime(day, form) == expected
     assert not template.reads_clock(tokenizer(FAMILIES["llama-3"]))
     assert template.reads_clock(tokenizer(FAMILIES["llama-3.1"]))
 

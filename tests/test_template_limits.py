@@ -7,7 +7,7 @@ import pytest
 from templates_case import CHATML, FAMILIES, tokenizer
 
 from sbr_jax import data
-from sbr_jax.data import jinja
+from sbr_jax.data import jinja, work
 from sbr_jax.typing import UserError
 
 LONG = "{% set s = 'x' * 100000 %}"
@@ -79,7 +79,7 @@ def refused(template):
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_never_ends_is_refused(name, monkeypatch):
-    monkeypatch.setattr(jinja, "BUDGET", jinja.BUDGET // 32)
+    monkeypatch.setattr(work, "BUDGET", work.BUDGET // 32)
     monkeypatch.setattr(jinja, "OUTPUT", jinja.OUTPUT // 32)
     began = time.thread_time()
     assert "too long" in refused(ENDLESS[name] + CHATML)
@@ -87,8 +87,8 @@ def test_what_never_ends_is_refused(name, monkeypatch):
 
 
 def test_work_that_no_count_foresees_ends_at_the_deadline(monkeypatch):
-    monkeypatch.setattr(jinja, "SECONDS", 0.05)
-    monkeypatch.setattr(jinja, "BUDGET", 1 << 60)
+    monkeypatch.setattr(work, "SECONDS", 0.05)
+    monkeypatch.setattr(work, "BUDGET", 1 << 60)
     assert "loops too long" in refused(ENDLESS["loops"] + CHATML)
 
 

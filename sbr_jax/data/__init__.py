@@ -9,6 +9,7 @@ from sbr_jax.data.batches import (
     take,
 )
 from sbr_jax.data.evalsets import EVALSETS, load_evalset
+from sbr_jax.data.exchange import stop_tokens
 from sbr_jax.data.records import Pair, Record
 from sbr_jax.data.sources import DOMAINS, SOURCES, load_source
 from sbr_jax.data.template import fix_template
@@ -17,7 +18,6 @@ from sbr_jax.data.text import (
     encode_prompts,
     encode_text,
     encode_text_prompts,
-    stop_tokens,
 )
 
 __all__ = [

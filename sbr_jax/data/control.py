@@ -84,7 +84,7 @@ def _special_ids(tokenizer: Any, size: int) -> frozenset[int]:
     return frozenset(i for i, token in added if token.special)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _pattern(tokenizer: Any, size: int, template: str) -> re.Pattern[str]:
     names = {
         token.content

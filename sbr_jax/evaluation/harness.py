@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbr_jax.data import control, template, text
+from sbr_jax.data import control, exchange, template, text
 from sbr_jax.evaluation.harness_tasks import import_harness
 from sbr_jax.evaluation.items import Result
 from sbr_jax.evaluation.runner import (
@@ -211,7 +211,7 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
             prompts = [runner.shorten(self.tok_encode(c), room) for c in contexts]
             stops, read = (), decode_after
             if self.rendered:
-                stops, read = text.stop_tokens(tokenizer), decode_answer
+                stops, read = exchange.stop_tokens(tokenizer), decode_answer
             written = generate(
                 model,
                 runner.base,

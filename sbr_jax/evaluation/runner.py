@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sbr_jax import models
-from sbr_jax.data import control, template, text
+from sbr_jax.data import control, exchange, template, text
 from sbr_jax.evaluation.scorer import Budget, Request, score
 from sbr_jax.evaluation.thoughts import tokens_without_thoughts, without_thoughts
 from sbr_jax.models import Model
@@ -165,7 +165,7 @@ class ModelRunner:
         tokenizer, stops = self.model.tokenizer, ()
         if self._chat:
             ids = text.encode_prompts(tokenizer, prompts, system=self.system)
-            stops = text.stop_tokens(tokenizer, system=self.system)
+            stops = exchange.stop_tokens(tokenizer, system=self.system)
         else:
             for prompt in prompts:
                 if not isinstance(prompt, str):

@@ -1,0 +1,136 @@
+"""One exchange as tokens: its answer, and what ends it.
+
+Nothing is learnt after an answer's stop token; generation stops at the same one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sbr_jax.data import control
+from sbr_jax.data import template as chat
+from sbr_jax.data.batches import TokenDataset
+from sbr_jax.data.records import Record
+from sbr_jax.typing import UserError
+
+
+def encode_exchange(
+    tokenizer: Any, record: Record, *, template: str | None = None
+) -> tuple[list[int], list[int]]:
+    """Tokens of an exchange, and the mask of its answer with its stop token.
+
+    Raises:
+      UserError: see :func:`sbr_jax.data.text.encode_chat`.
+    """
+    whole, where, (start, end) = chat.located(tokenizer, record, template)
+    tokens, spans = control.encode_spans(tokenizer, whole)
+    check_bos(tokenizer, template, tokens)
+    if (start, end) == (len(where.before), len(whole)):
+        prompt = control.encode(tokenizer, where.before)
+        if tokens[: len(prompt)] != prompt:
+            raise UserError(
+                "cannot locate the answer: with the answer the prompt is encoded in "
+                "another way; use a template with {% generation %} blocks"
+            )
+        mask = [int(i >= len(prompt)) for i in range(len(tokens))]
+    else:
+        mask = [int(b > start and a < end) for a, b in spans]
+    if 1 not in mask:
+        raise UserError(
+            "the chat template writes no token of an answer; check the template and "
+            "that no response is empty"
+        )
+    return tokens, _stop(tokenizer, _ends(tokenizer, where.after), tokens, mask)
+
+
+def _ends(tokenizer: Any, after: str) -> frozenset[int]:
+    """Tokens that can end a turn: special ones, and others written after an answer."""
+    written = {
+        i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.content in after and not token.content.isspace()
+    }
+    return control.special_ids(tokenizer) | written
+
+
+def stop_tokens(
+    tokenizer: Any, *, template: str | None = None, system: str | None = None
+) -> tuple[int, ...]:
+    """What a model that learnt from this template ends its answers with.
+
+    Args:
+      tokenizer: of transformers.
+      template: a chat template to use instead of the tokenizer's own.
+      system: a system message, for templates that want one.
+
+    Returns:
+      The tokenizer's EOS token and the token that the template ends an answer with, as
+      far as there are such.
+
+    Raises:
+      UserError: see :func:`encode_chat`.
+    """
+    record = Record("Hello.", "I.", system=system)
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    where = chat.place(tokenizer, record, template)
+    if where.after:
+        tokens, mask = encode_exchange(tokenizer, record, template=template)
+        last = tokens[len(mask) - 1 - mask[::-1].index(1)]
+        if last in _ends(tokenizer, where.after) and last not in found:
+            found.append(last)
+    return tuple(found)
+
+
+def unstopped(data: TokenDataset, stops: Sequence[int]) -> int:
+    """How many answers end with a token that stops no generation.
+
+    A set with ``truncated`` records has as many answers without their end.
+
+    Args:
+      data: examples.
+      stops: tokens that end a generation.
+
+    Returns:
+      The number of examples, beyond those that were cut.
+    """
+    last = data.length - 1 - np.argmax(data.mask[:, ::-1] > 0, axis=1)
+    ends = np.take_along_axis(data.tokens, last[:, None], axis=1)[:, 0]
+    return max(int((~np.isin(ends, list(stops))).sum()) - data.truncated, 0)
+
+
+def _stop(
+    tokenizer: Any, ends: frozenset[int], tokens: list[int], mask: list[int]
+) -> list[int]:
+    """Nothing is learnt after the answer's stop token.
+
+    That is the first EOS; else the last token that can end a turn, if only blanks
+    follow it: many templates end a turn with a token of its own (``<end_of_turn>``,
+    ``<|im_end|>``) and a line break.
+    """
+    inside = [i for i, marked in enumerate(mask) if marked]
+    stop = next((i for i in inside if tokens[i] == tokenizer.eos_token_id), None)
+    if stop is None:
+        stop = next((i for i in reversed(inside) if tokens[i] in ends), None)
+        rest = [] if stop is None else [tokens[i] for i in inside if i > stop]
+        if stop is None or tokenizer.decode(rest).strip():
+            return mask
+    return mask[: stop + 1] + [0] * (len(mask) - stop - 1)
+
+
+def check_bos(tokenizer: Any, template: str | None, tokens: list[int]) -> None:
+    """Refuses a sequence that begins with a wrong number of BOS tokens.
+
+    Raises:
+      UserError: for several, and for none where the template asks for one.
+    """
+    template = template or chat.default_template(tokenizer) or ""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return
+    found = next((i for i, token in enumerate(tokens) if token != bos), len(tokens))
+    if found > 1 or (found == 0 and "bos_token" in template):
+        raise UserError(
+            f"expected one {tokenizer.bos_token!r} at the start, got {found}; the chat "
+            "template must write the BOS token exactly once"
+        )
