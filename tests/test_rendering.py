@@ -222,7 +222,8 @@ def test_what_was_taught_as_an_end_stops(name, monkeypatch):
         """One token, then what ended the answers that were learnt."""
         new = np.array([[first, stop, *[first] * (slots - 2)]] * len(tokens))
         ended = np.isin(new, config.eos)
-        return new, np.where(ended.any(1), ended.argmax(1), slots)
+        count = np.where(ended.any(1), ended.argmax(1), slots)
+        return new, count, np.ones(len(new), bool)
 
     generating = sys.modules["sbr_jax.models.generate"]
     monkeypatch.setattr(generating, "_generate", written)
