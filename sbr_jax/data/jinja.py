@@ -40,7 +40,7 @@ ERRORS = (
 )
 """Whatever a template can raise: its own refusals, and faults in its code."""
 
-LONGEST = 1 << 18
+LONGEST = 1 << 16
 """Characters of a template: those of published models have under 30 thousand."""
 
 NOT_OFFERED = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
