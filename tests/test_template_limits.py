@@ -1,6 +1,8 @@
 """Templates that loop, write gigabytes or fail end in one line, within seconds."""
 
 import dataclasses
+import datetime
+import resource
 import time
 
 import pytest
@@ -44,7 +46,68 @@ ENDLESS = {
     "searched": LONG + "{% for i in range(99999) %}{% if 'y' in s %}{% endif %}"
     "{% endfor %}",
 }
+GREEDY = {
+    "two": "{{ 2**(2**40) }}",
+    "three": "{{ 3**(2**33) }}",
+    "negative": "{{ (-2)**(2**33) }}",
+    "divided": "{% set n = ('f' * 10**7) | int(0, 16) %}{{ n // (n // 2**999) }}",
+    "remainder": "{% set n = ('f' * 10**7) | int(0, 16) %}{{ n % (n // 2**999) }}",
+    "divisible": "{% set n = ('f' * 10**7) | int(0, 16) %}"
+    "{{ n is divisibleby(('e' * 10**6) | int(0, 16)) }}",
+    "rounded": "{{ 1.5 | round(10**8, 'floor') }}",
+    "repeated": "{{ ('%s'*10**5)|format(*(['a'*10**5]*10**5)) }}",
+    "fields": "{{ ('{a}'*10**5).format(a='b'*10**5) }}",
+    "numbered": "{{ ('{0}'*10**5).format('b'*10**5) }}",
+    "mapped": "{{ ('{a}'*10**5).format_map({'a': 'b'*10**5}) }}",
+    "named": "{{ ('%(a)s'*10**5) % {'a':'b'*10**5} }}",
+    "named-filter": "{{ ('%(a)s'*10**5) | format(a='b'*10**5) }}",
+    "of-a-list": "{{ (['%(a)s'*10**5]) | format(a='b'*10**5) }}",
+    "widths": "{{ ('{0:{1[0]}}'*10**4).format(1, [10**6]) }}",
+    "stars": "{{ ('%*d'*10**4) % ((10**6, 1)*10**4) }}",
+    "tabsize": "{{ ('\t'*10**5).expandtabs(tabsize=10**5) }}",
+    "centred": "{{ 'x'.center(10**9) }}",
+    "right": "{{ 'x'.rjust(10**9) }}",
+    "zeros": "{{ 'x'.zfill(10**9) }}",
+    "translated": "{{ ('a'*10**5).translate({97: 'b'*10**5}) }}",
+    "translated-list": "{{ ('\x01'*10**5).translate(['', 'b'*10**5]) }}",
+    "lines": "{{ ('\x0b'*10**5) | indent('x'*10**5) }}",
+    "json-levels": "{{ ([[0]*200]*200) | tojson(indent=10**5) }}",
+    "json-text": "{{ ([0]*10**5) | tojson(indent='x'*10**5) }}",
+    "json-separators": "{{ ([0]*10**5) | tojson(separators=('x'*10**5, 'y')) }}",
+    "json-escapes": "{{ ('\U0001f600'*6*10**7) | tojson(ensure_ascii=true) }}",
+    "url": "{{ ('\U0001f600'*6*10**7) | urlencode }}",
+    "slices": "{{ [1] | slice(10**8) | list }}",
+    "batches": "{{ [1] | batch(10**8, 0) | list }}",
+    "replace-list": "{{ ['a'*10**5] | replace('a', 'b'*10**5) }}",
+    "replace-named": "{{ ('a'*10**5) | replace(new='b'*10**5, old='a') }}",
+    "listed": "{{ ('\u732b'*6*10**7) | list | length }}",
+    "split": "{{ ('\u732b '*3*10**7).split() | length }}",
+    "split-at": "{{ ('\u732b,'*3*10**7).split(',') | length }}",
+    "splitlines": "{{ ('\u732b\n'*3*10**7).splitlines() | length }}",
+    "arguments": "{{ dict(*('\u732b'*6*10**7)) }}",
+    "sliced": "{% set s = 'x'*10**7 %}" + "{% set _ = s[1:] %}" * 1000,
+    "summed-lists": "{{ ([[0]]*10**5) | sum(start=[]) | length }}",
+    "compared": "{% set a = [[[0]*999]*999]*999 %}{% set b = [[[0]*999]*999]*999 %}"
+    "{{ a == b }}{{ a is eq(b) }}",
+    "tuples": "{{ ((((0,)*999,)*999,)*999) | string }}",
+    "added-lists": GROWING[: -len("{% for i in range(99) %}")].replace(
+        "'x'", "[[0]*999]"
+    )
+    + "{% for i in range(30) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+    "words": "{{ ('\u732b '*3*10**7) | wordcount }}",
+    "titles": "{{ ('\u732b '*3*10**7) | title }}",
+    "stripped": "{{ ('a'*10**6).strip('b'*10**6 + 'a') }}",
+    "trimmed": "{{ ('a'*10**6) | trim('b'*10**6 + 'a') }}",
+    "sought": "{{ ('a'*10**6).rfind('b' + 'a'*5*10**5) }}",
+    "parted": "{{ ('a'*10**6).rpartition('b' + 'a'*5*10**5) }}",
+    "format's digits": "{{ ('1111 '*2*10**7) | format() }}",
+    "date": "{{ strftime_now('%d'*10**7) }}",
+    "long": "{{ 1 }}" * 200000,
+}
 FAILING = {
+    "bytes": ("{{ 'x'.encode('punycode') }}", "unsafe"),
+    "number's bytes": ("{{ (1).to_bytes(9) }}", "unsafe"),
+    "formats": ("{{ '{0.a}'.format(namespace(a=1)) }}", "formats a _Namespace"),
     "refuses": ("{{ raise_exception('no system role') }}", "no system role"),
     "zero": ("{{ 1 // 0 }}", "ZeroDivisionError"),
     "overflow": ("{{ 10.0 ** 1000 }}", "OverflowError"),
@@ -84,6 +147,41 @@ def test_what_never_ends_is_refused(name, monkeypatch):
     began = time.thread_time()
     assert "too long" in refused(ENDLESS[name] + CHATML)
     assert time.thread_time() - began < 4
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_what_would_be_large_is_refused_before_it_is_built(name):
+    began, size = time.thread_time(), _peak()
+    assert "too long" in refused(GREEDY[name] + CHATML)
+    assert time.thread_time() - began < 3
+    assert _peak() - size < 1 << 19
+
+
+def _peak():
+    """The most memory this process has held, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+ORDINARY = {
+    "{{ 2**10 }}": "1024",
+    "{{ 2.5 * 10**9 }}": "2500000000.0",
+    "{{ '%s is %05d' % ('a', 123456789) }}": "a is 123456789",
+    "{{ '{} {b:>4}'.format(1, b=[2][0]) }}": "1    2",
+    "{{ '%s' | format([1, 'a']) }}": "[1, 'a']",
+    "{{ {'a': [1, {'b': 2}]} | tojson(indent=1) | length }}": "37",
+    "{{ 'a b\tc'.split() | join('-') }}": "a-b-c",
+    "{{ ' a </t> b '.rsplit('</t>')[1].strip() | trim('x') }}": "b",
+    "{{ ([1, 2] + [3]) * 2 }}": "[1, 2, 3, 1, 2, 3]",
+    "{{ 7 // 2 }}{{ 7 % 4 }}{{ 1.257 | round(2) }}": "331.26",
+    "{{ [3, 1] | sort }}{{ 'abc'[1:] }}{{ 'b' in 'abc' }}": "[1, 3]bcTrue",
+    "{{ strftime_now('%d %b %Y') }}": "26 Jul 2024",
+}
+
+
+@pytest.mark.parametrize("template", ORDINARY)
+def test_what_is_small_is_rendered(template):
+    day = datetime.date(2024, 7, 26)
+    assert jinja.render(template, {}, day) == ORDINARY[template]
 
 
 def test_work_that_no_count_foresees_ends_at_the_deadline(monkeypatch):

@@ -9,6 +9,9 @@ _MONTHS = (
     "January February March April May June July August September October November "
     "December"
 )
+LONGEST = 1000
+"""Characters of a format."""
+
 LONG_FORMS = {
     "%c": "%a %b %e %H:%M:%S %Y",
     "%r": "%I:%M:%S %p",
@@ -25,7 +28,15 @@ def strftime(day: datetime.date, form: str) -> str:
 
     >>> strftime(datetime.date(2024, 7, 26), "%d %b %Y, %A %H:%M %p")
     '26 Jul 2024, Friday 00:00 AM'
+
+    Raises:
+      ValueError: the format has more than :data:`LONGEST` characters.
     """
+    if len(form) > LONGEST:
+        raise ValueError(
+            f"too long a format of a date: {len(form):,} characters, expected at most "
+            f"{LONGEST:,}"
+        )
     for short, whole in LONG_FORMS.items():
         form = re.sub(f"(?<!%)((?:%%)*){re.escape(short)}", rf"\g<1>{whole}", form)
     weekday, month = _DAYS.split()[day.weekday()], _MONTHS.split()[day.month - 1]

@@ -40,8 +40,14 @@ ERRORS = (
 )
 """Whatever a template can raise: its own refusals, and faults in its code."""
 
-NOT_OFFERED = ("random", "urlize", "wordwrap", "xmlattr")
-"""Filters that draw lots, or are for web pages."""
+LONGEST = 1 << 16
+"""Characters of a template: those of published models have under 30 thousand."""
+
+NOT_OFFERED = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
+"""Filters that draw lots, or are for web pages or for finding faults."""
+
+BYTES = ("encode", "to_bytes")
+"""Methods that give bytes, which no text of a chat is made of."""
 
 
 class _Counting(NodeTransformer):
@@ -83,6 +89,17 @@ class _Counting(NodeTransformer):
             return node
         return _call("weigh", [node])
 
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        self.generic_visit(node)
+        return _call("slice", [node]) if isinstance(node.arg, nodes.Slice) else node
+
+    def _spreading(self, node: Any) -> Any:
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = _call("spread", [node.dyn_args])
+        return node
+
+    visit_Call = visit_Filter = visit_Test = _spreading
     visit_List = visit_Tuple = visit_Dict = _collection
 
 
@@ -128,10 +145,13 @@ def _public(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
 
 
+_REPEATED = str, list, tuple
+
+
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
     """What transformers offers to chat templates, charged for."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%", "//"})
 
     def __init__(self):
         super().__init__(
@@ -145,6 +165,10 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
             for name, function in self.filters.items()
             if name not in NOT_OFFERED
         }
+        self.tests = {
+            name: work.charged_test(name, function)
+            for name, function in self.tests.items()
+        }
         del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _refuse,
@@ -154,6 +178,9 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: Any, filename: Any) -> nodes.Template:
         return _Counting().visit(super()._parse(source, name, filename))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in BYTES and super().is_safe_attribute(obj, attr, value)
 
     def tick(self, length: int) -> str:
         """Charges a turn of a loop that writes so much fixed text."""
@@ -166,8 +193,17 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
     def search(self, value: Any) -> Any:
         """Charges a value that something is compared with or looked for in."""
+        return work.charge_tree(value)
+
+    def slice(self, value: Any) -> Any:
+        """Charges a part of a text or list."""
         work.charge(work.size_of(value))
         return value
+
+    def spread(self, values: Any) -> Any:
+        """Charges what is given as arguments one by one."""
+        work.charge(work.size_of(values) * work.ITEM)
+        return values
 
     def attach(self, *parts: Any) -> str:
         """Joins texts."""
@@ -176,17 +212,22 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Charges an operation for its result before it is carried out."""
         size, other = work.size_of(left), work.size_of(right)
-        if operator == "*":
-            times = [abs(v) for v in (left, right) if isinstance(v, int)]
-            square = (size + other) ** 2
-            size = square if len(times) != 1 else max(size, other) * times[0]
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            size = (size * abs(right)) ** 2
-        elif operator == "%" and isinstance(left, str):
-            work.charge_tree(right)
-            values = right if isinstance(right, tuple) else (right,)
-            size += work.widths(left) + (work.lengths(*values) if "*" in left else 0)
+        whole = isinstance(left, int), isinstance(right, int)
         work.charge(size + other)
+        if operator == "*" and isinstance(left, _REPEATED) and whole[1]:
+            work.charge_times(left, right)
+        elif operator == "*" and isinstance(right, _REPEATED) and whole[0]:
+            work.charge_times(right, left)
+        elif operator == "+" and isinstance(left, list | tuple):
+            work.charge_tree(left)
+            work.charge_tree(right)
+        elif operator == "%" and isinstance(left, str):
+            values = list(right) if isinstance(right, tuple) else [right]
+            work.charge_percent(left, values)
+        elif operator == "**" and all(whole):
+            work.charge((left.bit_length() * abs(right) // 3) ** 2)
+        elif operator in ("*", "//", "%"):
+            work.charge(size * other)
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **options: Any) -> Any:
@@ -197,7 +238,9 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         values = list(args)
         work.charge(work.lengths(*values, *options.values()))
         if isinstance(own, str):
-            work.charge_text(function.__name__, own, values)
+            given = [*values, *options.values()]
+            work.charge_text(function.__name__, own, given)
+            values = given[: len(values)]
         out = super().call(context, function, *values, **options)
         work.charge_tree(out) if isinstance(out, list | dict) else work.charge(
             work.size_of(out)
@@ -250,6 +293,10 @@ def render(template: str, variables: Mapping[str, Any], day: datetime.date) -> s
     Raises:
       Exception: one of :data:`ERRORS`.
     """
+    if len(template) > LONGEST:
+        raise runtime.TemplateRuntimeError(
+            f"it has {len(template):,} characters, too long: at most {LONGEST:,}"
+        )
     with work.working():
         compiled = _compiled(template)
         values = {**variables, "strftime_now": functools.partial(strftime, day)}
