@@ -89,7 +89,7 @@ def read_record(
     """
     folder = locate(model, weights=False)
     config = hf_config.read(folder)
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = models.load_tokenizer(folder, vocab_size=config.vocab_size)
     if Path(model).is_dir():
         check_weights(folder, config)
     if tokenizer is None:
@@ -98,11 +98,6 @@ def read_record(
         raise UserError(
             f"expected a tokenizer with a chat template in {folder}, got one without: "
             "use the -Chat or -Instruct checkpoint of this model"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"expected a tokenizer of at most {config.vocab_size} tokens in {folder}, "
-            f"got {len(tokenizer)}: it belongs to another model"
         )
     tokenizer = fix_template(tokenizer, date=date, thinking=thinking)
     encode_prompts(tokenizer, ["Hello."])
@@ -272,7 +267,8 @@ def make_judge(
             f"study.judge_folder); got '{name}'"
         )
     place = locate(folder, weights=weights, option="study.judge_folder")
-    config, tokenizer = hf_config.read(place), models.load_tokenizer(place)
+    config = hf_config.read(place)
+    tokenizer = models.load_tokenizer(place, vocab_size=config.vocab_size)
     if tokenizer is None:
         raise UserError(
             f"study.judge_folder: expected a tokenizer in {place}, found none"

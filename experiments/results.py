@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.published import require_published
 from sbr_jax.training import code_record
 from sbr_jax.training.records import read_json
 from sbr_jax.training.results import Workdir, read_config
@@ -236,7 +237,8 @@ def read_run(folder: str | Path) -> Run:
     """Read a working directory.
 
     Raises:
-        UserError: when it holds no finished evaluation, or a damaged file.
+        UserError: when it holds no finished evaluation, a damaged file, or lines that
+            are not those of the stages beside them.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -245,15 +247,17 @@ def read_run(folder: str | Path) -> Run:
         raise UserError(
             f"expected the results of a run in {path}, {_instead(folder, config)}"
         )
+    # First the times, which a run writes last: these are then of no later state.
+    times = read_lines(folder / "timings.jsonl")
     lines = read_lines(path)
     for number, line in enumerate(lines, 1):
         if wrong := unusable(line):
             raise _damaged(path, number, wrong)
-    times = read_lines(folder / "timings.jsonl")
     for number, line in enumerate(times, 1):
         # The other fields say whose time it is, in words.
         if wrong := [key for key in not_numbers(line) if key.startswith("seconds")]:
             raise _damaged(folder / "timings.jsonl", number, wrong)
+    require_published(folder, lines, times, REWRITE)
     harness = []
     if (folder / "harness.json").is_file():
         harness = read_json(folder / "harness.json", REWRITE).get("results", [])

@@ -140,6 +140,7 @@ def valid_fields():
             ({"architectures": ...}, SAME),
             ({"head_dim": None}, SAME),
             ({"eos_token_id": []}, SAME),
+            ({"pad_token_id": 78}, OTHER),
             ({"rope_theta": 5e5, "rope_parameters": ...}, OTHER),
             ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, OTHER),
             ({"rms_norm_eps": 1e-3}, OTHER),
@@ -223,6 +224,14 @@ def files():
             },
         }.items()
     )
+    for name, ids in (
+        ("generation_config.json", {"eos_token_id": 78}),
+        ("generation_config.json", {"eos_token_id": [2, 9999]}),
+        ("config.json", {"eos_token_id": [2, 78]}),
+        ("config.json", {"bos_token_id": 10**6}),
+    ):
+        yield Case(f"{name}: {ids}", edited(name, **ids), REFUSED, name)
+    name = "generation_config.json"
     yield Case(f"{name}: gone", gone(name), SAME)
     yield Case(f"{name}: odd", edited(name, temperature=[["hot"]]), SAME)
     yield Case("config.json: gone", gone("config.json"), REFUSED, "config.json")
@@ -242,6 +251,29 @@ def tokenizer_part(change):
     return damage
 
 
+def word_ids(**ids):
+    return lambda raw: raw["model"]["vocab"].update(ids)
+
+
+def added_token(name, *, special=True):
+    """A token that is moved behind the last one of the model, or put there."""
+
+    def change(raw):
+        vocab = raw["model"]["vocab"]
+        if name in vocab:
+            vocab["another"] = vocab.pop(name)
+        kept = [token for token in raw["added_tokens"] if token["content"] != name]
+        token = {**kept[0], "id": 78, "content": name, "special": special}
+        raw["added_tokens"] = [*kept, token]
+
+    return change
+
+
+def _padded_beyond(folder):
+    tokenizer_part(added_token("<pad>"))(folder)
+    edited("tokenizer_config.json", pad_token="<pad>")(folder)
+
+
 def tokenizers():
     name = "tokenizer.json"
     changes = {
@@ -256,9 +288,18 @@ def tokenizers():
         "added text": lambda raw: raw.update(added_tokens="x"),
         "added odd": lambda raw: raw.update(added_tokens=[{"id": "x"}]),
         "version": lambda raw: raw.update(version=[]),
+        "an id beyond the model's": word_ids(w1=5000),
+        "the first id beyond": word_ids(w1=78),
+        "two words of one id": word_ids(w1=30, w2=30),
+        "a word of a control token's id": word_ids(w1=2),
+        "an added word beyond": added_token("plus", special=False),
+        "an added token beyond that the template writes": added_token("<assistant>"),
+        "a stop token beyond": added_token("</s>"),
     }
     for what, change in changes.items():
         yield Case(f"{name}: {what}", tokenizer_part(change), REFUSED, name)
+    # Many chat models have one more token for padding, which is masked.
+    yield Case(f"{name}: padding beyond", _padded_beyond, OTHER)
     name = "tokenizer_config.json"
     for changes in (
         {"tokenizer_class": []},

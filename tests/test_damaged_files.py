@@ -209,3 +209,78 @@ def test_an_unfinished_run_is_continued_by_its_own_program(program, more, finish
             read_run(finished)
         advice = f"run the same experiments.{program} command again, which continues"
         assert one_line(error).endswith(advice)
+
+
+# --- lines and the stages that they are of --------------------------------------------
+
+
+def with_stages(folder, rows=("plain", "ewc")):
+    """A made-up run, and the stages that its lines and times are of."""
+    synthetic_run.write(folder, rows, seeds=(0, 1))
+    config = {"settings": {}}
+    write_record(folder / "config.json", config)
+    path, numbers = folder / "results.jsonl", {}
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for line in lines:
+        row = line["method"], line["seed"]
+        numbers[row] = numbers.get(row, -1) + 1
+        place = Workdir(folder).stage(*row, numbers[row], line["stage"])
+        write_result(place, run=run_of(config), **line)
+    Workdir(folder).publish(rows)
+    return path
+
+
+def edit(change):
+    def damage(path):
+        lines = [json.loads(text) for text in path.read_text().splitlines()]
+        lines = change(lines) or lines
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    return damage
+
+
+EDITED = {
+    "a metric": (edit(lambda x: x[2]["metrics"].update(composite=99.0)), "line 3 of"),
+    "a metric more": (edit(lambda x: x[0]["metrics"].update(odd=1)), "line 1 of"),
+    "a diagnostic": (edit(lambda x: x[3]["diagnostics"].update(a=1)), "line 4 of"),
+    "a seed": (edit(lambda x: x[1].update(seed=7)), "line 2 of"),
+    "the first gone": (edit(lambda x: x[1:]), "00-base/result.json"),
+    "one gone": (edit(lambda x: x[:4] + x[5:]), "line 5 of"),
+    "the last gone": (edit(lambda x: x[:-1]), "after line 24 of"),
+    "a seed gone": (edit(lambda x: x[:-6]), "after line 19 of"),
+    "one twice": (edit(lambda x: [*x, x[-1]]), "line 26 of"),
+    "two exchanged": (edit(lambda x: [x[0], x[2], x[1], *x[3:]]), "line 2 of"),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_lines_that_are_not_those_of_the_stages_are_named(name, tmp_path):
+    path = with_stages(tmp_path / "run")
+    assert read_run(path.parent).methods == ["plain", "ewc"]
+    damage, named = EDITED[name]
+    damage(path)
+    with pytest.raises(UserError) as error:
+        read_run(path.parent)
+    said = one_line(error)
+    assert named in said
+    assert str(path) in said
+    assert said.endswith(": run the same command again, which writes the file anew")
+    Workdir(path.parent).publish(("plain", "ewc"))
+    assert read_run(path.parent).methods == ["plain", "ewc"]
+
+
+def test_a_copy_an_old_run_and_one_under_way_are_reported(tmp_path):
+    path = with_stages(tmp_path / "run")
+    folder, whole = path.parent, path.read_bytes()
+    times = folder / "timings.jsonl"
+    # A row is published when all of its seeds are finished.
+    for file in (path, times):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:13]))
+    assert read_run(folder).methods == ["plain"]
+    path.write_bytes(whole)
+    EDITED["a metric"][0](path)
+    (folder / "stages").rename(tmp_path / "stages")
+    assert read_run(folder).methods == ["plain", "ewc"]
+    (tmp_path / "stages").rename(folder / "stages")
+    (folder / "config.json").write_text(json.dumps({"settings": {}}))
+    assert read_run(folder).methods == ["plain", "ewc"]

@@ -154,6 +154,8 @@ def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
 def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
     """The settings of a family from fields that each are of their type and range."""
     family = FAMILIES[kind]
+    ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
+    _check_ids(ids, raw["vocab_size"], where)
     theta, scaling = _rope(raw, where)
     window, sliding = _windows(family, raw, where)
     return ModelConfig(
@@ -179,6 +181,23 @@ def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
         **family.traits,
         **{field: raw[name] for field, name in family.numbers.items()},
     )
+
+
+def _check_ids(ids: Mapping[str, Any], vocab_size: int, where: str) -> None:
+    """Refuses tokens that the embedding has no row for: a gather would clamp them.
+
+    Padding is masked, so that of many chat models, one beyond the rest, does no harm.
+    """
+    wrong = [
+        f"{name}={value}"
+        for name, value in ids.items()
+        if any(i >= vocab_size for i in _stops(value))
+    ]
+    if wrong:
+        raise UserError(
+            f"expected token ids below vocab_size={vocab_size} in {where}, got "
+            f"{', '.join(wrong):.200}: it belongs to another model, fetch it again"
+        )
 
 
 def _stops(eos: int | list[int] | None) -> tuple[int, ...]:
@@ -313,7 +332,8 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
       The settings.
 
     Raises:
-      UserError: if the file is missing, not JSON, or not supported.
+      UserError: if a file is missing, not JSON, or not supported, or names a token
+        beyond the vocabulary.
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
@@ -325,6 +345,7 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
     extra = folder / "generation_config.json"
     if is_there(extra):
         found = read_fields(read_object(extra), {"eos_token_id": EOS}, str(extra))
+        _check_ids(found, config.vocab_size, str(extra))
         more = tuple(i for i in _stops(found["eos_token_id"]) if i not in config.eos)
         config = dataclasses.replace(config, eos=config.eos + more)
     return config

@@ -94,7 +94,7 @@ def load(
     folder = _resolve(folder_or_id)
     config = hf_config.read(folder)
     # Small files first: their mistakes are told before minutes of reading weights.
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
     params = load_weights(folder, config, dtype=dtype, mesh=mesh, quantize=quantize)
     return make_model(config, params, tokenizer, hardware=hardware)
 

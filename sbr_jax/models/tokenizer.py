@@ -29,17 +29,20 @@ _FIELDS = {
 """Fields of tokenizer_config.json that transformers takes as they come."""
 
 
-def load_tokenizer(folder: str | pathlib.Path) -> Any:
+def load_tokenizer(folder: str | pathlib.Path, *, vocab_size: int | None = None) -> Any:
     """The tokenizer of a folder through transformers, or None if it holds none.
 
     Args:
       folder: with ``tokenizer.json`` and its companions.
+      vocab_size: of the model, to refuse ids that it has no embedding for; None to
+        compare with no model.
 
     Returns:
       A fast tokenizer. Code in the folder is never run.
 
     Raises:
-      UserError: naming the file that is missing, damaged, or of a newer library.
+      UserError: naming the file that is missing, damaged, or of a newer library, and
+        for tokens that share an id or have one beyond the model's.
     """
     folder = pathlib.Path(folder)
     settings = folder / SETTINGS
@@ -81,7 +84,49 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     texts = template.values() if isinstance(template, dict) else [template or ""]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"expected a text as chat_template in {settings}, got another")
+    _check_ids(tokenizer, vocab_size, folder, [text or "" for text in texts])
     return tokenizer
+
+
+def _check_ids(
+    tokenizer: Any, vocab_size: int | None, folder: pathlib.Path, templates: list[str]
+) -> None:
+    """Refuses ids by which a model would read another token than the text's.
+
+    The number of tokens does not tell: ids may have gaps, and JAX clamps those beyond.
+    """
+    where = next(folder / name for name in _VOCABULARIES if is_there(folder / name))
+    words = tokenizer.get_vocab()
+    owner: dict[int, str] = {}
+    for word, i in words.items():
+        if i in owner:
+            raise UserError(
+                f"expected an id of its own for each token of {where}, got {i} for "
+                f"{owner[i]!r:.60} and {word!r:.60}: fetch the file again"
+            )
+        owner[i] = word
+    last = max(owner, default=0)
+    if vocab_size is None or last < vocab_size:
+        return
+    # Text is never read as a special token, so one of these can only come from what
+    # writes it: padding beyond the embedding, which many chat models have, is masked.
+    written = {
+        *(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    }
+    harmless = {
+        i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+        and i not in written
+        and not any(token.content in text for text in templates)
+    }
+    wrong = [i for i in owner if i >= vocab_size and i not in harmless]
+    if wrong:
+        raise UserError(
+            f"expected token ids below vocab_size={vocab_size} in {where}, got "
+            f"{max(wrong)} for {owner[max(wrong)]!r:.60}: it belongs to another model, "
+            "fetch the folder's files again"
+        )
 
 
 class _Reading(contextlib.AbstractContextManager):
