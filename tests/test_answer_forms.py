@@ -4,12 +4,13 @@ import ast
 import gzip
 import json
 import textwrap
+import time
 
 import checkpoints
 import pytest
 from test_answer_tasks import ISOLATION, PROMPT, TASK, Code
 
-from sbr_jax.evaluation import sandbox
+from sbr_jax.evaluation import extraction, sandbox
 from sbr_jax.evaluation.extraction import LONGEST, find_program
 from sbr_jax.evaluation.final_number import final_number
 from sbr_jax.evaluation.humaneval import humaneval_program
@@ -26,6 +27,13 @@ FENCED = f"```python\n{WHOLE}```"
 def in_list(text):
     return textwrap.indent(text, "   ")
 
+
+def in_session(text):
+    first, *others = text.splitlines()
+    return f">>> {first}\n" + "".join(f"... {line}\n" for line in others) + "...\n"
+
+
+NEGATED = WHOLE.replace("2 * x", "-x - 7")
 
 FORMS = {
     "a body": BODY,
@@ -71,6 +79,32 @@ FORMS = {
     "from __future__": f"```python\nfrom __future__ import annotations\n{WHOLE}```",
     "decorated": f"```python\nfrom functools import cache\n\n@cache\n{WHOLE}```",
     "the prompt again": f"```python\n{PROMPT}{BODY}```",
+    "a lambda": "```python\ntwice = lambda x: 2 * x\n```",
+    "a lambda with a type": "```\ntwice: object = (lambda x: 2 * x)\n```",
+    "a lambda between prose": "It is:\n\ntwice = lambda x: 2 * x\n\nDone with it.",
+    "another name": "```\ndef _two(x):\n    return 2 * x\n\ntwice = _two\n```",
+    "a partial function": "```\nimport functools\n"
+    "def _two(x):\n    return 2 * x\n\ntwice = functools.partial(_two)\n```",
+    "a session": f"```pycon\n{in_session(WHOLE)}>>> twice(2)\n4\n```",
+    "a session without a fence": f"So:\n\n{in_session(WHOLE)}>>> twice(2)\n4\n",
+    "a session in a list": f"1. So\n   ```\n{in_list(in_session(WHOLE))}   ```\n",
+    "a lambda in a session": "```\n>>> twice = lambda x: 2 * x\n>>> twice(1)\n2\n```",
+    "corrected": f"```python\n{NEGATED}```\nCorrected:\n```python\n{WHOLE}```",
+    "corrected twice": f"```\n{NEGATED}```\nNo:\n```\n{NEGATED}```\nSo:\n{FENCED}",
+    "corrected without a fence": f"{NEGATED}\nThat is wrong. Corrected:\n\n{WHOLE}",
+    "corrected, prose that compiles": f"{NEGATED}\nCorrected\n\n{WHOLE}\nDone\n",
+    "corrected in one block": f"```\n{NEGATED}\n{WHOLE}```",
+    "corrected as a lambda": f"```\n{NEGATED}```\n```\ntwice = lambda x: 2 * x\n```",
+    "then one that is cut off": f"{FENCED}\nOr:\n```\ndef twice(x):\n    return 7",
+    "then one that does not compile": f"{FENCED}\nOr:\n```\ndef twice(x):\n  re (\n```",
+    "then a sketch": f"{FENCED}\nIn short:\n```\ndef twice(x):\n    pass\n```",
+    "then its use": f"{FENCED}\nUse:\n```\nprint(twice(2))\ntwice(3)\n```",
+    "then a method of its name": f"{FENCED}\n```\nclass Test:\n"
+    "    def twice(self):\n        return 7\n```",
+    "one of its name within": "Sure: it\n\ndef twice(x):\n    def twice(y):\n"
+    "        return y\n    return twice(2 * x)\n\nIt doubles.",
+    "a word that compiles": f"Sure\n\n{WHOLE}",
+    "a remark that compiles": f"Note: this\n\n{WHOLE}",
 }
 
 
@@ -122,6 +156,45 @@ def test_what_is_no_answer_fails_without_a_fault(answer):
     faults = (AssertionError, SyntaxError, ValueError, NameError, MemoryError)
     with pytest.raises((*faults, RecursionError)):
         tried(TASK, answer)
+
+
+HUGE = {
+    "heads": "def twice(x):\n" * 5000,
+    "heads in a fence": "```\n" + "def twice(x):\n" * 5000,
+    "heads of lambdas": "twice = lambda x: (\n" * 4000,
+    "typed heads": ">>> def twice(x):\n" * 5000,
+    "blocks": "```\ndef twice(x):\n```\n" * 4000,
+    "helpers": "```\ndef a(): b\n```\n" * 200 + f"```\n{WHOLE[:-9]}(\n```\n" * 200,
+    "sketches": "```\ndef twice(x):\n    pass\n```\n" * 2000,
+    "sketches of others": "```\ndef a(): b\ntwice = lambda: a\ntwice = 1\n```\n" * 2000,
+    "blanks": " " * 100_000,
+    "tabs": "\t" * 100_000,
+    "line ends": "\n" * 100_000,
+    "blank lines": "    \n" * 25_000,
+    "lines": "    x = 1\ny\n" * 8000,
+    "tildes": "~" * 100_000 + "`",
+    "back-ticks": "`" * 99_999 + "x`",
+    "fences": "```x" * 25_000,
+    "names": "twice " * 20_000,
+    "marks of a quotation": "> " * 50_000,
+}
+
+
+@pytest.mark.parametrize("answer", HUGE.values(), ids=HUGE)
+def test_no_answer_takes_long_to_read(answer, monkeypatch):
+    read = []
+    real = extraction._parsed
+
+    def parsed(source):
+        read.append(len(source))
+        return real(source)
+
+    monkeypatch.setattr(extraction, "_parsed", parsed)
+    began = time.process_time()
+    find_program(PROMPT, "twice", answer)
+    # The work is counted; of time only what a mistake in a pattern would take.
+    assert sum(read) <= 2 * extraction.MOST_READ
+    assert time.process_time() - began < 2.5
 
 
 def test_forms_pass_in_the_sandbox():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -208,6 +209,7 @@ VALUES = [
     None,
     True,
     -(2**70),
+    10**5000,
     0.1,
     float("inf"),
     "é\ud800\0",
@@ -218,10 +220,13 @@ VALUES = [
     {1: "a", (1, 2): None, "x": {"y": []}},
     {},
     (),
+    [[], [[]], ()],
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize(
+    "value", VALUES, ids=lambda v: ascii(v)[:40] if v != 10**5000 else "long"
+)
 def test_plain_data_comes_back_as_it_was(value):
     ours, theirs = os.pipe()
     wire.send(theirs, wire.encode(value))
@@ -254,10 +259,18 @@ def test_what_is_no_plain_data_is_equal_to_nothing():
     "message",
     [
         {"value": {"eval": "1"}},
-        {"value": {"list": 3}},
-        {"value": [1]},
-        {"value": {"dict": [[{"list": []}, 1]]}},
-        {"value": {"opaque": []}},
+        {"value": [{"eval": "1"}]},
+        {"value": [{"list": 3}]},
+        {"value": [1, {"list": -1}]},
+        {"value": [1, {"list": True}]},
+        {"value": [[1]]},
+        {"value": [1, 2]},
+        {"value": []},
+        {"value": [1, {"dict": 1}]},
+        {"value": [{"int": "x"}]},
+        {"value": [{"int": 1}]},
+        {"value": [{"complex": [1] * 3}]},
+        {"value": [{"opaque": []}]},
         {"value": 1, "raised": []},
         {"raised": [1, 2, 3]},
         3,
@@ -268,6 +281,90 @@ def test_what_is_no_plain_data_is_equal_to_nothing():
 def test_what_is_no_answer_is_an_error(message):
     with pytest.raises(RuntimeError):
         wire.value_of(message)
+
+
+DEEP = "r = []\nfor _ in range({}): r = [r]\n"
+FLATTEN = "r, n = f(1), 0\nwhile r: r, n = r[0], n + 1\n"
+JUDGED = {
+    "a long integer": ("return 10**5000", "assert f(1) == 10**5000", ""),
+    "a long integer asked": ("return x + 1", "assert f(10**5000) % 10 == 1", ""),
+    "a wrong long integer": ("return 10**5000", "assert f(1) == 1", "AssertionError:"),
+    "not a number": ("return float('nan')", "assert f(1) != f(1)", ""),
+    "infinite": ("return [1e999, -1e999]", "assert f(1) == [1e999, -1e999]", ""),
+    "deep": (DEEP.format(900) + "return r", FLATTEN + "assert n == 900", ""),
+    "deeper": (DEEP.format(9000) + "return r", FLATTEN + "assert n == 9000", ""),
+    "deep, and little room": (
+        "import sys\nsys.setrecursionlimit(60)\n" + DEEP.format(90) + "return r",
+        FLATTEN + "assert n == 90",
+        "",
+    ),
+    "holding itself": (
+        "r = [1]\nr.append(r)\nreturn r",
+        "assert f(1)[0] == 1 and f(1) != [1]",
+        "",
+    ),
+    "half a character": ("return '\\ud800'", "assert f(1) == '\\ud800'", ""),
+    "half a character raised": (
+        "raise ValueError('\\ud800')",
+        "f(1)",
+        r"ValueError: \ud800",
+    ),
+    "half a character named": (
+        "raise type('E', (Exception,), {'__name__': '\\ud800'})('no')",
+        "f(1)",
+        "E: no",
+    ),
+    "a key that only its class can hash": (
+        "class H(list): __hash__ = lambda self: 1\nreturn {H([1]): 1, (H(),): 2}",
+        "assert len(f(1)) == 2 and sorted(f(1).values()) == [1, 2]",
+        "",
+    ),
+    "members that only their class can hash": (
+        "class H(list): __hash__ = lambda self: 1\nreturn {H([1])}",
+        "assert len(f(1)) == 1 and f(1) != {1}",
+        "",
+    ),
+    "a class": ("return list", "assert f(1) is not None", ""),
+    "groups that last until the next": (
+        "import itertools\nreturn itertools.groupby('aab')",
+        "assert [(k, list(g)) for k, g in f(1)] == [('a', ['a'] * 2), ('b', ['b'])]",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "check", "said"), JUDGED.values(), ids=JUDGED)
+def test_the_check_alone_judges_an_answer(body, check, said):
+    program = "def f(x):\n" + textwrap.indent(body, "    ")
+    outcome = run(Trial(program, "f", "", check), seconds=20)
+    assert (outcome.output, outcome.passed) == (said, not said)
+
+
+SHOUT = """
+import os
+for pipe in range(3, 32):
+    try:
+        os.write(pipe, b'\\xff' * 2**20)
+    except OSError:
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "check"),
+    [
+        ("return 'a' * (65 * 2**20)", "f(1)"),
+        ("return 1", "f('a' * (65 * 2**20))"),
+        (SHOUT, "f(1)"),
+    ],
+    ids=["an answer", "a question", "what is no message"],
+)
+def test_a_message_that_is_too_long_is_a_failure_at_once(body, check):
+    # No worker that is still writing is waited for until its time is over.
+    code = "def f(x):\n" + textwrap.indent(body, "    ")
+    outcome = run(Trial(code, "f", "", check), seconds=20)
+    assert outcome.ending is Ending.FAILED
+    assert outcome.output.startswith("RuntimeError: a message of")
 
 
 # --- nothing left behind --------------------------------------------------------------

@@ -7,10 +7,11 @@ grammar of our own could only guess at: where prose begins, whether indentation 
 """
 
 import ast
+import functools
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 _STOPS = (
     "\nclass ",
@@ -24,11 +25,10 @@ _STOPS = (
 )
 """Where a continuation ends: the next statement at the margin (arXiv:2107.03374)."""
 
-_FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[^`]*$")
 _STARTS = re.compile(r"(?:from|import|def|class|async def)\b|@|[A-Za-z_]\w*\s*=[^=]")
 
-LONGEST, MOST = 100_000, 200
-"""Characters of a program, and readings of an answer, beyond which none is tried."""
+LONGEST, MOST, MOST_READ = 100_000, 200, 500_000
+"""Beyond which none is tried: characters of a program, readings, characters of all."""
 
 
 def find_program(prompt: str, entry_point: str, answer: str) -> str:
@@ -37,7 +37,8 @@ def find_program(prompt: str, entry_point: str, answer: str) -> str:
     A fenced block, or an answer that defines the function itself, stands alone (after
     what the prompt has above the function); a body alone continues the prompt. Imports
     and helpers of other blocks are taken along where the function uses them; example
-    calls, tests of the model's own and a ``__main__`` guard are left out.
+    calls, tests of the model's own and a ``__main__`` guard are left out. Of several
+    definitions the last complete one counts: what corrects comes after.
 
     Args:
       prompt: source that ends within the function.
@@ -47,10 +48,13 @@ def find_program(prompt: str, entry_point: str, answer: str) -> str:
     Returns:
       Source that defines the function; where no reading does, the likeliest one.
     """
-    likeliest = None
+    likeliest, read = None, 0
     readings = _readings(prompt, entry_point, _plain_lines(answer))
     for _, source in zip(range(MOST), readings, strict=False):
         likeliest = source if likeliest is None else likeliest
+        read += len(source)
+        if read > MOST_READ:
+            break
         tree = _parsed(source)
         if tree is not None and _defines(tree, entry_point):
             return _without_tests(source, tree, entry_point)
@@ -67,17 +71,32 @@ def _plain_lines(answer: str) -> str:
 
 def _readings(prompt: str, name: str, answer: str) -> Iterator[str]:
     """Programs that may be meant, the likeliest first."""
-    head = re.compile(rf"^[ \t]*(?:async )?def {re.escape(name)}\b", re.MULTILINE)
-    found = head.search(prompt)
+    function = rf"^(?P<space>[ \t]*)(?:async )?def {re.escape(name)}\b"
+    found = re.search(function, prompt, re.MULTILINE)
     above = prompt[: found.start()] + "\n" if found else ""
-    blocks = [textwrap.dedent(block) for block in _blocks(answer)]
-    for block in blocks:
+    bound = rf"^{re.escape(name)}[ \t]*(?::[^=\n]*)?="
+    head = re.compile(rf"{function}|{bound}[ \t(]*lambda\b", re.MULTILINE)
+    alias = re.compile(rf"{bound}[ \t]*[A-Za-z_]", re.MULTILINE)
+    closed, left_open = (
+        [textwrap.dedent(_typed(block, head)) for block in found]
+        for found in _blocks(answer)
+    )
+    blocks = [*closed, *left_open]
+    helpers = functools.partial(_helpers, name=name, parsed=functools.cache(_parsed))
+    answer = _typed(answer, head)
+    # The last is the correction, unless it is cut off or a method of a test.
+    order = [*reversed(closed), *left_open]
+    order.sort(key=lambda block: not _at_margin(block, head))
+    for block in order:
+        others = [other for other in blocks if other is not block]
         if head.search(block):
-            others = [other for other in blocks if other is not block]
-            parts = list(_slices(_helpers(block, others, name) + block, head))
-            yield from (above + part for part in parts)
+            whole = helpers(block, others) + block
+            yield from (above + part for part in _slices(whole, head))
             # Nothing may stand above an import from __future__.
-            yield from parts
+            yield from _slices(whole, head)
+        elif alias.search(block):
+            # A body may name a variable so; with its "return" it compiles nowhere.
+            yield above + helpers(block, others) + block
     if head.search(answer):
         yield from (above + part for part in _slices(answer, head))
     indent = _indents(prompt)[-1:] or ["    "]
@@ -89,6 +108,19 @@ def _readings(prompt: str, name: str, answer: str) -> Iterator[str]:
             yield prompt + body
             plain = textwrap.dedent(body.expandtabs(4)).strip("\n")
             yield prompt + textwrap.indent(plain, indent[0]) + "\n"
+
+
+def _at_margin(text: str, head: re.Pattern[str]) -> bool:
+    return any(not found["space"] for found in head.finditer(text))
+
+
+def _typed(text: str, head: re.Pattern[str]) -> str:
+    """What was typed at the prompts of a session, where that defines the function."""
+    if head.search(text) or ">>> " not in text:
+        return text
+    typed = re.findall(r"^[ \t]*(?:>>>|\.\.\.)(?: (.*)|)$", text, re.MULTILINE)
+    session = "\n".join(typed)
+    return session if head.search(session) else text
 
 
 def _indents(text: str) -> list[str]:
@@ -113,8 +145,8 @@ def _bodies(text: str, indent: Sequence[str]) -> Iterator[str]:
         yield "\n".join(lines[inside[0] : end])
 
 
-def _blocks(answer: str) -> list[str]:
-    """What stands in fences of back-ticks or tildes, also without a closing one."""
+def _blocks(answer: str) -> tuple[list[str], list[str]]:
+    """What stands in fences of back-ticks or tildes, and in one without a closing."""
     found: list[str] = []
     inside: list[str] | None = None
     fence = indent = ""
@@ -122,30 +154,47 @@ def _blocks(answer: str) -> list[str]:
         # A list or a quotation indents its blocks, fences and all.
         plain = line.removeprefix(indent) if line.strip(" \t>") else ""
         if inside is None:
-            if opening := _FENCE.match(line):
-                fence, inside = opening["fence"], []
-                before = opening["before"]
+            before, fence = _fence(line)
+            if fence:
+                inside = []
                 indent = "" if before.strip(" \t>") else before
         elif line.rstrip().endswith(fence):
             found.append("\n".join([*inside, plain.rstrip().rstrip(fence[0])]))
             inside, indent = None, ""
         else:
             inside.append(plain)
-    return found if inside is None else [*found, "\n".join(inside)]
+    return found, [] if inside is None else ["\n".join(inside)]
+
+
+def _fence(line: str) -> tuple[str, str]:
+    """What stands before an opening fence, and the fence or nothing."""
+    # No back-tick may follow it: the last run of them is it, or tildes after that.
+    ticks = line[: line.rfind("`") + 1]
+    before = ticks.rstrip("`")
+    if len(ticks) - len(before) >= 3:
+        return before, ticks[len(before) :]
+    before, fence, rest = line[len(ticks) :].partition("~~~")
+    return ticks + before, fence + "~" * (len(rest) - len(rest.lstrip("~")))
 
 
 def _slices(text: str, head: re.Pattern[str]) -> Iterator[str]:
     """The text, then its parts from where code may begin to where prose may follow."""
     yield text
     lines = text.split("\n")
-    place = next(i for i, line in enumerate(lines) if head.match(line))
-    starts = [i for i in range(place) if _STARTS.match(lines[i])]
-    margins = [
-        i for i in range(place + 1, len(lines)) if lines[i][:1] not in ("", *" \t)]}")
-    ]
-    for start in (*starts, place):
-        for end in (len(lines), *reversed(margins)):
-            yield textwrap.dedent("\n".join(lines[start:end]))
+    heads = {i: m["space"] or "" for i, s in enumerate(lines) if (m := head.match(s))}
+    # A function within one of its name is no other definition.
+    outer = min(len(space) for space in heads.values())
+    for place in reversed([i for i, space in heads.items() if len(space) == outer]):
+        starts = (i for i in range(place) if _STARTS.match(lines[i]))
+        ends = (
+            i
+            for i in range(len(lines) - 1, place, -1)
+            if lines[i][:1] not in ("", *" \t)]}")
+        )
+        margins = [len(lines), *ends]
+        for start in (*starts, place):
+            for end in margins:
+                yield textwrap.dedent("\n".join(lines[start:end]))
 
 
 def _parsed(source: str) -> ast.Module | None:
@@ -164,29 +213,51 @@ def _parsed(source: str) -> ast.Module | None:
 
 def _defines(tree: ast.Module, name: str) -> bool:
     """Whether a program defines the function, and by more than words."""
-    found = [node for node in tree.body if getattr(node, "name", None) == name]
-    if not found or not isinstance(found[-1], ast.FunctionDef | ast.AsyncFunctionDef):
+    found = [node for node in tree.body if name in _bound(node)]
+    if not found:
+        return False
+    if isinstance(found[-1], ast.Assign | ast.AnnAssign):
+        named = ast.Lambda | ast.Name | ast.Attribute | ast.Call
+        return isinstance(found[-1].value, named)
+    if not isinstance(found[-1], ast.FunctionDef | ast.AsyncFunctionDef):
         return False
     bare = [n.value for n in found[-1].body if isinstance(n, ast.Expr)]
     # A word alone on its line is prose that happens to compile.
     prose = any(isinstance(value, ast.Name) for value in bare)
     constants = sum(isinstance(value, ast.Constant) for value in bare)
+    constants += sum(isinstance(node, ast.Pass) for node in found[-1].body)
     return not prose and constants < len(found[-1].body)
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """Names that a definition or an assignment of one value binds."""
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    else:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {t.id for t in targets if isinstance(t, ast.Name)} | {
+        getattr(node, "name", "")
+    }
 
 
 def _names(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
-def _helpers(block: str, others: Sequence[str], name: str) -> str:
+def _helpers(
+    block: str,
+    others: Sequence[str],
+    name: str,
+    parsed: Callable[[str], ast.Module | None],
+) -> str:
     """Imports and definitions of other blocks that this one uses and lacks."""
-    tree = _parsed(block)
+    tree = parsed(block)
     if tree is None:
         return ""
     lacking = _names(tree)
     own = {getattr(node, "name", name) for node in tree.body}
     found: list[str] = []
-    trees = [other for source in others if (other := _parsed(source))]
+    trees = [other for source in others if (other := parsed(source))]
     for node in reversed([node for other in trees for node in other.body]):
         if isinstance(node, ast.Import | ast.ImportFrom):
             bound = {(a.asname or a.name).partition(".")[0] for a in node.names}
@@ -219,5 +290,7 @@ def _is_test(node: ast.stmt, name: str) -> bool:
         return isinstance(node, ast.Assert)
     calls = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
     called = {getattr(function, "id", "") for function in calls}
-    shows = isinstance(node, ast.Expr) and called & {name, "print", "main"}
-    return bool(shows) or "input" in called
+    if isinstance(node, ast.Expr):
+        # Without a call it does nothing: a word of prose that happens to compile.
+        return not calls or not called.isdisjoint({name, "print", "main", "input"})
+    return "input" in called or getattr(node, "value", None) is None

@@ -305,21 +305,29 @@ def _work(orders: dict, judge: int, inbox: int, outbox: int) -> None:
         flushed = wire.answer(sys.stdout.flush)
         return message if "value" in flushed else flushed
 
+    def reply(call) -> None:
+        try:
+            wire.send(outbox, answered(call))
+        except (RuntimeError, MemoryError) as error:  # Too long an answer.
+            wire.send(outbox, wire.complaint(error))
+
     def whole() -> None:
         exec(compile(program, "<program>", "exec"), namespace)
 
     def function(*args, **kwargs):
         return namespace[entry_point](*args, **kwargs)
 
-    wire.send(outbox, answered(whole))
+    reply(whole)
     while True:
         args, kwargs = map(wire.decode, wire.receive(inbox))
-        wire.send(outbox, answered(lambda a=args, k=kwargs: function(*a, **k)))
+        reply(lambda a=args, k=kwargs: function(*a, **k))
 
 
 def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
     """Runs the check against the worker's function; the exit code says what came."""
     namespace = {"__name__": "__main__"}
+    # What it says of an answer may quote text that has no bytes.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         wire.receive(inbox)
         os.write(1, secrets["begun"].encode())
@@ -333,7 +341,8 @@ def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
             exec(compile(secrets["check"], "<check>", "exec"), namespace)
         sys.stdout.flush()
     except wire.Gone:
-        os.close(outbox)
+        for pipe in (inbox, outbox):
+            os.close(pipe)
         _, status = os.waitpid(worker, 0)
         signalled = os.WIFSIGNALED(status)
         return SIGNALLED + os.WTERMSIG(status) if signalled else FAILED
@@ -342,8 +351,10 @@ def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
         code = MEMORY if isinstance(error, MemoryError) else FAILED
     else:
         code = PASSED
-    # Without its judge the worker ends; what it still prints comes before the verdict.
-    os.close(outbox)
+    # Without its judge the worker ends, also in the middle of an answer; what it still
+    # prints comes before the verdict.
+    for pipe in (inbox, outbox):
+        os.close(pipe)
     os.waitpid(worker, 0)
     return code
 

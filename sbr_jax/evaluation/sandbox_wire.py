@@ -46,55 +46,135 @@ _ATOMS = ((int, int.__int__), (float, float.__float__), (str, str.__str__))
 _GROUPS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
-def encode(value: Any) -> Any:
+_END = object()
+
+
+def _name(value: Any) -> str:
+    # Not by attribute: a metaclass may answer anything.
+    return vars(type)["__name__"].__get__(type(value))
+
+
+def _opened(value: Any) -> tuple[str | None, Any]:
+    """The kind of a value that holds others, with an iterator; or None and a token."""
+    if value is None or value is True or value is False:
+        return None, value
+    for kind, plain in _ATOMS:
+        if isinstance(value, kind):
+            atom = plain(value)
+            # Python neither writes nor reads the decimals of a long integer.
+            long = kind is int and atom.bit_length() > 64
+            return None, {"int": hex(atom)} if long else atom
+    for name, kind in _GROUPS.items():
+        if isinstance(value, kind):
+            return name, kind.__iter__(value)
+    if isinstance(value, dict):
+        return "dict", (part for pair in dict.items(value) for part in pair)
+    for kind in (bytes, bytearray):
+        if isinstance(value, kind):
+            return None, {kind.__name__: kind.hex(value)}
+    if isinstance(value, complex):
+        return None, {"complex": [value.real, value.imag]}
+    if hasattr(value, "__iter__"):
+        try:
+            return "opaque", iter(value)
+        except TypeError:  # A class has what its instances are iterated by.
+            pass
+    return None, {"opaque": [_name(value), None]}
+
+
+def encode(value: Any) -> list[Any]:
     """A value as JSON: exact types of Python's own, all else as :class:`Opaque`.
 
+    The list is flat, what is held before what holds it with its number of parts: no
+    nesting is too deep. What holds itself is opaque there.
+
+    >>> encode([1, (2.5, "x")])
+    [1, 2.5, 'x', {'tuple': 2}, {'list': 2}]
     >>> decode(encode({1: (2.5, "x"), None: {True}}))
     {1: (2.5, 'x'), None: {True}}
     """
-    if value is None or value is True or value is False:
-        return value
-    for kind, plain in _ATOMS:
-        if isinstance(value, kind):
-            return plain(value)
-    for name, kind in _GROUPS.items():
-        if isinstance(value, kind):
-            return {name: [encode(item) for item in kind.__iter__(value)]}
-    if isinstance(value, dict):
-        return {"dict": [[encode(k), encode(v)] for k, v in dict.items(value)]}
-    if isinstance(value, bytes | bytearray):
-        return {type(value).__name__: bytes(value).hex()}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    name = type(value).__name__
-    if hasattr(value, "__iter__"):
-        return {"opaque": [name, [encode(item) for item in value]]}
-    return {"opaque": [name, None]}
+    tokens: list[Any] = []
+    # Kind, iterator, parts so far and the value itself, which keeps its id its own.
+    around: list[list[Any]] = [["", iter((value,)), 0, None]]
+    open_ids: set[int] = set()
+    while around:
+        kind, parts, count, holder = around[-1]
+        part = next(parts, _END)
+        if part is _END:
+            around.pop()
+            open_ids.discard(id(holder))
+            if kind:
+                opaque = kind == "opaque"
+                tokens.append({kind: [_name(holder), count] if opaque else count})
+            continue
+        around[-1][2] += 1
+        if id(part) in open_ids:
+            tokens.append({"opaque": [_name(part), None]})
+            continue
+        kind, found = _opened(part)
+        if kind is None:
+            tokens.append(found)
+        else:
+            open_ids.add(id(part))
+            around.append([kind, found, 0, part])
+    return tokens
 
 
-def decode(value: Any) -> Any:
+def decode(tokens: Any) -> Any:
     """What :func:`encode` wrote, made of Python's own types only.
 
     Raises:
       ValueError: for anything else.
     """
-    if not isinstance(value, dict):
-        if isinstance(value, list):
+    if not isinstance(tokens, list):
+        raise ValueError("no list")
+    made: list[Any] = []
+
+    def taken(count: int) -> list[Any]:
+        if type(count) is not int or not 0 <= count <= len(made):
+            raise ValueError(f"{count!r} parts of {len(made)}")
+        place = len(made) - count
+        parts = made[place:]
+        del made[place:]
+        return parts
+
+    for token in tokens:
+        if isinstance(token, list):
             raise ValueError("a bare list")
-        return value
-    ((name, content),) = value.items()
-    if name in _GROUPS:
-        return _GROUPS[name](decode(item) for item in content)
-    if name == "dict":
-        return {decode(k): decode(v) for k, v in content}
-    if name in ("bytes", "bytearray"):
-        return getattr(builtins, name).fromhex(content)
-    if name == "complex":
-        return complex(*content)
-    if name == "opaque":
-        kind, items = content
-        return Opaque(str(kind), None if items is None else [decode(i) for i in items])
-    raise ValueError(f"unknown kind of value {name!r}")
+        if not isinstance(token, dict):
+            made.append(token)
+            continue
+        ((name, content),) = token.items()
+        if name in ("list", "tuple"):
+            made.append(_GROUPS[name](taken(content)))
+        elif name in ("set", "frozenset"):
+            made.append(_GROUPS[name](map(_hashable, taken(content))))
+        elif name == "dict":
+            parts = taken(content)
+            keys = map(_hashable, parts[::2])
+            made.append(dict(zip(keys, parts[1::2], strict=True)))
+        elif name == "int":
+            made.append(int(content, 16))
+        elif name in ("bytes", "bytearray"):
+            made.append(getattr(builtins, name).fromhex(content))
+        elif name == "complex":
+            made.append(complex(*content))
+        elif name == "opaque":
+            kind, count = content
+            made.append(Opaque(str(kind), None if count is None else taken(count)))
+        else:
+            raise ValueError(f"unknown kind of value {name!r}")
+    (value,) = made
+    return value
+
+
+def _hashable(value: Any) -> Any:
+    """A value, opaque where only its own class could hash it."""
+    try:
+        hash(value)
+    except TypeError:
+        return Opaque(_name(value), list(value))
+    return value
 
 
 def send(pipe: int, message: Any) -> None:
@@ -102,9 +182,11 @@ def send(pipe: int, message: Any) -> None:
 
     Raises:
       Gone: if nobody reads any more.
+      RuntimeError: for more than is read of one; nothing is written then.
     """
-    data = json.dumps(message).encode()
-    data = struct.pack("<Q", len(data)) + data
+    text = json.dumps(message).encode()
+    _check_size(len(text))
+    data = memoryview(struct.pack("<Q", len(text)) + text)
     try:
         while data:
             data = data[os.write(pipe, data) :]
@@ -117,12 +199,20 @@ def receive(pipe: int) -> Any:
 
     Raises:
       Gone: if nobody writes any more.
-      ValueError: for what is no message.
+      RuntimeError: for what is no message.
     """
     (size,) = struct.unpack("<Q", _exactly(pipe, 8))
+    _check_size(size)
+    text = _exactly(pipe, size)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RuntimeError(f"no message: {error}") from None
+
+
+def _check_size(size: int) -> None:
     if size > MOST_BYTES:
-        raise ValueError(f"a message of {size} bytes")
-    return json.loads(_exactly(pipe, size))
+        raise RuntimeError(f"a message of {size} bytes, more than {MOST_BYTES}")
 
 
 def _exactly(pipe: int, size: int) -> bytes:
@@ -141,7 +231,7 @@ def complaint(error: BaseException) -> dict[str, list[str]]:
         said = str(error)[:500]
     except BaseException:  # Its own code may do anything.
         said = ""
-    return {"raised": [type(error).__name__, said]}
+    return {"raised": [_name(error), said]}
 
 
 def answer(call: Callable[[], Any]) -> Any:
@@ -167,7 +257,10 @@ def raise_again(name: str, said: str) -> None:
             kind = None
     else:  # Nothing that would end this process, SystemExit least of all.
         kind = None
-    raise error if kind else type(str(name).replace("\0", ""), (Exception,), {})(said)
+    if kind:
+        raise error
+    plain = str(name).replace("\0", "").encode(errors="replace").decode()
+    raise type(plain, (Exception,), {})(said)
 
 
 def value_of(message: Any) -> Any:
@@ -180,7 +273,7 @@ def value_of(message: Any) -> Any:
         if "value" in message:
             try:
                 return decode(message["value"])
-            except (ValueError, TypeError, AttributeError) as error:
+            except (ValueError, TypeError, ArithmeticError) as error:
                 raise RuntimeError(f"no plain data: {error}") from None
         if isinstance(said := message.get("raised"), list) and len(said) == 2:
             raise_again(*said)
