@@ -160,7 +160,7 @@ WRONG = {
     "lines as array": (
         "a.json",
         b'{"t": 1}\n{"t": 2}',
-        "line 2 .*as if it were JSON l",
+        "line 2, .*as if it were JSON lines",
     ),
     "name twice": (
         "a.jsonl",

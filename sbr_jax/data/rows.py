@@ -64,8 +64,9 @@ class Row(NamedTuple):
             names = [name for name in self.values if _is_name(name)]
             more = len(self.values) - len(names)
             found = ", ".join([*names, *([f"{more} longer names"] if more else [])])
+            place = f"row {self.number}" if self.number else "header"
             raise UserError(
-                f"{self.where}, row {self.number}: expected a column '{column}', got "
+                f"{self.where}, {place}: expected a column '{column}', got "
                 f"{found or 'none'}; use the file as its owner publishes it"
             )
         return self.values[column]
