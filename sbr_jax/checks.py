@@ -25,7 +25,7 @@ def number(
     below: float | None = None,
     note: str = "",
 ) -> None:
-    """Refuse what is no finite real number in the range.
+    """Refuse what is no finite real number in the range, also once it is float32.
 
     Args:
         name: of the argument.
@@ -56,8 +56,15 @@ def number(
         (operator.le, most),
         (operator.lt, below),
     )
-    within = all(bound is None or test(x, bound) for test, bound in bounds)
-    if not np.isfinite(x) or not within:
+
+    def fits(x: float) -> bool:
+        within = all(bound is None or test(x, bound) for test, bound in bounds)
+        return bool(np.isfinite(x)) and within
+
+    if not fits(x):
+        raise _refusal(name, wanted, value, note)
+    if not fits(_in_float32(x)):
+        note = f"it is {_in_float32(x)} in float32{note and '; '}{note}"
         raise _refusal(name, wanted, value, note)
 
 
@@ -93,15 +100,21 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
         raise _refusal(name, f"{', '.join(first)} or {last}", value)
 
 
+def is_function(value: Any) -> bool:
+    """Whether a value can be called for a result; a class would make an object."""
+    return callable(value) and not isinstance(value, type)
+
+
 def function(name: str, value: Any) -> None:
-    """Refuse what cannot be called."""
-    if not callable(value):
+    """Refuse what is not `is_function`."""
+    if not is_function(value):
         raise _refusal(name, "a function", value)
 
 
 def transformation(name: str, value: Any) -> None:
-    """Refuse what has no ``init`` and ``update``."""
-    if not all(callable(getattr(value, field, None)) for field in ("init", "update")):
+    """Refuse what has no ``init`` and ``update``, or is the class of such."""
+    fields = (getattr(value, field, None) for field in ("init", "update"))
+    if isinstance(value, type) or not all(map(callable, fields)):
         note = "pass one that is built, such as optax.adam(1e-3)"
         raise _refusal(name, "an Optax transformation", value, note)
 
@@ -143,6 +156,13 @@ def shown(value: Any) -> str:
         return f"{value.dtype} {list(value.shape)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}... ({type(value).__name__})"
+
+
+def _in_float32(x: float) -> float:
+    """What arithmetic in float32 makes of a number: subnormal ones count as 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        seen = float(np.float32(x))
+    return 0.0 if abs(seen) < np.finfo(np.float32).tiny else seen
 
 
 def _is_real(value: Any) -> bool:

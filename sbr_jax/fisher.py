@@ -9,13 +9,15 @@ References:
     SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sbr_jax import checks
 from sbr_jax.subspace import spectrum, units
@@ -172,30 +174,25 @@ def fisher_subspace(
         raise UserError(
             f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
         )
-    if isinstance(batches, Mapping | str | jax.Array) or not isinstance(
-        batches, Iterable
-    ):
-        raise UserError(
-            f"expected batches to be a list of batches, got {checks.shown(batches)}; "
-            "pass [batch]"
-        )
+    _check_batches(batches)
     blocks: list[list[jax.Array]] = [[] for _ in mark.units]
     traces: list[Any] = [None] * len(mark.units)
     held = seen = size = 0
     for batch in batches:
         count = units.examples(batch, what="batch")
         size = max(size, count)
-        rows, norms = _rows(
-            params,
-            _fill(batch, size),
-            jnp.int32(seen),
-            jnp.int32(count),
-            args,
-            key if fisher == "sampled" else None,
-            loss_fn=loss_fn,
-            mark=mark,
-            microbatch=microbatch,
-        )
+        with _parts_explained(batches):
+            rows, norms = _rows(
+                params,
+                _fill(batch, size),
+                jnp.int32(seen),
+                jnp.int32(count),
+                args,
+                key if fisher == "sampled" else None,
+                loss_fn=loss_fn,
+                mark=mark,
+                microbatch=microbatch,
+            )
         for i, (row, norm) in enumerate(zip(rows, norms, strict=True)):
             blocks[i].append(row)
             traces[i] = norm if traces[i] is None else spectrum.add(traces[i], norm)
@@ -285,6 +282,51 @@ def _fill(batch: PyTree, size: int) -> PyTree:
         return batch
     return jax.tree.map(
         lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], short, axis=0)]), batch
+    )
+
+
+def _check_batches(batches: Any) -> None:
+    """Refuse one batch where a list of them is wanted, as far as it can be told."""
+    one = isinstance(batches, Mapping | str | bytes | jax.Array | np.ndarray)
+    one = one or not isinstance(batches, Iterable) or hasattr(batches, "_fields")
+    # All batches of a loss are of one kind; x [B, P] and y [B] are parts of one.
+    kinds = {(x.ndim, jnp.issubdtype(x.dtype, jnp.floating)) for x in _arrays(batches)}
+    if one or len(kinds) > 1:
+        raise _unlisted(batches)
+
+
+@contextlib.contextmanager
+def _parts_explained(batches: Any) -> Iterator[None]:
+    """Where a loss fails on ``x`` of a batch ``(x, y)``, say that it is in no list."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        if not isinstance(batches, tuple) or len(_arrays(batches)) < 2:
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise _unlisted(
+            batches, f", whose first loss_fn does not take ({why:.80})"
+        ) from error
+
+
+def _arrays(batches: Any) -> Sequence[Any]:
+    """The items of a tuple or list of arrays, and none of anything else."""
+    if not isinstance(batches, tuple | list):
+        return ()
+    bare = all(isinstance(x, jax.Array | np.ndarray) for x in batches)
+    return batches if bare else ()
+
+
+def _unlisted(batches: Any, why: str = "") -> UserError:
+    arrays = _arrays(batches)
+    got = checks.shown(batches)
+    if arrays:
+        shown = ", ".join(map(checks.shown, arrays))
+        got = f"a {type(batches).__name__} of arrays ({shown})"
+    return UserError(
+        f"expected batches to be a list of batches, got {got}{why}; pass [batch]"
     )
 
 

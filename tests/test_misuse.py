@@ -4,6 +4,7 @@ A table of kinds says which values an argument takes and which it does not. Ever
 wrong value is tried once, beside random right ones for all other arguments.
 """
 
+import collections
 import inspect
 
 import jax
@@ -13,15 +14,25 @@ import optax
 import pytest
 
 import sbr_jax
-from sbr_jax import UserError, from_factors, losses, update_projection
+from sbr_jax import (
+    UserError,
+    fisher_subspace,
+    from_factors,
+    losses,
+    multi_steps,
+    update_projection,
+)
 
 NAN, INF = float("nan"), float("inf")
+# What float32, or arithmetic in it, makes 0 or infinite.
+ZERO, SUBNORMAL, HUGE = 1e-50, 1e-40, 1e40
 PARAMS = {"v": jnp.ones((2, 3)), "w": jnp.ones((2, 3))}
 FACTORS = {"v": jnp.ones((3, 2, 3)), "w": jnp.ones((3, 2, 3))}
 S = from_factors(FACTORS, max_rank=2, layer_axes=1)
 STATE = update_projection(S, 0.1).init(PARAMS)
 KEY = jax.random.key(0)
-X = jnp.ones((2, 2, 3))
+X, Y = jnp.ones((2, 2, 3)), jnp.ones(2)
+Pair = collections.namedtuple("Pair", "x y")
 LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 4)), jnp.ones((2, 3), int), jnp.ones((2, 3))
 
 
@@ -61,18 +72,33 @@ NO_PARAMS = [
 KINDS = {  # right, wrong
     "cap": ([3, np.int64(2)], [0, -1, 2.5, NAN, None, 10**9, *NO_NUMBER]),
     "count": ([None, 1, 2, np.int32(3)], [0, -1, 2.5, NAN, *NO_NUMBER]),
-    "steps": ([1, 2, lambda step: 2], [0, -1, 2.5, NAN, None, "1", True, [1], {}]),
+    "steps": ([1, 2, lambda step: 2], [0, -1, 2.5, NAN, None, "1", True, [1], {}, int]),
     "buffer": ([512, 1000, 3], [0, -3, 2.5, None, *NO_NUMBER]),
     "axes": ([1, 0, None], [-1, 1.0, 3, *NO_NUMBER]),
-    "energy": ([0.5, 1, np.float32(0.9)], [0.0, -0.1, 1.1, NAN, INF, None, *NO_NUMBER]),
+    "energy": (
+        [0.5, 1, np.float32(0.9)],
+        [0.0, -0.1, 1.1, 1 + 1e-12, ZERO, NAN, INF, None, *NO_NUMBER],
+    ),
     "rate": (
         [0.0, 1e-3, 1, jnp.float32(0.1), optax.constant_schedule(0.1)],
-        [-1e-3, NAN, INF, -INF, jnp.float32(NAN), 10**400, None, *NO_NUMBER],
+        [
+            *(-1e-3, -1e-50, NAN, INF, -INF, jnp.float32(NAN), 10**400, None),
+            *(HUGE, 10**39, np.float64(HUGE), dict, float, *NO_NUMBER),
+        ],
     ),
-    "norm": ([1.0, 2, None, jnp.float32(1.0)], [0.0, -1.0, NAN, INF, *NO_NUMBER]),
-    "beta": ([0.0, 0.9, jnp.float32(0.9)], [1.0, 1, -0.1, NAN, INF, None, *NO_NUMBER]),
-    "eps": ([1e-8, 1.0], [0.0, -1e-8, NAN, INF, None, *NO_NUMBER]),
-    "weight": ([0.0, 0.01, 3], [-0.01, NAN, INF, None, *NO_NUMBER]),
+    "norm": (
+        [1.0, 2, None, jnp.float32(1.0)],
+        [0.0, -1.0, ZERO, 1e-46, SUBNORMAL, HUGE, NAN, INF, *NO_NUMBER],
+    ),
+    "beta": (
+        [0.0, 0.9, jnp.float32(0.9), 1 - 1e-7],
+        [1.0, 1, -0.1, 1 - 1e-12, NAN, INF, None, *NO_NUMBER],
+    ),
+    "eps": (
+        [1e-8, 1.0, 1e-37],
+        [0.0, -1e-8, ZERO, SUBNORMAL, HUGE, NAN, INF, None, *NO_NUMBER],
+    ),
+    "weight": ([0.0, 0.01, 3], [-0.01, HUGE, NAN, INF, None, *NO_NUMBER]),
     "alpha": (
         [None, 0, 0.5, 1.0, {"v": 0.5, "w": jnp.array([0.0, 1.0])}],
         [
@@ -125,14 +151,15 @@ KINDS = {  # right, wrong
     "fisher": (["empirical"], ["true", "", None, 1, ["empirical"]]),
     "direction": (["forward", "reverse"], ["both", "", None, 1, True]),
     "reduction": (["mean", "sum"], ["max", "", None, 1, True]),
-    "unit": ([None, lambda x: False], [3, "v", True, PARAMS]),
-    "progress": ([None, lambda seen: None], [3, "v", True]),
+    "unit": ([None, lambda x: False], [3, "v", True, PARAMS, dict]),
+    "progress": ([None, lambda seen: None], [3, "v", True, dict]),
     "loss": (
         [loss],
         [
             None,
             3,
             "loss",
+            dict,
             lambda p, x: p["v"] * 1.0,
             lambda p, x: 1,
             lambda p, x: None,
@@ -142,7 +169,7 @@ KINDS = {  # right, wrong
     ),
     "optimizer": (
         [optax.sgd(0.1), optax.identity()],
-        [None, 3, "adam", optax.adam, {}, STATE],
+        [None, 3, "adam", optax.adam, optax.MultiSteps, {}, STATE],
     ),
     "batch": (
         [X, X[:1]],
@@ -150,7 +177,11 @@ KINDS = {  # right, wrong
     ),
     "batches": (
         [[X], [X, X[:1]], (X,)],
-        [None, 3, "x", X, {"x": X}, [], [X[:0]], [X, X[:0]], [3], [None], ["x"]],
+        [
+            *(None, 3, "x", b"x", X, np.ones((2, 2, 3)), {"x": X}, [], [X[:0]]),
+            *([X, X[:0]], [3], [None], ["x"], Pair(X, X)),
+            *((X, Y), [X, Y], (X, X > 0), (X[:, 0], X)),
+        ],
     ),
     "args": ([(), []], [None, 3, X, "x", {}]),
     "logits": (
@@ -347,6 +378,40 @@ def test_every_right_value_is_accepted(called):
         for value in KINDS[kind][0]:
             first = {other: KINDS[kinds[other]][0][0] for other in kinds}
             call(name, how, first | {argument: value})
+
+
+@pytest.mark.parametrize("batches", [(X, X), (X, X[..., :1])], ids=["same", "other"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda p, xy: (lambda x, y: jnp.vdot(p["v"], x) * y)(*xy),  # TypeError
+        lambda p, xy: next(jnp.vdot(p["v"], x) for x, *_, z, u in [xy]),  # ValueError
+        lambda p, xy: jnp.vdot(p["v"], xy["x"]),  # indexing by a name
+        lambda p, xy: jnp.vdot(p["v"], xy.x),  # AttributeError
+    ],
+)
+def test_parts_of_a_batch_that_a_loss_does_not_take_are_refused(parts, batches):
+    with pytest.raises(UserError, match=r"list of batches.*pass \[batch\]") as caught:
+        fisher_subspace(parts, PARAMS, batches, max_rank=2)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(type(caught.value.__cause__)) as own:  # of the loss itself
+        fisher_subspace(parts, PARAMS, [X], max_rank=2)
+    assert not isinstance(own.value, UserError)
+
+
+def test_a_batch_of_parts_is_taken_in_a_list():
+    def both(params, pair):
+        x, y = pair
+        return jnp.vdot(params["v"], x) * y
+
+    assert fisher_subspace(both, PARAMS, [(X, Y)], max_rank=2).trace["v"] > 0
+
+
+@pytest.mark.parametrize("option", ["foo", "opt", "use_grad_means"])
+def test_an_unknown_option_is_named(option):
+    with pytest.raises(UserError, match=rf"use_grad_mean.*got '{option}'"):
+        multi_steps(optax.sgd(0.1), 2, **{option: 1})
+    multi_steps(optax.sgd(0.1), 2, use_grad_mean=False)
 
 
 def test_the_table_is_whole():

@@ -1,7 +1,9 @@
 """Directions do not depend on how large gradients are, to the bit."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from subspace_case import normal, plain, rank
 
@@ -10,8 +12,10 @@ from sbr_jax import (
     from_factors,
     merge,
     project_onto,
+    project_out,
     update_projection,
 )
+from sbr_jax.transforms.projection import mix
 
 TINY = 2.0**-126
 # Squares of 2⁻⁶⁶, about 1e-20, are below float32's smallest number.
@@ -101,3 +105,78 @@ def test_nothing_stays_nothing_and_a_dead_layer_does_not_spread():
     assert not s.basis["w"][1].any()
     assert s.trace["w"][0] > 0 == s.trace["w"][1]
     assert not s.eigenvalues["w"][1].any()
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "inside", "update", "want"),
+    [
+        (0.0, 2.0, INF, 2.0),
+        (1.0, INF, 2.0, 2.0),
+        (0.0, INF, 2.0, INF),
+        (1.0, 2.0, INF, INF),
+        *[(a, INF, INF, INF) for a in (0.0, 0.3, 1.0)],
+        *[(0.5, x, y, INF) for x, y in ((INF, 2.0), (2.0, INF))],
+        (0.0, -0.0, -3.0, -0.0),
+        (0.25, 4.0, 8.0, 5.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_has_no_weight_does_not_count(alpha, inside, update, want, dtype):
+    x, y = jnp.full((1, 2), inside, dtype), jnp.full((1, 2), update, dtype)
+    got = mix(jnp.array([alpha], jnp.float32), x, y)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, jnp.full((1, 2), want, dtype))
+    assert np.signbit(got).all() == np.signbit(want)
+
+
+SIZES = [1e-30, 1e-20, 1e-8, 1.0, 1e8, 1e18, 1.5e19, 1e20, 1e30, 1e38]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_any_scale_give_the_steps_of_adamw(alpha, dtype):
+    """Beyond 1e19 squares are infinite, and AdamW but decays."""
+    s = plain(normal(8, 3, 24))
+    params = {"w": jnp.asarray(normal(9, 24)).astype(dtype)}
+    wide = {"w": params["w"].astype(jnp.float32)}
+    tx = update_projection(s, 1e-2, max_norm=None, coefficients=alpha)
+    update = jax.jit(tx.update)
+    adamw = optax.adamw(1e-2, weight_decay=0.01)
+    outer = jax.jit(adamw.update)
+    sizes = [*SIZES, np.geomspace(1e-30, 1e38, 24)]  # the last: all of them at once
+    for size in sizes:
+        rows = np.clip(normal(10, 3, 24), -1, 1) * np.float32(size)
+        state, other = tx.init(params), adamw.init(wide)
+        for row in rows:
+            g = {"w": jnp.asarray(row).astype(dtype)}
+            with jax.numpy_dtype_promotion("standard"):  # Optax's own need
+                want, other = outer({"w": g["w"].astype(jnp.float32)}, other, wide)
+            got, state = update(g, state, params)
+            assert got["w"].dtype == dtype
+            assert jnp.isfinite(got["w"]).all(), size
+            out = project_out(want, s)["w"]
+            want = {"w": (1 - alpha) * out + alpha * want["w"]}
+            near = 1e-5 if dtype == "float32" else 1e-2
+            close = {"rtol": near, "atol": 1e-7 if dtype == "float32" else 1e-4}
+            np.testing.assert_allclose(
+                np.asarray(got["w"], np.float32), want["w"], **close, err_msg=str(size)
+            )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("share", [-1.0, -0.5, 1.0])
+def test_a_bypass_of_any_scale_keeps_steps_finite(alpha, share):
+    s, params = plain(normal(8, 3, 24)), {"w": jnp.asarray(normal(9, 24))}
+    tx = update_projection(s, 1e-2, max_norm=None, coefficients=alpha)
+    update = jax.jit(tx.update)
+    # Parts that are applied together and leave nothing are each divided by ε = 1e-8.
+    nothing = alpha == 1.0 and share == -1.0
+    for size in [x for x in SIZES if x <= 1e30 or not nothing]:
+        state = tx.init(params)
+        for row in np.clip(normal(10, 3, 24), -1, 1) * np.float32(size):
+            g = {"w": jnp.asarray(row)}
+            step, state = update(g, state, params, bypass={"w": share * g["w"]})
+            assert jnp.isfinite(step["w"]).all(), size

@@ -6,6 +6,7 @@ References:
     SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
+import inspect
 import sys
 from typing import Any
 
@@ -90,8 +91,8 @@ def multi_steps(
         A transformation with the state ``optax.MultiStepsState``.
 
     Raises:
-        UserError: for a k below 1, or what is no transformation; by ``init``, for
-            parameters that are not floating-point.
+        UserError: for a k below 1, an unknown option, or what is no transformation; by
+            ``init``, for parameters that are not floating-point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -104,8 +105,11 @@ def multi_steps(
         [2.0]
     """
     checks.transformation("inner", inner)
-    if not callable(every_k_schedule):
+    if not checks.is_function(every_k_schedule):
         every_k_schedule = checks.whole("every_k_schedule", every_k_schedule)
+    _, _, *known = inspect.signature(optax.MultiSteps).parameters
+    for option in options:
+        checks.one_of("the option", option, known)
     wrapped = optax.with_extra_args_support(inner)
 
     def update_both(

@@ -156,13 +156,21 @@ def relaxed(
 
 
 def mix(alpha: jax.Array | None, inside: jax.Array, update: jax.Array) -> jax.Array:
-    """``(1 − α) inside + α update``, with α ``[*L]`` over the leading axes."""
+    """``(1 − α) inside + α update``, with α ``[*L]`` over the leading axes.
+
+    What has the weight 0 does not count, be it infinite.
+    """
     if alpha is None:
         return inside
+
+    def part(weight: jax.Array, x: jax.Array) -> jax.Array:
+        x = x.astype(weight.dtype)
+        # 0 · inf is NaN. Finite numbers keep their product, and the sign of its zero.
+        return weight * jnp.where((weight == 0) & ~jnp.isfinite(x), 0.0, x)
+
     a = alpha.reshape(alpha.shape + (1,) * (update.ndim - alpha.ndim))
     # Not inside + α (update − inside): that is not exact at α = 1.
-    mixed = (1.0 - a) * inside.astype(a.dtype) + a * update.astype(a.dtype)
-    return mixed.astype(inside.dtype)
+    return (part(1.0 - a, inside) + part(a, update)).astype(inside.dtype)
 
 
 def fisher_relaxation(

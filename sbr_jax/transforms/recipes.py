@@ -159,7 +159,7 @@ def update_projection(
     References:
         arXiv:2604.17691; AdamW: arXiv:1711.05101
     """
-    if not callable(learning_rate):
+    if not checks.is_function(learning_rate):
         checks.number("learning_rate", learning_rate, least=0.0)
     if max_norm is not None:
         checks.number("max_norm", max_norm, above=0.0)
