@@ -93,8 +93,9 @@ def test_configurations_are_written_in_both_spellings_of_transformers(golden):
 def test_stop_tokens_and_the_chat_template_are_written(tmp_path):
     words = tiny_stories.tokenizer(tmp_path)
     words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    config = hf_config.from_dict({**hf_config.to_dict(CONFIG), "eos_token_id": [2, 7]})
-    models.save(tmp_path, models.make_model(config, params(), words))
+    own = {"eos_token_id": [2, 7], "vocab_size": len(words)}
+    config = hf_config.from_dict({**hf_config.to_dict(CONFIG), **own})
+    models.save(tmp_path, models.make_model(config, params(config), words))
     raw = json.loads((tmp_path / "generation_config.json").read_text())
     assert raw == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": None}
     again = models.load(tmp_path)

@@ -35,6 +35,7 @@ class Request(NamedTuple):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     tokenizer = tiny_stories.tokenizer(tmp_path_factory.mktemp("words"))
+    tokenizer.add_tokens(["Sorry"])
     config = dataclasses.replace(checkpoints.CONFIG, vocab_size=len(tokenizer))
     return models.make_model(config, checkpoints.params(config), tokenizer)
 
@@ -90,7 +91,7 @@ READERS = {
     "medqa": lambda m, r: tasks.medqa(r, LETTERS),
     "legalbench": lambda m, r: tasks.legalbench(r, CHOICES),
     "bbq": lambda m, r: tasks.bbq(r, PEOPLE),
-    "first token": lambda m, r: refusal_auc(r, HARMFUL, HARMLESS, ["</s>"]),
+    "first token": lambda m, r: refusal_auc(r, HARMFUL, HARMLESS, ["sorry"]),
     "next token": lambda m, r: TokenAccuracy(m.apply_fn, TokenDataset(TOKENS, MASK))(
         r.base, None
     ),

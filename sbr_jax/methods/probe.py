@@ -249,7 +249,8 @@ def _fit(x: jax.Array, y: jax.Array, l2: jax.Array) -> tuple[jax.Array, jax.Arra
     """Weights ``[F]`` and bias from standardised features x ``[N, F]`` and y ``[N]``.
 
     Every step is the best of some shortened ones (and of none), so the objective never
-    rises: full Newton steps can overshoot.
+    rises: full Newton steps can overshoot. Near its minimum the objective is flat to
+    within float32, and the slope alone says whether a last full step is one forward.
     """
     count, size = x.shape
     wide = size > count
@@ -263,16 +264,26 @@ def _fit(x: jax.Array, y: jax.Array, l2: jax.Array) -> tuple[jax.Array, jax.Arra
         fit = jnp.mean(jax.nn.softplus(-sign * (z @ u)))
         return fit + 0.5 * jnp.sum(penalty * u**2)
 
-    def newton(_, u):
+    def slope_at(u):
+        return z.T @ (jax.nn.sigmoid(z @ u) - y) / count + penalty * u
+
+    def newton_step(u):
         p = jax.nn.sigmoid(z @ u)
-        slope = z.T @ (p - y) / count + penalty * u
         curvature = z.T @ (z * (p * (1.0 - p) / count)[:, None]) + jnp.diag(penalty)
         # The jitter only shortens steps: where the slope is 0 they are 0 with it too.
-        step = jnp.linalg.solve(curvature + 1e-7 * jnp.eye(len(u)), slope)
-        tried = u[None] - lengths[:, None] * step[None]
+        return jnp.linalg.solve(curvature + 1e-7 * jnp.eye(len(u)), slope_at(u))
+
+    def newton(_, u):
+        tried = u[None] - lengths[:, None] * newton_step(u)[None]
         return tried[jnp.argmin(jax.vmap(objective)(tried))]
 
+    def polish(_, u):
+        there = u - newton_step(u)
+        flatter = jnp.linalg.norm(slope_at(there)) < jnp.linalg.norm(slope_at(u))
+        return jnp.where(flatter, there, u)
+
     u = jax.lax.fori_loop(0, NEWTON_STEPS, newton, jnp.zeros(z.shape[1]))
+    u = jax.lax.fori_loop(0, 4, polish, u)
     return basis @ u[:-1] if wide else u[:-1], u[-1]
 
 
