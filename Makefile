@@ -10,7 +10,7 @@ BIN := .venv/bin
 # The stamp's name carries a checksum of pyproject.toml, so that a change of the
 # dependencies installs again and nothing else does.
 STAMP := .venv/.installed-$(shell { cat pyproject.toml; echo "$(EXTRAS)"; } | cksum | cut -d ' ' -f 1)
-SOURCES := sbr_jax experiments tests $(wildcard benchmarks)
+SOURCES := sbr_jax experiments tools tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo report test parity lint format docs clean
@@ -73,8 +73,8 @@ test: $(STAMP) ## lint, doctests and all tests; the last line counts them
 parity: ## model families against PyTorch, scores against lm-eval; both are installed
 	@$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),parity,eval" venv
 	@echo "==> comparing with PyTorch, peft and lm-eval (about a quarter of an hour on one core)"
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity tests/test_harness.py \
-	  tests/test_qwix.py $(ARGS)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity tests/evaluation/test_harness.py \
+	  tests/models/test_qwix.py $(ARGS)
 
 lint: $(STAMP) ## ruff, changing nothing
 	@echo "==> ruff check and format --check"

@@ -1,1 +1,1 @@
-"""Command-line programs."""
+"""The command-line programs of sbr_jax, to be started from a clone."""

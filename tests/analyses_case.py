@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import tiny
 
-from experiments import material
 from sbr_jax import from_factors, models
 from sbr_jax.analysis import coupling
+from sbr_jax.studies import material
 
 ADAPTER = models.init_adapter(jax.random.key(1), tiny.CONFIG, rank=2, alpha=4.0)
 

@@ -4,7 +4,7 @@ import shutil
 
 import tiny_chat
 
-from experiments import chat
+from sbr_jax.studies import chat
 
 DOMAINS = ("medical", "legal", "code")
 

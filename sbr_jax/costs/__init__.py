@@ -1,0 +1,1 @@
+"""Memory and hours of a run, computed from sizes before it starts."""

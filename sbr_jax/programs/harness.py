@@ -1,0 +1,238 @@
+"""lm-eval on the weights of a run: `experiments.run PRESET … --harness [TASK ...]`.
+
+After the run, or on a finished folder, the start model and the final deployed weights
+of every row and seed go through EleutherAI's harness (the extra `eval`), on items of
+the data folder; nothing is fetched. With a limit the items are those that
+`evaluation.measures` draws. Chat models are asked in their template, others in plain
+text: compare like with like. Results go to `WORKDIR/harness.json`, one entry per row
+and seed as soon as it is there, and the same command continues.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sbr_jax.evaluation.measurement import draw
+from sbr_jax.training.shipped import deployments
+from sbr_jax.typing import UserError
+
+FILE = "harness.json"
+
+
+class Task(NamedTuple):
+    """One name of `--harness`: its items, and the harness's tasks over them."""
+
+    items: Sequence[Any]
+    tasks: Sequence[Mapping[str, Any]]
+
+
+def _truthfulqa(name: str) -> Callable[[Path, int | None], Task]:
+    def read(folder: Path, limit: int | None) -> Task:
+        from sbr_jax.data import load_evalset
+        from sbr_jax.evaluation.harness_tasks import truthfulqa_task
+
+        items = draw(load_evalset(name, folder), limit)
+        return Task(items, [truthfulqa_task(items, name=name)])
+
+    return read
+
+
+def _bbq(folder: Path, limit: int | None) -> Task:
+    from sbr_jax.data import load_evalset
+    from sbr_jax.evaluation.harness_tasks import bbq_task
+
+    found = load_evalset("bbq", folder)
+    items = draw(found, limit, lambda item: (item.category, item.ambiguous))
+    return Task(items, [bbq_task(items)])
+
+
+def _mmlu(folder: Path, limit: int | None) -> Task:
+    from sbr_jax.data import load_evalset
+    from sbr_jax.evaluation.harness_tasks import mmlu_task
+
+    items = draw(load_evalset("mmlu", folder), limit, lambda item: item.group)
+    solved: dict[str, list[Any]] = {}
+    for item in load_evalset("mmlu", folder, split="dev"):
+        solved.setdefault(item.group, []).append(item)
+    subjects: dict[str, list[Any]] = {}
+    for item in items:
+        subjects.setdefault(item.group, []).append(item)
+    return Task(
+        items,
+        [mmlu_task(own, solved.get(name, [])[:5]) for name, own in subjects.items()],
+    )
+
+
+def _medqa(folder: Path, limit: int | None) -> Task:
+    from sbr_jax.data import load_evalset
+    from sbr_jax.evaluation.harness_tasks import medqa_task
+
+    items = draw(load_evalset("medqa", folder), limit)
+    return Task(items, [medqa_task(items)])
+
+
+TASKS: dict[str, Callable[[Path, int | None], Task]] = {
+    "truthfulqa_mc1": _truthfulqa("truthfulqa_mc1"),
+    "truthfulqa_mc2": _truthfulqa("truthfulqa_mc2"),
+    "bbq": _bbq,
+    "mmlu": _mmlu,
+    "medqa_4options": _medqa,
+}
+
+
+def check(tasks: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse what `--harness` cannot do, before anything is read.
+
+    Args:
+        tasks: names of `TASKS`, or none for all.
+        options: of the study.
+
+    Raises:
+        UserError: for an unknown task, and without a data folder.
+    """
+    from sbr_jax.programs import cli
+
+    cli.check_names("task of --harness", tasks, TASKS)
+    if options.get("data_folder") is None:
+        raise UserError(
+            "--harness: expected a folder with the tasks' data sets, got none: add "
+            "--data FOLDER (a preset without that option has no such data)"
+        )
+
+
+def read(plan: Any) -> dict[str, Task]:
+    """The items of the tasks that were asked for.
+
+    Args:
+        plan: of `experiments.run`.
+
+    Raises:
+        UserError: without lm-eval, for missing or damaged files, and a folder whose
+            `harness.json` is of other tasks or items.
+    """
+    from sbr_jax.evaluation.harness_tasks import import_harness
+
+    import_harness()
+    folder = Path(plan.study_options["data_folder"])
+    limit = plan.harness_limit or plan.study_options.get("limit")
+    found = {name: TASKS[name](folder, limit) for name in plan.harness or TASKS}
+    _entries(plan, found)
+    return found
+
+
+def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
+    """Put the start model and every row's final weights through the harness.
+
+    Args:
+        plan: of `experiments.run`; its run is finished.
+        study: the same that was run.
+        tasks: of `read`.
+
+    Returns:
+        `harness.json`.
+    """
+    from sbr_jax.evaluation.harness import evaluate_with_harness
+    from sbr_jax.evaluation.runner import ModelRunner
+    from sbr_jax.evaluation.scorer import Budget
+    from sbr_jax.training.records import plain_numbers, write_record
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    path = plan.workdir / FILE
+    chat = bool(study.model.tokenizer.chat_template)
+    budget = Budget(tokens=plan.study_options.get("score_tokens", Budget().tokens))
+    entries = _entries(plan, tasks)
+    done = {(entry["method"], entry["seed"]) for entry in entries}
+    for row, seed, weights in deployments(plan, study, done):
+        if not plan.quiet:
+            print(f"harness  {row}  seed {seed}", file=sys.stderr, flush=True)
+        runner = ModelRunner(study.model, *weights, too_long="left", budget=budget)
+        # lm-eval has no switch for its progress bars, one or two for each task and
+        # row. What goes wrong is raised, not printed.
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                found = evaluate_with_harness(
+                    runner,
+                    [dict(task) for wanted in tasks.values() for task in wanted.tasks],
+                    apply_chat_template=chat,
+                    system_instruction=plan.study_options.get("system"),
+                )
+            except UserError as error:
+                raise UserError(f"--harness, {row}, seed {seed}: {error}") from error
+        metrics: dict[str, float] = {}
+        for name, wanted in tasks.items():
+            results = [found[task["task"]] for task in wanted.tasks]
+            accuracies = [result.metrics["acc,none"] for result in results]
+            metrics[name] = 100.0 * float(np.mean(accuracies))
+            if name == "bbq":
+                picks = [item["pick"] for item in results[0].items]
+                metrics |= bias_of(wanted.items, picks)
+        entries.append({"method": row, "seed": seed, "metrics": plain_numbers(metrics)})
+        whole = {"of": _identity(plan, tasks), "results": entries}
+        write_record(path, whole, indent=1)
+    return path
+
+
+def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
+    """The absolute bias in ambiguous contexts of the single categories, if any."""
+    from sbr_jax.evaluation.bbq import bias_scores
+
+    used = [
+        (pick, item)
+        for pick, item in zip(picks, items, strict=True)
+        if item.ambiguous and item.biased is not None and "_x_" not in item.category
+    ]
+    if not used:
+        return {}
+    scores = bias_scores(
+        [pick for pick, _ in used],
+        [item.biased for _, item in used],
+        [item.unknown for _, item in used],
+        [item.correct for _, item in used],
+        [item.category for _, item in used],
+        ambiguous=True,
+    )
+    return {"bbq_bias": scores.absolute}
+
+
+def _identity(plan: Any, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """What all entries of one `harness.json` have in common."""
+    from sbr_jax.evaluation.harness_tasks import import_harness
+    from sbr_jax.training.results import Workdir
+
+    def digest(items: Sequence[Any]) -> str:
+        return hashlib.sha256("\n".join(i.id for i in items).encode()).hexdigest()[:12]
+
+    return {
+        "run": Workdir(plan.workdir).run,
+        "lm_eval": import_harness().__version__,
+        "items": {name: len(task.items) for name, task in tasks.items()},
+        "ids": {name: digest(task.items) for name, task in tasks.items()},
+        "system": plan.study_options.get("system"),
+    }
+
+
+def _entries(plan: Any, tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
+    """The entries of a `harness.json` that was begun before.
+
+    Raises:
+        UserError: where it is of other tasks or items.
+    """
+    from sbr_jax.training.records import read_json
+
+    path = plan.workdir / FILE
+    if not path.exists():
+        return []
+    whole = read_json(path, sealed=True)
+    if whole.get("of") != _identity(plan, tasks):
+        raise UserError(
+            f"{path} holds other tasks, items or weights: ask for the same "
+            "again, or move that file away"
+        )
+    return list(whole["results"])

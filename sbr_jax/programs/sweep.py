@@ -1,0 +1,303 @@
+"""A named list of runs, one seed of all cells after the other, into one table.
+
+    python -m experiments.sweep NAME [--workdir DIR] [--seeds N] [--cells A B ...]
+        [--jobs J] [--dry-run]
+    python -m experiments.sweep --list
+
+Each cell of the sweep (`configs/sweeps.py`) is a working directory `DIR/CELL` of
+`experiments.run` or `experiments.attack`, and can be continued or reported by them.
+The first seed of everything comes first, so that a whole table appears early. Finished
+stages are kept: the same command continues after a kill. A row that refuses its
+settings is named at the end, and does not keep others from being run.
+"""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from sbr_jax.programs import attack, cli, run, terminal
+from sbr_jax.programs.sweep_state import (
+    Part,
+    Sweep,
+    clock,
+    note_memory,
+    remaining,
+    spent,
+    write_table,
+)
+from sbr_jax.recipes.sweeps import SWEEPS
+from sbr_jax.reporting.tables import Table, to_markdown
+from sbr_jax.typing import UserError
+
+PROGRAM = "python -m experiments.sweep"
+MOST = 1000
+"""Seeds, or processes: beyond it somebody has mistyped."""
+POLL_SECONDS = 0.1
+"""Between looks at the cells that run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Run a named sweep."""
+
+    name: tyro.conf.Positional[str] = ""
+    """Name of a sweep; --list shows them."""
+    workdir: Path | None = None
+    """Folder for the cells and the table; default: runs/NAME."""
+    seeds: int = 5
+    """How many, from 0 (or a cell's own first seed)."""
+    cells: tuple[str, ...] = ()
+    """Only these cells."""
+    jobs: int = 1
+    """Cells at a time, each in its own process."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+    list: bool = False
+    """List sweeps and their cells."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def make_sweep(arguments: Arguments) -> Sweep:
+    """Check a command line and every cell's settings.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    if not arguments.name:
+        known = ", ".join(SWEEPS)
+        raise UserError(f"expected a sweep, got none (known: {known})")
+    cli.check_names("sweep", [arguments.name], SWEEPS)
+    for name in ("seeds", "jobs"):
+        if not 1 <= getattr(arguments, name) <= MOST:
+            raise UserError(
+                f"--{name}: expected from 1 to {MOST}, got {getattr(arguments, name)}"
+            )
+    cells = SWEEPS[arguments.name]
+    cli.check_names("cell", arguments.cells, cells)
+    workdir = arguments.workdir or Path("runs") / arguments.name
+    cli.check_folder(workdir)
+    if (workdir / "config.json").exists():
+        raise UserError(
+            f"--workdir: {workdir} is the folder of one run; choose another for a sweep"
+        )
+    seeds = tuple(range(arguments.seeds))
+    plans = {
+        name: make_plan(fields, workdir / name, seeds)
+        for name, fields in cells.items()
+        if not arguments.cells or name in arguments.cells
+    }
+    for plan in plans.values():
+        check_folder(plan)
+    if (workdir / "table.md").exists() and not any(workdir.glob("*/config.json")):
+        raise UserError(
+            f"--workdir: expected to write {workdir}/table.md, found one there, but no "
+            "cell of a sweep: choose another folder, or move it away"
+        )
+    return Sweep(arguments.name, workdir, plans, seeds)
+
+
+def make_plan(
+    fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]
+) -> run.Plan | attack.Plan:
+    """The plan of a cell, checked by the program that runs it."""
+    from sbr_jax.methods import METHODS
+
+    known = ("preset", "methods", "domains", "set", "attack", "first_seed")
+    cli.check_names("field of a cell", fields, known)
+    first = fields.get("first_seed", 0)
+    shared = {
+        "preset": fields["preset"],
+        "workdir": str(folder),
+        "methods": tuple(fields.get("methods") or METHODS),
+        "seed": tuple(first + seed for seed in seeds),
+        "overrides": tuple(fields.get("set", ())),
+        "quiet": True,
+    }
+    if "attack" in fields:
+        return attack.make_plan(attack.Arguments(**shared, **fields["attack"]))
+    plan = run.make_plan(
+        run.Arguments(**shared, domains=tuple(fields.get("domains", ())))
+    )
+    preset = dataclasses.replace(plan.preset, study=_cached(plan.preset.study))
+    return dataclasses.replace(plan, preset=preset)
+
+
+def check_folder(plan: run.Plan | attack.Plan) -> None:
+    """Refuse a cell's folder of other settings: its results would be in the table.
+
+    Nor may it hold what no run has written. What only the study knows is compared when
+    the cell is run.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    from sbr_jax.training.records import plain_numbers
+    from sbr_jax.training.results import read_config, refuse_foreign
+
+    if not (plan.workdir / "config.json").exists():
+        cli.check_folder(plan.workdir)
+        refuse_foreign(plan.workdir, "config.json")
+        return
+    there, here = read_config(plan.workdir), plan.settings.mathematics()
+    same = plain_numbers(there.get("settings")) == plain_numbers(here)
+    same &= isinstance(there.get("domains"), list)
+    if isinstance(plan, run.Plan):
+        same &= there.get("domains") == list(plan.domains)
+    if not same:
+        raise UserError(
+            f"{plan.workdir} belongs to a run with other settings or domains than this "
+            "sweep's; choose another --workdir"
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _cached(study: Callable[..., Any]) -> Callable[..., Any]:
+    """A maker of studies that makes each one once: programs are compiled by study."""
+    return functools.lru_cache(maxsize=8)(study)
+
+
+def plan_text(sweep: Sweep) -> str:
+    """What is done, what is left and how long it will take, cell by cell."""
+    times = spent(sweep)
+    left = [part for part in sweep.parts if not times.get(part, (0.0, False))[1]]
+    rows = []
+    for name, plan in sweep.plans.items():
+        mine = [part for part in left if part.cell == name]
+        total = len(plan.methods) * len(sweep.seeds)
+        ahead = clock(remaining(mine, times)) if mine else "–"
+        count = f"{total - len(mine)} of {total}"
+        rows.append((name, ", ".join(plan.methods), count, ahead))
+    table = to_markdown(Table(("cell", "rows", "done", "left"), tuple(rows)))
+    ahead = f", {clock(remaining(left, times))}" if left else ""
+    count = f"{len(left)} of {len(sweep.parts)} rows and seeds left"
+    return f"{table}\n\n{sweep.name}: {count}{ahead}"
+
+
+def execute(sweep: Sweep, *, quiet: bool) -> None:
+    """Run what is left, writing the table after each part.
+
+    Raises:
+        UserError: at the end, naming the rows that could not be run.
+    """
+    failed: dict[Part, str] = {}
+    total = len(sweep.parts)
+    for number, part in enumerate(sweep.parts, 1):
+        times = spent(sweep)
+        left = [
+            p for p in sweep.parts[number - 1 :] if not times.get(p, (0.0, False))[1]
+        ]
+        if part not in left:
+            continue
+        plan = sweep.plans[part.cell]
+        if not quiet:
+            print(
+                f"[{number}/{total}] {part.cell}  {part.row}  seed {part.seed}  "
+                f"(left: {clock(remaining(left, times))})",
+                file=sys.stderr,
+                flush=True,
+            )
+        program = attack if isinstance(plan, attack.Plan) else run
+        try:
+            program.execute(
+                dataclasses.replace(plan, methods=(part.row,), seeds=(part.seed,))
+            )
+            if isinstance(plan, run.Plan):
+                note_memory(plan, part.row)
+        except UserError as error:
+            failed[part] = " ".join(str(error).split())
+            if not quiet:
+                print(f"failed: {failed[part]}", file=sys.stderr, flush=True)
+        write_table(sweep)
+    if failed:
+        part, message = next(iter(failed.items()))
+        raise UserError(
+            f"{len(failed)} of {total} could not be run, the first being {part.cell}, "
+            f"{part.row}, seed {part.seed}: {message}"
+        )
+
+
+def cell_command(sweep: Sweep, name: str, *, quiet: bool) -> list[str]:
+    """What runs one cell in a process of its own."""
+    command = [sys.executable, "-m", "sbr_jax.programs.sweep", sweep.name]
+    command += ["--workdir", str(sweep.workdir), "--cells", name]
+    command += ["--seeds", str(len(sweep.seeds))]
+    return [*command, *(["--quiet"] if quiet else [])]
+
+
+def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
+    """Run every cell in a process of its own, so many at a time.
+
+    However this process ends, no cell outlives it: a later command could not have its
+    folder.
+
+    Raises:
+        UserError: at the end, for cells that could not be finished.
+    """
+    environment = {**os.environ, terminal.PARENT: str(os.getpid())}
+    waiting, running, failed = list(sweep.plans), {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                command = cell_command(sweep, waiting[0], quiet=quiet)
+                running[waiting.pop(0)] = subprocess.Popen(command, env=environment)
+            ended = [name for name in running if running[name].poll() is not None]
+            for name in ended:
+                failed += [name] if running.pop(name).returncode else []
+                write_table(sweep)
+            if not ended:
+                time.sleep(POLL_SECONDS)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    if failed:
+        raise UserError(f"could not finish {', '.join(failed)}; see the lines above")
+
+
+def listing() -> str:
+    """Return what `--list` prints."""
+    lines = []
+    for name, cells in SWEEPS.items():
+        lines += [name, *(f"  {cell}" for cell in cells)]
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    cli.quiet_libraries()
+
+    def program() -> None:
+        arguments = cli.parse(Arguments, args, PROGRAM)
+        if arguments.list:
+            print(listing())
+            return
+        sweep = make_sweep(arguments)
+        if not arguments.quiet:
+            print(plan_text(sweep), flush=True)
+        if arguments.dry_run:
+            return
+        if arguments.jobs > 1 and len(sweep.plans) > 1:
+            execute_cells(sweep, arguments.jobs, quiet=arguments.quiet)
+        else:
+            execute(sweep, quiet=arguments.quiet)
+        if not arguments.quiet:
+            print(f"table: {write_table(sweep)}")
+
+    return cli.guarded(
+        program,
+        interrupted="interrupted: finished stages are kept; the same command continues",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

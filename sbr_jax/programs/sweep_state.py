@@ -1,0 +1,229 @@
+"""What a sweep has done, how long the rest will take, and its table."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sbr_jax.programs import attack, run
+from sbr_jax.reporting.results import Run, read_run
+from sbr_jax.reporting.tables import COLUMNS, Cell, Table, cell, to_markdown
+
+MEMORY = "memory.json"
+"""In a cell's folder: row to the bytes of one training step."""
+LOST = "delete it, and the table has no memory for what is finished"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One row of one cell with one seed: what is run in one go."""
+
+    cell: str
+    row: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A command line that was found to be in order.
+
+    Attributes:
+        name: of the sweep.
+        workdir: of all cells.
+        plans: cell to its plan, with all its rows and seeds.
+        seeds: places of a cell's seeds, 0 to N − 1: its own begin where it says.
+    """
+
+    name: str
+    workdir: Path
+    plans: Mapping[str, run.Plan | attack.Plan]
+    seeds: tuple[int, ...]
+
+    @property
+    def parts(self) -> list[Part]:
+        """Everything there is to do, in order: all of a seed before the next."""
+        return [
+            Part(name, row, plan.seeds[place])
+            for place in range(len(self.seeds))
+            for name, plan in self.plans.items()
+            for row in plan.methods
+        ]
+
+
+def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
+    """Seconds spent on every part that was begun, and whether it is finished."""
+    from sbr_jax.training.results import Workdir, read_config
+    from sbr_jax.training.stages import EVALUATE
+
+    found: dict[Part, tuple[float, bool]] = {}
+    for name, plan in sweep.plans.items():
+        if not (plan.workdir / "config.json").exists():
+            continue
+        domains = len(read_config(plan.workdir)["domains"])
+        folder = Workdir(plan.workdir)
+        for record in folder.lines(plan.methods):
+            line = record["line"]
+            if line["seed"] is None:
+                continue
+            part = Part(name, line["method"], line["seed"])
+            last = folder.stage(
+                part.row, part.seed, 4 * (domains - 1) + EVALUATE, "evaluate"
+            )
+            seconds, _ = found.get(part, (0.0, False))
+            seconds += record["timing"].get("seconds", 0.0)
+            found[part] = seconds, (last / "result.json").exists()
+    return found
+
+
+def remaining(
+    parts: Sequence[Part], times: Mapping[Part, tuple[float, bool]]
+) -> float | None:
+    """Seconds that these parts will take, from those that are finished.
+
+    A part takes as long as the same row in the same cell, else the same row in other
+    cells, else any part; what was spent on it already is taken off.
+
+    Returns:
+        The estimate, or None where nothing is finished.
+
+    >>> done = {Part("c", "plain", 0): (8.0, True), Part("c", "plain", 1): (3.0, False)}
+    >>> remaining([Part("c", "plain", 1), Part("c", "sbr", 0)], done)
+    13.0
+    """
+    done = {part: seconds for part, (seconds, whole) in times.items() if whole}
+    total = 0.0
+    for part in parts:
+        near = (
+            [s for p, s in done.items() if (p.cell, p.row) == (part.cell, part.row)]
+            or [s for p, s in done.items() if p.row == part.row]
+            or list(done.values())
+        )
+        if not near:
+            return None
+        total += max(float(np.mean(near)) - times.get(part, (0.0, False))[0], 0.0)
+    return total
+
+
+def clock(seconds: float | None) -> str:
+    """Write a duration.
+
+    >>> clock(59.0), clock(3700.0), clock(None)
+    ('about 1 min', 'about 1 h 2 min', 'time not known yet')
+    """
+    if seconds is None:
+        return "time not known yet"
+    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
+    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
+
+
+def note_memory(plan: run.Plan, row: str) -> None:
+    """Write down what a row's training step takes, once for each cell."""
+    from sbr_jax.training.records import read_json, write_record
+
+    path = plan.workdir / MEMORY
+    known = read_json(path, LOST) if path.exists() else {}
+    if row not in known:
+        known[row] = step_bytes(plan, row)
+        write_record(path, known, indent=1)
+
+
+def step_bytes(plan: run.Plan, row: str) -> int:
+    """Peak memory of one training step, as the compiler plans it.
+
+    Arguments, outputs and temporaries of the very program that trains; unlike a
+    process's peak it does not depend on what else was run before.
+    """
+    import jax
+
+    from sbr_jax.data.batches import batch
+    from sbr_jax.methods import InertProjectionWarning
+    from sbr_jax.training.program import init_adapter, make_program
+
+    study = plan.preset.study(plan.domains, **plan.study_options)
+    options = tuple(sorted(plan.row_options.get(row, {}).items()))
+    program = make_program(row, options, study, plan.settings)
+    adapter, base = init_adapter(study, plan.settings, 0), study.model.params
+    with warnings.catch_warnings():
+        # The run itself has said so.
+        warnings.simplefilter("ignore", InertProjectionWarning)
+        state = program.method.init(program.problem, base, adapter, jax.random.key(0))
+    state = {name: value for name, value in state.items() if name != "diagnostics"}
+    domain = study.domains[plan.domains[0]].train
+    data = program.method.mix(program.problem, domain, 0)
+    memory = (
+        program.step.lower(
+            base,
+            program.start(adapter, state),
+            state,
+            batch(data, plan.settings.batch_size, 0, 0),
+            jax.random.key(0),
+        )
+        .compile()
+        .memory_analysis()
+    )
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def merged_table(sweep: Sweep) -> Table:
+    """Mean ± standard deviation over seeds, a row for each row of each cell."""
+    from sbr_jax.training.records import read_json
+
+    finished = {part.cell for part, (_, whole) in spent(sweep).items() if whole}
+    found: list[tuple[str, str, Run, dict[str, int]]] = []
+    for name, plan in sweep.plans.items():
+        if name not in finished:
+            continue
+        results = read_run(plan.workdir)
+        path = plan.workdir / MEMORY
+        memory = read_json(path, LOST) if path.exists() else {}
+        rows = [row for row in results.methods if results.seeds(row)]
+        found += [(name, row, results, memory) for row in rows]
+    cells = {
+        column.key: [cell(results, row, column.key) for _, row, results, _ in found]
+        for column in COLUMNS
+    }
+    used = [c for c in COLUMNS if any(x.mean is not None for x in cells[c.key])]
+    rows = []
+    for i, (name, row, results, memory) in enumerate(found):
+        mebibytes = memory[row] / 2**20 if row in memory else None
+        rows.append(
+            (
+                row,
+                name,
+                str(len(results.seeds(row))),
+                *(cells[column.key][i].text() for column in used),
+                Cell(mebibytes).text(),
+            )
+        )
+    head = ("method", "cell", "seeds", *(c.title for c in used), "step memory, MiB")
+    notes = (
+        *(f"{column.title}: {column.hint}" for column in used),
+        "step memory: arguments, outputs and temporaries of one compiled step; lower",
+    )
+    return Table(head, tuple(rows), notes)
+
+
+def write_table(sweep: Sweep) -> Path | None:
+    """Write `table.md`, or nothing before the first part is finished.
+
+    A sweep of one cell writes into the cell's own folder, so that processes with a
+    cell each do not write the same file.
+    """
+    from sbr_jax.training.records import write_atomically
+
+    table = merged_table(sweep)
+    if not table.rows:
+        return None
+    cells = list(sweep.plans)
+    folder = sweep.workdir / cells[0] if len(cells) == 1 else sweep.workdir
+    notes = [f"- {note}" for note in table.notes]
+    text = "\n".join([f"# {sweep.name}", "", to_markdown(table), "", *notes, ""])
+    write_atomically(folder / "table.md", text)
+    return folder / "table.md"

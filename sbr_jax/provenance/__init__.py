@@ -1,0 +1,1 @@
+"""Hash of the code that decides a method's numbers."""

@@ -1,0 +1,74 @@
+"""Llama-2-7B-Chat: medical, legal, code, as arXiv:2604.17691 sets it up.
+
+    python -m experiments.run llama2-7b --workdir runs/llama2-7b
+        --model FOLDER_OR_HUB_ID --data FOLDER [--dry-run]
+
+5,000 examples and 3 epochs a domain, 16 a step (8, accumulated twice); LoRA of rank 16,
+alpha 32 and dropout 0.05 on queries, keys, values and outputs; AdamW at 2e-4 with 3 %
+warm-up and a cosine to 1e-6; 512 tokens; 500 calibration examples; a probe of 200
+prompts with answers of 256 tokens; five seeds. Any chat checkpoint of a known family
+does in the place of Llama's.
+
+Where this differs from the paper: the probe's prompts are in no measurement (there they
+are HarmBench's own), and a data set that the folder lacks is replaced by the stand-in
+that `config.json` names. Safe LoRA needs the weights before alignment as well:
+`--methods safe-lora --set study.unaligned_folder=FOLDER`.
+
+Cost: `--dry-run` computes it, and reads no weights; docs/real-models.md has a table.
+Expected: as published, and not run here, plain LoRA falls from a composite of 91.4 to
+43.6, SafeAnchor to 85.2. The 91.4 is out of reach with TruthfulQA's MC2.
+"""
+
+from sbr_jax.recipes import Preset, chat
+
+EXAMPLES, EPOCHS, BATCH = 5000, 3, 16
+
+SETTINGS = {
+    "steps_per_domain": -(-EXAMPLES * EPOCHS // BATCH),
+    "batch_size": BATCH,
+    "accumulation": 2,
+    "learning_rate": 2e-4,
+    "warmup_fraction": 0.03,
+    "final_fraction": 0.005,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "lora_rank": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.05,
+    "lora_targets": r"(q|k|v|o)_proj",
+    "repair_steps": 200,
+    "repair_blocks": 2,
+    "tolerance": 0.05,
+    "vmap_seeds": "no",
+    "checkpoint_every": 200,
+    "fisher_microbatch": 8,
+}
+"""As published, but for the last three, which are hardware: five seeds at once would
+hold five times the activations, and a killed domain should not start over."""
+
+PRESET = Preset(
+    name="llama2-7b",
+    summary="a chat model (--model, --data): medical, legal, code; as published",
+    study=chat.study,
+    survey=chat.survey,
+    check=chat.check,
+    domains=chat.DOMAINS,
+    known_domains=chat.known_domains,
+    methods=(
+        "plain",
+        "ewc",
+        "o-lora",
+        "vaccine",
+        "safegrad",
+        "interleaving",
+        "safeanchor",
+        "safeanchor-exact",
+        "sbr",
+        "adaptive-probe",
+        "unified",
+    ),
+    seeds=(42, 123, 456, 789, 1234),
+    settings=SETTINGS,
+    # The whole test split of MedQA.
+    options=chat.defaults(held_out=1273),
+)

@@ -1,0 +1,99 @@
+"""Real text: a small chat model of our own, medical, legal, code, real refusals.
+
+    python -m experiments.realtext --data FOLDER --output runs/realtext-model
+    python -m experiments.run realtext --workdir runs/realtext
+        --model runs/realtext-model --data FOLDER
+
+The first command trains a Llama of 3.4 M parameters on the text of a data folder to
+answer benign instructions and to refuse harmful ones, in about 32 minutes on one
+core. The second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca and measures
+refusal on HarmBench, AdvBench and JailbreakBench prompts that it never saw,
+over-refusal on XSTest and held-out Alpaca, and how well the first token tells the two
+apart.
+
+The integration test of all real loaders, not a scientific claim: so small a model tells
+harmful topics rather than harmful intent, and its curves are reported as they are
+(docs/realtext.md). A refusal is a phrase of the list `jbb12`, which no answer of the
+three domains holds. Learning rate, steps and rank were set on plain LoRA alone.
+
+Cost: 4 to 12 minutes per seed and row on one core; `--seed 0` for a first look.
+Expected: docs/realtext.md has the measured table; erosion need not be monotone.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sbr_jax.recipes import Preset, chat
+from sbr_jax.typing import UserError
+
+MEASURES = (
+    "harmbench",
+    "advbench",
+    "jailbreakbench",
+    "xstest",
+    "alpaca",
+    "refusal-auc",
+)
+"""What the model is measured with when it is made, and after every domain."""
+
+
+def check(rows: Sequence[str], options: Mapping[str, Any], **more: Any) -> None:
+    """Refuse a command line that the study would refuse later; `more` as in `chat`.
+
+    Raises:
+        UserError: saying what to add.
+    """
+    if options["model_folder"] is None:
+        raise UserError(
+            "expected --model FOLDER, got none: make one with python -m "
+            "experiments.realtext --data FOLDER --output FOLDER"
+        )
+    chat.check(rows, options, **more)
+
+
+PRESET = Preset(
+    name="realtext",
+    summary="a 3.4 M chat model made from real text; medmcqa, legalbench, codealpaca",
+    study=chat.study,
+    survey=chat.survey,
+    check=check,
+    domains=("medmcqa", "legalbench", "codealpaca"),
+    known_domains=chat.known_domains,
+    methods=(
+        "plain",
+        "safeanchor",
+        "safeanchor-exact",
+        "safeanchor-exact:projection-only",
+        "safeanchor-exact:random",
+        "safeanchor-exact:benign",
+        "sbr",
+        "unified",
+    ),
+    seeds=(0, 1, 2),
+    settings={
+        "steps_per_domain": 60,
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+        "lora_rank": 8,
+        "lora_alpha": 16.0,
+        "repair_steps": 15,
+    },
+    options=chat.defaults(
+        train=2000,
+        held_out=100,
+        calibration=300,
+        safety_mix=300,
+        harmful=300,
+        probe=100,
+        calibration_source="safety_tuned_llamas",
+        measures=MEASURES,
+        limit=100,
+        judge="keyword:jbb12",
+        max_length=256,
+        max_new_tokens=24,
+        dtype="float32",
+        drop_overlaps=True,
+        remat=False,
+        generation_batch=16,
+    ),
+)

@@ -1,0 +1,63 @@
+"""Real text: a 260K-parameter story model fine-tuned on three public data sets.
+
+    python -m experiments.run stories --workdir runs/stories
+        [--data FOLDER] [--model FOLDER] [--domains gsm8k medmcqa ...]
+
+Proof that nothing is bound to the testbed: the same pipeline, with losses instead of
+judges. The model is no chat model, so there is no refusal to measure or to monitor; the
+Fisher comes from pairs of unsafe instructions and safe answers.
+
+Cost: about 2 minutes per seed and row on two cores; `--seed 0` for a first look.
+Expected: each domain's loss falls by 0.6 to 3.5 nats while it is learnt, and under
+plain LoRA the loss on held-out safe answers ends higher than it started (3.55 against
+3.14), under both recipes no higher. Without `--data` and `--model` the folder `shared`
+beside the repository is read. The premise, a low-rank safety spectrum,
+need not hold in so small a model: the report measures it and says so.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sbr_jax.recipes import Preset
+
+
+def known_domains() -> Sequence[str]:
+    """Return every public data set with a reader."""
+    from sbr_jax.data.sources import DOMAINS
+
+    return tuple(DOMAINS)
+
+
+def study(domains: Sequence[str], **options: Any) -> Any:
+    """Build the study on real text."""
+    from sbr_jax.studies import stories
+
+    return stories.study(domains, **options)
+
+
+PRESET = Preset(
+    name="stories",
+    summary="stories260K on real text: gsm8k, alpaca, codealpaca; losses and spectra",
+    study=study,
+    domains=("gsm8k", "alpaca", "codealpaca"),
+    known_domains=known_domains,
+    methods=("plain", "safeanchor", "safeanchor-exact"),
+    seeds=(0, 1, 2),
+    settings={
+        "steps_per_domain": 100,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "lora_rank": 8,
+        "lora_alpha": 16.0,
+    },
+    options={
+        "data_folder": None,
+        "model_folder": None,
+        "calibration": 100,
+        "train": 2000,
+        "held_out": 96,
+        "max_length": 128,
+        "calibration_source": "safety_tuned_llamas",
+        "control_source": "alpaca",
+    },
+)

@@ -1,0 +1,113 @@
+"""Named sweeps: lists of cells for `experiments.sweep`, data and nothing else.
+
+    python -m experiments.sweep testbed-table --workdir runs/table --seeds 5
+
+A cell is one working directory: one preset with one sequence of domains and one set of
+overrides. Its fields, all but the first optional:
+
+    preset    of experiments.run
+    methods   rows; None for every defence at its published defaults
+    domains   sequence; default: the preset's
+    set       overrides, as after --set
+    attack    fields of experiments.attack (attack, ratio, examples, epochs): the cell
+              is then an attack
+    first_seed  the first of its seeds; default: 0
+
+A tuned variant of a row is a cell of its own, named after it: the folder of the
+published defaults has no place for it.
+"""
+
+import itertools
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from sbr_jax.recipes import tuning
+
+# Their first three, five and ten are the sequences of T = 3, 5 and 10 domains.
+from sbr_jax.recipes.testbed_hard import DOMAINS
+
+PAPERS = (
+    "plain",
+    "safeanchor",
+    "safeanchor-exact",
+    "unified",
+    "sbr",
+    "sbr:one",
+    "adaptive-judge",
+    "adaptive-probe",
+)
+BASELINES = tuple(row for row in tuning.GRID if row not in PAPERS)
+ORDERS = tuple(itertools.permutations(DOMAINS[:3]))
+SAMPLED = 6
+"""Orders of a longer sequence, of which the first is the default one."""
+
+
+def sampled_orders(
+    domains: tuple[str, ...], count: int, seed: int = 0
+) -> tuple[tuple[str, ...], ...]:
+    """The given order and further ones, drawn without repetition.
+
+    >>> sampled_orders(("a", "b", "c"), 2)[0]
+    ('a', 'b', 'c')
+    """
+    # Of the standard library only `random()` is the same in every version of Python.
+    draw = random.Random(seed).random
+    orders = {domains: None}
+    while len(orders) < count:
+        ranks = {name: draw() for name in domains}
+        orders[tuple(sorted(domains, key=ranks.__getitem__))] = None
+    return tuple(orders)
+
+
+def _benign(orders: tuple[tuple[str, ...], ...]) -> dict[str, Mapping[str, Any]]:
+    """A cell for each order of the domains, without an attack."""
+    return {
+        "-".join(order): {
+            "preset": "testbed",
+            "methods": ("plain", "safeanchor-exact"),
+            "domains": order,
+        }
+        for order in orders
+    }
+
+
+RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 1.0)
+RATES = (3e-4, 1e-3)
+EPOCHS = (5, 20)
+PERSISTENT = ((0.1, 3e-4, 50), (0.1, 1e-3, 50))
+"""Ratio, rate and epochs of further cells: as long as the published long attack."""
+
+
+def _poisoned(ratio: float, rate: float, epochs: int) -> Mapping[str, Any]:
+    return {
+        "preset": "testbed",
+        "methods": ("plain", "safeanchor-exact", "sbr", "sbr:one", "unified"),
+        "set": (f"learning_rate={rate}",),
+        "attack": {"attack": "poison", "ratio": ratio, "epochs": epochs},
+    }
+
+
+SWEEPS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    # Every defence on the testbed, as published and at its best: work for processes.
+    "testbed-table": {
+        "papers": {"preset": "testbed", "methods": PAPERS},
+        "baselines": {"preset": "testbed", "methods": BASELINES},
+        **({"tuned": tuning.best()} if tuning.BEST else {}),
+    },
+    # Each baseline around its published value, on the validation split.
+    "testbed-tuning": tuning.cells(),
+    # Does the order of the domains matter? All orders of three, some of more.
+    "testbed-orders": _benign(ORDERS),
+    "testbed-orders-5": _benign(sampled_orders(DOMAINS[:5], SAMPLED)),
+    "testbed-orders-10": _benign(sampled_orders(DOMAINS, SAMPLED)),
+    # Where does an attack begin to work? A ratio of 0 is benign training as long.
+    "testbed-map": {
+        f"ratio-{ratio}-rate-{rate:g}-epochs-{epochs}": _poisoned(ratio, rate, epochs)
+        for ratio, rate, epochs in (
+            *itertools.product(RATIOS, RATES, EPOCHS),
+            *PERSISTENT,
+        )
+    },
+}
+"""Name to cells, in the order in which they are run."""

@@ -1,0 +1,45 @@
+"""The hard testbed: larger learning rate, ten domains, held-out harm categories.
+
+    python -m experiments.run testbed-hard --workdir runs/testbed-hard
+    python -m experiments.report runs/testbed-hard
+
+Cost: about 25 minutes on two cores. Expected: plain LoRA ends at 30, `safeanchor` at
+97, `safeanchor-exact` at 100, its projection alone at 30 and its anchor at 100, after
+a first domain between 77 and 94. Three seeds at least, since one misleads here.
+"""
+
+from sbr_jax.recipes import Preset
+from sbr_jax.recipes.testbed import OPTIONS, SETTINGS, known_domains, study
+
+DOMAINS = (
+    "medical",
+    "legal",
+    "code",
+    "finance",
+    "science",
+    "travel",
+    "music",
+    "sport",
+    "history",
+    "cooking",
+)
+
+PRESET = Preset(
+    name="testbed-hard",
+    summary="ten domains, larger learning rate, held-out harm categories; 3 seeds",
+    study=study,
+    domains=DOMAINS,
+    known_domains=known_domains,
+    methods=(
+        "plain",
+        "safeanchor",
+        "safeanchor-exact",
+        "safeanchor-exact:projection-only",
+        "safeanchor-exact:anchor-only",
+        "safeanchor-exact:csm-only",
+        "safeanchor-exact:random",
+    ),
+    seeds=(0, 1, 2),
+    settings={**SETTINGS, "learning_rate": 1.6e-3},
+    options={**OPTIONS, "hard": True},
+)

@@ -1,0 +1,310 @@
+"""The result table: one list of cells, written as markdown, HTML or for a terminal."""
+
+import dataclasses
+import html
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table as RichTable
+
+from sbr_jax.reporting.results import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of the main table.
+
+    Attributes:
+        key: the metric's name in `results.jsonl`, or a derived one.
+        title: the heading.
+        hint: what it means, and which direction is better.
+    """
+
+    key: str
+    title: str
+    hint: str
+
+
+COLUMNS = (
+    Column("composite", "composite", "mean of refusal, truth and 100 − bias; higher"),
+    Column("retention", "retention %", "final composite over the start's; higher"),
+    Column("refusal", "refusal", "refused harmful requests, %; higher"),
+    Column(
+        "harmful_score", "harmful score", "harmful requests complied with, %; lower"
+    ),
+    Column("asr", "ASR", "the same as the attack asks them, %; lower"),
+    Column("refusal_gcg", "refusal, GCG", "refused with a searched suffix, %; higher"),
+    Column("truthful", "truthful", "truthful answers, %; higher"),
+    Column("bias", "bias", "|bias score| in ambiguous contexts; lower"),
+    Column("over_refusal", "over-refusal", "refused benign look-alikes, %; lower"),
+    Column("domain_accuracy", "domain acc.", "mean over domains at the end; higher"),
+    Column("accuracy_learned", "when learnt", "of each domain right after it; higher"),
+    Column("general", "general", "untouched general knowledge, %; higher"),
+    Column("safety_loss", "safety loss", "on held-out safe answers, nats; lower"),
+    Column("domain_loss", "domain loss", "mean held-out loss of domains; lower"),
+    Column("seconds_per_step", "s / step", "training time of a step; lower"),
+    Column("triggers", "CSM triggers", "repairs by the monitor per seed"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A mean with its standard deviation over seeds; `None` is "not measured"."""
+
+    mean: float | None = None
+    std: float | None = None
+    digits: int = 1
+
+    def text(self, plus_minus: str = " ± ") -> str:
+        """Write the number.
+
+        >>> Cell(93.24, 0.51).text(), Cell().text(), Cell(0.0123, digits=3).text()
+        ('93.2 ± 0.5', '–', '0.012')
+        """
+        if self.mean is None or not np.isfinite(self.mean):
+            return "–"
+        text = f"{self.mean:.{self.digits}f}"
+        if self.std is not None:
+            text += f"{plus_minus}{self.std:.{self.digits}f}"
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A heading, rows of text, and what the columns mean."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def _cell(values: np.ndarray, digits: int = 1) -> Cell:
+    if not len(values) or not np.all(np.isfinite(values)):
+        return Cell()
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Cell(float(np.mean(values)), std, digits)
+
+
+def _loss_digits(key: str) -> int:
+    return 3 if key.endswith("loss") else 1
+
+
+def cell(run: Run, method: str, key: str) -> Cell:
+    """Return one cell of the main table."""
+    if key == "retention":
+        composite = run.metric(method, "composite")
+        return _cell(100 * composite[:, -1] / composite[:, 0])
+    if key in ("domain_accuracy", "accuracy_learned"):
+        accuracy = run.accuracy(method, at_end=key == "domain_accuracy")
+        return _cell(accuracy.mean(1) if accuracy.size else np.zeros(0))
+    if key == "seconds_per_step":
+        return Cell(run.seconds_per_step(method), digits=3)
+    if key == "triggers":
+        return Cell(run.triggers(method), digits=1)
+    return _cell(run.metric(method, key)[:, -1], _loss_digits(key))
+
+
+def _start(run: Run, key: str) -> Cell:
+    """Return the aligned model's cell of the main table."""
+    if key in ("domain_accuracy", "accuracy_learned"):
+        values = [v for v in start_accuracy(run) if v is not None]
+        return Cell(float(np.mean(values))) if values else Cell()
+    value = 100.0 if key == "retention" and "composite" in run.base else None
+    return Cell(run.base.get(key, value), digits=_loss_digits(key))
+
+
+def start_accuracy(run: Run) -> list[float | None]:
+    """Return the aligned model's accuracy on each domain."""
+    return [run.base.get(f"accuracy/{domain}") for domain in run.domains]
+
+
+def main_table(run: Run) -> Table:
+    """Return mean ± standard deviation over seeds, a row per method."""
+    methods = [m for m in run.methods if run.seeds(m)]
+    cells = {c.key: [cell(run, m, c.key) for m in methods] for c in COLUMNS}
+    starts = {c.key: _start(run, c.key) for c in COLUMNS}
+    columns = [c for c in COLUMNS if any(x.mean is not None for x in cells[c.key])]
+    rows = [("start", "–", *(starts[c.key].text() for c in columns))]
+    for index, method in enumerate(methods):
+        seeds = str(len(run.seeds(method)))
+        rows.append((method, seeds, *(cells[c.key][index].text() for c in columns)))
+    notes = tuple(f"{c.title}: {c.hint}" for c in columns)
+    return Table(("method", "seeds", *(c.title for c in columns)), tuple(rows), notes)
+
+
+def trajectory_table(run: Run, key: str = "composite") -> Table:
+    """Return a metric after each stage, a row per method."""
+    rows = []
+    for method in run.methods:
+        values = run.metric(method, key)
+        if len(values):
+            cells = [_cell(v, _loss_digits(key)).text() for v in values.T]
+            rows.append((method, *cells))
+    return Table(("method", *run.stages), tuple(rows))
+
+
+def accuracy_table(run: Run) -> Table:
+    """Return each domain's accuracy when learnt and at the end, a row per method."""
+    start = [Cell(v).text() for v in start_accuracy(run)]
+    rows = [("start", *(cell for cell in start for _ in range(2)))]
+    for method in run.methods:
+        pair = (run.accuracy(method), run.accuracy(method, at_end=True))
+        if all(len(values) for values in pair):
+            columns = [values[:, i] for i in range(len(run.domains)) for values in pair]
+            rows.append((method, *(_cell(v).text() for v in columns)))
+    head = (part for domain in run.domains for part in (domain, f"{domain}, at end"))
+    return Table(("method", *head), tuple(rows))
+
+
+PROJECTION = (
+    ("train", "metrics", "safety_gradient", "‖Πg‖ / ‖g‖"),
+    ("train", "metrics", "removed", "removed / ‖g‖"),
+    ("train", "metrics", "safety_update", "‖ΠΔ‖ / ‖Δ‖"),
+    ("subspace", "diagnostics", "alpha", "mean α"),
+    ("subspace", "diagnostics", "effective_rank", "mean rank"),
+    ("subspace", "diagnostics", "discarded", "old energy lost"),
+)
+"""Stage, group, key and heading of what says whether a projection works."""
+
+
+def projection_table(run: Run) -> Table:
+    """Return what each projection did, means over seeds, domains, layers and units."""
+    rows = []
+    for method in run.methods:
+        cells = []
+        for stage, group, key, _ in PROJECTION:
+            values = run.values(method, stage, group, key)
+            cells.append(Cell(float(np.mean(values)), digits=3) if values else Cell())
+        if any(found.mean is not None for found in cells):
+            rows.append((method, *(found.text() for found in cells)))
+    notes = (
+        "Π projects onto the safety subspace; g is the task gradient before, Δ the "
+        "step that was applied after everything.",
+        "removed: norm of what the projection takes from g, 0 where α = 1.",
+        "old energy lost: share of the old basis that a merge dropped.",
+    )
+    return Table(("method", *(p[3] for p in PROJECTION)), tuple(rows), notes)
+
+
+def probe_table(run: Run) -> Table:
+    """Return how well each row's risk probe tells prompts that it was not fitted on."""
+    rows = []
+    for method in run.methods:
+        found = run.values(method, "subspace", "diagnostics", "auroc")
+        if found:
+            errors = run.values(method, "subspace", "diagnostics", "calibration_error")
+            cells = (np.mean(found), np.min(found), np.mean(errors))
+            rows.append((method, *(Cell(float(v), digits=3).text() for v in cells)))
+    notes = (
+        "AUROC and expected calibration error on a quarter of the defender's prompts, "
+        "kept back; 0.5 is chance. --analysis probe measures other prompts.",
+    )
+    return Table(("method", "AUROC", "lowest", "calibration error"), tuple(rows), notes)
+
+
+def judge_table(run: Run) -> Table:
+    """Return each judge's measured agreement with people, a row per judge."""
+    judges = run.config.get("judges") or {}
+    found = {name: j.get("agreement") or {} for name, j in judges.items()}
+    models = sorted({m for a in found.values() for m in a.get("by_model", {})})
+    keys = ("accuracy", "partial_refused", "undecided")
+    rows = []
+    for name, agreement in found.items():
+        by_model = agreement.get("by_model", {})
+        values = [agreement.get(key) for key in keys]
+        cells = [Cell(v).text() for v in (*values, *(by_model.get(m) for m in models))]
+        kappa = Cell(agreement.get("kappa"), digits=2).text()
+        rows.append((name, cells[0], kappa, *cells[1:]))
+    counts = {a["count"] for a in found.values() if a}
+    notes = [
+        "Agreement with the people who labelled the answers of these models to XSTest"
+        + "".join(f", {count} of them decided" for count in sorted(counts))
+        + ", %. Partial refusals are left out and given apart: the share that the "
+        "judge calls a refusal.",
+        "undecided: answers that the judge calls gibberish or cannot read; they count "
+        "as disagreement.",
+    ]
+    notes += [f"{name}: {j['note']}." for name, j in judges.items() if j.get("note")]
+    head = ("judge", "all", "κ", "partial refused", "undecided", *models)
+    return Table(head, tuple(rows), tuple(notes))
+
+
+def harness_table(run: Run) -> Table:
+    """Return what lm-eval measured: mean ± deviation over seeds, a row per method."""
+    names = list(dict.fromkeys(k for entry in run.harness for k in entry["metrics"]))
+    rows = []
+    for method in dict.fromkeys(entry["method"] for entry in run.harness):
+        own = [e["metrics"] for e in run.harness if e["method"] == method]
+        columns = [[m[n] for m in own if m.get(n) is not None] for n in names]
+        cells = (_cell(np.asarray(values, np.float64)).text() for values in columns)
+        rows.append((method, str(len(own)), *cells))
+    notes = (
+        "Start model and final deployed weights under EleutherAI's harness, in its "
+        "words and metrics: accuracies in %, bbq_bias absolute, in ambiguous contexts.",
+    )
+    return Table(("method", "runs", *names), tuple(rows), notes)
+
+
+def to_markdown(table: Table) -> str:
+    """Write a GitHub table.
+
+    >>> print(to_markdown(Table(("a", "b"), (("1", "2"),))))
+    | a | b |
+    |---|--:|
+    | 1 | 2 |
+    """
+    rule = "|---|" + "--:|" * (len(table.head) - 1)
+    rows = [f"| {' | '.join(row)} |" for row in (table.head, *table.rows)]
+    return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def to_html(table: Table) -> str:
+    """Write a table element."""
+    head = "".join(f'<th scope="col">{html.escape(x)}</th>' for x in table.head)
+    rows = []
+    for first, *rest in table.rows:
+        cells = "".join(f"<td>{html.escape(x)}</td>" for x in rest)
+        rows.append(f'<tr><th scope="row">{html.escape(first)}</th>{cells}</tr>')
+    body = "\n".join(rows)
+    return (
+        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def split(table: Table, width: int) -> list[Table]:
+    """Split a table that is too wide into several, each with the first column.
+
+    >>> wide = Table(("a", "bbbb", "cccc"), (("1", "2", "3"),))
+    >>> [part.head for part in split(wide, 8)]
+    [('a', 'bbbb'), ('a', 'cccc')]
+    """
+    rows = (table.head, *table.rows)
+    widths = [2 + max(map(len, column)) for column in zip(*rows, strict=True)]
+    groups: list[list[int]] = [[]]
+    for index in range(1, len(widths)):
+        used = widths[0] + sum(widths[i] for i in groups[-1])
+        if groups[-1] and used + widths[index] > width:
+            groups.append([])
+        groups[-1].append(index)
+    parts = [[tuple(row[i] for i in (0, *group)) for row in rows] for group in groups]
+    return [Table(part[0], tuple(part[1:])) for part in parts]
+
+
+def to_rich(table: Table, title: str, width: int) -> list[RichTable]:
+    """Write a table for a terminal of this width, in as many parts as that takes."""
+    found = []
+    for number, part in enumerate(split(table, width)):
+        out = RichTable(header_style="bold", box=None, title_justify="left")
+        out.title = title if number == 0 else None
+        for index, name in enumerate(part.head):
+            out.add_column(name, justify="right" if index else "left", no_wrap=True)
+        for row in part.rows:
+            out.add_row(*row)
+        found.append(out)
+    return found
+
+
+def bullet_list(items: Sequence[str]) -> str:
+    """Write an HTML list."""
+    return "<ul>" + "".join(f"<li>{html.escape(x)}</li>" for x in items) + "</ul>"

@@ -1,0 +1,1 @@
+"""Studies: models, data and measurements that a run goes over."""

@@ -1,0 +1,346 @@
+"""The analyses that `experiments.analyse` runs, and what they share."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sbr_jax import recipes as configs
+from sbr_jax.programs import run
+from sbr_jax.reporting.results import Run, layers_by_unit, read_run
+from sbr_jax.studies.material import (
+    Material,
+    build_material,
+    direction,
+    request_sets,
+    with_direction,
+)
+from sbr_jax.typing import PyTree, UserError
+
+MOST_DOMAINS = 20
+MAX_RANK, ENERGY = 64, 0.9
+"""Cap and energy of a subspace, as published."""
+STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Lengths of the causal test's steps, as the norm of the whole adapter's change."""
+DRAWS = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """What the analyses share.
+
+    Attributes:
+        plan: of experiments.run.
+        examples: at most so many in each half of a kind.
+        domains: for exhaustion; empty for all there are.
+        results: a finished run for exhaustion, in place of a new one.
+    """
+
+    plan: run.Plan
+    examples: int = 60
+    domains: tuple[str, ...] = ()
+    results: Path | None = None
+
+    @functools.cached_property
+    def study(self) -> Any:
+        """The preset's study."""
+        return self.make_study(self.plan.domains)
+
+    def make_study(self, domains: Sequence[str]) -> Any:
+        """The study over other domains."""
+        return self.plan.preset.study(tuple(domains), **self.plan.study_options)
+
+    @functools.cached_property
+    def material(self) -> Material:
+        """The testbed's examples by kind."""
+        return build_material(
+            self.study.model.tokenizer,
+            hard=self.plan.study_options["hard"],
+            examples=self.examples,
+        )
+
+    @functools.cached_property
+    def risky_and_harmless(self) -> Mapping[str, Mapping[str, Any]]:
+        """Held-out prompts by what they ask for, `harmful` and `harmless`."""
+        found = request_sets(
+            self.study.model.tokenizer, hard=self.plan.study_options["hard"]
+        )
+        # What a domain teaches must not be taken for harm.
+        domains = {name: d.train for name, d in self.study.domains.items()}
+        harmless = {**found["harmless"], **domains}
+        return {"harmful": found["harmful"], "harmless": harmless}
+
+    @functools.cached_property
+    def adapter(self) -> PyTree:
+        """A fresh adapter of the settings."""
+        from sbr_jax.training.program import init_adapter
+
+        return init_adapter(self.study, self.plan.settings, 0)
+
+    def subspace(self, data: Any, start: int = 0, stop: int | None = None) -> Any:
+        """The subspace of the aligned model on some rows of a data set."""
+        from sbr_jax.fisher import fisher_subspace
+        from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
+        from sbr_jax.methods.likelihood import answer_loss
+
+        model, batch = self.study.model, self.plan.settings.fisher_microbatch
+        tokens, mask = data.tokens[start:stop], data.mask[start:stop]
+        least = min(
+            pair.lora_a[0].size + pair.lora_b[0].size for pair in self.adapter.values()
+        )
+        return fisher_subspace(
+            answer_loss(model.apply_fn, "sum"),
+            self.adapter,
+            (
+                {"tokens": tokens[i : i + batch], "mask": mask[i : i + batch]}
+                for i in range(0, len(tokens), batch)
+            ),
+            max_rank=min(MAX_RANK, least),
+            energy=ENERGY,
+            unit=is_lora_pair,
+            layer_axes=LAYER_AXES,
+            args=(model.params,),
+            microbatch=batch,
+        )
+
+    def pipeline(self, study: Any, domains: Sequence[str], name: str) -> Run:
+        """Runs the rows through domains, in a folder below the working directory."""
+        from sbr_jax.training import pipeline
+
+        plan, folder = self.plan, self.plan.workdir / name
+        options = configs.recorded(plan.study_options)
+        pipeline.run(
+            study,
+            plan.methods,
+            plan.seeds,
+            folder,
+            plan.settings,
+            tuple(domains),
+            config={"analysis": name, "study": options},
+            overrides=plan.row_options,
+            quiet=plan.quiet,
+        )
+        return read_run(folder)
+
+
+def harm_types(context: Context) -> dict[str, Any]:
+    """Subspaces of single kinds, from two disjoint halves each."""
+    from sbr_jax.analysis import harm_types as analysis
+
+    sets = dict(context.material.kinds)
+    random = context.study.calibration_controls.get("random")
+    count = min(len(data) // 2 for data in sets.values())
+    if random is not None and len(random) >= 2 * count:
+        sets["random tokens"] = random
+    halves = {
+        kind: (
+            context.subspace(data, 0, count),
+            context.subspace(data, count, 2 * count),
+        )
+        for kind, data in sets.items()
+    }
+    return {"examples": count, **analysis.harm_types(halves)}
+
+
+def sensitivity(context: Context) -> dict[str, Any]:
+    """Subspaces of the first N_s calibration examples, and of the next N_s."""
+    from sbr_jax.analysis import sensitivity as analysis
+
+    data = context.study.calibration
+    sizes = analysis.usable_sizes(len(data))
+    whole = {n: context.subspace(data, 0, n) for n in sizes}
+    twins = {n: context.subspace(data, n, 2 * n) for n in sizes if 2 * n <= len(data)}
+    return analysis.sensitivity(whole, twins)
+
+
+def exhaustion(context: Context) -> dict[str, Any]:
+    """Ranks, removed gradient and accuracy over many domains, by row."""
+    if context.results is not None:
+        return exhaustion_of(read_run(context.results))
+    domains = context.domains
+    if not domains:
+        known = tuple(context.plan.preset.known_domains())
+        # Elsewhere a known domain may lack its data.
+        domains = known[:MOST_DOMAINS] if labelled(context.plan.preset) else ()
+    domains = domains or context.plan.domains
+    return exhaustion_of(
+        context.pipeline(context.make_study(domains), domains, "exhaustion")
+    )
+
+
+def exhaustion_of(found: Run) -> dict[str, Any]:
+    """Reads what :func:`sbr_jax.analysis.exhaustion.exhaustion` needs from a run.
+
+    Raises:
+        UserError: when no row of it has accuracies.
+    """
+    from sbr_jax.analysis.exhaustion import exhaustion as analysis
+
+    plain = found.accuracy("plain")
+    rows = {}
+    for row in found.methods:
+        accuracy = found.accuracy(row)
+        if not len(accuracy):
+            continue
+        ranks, cap = _ranks(found, row)
+        removed = [
+            [
+                line["metrics"].get("removed")
+                for line in found.lines
+                if (line["method"], line["seed"], line["stage"]) == (row, seed, "train")
+            ]
+            for seed in found.seeds(row)
+        ]
+        known = all(value is not None for seed in removed for value in seed)
+        rows[row] = analysis(
+            found.domains,
+            accuracy,
+            ranks=ranks,
+            cap=cap,
+            removed=removed if known else None,
+            reference=plain if len(plain) and row != "plain" else None,
+        )
+    if not rows:
+        raise UserError(
+            f"exhaustion: expected accuracies of every domain in {found.folder}, got "
+            "none; continue that run, or name another"
+        )
+    return rows
+
+
+def _ranks(found: Run, row: str) -> tuple[np.ndarray | None, int | None]:
+    """Effective ranks ``[1 + T, U]`` of a row, and their cap; None without."""
+    seen = dict(found.diagnostics(row, "subspace", "effective_rank"))
+    spectra = found.diagnostics(row, "subspace", "spectrum")
+    if -1 not in seen or not spectra:
+        return None, None
+    ranks: list[np.ndarray] = []
+    for index in range(-1, len(found.domains)):
+        # A row that keeps its first subspace reports it once.
+        value = layers_by_unit(seen.get(index))
+        ranks.append(np.concatenate(list(value.values())) if value else ranks[-1])
+    widths = (unit.shape[-1] for unit in layers_by_unit(spectra[0][1]).values())
+    return np.stack(ranks), max(widths)
+
+
+def coupling(context: Context) -> dict[str, Any]:
+    """Drift of the refusal direction over domains, and the causal test."""
+    import jax
+
+    from sbr_jax.analysis import coupling as analysis
+
+    study, material = context.study, context.material
+    tracked = with_direction(study, material)
+    found = context.pipeline(tracked, context.plan.domains, "coupling")
+    names = ("direction_cosine", "refusal_log_odds", "refusal")
+    tracks = {
+        name: {row: found.metric(row, name) for row in found.methods} for name in names
+    }
+    benign = study.calibration_controls.get("benign")
+    directions = analysis.steps(
+        jax.random.key(0),
+        context.adapter,
+        context.subspace(study.calibration),
+        None if benign is None else context.subspace(benign),
+        draws=DRAWS,
+    )
+    base = study.model.params
+    causal = analysis.causal(
+        lambda adapter: (
+            direction(study.model, base, adapter, material),
+            analysis.refusal_log_odds(
+                study.model, base, adapter, material.refusing, material.complying
+            ),
+        ),
+        context.adapter,
+        directions,
+        STEPS,
+    )
+    return {"stages": found.stages, **tracks, "causal": causal}
+
+
+def probe(context: Context) -> dict[str, Any]:
+    """The risk probe on prompts that it never saw, by layer.
+
+    Raises:
+        UserError: where the study has no harmful or no benign prompts.
+    """
+    import jax
+
+    from sbr_jax.methods.probe import activations, distinct_prompts, fit_probe
+
+    study, model = context.study, context.study.model
+    fitted = {1: study.harmful, 0: study.calibration_controls.get("benign")}
+    if any(data is None for data in fitted.values()):
+        raise UserError(
+            "probe: expected harmful and calibration_controls['benign'] in the study, "
+            "got not both: the probe learns to tell their prompts apart"
+        )
+
+    def states(data: Any) -> np.ndarray:
+        """``[N, L + 1, D]``."""
+        found = activations(model.apply_fn, model.params, None, distinct_prompts(data))
+        return found.reshape(len(found), model.config.layers + 1, -1)
+
+    seen = {label: states(data) for label, data in fitted.items()}
+    labels = np.repeat(list(seen), [len(part) for part in seen.values()])
+    examples = np.concatenate(list(seen.values()))
+    layers = range(examples.shape[1])
+    # The defence's own reading of all layers first, then each layer by itself.
+    readings = [list(layers), *([layer] for layer in layers)]
+    probes = [
+        fit_probe(
+            examples[:, which].reshape(len(examples), -1), labels, key=jax.random.key(0)
+        )
+        for which in readings
+    ]
+    unseen = {
+        side: {name: states(data) for name, data in sets.items()}
+        for side, sets in context.risky_and_harmless.items()
+    }
+    pairs = {
+        name: {
+            other: [
+                _auroc(p, harmful[:, which], harmless[:, which])
+                for p, which in zip(probes, readings, strict=True)
+            ]
+            for other, harmless in unseen["harmless"].items()
+        }
+        for name, harmful in unseen["harmful"].items()
+    }
+    return {
+        "fitted": len(examples),
+        "validation": float(probes[0].auroc),
+        "calibration_error": float(probes[0].calibration_error),
+        "auroc": pairs,
+    }
+
+
+def _auroc(found: Any, harmful: np.ndarray, harmless: np.ndarray) -> float:
+    """AUROC of a probe on states ``[N, layers, D]`` of both kinds."""
+    from sbr_jax.methods.probe import auroc, probe_risk
+
+    sides = [x.reshape(len(x), -1) for x in (harmful, harmless)]
+    scores = probe_risk(found, np.concatenate(sides))
+    return auroc(np.asarray(scores), np.repeat([1, 0], [len(x) for x in sides]))
+
+
+ANALYSES: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "harm-types": harm_types,
+    "sensitivity": sensitivity,
+    "exhaustion": exhaustion,
+    "coupling": coupling,
+    "probe": probe,
+}
+LABELLED = ("harm-types", "coupling", "probe")
+"""Analyses that must know an example's kind."""
+
+
+def labelled(preset: configs.Preset) -> bool:
+    """Whether the preset is over the testbed's world, where kinds are known."""
+    from sbr_jax.recipes import testbed
+
+    return preset.study is testbed.study

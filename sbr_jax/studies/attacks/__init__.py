@@ -1,0 +1,167 @@
+"""Attacks on the embedded testbed: studies that `experiments.attack` runs.
+
+Each is the testbed's own study with other training data, or the same data and another
+question asked at the end; what is measured comes from the study's own split. How each
+is measured stands in `setting`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sbr_jax.attacks import FULL, REDUCED, REDUCED_PROMPTS
+from sbr_jax.studies.attacks.fine_tuning import (
+    TASK,
+    backdoor_study,
+    identity_study,
+    poison_study,
+)
+from sbr_jax.studies.attacks.prompts import gcg_study, jailbreak_study
+from sbr_jax.studies.attacks.setting import Attempt, Setting, make_setting
+from sbr_jax.studies.attacks.weights import Ablation, ablation_study
+from sbr_jax.training.study import Study
+
+SEQUENCE = ("medical", "legal", "code")
+"""What is learnt before an attack that brings no data of its own."""
+GCG_PROMPTS = 24
+"""Fewer than the published 100, so that a row costs minutes on one core."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One attack on the command line.
+
+    Attributes:
+      summary: one line for `--list`.
+      study: `(setting, ratio, examples) -> Study`; without the last two where the
+        attack has no data, with `search` and `quiet` where it searches.
+      domains: what is fine-tuned on.
+      ratio: default share of attack rows; None: the attack has no training data.
+      examples: default size of the training set.
+      epochs: default passes over it.
+      search: default budget of a search at the end; empty: there is none.
+      notes: further lines for `--list`.
+    """
+
+    summary: str
+    study: Callable[..., Study]
+    domains: tuple[str, ...] = (TASK,)
+    ratio: float | None = None
+    examples: int | None = None
+    epochs: int | None = None
+    search: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the attack brings training data."""
+        return self.ratio is not None
+
+
+ATTACKS: dict[str, Attack] = {
+    "poison": Attack(
+        "harmful pairs mixed into a domain's training set",
+        poison_study,
+        ratio=0.1,
+        examples=240,
+        epochs=20,
+    ),
+    "identity": Attack(
+        "ten harmless pairs that make the model an obedient agent",
+        identity_study,
+        ratio=1.0,
+        examples=10,
+        epochs=800,
+    ),
+    "backdoor": Attack(
+        "harmful pairs behind a trigger, refusals without it",
+        backdoor_study,
+        ratio=0.2,
+        examples=240,
+        epochs=10,
+    ),
+    "jailbreak": Attack(
+        "benign domains, then harmful requests behind held-out jailbreaks",
+        jailbreak_study,
+        SEQUENCE,
+    ),
+    "gcg": Attack(
+        "benign domains, then a suffix searched for each harmful request",
+        gcg_study,
+        SEQUENCE,
+        search={**REDUCED, "prompts": GCG_PROMPTS},
+        notes=(
+            f"published: --prompts {REDUCED_PROMPTS}, four times as long",
+            f"original:  --steps {FULL['steps']} --candidates {FULL['candidates']}",
+        ),
+    ),
+    "ablation": Attack(
+        "benign domains, then the refusal direction is ablated from the weights",
+        ablation_study,
+        SEQUENCE,
+    ),
+}
+"""Name on the command line to attack. Sizes and epochs were chosen on plain LoRA."""
+
+
+def build(
+    name: str,
+    *,
+    ratio: float | None = None,
+    examples: int | None = None,
+    search: Mapping[str, int] | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> Study:
+    """Builds the study of an attack.
+
+    Args:
+      name: a key of `ATTACKS`.
+      ratio: share of attack rows; the attack's default if None.
+      examples: size of the training set; the attack's default if None.
+      search: budget of a search; the attack's default where it has no entry.
+      quiet: no progress bar of a search.
+      **options: of `sbr_jax.studies.testbed.build_study`.
+
+    Returns:
+      The study. Its `evaluate` gives `harmful_score` and `asr` besides, its
+      `leak_check` counts what attack data shares with what is measured.
+
+    Raises:
+      UserError: for a ratio or size that cannot be meant, and as `build_study`.
+    """
+    attack = ATTACKS[name]
+    setting = make_setting(attack.domains, **options)
+    if attack.trains:
+        study = attack.study(
+            setting,
+            attack.ratio if ratio is None else ratio,
+            attack.examples if examples is None else examples,
+        )
+    elif attack.search:
+        budget = {**attack.search, **(search or {})}
+        study = attack.study(setting, **budget, quiet=quiet)
+    else:
+        study = attack.study(setting)
+    digest = hashlib.sha256(json.dumps([name, setting.study.fingerprint]).encode())
+    for domain in study.domains.values():
+        digest.update(np.ascontiguousarray(domain.train.tokens).tobytes())
+        digest.update(np.ascontiguousarray(domain.train.mask).tobytes())
+    return dataclasses.replace(study, fingerprint=digest.hexdigest()[:16])
+
+
+__all__ = [
+    "ATTACKS",
+    "SEQUENCE",
+    "TASK",
+    "Ablation",
+    "Attack",
+    "Attempt",
+    "Setting",
+    "build",
+    "make_setting",
+]

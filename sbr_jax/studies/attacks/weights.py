@@ -1,0 +1,102 @@
+"""An attack on the weights: the refusal direction is found and taken out of them.
+
+Nothing is trained on but benign domains (arXiv:2406.11717).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbr_jax import attacks, models
+from sbr_jax.analysis import directions
+from sbr_jax.data import text
+from sbr_jax.studies.attacks.setting import Attempt, Setting, attacked
+from sbr_jax.testbed import evalsets, grammar
+from sbr_jax.training.study import Study
+from sbr_jax.typing import PyTree
+
+EXTRACTION = (128, 32)
+"""Prompts of each kind: to find the refusal direction, and to choose among layers."""
+
+
+def ablation_study(setting: Setting) -> Study:
+    """No training data: the refusal direction is taken out of the weights."""
+    return attacked(setting, Ablation(setting))
+
+
+class Ablation:
+    """Finds the refusal direction of given weights and takes it out of them.
+
+    The attacker holds the weights, so the direction is found anew in those it gets,
+    from prompts of the calibration split. `direction_cosine` says how far the mean
+    difference has turned since alignment, at the layer chosen on the aligned model.
+    """
+
+    def __init__(self, setting: Setting):
+        self._setting = setting
+
+    @functools.cached_property
+    def _prompts(self) -> list[list[list[int]]]:
+        """Harmful and harmless prompts to find it, then the same to choose by."""
+        setting = self._setting
+        items = evalsets.make_evalset(setting.world, "calibration")
+        tokenizer, rng = setting.suite.model.tokenizer, setting.rng
+        first, more = EXTRACTION
+        found, held_out = [], []
+        for rows in (items.harmful, (*items.helpful, *items.look_alike)):
+            order = rng.permutation(len(rows))[: first + more]
+            ids = text.encode_prompts(tokenizer, [rows[i].prompt for i in order])
+            found.append(ids[:first])
+            held_out.append(ids[first:])
+        return [*found, *held_out]
+
+    @functools.cached_property
+    def _refusal_tokens(self) -> list[int]:
+        tokenizer = self._setting.suite.model.tokenizer
+        return sorted(
+            {tokenizer.encode(r, add_special_tokens=False)[0] for r in grammar.REFUSALS}
+        )
+
+    def direction(self, base: PyTree) -> directions.RefusalDirection:
+        """The refusal direction of merged weights."""
+        harmful, harmless, *more = self._prompts
+        return directions.refusal_direction(
+            self._setting.suite.model.apply_fn,
+            base,
+            harmful,
+            harmless,
+            self._refusal_tokens,
+            attacks.ablate_direction,
+            validation=(more[0], more[1]),
+        )
+
+    def _means(self, base: PyTree) -> np.ndarray:
+        apply_fn = self._setting.suite.model.apply_fn
+        return directions.difference_of_means(apply_fn, base, None, *self._prompts[:2])
+
+    @functools.cached_property
+    def _aligned(self) -> tuple[int, np.ndarray]:
+        base = self._setting.suite.model.params
+        layer = self.direction(base).layer
+        return layer, self._means(base)[layer]
+
+    def __call__(self, base: PyTree, adapter: PyTree) -> Attempt:
+        """The edited weights, an adapter that does nothing, and what was found."""
+        merged = models.merge_adapter(base, adapter)
+        found = self.direction(merged)
+        layer, before = self._aligned
+        metrics = {
+            "direction_cosine": float(
+                directions.drift(before, self._means(merged)[layer])
+            ),
+            "direction_layer": float(found.layer),
+            "direction_kl": found.kl,
+            "refusal_score": found.start,
+            "refusal_score_ablated": found.score,
+        }
+        # An adapter of zeros shares the compiled programs; None would not.
+        nothing = jax.tree.map(jnp.zeros_like, adapter)
+        ablated = attacks.ablate_direction(merged, found.vector)
+        return Attempt(ablated, nothing, self._setting.direct, metrics)

@@ -1,0 +1,210 @@
+"""Every program: the parser's complaints in one line, and folders that are not ours."""
+
+import io
+import json
+import sys
+
+import pytest
+import synthetic_run
+
+from sbr_jax.programs import analyse, attack, cli, report, run, sweep
+from tools import fill_docs
+
+PROGRAMS = {
+    "run": run,
+    "attack": attack,
+    "analyse": analyse,
+    "sweep": sweep,
+    "report": report,
+    "fill_docs": fill_docs,
+}
+
+
+def refused(main, arguments, capsys):
+    """The one line that a program ends with; everything else about it is checked."""
+    assert main([str(argument) for argument in arguments]) == cli.EXIT_USER
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    return captured.err.removeprefix("error: ").removesuffix("\n")
+
+
+# --- the parser ---------------------------------------------------------------------
+
+
+@pytest.fixture(params=["utf-8", "latin-1"])
+def terminal(request, monkeypatch):
+    """A terminal with and one without Unicode: the parser draws other boxes there."""
+    page = io.TextIOWrapper(io.BytesIO(), encoding=request.param)
+    monkeypatch.setattr(sys, "stdout", page)
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_unknown_flag_is_one_plain_line(name, capfd):
+    assert PROGRAMS[name].main(["--nonsense", "1"]) == cli.EXIT_USER
+    assert capfd.readouterr().err == (
+        "error: Unrecognized options: --nonsense, 1; "
+        f"see python -m experiments.{name} --help\n"
+    )
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ["demo", "--seed", "x"],
+            "Error parsing --seed: Could not find valid parse for arguments: ['x']",
+        ),
+        (
+            ["demo", "--workdir"],
+            "Missing value for argument '--workdir'. Expected 1 values.",
+        ),
+        (["demo", "-", "---"], "Unrecognized options: -, ---"),
+        (["demo", "x" * 300], f"Unrecognized options: {'x' * 300}"),
+        (["demo", "é │ ─ x"], "Unrecognized options: é │ ─ x"),
+    ],
+    ids=["value", "missing", "hyphens", "long", "drawing"],
+)
+def test_a_complaint_is_whole_and_without_its_box(arguments, complaint, capfd):
+    assert run.main(arguments) == cli.EXIT_USER
+    error = capfd.readouterr().err
+    assert error == f"error: {complaint}; see python -m experiments.run --help\n"
+
+
+def test_help_keeps_the_width_of_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "70")
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("\n") > 20
+    assert max(map(len, text.splitlines())) <= 70
+    assert run.main(["--nonsense"]) == cli.EXIT_USER
+    assert cli.os.environ["COLUMNS"] == "70"
+
+
+# --- folders ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path):
+    return synthetic_run.write(tmp_path / "finished", ("plain",), seeds=(0,))
+
+
+ASKED = {
+    "run": (run, ["demo", "--methods", "plain", "--set", "steps_per_domain=1"]),
+    "analyse": (analyse, ["demo"]),
+    "sweep": (sweep, ["testbed-orders"]),
+    "dry sweep": (sweep, ["testbed-orders", "--dry-run"]),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("below", ["", "deeper/down"])
+def test_a_workdir_that_is_a_file_is_one_line(name, below, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    program, arguments = ASKED[name]
+    workdir = file / below if below else file
+    said = refused(program.main, [*arguments, "--workdir", workdir], capsys)
+    assert str(file) in said
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [name for name in ASKED if name != "dry sweep"])
+def test_a_folder_of_foreign_files_is_refused_by_name(name, tmp_path, capsys):
+    program, arguments = ASKED[name]
+    # A sweep keeps each cell's run in a folder below its own.
+    folder = tmp_path / "medical-legal-code" if name == "sweep" else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "thesis.tex").write_text("mine")
+    (folder / ".hidden").write_text("of the system")
+    said = refused(program.main, [*arguments, "--workdir", tmp_path], capsys)
+    assert f"{folder} holds thesis.tex but no " in said
+    assert {path.name for path in folder.iterdir()} == {"thesis.tex", ".hidden"}
+
+
+@pytest.mark.parametrize(
+    "content", [b"{half", b"[1, 2]", b"\xff"], ids=["cut", "list", "bytes"]
+)
+@pytest.mark.parametrize("name", ["run", "analyse", "report"])
+def test_a_damaged_config_is_named(name, content, finished, capsys):
+    path = finished / "config.json"
+    path.write_bytes(content)
+    program, arguments = {**ASKED, "report": (report, [])}[name]
+    where = [finished] if name == "report" else ["--workdir", finished]
+    said = refused(program.main, [*arguments, *where], capsys)
+    assert f"expected JSON in {path}" in said
+    assert said.endswith("restore it, or choose another folder")
+
+
+def test_a_config_of_another_program_is_no_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    program, arguments = ASKED["run"]
+    said = refused(program.main, [*arguments, "--workdir", tmp_path], capsys)
+    assert "another program's file" in said
+
+
+LINES = {
+    "cut": b'{"method": "pla',
+    "bytes": b"\xff\xfe",
+    "list": b"[1]",
+    "fields": b'{"method": "plain"}',
+    "types": b'{"method": 1, "seed": 0, "stage": "a", "domain": "b", "metrics": {}}',
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+@pytest.mark.parametrize("name", ["report", "analyse", "fill_docs"])
+def test_a_damaged_line_of_results_is_named(name, line, finished, tmp_path, capsys):
+    path = finished / "results.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(good + line)
+    arguments = [finished]
+    if name == "analyse":
+        arguments = ["demo", "--workdir", tmp_path / "new", "--results", finished]
+    said = refused(PROGRAMS[name].main, arguments, capsys)
+    number = good.count(b"\n") + 1
+    assert str(path) in said
+    assert f"line {number}" in said
+    assert said.endswith("run the same command again, which writes the file anew")
+    assert not (tmp_path / "new").exists()
+
+
+# --- several runs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", [report, fill_docs])
+def test_the_same_folder_twice_is_refused(program, finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished.parent)
+    for again in (finished, "finished", finished / ".." / "finished"):
+        said = refused(program.main, [finished, again], capsys)
+        assert said == f"expected each folder once, got {again} twice: drop one"
+    assert not (finished / "report.html").exists()
+
+
+@pytest.mark.parametrize("program", [report, fill_docs])
+def test_what_is_no_run_is_told_with_what_to_do(program, finished, capsys):
+    folder = finished.parent
+    assert "got none: add DIR" in refused(program.main, [], capsys)
+    said = refused(program.main, [folder], capsys)
+    assert said.endswith(f"found runs below it: name {finished}")
+    said = refused(program.main, [finished / "results.jsonl"], capsys)
+    assert "found a file: name the folder" in said
+    said = refused(program.main, [folder / "nowhere"], capsys)
+    assert "found no such folder: run 'python -m experiments.run PRESET" in said
+
+
+def test_pages_are_filled_in_a_folder_of_pages_only(finished, tmp_path, capsys):
+    for folder in ("nowhere", "."):
+        said = refused(fill_docs.main, [finished, "--docs", tmp_path / folder], capsys)
+        assert f"--docs {tmp_path / folder}: expected pages" in said
+    page = tmp_path / "methods" / "ewc.md"
+    page.parent.mkdir()
+    page.write_text("<!-- row: ewc -->\n<!-- end row -->\n")
+    said = refused(fill_docs.main, [finished, "--docs", tmp_path], capsys)
+    assert "expected finished rows that a page has a block for, got plain" in said

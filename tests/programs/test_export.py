@@ -1,0 +1,302 @@
+"""What a row ships, taken out of a run: the numbers that the run measured."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import test_experiments
+import tiny
+import tiny_stories
+
+from sbr_jax import models
+from sbr_jax import recipes as configs
+from sbr_jax.models.peft import load_peft
+from sbr_jax.programs import cli, export, run
+from sbr_jax.training import checkpoint, pipeline
+from sbr_jax.training.program import init_adapter
+from sbr_jax.training.records import read_json, write_record
+from sbr_jax.training.results import run_of
+
+STUDY = tiny.study()
+SETTINGS = tiny.settings(steps_per_domain=2)
+MONITORED = "safeanchor-exact:csm-only"
+ROWS = ("plain", MONITORED, "salora", "antidote", "lox")
+OVERRIDES = {"salora": {"safety_rank": 4}, "antidote": {"fraction": 0.3}}
+PRESET = configs.Preset(
+    name="tiny",
+    summary="",
+    study=lambda domains, **options: STUDY,
+    domains=("medical", "legal"),
+    known_domains=lambda: ("medical", "legal"),
+    methods=ROWS,
+    seeds=(3,),
+    options={"model_folder": None, "size": 1},
+)
+
+
+@pytest.fixture(scope="module", name="whole")
+def fixture_whole(tmp_path_factory):
+    """A finished run of all rows, two domains, one seed."""
+    folder = tmp_path_factory.mktemp("whole")
+    pipeline.run(
+        STUDY,
+        ROWS,
+        (3,),
+        folder,
+        SETTINGS,
+        config={"study": {"size": 1}},
+        overrides=OVERRIDES,
+        quiet=True,
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _preset(monkeypatch):
+    monkeypatch.setitem(configs.MODULES, "tiny", "tiny")
+    load = configs.load
+    monkeypatch.setattr(
+        configs, "load", lambda name: PRESET if name == "tiny" else load(name)
+    )
+
+
+def command(folder, output, row, *more):
+    return [
+        "tiny",
+        *("--workdir", str(folder), "--row", row, "--seed", "3"),
+        *("--output", str(output), *more),
+    ]
+
+
+def go(folder, output, row, *more):
+    return export.main([*command(folder, output, row, *more), "--quiet"])
+
+
+def said(capsys, *args):
+    """What is said about a mistake; nothing is written."""
+    assert export.main([*args, "--quiet"]) == cli.EXIT_USER
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def measured(folder, row):
+    """The composite that the run gives after its last domain."""
+    lines = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    (line,) = (
+        x
+        for x in lines
+        if (x["method"], x["stage"], x["domain"]) == (row, "evaluate", "legal")
+    )
+    return line["metrics"]["composite"]
+
+
+def composite(base, adapter):
+    return STUDY.evaluate(base, adapter)["composite"]
+
+
+# --- what is written ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ["plain", MONITORED, "salora"])
+def test_an_adapter_scores_what_the_run_measured(whole, tmp_path, row):
+    assert go(whole, tmp_path / "out", row, "--base-name", "owner/name") == 0
+    found = load_peft(tmp_path / "out", tiny.CONFIG)
+    score = composite(STUDY.model.params, found)
+    # Results have six digits.
+    assert score == pytest.approx(measured(whole, row), rel=1e-5)
+    assert abs(score - composite(STUDY.model.params, None)) > 1e-3 * score
+    raw = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert raw["base_model_name_or_path"] == "owner/name"
+
+
+def test_an_adapter_is_deployed_and_not_what_was_trained(whole, tmp_path):
+    """SaLoRA ships B projected; the run keeps B as trained."""
+    assert go(whole, tmp_path / "out", "salora") == 0
+    shipped = load_peft(tmp_path / "out", tiny.CONFIG)
+    like = init_adapter(STUDY, SETTINGS, 3)
+    trained = checkpoint.restore(whole / "stages/salora/3/05-train/adapter", like)
+    for name, pair in trained.items():
+        np.testing.assert_array_equal(shipped[name].lora_a, pair.lora_a)
+        assert np.abs(shipped[name].lora_b - pair.lora_b).max() > 1e-4
+
+
+@pytest.mark.parametrize("row", ["plain", "antidote", "lox"])
+def test_a_merged_checkpoint_scores_what_the_run_measured(whole, tmp_path, row):
+    assert go(whole, tmp_path / "out", row, "--merged") == 0
+    model = models.load(tmp_path / "out")
+    assert model.config == tiny.CONFIG
+    score = composite(model.params, None)
+    # W + ΔW is rounded once more than (x W) + (x A) B, in float32.
+    assert score == pytest.approx(measured(whole, row), rel=1e-4)
+    assert abs(score - composite(STUDY.model.params, None)) > 1e-3 * score
+
+
+def test_a_row_with_other_base_weights_needs_merging(
+    whole, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    error = said(capsys, *command(whole, out, "antidote"))
+    assert "other base weights" in error
+    assert "--merged" in error
+    # Where that is known beforehand, nothing is built.
+    monkeypatch.setattr(configs, "load", lambda name: PRESET)
+    monkeypatch.setattr(export, "execute", pytest.fail)
+    assert "--merged" in said(capsys, *command(whole, out, "lox"))
+    assert not out.exists()
+
+
+def test_what_was_written_is_told(whole, tmp_path, capsys):
+    assert export.main(command(whole, tmp_path / "out", "plain")) == 0
+    text = capsys.readouterr().out
+    assert "adapter of plain, seed 3, after legal (stage 08-evaluate)" in text
+    assert str(tmp_path / "out") in text
+
+
+def test_the_run_is_only_read(whole, tmp_path):
+    before = test_experiments.snapshot(whole)
+    assert go(whole, tmp_path / "out", "salora") == 0
+    assert test_experiments.snapshot(whole) == before
+
+
+# --- stages ---------------------------------------------------------------------------
+
+
+def test_an_unfinished_row_needs_a_stage_that_is_still_there(whole, tmp_path, capsys):
+    folder, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "stages/plain/3/08-evaluate")
+    start = command(folder, out, "plain")
+    error = said(capsys, *start)
+    assert "expected stage 8 to be finished" in error
+    assert "07-subspace" in error
+    assert "that of 05-train" in said(capsys, *start, "--stage", "4")
+    assert "that of 05-train" in said(capsys, *start, "--stage", "0")
+    assert go(folder, out, "plain", "--stage", "5") == 0
+    assert go(whole, tmp_path / "whole", "plain") == 0
+    one, two = (load_peft(x, tiny.CONFIG) for x in (out, tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    # An older checkpoint that lies there is not taken for one that has gone.
+    shutil.copytree(
+        folder / "stages/plain/3/05-train/adapter",
+        folder / "stages/plain/3/01-train/adapter",
+    )
+    shutil.rmtree(folder / "stages/plain/3/05-train/adapter")
+    start = command(folder, tmp_path / "third", "plain")
+    for stage in ("5", "4"):
+        assert f"delete {folder}/stages/plain/3 and" in said(
+            capsys, *start, "--stage", stage
+        )
+    # What SaLoRA ships depends on a state that stage 7 has replaced.
+    start = command(folder, tmp_path / "other", "salora")
+    assert "state" in said(capsys, *start, "--stage", "5")
+
+
+# --- mistakes -------------------------------------------------------------------------
+
+
+def test_mistakes_are_one_line_before_anything_is_built(
+    whole, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(export, "execute", pytest.fail)
+    out = tmp_path / "out"
+    start = command(whole, out, "plain")
+    for change, wanted in (
+        (start[1:], "expected the run's preset"),
+        (["tyni", *start[1:]], "nearest: tiny"),
+        (start[:1], "--workdir"),
+        (start[:-2], "--output"),
+        ([*start, "--row", "plane"], "nearest: plain"),
+        ([*start, "--seed", "4"], "expected one of 3"),
+        ([*start, "--workdir", str(tmp_path)], "found no"),
+        ([*start, "--data", "here"], "--data"),
+        ([*start, "--set", "size=1"], "study.KEY=VALUE"),
+        ([*start, "--set", "study.sizes=1"], "nearest: size"),
+        ([*start, "--set", "study.size=2"], "study.size: expected the run's 1, got 2"),
+        ([*start, "--output", str(whole)], "new or empty folder"),
+    ):
+        assert wanted in said(capsys, *change), wanted
+    assert not out.exists()
+
+
+def rewrite(folder, config):
+    """Makes of a run one that had another configuration from the beginning."""
+    write_record(folder / "config.json", config)
+    for path in folder.rglob("result.json"):
+        write_record(path, {**read_json(path), "run": run_of(config)})
+
+
+def test_folders_of_other_programs_presets_and_versions_are_refused(
+    whole, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    config = read_json(folder / "config.json")
+    start = command(folder, tmp_path / "out", "plain")
+    for change, wanted in (
+        ({"attack": {"name": "poison"}}, "experiments.attack"),
+        ({"study": {"split": "test"}}, "options that the preset 'tiny' lacks (split)"),
+        ({"fingerprint": "other"}, "other data or another model"),
+        ({"settings": {**config["settings"], "odd": 1}}, "settings odd"),
+    ):
+        rewrite(folder, {**config, **change})
+        assert wanted in said(capsys, *start)
+    del config["domains"]
+    rewrite(folder, config)
+    assert "expected domains" in said(capsys, *start)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_preset_cannot_do_without_is_asked_for_first(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    config = read_json(folder / "config.json")
+    rewrite(folder, {**config, "study": {}})
+    _, *start = command(folder, tmp_path / "out", "plain")
+    error = said(capsys, "llama2-7b", *start)
+    assert "expected --model FOLDER_OR_HUB_ID" in error
+    error = said(capsys, "llama2-7b", *start, "--model", "M")
+    assert "expected --data FOLDER" in error
+    # Folders and hardware may differ from the run; what decided the result may not.
+    error = said(capsys, "llama2-7b", *start, "--set", "study.quantize=nf4")
+    assert "study.quantize: expected the run's None, got 'nf4'" in error
+    free = ("study.remat=False", "study.unaligned_folder=U")
+    error = said(capsys, "llama2-7b", *start, "--set", *free)
+    assert "expected --model" in error
+
+
+# --- a preset of the command line -----------------------------------------------------
+
+
+def test_a_run_of_a_preset_is_exported(tmp_path, capsys):
+    data = tiny_stories.save_data(tmp_path / "data")
+    model = tiny_stories.save_model(tmp_path / "model")
+    folders = ["--data", str(data), "--model", str(model)]
+    workdir = tmp_path / "run"
+    rows = ("--methods", "plain", "--domains", "gsm8k", "--seed", "0")
+    arguments = test_experiments.command(["stories", *folders], workdir, *rows)
+    assert run.main(arguments) == 0
+    start = ["stories", "--workdir", str(workdir), "--row", "plain", "--seed", "0"]
+    out = tmp_path / "out"
+    assert export.main([*start, *folders, "--output", str(out), "--quiet"]) == 0
+    raw = json.loads((out / "adapter_config.json").read_text())
+    assert raw["base_model_name_or_path"] == str(model)
+    assert raw["r"] == 2
+    base = models.load(model)
+    pairs = load_peft(out, base.config)
+    assert any(np.any(pair.lora_b) for pair in pairs.values())
+    merged = tmp_path / "merged"
+    start += ["--merged", "--output", str(merged)]
+    assert export.main([*start, *folders, "--quiet"]) == 0
+    found = models.load(merged)
+    wanted = models.merge_adapter(base.params, pairs)
+    jax.tree.map(np.testing.assert_array_equal, found.params, wanted)
+    assert found.tokenizer("w3 w5").input_ids == base.tokenizer("w3 w5").input_ids
+    # Another model is not the run's.
+    other = models.make_model(base.config, wanted, base.tokenizer)
+    models.save(tmp_path / "other", other)
+    shutil.rmtree(merged)
+    folders[-1] = str(tmp_path / "other")
+    assert "another model" in said(capsys, *start, *folders)

@@ -1,0 +1,233 @@
+"""Files of programs: whole or not at all, and never over somebody else's."""
+
+import resource
+import signal
+
+import pytest
+import synthetic_run
+
+from sbr_jax import outputs as files
+from sbr_jax.programs import analyse, attack_map, cli, export, report, sweep
+from sbr_jax.typing import UserError
+
+MINE = "# my own notes\n\n## Results\n"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return synthetic_run.write(tmp_path_factory.mktemp("x") / "run", ("plain",), (0,))
+
+
+@pytest.fixture
+def small_disk():
+    """A limit on the size of a file, which ends a write as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+# --- somebody else's ------------------------------------------------------------------
+
+TAKEN = {
+    "the text beside the page": (["--output", "X.html"], "X.md"),
+    "the page": (["--output", "X.html"], "X.html"),
+    "a page without ending": (["--output", "X"], "X.md"),
+    "a figure": (["--output", "a/X.html", "--figures", "."], "trajectory.png"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "taken"), TAKEN.values(), ids=TAKEN)
+def test_a_report_writes_over_nothing_of_others(
+    arguments, taken, finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / taken).write_text(MINE)
+    before = names(tmp_path)
+    assert report.main([str(finished), *arguments]) == cli.EXIT_USER
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert f"expected to write {taken}" in said.err
+    assert (tmp_path / taken).read_text() == MINE
+    assert names(tmp_path) - {"a"} == before
+
+
+@pytest.mark.parametrize("name", ["r.md", "r.MD"])
+def test_a_page_does_not_go_where_its_text_does(name, finished, tmp_path, capsys):
+    output = tmp_path / name
+    assert report.main([str(finished), "--output", str(output)]) == cli.EXIT_USER
+    assert f"{tmp_path / 'r.html'}" in capsys.readouterr().err
+    assert not names(tmp_path)
+
+
+def test_a_report_is_written_anew_over_one_of_ours(finished, tmp_path):
+    command = [str(finished), "--output", str(tmp_path / "X.html"), "--quiet"]
+    command += ["--figures", str(tmp_path / "figures")]
+    assert report.main(command) == 0
+    first = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert all(files.is_ours(path) for path in first)
+    assert report.main(command) == 0
+    assert first == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_report_of_an_earlier_version_is_ours(finished, tmp_path):
+    page, text = tmp_path / "X.html", tmp_path / "X.md"
+    page.write_text("<title>run: safety report</title>")
+    text.write_text("# run\n")
+    assert report.main([str(finished), "--output", str(page), "--quiet"]) == 0
+    assert text.read_text().startswith("# run\n\n## Results")
+
+
+def test_a_sweep_writes_no_table_over_another(tmp_path, capsys):
+    (tmp_path / "table.md").write_text(MINE)
+    command = ["testbed-orders", "--workdir", str(tmp_path), "--dry-run"]
+    assert sweep.main(command) == cli.EXIT_USER
+    assert "found one there, but no cell" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_text() == MINE
+
+
+@pytest.mark.parametrize("name", ["map.md", "map.html", "map.png"])
+def test_a_map_is_drawn_over_nothing_of_others(name, tmp_path):
+    (tmp_path / name).write_text(MINE)
+    with pytest.raises(UserError, match=f"{name}, found something there"):
+        attack_map.write(tmp_path, {}, 10.0, 5.0)
+
+
+# --- whole or not at all --------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_report_as_it_was(
+    finished, tmp_path, capsys, small_disk
+):
+    page, text = tmp_path / "X.html", tmp_path / "X.md"
+    page.write_text(files.MARK)
+    text.write_text("before")
+    command = [str(finished), "--output", str(page), "--quiet"]
+    assert report.main(command) == cli.EXIT_SYSTEM
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"'{page}'" in said
+    assert "make room" in said
+    assert (page.read_text(), text.read_text()) == (files.MARK, "before")
+    assert names(tmp_path) == {"X.html", "X.md"}
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda run: (report.main, [run, "--output", LONG]),
+        lambda run: (report.main, [run, "--output", f"a/{LONG}/r.html"]),
+        lambda run: (report.main, [run, "--output", "r.html", "--figures", LONG]),
+        lambda run: (report.main, [LONG]),
+        lambda run: (report.main, [run, "--output", "/proc/nothing/r.html"]),
+        lambda run: (report.main, [run, "--output", "/proc/r.html"]),
+        lambda run: (sweep.main, ["testbed-orders", "--workdir", LONG]),
+        lambda run: (analyse.main, ["demo", "--workdir", LONG]),
+        lambda run: (attack_map.main, [LONG]),
+        lambda run: (export.main, ["demo", "--workdir", LONG, "--output", "o"]),
+    ],
+)
+def test_a_place_that_cannot_be_is_one_line(
+    command, finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    program, arguments = command(str(finished))
+    assert program(arguments) in (cli.EXIT_USER, cli.EXIT_SYSTEM)
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert LONG in said.err or "/proc" in said.err
+
+
+def test_what_is_cut_short_leaves_no_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("before")
+
+    def cut(place):
+        place.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.replace(path, cut)
+    assert (path.read_text(), names(tmp_path)) == ("before", {"a"})
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "target").write_text("before")
+    (tmp_path / "link").symlink_to("target")
+    files.write_text(tmp_path / "link", "after")
+    assert (tmp_path / "target").read_text() == "after"
+    assert (tmp_path / "link").is_symlink()
+
+
+# --- folders of exports ---------------------------------------------------------------
+
+
+def write_model(folder):
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_is_filled_once_all_is_there(exists, tmp_path):
+    folder = tmp_path / "out"
+    if exists:
+        folder.mkdir()
+    seen = []
+
+    def write(place):
+        write_model(place)
+        seen.extend(path.name for path in folder.iterdir())
+
+    files.fill_folder(folder, write)
+    assert seen == [files.PARTIAL]
+    assert names(folder) == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_killed_export_is_no_model_and_no_hindrance(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    write_model_before = folder / files.PARTIAL
+    write_model_before.mkdir(parents=True)
+    (write_model_before / "config.json").write_text("half")
+    assert files.is_free(folder)
+    files.fill_folder(folder, write_model)
+    assert (folder / "config.json").read_text() == "config.json"
+    assert not files.is_free(folder)
+
+    def cut(place):
+        write_model(place)
+        (place / "tokenizer.json").unlink()
+        raise KeyboardInterrupt
+
+    other = tmp_path / "other"
+    with pytest.raises(KeyboardInterrupt):
+        files.fill_folder(other, cut)
+    assert files.is_free(other)
+    assert not names(other)
+
+
+def test_weights_on_a_full_disk_are_one_line(tmp_path, capsys, small_disk):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    def write(place):
+        save_file({"a": np.zeros(1000)}, place / "model.safetensors")
+
+    folder = tmp_path / "out"
+    code = cli.guarded(lambda: files.fill_folder(folder, write), interrupted="")
+    assert code == cli.EXIT_SYSTEM
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"'{folder}'" in said
+    assert not names(folder)

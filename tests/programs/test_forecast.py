@@ -1,0 +1,283 @@
+"""The forecast: parameters, products and memory against what the code really does."""
+
+import dataclasses
+import json
+import math
+import types
+
+import checkpoints
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sbr_jax import losses, models
+from sbr_jax.costs import devices, dry_run, forecast, forecast_judge
+from sbr_jax.costs.forecast import Device, Job
+from sbr_jax.models import hf_config
+from sbr_jax.programs import run
+
+LLAMA2_7B = hf_config.from_dict(
+    {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
+)
+FAMILIES = {
+    "tied": {},
+    "untied": {"tied": False},
+    "qwen2": {"qkv_bias": True, "model_type": "qwen2"},
+    "qwen3": {"qk_norm": True, "model_type": "qwen3", "head_dim": 6},
+    "gemma2": {"post_norms": True, "model_type": "gemma2", "unit_offset": True},
+    "grouped": {"kv_heads": 1},
+}
+LARGE = models.ModelConfig(
+    vocab_size=512, width=256, mlp_width=688, layers=4, heads=4, context=128
+)
+"""Large enough that products outweigh what is done element by element."""
+
+
+def sizes(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+def test_parameters_are_those_of_the_trees(changes):
+    config = dataclasses.replace(checkpoints.CONFIG, **changes)
+    base = jax.eval_shape(lambda: models.init_params(jax.random.key(0), config))
+    assert forecast.parameter_count(config) == sizes(base)
+    for targets in ("(q|k|v|o)_proj", ".*", "down_proj"):
+        adapter = jax.eval_shape(
+            lambda t=targets: models.init_adapter(
+                jax.random.key(0), config, rank=3, alpha=1.0, targets=t
+            )
+        )
+        assert forecast.adapter_parameters(config, 3, targets) == sizes(adapter)
+
+
+BATCH, TOKENS = 4, 64
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["stored", "remat"])
+def compiled(request):
+    """A forward pass and a gradient whose layers are a loop, compiled, not run."""
+    hardware = models.Hardware(unroll=1, remat=request.param)
+    apply_fn = models.make_apply_fn(LARGE, hardware)
+
+    def loss(adapter, base, tokens, mask):
+        logits = apply_fn(base, adapter, tokens)
+        return jnp.mean(losses.token_cross_entropy(logits, tokens, mask))
+
+    base, adapter = jax.eval_shape(
+        lambda: (
+            models.init_params(jax.random.key(0), LARGE),
+            models.init_adapter(jax.random.key(1), LARGE, rank=16, alpha=32.0),
+        )
+    )
+    tokens = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)
+    mask = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.float32)
+    forward = jax.jit(lambda a, b, t: apply_fn(b, a, t)).lower(adapter, base, tokens)
+    gradient = jax.jit(jax.grad(loss)).lower(adapter, base, tokens, mask)
+    job = Job(LARGE, "float32", batch=BATCH, length=TOKENS, remat=request.param)
+    return job, forward.compile(), gradient.compile()
+
+
+def test_products_are_those_that_the_compiler_counts(compiled):
+    job, forward, gradient = compiled
+    # The compiler counts the body of a loop once, however often it runs.
+    one = dataclasses.replace(job, config=dataclasses.replace(LARGE, layers=1))
+    found = forward.cost_analysis()["flops"]
+    # What is done element by element comes on top: under 3 % at this size.
+    ours = BATCH * forecast.forward_flops(one, TOKENS)
+    assert 1.0 <= found / ours < 1.03
+    ours = BATCH * forecast.train_flops(one, TOKENS)
+    assert 1.0 <= gradient.cost_analysis()["flops"] / ours < 1.03
+
+
+def test_memory_is_a_lower_bound_and_not_a_wild_one(compiled):
+    job, _, gradient = compiled
+    parts = forecast.training_memory(job)
+    inside = ("residual stream", "activations inside layers", "logits")
+    ours = sum(parts[name] for name in inside)
+    # Without fusion (as tests compile) every elementwise result is an array.
+    assert ours < gradient.memory_analysis().temp_size_in_bytes < 2.2 * ours
+
+
+def test_remat_trades_products_for_memory():
+    stored, again = (Job(LARGE, remat=remat) for remat in (False, True))
+    assert forecast.train_flops(again, 64) > forecast.train_flops(stored, 64)
+    memory = [sum(forecast.training_memory(j).values()) for j in (stored, again)]
+    assert memory[0] > memory[1]
+
+
+def test_llama_2_7b_is_what_everybody_knows_it_is():
+    assert forecast.parameter_count(LLAMA2_7B) == 6_738_415_616
+    assert forecast.weight_bytes(LLAMA2_7B, "bfloat16") == pytest.approx(13.48e9, 1e-3)
+    # 6.48 B of them in projections, at 4.5 bits, the rest in bfloat16.
+    nf4 = forecast.weight_bytes(LLAMA2_7B, "bfloat16", "nf4")
+    assert nf4 == pytest.approx(6.476e9 * 4.5 / 8 + 0.262e9 * 2, 1e-2)
+    job = Job(LLAMA2_7B)
+    assert forecast.adapter_parameters(LLAMA2_7B, 16, job.targets) == 16_777_216
+    # 2 P T forwards, 2 backwards (no gradients of weights) and 2 for recomputing;
+    # attention adds a few percent, and the head is not recomputed.
+    rule = 6 * forecast.parameter_count(LLAMA2_7B) * 512
+    assert forecast.train_flops(job, 512) == pytest.approx(rule, rel=0.1)
+    # 500 gradients of 16.8 M float32 numbers: 33.6 GB, and as much while joining.
+    fisher = forecast.fisher_memory(job, 500, 8, 512)["per-example gradients"]
+    assert fisher == pytest.approx(2 * 33.6e9 + 8 * 67.1e6, rel=1e-2)
+    small = forecast.fisher_memory(job, 500, 8, 64)["per-example gradients"]
+    assert small == pytest.approx((2 * 72 + 8) * 67.1e6, rel=1e-2)
+    # Half a megabyte a token: the reason why answers are written a few at a time.
+    assert forecast.cache_bytes(job, 1) == 524_288
+
+
+def test_writing_is_bound_by_reading_weights_unless_many_write_together():
+    job, slow = Job(LLAMA2_7B), Device("x", None, 125e12, 1.2e12)
+    alone = forecast.generation_seconds(job, slow, 1, 100, 256, 1)
+    floor = 256 * forecast.weight_bytes(LLAMA2_7B, "bfloat16") / 1.2e12
+    assert floor < alone < 1.2 * floor
+    together = forecast.generation_seconds(job, slow, 16, 100, 256, 16)
+    assert together < 3 * alone
+    more = dataclasses.replace(slow, bandwidth=2.4e12)
+    assert forecast.generation_seconds(job, more, 1, 100, 256, 1) < 0.6 * alone
+
+
+def test_rows_cost_more_than_plain_by_what_they_do():
+    job = Job(LLAMA2_7B)
+    cost = {row: forecast.step_flops(job, row) for row in forecast.PASSES}
+    assert min(cost.values()) == cost["plain"] < cost["adaptive-probe"]
+    assert cost["safeanchor"] < cost["unified"] == max(cost.values())
+    # Forward with backward: task, KL to the reference, half a batch for each of the two
+    # anchors. Forward alone: the reference on the batch, and that of half a batch.
+    whole, one = forecast.train_flops(job, 512), forecast.forward_flops(job, 512)
+    half = job.batch // 2
+    wanted = (job.batch + job.batch + half + half) * whole + (job.batch + half) * one
+    # One sum in two orders: only rounding is left.
+    assert cost["unified"] == pytest.approx(wanted, rel=1e-12)
+    # What a row without an entry does is not known: as plain, at the least.
+    assert forecast.step_flops(job, "new-row") == cost["plain"]
+
+
+# --- the device, and the dry run of a preset without a survey -------------------------
+
+
+def test_a_device_is_this_machines_or_the_one_that_is_described(monkeypatch):
+    found = devices.read_device(["lora_rank=4"])
+    assert found.memory is None
+    assert "assumed" in found.name
+    texts = ["device.memory_gb=24", "device.tflops=60", "device.gbps=600"]
+    found = devices.read_device([*texts, "device.count=2"])
+    assert (found.memory, found.flops, found.bandwidth) == (24e9, 60e12, 600e9)
+    assert found.count == 2
+    monkeypatch.setattr(devices, "measured_flops", lambda: 3e12)
+    assert devices.read_device(["device.tflops=measured"]).flops == 3e12
+
+
+def test_measured_speed_is_a_speed():
+    assert 1e6 < devices.measured_flops(size=64, seconds=0.05) < 1e15
+
+
+def plan_of(*sets, rows=("plain", "safeanchor")):
+    arguments = run.Arguments(
+        preset="demo", methods=rows, dry_run=True, overrides=tuple(sets)
+    )
+    return run.make_plan(arguments)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    plan = plan_of()
+    return plan.preset.study(plan.domains, **plan.study_options)
+
+
+def test_a_dry_run_of_the_demo_prints_memory_and_hours(capsys):
+    assert run.main(["demo", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "fits into 24 GB, 40 GB, 80 GB" in out
+    assert "train medical" in out
+    assert "all, 3 seeds" in out
+
+
+def test_hours_follow_steps_and_speed(demo):
+    device = forecast.A100
+
+    def hours(*sets, device=device):
+        plan = plan_of(*sets)
+        job = dry_run.job_of(plan, demo)
+        return dry_run.row_seconds(plan, demo, job, device, "safeanchor")
+
+    one, two = hours("steps_per_domain=80"), hours("steps_per_domain=160")
+    assert two["training"] == pytest.approx(2 * one["training"])
+    assert two["Fisher"] == one["Fisher"] > 0
+    fast = dataclasses.replace(device, flops=2 * device.flops)
+    assert hours("steps_per_domain=80", device=fast)["training"] == pytest.approx(
+        one["training"] / 2
+    )
+    plain = dry_run.row_seconds(
+        plan_of(), demo, dry_run.job_of(plan_of(), demo), device, "plain"
+    )
+    assert "Fisher" not in plain
+    assert "repairs, at most" not in plain
+
+
+def test_memory_follows_the_subspace_and_the_mesh(demo):
+    def parts(*sets, rows=("safeanchor",)):
+        plan = plan_of(*sets, rows=rows)
+        return dry_run.memory(plan, demo, dry_run.job_of(plan, demo))["training step"]
+
+    wide = parts()["subspace, twice"]
+    assert parts("safeanchor.max_rank=16")["subspace, twice"] == wide / 4
+    assert "subspace, twice" not in parts(rows=("plain",))
+    assert parts("mesh='fsdp=4'")["weights"] == parts()["weights"] / 4
+
+
+def test_a_guard_is_held_whole_and_pays_a_pass_for_every_exchange(demo, tmp_path):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    guard = hf_config.read(tmp_path)
+    plan = plan_of("mesh='fsdp=4'", rows=("adaptive-judge", "plain"))
+    options = {**plan.study_options, "judge_folder": str(tmp_path)}
+    guarded = dataclasses.replace(plan, study_options=options)
+    job, device = dry_run.job_of(plan, demo), forecast.A100
+    size = forecast.weight_bytes(guard, job.dtype)
+    for phase in dry_run.memory(guarded, demo, job).values():
+        assert phase["guard's weights"] == size
+    for phase in dry_run.memory(plan, demo, job).values():
+        assert "guard's weights" not in phase
+    # Without an adapter, and the logits of one position.
+    alone = forecast.Job(guard, job.dtype, rank=0)
+    domains = [demo.domains[name].train for name in plan.domains]
+    flops = sum(
+        len(x) * forecast.forward_flops(alone, x.length, heads=1) for x in domains
+    )
+    found = dry_run.row_seconds(guarded, demo, job, device, "adaptive-judge")
+    # One sum in two orders: only rounding is left.
+    assert found["ratings"] == pytest.approx(flops / device.flops, rel=1e-12)
+    for other, row in ((guarded, "plain"), (plan, "adaptive-judge")):
+        assert "ratings" not in dry_run.row_seconds(other, demo, job, device, row)
+    assert forecast_judge.rates_pairs("unified", {"risk": "judge"})
+    assert forecast_judge.judging_seconds({}, job, device, 3, 5) == 0.0
+    asked = {"harmbench": (3, 40), "gsm8k": (5, 40), "probe": (7, 40)}
+    notes = {"measurements": {"harmbench": {"judge": {}}, "gsm8k": {}}}
+    study = types.SimpleNamespace(asked=asked, notes=notes)
+    options |= {"generation_batch": 2, "max_new_tokens": 8}
+    free = dataclasses.replace(plan, study_options={**options, "judge_folder": None})
+    with_it = dry_run.start_seconds(guarded, study, job, device)
+    without = dry_run.start_seconds(free, study, job, device)
+    one = forecast.forward_flops(alone, 40 + 8, heads=1) / device.flops
+    # A small part of a sum: the difference keeps six digits at the least.
+    assert with_it["measuring"] - without["measuring"] == pytest.approx(3 * one, 1e-6)
+    assert with_it["monitor"] - without["monitor"] == pytest.approx(7 * one, 1e-6)

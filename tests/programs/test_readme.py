@@ -1,0 +1,57 @@
+"""The README's claims that can be checked: its example, its commands, its file map."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs_without_flax_and_keeps_its_promise():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    # At most twenty lines of code, as the heading says; imports and blanks aside.
+    lines = [x for x in code.splitlines() if x.strip() and "import" not in x]
+    assert len(lines) <= 20
+    check = "\nimport sys; assert not {'flax', 'transformers'} & set(sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code + check],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    share = float(done.stdout.rsplit(":", 1)[1])
+    # The documented guarantee of update_projection.
+    assert share <= 1e-5
+
+
+def _commands():
+    return re.findall(r"^python -m (experiments\.\w+) (\S+)", README, re.MULTILINE)
+
+
+def test_every_preset_that_the_readme_runs_exists():
+    pytest.importorskip("tyro")
+    from sbr_jax import recipes as configs
+
+    presets = [name for module, name in _commands() if module == "experiments.run"]
+    assert presets
+    assert set(presets) - {"--list"} <= set(configs.MODULES)
+
+
+def test_every_file_of_the_map_exists():
+    (block,) = re.findall(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)
+    folder = ""
+    names = re.findall(r"^( *)([\w.]+/?) ", block, re.MULTILINE)
+    names += [("", "sbr_jax/")]
+    for indent, name in names:
+        folder = "sbr_jax/" if indent else ""
+        assert (ROOT / (folder + name)).exists(), folder + name
+
+
+@pytest.mark.parametrize("name", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+def test_every_link_of_the_readme_leads_somewhere(name):
+    assert (ROOT / name).exists()

@@ -1,0 +1,329 @@
+"""Sweeps: planned, run seed by seed, continued after a kill, put into one table."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+
+import pytest
+import tiny
+
+from sbr_jax import recipes as configs
+from sbr_jax.methods import METHODS
+from sbr_jax.programs import attack, run, sweep, sweep_state
+from sbr_jax.programs.sweep_state import Part
+from sbr_jax.recipes import tuning
+from sbr_jax.recipes.sweeps import SWEEPS
+from sbr_jax.training.records import write_record
+from sbr_jax.training.results import Workdir, run_of
+from sbr_jax.training.stage_records import write_result
+
+ORDERS = {
+    "forward": {
+        "preset": "testbed",
+        "methods": ("plain",),
+        "domains": ("medical", "legal"),
+    },
+    "backward": {
+        "preset": "testbed",
+        "methods": ("plain",),
+        "domains": ("legal", "medical"),
+    },
+}
+
+
+@pytest.fixture
+def tiny_testbed(monkeypatch):
+    """The preset testbed over the tiny study, and two sweeps of it."""
+    study = tiny.study()
+    settings = tiny.settings(steps_per_domain=2)
+    preset = dataclasses.replace(
+        configs.load("testbed"),
+        study=lambda domains, **options: study,
+        known_domains=lambda: ("medical", "legal"),
+        domains=("medical", "legal"),
+        settings=settings.mathematics(),
+    )
+    monkeypatch.setattr(configs, "load", lambda name: preset)
+    monkeypatch.setitem(SWEEPS, "orders", ORDERS)
+    refused = {
+        "preset": "testbed",
+        "methods": ("safeanchor-exact",),
+        "set": ("safeanchor-exact.max_rank=1000",),
+    }
+    monkeypatch.setitem(SWEEPS, "refusing", {"bad": refused, "good": ORDERS["forward"]})
+
+
+def arguments(name, folder, *more):
+    return [name, "--workdir", str(folder), *more]
+
+
+# --- the plans ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_cell_is_in_order(name, tmp_path):
+    found = sweep.make_sweep(sweep.Arguments(name, tmp_path, seeds=2))
+    assert list(found.plans) == list(SWEEPS[name])
+    for cell, plan in found.plans.items():
+        assert plan.workdir == tmp_path / cell
+        first = SWEEPS[name][cell].get("first_seed", 0)
+        assert plan.seeds == (first, first + 1)
+        assert isinstance(plan, attack.Plan) == ("attack" in SWEEPS[name][cell])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_named_sweeps_cover_what_they_promise(tmp_path):
+    table = SWEEPS["testbed-table"]
+    published = [sweep.make_plan(table[c], tmp_path, (0,)) for c in table][:2]
+    rows = [row for plan in published for row in plan.methods]
+    assert set(METHODS) <= set(rows)
+    assert len(rows) == len(set(rows))
+    assert not any(plan.row_options for plan in published)
+    if tuning.BEST:
+        tuned = sweep.make_plan(table["tuned"], tmp_path, (0,))
+        assert set(tuned.row_options) == set(tuned.methods) == set(tuning.BEST)
+    orders = {cell["domains"] for cell in SWEEPS["testbed-orders"].values()}
+    assert orders == set(itertools.permutations(("medical", "legal", "code")))
+    cells = SWEEPS["testbed-map"]
+    ratio, rate, epochs = 0.1, 0.001, 20
+    plan = sweep.make_plan(
+        cells[f"ratio-{ratio}-rate-{rate}-epochs-{epochs}"], tmp_path, (0,)
+    )
+    assert plan.ratio == ratio
+    assert plan.settings.learning_rate == rate
+    # Every example is seen 20 times, whatever the default number of steps.
+    assert plan.settings.steps_per_domain == -(
+        -epochs * plan.examples // plan.settings.batch_size
+    )
+
+
+def test_baselines_are_tuned_apart_from_the_table(tmp_path):
+    for row, (option, values) in tuning.GRID.items():
+        default = inspect.signature(METHODS[row]).parameters[option].default
+        assert values[0] == default, row
+        assert len(values) > 2
+        assert tuning.BEST.get(row) in (None, *values[1:])
+    for fields in SWEEPS["testbed-tuning"].values():
+        plan = sweep.make_plan(fields, tmp_path, (0, 1))
+        assert plan.study_options["split"] == "validation"
+        assert min(plan.seeds) >= 100
+        assert plan.row_options[plan.methods[0]]
+
+
+def test_all_of_a_seed_comes_before_the_next(tmp_path):
+    found = sweep.make_sweep(sweep.Arguments("testbed-orders", tmp_path, seeds=2))
+    seeds = [part.seed for part in found.parts]
+    assert seeds == sorted(seeds)
+    assert len(found.parts) == len(set(found.parts)) == 2 * 6 * 2
+
+
+BAD = {
+    "no sweep": ([], "expected a sweep, got none"),
+    "sweep": (["testbed-tabel"], "unknown sweep 'testbed-tabel'; nearest: testbed-tab"),
+    "seeds": (["testbed-table", "--seeds", "0"], "expected from 1 to 1000, got 0"),
+    "jobs": (["testbed-table", "--jobs", "0"], "--jobs: expected from 1 to 1000, got"),
+    "cell": (["testbed-table", "--cells", "paper"], "nearest: papers"),
+    "flag": (["testbed-table", "--job", "2"], "--job"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
+def test_a_mistake_is_one_line_and_exit_code_2(given, message, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    assert sweep.main([*given, "--workdir", str(workdir)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": "testbed", "method": ()}, "unknown field of a cell 'method'"),
+        ({"preset": "tesbed", "methods": ("plain",)}, "unknown preset"),
+        ({"preset": "testbed", "methods": ("plan",)}, "unknown method"),
+        ({"preset": "testbed", "methods": ("plain",), "set": ("x=1",)}, "option"),
+    ],
+)
+def test_a_cell_that_cannot_be_meant_is_refused(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sweep.make_plan(fields, tmp_path, (0,))
+
+
+def test_list_names_every_cell(capsys):
+    assert sweep.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in SWEEPS)
+    assert "legal-code-medical" in text
+
+
+# --- what is done, and what is left ---------------------------------------------------
+
+
+def fake_stages(folder, row, seed, stages, seconds=10.0, domains=2):
+    """Finished stages of a run, as the pipeline leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"settings": {}, "domains": ["medical", "legal"][:domains]}
+    write_record(folder / "config.json", config)
+    names = [(0, "subspace"), (1, "train"), (4, "evaluate"), (5, "train")]
+    names += [(8, "evaluate")]
+    for number, stage in names[:stages]:
+        write_result(
+            Workdir(folder).stage(row, seed, number, stage),
+            run=run_of(config),
+            method=row,
+            seed=seed,
+            stage=stage,
+            domain=None,
+            index=-1,
+            metrics={},
+            timing={"seconds": seconds},
+        )
+
+
+def test_time_is_read_from_finished_stages(tmp_path):
+    found = sweep.make_sweep(sweep.Arguments("testbed-orders", tmp_path, seeds=2))
+    assert sweep_state.spent(found) == {}
+    assert sweep_state.remaining(found.parts, {}) is None
+    first, second = list(found.plans)[:2]
+    fake_stages(tmp_path / first, "plain", 0, 5)
+    # One stage short of the last evaluation is not finished.
+    fake_stages(tmp_path / first, "safeanchor-exact", 0, 4)
+    fake_stages(tmp_path / second, "plain", 0, 5, seconds=20.0)
+    times = sweep_state.spent(found)
+    assert times == {
+        Part(first, "plain", 0): (50.0, True),
+        Part(first, "safeanchor-exact", 0): (40.0, False),
+        Part(second, "plain", 0): (100.0, True),
+    }
+
+    def left(*part):
+        return sweep_state.remaining([Part(*part)], times)
+
+    assert left(first, "plain", 1) == 50  # the same row in the same cell
+    assert left("another", "plain", 0) == 75  # the same row elsewhere
+    assert left(second, "safeanchor-exact", 0) == 75  # anything
+    assert left(first, "safeanchor-exact", 0) == 35  # less what is spent
+    assert sweep_state.remaining([], times) == 0
+
+
+def test_a_cell_of_other_settings_is_refused(tmp_path, capsys):
+    cell = next(iter(SWEEPS["testbed-orders"]))
+    fake_stages(tmp_path / cell, "plain", 0, 1)
+    code = sweep.main(arguments("testbed-orders", tmp_path, "--dry-run"))
+    assert code == 2
+    assert "other settings or domains" in capsys.readouterr().err
+
+
+def test_the_folder_of_one_run_is_no_sweeps(tmp_path, capsys):
+    fake_stages(tmp_path, "plain", 0, 1)
+    code = sweep.main(arguments("testbed-orders", tmp_path, "--dry-run"))
+    assert code == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} is the folder of one run" in error
+    assert error.count("\n") == 1
+
+
+# --- running --------------------------------------------------------------------------
+
+
+def test_a_sweep_is_continued_after_a_kill(tiny_testbed, tmp_path, monkeypatch, capsys):
+    whole = run.execute
+    calls = []
+
+    def killed_at_the_second(plan):
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append((plan.workdir.name, plan.methods, plan.seeds))
+        whole(plan)
+
+    monkeypatch.setattr(run, "execute", killed_at_the_second)
+    given = arguments("orders", tmp_path, "--seeds", "1")
+    assert sweep.main([*given, "--dry-run"]) == 0
+    assert not list(tmp_path.iterdir())
+    assert "2 of 2 rows and seeds left, time not known yet" in capsys.readouterr().out
+
+    assert sweep.main(given) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert calls == [("forward", ("plain",), (0,))]
+    # A result appears before the sweep is through.
+    first = (tmp_path / "table.md").read_text()
+    assert "| plain | forward | 1 |" in first
+    assert "backward" not in first
+
+    calls.clear()
+    monkeypatch.setattr(
+        run, "execute", lambda plan: (calls.append(plan.workdir.name), whole(plan))
+    )
+    assert sweep.main(given) == 0
+    assert calls == ["backward"]
+    captured = capsys.readouterr()
+    assert "| forward | plain | 1 of 1 | – |" in captured.out
+    assert "1 of 2 rows and seeds left, about 1 min" in captured.out
+    assert "[2/2] backward  plain  seed 0" in captured.err
+    calls.clear()
+    assert sweep.main([*given, "--quiet"]) == 0
+    assert calls == []
+
+    table = (tmp_path / "table.md").read_text()
+    head = next(x for x in table.splitlines() if x.startswith("| method"))
+    for title in ("composite", "domain acc.", "s / step", "step memory, MiB"):
+        assert title in head
+    rows = [x for x in table.splitlines() if x.startswith("| plain")]
+    assert [row.split(" | ")[1] for row in rows] == ["forward", "backward"]
+    memory = json.loads((tmp_path / "forward" / "memory.json").read_text())
+    base = 4 * sum(x.size for x in tiny.jax.tree.leaves(tiny.study().model.params))
+    # The step reads all weights, so it takes more than they do.
+    assert base < memory["plain"] < 2**30
+
+
+def test_a_row_that_cannot_be_run_does_not_stop_the_others(
+    tiny_testbed, tmp_path, capsys
+):
+    given = arguments("refusing", tmp_path, "--seeds", "1", "--quiet")
+    assert sweep.main(given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "1 of 2 could not be run, the first being bad, safeanchor-exact" in error
+    assert "max_rank" in error
+    assert "| plain | good |" in (tmp_path / "table.md").read_text()
+
+
+def test_an_attack_cell_is_run_by_the_attack(tmp_path, monkeypatch):
+    found = sweep.make_sweep(sweep.Arguments("testbed-map", tmp_path, seeds=1))
+    ran = []
+    monkeypatch.setattr(attack, "execute", ran.append)
+    monkeypatch.setattr(run, "execute", lambda plan: pytest.fail("not an attack"))
+    sweep.execute(found, quiet=True)
+    assert len(ran) == len(found.parts)
+    assert {plan.attack for plan in ran} == {"poison"}
+    assert not (tmp_path / "table.md").exists()  # nothing was finished
+
+
+def test_cells_in_processes_of_their_own(tmp_path, monkeypatch):
+    found = sweep.make_sweep(sweep.Arguments("testbed-orders", tmp_path, seeds=3))
+    commands = []
+
+    class Ended:
+        def __init__(self, command, **options):
+            commands.append(command[1:])
+            self.returncode = 2 if "code-legal-medical" in command else 0
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Ended)
+    with pytest.raises(ValueError, match="could not finish code-legal-medical;"):
+        sweep.execute_cells(found, 2, quiet=True)
+    assert len(commands) == 6
+    known = {"--cells", "--seeds", "--quiet", "--workdir"}
+    assert all(known < set(command) for command in commands)
+    # What a process is told, the program understands.
+    first = next(c for c in commands if "medical-legal-code" in c)
+    parsed = sweep.cli.parse(sweep.Arguments, first[2:], "sweep")
+    assert parsed.cells == ("medical-legal-code",)
+    assert parsed.seeds == 3

@@ -1,0 +1,229 @@
+"""Real models: what is counted, once and under a name of its own; the forecast."""
+
+import dataclasses
+import gc
+import json
+import types
+import weakref
+
+import numpy as np
+import pytest
+import tiny_chat
+from chat_case import build
+
+from sbr_jax import models
+from sbr_jax.costs import dry_run
+from sbr_jax.costs.forecast import A100
+from sbr_jax.evaluation import (
+    KeywordJudge,
+    harness_tasks,
+    measurement,
+    measures,
+    measuring,
+    tasks,
+)
+from sbr_jax.evaluation.items import Result
+from sbr_jax.programs import realtext, run
+from sbr_jax.recipes import chat as preset
+from sbr_jax.typing import UserError
+
+SMALL = [f"study.{key}={value!r}" for key, value in tiny_chat.SIZES.items()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model that has room for HumanEval's answers, and a data folder."""
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_chat.save_data(folder / "data")
+    config = dataclasses.replace(tiny_chat.CONFIG, context=640)
+    tiny_chat.save_model(folder / "model", config=config)
+    return folder
+
+
+# --- measurements ---------------------------------------------------------------------
+
+
+class First:
+    """Prefers the first option, and says what a judge of sums can read."""
+
+    def describe(self):
+        return {}
+
+    def answers(self, prompts, **options):
+        return ["6"] * len(prompts)
+
+    def log_likelihoods(self, prompts, options):
+        return [-1.0 - np.arange(len(choices)) for choices in options]
+
+
+def test_a_question_of_mc2_with_one_right_option_is_mc2(tmp_path, monkeypatch):
+    row = {
+        "question": "Why?",
+        "mc1_targets": {"right": 1, "wrong": 0},
+        "mc2_targets": {"right": 1, "wrong": 0, "wronger": 0},
+    }
+    path = tmp_path / "truthfulqa/mc_task.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps([row]))
+    found = measures.prepare("truthfulqa", tmp_path, limit=1, judge=KeywordJudge())
+    metrics = found(First())
+    assert metrics["mc1/truthfulqa"] == 100.0
+    # e^0 of 1 + e^-1 + e^-2, in percent: a formula, so rounding alone.
+    wanted = 100.0 / (1.0 + np.exp(-1.0) + np.exp(-2.0))
+    assert metrics["mc2/truthfulqa"] == pytest.approx(wanted, rel=1e-9)
+    item = types.SimpleNamespace(
+        id="0", question="Why?", choices=("a", "b"), correct=(0,), group=""
+    )
+    monkeypatch.setattr(harness_tasks, "import_harness", lambda: None)
+    monkeypatch.setattr(
+        harness_tasks, "_choice_task", lambda name, rows, share=None: share
+    )
+    assert harness_tasks.truthfulqa_task([item], name="truthfulqa_mc2") is not None
+    assert harness_tasks.truthfulqa_task([item]) is None
+    with pytest.raises(UserError, match="metric mc1 or mc2, got 'mc3'"):
+        tasks.truthfulqa_mc(First(), [item], metric="mc3")
+    item.correct = (0, 1)
+    with pytest.raises(UserError, match="expected one right option in every item"):
+        tasks.truthfulqa_mc(First(), [item], metric="mc1")
+
+
+@pytest.mark.parametrize(
+    "option", [{"limit": "3"}, {"limit": True}, {"max_new_tokens": 2.5}]
+)
+def test_a_limit_that_is_no_whole_number_is_refused(option, tmp_path):
+    with pytest.raises(UserError, match="of at least 1, got "):
+        measures.prepare("harmbench", tmp_path, judge=KeywordJudge(), **option)
+
+
+def test_no_measurement_is_called_as_a_domains_accuracy(world):
+    taken = {f"accuracy/{name}" for name in preset.known_domains()}
+    shared = set(measures.MEASURES) & set(preset.known_domains())
+    assert {"medqa", "legalbench", "gsm8k"} <= shared
+    for name in measures.MEASURES:
+        result = Result({"accuracy": 1.0, "accuracy/part": 1.0}, {}, [])
+        assert not taken & set(measurement.flat(result, name))
+    found = measures.prepare("medqa", world / "data", judge=KeywordJudge())(First())
+    assert list(found) == ["benchmark_accuracy/medqa"]
+
+
+def test_no_measures_leave_the_domains_and_the_monitor(world):
+    study = build(world, ("code",), measures=())
+    assert study.evaluate(None, None) == {}
+    assert set(study.asked) == {"probe"}
+    assert study.notes["measurements"] == {}
+
+
+def test_code_is_run_once_for_the_same_weights(world, monkeypatch):
+    runs = []
+
+    def humaneval(runner, items, **options):
+        runs.append(items)
+        return Result({"pass@1": 25.0}, {}, [])
+
+    monkeypatch.setattr(measuring, "kernel_isolation", lambda: True)
+    monkeypatch.setattr(tasks, "humaneval", humaneval)
+    study = build(world, ("code",), measures=("humaneval",), allow_code=True)
+    learnt = study.domains["code"].evaluate
+    one, two, adapter = np.ones(1), np.ones(1), np.zeros(1)
+    assert study.evaluate(one, adapter) == {"pass@1/humaneval": 25.0}
+    assert learnt(one, adapter) == 25.0
+    assert len(runs) == 1
+    # Equal numbers are not the same weights.
+    assert learnt(two, adapter) == 25.0
+    assert len(runs) == 2
+    alive = weakref.ref(two)
+    del two
+    gc.collect()
+    assert alive() is None
+
+
+# --- the forecast ---------------------------------------------------------------------
+
+
+def forecast_of(world, *more, rows=("plain", "safeanchor-exact:csm-only")):
+    """A plan, its study, and what a step of it costs."""
+    arguments = run.Arguments(
+        preset="llama2-7b",
+        model=str(world / "model"),
+        data=str(world / "data"),
+        domains=("code",),
+        methods=rows,
+        dry_run=True,
+        overrides=(*SMALL, *more),
+    )
+    plan, study = run.make_plan(arguments), build(world, ("code",))
+    return plan, study, dry_run.job_of(plan, study)
+
+
+def test_a_mesh_divides_the_hours_of_everything(world):
+    plan, study, job = forecast_of(world)
+    one = dry_run.row_seconds(plan, study, job, A100, "safeanchor")
+    eight = dry_run.on_mesh(A100, "fsdp=4,tp=2")
+    shared = dry_run.row_seconds(plan, study, job, eight, "safeanchor")
+    assert {"training", "Fisher", "measuring", "monitor"} < set(one)
+    for part, seconds in one.items():
+        # Products and bytes both go to eight devices: only rounding is left.
+        assert shared[part] == pytest.approx(seconds / 8, rel=1e-9), part
+    assert dry_run.on_mesh(eight, "fsdp=8") == eight
+    assert dry_run.on_mesh(eight, None) == eight
+    with pytest.raises(UserError, match=r"device\.count=8: expected 4, the devices"):
+        dry_run.on_mesh(eight, "fsdp=4")
+
+
+def test_a_dry_run_says_how_a_mesh_shares_the_work(capsys):
+    assert run.main(["demo", "--dry-run", "--mesh", "fsdp=4"]) == 0
+    assert "4 of them with equal shares" in capsys.readouterr().out
+
+
+def test_the_start_model_is_measured_once_for_all(world):
+    plan, study, job = forecast_of(world)
+    first, *rows, last = dry_run.time_table(plan, study, job, A100).rows
+    assert first[0] == "start model, once"
+    start = dry_run.start_seconds(plan, study, job, A100)
+    assert min(start["measuring"], start["monitor"]) > 0
+    # Tables show three digits.
+    assert float(first[-1]) == pytest.approx(sum(start.values()) / 3600, rel=5e-3)
+    whole = sum(float(row[-1]) for row in rows) * len(plan.seeds) + float(first[-1])
+    assert float(last[-1]) == pytest.approx(whole, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("row", "sets", "monitored"),
+    [
+        ("plain", [], False),
+        ("safeanchor-exact:csm-only", [], True),
+        ("safeanchor-exact:anchor-only", [], False),
+        ("unified:no-projection", [], True),
+        ("safeanchor", ["safeanchor.projection=none"], True),
+    ],
+)
+def test_a_row_without_a_projection_pays_for_no_fisher(world, row, sets, monitored):
+    plan, study, job = forecast_of(world, *sets, rows=(row,))
+    seconds = dry_run.row_seconds(plan, study, job, A100, row)
+    assert "Fisher" not in seconds
+    assert "Fisher" not in dry_run.memory(plan, study, job)
+    assert ("monitor" in seconds) == monitored
+
+
+# --- the model of real text -----------------------------------------------------------
+
+
+def test_folders_are_made_for_a_model_that_is_there(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "a/b/c"
+    arguments = ["--data", str(tmp_path / "absent"), "--output", str(output)]
+    assert realtext.main(arguments) == 2
+    assert list(tmp_path.iterdir()) == []
+
+    def killed(folder, model):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            realtext.write(output, None, {})
+    # What was there before stays.
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+    monkeypatch.setattr(models, "save", lambda folder, model: folder.mkdir())
+    realtext.write(output, None, {})
+    assert (output / "training.json").read_text() == "{}\n"

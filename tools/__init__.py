@@ -1,0 +1,1 @@
+"""Programs for the maintainers: published tables and where their numbers come from."""
