@@ -4,7 +4,11 @@ Numbers may be arrays without axes, as ``optax.inject_hyperparams`` passes them:
 is traced has no value to look at, and is held to its kind alone.
 """
 
+import dataclasses
+import functools
 import operator
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +73,12 @@ def number(
 
 
 def whole(
-    name: str, value: Any, *, least: int = 1, most: int | None = None, note: str = ""
+    name: str,
+    value: Any,
+    *,
+    least: int | None = 1,
+    most: int | None = None,
+    note: str = "",
 ) -> int:
     """The value as an ``int``, refusing what is none in the range.
 
@@ -87,7 +96,8 @@ def whole(
         UserError: naming the argument and its range.
     """
     fits = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not fits or value < least or (most is not None and value > most):
+    fits = fits and (least is None or value >= least)
+    if not fits or (most is not None and value > most):
         wanted = f"a whole number{_range(least, None, most, None)}"
         raise _refusal(name, wanted, value, note)
     return int(value)
@@ -98,6 +108,67 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in known:
         *first, last = map(repr, known)
         raise _refusal(name, f"{', '.join(first)} or {last}", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Range of a number beside its type, as in ``Annotated[int, Range(least=1)]``.
+
+    Attributes:
+        least: the smallest that is in range; ``above`` leaves the bound itself out.
+        above: see ``least``.
+        most: the largest that is in range; ``below`` leaves the bound itself out.
+        below: see ``most``.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+
+def fields(record: Any, scope: str) -> None:
+    """Refuse a dataclass in which a field is not of its declared type and range.
+
+    Args:
+        record: whose fields are numbers, texts, switches, words (`Literal`), tuples of
+            texts, or such or None; what is declared as anything else is not looked at.
+        scope: put before the name of a field.
+
+    Raises:
+        UserError: for the first such field.
+    """
+    for name, kind in _declared(type(record)).items():
+        _fits(f"{scope}.{name}", getattr(record, name), kind)
+
+
+@functools.cache
+def _declared(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _fits(name: str, value: Any, kind: Any) -> None:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        if len(kinds) > 1 or (value is None and len(typing.get_args(kind)) > 1):
+            return
+        kind = kinds[0]
+    limits: dict[str, Any] = {}
+    if typing.get_origin(kind) is typing.Annotated:
+        kind, *notes = typing.get_args(kind)
+        limits = next((vars(note) for note in notes if isinstance(note, Range)), {})
+    if kind is int:
+        whole(name, value, least=limits.get("least"), most=limits.get("most"))
+    elif kind is float:
+        number(name, value, **limits)
+    elif typing.get_origin(kind) is typing.Literal:
+        one_of(name, value, typing.get_args(kind))
+    elif kind in (str, bool) and not isinstance(value, kind):
+        raise _refusal(name, {str: "text", bool: "True or False"}[kind], value)
+    elif kind == tuple[str, ...] and not (
+        isinstance(value, tuple) and all(isinstance(x, str) for x in value)
+    ):
+        raise _refusal(name, "a tuple of texts", value)
 
 
 def is_function(value: Any) -> bool:

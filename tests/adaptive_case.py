@@ -9,14 +9,14 @@ import tiny
 
 from sbr_jax.data import TokenDataset, batch
 from sbr_jax.methods.adaptive import adaptive_loss, adaptive_probe
-from sbr_jax.methods.base import Problem, task_gradient
+from sbr_jax.methods.base import task_gradient
 from sbr_jax.methods.risk import judged
 from sbr_jax.training.program import init_adapter
 
 KEY = jax.random.key(0)
 STUDY = tiny.study()
 BASE = STUDY.model.params
-FRESH = init_adapter(STUDY, tiny.settings(), 0)
+FRESH = init_adapter(STUDY, tiny.config(), 0)
 TRAIN = STUDY.domains["medical"].train
 
 
@@ -31,9 +31,9 @@ def with_prompts(data, low, high, seed=0):
 # nothing: only attention can tell.
 HARMFUL = with_prompts(tiny.dataset(4, 64, shift=7), 26, 32)
 BENIGN = with_prompts(tiny.dataset(3, 64, shift=5), 0, 6)
-PROBLEM = Problem(
+PROBLEM = tiny.problem(
     apply_fn=STUDY.model.apply_fn,
-    steps=6,
+    steps_per_domain=6,
     batch_size=8,
     calibration=STUDY.calibration,
     calibration_controls={"benign": BENIGN},

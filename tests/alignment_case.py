@@ -8,7 +8,6 @@ import numpy as np
 import tiny
 
 from sbr_jax import losses, models
-from sbr_jax.methods.base import Problem
 from sbr_jax.methods.booster import booster_gradient
 
 KEY = jax.random.key(0)
@@ -41,8 +40,8 @@ def weights(seed=0):
 
 BASE = weights()
 ADAPTER = models.init_adapter(KEY, tiny.CONFIG, rank=2, alpha=4.0, targets="q_proj")
-PROBLEM = Problem(
-    apply_fn=toy, steps=3, batch_size=8, calibration=SAFE, harmful=HARMFUL
+PROBLEM = tiny.problem(
+    apply_fn=toy, steps_per_domain=3, batch_size=8, calibration=SAFE, harmful=HARMFUL
 )
 
 

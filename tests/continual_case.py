@@ -10,7 +10,7 @@ import tiny
 
 from sbr_jax import models
 from sbr_jax.data.batches import batch
-from sbr_jax.methods.base import Problem, task_loss
+from sbr_jax.methods.base import task_loss
 from sbr_jax.methods.plain import plain
 from sbr_jax.training.step import TrainState, compiled_step, make_step
 
@@ -18,9 +18,9 @@ STUDY = tiny.study()
 BASE = STUDY.model.params
 MEDICAL, LEGAL = (domain.train for domain in STUDY.domains.values())
 KEY = jax.random.key(0)
-PROBLEM = Problem(
+PROBLEM = tiny.problem(
     apply_fn=STUDY.model.apply_fn,
-    steps=6,
+    steps_per_domain=6,
     batch_size=8,
     calibration=STUDY.calibration,
     fisher_microbatch=8,
@@ -77,7 +77,7 @@ def run(method, state, adapter, data, steps, base=BASE):
 
 @functools.cache
 def hook(method, name="gradient", accumulation=1):
-    problem = dataclasses.replace(PROBLEM, accumulation=accumulation)
+    problem = tiny.changed(PROBLEM, accumulation=accumulation)
     function = getattr(method, name)
     return jax.jit(lambda a, state, *rest: function(problem, BASE, a, state, *rest))
 

@@ -9,11 +9,11 @@ import tiny
 
 from sbr_jax import models
 from sbr_jax.data.batches import batch
-from sbr_jax.methods import ABLATIONS
-from sbr_jax.training.program import init_adapter, make_program
+from sbr_jax.methods import VARIANTS
+from sbr_jax.training.program import init_adapter
 
 STUDY = tiny.study()
-SETTINGS = tiny.settings(steps_per_domain=3)
+SETTINGS = tiny.config(steps_per_domain=3)
 
 
 TINY = {
@@ -29,15 +29,12 @@ TINY = {
 """Options for a model of width 16 and domains of three steps."""
 
 
-def overrides(row):
-    options = dict(TINY.get(ABLATIONS.get(row, (row, {}))[0], {}))
-    if row == "safeanchor-exact:refresh":
-        options["refresh_every"] = 2
-    return options
-
-
 def program(row):
-    return make_program(row, tuple(sorted(overrides(row).items())), STUDY, SETTINGS)
+    method = VARIANTS.get(row, (row, {}))[0]
+    options = dict(TINY.get(method, {}))
+    if row == "safeanchor-exact:refresh":  # Its own interval is beyond three steps.
+        row, options["refresh_every"] = method, 2
+    return tiny.program(row, SETTINGS, STUDY, **options)
 
 
 def without_diagnostics(state):

@@ -10,8 +10,10 @@ from sbr_jax.methods import InertProjectionWarning
 from sbr_jax.training.pipeline import run
 
 ROWS = ["plain", "safeanchor-exact:projection-only"]
-OVERRIDES = {"safeanchor-exact:projection-only": {"max_rank": 6, "refresh_every": 2}}
-SETTINGS = {"steps_per_domain": 5, "checkpoint_every": 2}
+OVERRIDES = {"safeanchor-exact": {"max_rank": 6, "refresh_every": 2}}
+CONFIG = tiny.with_options(
+    tiny.config(steps_per_domain=5, checkpoint_every=2), OVERRIDES
+)
 
 
 def main(folder, seeds=(0, 1)):
@@ -21,8 +23,7 @@ def main(folder, seeds=(0, 1)):
         ROWS,
         seeds,
         folder,
-        tiny.settings(**SETTINGS),
-        overrides=OVERRIDES,
+        CONFIG,
         quiet=True,
     )
 

@@ -24,7 +24,7 @@ LAST = "05-train"
 
 def go(folder, *, rows=ROWS, seeds=(0,), study=STUDY, **settings):
     fields = {"steps_per_domain": 2, "checkpoint_every": 1, **settings}
-    return run(study, rows, seeds, folder, tiny.settings(**fields), quiet=True)
+    return run(study, rows, seeds, folder, tiny.config(**fields), quiet=True)
 
 
 def results(folder):

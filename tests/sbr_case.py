@@ -9,7 +9,6 @@ import tiny
 
 from sbr_jax import models
 from sbr_jax.data.batches import TokenDataset
-from sbr_jax.methods.base import Problem
 from sbr_jax.methods.sbr import (
     anchor_prompts,
     hidden_anchor_loss,
@@ -37,9 +36,9 @@ MODEL = tiny.model()
 APPLY, BASE = MODEL.apply_fn, MODEL.params
 HARMFUL = requests(4, 12)
 KEY = jax.random.key(0)
-PROBLEM = Problem(
+PROBLEM = tiny.problem(
     apply_fn=APPLY,
-    steps=6,
+    steps_per_domain=6,
     batch_size=8,
     calibration=tiny.dataset(1, 24, shift=0),
     harmful=HARMFUL,

@@ -1,12 +1,19 @@
 """A random Llama of 2 layers and a made-up study over it, for tests of training."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import losses, models
 from sbr_jax.data.batches import TokenDataset
-from sbr_jax.training.settings import Settings
+from sbr_jax.methods import METHODS, VARIANTS
+from sbr_jax.methods.base import Problem
+from sbr_jax.methods.hyperparameters import attribute, collect
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.training.config import Config
+from sbr_jax.training.program import make_program
 from sbr_jax.training.study import Domain, Study
 
 LENGTH, VOCAB = 10, 32
@@ -100,15 +107,50 @@ def study(probe=None, **changes):
     return Study(**{**fields, **changes})
 
 
-def settings(**changes):
-    fields = {
+def config(**changes):
+    """A tiny job's settings; changes are fields of `Training` or of `Hardware`."""
+    training = {
         "steps_per_domain": 6,
         "batch_size": 8,
         "learning_rate": 1e-2,
         "lora_rank": 2,
         "lora_alpha": 4.0,
         "repair_steps": 3,
-        "fisher_microbatch": 8,
-        "log_every": 4,
     }
-    return Settings(**{**fields, **changes})
+    hardware = {"fisher_microbatch": 8, "log_every": 4}
+    start = Config(Training(**training), Hardware(**hardware))
+    return changed(start, **changes)
+
+
+def problem(apply_fn, calibration, **changes):
+    """What a defence knows in tests; changes as in `changed`."""
+    return changed(Problem(apply_fn, calibration), **changes)
+
+
+def changed(owner, **changes):
+    """A `Problem` or `Config` with other fields, its settings' fields among them."""
+    parts = {}
+    for part in ("training", "hardware"):
+        record = getattr(owner, part)
+        own = {f.name for f in dataclasses.fields(record)} & changes.keys()
+        parts[part] = dataclasses.replace(record, **{n: changes.pop(n) for n in own})
+    return dataclasses.replace(owner, **parts, **changes)
+
+
+def with_options(config, options):
+    """A `Config` with other hyper-parameters: variant to keywords of its method."""
+    for variant, changes in options.items():
+        method = attribute(VARIANTS.get(variant, (variant, {}))[0])
+        if not changes:
+            continue
+        if not hasattr(config.methods, method):  # Registered by the test itself.
+            config = dataclasses.replace(config, methods=collect(METHODS, {})())
+        own = dataclasses.replace(getattr(config.methods, method), **changes)
+        methods = dataclasses.replace(config.methods, **{method: own})
+        config = dataclasses.replace(config, methods=methods)
+    return config
+
+
+def program(variant, config, study, **options):
+    """A variant's program, with other hyper-parameters."""
+    return make_program(variant, study, with_options(config, {variant: options}))

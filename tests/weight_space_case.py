@@ -17,7 +17,6 @@ from sbr_jax import models
 from sbr_jax.data.batches import batch
 from sbr_jax.methods.antidote import antidote
 from sbr_jax.methods.asft import asft
-from sbr_jax.methods.base import Problem
 from sbr_jax.methods.lox import lox
 from sbr_jax.methods.plain import plain
 from sbr_jax.methods.safe_lora import safe_lora
@@ -26,9 +25,9 @@ from sbr_jax.training.step import TrainState, compiled_step, make_step
 
 STUDY = tiny.study()
 MODEL, BASE = STUDY.model, STUDY.model.params
-PROBLEM = Problem(
+PROBLEM = tiny.problem(
     apply_fn=MODEL.apply_fn,
-    steps=3,
+    steps_per_domain=3,
     batch_size=8,
     calibration=STUDY.calibration,
     harmful=STUDY.harmful,

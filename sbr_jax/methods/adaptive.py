@@ -111,8 +111,8 @@ def adaptive_loss(
       arXiv:2602.17546
     """
     dropout = {}
-    if problem.dropout_rate > 0:
-        dropout = {"dropout_key": key, "dropout_rate": problem.dropout_rate}
+    if problem.training.lora_dropout > 0:
+        dropout = {"dropout_key": key, "dropout_rate": problem.training.lora_dropout}
     logits = problem.apply_fn(base, adapter, batch["tokens"], **dropout)
     nll = losses.token_cross_entropy(logits, batch["tokens"], batch["mask"])
     kl = losses.kl_to_reference(reference, logits, batch["mask"])

@@ -17,9 +17,9 @@ def anchor_rows(problem: Problem, anchor_batch_size: int | None) -> int:
     Raises:
       UserError: if they cannot be divided over the microbatches.
     """
-    parts = problem.accumulation
+    parts = problem.hardware.accumulation
     if anchor_batch_size is None:
-        return max(problem.batch_size // (2 * parts), 1) * parts
+        return max(problem.training.batch_size // (2 * parts), 1) * parts
     if anchor_batch_size % parts:
         raise UserError(
             f"anchor_batch_size: expected a multiple of accumulation ({parts}), got "

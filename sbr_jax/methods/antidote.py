@@ -109,7 +109,7 @@ def mean_squares(
     data = problem.harmful
     data = subset(data, len(data) if examples is None else examples)
     total, count = None, 0.0
-    parts = -(-len(data) // problem.fisher_microbatch)
+    parts = -(-len(data) // problem.hardware.fisher_microbatch)
     for rows in np.array_split(np.arange(len(data)), parts):
         real = np.flip(np.cumsum(np.flip(data.mask[rows], 1), 1), 1) > 0
         sums = _square_sums(

@@ -21,6 +21,7 @@ import optax
 
 from sbr_jax import losses
 from sbr_jax.models import is_lora_pair
+from sbr_jax.settings import Hardware, Training
 from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
 
 LAYER_AXES = 1
@@ -40,13 +41,9 @@ class Problem:
 
     Attributes:
       apply_fn: ``apply_fn(base, adapter, tokens, ...) -> logits [B, T, V]``.
-      steps: optimizer steps in one domain.
-      batch_size: examples of one optimizer step, over all microbatches.
-      accumulation: microbatches of one optimizer step.
-      max_grad_norm: clipping threshold of the global gradient norm.
-      weight_decay: of AdamW.
-      dropout_rate: LoRA dropout while training.
       calibration: the safety calibration set D_safe.
+      training: the job's mathematics.
+      hardware: how it is computed; ``accumulation`` is what a hook may need of it.
       calibration_controls: other sets of the same size, ``"benign"`` and
         ``"random"``.
       safety_mix: safety examples for methods that interleave them.
@@ -57,28 +54,18 @@ class Problem:
         own direction (Safe LoRA, AsFT, LoX).
       judge: ``judge(dataset) -> risk [N]`` in [0, 1], of learning each example.
       domain: what was just learned; only ``end_domain`` is given it.
-      fisher_examples: how many calibration examples enter a Fisher (None: all).
-      fisher_buffer: how many per-example gradients a Fisher holds before it is cut.
-      fisher_microbatch: how many examples are differentiated at once.
     """
 
     apply_fn: ApplyFn
-    steps: int
-    batch_size: int
     calibration: Any
+    training: Training = Training()
+    hardware: Hardware = Hardware()
     calibration_controls: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     safety_mix: Any = None
     harmful: Any = None
     unaligned: PyTree | None = None
     judge: Callable[[Any], np.ndarray] | None = None
     domain: Any = None
-    accumulation: int = 1
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.01
-    dropout_rate: float = 0.0
-    fisher_examples: int | None = None
-    fisher_buffer: int = 512
-    fisher_microbatch: int = 32
 
 
 def task_loss(
@@ -90,8 +77,8 @@ def task_loss(
     :func:`sbr_jax.methods.compose.with_risk`).
     """
     dropout = {}
-    if problem.dropout_rate > 0:
-        dropout = {"dropout_key": key, "dropout_rate": problem.dropout_rate}
+    if problem.training.lora_dropout > 0:
+        dropout = {"dropout_key": key, "dropout_rate": problem.training.lora_dropout}
     logits = problem.apply_fn(base, adapter, batch["tokens"], **dropout)
     example = losses.token_cross_entropy(logits, batch["tokens"], batch["mask"])
     example = example.astype(jnp.float32)
@@ -114,8 +101,8 @@ def adamw(
     del adapter
     return optax.with_extra_args_support(
         optax.chain(
-            optax.clip_by_global_norm(problem.max_grad_norm),
-            optax.adamw(learning_rate, weight_decay=problem.weight_decay),
+            optax.clip_by_global_norm(problem.training.max_grad_norm),
+            optax.adamw(learning_rate, weight_decay=problem.training.weight_decay),
         )
     )
 
@@ -273,8 +260,8 @@ def draw_rows(
       ``tokens [total/A, T]`` and ``mask [total/A, T]``.
     """
     rows = jax.random.randint(key, (total,), 0, data["tokens"].shape[0])
-    if problem.accumulation > 1:
-        share = total // problem.accumulation
+    if problem.hardware.accumulation > 1:
+        share = total // problem.hardware.accumulation
         index = batch["row"][0] // batch["row"].shape[0]
         rows = jax.lax.dynamic_slice(rows, (index * share,), (share,))
     return {name: value[rows] for name, value in data.items()}

@@ -122,8 +122,8 @@ class Ssi:
             layer_axes=LAYER_AXES,
             args=(base,),
             key=key,
-            microbatch=problem.fisher_microbatch,
-            buffer_rank=max(problem.fisher_buffer, self.max_rank),
+            microbatch=problem.hardware.fisher_microbatch,
+            buffer_rank=max(problem.training.fisher_buffer, self.max_rank),
         )
 
     def merged(self, old: Subspace, new: Subspace, protected: Subspace | None):
@@ -213,12 +213,13 @@ def _batches(problem: Problem, adapter: PyTree, dataset: Any) -> Iterator[dict]:
     """The dataset in as few batches as :data:`GRADIENT_BYTES` allows."""
     tokens, mask = np.asarray(dataset.tokens), np.asarray(dataset.mask)
     total = len(tokens)
-    if problem.fisher_examples is not None and problem.fisher_examples < total:
-        rows = np.linspace(0, total - 1, problem.fisher_examples).round().astype(int)
+    most = problem.training.fisher_examples
+    if most is not None and most < total:
+        rows = np.linspace(0, total - 1, most).round().astype(int)
         tokens, mask = tokens[rows], mask[rows]
     per_example = 4 * sum(x.size for x in jax.tree.leaves(adapter))
-    size = min(GRADIENT_BYTES // per_example, problem.fisher_buffer)
-    size = max(size, problem.fisher_microbatch)
+    size = min(GRADIENT_BYTES // per_example, problem.training.fisher_buffer)
+    size = max(size, problem.hardware.fisher_microbatch)
     for start in range(0, len(tokens), size):
         stop = start + size
         yield {

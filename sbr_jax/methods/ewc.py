@@ -86,7 +86,9 @@ def ewc(
                 "ewc: data='domain': expected the domain just learned in "
                 "problem.domain, got None; pass it to end_domain"
             )
-        limit = problem.fisher_examples if fisher_examples is None else fisher_examples
+        limit = fisher_examples
+        if limit is None:
+            limit = problem.training.fisher_examples
         loss_fn = answer_loss(problem.apply_fn, reduction)
         return diagonal_fisher(
             loss_fn,
@@ -94,7 +96,7 @@ def ewc(
             base,
             dataset,
             max_examples=limit,
-            microbatch=problem.fisher_microbatch,
+            microbatch=problem.hardware.fisher_microbatch,
         )
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:

@@ -116,7 +116,8 @@ def lisa(
         key: jax.Array,
     ) -> tuple[PyTree, dict, dict]:
         draw_key, loss_key = jax.random.split(key)
-        safe = draw_rows(problem, state["safe"], batch, draw_key, problem.batch_size)
+        size, steps = problem.training.batch_size, problem.training.steps_per_domain
+        safe = draw_rows(problem, state["safe"], batch, draw_key, size)
 
         def gradient_on(data: Batch):
             return jax.value_and_grad(
@@ -128,7 +129,7 @@ def lisa(
         loss, grads = jax.lax.cond(
             aligned, lambda: gradient_on(safe), lambda: gradient_on(batch)
         )
-        warm = state["age"].astype(jnp.float32) > warmup_share * problem.steps
+        warm = state["age"].astype(jnp.float32) > warmup_share * steps
         weight = jnp.where(warm, jnp.float32(proximal), jnp.float32(0))
         drift = jax.tree.map(jnp.subtract, adapter, state["other"])
         grads = jax.tree.map(lambda g, d: g + weight.astype(g.dtype) * d, grads, drift)

@@ -80,7 +80,7 @@ class Stage:
         self, problem: Problem, adapter: PyTree
     ) -> optax.GradientTransformationExtraArgs:
         """Clipping and AdamW with this stage's schedule and weight decay."""
-        steps = self.steps or problem.steps
+        steps = self.steps or problem.training.steps_per_domain
         rate: optax.ScalarOrSchedule = self.learning_rate
         if self.schedule == "cosine":
             warmup = round(WARMUP * steps)
@@ -90,7 +90,8 @@ class Stage:
                 warmup_steps=warmup,
                 decay_steps=max(steps, warmup + 1),
             )
-        decayed = dataclasses.replace(problem, weight_decay=self.weight_decay)
+        own = dataclasses.replace(problem.training, weight_decay=self.weight_decay)
+        decayed = dataclasses.replace(problem, training=own)
         return adamw(decayed, adapter, rate)
 
 
@@ -135,8 +136,8 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
         orders = np.asarray(
             jax.random.randint(order_key, (len(data),), 0, np.iinfo(np.int32).max)
         )
-        size, loss = stage.batch_size or problem.batch_size, jnp.float32(0)
-        for number in range(stage.steps or problem.steps):
+        size, loss = stage.batch_size or problem.training.batch_size, jnp.float32(0)
+        for number in range(stage.steps or problem.training.steps_per_domain):
             batches = {}
             for order, (name, examples) in zip(orders, data.items(), strict=True):
                 drawn = batch(examples, size, int(order), number)

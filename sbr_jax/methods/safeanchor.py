@@ -238,14 +238,14 @@ def safeanchor(
                 subspace,
                 learning_rate,
                 coefficients=coefficients,
-                max_norm=problem.max_grad_norm,
-                weight_decay=problem.weight_decay,
+                max_norm=problem.training.max_grad_norm,
+                weight_decay=problem.training.weight_decay,
             )
         return gradient_projection(
             subspace,
-            optax.adamw(learning_rate, weight_decay=problem.weight_decay),
+            optax.adamw(learning_rate, weight_decay=problem.training.weight_decay),
             coefficients=coefficients,
-            max_norm=problem.max_grad_norm,
+            max_norm=problem.training.max_grad_norm,
         )
 
     def gradient(problem, base, adapter, state, batch, key):

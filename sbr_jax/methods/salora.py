@@ -143,7 +143,7 @@ def _output_gram(
     """YᵀY ``[L, out, out]`` of one projection; its memory does not grow with data."""
     depth, _, width = base["layers"][target].shape
     gram = jnp.zeros((depth, width, width), jnp.float32)
-    parts = -(-len(data) // problem.fisher_microbatch)
+    parts = -(-len(data) // problem.hardware.fisher_microbatch)
     for rows in np.array_split(np.arange(len(data)), parts):
         answers = (data.mask[rows] > 0).astype(np.float32)
         gram += _gram_part(problem.apply_fn, base, data.tokens[rows], answers, target)

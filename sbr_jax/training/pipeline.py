@@ -7,6 +7,7 @@ after a kill; ``results.jsonl`` is then, byte for byte, what an uninterrupted ru
 (on one machine and backend, seeds not mapped).
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.methods import ABLATIONS, METHODS, Method, unknown
+from sbr_jax import errors
+from sbr_jax.methods import METHODS, VARIANTS, Method
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.models.lora import select_targets
 from sbr_jax.training import code_record, loop, sharding
+from sbr_jax.training.config import Config
 from sbr_jax.training.finite import require_finite_base, require_number
 from sbr_jax.training.program import Program, init_adapter, make_program
 from sbr_jax.training.results import Workdir
-from sbr_jax.training.settings import Settings
 from sbr_jax.training.stage_records import BASE, read_result, write_result
 from sbr_jax.training.stages import EVALUATE, TRAIN
 from sbr_jax.training.study import Study, refuse_leaks
@@ -40,11 +42,10 @@ def run(
     methods: Sequence[str],
     seeds: Sequence[int],
     workdir: str | Path,
-    settings: Settings,
+    config: Config,
     domains: Sequence[str] | None = None,
     *,
-    config: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Mapping[str, Any] | None = None,
     code: Callable[[str], str] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -52,15 +53,14 @@ def run(
 
     Args:
       study: model, domains and measurements.
-      methods: rows of ``METHODS`` and ``ABLATIONS``, in table order.
+      methods: rows of ``METHODS`` and ``VARIANTS``, in table order.
       seeds: of adapters, data order and dropout.
       workdir: a new or empty folder, or one of the same study, settings and domains:
         then finished stages are kept, and other methods and seeds are added.
-      settings: of the job.
+      config: of the job.
       domains: names in order; None for all in the study's order.
-      config: further JSON values that decide the results (a preset's name), written
-        and compared with the settings.
-      overrides: hyper-parameters by row.
+      notes: further JSON values that decide the results (a preset's name), written
+        and compared with the configuration.
       code: of a row, a hash of the code that decides it, written beside the stages
         that this call computes.
       quiet: no progress bars and no lines.
@@ -75,30 +75,26 @@ def run(
         update or weights that are not finite, and where nothing can be written.
     """
     domains = tuple(study.domains) if domains is None else tuple(domains)
-    overrides = overrides or {}
     methods, seeds = list(methods), [int(seed) for seed in seeds]
-    check(study, methods, seeds, domains, settings, overrides)
+    check(study, methods, seeds, domains, config)
     wanted = {
-        **(config or {}),
-        "settings": settings.mathematics(),
+        **(notes or {}),
+        **config.mathematics(),
         "domains": list(domains),
         "fingerprint": study.fingerprint,
-        "overrides": {row: dict(options) for row, options in overrides.items()},
     }
     environment = {
         "versions": {name: _version(name) for name in PACKAGES},
-        "hardware": {**settings.hardware(), "backend": jax.default_backend()},
+        "hardware": {
+            **dataclasses.asdict(config.hardware),
+            "backend": jax.default_backend(),
+        },
     }
     folder = Workdir(workdir)
     folder.check(wanted)
-    programs = {
-        row: make_program(
-            row, tuple(sorted(overrides.get(row, {}).items())), study, settings
-        )
-        for row in methods
-    }
-    mapped = _maps_seeds(settings)
-    order = [*METHODS, *ABLATIONS]
+    programs = {row: make_program(row, study, config) for row in methods}
+    mapped = _maps_seeds(config)
+    order = [*METHODS, *VARIANTS]
 
     def say(line: str) -> None:
         if not quiet:
@@ -114,7 +110,7 @@ def run(
                     programs[row],
                     study,
                     base,
-                    settings,
+                    config,
                     seed,
                     domains,
                     folder,
@@ -128,7 +124,7 @@ def run(
         for row in methods:
             for track in tracks_of(row, None):
                 track.require_usable()
-        start_score = _base_stage(study, base, settings, domains, folder, say)
+        start_score = _base_stage(study, base, config, domains, folder, say)
         for row in methods:
             tracks = tracks_of(row, start_score)
             last = tracks[0].number(len(domains) - 1, EVALUATE)
@@ -184,9 +180,9 @@ def _train_mapped(tracks: list[Track], index: int) -> None:
         _stack(states, jnp.stack),
         batches,
         jnp.stack([track.key(2, domain) for track in tracks]),
-        steps=first.settings.steps_per_domain,
+        steps=first.config.training.steps_per_domain,
         where=[track.where(domain) for track in tracks],
-        log_every=first.settings.log_every,
+        log_every=first.config.hardware.log_every,
         quiet=first.quiet,
     )
     share = done.seconds_per_step / len(tracks)
@@ -205,24 +201,24 @@ def _stack(trees: Sequence[PyTree], stack: Callable[..., Any]) -> PyTree:
     return jax.tree.map(lambda *leaves: stack(leaves), *trees)
 
 
-def _maps_seeds(settings: Settings) -> bool:
+def _maps_seeds(config: Config) -> bool:
     """Whether seeds are mapped: on accelerators, or where asked for."""
-    if settings.vmap_seeds == "yes" and settings.mesh is not None:
+    if config.hardware.vmap_seeds == "yes" and config.hardware.mesh is not None:
         raise UserError(
             "vmap_seeds='yes' with a mesh: expected one of the two; seeds run one "
             "after the other on a mesh"
         )
-    if settings.mesh is not None:
+    if config.hardware.mesh is not None:
         return False
-    if settings.vmap_seeds == "auto":
+    if config.hardware.vmap_seeds == "auto":
         return jax.default_backend() != "cpu"
-    return settings.vmap_seeds == "yes"
+    return config.hardware.vmap_seeds == "yes"
 
 
 def _base_stage(
     study: Study,
     base: PyTree,
-    settings: Settings,
+    config: Config,
     domains: tuple[str, ...],
     folder: Workdir,
     say: Callable[[str], None],
@@ -234,7 +230,7 @@ def _base_stage(
         began = time.perf_counter()
         require_finite_base(base, "base model")
         # A fresh adapter is no adapter (B = 0), and shares the compiled programs.
-        adapter = init_adapter(study, settings, 0)
+        adapter = init_adapter(study, config, 0)
         metrics = measure(study, base, adapter, domains)
         accuracies = [metrics[f"accuracy/{name}"] for name in domains]
         metrics["domain_accuracy"] = float(np.mean(accuracies))
@@ -264,8 +260,7 @@ def check(
     methods: Sequence[str],
     seeds: Sequence[int],
     domains: Sequence[str],
-    settings: Settings,
-    overrides: Mapping[str, Any],
+    config: Config,
 ) -> None:
     """Refuses what `run` would refuse, without the weights of the model.
 
@@ -274,15 +269,14 @@ def check(
       methods: rows.
       seeds: of the runs.
       domains: in order.
-      settings: of the job.
-      overrides: hyper-parameters by row.
+      config: of the job.
 
     Raises:
       UserError: for the first mistake.
     """
-    _check(study, methods, seeds, domains, overrides)
-    _check_sizes(study, domains, settings)
-    _maps_seeds(settings)
+    _check(study, methods, seeds, domains)
+    _check_sizes(study, domains, config)
+    _maps_seeds(config)
 
 
 def _check(
@@ -290,22 +284,13 @@ def _check(
     methods: Sequence[str],
     seeds: Sequence[int],
     domains: Sequence[str],
-    overrides: Mapping[str, Any],
 ) -> None:
     """Everything that can be refused before work is spent."""
-    known = [*METHODS, *ABLATIONS]
-    for row in [*methods, *overrides]:
-        if row not in known:
-            raise UserError(unknown("method", row, known))
-    for name in domains:
-        if name not in study.domains:
-            raise UserError(unknown("domain", name, list(study.domains)))
     for kind, given in (("method", methods), ("seed", seeds), ("domain", domains)):
-        if not given:
-            raise UserError(f"expected at least one {kind}, got none")
-        twice = [x for i, x in enumerate(given) if x in given[:i]]
-        if twice:
-            raise UserError(f"expected each {kind} once, got {twice[0]!r} twice")
+        errors.check_some(kind, given)
+    errors.check_names("method", methods, [*METHODS, *VARIANTS])
+    errors.check_names("domain", domains, study.domains)
+    errors.check_names("seed", map(str, seeds), map(str, seeds))
     if min(seeds) < 0:
         raise UserError(f"expected seeds of at least 0, got {min(seeds)}")
     if len(study.calibration) == 0:
@@ -318,25 +303,25 @@ def _check(
     refuse_leaks(study.leak_check)
 
 
-def _check_sizes(study: Study, domains: Sequence[str], settings: Settings) -> None:
+def _check_sizes(study: Study, domains: Sequence[str], config: Config) -> None:
     """Sizes that neither the data nor the model can fill."""
     for name in domains:
         size = len(study.domains[name].train)
         # A set of ten may be smaller than a batch; to see all of it twice is a mistake.
-        if settings.batch_size >= 2 * size:
+        if (batch := config.training.batch_size) >= 2 * size:
             raise UserError(
-                f"settings: batch_size: expected less than {2 * size}, twice the "
-                f"{size} training examples of domain {name}, got {settings.batch_size}"
+                f"expected training.batch_size to be less than {2 * size}, twice the "
+                f"{size} training examples of domain {name}, got {batch}"
             )
-    config = study.model.config
-    sides = {
-        n: min(config.projection(n)) for n in select_targets(settings.lora_targets)
-    }
+    model = study.model.config
+    targets = select_targets(config.training.lora_targets)
+    sides = {name: min(model.projection(name)) for name in targets}
     least = min(sides, key=lambda name: sides[name])
-    if settings.lora_rank > sides[least]:
+    if config.training.lora_rank > sides[least]:
         raise UserError(
-            f"settings: lora_rank: expected at most {sides[least]}, the smaller side "
-            f"of {least}, got {settings.lora_rank}: lower it, or change lora_targets"
+            f"expected training.lora_rank to be at most {sides[least]}, the smaller "
+            f"side of {least}, got {config.training.lora_rank}: lower it, or change "
+            "lora_targets"
         )
 
 

@@ -1,6 +1,6 @@
 """What is compiled for one row: its optimizers and steps, shared by all runs of it.
 
-A program is cached by row, study and settings, never by seed or domain: the second
+A program is cached by row, study and config, never by seed or domain: the second
 seed, the second domain and a second call in the same process compile nothing.
 """
 
@@ -17,7 +17,7 @@ from sbr_jax import models
 from sbr_jax.methods import build
 from sbr_jax.methods.base import Method, Problem
 from sbr_jax.training import sharding
-from sbr_jax.training.settings import Settings
+from sbr_jax.training.config import Config
 from sbr_jax.training.step import (
     TrainState,
     compiled_step,
@@ -74,16 +74,13 @@ class Program:
 
 
 @functools.lru_cache(maxsize=64)
-def make_program(
-    row: str, overrides: tuple[tuple[str, Any], ...], study: Study, settings: Settings
-) -> Program:
+def make_program(variant: str, study: Study, config: Config) -> Program:
     """Builds a row's program; nothing is compiled before its first use.
 
     Args:
-      row: of ``METHODS`` or ``ABLATIONS``.
-      overrides: sorted hyper-parameters on top of the row's.
+      variant: of ``METHODS`` or ``VARIANTS``.
       study: by identity.
-      settings: of the run.
+      config: of the run.
 
     Returns:
       The program.
@@ -91,34 +88,32 @@ def make_program(
     Raises:
       UserError: for hyper-parameters that the method or its optimizer refuses.
     """
-    method = build(row, **dict(overrides))
-    mesh = None if settings.mesh is None else sharding.make_mesh(settings.mesh)
+    method = build(variant, config.methods)
+    training, hardware = config.training, config.hardware
+    mesh = (
+        None
+        if config.hardware.mesh is None
+        else sharding.make_mesh(config.hardware.mesh)
+    )
     problem = Problem(
         apply_fn=study.model.apply_fn,
-        steps=settings.steps_per_domain,
-        batch_size=settings.batch_size,
         calibration=study.calibration,
+        training=training,
+        hardware=hardware,
         calibration_controls=study.calibration_controls,
         safety_mix=study.safety_mix,
         harmful=study.harmful,
         unaligned=study.unaligned,
         judge=study.judge,
-        accumulation=settings.accumulation,
-        max_grad_norm=settings.max_grad_norm,
-        weight_decay=settings.weight_decay,
-        dropout_rate=settings.lora_dropout,
-        fisher_examples=settings.fisher_examples,
-        fisher_buffer=settings.fisher_buffer,
-        fisher_microbatch=settings.fisher_microbatch,
     )
     schedule = learning_rate_schedule(
-        settings.learning_rate,
-        settings.steps_per_domain,
-        warmup_fraction=settings.warmup_fraction,
-        final_fraction=settings.final_fraction,
+        training.learning_rate,
+        training.steps_per_domain,
+        warmup_fraction=training.warmup_fraction,
+        final_fraction=training.final_fraction,
     )
-    repair_rate = settings.repair_learning_rate_scale * settings.learning_rate
-    adapter = init_adapter(study, settings, 0)
+    repair_rate = training.repair_learning_rate_scale * training.learning_rate
+    adapter = init_adapter(study, config, 0)
     optimizer = method.optimizer(problem, adapter, schedule)
     repair_optimizer = method.optimizer(
         problem, adapter, optax.constant_schedule(repair_rate)
@@ -126,7 +121,7 @@ def make_program(
 
     def compiled(gradient, transformation, **options):
         step = make_step(
-            problem, gradient, transformation, accumulation=settings.accumulation
+            problem, gradient, transformation, accumulation=hardware.accumulation
         )
         placed = None
         if mesh is not None:
@@ -135,7 +130,7 @@ def make_program(
         return compiled_step(step, out_shardings=placed, **options)
 
     mapped = make_step(
-        problem, method.gradient, optimizer, accumulation=settings.accumulation
+        problem, method.gradient, optimizer, accumulation=hardware.accumulation
     )
     return Program(
         method=method,
@@ -149,12 +144,12 @@ def make_program(
     )
 
 
-def init_adapter(study: Study, settings: Settings, seed: int) -> PyTree:
+def init_adapter(study: Study, config: Config, seed: int) -> PyTree:
     """The adapter that a seed starts from."""
     return models.init_adapter(
         jax.random.fold_in(jax.random.key(seed), 0),
         study.model.config,
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
-        targets=settings.lora_targets,
+        rank=config.training.lora_rank,
+        alpha=config.training.lora_alpha,
+        targets=config.training.lora_targets,
     )

@@ -92,7 +92,12 @@ class Workdir:
                 "else",
                 path,
             )
-        if "settings" not in whole:
+        if "settings" in whole:
+            raise UserError(
+                f"{self.folder} holds a run of an older version, which can be reported "
+                "and not continued: choose another folder"
+            )
+        if "training" not in whole:
             raise UserError(
                 f"expected the settings of a run in {path}, found another program's "
                 "file; choose another folder"

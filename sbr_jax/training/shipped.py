@@ -4,7 +4,7 @@ What a row trains is not always what it ships: its `deploy` comes in between. No
 trained here, and nothing is written.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ def reopen(
     row: str,
     seed: int,
     *,
-    options: Mapping[str, Any],
     study: Any,
     base: PyTree,
-    settings: Any,
+    config: Any,
     domains: Sequence[str],
 ) -> Any:
     """One row and seed of a run, with its finished stages to load.
@@ -28,10 +27,9 @@ def reopen(
         workdir: the run's folder.
         row: method or ablation.
         seed: of the row.
-        options: hyper-parameters of the row.
         study: the same that was run.
         base: the study's weights, placed.
-        settings: of the training job.
+        config: of the training job.
         domains: the run's, in order.
 
     Returns:
@@ -42,10 +40,10 @@ def reopen(
     from sbr_jax.training.track import Track
 
     return Track(
-        make_program(row, tuple(sorted(options.items())), study, settings),
+        make_program(row, study, config),
         study,
         base,
-        settings,
+        config,
         seed,
         tuple(domains),
         Workdir(workdir),
@@ -74,22 +72,21 @@ def deployments(
     from sbr_jax.training.stages import EVALUATE
 
     mesh = None
-    if plan.settings.mesh is not None:
-        mesh = sharding.make_mesh(plan.settings.mesh)
+    if plan.config.hardware.mesh is not None:
+        mesh = sharding.make_mesh(plan.config.hardware.mesh)
     base = sharding.place_base(mesh, study.model.params, study.model.config)
     if (BASE, None) not in done:
         # A fresh adapter is no adapter (B = 0), and shares the compiled programs.
-        yield BASE, None, (base, init_adapter(study, plan.settings, 0))
+        yield BASE, None, (base, init_adapter(study, plan.config, 0))
     for row in plan.methods:
         for seed in (seed for seed in plan.seeds if (row, seed) not in done):
             track = reopen(
                 plan.workdir,
                 row,
                 seed,
-                options=plan.row_options.get(row, {}),
                 study=study,
                 base=base,
-                settings=plan.settings,
+                config=plan.config,
                 domains=plan.domains,
             )
             track.load(track.number(len(plan.domains) - 1, EVALUATE))

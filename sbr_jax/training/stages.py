@@ -23,11 +23,11 @@ import numpy as np
 
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.training import checkpoint, sharding
+from sbr_jax.training.config import Config
 from sbr_jax.training.finite import require_finite, require_finite_base
 from sbr_jax.training.program import Program, init_adapter
 from sbr_jax.training.records import DamagedError, writing
 from sbr_jax.training.results import Workdir
-from sbr_jax.training.settings import Settings
 from sbr_jax.training.stage_records import (
     PARTIAL,
     read_result,
@@ -51,7 +51,7 @@ class Stages:
         program: Program,
         study: Study,
         base: PyTree,
-        settings: Settings,
+        config: Config,
         seed: int,
         domains: tuple[str, ...],
         workdir: Workdir,
@@ -66,7 +66,7 @@ class Stages:
           program: the row's.
           study: what to run over.
           base: frozen weights, placed.
-          settings: of the run.
+          config: of the run.
           seed: of adapter, data order and dropout.
           domains: in order.
           workdir: where stages go.
@@ -75,7 +75,7 @@ class Stages:
           say: called with a line after each stage.
         """
         self.program, self.study, self._aligned = program, study, base
-        self.settings, self.seed, self.domains = settings, seed, domains
+        self.config, self.seed, self.domains = config, seed, domains
         self.workdir, self.start_score = workdir, start_score
         self.quiet, self.say = quiet, say
         self.method = program.method
@@ -102,7 +102,7 @@ class Stages:
         return sharding.place_base(mesh, base, model.config)
 
     def _first_adapter(self) -> PyTree:
-        adapter = init_adapter(self.study, self.settings, self.seed)
+        adapter = init_adapter(self.study, self.config, self.seed)
         return sharding.place_like_adapter(self.program.mesh, adapter, adapter)
 
     # --- what there is --------------------------------------------------------------

@@ -64,7 +64,7 @@ class Track(Stages):
 
     def batches(self, dataset: Any, name: str) -> Callable[[int], Mapping[str, Any]]:
         """Batch of a step number, placed on the mesh."""
-        seed, size = self.data_seed(name), self.settings.batch_size
+        seed, size = self.data_seed(name), self.config.training.batch_size
         mesh = self.program.mesh
         return lambda step: sharding.place_batch(mesh, batch(dataset, size, seed, step))
 
@@ -88,14 +88,14 @@ class Track(Stages):
             state,
             self.batches(self.dataset(domain), domain),
             self.key(2, domain),
-            steps=self.settings.steps_per_domain,
+            steps=self.config.training.steps_per_domain,
             where=self.where(domain),
             first_step=step,
             history=history,
-            log_every=self.settings.log_every,
+            log_every=self.config.hardware.log_every,
             refresh_every=self.method.refresh_every,
             refresh=self._refresher(domain),
-            checkpoint_every=self.settings.checkpoint_every,
+            checkpoint_every=self.config.hardware.checkpoint_every,
             checkpoint=self._checkpointer(number, self.where(domain)),
             quiet=self.quiet,
         )
@@ -180,8 +180,8 @@ class Track(Stages):
             lambda adapter: self.study.probe(*self.deployed(adapter)),
             block,
             self.start_score,
-            tolerance=self.settings.tolerance,
-            max_blocks=self.settings.repair_blocks,
+            tolerance=self.config.training.tolerance,
+            max_blocks=self.config.training.repair_blocks,
             where=self.where(domain),
         )
         metrics = {
@@ -198,7 +198,7 @@ class Track(Stages):
     def _repair_block(self, adapter: PyTree, domain: str, count: int) -> loop.Trained:
         name = f"{domain}/repair{count}"
         safe = self.batches(self.study.calibration, f"{name}/safe")
-        weight = np.float32(self.settings.replay_weight)
+        weight = np.float32(self.config.training.replay_weight)
         return loop.train(
             self.program.repair_step,
             self.base,
@@ -206,10 +206,10 @@ class Track(Stages):
             self.state,
             self.batches(self.dataset(domain), name),
             self.key(5, name),
-            steps=self.settings.repair_steps,
+            steps=self.config.training.repair_steps,
             where=f"{self.where(domain)}, repair",
             more=lambda step: (safe(step), weight),
-            log_every=self.settings.log_every,
+            log_every=self.config.hardware.log_every,
             quiet=self.quiet,
         )
 

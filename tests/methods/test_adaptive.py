@@ -133,7 +133,7 @@ def test_kl_is_zero_at_the_start_and_not_a_divergence_from_itself_later():
 
 def test_accumulation_equals_one_big_batch_per_example():
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
-    problem = dataclasses.replace(PROBLEM, accumulation=4)
+    problem = tiny.changed(PROBLEM, accumulation=4)
     gradient = adaptive_judge().gradient
     step = jax.jit(make_step(problem, gradient, optimizer, accumulation=4))
     train = TrainState(MOVED, optimizer.init(MOVED), jnp.int32(0))
@@ -277,7 +277,7 @@ def test_what_is_missing_is_named():
     with pytest.raises(UserError, match='expected "risk" in the batch'):
         adaptive_judge().gradient(PROBLEM, BASE, FRESH, {}, batch(TRAIN, 8, 0, 0), KEY)
     for change in ({"harmful": None}, {"calibration_controls": {}}):
-        problem = dataclasses.replace(PROBLEM, **change)
+        problem = tiny.changed(PROBLEM, **change)
         with pytest.raises(UserError, match="adaptive-probe: expected harmful and"):
             adaptive_probe().init(problem, BASE, FRESH, KEY)
 

@@ -113,7 +113,7 @@ def test_vaccine_without_an_answer_disturbs_nothing():
 
 def test_vaccine_gradient_traces_in_bfloat16_with_dropout():
     model = tiny.model(jnp.bfloat16)
-    problem = dataclasses.replace(PROBLEM, apply_fn=model.apply_fn, dropout_rate=0.2)
+    problem = tiny.changed(PROBLEM, apply_fn=model.apply_fn, lora_dropout=0.2)
     rule = functools.partial(vaccine_gradient, problem, radius=2.0)
     args = model.params, WIDE, arrays(SAFE), KEY
     shift = jax.eval_shape(functools.partial(perturbation, problem, radius=2.0), *args)

@@ -23,7 +23,7 @@ TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8
 (CODE,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 NAME = "noise"
 STUDY = tiny.study()
-SETTINGS = tiny.settings(steps_per_domain=3)
+SETTINGS = tiny.config(steps_per_domain=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +41,7 @@ def registered(tmp_path_factory):
 
 
 def program(row=NAME, settings=SETTINGS, **options):
-    return make_program(row, tuple(sorted(options.items())), STUDY, settings)
+    return tiny.program(row, settings, STUDY, **options)
 
 
 def learn(found, seed=0):
@@ -123,7 +123,7 @@ def test_it_works_with_mapped_seeds():
 
 def test_a_step_is_the_same_in_microbatches():
     # The noise is the step's, not the microbatch's: else its variance would be halved.
-    halves = program(settings=dataclasses.replace(SETTINGS, accumulation=2))
+    halves = program(settings=tiny.changed(SETTINGS, accumulation=2))
     np.testing.assert_allclose(learn(halves)[0], learned(NAME)[0], atol=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_a_wrong_hyper_parameter_is_refused_by_name(options, named):
 
 
 def test_the_job_runs_it_beside_other_rows(tmp_path):
-    settings = dataclasses.replace(SETTINGS, repair_steps=1)
+    settings = tiny.changed(SETTINGS, repair_steps=1)
     summary = pipeline.run(
         STUDY, ["plain", NAME], [0], tmp_path, settings, ["medical"], quiet=True
     )

@@ -13,7 +13,6 @@ from sbr_jax import models
 from sbr_jax.data import TokenDataset, take
 from sbr_jax.methods import judges
 from sbr_jax.methods.adaptive import adaptive_judge
-from sbr_jax.methods.base import Problem
 from sbr_jax.methods.judges import label_likelihood_judge, label_log_probs, then_ask
 from sbr_jax.methods.risk import JudgeError, judged
 from sbr_jax.studies import testbed as study_maker
@@ -204,7 +203,7 @@ def test_adaptive_judge_runs_with_a_guard(tmp_path):
     mixed = adaptive_judge().mix(problem_of(study), study.domains["legal"].train, 0)
     np.testing.assert_array_equal(mixed.risk, judge(study.domains["legal"].train))
     assert np.ptp(mixed.risk) > 0.01
-    settings = tiny.settings(steps_per_domain=2)
+    settings = tiny.config(steps_per_domain=2)
     pipeline.run(
         study, ["adaptive-judge"], [0], tmp_path, settings, ("legal",), quiet=True
     )
@@ -218,14 +217,14 @@ def test_a_judge_that_refuses_stops_the_run(tmp_path):
     study = tiny.study(judge=judge)
     with pytest.raises(JudgeError, match="for 64 of 64 examples"):
         pipeline.run(
-            study, ["adaptive-judge"], [0], tmp_path, tiny.settings(), quiet=True
+            study, ["adaptive-judge"], [0], tmp_path, tiny.config(), quiet=True
         )
 
 
 def problem_of(study):
-    return Problem(
+    return tiny.problem(
         apply_fn=study.model.apply_fn,
-        steps=2,
+        steps_per_domain=2,
         batch_size=8,
         calibration=study.calibration,
         judge=study.judge,

@@ -7,16 +7,16 @@ import pytest
 import tiny
 
 from sbr_jax.data.batches import TokenDataset
-from sbr_jax.methods.base import Method, Problem
+from sbr_jax.methods.base import Method
 from sbr_jax.methods.interleaving import interleaving
 from sbr_jax.typing import UserError
 
 STUDY = tiny.study()
 DOMAIN = STUDY.domains["medical"].train
 SAFE = STUDY.safety_mix
-PROBLEM = Problem(
+PROBLEM = tiny.problem(
     apply_fn=STUDY.model.apply_fn,
-    steps=6,
+    steps_per_domain=6,
     batch_size=8,
     calibration=STUDY.calibration,
     safety_mix=SAFE,
@@ -31,7 +31,7 @@ def rows(data):
 
 
 def mixed(fraction=0.1, seed=0, domain=DOMAIN, **changes):
-    problem = dataclasses.replace(PROBLEM, **changes)
+    problem = tiny.changed(PROBLEM, **changes)
     return interleaving(fraction=fraction).mix(problem, domain, seed)
 
 

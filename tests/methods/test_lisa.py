@@ -58,7 +58,7 @@ def test_lisa_gradient_equals_its_twin(phase, age):
 
 def run_lisa(method, steps, watch=None):
     """A domain as the pipeline runs it: the loop's result, and its compiled step."""
-    problem = dataclasses.replace(PROBLEM, steps=steps)
+    problem = tiny.changed(PROBLEM, steps_per_domain=steps)
     optimizer = adamw(problem, ADAPTER, 1e-2)
     step = compiled_step(make_step(problem, method.gradient, optimizer))
     adapter = jax.tree.map(jnp.copy, ADAPTER)
@@ -134,7 +134,7 @@ def test_lisas_microbatches_add_up(phase):
     adapter, state = moved(), started(phase, 1)
     found = []
     for parts in (1, 2):
-        problem = dataclasses.replace(PROBLEM, accumulation=parts)
+        problem = tiny.changed(PROBLEM, accumulation=parts)
         optimizer = optax.with_extra_args_support(optax.sgd(1.0))
         step = make_step(problem, LISA.gradient, optimizer, accumulation=parts)
         train = loop.TrainState(adapter, optimizer.init(adapter), jnp.int32(0))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from methods_case import (
     SETTINGS,
     STUDY,
@@ -17,12 +18,12 @@ from methods_case import (
 )
 
 from sbr_jax.data.batches import batch
-from sbr_jax.methods import ABLATIONS, METHODS, build
+from sbr_jax.methods import METHODS, VARIANTS, build
 from sbr_jax.methods.calibrate import perturb_b
-from sbr_jax.training.program import init_adapter, make_program
+from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
 
-ROWS = [*METHODS, *ABLATIONS]
+ROWS = [*METHODS, *VARIANTS]
 # Rows that differ from their method in the monitor or the repair only.
 SAME_STEPS = {
     "safeanchor-exact:csm-only": "plain",
@@ -50,10 +51,10 @@ def test_row_changes_the_result_and_leaves_the_base_alone(row):
 
 
 @pytest.mark.parametrize(
-    "row", sorted(set(ABLATIONS) - set(SAME_STEPS) - {"safeanchor-exact:keep-base"})
+    "row", sorted(set(VARIANTS) - set(SAME_STEPS) - {"safeanchor-exact:keep-base"})
 )
 def test_ablation_differs_from_its_method(row):
-    parent = ABLATIONS[row][0]
+    parent = VARIANTS[row][0]
     difference = vector(learned(row)[0]) - vector(learned(parent)[0])
     assert np.abs(difference).max() > 1e-6
 
@@ -127,13 +128,13 @@ def test_wrong_hyper_parameters_are_refused_by_name(options, named):
 
 def test_rank_above_the_dimension_is_refused_before_any_work():
     with pytest.raises(UserError, match="max_rank: expected at most the 64"):
-        make_program("safeanchor", (("max_rank", 65),), STUDY, SETTINGS)
+        tiny.program("safeanchor", SETTINGS, STUDY, max_rank=65)
 
 
 def test_unknown_rows_list_the_nearest():
-    with pytest.raises(UserError, match="did you mean safeanchor"):
+    with pytest.raises(UserError, match="nearest: safeanchor"):
         build("safeancor")
-    with pytest.raises(UserError, match="unknown option 'max_rank'"):
+    with pytest.raises(UserError, match="unknown option of plain 'max_rank'"):
         build("plain", max_rank=3)
 
 
@@ -149,9 +150,9 @@ def test_a_small_fisher_buffer_keeps_the_trace_and_approaches_from_below():
     found = {}
     for buffer in (512, 4):
         changes = {"fisher_buffer": buffer, "fisher_microbatch": 4}
-        settings = dataclasses.replace(SETTINGS, **changes)
-        options = (("energy", 1.0), ("max_rank", 4))
-        made = make_program("safeanchor-exact", options, STUDY, settings)
+        settings = tiny.changed(SETTINGS, **changes)
+        options = {"energy": 1.0, "max_rank": 4}
+        made = tiny.program("safeanchor-exact", settings, STUDY, **options)
         adapter = init_adapter(STUDY, settings, 0)
         state = made.method.init(
             made.problem, STUDY.model.params, adapter, jax.random.key(0)

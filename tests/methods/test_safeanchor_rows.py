@@ -13,7 +13,6 @@ from methods_case import SETTINGS, STUDY, learned, program, vector, without_diag
 from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.methods import InertProjectionWarning, build
 from sbr_jax.methods.anchor import anchor_loss
-from sbr_jax.methods.base import Problem
 from sbr_jax.training.program import init_adapter
 
 
@@ -90,7 +89,9 @@ def confident_study():
 
 def test_published_relaxation_is_inert_on_a_confident_model_and_warns():
     study = confident_study()
-    problem = Problem(study.model.apply_fn, 1, 2, study.calibration)
+    problem = tiny.problem(
+        study.model.apply_fn, study.calibration, steps_per_domain=1, batch_size=2
+    )
     base, adapter = study.model.params, init_adapter(study, SETTINGS, 0)
     args = problem, base, adapter, jax.random.key(0)
     with pytest.warns(InertProjectionWarning, match="the projection is inert"):

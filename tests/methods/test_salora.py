@@ -1,10 +1,9 @@
 """SaLoRA against dense definitions."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from weight_space_case import (
     BASE,
     FRESH,
@@ -104,7 +103,7 @@ def test_salora_repairs_the_model_it_deploys():
 
 
 def test_statistics_do_not_depend_on_the_microbatch():
-    small = dataclasses.replace(PROBLEM, fisher_microbatch=5)  # 5, 5, 5, 5 and 4
+    small = tiny.changed(PROBLEM, fisher_microbatch=5)  # 5, 5, 5, 5 and 4
     one = {"v_proj": TUNED["v_proj"]}
     squares = [mean_squares(problem, BASE, one) for problem in (PROBLEM, small)]
     np.testing.assert_allclose(leaves(squares[0]), leaves(squares[1]), rtol=1e-4)

@@ -125,7 +125,7 @@ def test_anchored_states_stay_and_the_task_is_learned():
 def test_microbatches_count_the_anchors_once():
     """SGD at rate 1 shows the gradient itself, which Adam would rescale."""
     whole, _, metrics = gradient_of(BASE, MOVED, STATE, TASK, KEY)
-    problem = dataclasses.replace(PROBLEM, accumulation=4)
+    problem = tiny.changed(PROBLEM, accumulation=4)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
     step = jax.jit(make_step(problem, TOTAL.gradient, optimizer, accumulation=4))
     train = TrainState(MOVED, optimizer.init(MOVED), jnp.int32(0))
@@ -172,7 +172,7 @@ def test_the_reference_outlives_a_domain():
 
 
 def test_the_anchors_pass_has_no_dropout():
-    problem = dataclasses.replace(PROBLEM, dropout_rate=0.5)
+    problem = tiny.changed(PROBLEM, lora_dropout=0.5)
     run = hook(sbr(), problem)
     values = [run(BASE, MOVED, STATE, TASK, jax.random.key(seed))[2] for seed in (0, 1)]
     assert float(values[0]["loss"]) != float(values[1]["loss"])

@@ -96,7 +96,7 @@ def test_ablation_decodes_what_it_edits():
 @pytest.mark.parametrize("method", [lox(), safe_lora()])
 def test_methods_that_compare_weights_refuse_codes(method):
     base, key = coded("nf4"), jax.random.key(0)
-    problem = Problem(None, 1, 1, None, unaligned=params())
+    problem = Problem(None, None, unaligned=params())
     hook = method.prepare if method.name == "lox" else method.init
     with pytest.raises(UserError, match=f"{method.name}: .*nf4 codes.*quantize="):
         hook(problem, base, PAIRS, key)

@@ -40,7 +40,7 @@ def tiny_context(workdir: Path, **changes):
         methods=("plain", "safeanchor-exact:projection-only"),
         domains=("medical", "legal"),
         seeds=(0,),
-        settings=tiny.settings(**{"steps_per_domain": 2, **changes}),
+        settings=tiny.config(**{"steps_per_domain": 2, **changes}),
         study_options={"hard": False},
         row_options={},
         quiet=True,

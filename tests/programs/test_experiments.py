@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny_stories
 from safetensors.numpy import load_file, save_file
+from sbr_jax.training.settings import Settings
 
 from sbr_jax import recipes as configs
 from sbr_jax.methods import ABLATIONS, METHODS
 from sbr_jax.programs import report, run
-from sbr_jax.training.settings import Settings
 
 PRESETS = {name: configs.load(name) for name in configs.MODULES}
 QUICK = (

@@ -20,7 +20,7 @@ from sbr_jax.training.records import read_json, write_record
 from sbr_jax.training.results import run_of
 
 STUDY = tiny.study()
-SETTINGS = tiny.settings(steps_per_domain=2)
+SETTINGS = tiny.config(steps_per_domain=2)
 MONITORED = "safeanchor-exact:csm-only"
 ROWS = ("plain", MONITORED, "salora", "antidote", "lox")
 OVERRIDES = {"salora": {"safety_rank": 4}, "antidote": {"fraction": 0.3}}

@@ -206,7 +206,7 @@ def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
     study, seeds = tiny.study(), tmp_path / "stages" / "plain"
 
     def go(code, *seeds):
-        domains, settings = ["medical"], tiny.settings()
+        domains, settings = ["medical"], tiny.config()
         more = {"code": lambda row: code, "quiet": True}
         pipeline.run(study, ["plain"], seeds, tmp_path, settings, domains, **more)
 

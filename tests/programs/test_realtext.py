@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_data as files
 from realtext_case import everything, save_data
+from sbr_jax.training.settings import Settings
 
 from sbr_jax import models
 from sbr_jax.data import encode_prompts
@@ -14,7 +15,6 @@ from sbr_jax.methods import ABLATIONS, METHODS
 from sbr_jax.programs import realtext
 from sbr_jax.recipes.realtext import PRESET
 from sbr_jax.studies import realtext_corpus as corpus
-from sbr_jax.training.settings import Settings
 from sbr_jax.typing import UserError
 
 

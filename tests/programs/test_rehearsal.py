@@ -17,7 +17,7 @@ PRESET = configs.Preset(
     known_domains=lambda: ("medical", "legal"),
     methods=("plain",),
     seeds=(3,),
-    settings={**vars(tiny.settings(steps_per_domain=2)), "mesh": None},
+    settings={**vars(tiny.config(steps_per_domain=2)), "mesh": None},
 )
 
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from sbr_jax.training.settings import Settings
 
 from sbr_jax import recipes as configs
 from sbr_jax.methods import ABLATIONS, METHODS
 from sbr_jax.programs import cli, run
-from sbr_jax.training.settings import Settings
 
 PRESETS = {name: configs.load(name) for name in configs.MODULES}
 

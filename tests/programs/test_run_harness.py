@@ -114,7 +114,7 @@ def test_the_report_shows_judges_and_lm_eval_where_there_are_any(folder, tmp_pat
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run of a row that ships what it trained, and one that edits it."""
-    study, settings = tiny.study(), tiny.settings(steps_per_domain=2)
+    study, settings = tiny.study(), tiny.config(steps_per_domain=2)
     rows, seeds, domains = ("plain", "antidote"), (0, 1), ("medical",)
     workdir = tmp_path_factory.mktemp("harness") / "run"
     pipeline.run(study, rows, seeds, workdir, settings, domains, quiet=True)

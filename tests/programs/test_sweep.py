@@ -36,7 +36,7 @@ ORDERS = {
 def tiny_testbed(monkeypatch):
     """The preset testbed over the tiny study, and two sweeps of it."""
     study = tiny.study()
-    settings = tiny.settings(steps_per_domain=2)
+    settings = tiny.config(steps_per_domain=2)
     preset = dataclasses.replace(
         configs.load("testbed"),
         study=lambda domains, **options: study,

@@ -46,9 +46,9 @@ def fake_probe(scores):
 
 
 def go(folder, study=STUDY, rows=("plain",), seeds=(0,), domains=("medical",), **more):
-    settings = tiny.settings(**more.pop("settings", {}))
-    more.setdefault("quiet", True)
-    return run(study, rows, seeds, folder, settings, domains, **more)
+    config = more.pop("config", None) or tiny.config(**more.pop("settings", {}))
+    config = tiny.with_options(config, more.pop("options", {}))
+    return run(study, rows, seeds, folder, config, domains, quiet=True, **more)
 
 
 def test_results_are_complete_and_in_order(whole):
@@ -215,7 +215,7 @@ def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
     study = tiny.study(probe=fake_probe([100.0] + 6 * [10.0]), judge=judge)
     monitored = {"adaptive-judge": {"monitored": True}}
     domains = ("medical", "legal")
-    go(tmp_path, study, rows=("adaptive-judge",), domains=domains, overrides=monitored)
+    go(tmp_path, study, rows=("adaptive-judge",), domains=domains, options=monitored)
     blocks = [x["metrics"]["blocks"] for x in read(tmp_path) if x["stage"] == "repair"]
     assert blocks == [2, 2]
     assert asked == [study.domains[name].train.tokens.tobytes() for name in domains]
@@ -262,8 +262,8 @@ def untouched(folder):
 def test_a_folder_of_other_settings_is_refused_and_left_alone(whole, tmp_path):
     before = untouched(whole)
     for settings, named in (
-        ({"steps_per_domain": 4}, "settings.steps_per_domain: there 5, now 4"),
-        ({"learning_rate": 1.0, "steps_per_domain": 5}, "settings.learning_rate"),
+        ({"steps_per_domain": 4}, "training.steps_per_domain: there 5, now 4"),
+        ({"learning_rate": 1.0, "steps_per_domain": 5}, "training.learning_rate"),
     ):
         with pytest.raises(UserError, match=named):
             run(
@@ -271,11 +271,10 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(whole, tmp_path):
                 pipeline_child.ROWS,
                 [0],
                 whole,
-                tiny.settings(**settings),
-                overrides=pipeline_child.OVERRIDES,
+                tiny.with_options(tiny.config(**settings), pipeline_child.OVERRIDES),
             )
     with pytest.raises(UserError, match="domains"):
-        go(whole, settings=pipeline_child.SETTINGS)
+        go(whole, config=pipeline_child.CONFIG)
     assert untouched(whole) == before
     (tmp_path / "summary.json").write_text("mine")
     with pytest.raises(UserError, match=r"holds summary\.json but no config"):
@@ -293,13 +292,12 @@ def test_hardware_settings_do_not_make_another_run(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rows": ("plan",)}, "unknown method 'plan'; did you mean plain"),
-        ({"domains": ("medicine",)}, "unknown domain 'medicine'; did you mean medical"),
+        ({"rows": ("plan",)}, "unknown method 'plan'; nearest: plain"),
+        ({"domains": ("medicine",)}, "unknown domain 'medicine'; nearest: medical"),
         ({"rows": ()}, "at least one method"),
         ({"seeds": ()}, "at least one seed"),
         ({"seeds": (1, 1)}, "each seed once"),
         ({"seeds": (-1,)}, "seeds of at least 0"),
-        ({"overrides": {"plain": {"max_rank": 1}}}, "unknown option 'max_rank'"),
         ({"settings": {"mesh": "fsdp=16"}}, "needs 16 devices"),
         ({"settings": {"mesh": "fsdp=2", "vmap_seeds": "yes"}}, "vmap_seeds"),
     ],
@@ -324,7 +322,7 @@ def test_empty_or_leaking_calibration_is_refused(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    config = {"settings": {}}
+    config = {"training": {}}
     with results.Workdir(tmp_path).opened(config, {}):
         other = results.Workdir(tmp_path).opened(config, {})
         with pytest.raises(UserError, match="in use by another run"), other:

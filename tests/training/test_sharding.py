@@ -7,15 +7,15 @@ import tiny
 
 from sbr_jax.data.batches import batch
 from sbr_jax.training import sharding
-from sbr_jax.training.program import init_adapter, make_program
+from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
 
 STUDY = tiny.study()
 
 
 def three_steps(mesh):
-    settings = tiny.settings(mesh=mesh)
-    found = make_program("safeanchor-exact", (("max_rank", 6),), STUDY, settings)
+    settings = tiny.config(mesh=mesh)
+    found = tiny.program("safeanchor-exact", settings, STUDY, max_rank=6)
     key = jax.random.key(0)
     base = sharding.place_base(found.mesh, STUDY.model.params, STUDY.model.config)
     adapter = init_adapter(STUDY, settings, 0)
@@ -56,7 +56,7 @@ def test_eight_devices_give_one_devices_numbers():
 
 def test_moments_follow_the_adapter():
     mesh = sharding.make_mesh("fsdp=2")
-    adapter = init_adapter(STUDY, tiny.settings(), 0)
+    adapter = init_adapter(STUDY, tiny.config(), 0)
     tree = {"mu": adapter, "other": np.zeros(3, np.float32)}
     places = sharding.mirrored_shardings(mesh, tree, adapter)
     assert places["mu"]["q_proj"].lora_a.spec[0] == "fsdp"

@@ -23,15 +23,14 @@ WIDTH = tiny.CONFIG.width
 
 
 def go(folder, row="plain", options=None, study=STUDY, **settings):
-    overrides = {row: options} if options else None
+    config = tiny.with_options(tiny.config(**settings), {row: options or {}})
     pipeline.run(
         study,
         (row,),
         (0,),
         folder,
-        tiny.settings(**settings),
+        config,
         ("medical",),
-        overrides=overrides,
         quiet=True,
     )
 
@@ -41,10 +40,10 @@ def go(folder, row="plain", options=None, study=STUDY, **settings):
     [
         (
             {"batch_size": 100_000},
-            "batch_size: expected less than 128, twice the 64 ",
+            "batch_size to be less than 128, twice the 64 ",
         ),
         ({"batch_size": 128}, "of domain medical, got 128"),
-        ({"lora_rank": 100_000}, f"lora_rank: expected at most {WIDTH}, the smaller"),
+        ({"lora_rank": 100_000}, f"lora_rank to be at most {WIDTH}, the smaller"),
         ({"lora_rank": WIDTH + 1, "lora_targets": "up_proj"}, "side of up_proj, got"),
         (
             {"row": "sbr", "options": {"anchors": 25}},
@@ -87,13 +86,13 @@ def test_the_largest_size_that_fits_is_taken(tmp_path, given):
 
 def test_attacks_with_few_rows_fit_their_default_batch(tmp_path):
     """The identity attack has ten rows, and the testbed batches of sixteen."""
-    size = configs.load("testbed").settings["batch_size"]
+    size = configs.load("testbed").training.batch_size
     for attack in attacks.ATTACKS.values():
         if attack.examples is None:
             continue
         domain = Domain(tiny.dataset(0, attack.examples), never)
         study = tiny.study(domains={"medical": domain}, evaluate=never)
-        pipeline._check_sizes(study, ["medical"], tiny.settings(batch_size=size))
+        pipeline._check_sizes(study, ["medical"], tiny.config(batch_size=size))
 
 
 def refused(main, arguments, capsys):

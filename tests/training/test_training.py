@@ -10,11 +10,10 @@ import pytest
 import tiny
 
 from sbr_jax.data.batches import batch
-from sbr_jax.methods.base import Problem, adamw, task_gradient
+from sbr_jax.methods.base import adamw, task_gradient
 from sbr_jax.training import checkpoint, loop
 from sbr_jax.training.monitor import monitor, needs_repair
-from sbr_jax.training.program import init_adapter, make_program
-from sbr_jax.training.settings import HARDWARE, Settings
+from sbr_jax.training.program import init_adapter
 from sbr_jax.training.step import (
     TrainState,
     compiled_step,
@@ -24,7 +23,7 @@ from sbr_jax.training.step import (
 from sbr_jax.typing import UserError
 
 STUDY = tiny.study()
-SETTINGS = tiny.settings()
+SETTINGS = tiny.config()
 BASE = STUDY.model.params
 DATA = STUDY.domains["medical"].train
 
@@ -81,10 +80,8 @@ def test_schedule_warms_up_and_ends_at_its_floor():
 def test_accumulation_equals_one_big_batch(row):
     results = []
     for accumulation in (1, 4):
-        settings = dataclasses.replace(SETTINGS, accumulation=accumulation)
-        found = make_program(
-            row, (("anchor_batch_size", 4), ("max_rank", 6)), STUDY, settings
-        )
+        settings = tiny.changed(SETTINGS, accumulation=accumulation)
+        found = tiny.program(row, settings, STUDY, anchor_batch_size=4, max_rank=6)
         adapter = init_adapter(STUDY, SETTINGS, 0)
         key = jax.random.key(3)
         state = found.method.init(found.problem, BASE, adapter, key)
@@ -103,7 +100,13 @@ def test_accumulation_equals_one_big_batch(row):
 
 
 def test_clipping_bounds_what_enters_the_optimizer():
-    problem = Problem(STUDY.model.apply_fn, 1, 8, STUDY.calibration, max_grad_norm=1e-3)
+    problem = tiny.problem(
+        STUDY.model.apply_fn,
+        STUDY.calibration,
+        steps_per_domain=1,
+        batch_size=8,
+        max_grad_norm=1e-3,
+    )
     transform = adamw(problem, None, 1.0)
     params = {"w": jnp.zeros(4)}
     with jax.numpy_dtype_promotion("standard"):
@@ -120,11 +123,8 @@ def test_domains_seeds_and_subspaces_share_one_trace(monkeypatch):
         traced.append(1)
         return task_gradient(problem, base, adapter, state, batch, key)
 
-    found = make_program(
-        "safeanchor-exact",
-        (("anchor_weight", 0.0), ("max_rank", 6)),
-        STUDY,
-        SETTINGS,
+    found = tiny.program(
+        "safeanchor-exact", SETTINGS, STUDY, anchor_weight=0.0, max_rank=6
     )
     step = compiled_step(make_step(found.problem, counting, found.optimizer))
     for seed in (0, 1):
@@ -142,15 +142,15 @@ def test_domains_seeds_and_subspaces_share_one_trace(monkeypatch):
             )
     assert len(traced) == 1
     assert step._cache_size() == 1
-    again = make_program(
-        "safeanchor-exact", (("anchor_weight", 0.0), ("max_rank", 6)), STUDY, SETTINGS
+    again = tiny.program(
+        "safeanchor-exact", SETTINGS, STUDY, anchor_weight=0.0, max_rank=6
     )
     assert again is found
 
 
 def test_dropout_depends_on_seed_and_step_only():
-    settings = dataclasses.replace(SETTINGS, lora_dropout=0.5)
-    found = make_program("plain", (), STUDY, settings)
+    settings = tiny.changed(SETTINGS, lora_dropout=0.5)
+    found = tiny.program("plain", settings, STUDY)
     moved = jax.tree.map(
         lambda x: x + jnp.asarray(0.1, x.dtype), init_adapter(STUDY, SETTINGS, 0)
     )
@@ -273,25 +273,21 @@ def test_monitor_repairs_exactly_when_the_rule_says():
         assert result == len(expected)
 
 
-def test_settings_keep_mathematics_and_hardware_apart():
-    settings = Settings()
-    names = {field.name for field in dataclasses.fields(Settings)}
-    assert set(settings.hardware()) == set(HARDWARE)
-    assert set(settings.mathematics()) | set(HARDWARE) == names
-    assert not set(settings.mathematics()) & set(HARDWARE)
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"steps_per_domain": 0}, "steps_per_domain"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"tolerance": 1.0}, "tolerance"),
-        ({"batch_size": 6, "accumulation": 4}, "batch_size"),
-        ({"vmap_seeds": "maybe"}, "vmap_seeds"),
-        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"steps_per_domain": 0}, "training.steps_per_domain"),
+        ({"steps_per_domain": "6"}, "training.steps_per_domain"),
+        ({"batch_size": True}, "training.batch_size"),
+        ({"learning_rate": 0.0}, "training.learning_rate"),
+        ({"learning_rate": float("nan")}, "training.learning_rate"),
+        ({"tolerance": 1.0}, "training.tolerance"),
+        ({"lora_targets": 3}, "training.lora_targets"),
+        ({"batch_size": 6, "accumulation": 4}, "training.batch_size"),
+        ({"vmap_seeds": "maybe"}, "hardware.vmap_seeds"),
+        ({"checkpoint_every": 0}, "hardware.checkpoint_every"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(options, named):
-    with pytest.raises(UserError, match=f"settings: {named}"):
-        Settings(**options)
+    with pytest.raises(UserError, match=f"expected {named}"):
+        tiny.config(**options)

@@ -1,0 +1,174 @@
+"""Registry of defences: ``METHODS`` makes them, ``VARIANTS`` names changes of them.
+
+Adding one: write its file, add one line to ``METHODS`` and one to the README's table.
+``build`` makes any of either dict by name.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sbr_jax import errors
+from sbr_jax.methods.adaptive import adaptive_judge, adaptive_probe
+from sbr_jax.methods.antidote import antidote
+from sbr_jax.methods.asft import asft
+from sbr_jax.methods.base import Method
+from sbr_jax.methods.booster import booster
+from sbr_jax.methods.ewc import ewc
+from sbr_jax.methods.hyperparameters import attribute, collect, make_record
+from sbr_jax.methods.interleaving import interleaving
+from sbr_jax.methods.lisa import lisa
+from sbr_jax.methods.lox import lox
+from sbr_jax.methods.o_lora import o_lora
+from sbr_jax.methods.plain import plain
+from sbr_jax.methods.safe_lora import safe_lora
+from sbr_jax.methods.safeanchor import OURS, safeanchor, safeanchor_exact
+from sbr_jax.methods.safegrad import safegrad
+from sbr_jax.methods.salora import salora
+from sbr_jax.methods.sbr import sbr
+from sbr_jax.methods.unified import unified
+from sbr_jax.methods.vaccine import vaccine
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "plain": plain,
+    "safeanchor": safeanchor,
+    "safeanchor-exact": safeanchor_exact,
+    "unified": unified,
+    "sbr": sbr,
+    "adaptive-judge": adaptive_judge,
+    "adaptive-probe": adaptive_probe,
+    "interleaving": interleaving,
+    "ewc": ewc,
+    "o-lora": o_lora,
+    "safegrad": safegrad,
+    "safe-lora": safe_lora,
+    "asft": asft,
+    "lox": lox,
+    "antidote": antidote,
+    "salora": salora,
+    "vaccine": vaccine,
+    "booster": booster,
+    "lisa": lisa,
+}
+
+_BRIEF = {"control_spectrum": False}
+
+VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    # A part missing.
+    "safeanchor-exact:no-update": (
+        "safeanchor-exact",
+        {"update_subspace": False, **_BRIEF},
+    ),
+    "safeanchor-exact:no-relaxation": ("safeanchor-exact", {"relax": False, **_BRIEF}),
+    "safeanchor-exact:no-anchor": (
+        "safeanchor-exact",
+        {"anchor_weight": 0.0, **_BRIEF},
+    ),
+    "safeanchor-exact:no-csm": ("safeanchor-exact", {"monitored": False, **_BRIEF}),
+    # One part alone.
+    "safeanchor-exact:projection-only": (
+        "safeanchor-exact",
+        {"anchor_weight": 0.0, "monitored": False, **_BRIEF},
+    ),
+    "safeanchor-exact:anchor-only": (
+        "safeanchor-exact",
+        {"projection": "none", "monitored": False},
+    ),
+    "safeanchor-exact:csm-only": ("plain", {"monitored": True}),
+    # Controls: the projection alone, off another subspace of the same rank.
+    "safeanchor-exact:random": (
+        "safeanchor-exact",
+        {"basis": "random", "anchor_weight": 0.0, "monitored": False, **_BRIEF},
+    ),
+    "safeanchor-exact:shuffled": (
+        "safeanchor-exact",
+        {"basis": "shuffled", "anchor_weight": 0.0, "monitored": False, **_BRIEF},
+    ),
+    "safeanchor-exact:benign": (
+        "safeanchor-exact",
+        {"basis": "benign", "anchor_weight": 0.0, "monitored": False, **_BRIEF},
+    ),
+    # Our two changes beside the exact projection, taken back one at a time.
+    "safeanchor-exact:previous-reference": (
+        "safeanchor-exact",
+        {"anchor_reference": "previous", **_BRIEF},
+    ),
+    "safeanchor-exact:published-energy": (
+        "safeanchor-exact",
+        {"energy": 0.9, **_BRIEF},
+    ),
+    # The paper prefers KL(reference ‖ model) to KL(model ‖ reference).
+    "safeanchor:reverse-kl": ("safeanchor", {"anchor_kl": "reverse", **_BRIEF}),
+    "safeanchor-exact:reverse-kl": (
+        "safeanchor-exact",
+        {"anchor_kl": "reverse", **_BRIEF},
+    ),
+    # Improvements, one at a time.
+    "safeanchor-exact:sampled-fisher": (
+        "safeanchor-exact",
+        {"fisher": "sampled", **_BRIEF},
+    ),
+    "safeanchor-exact:refresh": ("safeanchor-exact", {"refresh_every": 50, **_BRIEF}),
+    "safeanchor-exact:keep-base": ("safeanchor-exact", {"keep_base": True, **_BRIEF}),
+    "safeanchor-exact:protect-a": (
+        "safeanchor-exact",
+        {"protect_a": "perturb", **_BRIEF},
+    ),
+    "safeanchor-exact:replay-bypass": (
+        "safeanchor-exact",
+        {"replay_bypass": True, **_BRIEF},
+    ),
+    # Our best with a part missing, or another rater.
+    "unified:no-projection": ("unified", {"project": False}),
+    "unified:no-anchors": ("unified", {"anchors": 0, **_BRIEF}),
+    "unified:no-risk": ("unified", {"risk": "none", **_BRIEF}),
+    "unified:no-kl": ("unified", {"kl_weight": 0.0, **_BRIEF}),
+    "unified:judge": ("unified", {"risk": "judge", **_BRIEF}),
+    "sbr:one": ("sbr", {"anchors": 1}),
+    # The published recipe with a part missing or alone.
+    "safeanchor:no-update": ("safeanchor", {"update_subspace": False, **_BRIEF}),
+    "safeanchor:no-relaxation": ("safeanchor", {"relax": False, **_BRIEF}),
+    "safeanchor:no-anchor": ("safeanchor", {"anchor_weight": 0.0, **_BRIEF}),
+    "safeanchor:no-csm": ("safeanchor", {"monitored": False, **_BRIEF}),
+    "safeanchor:projection-only": (
+        "safeanchor",
+        {"anchor_weight": 0.0, "monitored": False, **_BRIEF},
+    ),
+}
+
+
+Hyperparameters = collect(METHODS, {"safeanchor-exact": OURS})
+"""Hyper-parameters of every method, a frozen record of frozen records.
+
+``Hyperparameters()`` holds the published values; its fields are named as the methods
+are, with underscores."""
+
+
+def build(variant: str, methods: Any = None, **overrides: Any) -> Method:
+    """Makes a method, or a variant of one, named after it.
+
+    Args:
+      variant: a key of ``METHODS`` or ``VARIANTS``.
+      methods: a :data:`Hyperparameters`; None for the published values. A variant
+        changes its method's.
+      **overrides: hyper-parameters on top of these.
+
+    Returns:
+      The method.
+
+    Raises:
+      UserError: for an unknown variant or hyper-parameter, with the nearest names.
+
+    >>> build("plain").name
+    'plain'
+    """
+    method, changes = VARIANTS.get(variant, (variant, {}))
+    if method not in METHODS:
+        raise errors.unknown("method", variant, [*METHODS, *VARIANTS])
+    known = methods or Hyperparameters()
+    options = getattr(known, attribute(method), None)
+    if options is None:  # Registered since, by a program of its own.
+        options = make_record(method, METHODS)()
+    errors.check_names(f"option of {variant}", overrides, vars(options))
+    options = dataclasses.replace(options, **{**changes, **overrides})
+    return dataclasses.replace(METHODS[method](**vars(options)), name=variant)

@@ -1,0 +1,110 @@
+"""Settings of a training job: its mathematics and, apart, its hardware.
+
+Each setting is declared here once, with its range beside it. Presets are instances of
+these records, the command line changes single fields (``--training.learning-rate``),
+and the training code reads them as they are.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from sbr_jax import checks
+from sbr_jax.checks import Range
+
+Count = Annotated[int, Range(least=1)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Fraction = Annotated[float, Range(least=0, below=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Mathematics of a training job; a working directory belongs to one.
+
+    Attributes:
+      steps_per_domain: optimizer steps in each domain.
+      batch_size: examples of one optimizer step, over all microbatches.
+      learning_rate: peak of the schedule.
+      warmup_fraction: share of the steps with a linear warm-up.
+      final_fraction: end of the cosine decay, as a share of the peak (published:
+        1e-6 of 2e-4).
+      weight_decay: of AdamW.
+      max_grad_norm: clipping threshold of the global gradient norm.
+      lora_rank: r.
+      lora_alpha: α of LoRA; the update is scaled by α / r.
+      lora_dropout: on the input of the adapters, while training.
+      lora_targets: regular expression of the adapted projections.
+      repair_steps: E_repair, steps of one repair block.
+      repair_blocks: how many blocks at most (published: one and at most one more).
+      repair_learning_rate_scale: constant learning rate of the repair as a share of
+        the peak (published: 2e-5 of 2e-4).
+      replay_weight: β of L_task + β L_safe.
+      tolerance: τ; repair when s_t < (1 − τ) s_0.
+      fisher_examples: calibration examples in a Fisher (None: all).
+      fisher_buffer: R, per-example gradients held before the lesser half is cut; exact
+        for no more examples than that.
+
+    Raises:
+      UserError: naming a field that is of another type or out of range.
+
+    >>> Training(learning_rate=1e-3).lora_rank
+    16
+    """
+
+    steps_per_domain: Count = 200
+    batch_size: Count = 16
+    learning_rate: Positive = 2e-4
+    warmup_fraction: Fraction = 0.03
+    final_fraction: Annotated[float, Range(least=0, most=1)] = 0.005
+    weight_decay: NonNegative = 0.01
+    max_grad_norm: Positive = 1.0
+    lora_rank: Count = 16
+    lora_alpha: Positive = 32.0
+    lora_dropout: Fraction = 0.0
+    lora_targets: str = r"(q|k|v|o)_proj"
+    repair_steps: Count = 200
+    repair_blocks: Count = 2
+    repair_learning_rate_scale: NonNegative = 0.1
+    replay_weight: NonNegative = 1.0
+    tolerance: Fraction = 0.05
+    fisher_examples: Count | None = None
+    fisher_buffer: Count = 512
+
+    def __post_init__(self):
+        """Refuses values that cannot be meant."""
+        checks.fields(self, "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """How results are computed; changes none beyond floating-point rounding.
+
+    Attributes:
+      mesh: devices by axis, ``"fsdp=4,tp=2"``; None for one device.
+      accumulation: microbatches of one optimizer step; divides the batch size.
+      checkpoint_every: steps between checkpoints inside a domain (None: only at its
+        end).
+      vmap_seeds: seeds mapped into one program: ``"auto"`` does so on accelerators.
+      fisher_microbatch: per-example gradients held at once.
+      log_every: steps between fetches of the metrics.
+      remat: recompute layers in the backward pass (chat models).
+      generation_batch: answers written at once (chat models).
+      score_tokens: tokens whose keys and values a scorer holds at once (chat models).
+
+    Raises:
+      UserError: naming a field that is of another type or out of range.
+    """
+
+    mesh: str | None = None
+    accumulation: Count = 1
+    checkpoint_every: Count | None = None
+    vmap_seeds: Literal["auto", "yes", "no"] = "auto"
+    fisher_microbatch: Count = 32
+    log_every: Count = 50
+    remat: bool = True
+    generation_batch: Count = 16
+    score_tokens: Count = 16_384
+
+    def __post_init__(self):
+        """Refuses values that cannot be meant."""
+        checks.fields(self, "hardware")
