@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sbr_jax.methods import ABLATIONS
+from sbr_jax.methods import resolve
 from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.lora import select_targets
 from sbr_jax.models.quantize import weight_bytes
@@ -256,45 +256,29 @@ def generation_seconds(
 # --- rows -----------------------------------------------------------------------------
 
 
-def defence_of(
-    row: str, overrides: Mapping[str, Any] | None = None
-) -> tuple[str, dict[str, Any]]:
-    """The method that a row runs, and its hyper-parameters where they are not default.
-
-    >>> defence_of("safeanchor-exact:csm-only")
-    ('plain', {'monitored': True})
-    >>> defence_of("unified", {"risk": "judge"})
-    ('unified', {'risk': 'judge'})
-    """
-    method, chosen = ABLATIONS.get(row, (row, {}))
-    return method, {**chosen, **(overrides or {})}
-
-
-def projects(row: str, overrides: Mapping[str, Any] | None = None) -> bool:
-    """Whether a row keeps a subspace, and so needs a Fisher of the calibration set.
+def projects(variant: str, methods: Any = None) -> bool:
+    """Whether a variant keeps a subspace, and so needs a Fisher of the calibration set.
 
     >>> rows = ("no-csm", "csm-only", "anchor-only")
     >>> [projects(f"safeanchor-exact:{name}") for name in rows]
     [True, False, False]
     """
-    method, chosen = defence_of(row, overrides)
+    method, options = resolve(variant, methods)
     if method == "unified":
-        return chosen.get("project", True)
-    return method.startswith("safeanchor") and chosen.get("projection") != "none"
+        return options.project
+    return method.startswith("safeanchor") and options.projection != "none"
 
 
-def fisher_estimates(
-    row: str, overrides: Mapping[str, Any] | None, domains: int, steps: int
-) -> int:
-    """How often a row differentiates every calibration example on its own.
+def fisher_estimates(variant: str, methods: Any, domains: int, steps: int) -> int:
+    """How often a variant differentiates every calibration example on its own.
 
     With a subspace: at the start, on the random control unless it is told not to, after
     every domain, and as often in between as it refreshes. EWC on safety data: at the
     start and after every domain, if that counts.
 
     Args:
-        row: its name.
-        overrides: hyper-parameters on top of the row's.
+        variant: its name.
+        methods: a `Hyperparameters`; None for the published values.
         domains: how many.
         steps: of one domain.
 
@@ -303,11 +287,12 @@ def fisher_estimates(
     >>> fisher_estimates("safeanchor-exact:no-update", None, 3, 100)
     1
     """
-    method, chosen = defence_of(row, overrides)
-    if method == "ewc" and chosen.get("data") == "safety":
-        return 1 if chosen.get("keep") == "first" else 1 + domains
-    if not projects(row, overrides):
+    method, options = resolve(variant, methods)
+    if method == "ewc" and options.data == "safety":
+        return 1 if options.keep == "first" else 1 + domains
+    if not projects(variant, methods):
         return 0
+    chosen = vars(options)
     after = domains if chosen.get("update_subspace", True) else 0
     every = chosen.get("refresh_every")
     between = 0 if every is None else domains * ((steps - 1) // every)
@@ -344,6 +329,6 @@ STAGES = {"vaccine": 2.0, "booster": 3.0}
 
 def step_flops(job: Job, row: str) -> float:
     """Of one optimizer step of a row; a variant counts as the method that it runs."""
-    forward, both = PASSES.get(defence_of(row)[0], (0, 0))
+    forward, both = PASSES.get(resolve(row)[0], (0, 0))
     one, whole = forward_flops(job, job.length), train_flops(job, job.length)
     return job.batch * ((1 + both) * whole + forward * one)

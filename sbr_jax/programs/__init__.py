@@ -22,6 +22,7 @@ PROGRAMS = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program that is named first and return its exit code."""
+    from sbr_jax import errors
     from sbr_jax.programs import cli
 
     given = list(sys.argv[1:] if args is None else args)
@@ -33,8 +34,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def choose() -> None:
         if not given:
-            raise cli.unknown("program", "", PROGRAMS)
-        cli.check_names("program", given[:1], PROGRAMS)
+            raise errors.unknown("program", "", PROGRAMS)
+        errors.check_names("program", given[:1], PROGRAMS)
 
     if code := cli.guarded(choose, interrupted="interrupted"):
         return code

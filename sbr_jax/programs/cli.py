@@ -1,17 +1,17 @@
 """What all command-line programs share: parsing, and one line for a user's mistake."""
 
-import contextlib
+import dataclasses
 import difflib
 import errno
-import io
 import os
-import re
 import sys
+import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from sbr_jax import errors
 from sbr_jax.programs import terminal
 from sbr_jax.typing import UserError
 
@@ -24,94 +24,85 @@ EXIT_TERMINATED = 143
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """Return the error for an unknown name: the nearest ones, then all of them.
-
-    >>> print(unknown("preset", "demmo", ["demo", "testbed"]))
-    unknown preset 'demmo'; nearest: demo (known: demo, testbed)
-    """
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    return UserError(f"unknown {kind} '{name}'{hint} (known: {', '.join(known)})")
-
-
-def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse unknown and repeated names.
-
-    Raises:
-        UserError: for the first such name.
-    """
-    known = list(known)
-    seen: set[str] = set()
-    for name in names:
-        if name not in known:
-            raise unknown(kind, name, known)
-        if name in seen:
-            raise UserError(f"expected each {kind} once, got '{name}' twice: drop one")
-        seen.add(name)
-
-
-def one_line(text: str) -> str:
-    r"""Take the complaint out of a parser's boxed message, without the help below it.
-
-    Where the terminal has no Unicode the box is drawn with hyphens, and its title is a
-    row of its own.
-
-    >>> one_line("╭─ Value error ─╮\n│ No X.         │\n│ ───── │\n│ Help: … │\n╰─╯")
-    'No X.'
-    >>> one_line(" Value error \n ----- \n  No X.  \n  -----  \n  Help: …  \n")
-    'No X.'
-    """
-    blocks: list[list[str]] = [[]]
-    for row in re.sub("\x1b\\[[0-9;]*m", "", text).splitlines():
-        words = row.strip("│ ")
-        if words.startswith("╭") or not words.strip("─-╰╯"):
-            blocks.append([])
-        else:
-            blocks[-1] += words.split()
-    said = [" ".join(block) for block in blocks if block]
-    titled = "╭" not in text and len(said) > 1
-    return said[titled] if said else ""
-
-
-@contextlib.contextmanager
-def _wide_page() -> Iterator[None]:
-    """Keeps the parser from cutting a long word of its complaint in two."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        del os.environ["COLUMNS"]
-        if before is not None:
-            os.environ["COLUMNS"] = before
-
-
 def parse(
-    arguments: Callable[..., Arguments], args: Sequence[str] | None, prog: str
+    kind: type[Arguments],
+    args: Sequence[str] | None,
+    prog: str,
+    default: Arguments | None = None,
 ) -> Arguments:
-    """Parse a command line into a frozen dataclass.
+    """Parses a command line into a frozen dataclass, or a tree of them.
+
+    Args:
+        kind: the dataclass.
+        args: words; None for those of this process.
+        prog: how messages name the program.
+        default: values of what is not said.
 
     Raises:
-        UserError: with the parser's complaint as one line.
+        UserError: for the parser's complaint, with the nearest names of an option.
     """
     import tyro  # Needed here only; what else imports this module does not pay.
+    from tyro import _errors as events
 
-    errors = io.StringIO()
-    given = sys.argv[1:] if args is None else args
-    for_help = not {"-h", "--help"}.isdisjoint(given)
-    page = contextlib.nullcontext() if for_help else _wide_page()
-    try:
-        with contextlib.redirect_stderr(errors), page:
-            config = (tyro.conf.FlagCreatePairsOff,)
-            return tyro.cli(arguments, prog=prog, args=args, config=config)
-    except SystemExit as stop:
-        if stop.code != EXIT_USER:
-            sys.stdout.flush()
-            raise
-        complaint = one_line(errors.getvalue())
-        raise UserError(f"{complaint}; see {prog} --help") from None
+    def refuse(event: Any) -> None:
+        raise UserError(f"{_complaint(event, kind)}; see {prog} --help")
+
+    with events.on_parse_error(refuse):
+        return tyro.cli(
+            kind,
+            prog=prog,
+            args=args,
+            default=default,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+
+
+def _complaint(event: Any, kind: type) -> str:
+    """What the parser has against a command line, in one line."""
+    name = type(event).__name__
+    if name == "UnrecognizedArgs":
+        words = [word for word in event.tokens if word.startswith("--")]
+        word = (words or event.tokens)[0].partition("=")[0]
+        near = difflib.get_close_matches(word, list(_flags(kind)), n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        return f"unknown option '{word}'{hint}"
+    if name in ("BadValue", "InvalidChoice", "InstantiationFailure"):
+        said = getattr(event, "message", None) or getattr(event, "reason", None)
+        if name == "InvalidChoice":
+            said = f"expected one of {', '.join(event.choices)}, got '{event.value}'"
+        argument = event.argument
+        flag = "" if argument is None else f"{argument.lowered.name_or_flags[-1]}: "
+        return " ".join(f"{flag}{said}".split())
+    if name == "MissingArgs":
+        missing = (a.arg.lowered.name_or_flags[-1] for a in event.missing_arguments)
+        return f"expected {', '.join(missing)}, got none"
+    return f"cannot be understood ({name})"
+
+
+def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every option of a tree of dataclasses.
+
+    >>> Pair = dataclasses.make_dataclass("Pair", [("a_b", int), ("c", str)])
+    >>> list(_flags(dataclasses.make_dataclass("Tree", [("p", Pair), ("q", int)])))
+    ['--p.a-b', '--p.c', '--q']
+    """
+    types = dict(zip(getattr(kind, "__parameters__", ()), (), strict=False))
+    origin = typing.get_origin(kind)
+    if origin is not None:
+        types = dict(zip(origin.__parameters__, typing.get_args(kind), strict=True))
+        kind = origin
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        inner, name = types.get(hints[field.name], hints[field.name]), field.name
+        if typing.get_origin(inner) is typing.Annotated:
+            inner, *notes = typing.get_args(inner)
+            named = (note.name for note in notes if getattr(note, "name", None))
+            name = next(named, name)
+        flag = f"{prefix}{name.replace('_', '-')}"
+        if dataclasses.is_dataclass(inner):
+            yield from _flags(inner, f"{flag}.")
+        else:
+            yield f"--{flag}"
 
 
 def check_folder(folder: Path) -> None:
@@ -143,7 +134,8 @@ def check_seeds(seeds: Sequence[int]) -> None:
     for seed in seeds:
         if not 0 <= seed < SEEDS:
             raise UserError(f"expected seeds from 0 to {SEEDS - 1}, got {seed}")
-    check_names("seed", map(str, seeds), map(str, seeds))
+    errors.check_some("seed", seeds)
+    errors.check_names("seed", map(str, seeds), map(str, seeds))
 
 
 def guarded(program: Callable[[], None], *, interrupted: str) -> int:
@@ -176,6 +168,32 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
             ended = isinstance(interrupt, terminal.Terminated)
             return EXIT_TERMINATED if ended else EXIT_INTERRUPTED
     return 0
+
+
+KEPT = "interrupted: finished stages are kept; the same command continues"
+
+
+def start(
+    program: Callable[[Sequence[str]], None],
+    args: Sequence[str] | None,
+    usage: str | None,
+    *,
+    interrupted: str = KEPT,
+) -> int:
+    """Runs a program on a command line and returns its exit code; see `guarded`.
+
+    Args:
+        program: takes the words.
+        args: words; None for those of this process.
+        usage: what `--help` prints where no preset comes before it.
+        interrupted: see `guarded`.
+    """
+    quiet_libraries()
+    given = list(sys.argv[1:] if args is None else args)
+    if usage is not None and given[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return 0
+    return guarded(lambda: program(given), interrupted=interrupted)
 
 
 def system_line(error: OSError) -> str:
