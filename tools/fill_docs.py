@@ -21,9 +21,9 @@ from pathlib import Path
 
 import tyro
 
-from sbr_jax import outputs as files
+from sbr_jax import files
 from sbr_jax.programs import cli
-from sbr_jax.reporting.results import Run, read_runs
+from sbr_jax.reporting.runs import Run, read_runs
 from sbr_jax.reporting.tables import COLUMNS, Table, cell, to_markdown
 from sbr_jax.typing import UserError
 from tools.markdown_tables import MARK

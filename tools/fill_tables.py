@@ -16,7 +16,7 @@ import tyro
 
 from sbr_jax.programs import cli
 from sbr_jax.provenance.code_version import ROOT
-from sbr_jax.reporting.results import Run, read_runs
+from sbr_jax.reporting.runs import Run, read_runs
 from sbr_jax.reporting.tables import COLUMNS, cell
 from sbr_jax.typing import UserError
 from tools.markdown_tables import MARK, PageTable, page_tables

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbr_jax import outputs as files
+from sbr_jax import files
 from sbr_jax.files import read_object
 from sbr_jax.programs import cli
 from sbr_jax.provenance.code_version import ROOT, code_hash

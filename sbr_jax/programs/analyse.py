@@ -23,12 +23,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from sbr_jax import outputs as files
+from sbr_jax import files
 from sbr_jax import recipes as configs
 from sbr_jax.programs import cli, run
-from sbr_jax.reporting import page
-from sbr_jax.reporting.analysis_drawings import drawings
-from sbr_jax.reporting.results import program_of, read_run
+from sbr_jax.reporting import html as page
+from sbr_jax.reporting.analyses import drawings
+from sbr_jax.reporting.runs import program_of, read_run
 from sbr_jax.studies import dates
 from sbr_jax.studies.analyses import ANALYSES, LABELLED, Context, labelled
 from sbr_jax.typing import UserError
@@ -163,7 +163,7 @@ def execute(context: Context, names: Sequence[str]) -> Path:
             analyses cannot be drawn.
     """
     cli.enable_compilation_cache()
-    from sbr_jax.analysis.theme import to_png
+    from sbr_jax.reporting.theme import to_png
     from sbr_jax.training.records import plain_numbers, read_json, write_record
 
     folder = context.plan.workdir

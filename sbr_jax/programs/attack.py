@@ -244,8 +244,8 @@ def _with_steps(arguments: Arguments, settings: Any, examples: int) -> Any:
 def execute(plan: Plan) -> None:
     """Build the study, run it, write its report."""
     cli.enable_compilation_cache()
-    from sbr_jax.programs import report
     from sbr_jax.provenance.code_version import recorder
+    from sbr_jax.reporting import report
     from sbr_jax.studies import attacks
     from sbr_jax.training import pipeline
 

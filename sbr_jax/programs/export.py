@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from sbr_jax import outputs as files
+from sbr_jax import files
 from sbr_jax import recipes as configs
 from sbr_jax.programs import cli
 from sbr_jax.programs.recorded_options import study_options, unlisted
-from sbr_jax.reporting.results import PROGRAMS
+from sbr_jax.reporting.runs import PROGRAMS
 from sbr_jax.studies.dates import dated
 from sbr_jax.training.shipped import reopen
 from sbr_jax.typing import PyTree, UserError

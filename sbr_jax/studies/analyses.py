@@ -10,7 +10,7 @@ import numpy as np
 
 from sbr_jax import recipes as configs
 from sbr_jax.programs import run
-from sbr_jax.reporting.results import Run, layers_by_unit, read_run
+from sbr_jax.reporting.runs import Run, layers_by_unit, read_run
 from sbr_jax.studies.material import (
     Material,
     build_material,

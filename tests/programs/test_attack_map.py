@@ -5,7 +5,8 @@ import json
 import pytest
 
 from sbr_jax.programs import attack_map
-from sbr_jax.programs.attack_map import Outcome, Place
+from sbr_jax.reporting import attack_map as drawn
+from sbr_jax.reporting.attack_map import Outcome, Place
 
 
 def write_run(folder, ratio, rate, steps, rows, attack="poison"):
@@ -55,22 +56,22 @@ def folder(tmp_path):
 
 
 def test_cells_and_means_over_seeds(folder):
-    found = attack_map.read_outcomes(folder)
+    found = drawn.read_outcomes(folder)
     assert list(found) == ["plain", "sbr", "asft"]
     assert set(found["sbr"]) == {Place(1e-3, 20, 0.1), Place(3e-4, 5, 1.0)}
     assert found["sbr"][Place(1e-3, 20, 0.1)] == Outcome(2.0, 97.0)
 
 
 def test_a_row_that_learns_nothing_does_not_hold(folder):
-    found = attack_map.read_outcomes(folder)
-    rows = {r[0].strip("`"): r for r in attack_map.summary_table(found, 10, 5).rows}
+    found = drawn.read_outcomes(folder)
+    rows = {r[0].strip("`"): r for r in drawn.summary_table(found, 10, 5).rows}
     # Cells, holds, harmed, not learnt, open.
     assert rows["plain"][1:6] == ("2", "0", "2", "0", "0")
     assert rows["sbr"][1:6] == ("2", "1", "1", "0", "0")
     # At ratio 1 there is no task to learn.
     assert rows["asft"][1:6] == ("2", "1", "0", "1", "0")
     assert rows["sbr"][6:] == ("16.0", "30.0")
-    stricter = attack_map.summary_table(found, 1, 5).rows
+    stricter = drawn.summary_table(found, 1, 5).rows
     assert {r[0].strip("`"): r[2] for r in stricter}["sbr"] == "0"
 
 
@@ -98,12 +99,12 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
 
 def test_what_was_learnt_needs_something_to_compare_with():
     place = Place(1e-3, 20, 0.1)
-    assert attack_map.verdict(Outcome(9.9, 0.0), None, place, 10, 5) == "open"
-    assert attack_map.verdict(Outcome(10.0, 0.0), None, place, 10, 5) == "harmed"
+    assert drawn.verdict(Outcome(9.9, 0.0), None, place, 10, 5) == "open"
+    assert drawn.verdict(Outcome(10.0, 0.0), None, place, 10, 5) == "harmed"
     all_harm = place._replace(ratio=1.0)
-    assert attack_map.verdict(Outcome(9.9, 0.0), None, all_harm, 10, 5) == "holds"
+    assert drawn.verdict(Outcome(9.9, 0.0), None, all_harm, 10, 5) == "holds"
     plain = Outcome(0.0, 100.0)
-    assert attack_map.verdict(plain, plain, place, 10, 0) == "holds"
+    assert drawn.verdict(plain, plain, place, 10, 0) == "holds"
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "101"])

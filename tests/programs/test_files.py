@@ -6,8 +6,9 @@ import signal
 import pytest
 import synthetic_run
 
-from sbr_jax import outputs as files
+from sbr_jax import files
 from sbr_jax.programs import analyse, attack_map, cli, export, report, sweep
+from sbr_jax.reporting.attack_map import write
 from sbr_jax.typing import UserError
 
 MINE = "# my own notes\n\n## Results\n"
@@ -97,7 +98,7 @@ def test_a_sweep_writes_no_table_over_another(tmp_path, capsys):
 def test_a_map_is_drawn_over_nothing_of_others(name, tmp_path):
     (tmp_path / name).write_text(MINE)
     with pytest.raises(UserError, match=f"{name}, found something there"):
-        attack_map.write(tmp_path, {}, 10.0, 5.0)
+        write(tmp_path, {}, 10.0, 5.0)
 
 
 # --- whole or not at all --------------------------------------------------------------

@@ -10,7 +10,7 @@ import tiny
 
 from sbr_jax.programs import cli
 from sbr_jax.provenance.code_version import ROOT
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell
 from sbr_jax.training import code_record, pipeline
 from sbr_jax.training.track import Track

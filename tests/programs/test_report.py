@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import synthetic_run
 
-from sbr_jax.analysis import spectrum, stability, theme
+from sbr_jax.analysis import spectrum, stability
 from sbr_jax.programs import report
-from sbr_jax.reporting import figures
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting import figures, theme
+from sbr_jax.reporting.report import build
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import (
     accuracy_table,
     cell,
@@ -87,7 +88,7 @@ def test_page_is_self_contained(folder):
 def test_the_same_results_give_the_same_page(folder, tmp_path):
     pages = [tmp_path / "a" / "r.html", tmp_path / "b" / "r.html"]
     for path in pages:
-        report.build([folder], path)
+        build([folder], path)
     assert pages[0].read_bytes() == pages[1].read_bytes()
     assert (tmp_path / "a" / "r.md").read_text().startswith("# made-up\n")
 
@@ -165,8 +166,8 @@ def test_what_is_missing_is_said(tmp_path, options):
     missing = [drawing for drawing in drawn if drawing.figure is None]
     assert page.names.count("svg") == len(drawn) - len(missing)
     for drawing in missing:
-        assert drawing.missing.endswith(".")
-        assert drawing.missing.replace("'", "&#x27;") in text
+        assert drawing.caption.endswith(".")
+        assert drawing.caption.replace("'", "&#x27;") in text
 
 
 def test_an_unfinished_seed_is_left_out(tmp_path):
