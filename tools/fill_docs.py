@@ -24,7 +24,7 @@ import tyro
 from sbr_jax import files
 from sbr_jax.programs import cli
 from sbr_jax.reporting.runs import Run, read_runs
-from sbr_jax.reporting.tables import COLUMNS, Table, cell, to_markdown
+from sbr_jax.reporting.tables import Table, comparison, row_cells, to_markdown
 from sbr_jax.typing import UserError
 from tools.markdown_tables import MARK
 from tools.provenance import CODE, MANIFEST, Manifest, read_manifest
@@ -34,6 +34,12 @@ BEGIN = r"^<!-- row: (\S+) -->\n"
 BLOCK = re.compile(rf"{BEGIN}((?:(?!<!-- row).)*?)^<!-- end row -->$", re.M | re.S)
 SAME = ("study", "settings", "domains", "fingerprint", "attack")
 """What the `config.json` of two runs share where their rows can be compared."""
+
+
+OLDER = (
+    f"{MARK} Measured with older code than the other rows "
+    "([what that means](../claims.md#which-code-gave-a-number))."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,39 +52,30 @@ class Arguments:
     """Folder of the documentation."""
 
 
-OLDER = (
-    f"{MARK} Measured with older code than the other rows "
-    "([what that means](../claims.md#which-code-gave-a-number))."
-)
-
-
 def row_table(
     row: str, runs: Sequence[Run], manifest: Manifest | None = None
 ) -> Table | None:
-    """What was measured of one row; None for nothing.
+    """The lines of one row, each below plain fine-tuning; None for nothing.
 
     Rows of other code than the manifest's version are marked.
     """
-    lines: list[tuple[str, Run]] = []
+    found: list[tuple[str, Run]] = []
     for run in runs:
         if run.seeds(row):
             plain = [r for r in (run, *runs) if r.seeds("plain") and _same(r, run)]
-            pair = (*(("plain", r) for r in plain[:1]), (row, run))
-            for line in pair:
-                if line not in lines:
-                    lines.append(line)
-    cells = {c.key: [cell(run, name, c.key) for name, run in lines] for c in COLUMNS}
-    used = [c for c in COLUMNS if any(x.mean is not None for x in cells[c.key])]
-    rows = []
-    for i, (name, run) in enumerate(lines):
-        values = (cells[column.key][i].text() for column in used)
-        seeds, code = str(len(run.seeds(name))), run.code(name)
+            pair = [*(("plain", r) for r in plain[:1]), (row, run)]
+            found += [line for line in pair if line not in found]
+    lines = []
+    codes = [run.code(name) for name, run in found]
+    for (name, run), code in zip(found, codes, strict=True):
         older = manifest and code and code not in manifest.hashes(name)
         label = f"`{name}` {MARK}" if older else f"`{name}`"
-        rows.append((label, _source(name, run), seeds, *values, code or "–"))
-    head = ("row", "run", "seeds", *(column.title for column in used), CODE)
-    notes = (OLDER,) if any(MARK in row[0] for row in rows) else ()
-    return Table(head, tuple(rows), notes) if rows else None
+        labels = (label, _source(name, run), str(len(run.seeds(name))))
+        lines.append((labels, row_cells(run, name)))
+    table = comparison(("row", "run", "seeds"), lines)
+    table = table.with_column(CODE, (code or "–" for code in codes))
+    notes = (OLDER,) if any(MARK in label for (label, *_), _ in lines) else ()
+    return dataclasses.replace(table, notes=notes) if lines else None
 
 
 def _same(a: Run, b: Run) -> bool:
@@ -95,7 +92,7 @@ def _source(row: str, run: Run) -> str:
 def fill(
     text: str, runs: Sequence[Run], manifest: Manifest | None = None
 ) -> tuple[str, dict[str, bool]]:
-    """Fill a page's blocks: the page, and for each row whether a run has it.
+    """Fills a page's blocks: the page, and for each row whether a run has it.
 
     Raises:
         UserError: for a block without its end.
@@ -121,7 +118,7 @@ def fill(
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code."""
+    """Runs the program and returns its exit code."""
 
     def program() -> None:
         arguments = cli.parse(Arguments, args, PROGRAM)

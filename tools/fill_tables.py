@@ -9,15 +9,16 @@ title, the run's code, and a † exactly where that is not the version of the ta
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tyro
 
+from sbr_jax import files
 from sbr_jax.programs import cli
 from sbr_jax.provenance.code_version import ROOT
 from sbr_jax.reporting.runs import Run, read_runs
-from sbr_jax.reporting.tables import COLUMNS, cell
+from sbr_jax.reporting.tables import COLUMNS, Cell, row_cells
 from sbr_jax.typing import UserError
 from tools.markdown_tables import MARK, PageTable, page_tables
 from tools.provenance import MANIFEST, Listed, Manifest, pages, read_manifest
@@ -43,25 +44,14 @@ class Arguments:
     """Folder of the pages."""
 
 
-def filled_line(
-    line: Sequence[str], head: Sequence[str], run: Run, row: str, keep: Sequence[str]
-) -> list[str]:
-    """A line with the run's cells; spread is shown where it was shown before."""
-    keys = {column.title: column.key for column in COLUMNS}
-    found = list(line)
-    for place, title in enumerate(head):
-        key = keys.get(ALIASES.get(title, title))
-        if key is None or title in keep or head.index(title) != place:
-            continue
-        value = cell(run, row, key)
-        if "±" not in line[place]:
-            value = dataclasses.replace(value, std=None)
-        found[place] = value.text()
-    return found
-
-
 def fill(
-    text: str, table: PageTable, manifest: Manifest, runs: Sequence[Run], **options
+    text: str,
+    table: PageTable,
+    manifest: Manifest,
+    runs: Sequence[Run],
+    *,
+    commit: str,
+    keep: Sequence[str],
 ) -> tuple[str, Manifest, list[str]]:
     """A page and the manifest with a table's measured rows: also their names.
 
@@ -70,7 +60,8 @@ def fill(
         table: of the page, named.
         manifest: as it is.
         runs: what was measured.
-        **options: `commit` and `keep` of the command.
+        commit: that the runs were made with.
+        keep: titles of columns to leave as they are.
 
     Raises:
         UserError: for a run of unknown or mixed code.
@@ -85,30 +76,49 @@ def fill(
             continue
         (one,), run = whole, ran[-1]
         code = run.code(one.row)
-        if code in (None, "mixed"):
+        if code is None or code == "mixed":
             raise UserError(
                 f"{run.folder}: expected the row {one.row} by one known code, got "
                 f"{code or 'none'}: run it again in a new folder"
             )
-        new = dataclasses.replace(one, code=code, commit=options["commit"])
+        new = dataclasses.replace(one, code=code, commit=commit)
         lines[number] = [new if m is one else m for m in measured]
-        old = table.lines[number]
-        cells = filled_line(old, table.head, run, one.row, options["keep"])
+        cells = _filled(table.lines[number], table.head, row_cells(run, one.row), keep)
         older = {m.column: manifest.is_older(m, listed.version) for m in lines[number]}
         # A mark by the row stands for all its numbers.
-        places = {0: older.pop(None)}
-        places |= {table.head.index(c): x and not places[0] for c, x in older.items()}
-        for place, marked in places.items():
-            cells[place] = cells[place].replace(MARK, "").strip()
-            cells[place] += f" {MARK}" if marked else ""
+        marks = {0: older.pop(None)}
+        marks |= {table.head.index(c): x and not marks[0] for c, x in older.items()}
+        for place, marked in marks.items():
+            plain = cells[place].replace(MARK, "").strip()
+            cells[place] = f"{plain} {MARK}" if marked else plain
         page[table.line + 1 + number] = f"| {' | '.join(cells)} |"
         names.append(one.row)
     tables = {**manifest.tables, name: Listed(listed.version, lines)}
     return "\n".join(page), dataclasses.replace(manifest, tables=tables), names
 
 
+def _filled(
+    line: Sequence[str],
+    head: Sequence[str],
+    values: Mapping[str, Cell],
+    keep: Sequence[str],
+) -> list[str]:
+    """A line with the run's cells; spread is shown where it was shown before."""
+    keys = {column.title: column.key for column in COLUMNS}
+    found = list(line)
+    for place, title in enumerate(head):
+        key = keys.get(ALIASES.get(title, title))
+        if key is not None and title not in keep and head.index(title) == place:
+            value = values[key]
+            shown = "±" in line[place]
+            found[place] = dataclasses.replace(
+                value, std=value.std if shown else None
+            ).text()
+    return found
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code."""
+    """Runs the program and returns its exit code."""
 
     def program() -> None:
         arguments = cli.parse(Arguments, args, PROGRAM)
@@ -119,20 +129,22 @@ def main(args: Sequence[str] | None = None) -> int:
                 f"{', '.join(manifest.tables)}"
             )
         runs = read_runs(arguments.folders)
-        options = {"commit": arguments.commit, "keep": arguments.keep}
+        names: list[str] = []
         for page, text in pages(root):
             for table in page_tables(text):
                 if table.name == arguments.table:
-                    text, new, names = fill(text, table, manifest, runs, **options)
-                    if not names:
-                        rows = sorted({row for run in runs for row in run.methods})
-                        raise UserError(
-                            f"table {table.name}: expected a finished row of it, got "
-                            f"{', '.join(rows)}"
-                        )
-                    (root / page).write_text(text, encoding="utf-8")
-                    (root / MANIFEST).write_text(new.to_json(), encoding="utf-8")
-                    print(f"{page}: filled {', '.join(names)}")
+                    more = {"commit": arguments.commit, "keep": arguments.keep}
+                    text, manifest, names = fill(text, table, manifest, runs, **more)
+                    if names:
+                        files.write_text(root / page, text)
+                        files.write_text(root / MANIFEST, manifest.to_json())
+                        print(f"{page}: filled {', '.join(names)}")
+        if not names:
+            rows = sorted({row for run in runs for row in run.methods})
+            raise UserError(
+                f"table {arguments.table}: expected a finished row of it, got "
+                f"{', '.join(rows)}"
+            )
 
     return cli.guarded(program, interrupted="interrupted: run the same command again")
 

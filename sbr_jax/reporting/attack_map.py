@@ -9,7 +9,6 @@ cell of ratio 1 has no task; one without plain fine-tuning leaves *open* what wa
 by a row that is not harmed.
 """
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,6 @@ from sbr_jax.reporting.figures import Drawing
 from sbr_jax.reporting.plots import heat_map
 from sbr_jax.reporting.runs import Run, read_run
 from sbr_jax.reporting.tables import Table, cell, to_markdown
-from sbr_jax.reporting.theme import to_png
 from sbr_jax.typing import UserError
 
 PLAIN = "plain"
@@ -56,12 +54,13 @@ def place_of(run: Run) -> Place | None:
     keys = ("steps_per_domain", "batch_size", "learning_rate")
     given = [settings.get(key) for key in keys]
     given += [attack.get("examples"), attack.get("ratio")]
-    if not all(isinstance(value, int | float) for value in given) or not given[3]:
+    numbers = [value for value in given if isinstance(value, int | float)]
+    if len(numbers) < len(given) or not numbers[3]:
         raise UserError(
             f"{run.folder}/config.json: expected numbers for steps, batch, learning "
             f"rate, examples (at least 1) and ratio, got {given}: the file is damaged"
         )
-    steps, batch, rate, examples, ratio = given
+    steps, batch, rate, examples, ratio = numbers
     return Place(rate, round(steps * batch / examples), float(ratio))
 
 
@@ -199,7 +198,7 @@ def write(folder: Path, found: Outcomes, limit: float, cost: float) -> Path:
     body += [html.drawing_block(drawing, "")]
     try:
         files.write_text(texts[0], f"{text}\n<!-- {files.MARK} -->\n")
-        files.replace(texts[1], functools.partial(to_png, drawing.figure))
+        drawing.save(texts[1])
         files.write_text(output, html.page("Where each defence breaks", body))
     except OSError as error:
         raise UserError(f"cannot write the map into {folder}: {error}") from error

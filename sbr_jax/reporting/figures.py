@@ -1,12 +1,15 @@
 """Figures of a run: what it holds is drawn, what it lacks is said."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from sbr_jax import files
 from sbr_jax.analysis.spectrum import cumulative_share, rank_for_energy
 from sbr_jax.analysis.stability import overlap
 from sbr_jax.reporting import plots
@@ -17,6 +20,7 @@ from sbr_jax.reporting.tables import (
     start_accuracy,
     trajectory_table,
 )
+from sbr_jax.reporting.theme import to_png
 
 INERT_ALPHA = 0.95
 """Above this mean α a projection changes next to nothing."""
@@ -53,6 +57,11 @@ class Drawing:
     caption: str
     figure: Figure | None = None
     table: Table | None = None
+
+    def save(self, path: Path) -> None:
+        """Writes the figure, where there is one, as PNG."""
+        if self.figure is not None:
+            files.replace(path, functools.partial(to_png, self.figure))
 
 
 def drawings(run: Run) -> list[Drawing]:

@@ -27,7 +27,7 @@ def line(
     x: Any,
     y: Any,
     place: int,
-    band: Sequence[Any] | None = None,
+    band: Any = None,
     **more: Any,
 ) -> None:
     """Draws a row in the colour and with the marker of its place.

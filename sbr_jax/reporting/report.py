@@ -1,11 +1,9 @@
 """The report of finished runs: a page, its twin in Markdown, and figures."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from sbr_jax import files
@@ -20,7 +18,6 @@ from sbr_jax.reporting.tables import (
     to_markdown,
     to_rich,
 )
-from sbr_jax.reporting.theme import to_png
 from sbr_jax.typing import UserError
 
 
@@ -56,8 +53,8 @@ def build(
             body += ["<hr>" if index else "", html.heading(run.name, 1)]
         body += _section(run, drawn, f"r{index}-")
     title = f"{' · '.join(run.name for run in runs)}: safety report"
-    for path, figure in pictures.items():
-        files.replace(path, functools.partial(to_png, figure))
+    for path, drawing in pictures.items():
+        drawing.save(path)
     files.write_text(output, html.page(title, body))
     text = "\n".join(map(_markdown, runs))
     files.write_text(text_output, f"{text}\n<!-- {files.MARK} -->\n")
@@ -96,10 +93,10 @@ def _require_writable(output: Path, figures: Path | None) -> None:
 
 def _pictures(
     runs: Sequence[Run], found: Sequence[Sequence[Drawing]], folder: Path
-) -> dict[Path, Figure]:
+) -> dict[Path, Drawing]:
     """Figures by the file that each belongs into."""
     return {
-        folder / f"{run.name + '-' if len(runs) > 1 else ''}{x.name}.png": x.figure
+        folder / f"{run.name + '-' if len(runs) > 1 else ''}{x.name}.png": x
         for run, drawn in zip(runs, found, strict=True)
         for x in drawn
         if x.figure is not None

@@ -48,7 +48,7 @@ _SOFT = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _INK = ("axes.titlecolor", "legend.labelcolor", "text.color")
 _CLEAR = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
 _SPINES = ("axes.spines.left", "axes.spines.right", "axes.spines.top")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     **dict.fromkeys(_SOFT, LIGHT["soft"]),
     **dict.fromkeys(_INK, LIGHT["ink"]),
     **dict.fromkeys(_CLEAR, "none"),
