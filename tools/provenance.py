@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from sbr_jax import files
 from sbr_jax.programs import cli
@@ -35,8 +35,7 @@ SPREAD = r"\d+\.\d+ ± \d+\.\d+"
 # --- docs/tables.json -----------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One measurement of one line of a published table.
 
     Attributes:
@@ -53,15 +52,13 @@ class Measured:
     commit: str = ""
     column: str | None = None
 
-    def brief(self) -> dict[str, Any]:
+    def brief(self) -> dict[str, str]:
         """Fields that are not the defaults."""
-        fields = dataclasses.fields(self)
-        found = {field.name: getattr(self, field.name) for field in fields}
-        return {f.name: found[f.name] for f in fields if found[f.name] != f.default}
+        usual = self._field_defaults
+        return {k: v for k, v in self._asdict().items() if v != usual.get(k)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """A table of the manifest: the version it shows, and each line's measurements."""
 
     version: str

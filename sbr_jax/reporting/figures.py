@@ -26,8 +26,6 @@ INERT_ALPHA = 0.95
 """Above this mean α a projection changes next to nothing."""
 FLAT_RATIO = 0.8
 """A safety rank above this share of the random control's is called flat."""
-CROWDED = 24
-"""With more bars than this, accuracies are drawn as a heat map."""
 SHOWN = 8
 """Rows drawn in a figure; tables have them all."""
 ENERGY = 0.9
@@ -118,27 +116,18 @@ def domain_accuracy(run: Run) -> Drawing:
         reason = "No accuracies: the results hold none for a domain."
         return Drawing(name, title, reason)
     start = [value for value in start_accuracy(run) if value is not None]
-    known = start if len(start) == len(run.domains) else None
-    ends = {method: run.accuracy(method, at_end=True) for method in rows}
-    if len(rows) * len(run.domains) <= CROWDED:
-        figure = plots.domain_accuracy(run.domains, rows, known, ends)
-        caption = (
-            "Bars: mean right after the domain was learnt; dots: seeds; arrows: where "
-            "it stands after the last domain."
+    before = {"start": np.asarray(start)} if len(start) == len(run.domains) else {}
+    ends = _rows(run, lambda method: run.accuracy(method, at_end=True))
+    names = plots.short_names(list(rows))
+    panels = {
+        f"{when}, %": before | {names[m]: found[m].mean(0) for m in rows if m in found}
+        for when, found in (
+            ("right after each domain was learnt", rows),
+            ("after the last domain", ends),
         )
-    else:
-        names = plots.short_names(list(rows))
-        before = {"start": np.asarray(known)} if known else {}
-        panels = {
-            f"{when}, %": before | {names[m]: v.mean(0) for m, v in found.items()}
-            for when, found in (
-                ("right after each domain was learnt", rows),
-                ("after the last domain", ends),
-            )
-        }
-        figure = plots.heat_map(panels, columns=run.domains, limit=100.0)
-        caption = "Mean over seeds."
-    return Drawing(name, title, caption, figure, accuracy_table(run))
+    }
+    figure = plots.heat_map(panels, columns=run.domains, limit=100.0)
+    return Drawing(name, title, "Mean over seeds.", figure, accuracy_table(run))
 
 
 # --- subspaces ------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def _spread(values: Sequence[float], gap: float) -> Array:
     return placed[np.argsort(order)]
 
 
-# --- safety and accuracy --------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------
 
 
 def trajectory(
@@ -153,48 +153,6 @@ def trajectory(
         axes.set_xlim(-0.15, len(stages) - 1 + 0.08)
         axes.set_ylabel(label)
     return figure
-
-
-def domain_accuracy(
-    domains: Sequence[str],
-    rows: Mapping[str, Array],
-    start: Sequence[float] | None,
-    ends: Mapping[str, Array],
-) -> Figure:
-    """The accuracy on each domain as bars, with the seeds as dots.
-
-    Args:
-        domains: their names.
-        rows: method to `[seeds, domains]`.
-        start: accuracy of the aligned model per domain, drawn as a dashed line.
-        ends: method to `[seeds, domains]` at the end, drawn as an arrow from the bar.
-    """
-    ink, page = theme.LIGHT["ink"], theme.LIGHT["page"]
-    arrow = {"arrowstyle": "->", "color": ink, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
-    dots = {"ls": "", "marker": "o", "ms": 3.2, "mfc": page, "mec": ink, "mew": 0.7}
-    x, width = np.arange(len(domains)), 0.82 / len(rows)
-    places = theme.slots(list(rows))
-    with theme.panels(3.6) as (figure, (axes,)):
-        for index, (name, values) in enumerate(rows.items()):
-            place = x + (index - (len(rows) - 1) / 2) * width
-            tops, color = values.mean(0), theme.series_color(places[name])
-            axes.bar(place, tops, width * 0.9, color=color, label=name, lw=0)
-            after = ends[name].mean(0) if len(ends[name]) else tops
-            for at, top, end in zip(place, tops, after, strict=True):
-                if abs(end - top) >= 2.0:
-                    axes.annotate("", (at, end), (at, top), arrowprops=arrow)
-            axes.plot(place, values.T, **dots)
-        if start is not None:
-            dash = {"color": ink, "lw": 1.4, "ls": (0, (4, 2))}
-            axes.hlines(start, x - 0.46, x + 0.46, label="before fine-tuning", **dash)
-        stage_ticks(axes, x, domains)
-        axes.set_ylim(0, 104)
-        axes.set_ylabel("test accuracy, %")
-        legend_above(axes)
-    return figure
-
-
-# --- subspaces ------------------------------------------------------------------------
 
 
 def spectrum(
