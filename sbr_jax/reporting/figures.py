@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sbr_jax import files
-from sbr_jax.analysis.spectrum import cumulative_share, rank_for_energy
-from sbr_jax.analysis.stability import overlap
+from sbr_jax.analysis.spectrum import cumulative_share, overlap, rank_for_energy
 from sbr_jax.reporting import plots
 from sbr_jax.reporting.runs import Run, layers_by_unit
 from sbr_jax.reporting.tables import (
