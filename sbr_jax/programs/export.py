@@ -17,14 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbr_jax import errors, recipes
-from sbr_jax import outputs as files
+from sbr_jax import errors, files, recipes
 from sbr_jax.methods import Hyperparameters, build
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job
 from sbr_jax.recipes import Preset
-from sbr_jax.reporting.results import PROGRAMS
+from sbr_jax.reporting.runs import PROGRAMS
 from sbr_jax.settings import Training, restore
 from sbr_jax.studies.dates import dated
 from sbr_jax.studies.options import Sources

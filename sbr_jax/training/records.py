@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sbr_jax import files
 from sbr_jax.typing import UserError
 
 DIGEST = "digest"
@@ -82,18 +82,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     Raises:
       UserError: where it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        files.write_text(path, text)
 
 
 def write_record(

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import synthetic_run
 
-from sbr_jax.methods import ABLATIONS, METHODS
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.safeanchor import OURS, safeanchor
 from sbr_jax.programs import cli
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell
 from sbr_jax.typing import UserError
 from tools import fill_docs
@@ -69,7 +69,7 @@ def test_page_has_the_sections_and_a_place_for_its_row(name):
     assert re.findall(r"^## (.+)$", prose(text), re.MULTILINE) == SECTIONS
     rows = list(fill_docs.fill(text, [])[1])
     assert rows[0] == name
-    assert set(rows) <= {*METHODS, *ABLATIONS}
+    assert set(rows) <= {*METHODS, *VARIANTS}
     maker = METHODS[name]
     code = f"{inspect.getdoc(inspect.getmodule(maker))} {inspect.getdoc(maker)}"
     source = text.split("## Reference")[1]

@@ -11,7 +11,7 @@ from sbr_jax.training.settings import Settings
 
 from sbr_jax import models
 from sbr_jax.data import encode_prompts
-from sbr_jax.methods import ABLATIONS, METHODS
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import realtext
 from sbr_jax.recipes.realtext import PRESET
 from sbr_jax.studies import realtext_corpus as corpus
@@ -150,7 +150,7 @@ def test_a_mistake_is_one_line(tiny, data, tmp_path, capsys, changes, line):
 
 def test_the_preset_names_what_exists():
     assert PRESET.domains == ("medmcqa", "legalbench", "codealpaca")
-    assert set(PRESET.methods) <= {*METHODS, *ABLATIONS}
+    assert set(PRESET.methods) <= {*METHODS, *VARIANTS}
     assert PRESET.options["judge"] == f"keyword:{corpus.KEYWORDS}"
     assert set(realtext.MEASURES) <= {*PRESET.options["measures"]}
     Settings(**PRESET.settings)

@@ -22,7 +22,7 @@ from sbr_jax.evaluation.keyword import KeywordJudge
 from sbr_jax.evaluation.measures import judge_record
 from sbr_jax.programs import harness, report, run
 from sbr_jax.reporting import tables
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.training import pipeline, shipped
 from sbr_jax.training.records import read_json, write_record
 from sbr_jax.typing import UserError

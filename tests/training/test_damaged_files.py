@@ -10,7 +10,7 @@ import pytest
 import synthetic_run
 
 from sbr_jax.programs import report
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.training.records import digest_of, write_record
 from sbr_jax.training.results import Workdir, run_of
 from sbr_jax.training.stage_records import read_result, unusable, write_result

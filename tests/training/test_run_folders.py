@@ -290,7 +290,7 @@ def test_places_that_cannot_be_written_are_one_line(tmp_path):
         def full(*args):
             raise OSError(28, os.strerror(28))
 
-        patch.setattr(records.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"config\.json \(No space left on"):
             go(tmp_path / "run")
     assert [path.name for path in tmp_path.glob("run/*")] == [".lock"]

@@ -1,12 +1,12 @@
-"""One self-contained HTML page: no script, no font, no image from elsewhere."""
+"""Self-contained HTML pages: no script, no font, no image from elsewhere."""
 
 import html
 from collections.abc import Sequence
 
-from sbr_jax import outputs as files
-from sbr_jax.analysis.theme import DARK, LIGHT, to_svg
+from sbr_jax import files
 from sbr_jax.reporting.figures import Drawing
-from sbr_jax.reporting.tables import to_html
+from sbr_jax.reporting.tables import Table, to_html
+from sbr_jax.reporting.theme import DARK, LIGHT, to_svg
 
 _CSS = """
 *{box-sizing:border-box}
@@ -47,73 +47,83 @@ hr{border:0;border-top:1px solid var(--grid);margin:3.5rem 0 2.5rem}
 """
 
 
-def _variables() -> str:
-    def block(colors: dict[str, str], tint: str) -> str:
-        rows = "".join(f"--{key}:{color};" for key, color in colors.items())
-        return f"{rows}--tint:{tint};"
-
-    light = block(LIGHT, "#fdf1ea")
-    dark = block(DARK, "#33241b")
-    return (
-        f":root{{color-scheme:light dark;{light}}}\n"
-        f"@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
-    )
-
-
 def paragraph(text: str, kind: str = "") -> str:
-    """Write a paragraph of plain text."""
+    """A paragraph of plain text."""
     attribute = f' class="{kind}"' if kind else ""
     return f"<p{attribute}>{html.escape(text)}</p>"
 
 
 def heading(text: str, level: int = 2) -> str:
-    """Write a heading."""
+    """A heading."""
     return f"<h{level}>{html.escape(text)}</h{level}>"
 
 
+def bullets(items: Sequence[str]) -> str:
+    """A list of plain texts."""
+    return "<ul>" + "".join(f"<li>{html.escape(x)}</li>" for x in items) + "</ul>"
+
+
+def details(summary: str, content: str) -> str:
+    """Content that is shown on demand."""
+    return f"<details><summary>{html.escape(summary)}</summary>\n{content}\n</details>"
+
+
 def warning_box(messages: Sequence[str]) -> str:
-    """Write a box of warnings, or nothing."""
+    """A box of warnings, or nothing."""
     if not messages:
         return ""
-    items = "".join(f"<li>{html.escape(message)}</li>" for message in messages)
     return (
-        f'<div class="warning" role="note"><strong>Read this first</strong>'
-        f"<ul>{items}</ul></div>"
+        '<div class="warning" role="note"><strong>Read this first</strong>'
+        f"{bullets(messages)}</div>"
     )
+
+
+def noted_table(table: Table, title: str = "") -> str:
+    """A table with its notes below, or nothing for an empty one."""
+    if not table.rows:
+        return ""
+    parts = [heading(title)] if title else []
+    return "\n".join([*parts, to_html(table), paragraph(" ".join(table.notes), "note")])
 
 
 def drawing_block(drawing: Drawing, prefix: str) -> str:
-    """Write a figure with caption and numbers, or the reason for its absence."""
-    parts = [heading(drawing.title)]
+    """A figure with caption and numbers, or the reason for its absence."""
+    title = heading(drawing.title)
     if drawing.figure is None:
-        parts.append(paragraph(drawing.missing, "missing"))
-        return "\n".join(parts)
+        return f"{title}\n{paragraph(drawing.caption, 'missing')}"
     alt = f"{drawing.title}. {drawing.caption}"
     svg = to_svg(drawing.figure, name=f"{prefix}{drawing.name}", alt=alt)
     caption = html.escape(drawing.caption)
-    parts.append(f"<figure>\n{svg}\n<figcaption>{caption}</figcaption></figure>")
-    if drawing.table is not None and drawing.table.rows:
-        table = to_html(drawing.table)
-        parts.append(f"<details><summary>The numbers</summary>\n{table}\n</details>")
-    return "\n".join(parts)
+    figure = f"<figure>\n{svg}\n<figcaption>{caption}</figcaption></figure>"
+    table = drawing.table
+    numbers = details("The numbers", to_html(table)) if table and table.rows else ""
+    return f"{title}\n{figure}\n{numbers}".rstrip()
 
 
 def definitions(rows: Sequence[tuple[str, str]]) -> str:
-    """Write a list of names and values."""
-    items = "".join(
+    """A list of names and values."""
+    items = (
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
         for name, value in rows
     )
-    return f"<dl>{items}</dl>"
+    return f"<dl>{''.join(items)}</dl>"
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """Put a body into a whole document."""
+    """A whole document of this body."""
+    light, dark = (
+        "".join(f"--{key}:{color};" for key, color in (*colors.items(), ("tint", tint)))
+        for colors, tint in ((LIGHT, "#fdf1ea"), (DARK, "#33241b"))
+    )
+    variables = (
+        f":root{{color-scheme:light dark;{light}}}\n"
+        f"@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    )
     content = "\n".join(part for part in body if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         f'<meta name="generator" content="{files.MARK}">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{_variables()}{_CSS}</style>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{variables}{_CSS}</style>\n"
         f"</head>\n<body>\n<main>\n{content}\n</main>\n</body>\n</html>\n"
     )

@@ -10,102 +10,94 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-LIGHT = {
-    "ink": "#1b1a19",
-    "soft": "#5f5e59",
-    "grid": "#e4e3dd",
-    "page": "#fcfcfa",
-    "muted": "#a3a29b",
-    "series-1": "#e8662f",
-    "series-2": "#2a78d6",
-    "series-3": "#17a077",
-    "series-4": "#7a4fc4",
-    "series-5": "#d9a106",
-    "series-6": "#d6589a",
-    "series-7": "#6b7f1e",
-    "series-8": "#b3403e",
-}
-DARK = {
-    "ink": "#f4f3f0",
-    "soft": "#bdbcb4",
-    "grid": "#34342f",
-    "page": "#1a1a18",
-    "muted": "#7d7c75",
-    "series-1": "#f08a5b",
-    "series-2": "#5b9ff0",
-    "series-3": "#35bd92",
-    "series-4": "#a88bea",
-    "series-5": "#dcb23a",
-    "series-6": "#e682b6",
-    "series-7": "#a3b84f",
-    "series-8": "#e07a77",
-}
+_COLORS = """
+ink       #1b1a19  #f4f3f0
+soft      #5f5e59  #bdbcb4
+grid      #e4e3dd  #34342f
+page      #fcfcfa  #1a1a18
+muted     #a3a29b  #7d7c75
+series-1  #e8662f  #f08a5b
+series-2  #2a78d6  #5b9ff0
+series-3  #17a077  #35bd92
+series-4  #7a4fc4  #a88bea
+series-5  #d9a106  #dcb23a
+series-6  #d6589a  #e682b6
+series-7  #6b7f1e  #a3b84f
+series-8  #b3403e  #e07a77
+"""
+LIGHT, DARK = (
+    {row.split()[0]: row.split()[place] for row in _COLORS.strip().splitlines()}
+    for place in (1, 2)
+)
 SERIES = tuple(LIGHT[f"series-{i}"] for i in range(1, 9))
 MAIN_ROWS = ("plain", "safeanchor", "safeanchor-exact")
 """Rows that keep the first colours in every figure of every run."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 RAMP = ("#f1f6fd", "#cde2fa", "#9ec5f2", "#66a1e6", "#3479cb", "#1d569d", "#10376b")
+WIDTH = 8.2
+"""Of every figure, inches."""
 
-_STYLE = {
-    "axes.edgecolor": LIGHT["soft"],
-    "axes.facecolor": "none",
+_SOFT = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+_INK = ("axes.titlecolor", "legend.labelcolor", "text.color")
+_CLEAR = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
+_SPINES = ("axes.spines.left", "axes.spines.right", "axes.spines.top")
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(_SOFT, LIGHT["soft"]),
+    **dict.fromkeys(_INK, LIGHT["ink"]),
+    **dict.fromkeys(_CLEAR, "none"),
+    **dict.fromkeys(_SPINES, False),
+    **dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.8),
+    **dict.fromkeys(("axes.labelsize", "font.size"), 9.5),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "axes.labelcolor": LIGHT["soft"],
-    "axes.labelsize": 9.5,
-    "axes.linewidth": 0.8,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": LIGHT["ink"],
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "figure.dpi": 100,
-    "figure.facecolor": "none",
     "figure.constrained_layout.use": True,
     "font.family": ["DejaVu Sans"],
-    "font.size": 9.5,
     "grid.color": LIGHT["grid"],
-    "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "legend.labelcolor": LIGHT["ink"],
     "lines.linewidth": 2.0,
     "lines.markersize": 6.0,
-    "savefig.facecolor": "none",
     "svg.fonttype": "none",
     "svg.hashsalt": "sbr_jax",
-    "text.color": LIGHT["ink"],
-    "xtick.color": LIGHT["soft"],
-    "xtick.major.size": 0,
-    "ytick.color": LIGHT["soft"],
-    "ytick.major.size": 0,
 }
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Draw in this project's look, whatever the user's matplotlibrc says."""
+    """Draws in this project's look, whatever the user's matplotlibrc says."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
         yield
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Make a figure without pyplot: no global state, no display needed."""
-    return Figure(figsize=(width, height))
+@contextlib.contextmanager
+def panels(
+    height: float, rows: int = 1, **more: Any
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A new figure and its axes below each other; without pyplot's global state."""
+    with style():
+        figure = Figure(figsize=(WIDTH, height))
+        axes = figure.subplots(rows, squeeze=False, sharex=True, **more)[:, 0]
+        yield figure, list(axes)
 
 
 def slots(names: Sequence[str]) -> dict[str, int]:
-    """Give every row a place in the palette: the main rows always the same one.
+    """A place in the palette for every row; the main rows always have the same one.
 
     >>> slots(["ewc", "safeanchor-exact", "plain"])
     {'ewc': 3, 'safeanchor-exact': 2, 'plain': 0}
@@ -116,7 +108,7 @@ def slots(names: Sequence[str]) -> dict[str, int]:
 
 
 def series_color(place: int) -> str:
-    """Return the colour of a place; past the palette all rows are muted.
+    """The colour of a place; past the palette all rows are muted.
 
     >>> series_color(0) != series_color(1), series_color(99) == LIGHT["muted"]
     (True, True)
@@ -125,7 +117,7 @@ def series_color(place: int) -> str:
 
 
 def to_svg(figure: Figure, *, name: str, alt: str) -> str:
-    """Render a figure as one inline `<svg>` element.
+    """A figure as one inline `<svg>` element.
 
     Args:
         figure: what to draw.
@@ -154,8 +146,8 @@ def to_svg(figure: Figure, *, name: str, alt: str) -> str:
     return f'{head}>\n<title id="{name}-title">{alt}</title>{tail}'
 
 
-def to_png(figure: Figure, path: str, *, dpi: int = 160) -> None:
-    """Write a figure as PNG on the light page colour."""
+def to_png(figure: Figure, path: Path, *, dpi: int = 160) -> None:
+    """Writes a figure as PNG on the light page colour."""
     with style():
         figure.savefig(
             path,
