@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sbr_jax.data import control, jinja
+from sbr_jax.data import _jinja, control
 from sbr_jax.data.records import Record
 from sbr_jax.typing import UserError
 
@@ -159,7 +159,7 @@ def _own(tokenizer: Any) -> str:
 
 
 def _without_blocks(text: str) -> str:
-    return text.translate({ord(mark): None for mark in jinja.BLOCK})
+    return text.translate({ord(mark): None for mark in _jinja.BLOCK})
 
 
 def _render(
@@ -188,8 +188,8 @@ def _render(
         "add_generation_prompt": prompt,
     }
     try:
-        return jinja.render(template, variables, _day(date or process_date()))
-    except jinja.ERRORS as error:
+        return _jinja.render(template, variables, _day(date or process_date()))
+    except _jinja.ERRORS as error:
         roles = [message.get("role") for message in marked]
         # A template may quote a message, which may be harmful.
         told = str(error)
@@ -241,7 +241,7 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
 
 def _start(tokenizer: Any, marked: str, lead: str, prompt: str) -> int:
     """Where the answer begins: before blanks, behind fixed text."""
-    opened = marked.partition(_ANSWER)[0].rfind(jinja.BLOCK[0])
+    opened = marked.partition(_ANSWER)[0].rfind(_jinja.BLOCK[0])
     if opened >= 0:
         begin = len(_without_blocks(marked[:opened]))
         begin = begin if not lead[begin:].strip() else len(lead)
@@ -294,7 +294,7 @@ def located(
         answer=control.mark(tokenizer, record.response),
     )
     whole = _without_blocks(marked)
-    opening, closing = jinja.BLOCK
+    opening, closing = _jinja.BLOCK
     ended = marked.rfind(closing)
     if ended >= 0:
         start = len(_without_blocks(marked[: marked[:ended].rfind(opening)]))

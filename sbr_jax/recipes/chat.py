@@ -160,7 +160,7 @@ def defaults(**changes: Any) -> dict[str, Any]:
 
 def known_domains() -> Sequence[str]:
     """Return the papers' domains, and every public data set with a reader."""
-    from sbr_jax.data.sources import DOMAINS as SETS
+    from sbr_jax.data.registry import DOMAINS as SETS
 
     return (*DOMAINS, *SETS)
 

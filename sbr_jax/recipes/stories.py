@@ -23,7 +23,7 @@ from sbr_jax.recipes import Preset
 
 def known_domains() -> Sequence[str]:
     """Return every public data set with a reader."""
-    from sbr_jax.data.sources import DOMAINS
+    from sbr_jax.data.registry import DOMAINS
 
     return tuple(DOMAINS)
 

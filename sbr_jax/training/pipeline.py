@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.data.leaks import refuse_leaks
 from sbr_jax.methods import ABLATIONS, METHODS, Method, unknown
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.models.lora import select_targets
@@ -28,7 +29,7 @@ from sbr_jax.training.results import Workdir
 from sbr_jax.training.settings import Settings
 from sbr_jax.training.stage_records import BASE, read_result, write_result
 from sbr_jax.training.stages import EVALUATE, TRAIN
-from sbr_jax.training.study import Study, refuse_leaks
+from sbr_jax.training.study import Study
 from sbr_jax.training.track import Track, measure
 from sbr_jax.typing import PyTree, UserError
 
