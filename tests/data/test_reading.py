@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import tiny_data as files
+from sbr_jax.data.rows import MOST_LEVELS, Row, cleaned
 
 from sbr_jax.data import Pair, Record, leaks, load_evalset, load_source, readers
 from sbr_jax.data.records import (
@@ -18,7 +19,6 @@ from sbr_jax.data.records import (
     as_record,
     format_choices,
 )
-from sbr_jax.data.rows import MOST_LEVELS, Row, cleaned
 from sbr_jax.typing import UserError
 
 # --- line ends ------------------------------------------------------------------------
