@@ -26,7 +26,7 @@ _LONGEST = 200
 
 
 class Rendering(NamedTuple):
-    """What a template reads beside the messages."""
+    """Settings that a template reads beside the messages."""
 
     date: str | None = None
     """As ``2024-07-26``; None: the day on which this process first asked."""
@@ -35,7 +35,7 @@ class Rendering(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A conversation as text, and where its answer stands.
+    """The text of a conversation around its answer.
 
     Attributes:
       before: all that the template writes before the answer, up to where it begins.
@@ -83,7 +83,7 @@ def fix_template(
 
 
 def rendering_of(tokenizer: Any) -> Rendering:
-    """What :func:`fix_template` set."""
+    """The settings that :func:`fix_template` made."""
     return getattr(tokenizer, _FIXED, Rendering())
 
 
@@ -102,7 +102,7 @@ def reads_clock(tokenizer: Any) -> bool:
 
 @functools.cache
 def process_date() -> str:
-    """The day on which this was first asked: midnight changes nothing."""
+    """Today, as first asked in this process: midnight changes nothing."""
     return datetime.date.today().isoformat()
 
 
@@ -204,7 +204,7 @@ def _render(
 
 
 def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
-    """Where a conversation's answer stands, whatever the answer is.
+    """Finds the place of a conversation's answer, whatever the answer is.
 
     Fixed text between the prompt and the answer (a header, an empty block of thoughts)
     counts as before it; blanks go with the answer.
@@ -240,7 +240,7 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
 
 
 def _start(tokenizer: Any, marked: str, lead: str, prompt: str) -> int:
-    """Where the answer begins: before blanks, behind fixed text."""
+    """Begin of the answer: before blanks, behind fixed text."""
     opened = marked.partition(_ANSWER)[0].rfind(_jinja.BLOCK[0])
     if opened >= 0:
         begin = len(_without_blocks(marked[:opened]))

@@ -197,7 +197,7 @@ def _plain(record: Record) -> str:
 
 @contextlib.contextmanager
 def _of(row: str) -> Iterator[None]:
-    """Says of which row an error is."""
+    """Names the row in an error."""
     try:
         yield
     except UserError as error:
@@ -233,8 +233,10 @@ def _collect(
                 dropped += 1
                 continue
             truncated += 1
+        said = [m["content"] for m in record.messages]
         escaped += any(
-            control.holds_control(tokenizer, text) for text in _texts(record)
+            isinstance(text, str) and control.holds_control(tokenizer, text)
+            for text in said
         )
         kept.append((tokens[:max_length], mask[:max_length]))
     pad = tokenizer.pad_token_id
@@ -248,7 +250,3 @@ def _collect(
     return TokenDataset(
         tokens, masks, dropped, truncated, escaped=escaped, attention_mask=there
     )
-
-
-def _texts(record: Record) -> list[str]:
-    return [m["content"] for m in record.messages if isinstance(m["content"], str)]

@@ -19,7 +19,7 @@ from templates_case import (
 )
 
 from sbr_jax import data, models
-from sbr_jax.data import clock, control, exchange, template
+from sbr_jax.data import _clock, control, exchange, template
 from sbr_jax.evaluation import KeywordJudge
 from sbr_jax.evaluation.judges import Verdict
 from sbr_jax.evaluation.runner import ModelRunner, decode_answer
@@ -329,7 +329,7 @@ def test_the_date_is_english_in_every_locale(monkeypatch):
         "05 Mar 2024|Tuesday March|Tue Mar  5 00:00:00 2024|03/05/24|00:00:00|AM|5| 5|"
         "065||1709596800|100 %b"
     )
-    assert clock.strftime(day, form) == expected
+    assert _clock.strftime(day, form) == expected
     assert not template.reads_clock(tokenizer(FAMILIES["llama-3"]))
     assert template.reads_clock(tokenizer(FAMILIES["llama-3.1"]))
 
