@@ -23,8 +23,8 @@ class Hub:
     """Where a set lies on the hub."""
 
     path: str
-    splits: Mapping[str, str]
-    """Our name of a split to the hub's."""
+    splits: Mapping[str, str] | None = None
+    """Our name of a split to the hub's; None where all are there, named alike."""
     config: str | None = None
     data_dir: str | None = None
     adapt: Callable[[Cells], Cells] | None = None
@@ -40,7 +40,10 @@ def hub_rows(hub: Hub | None, name: str, split: str) -> list[Row]:
       UserError: if the set or split is not on the hub, ``datasets`` is missing, the hub
         cannot be reached, or the copy has other columns than its card says.
     """
-    if hub is None or split not in hub.splits:
+    theirs = split
+    if hub is not None and hub.splits is not None:
+        theirs = hub.splits.get(split)
+    if hub is None or theirs is None:
         raise UserError(
             f"expected a folder with '{name}' (split {split}), got none, and the hub "
             "has no copy of it: name the data folder with --data"
@@ -53,7 +56,6 @@ def hub_rows(hub: Hub | None, name: str, split: str) -> list[Row]:
             f"expected the package 'datasets' to fetch '{name}', found none: install "
             "sbr_jax[eval], or name a data folder with --data"
         ) from error
-    theirs = hub.splits[split]
     try:
         data = datasets.load_dataset(
             hub.path, hub.config, data_dir=hub.data_dir, split=theirs
@@ -81,11 +83,6 @@ def _adapted(hub: Hub, where: str, number: int, values: Cells) -> Row:
             f"{', '.join(map(repr, row.values))} with other contents: name a data "
             "folder with --data"
         ) from error
-
-
-def same(*names: str) -> dict[str, str]:
-    """Splits that have one name here and there."""
-    return {name: name for name in names}
 
 
 # --- from the hub's columns to those of the file --------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sbr_jax.data import _bbq, _hub, benchmarks, domains, safety
-from sbr_jax.data._hub import Hub, hub_rows, same
+from sbr_jax.data._hub import Hub, hub_rows
 from sbr_jax.data._rows import Row
 from sbr_jax.data.readers import any_rows, find, jsonl_rows
 from sbr_jax.data.records import (
@@ -30,6 +30,11 @@ from sbr_jax.data.records import (
 from sbr_jax.typing import UserError
 
 T = TypeVar("T")
+
+
+def same(*names: str) -> dict[str, str]:
+    """Splits that have our names there too."""
+    return {name: name for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +92,7 @@ _BEAVERTAILS_PAIRS = DataSet(
         for part in ("train", "test")
     },
     role="safety",
-    hub=Hub(
-        "PKU-Alignment/BeaverTails",
-        same("30k_train", "30k_test", "330k_train", "330k_test"),
-    ),
+    hub=Hub("PKU-Alignment/BeaverTails"),
 )
 
 SOURCES: dict[str, DataSet[Pair]] = {
@@ -100,7 +102,7 @@ SOURCES: dict[str, DataSet[Pair]] = {
         ("alpaca/alpaca_data.json",),
         domains.instruction,
         same("train"),
-        hub=Hub("tatsu-lab/alpaca", same("train")),
+        hub=Hub("tatsu-lab/alpaca"),
     ),
     "codealpaca": DataSet(
         _CODEALPACA,
@@ -113,14 +115,14 @@ SOURCES: dict[str, DataSet[Pair]] = {
         ("codealpaca/code_alpaca_20k.json",),
         domains.instruction,
         same("train"),
-        hub=Hub("sahil2801/CodeAlpaca-20k", same("train")),
+        hub=Hub("sahil2801/CodeAlpaca-20k"),
     ),
     "gsm8k": DataSet(
         "arXiv:2110.14168; MIT",
         ("gsm8k/SPLIT.jsonl",),
         domains.gsm8k,
         same("train", "test"),
-        hub=Hub("openai/gsm8k", same("train", "test"), config="main"),
+        hub=Hub("openai/gsm8k", config="main"),
     ),
     "legalbench": DataSet(
         _LEGALBENCH,
@@ -155,7 +157,7 @@ SOURCES: dict[str, DataSet[Pair]] = {
         safety.first_turn,
         same("test", "train"),
         role="safety",
-        hub=Hub("Anthropic/hh-rlhf", same("test", "train"), data_dir="harmless-base"),
+        hub=Hub("Anthropic/hh-rlhf", data_dir="harmless-base"),
     ),
     "safety_tuned_llamas": DataSet(
         _SAFETY_TUNED,
@@ -241,7 +243,6 @@ EVALSETS: dict[str, DataSet[Item]] = {
         layout=safety.jailbreakbench_rows,
         hub=Hub(
             "JailbreakBench/JBB-Behaviors",
-            same("harmful", "benign"),
             config="behaviors",
             cells={"harmful": {"harmful": True}, "benign": {"harmful": False}},
         ),

@@ -248,11 +248,10 @@ def test_shuffling_moves_the_right_options_along():
 
 TARGETS = [
     {
-        "question": row["question"],
-        **{
-            name: {"choices": list(row[name]), "labels": list(row[name].values())}
-            for name in ("mc1_targets", "mc2_targets")
-        },
+        name: {"choices": list(cell), "labels": list(cell.values())}
+        if isinstance(cell, dict)
+        else cell
+        for name, cell in row.items()
     }
     for row in rows.TASKS
 ]
@@ -310,8 +309,9 @@ def test_the_hub_gives_the_same_pairs_as_the_files(name, source_folder, monkeypa
     asked = files.fake_hub(monkeypatch, ON_HUB[name])
     assert load_source(name) == load_source(name, source_folder)
     hub, split = SOURCES[name].hub, next(iter(SOURCES[name].splits))
-    assert asked == [(hub.path, hub.config, hub.data_dir, hub.splits[split])]
-    assert set(hub.splits) <= set(SOURCES[name].splits)
+    theirs = split if hub.splits is None else hub.splits[split]
+    assert asked == [(hub.path, hub.config, hub.data_dir, theirs)]
+    assert set(hub.splits or ()) <= set(SOURCES[name].splits)
 
 
 @pytest.mark.parametrize("name", on_hub(EVALSETS))
@@ -326,7 +326,7 @@ def test_the_hub_gives_the_same_items_as_the_files(name, folder, monkeypatch):
     assert here == there
     hub = EVALSETS[name].hub
     assert asked[0][0] == hub.path
-    assert set(hub.splits) <= set(EVALSETS[name].splits)
+    assert set(hub.splits or ()) <= set(EVALSETS[name].splits)
 
 
 def test_the_hubs_splits_mark_their_prompts(monkeypatch):
@@ -357,15 +357,16 @@ HUB_FAULTS = {
         r"row 1, column 'cop': .* 1 to 4, got 0",
     ),
     **{
-        f"mmlu {case}": ("mmlu", None, [QUESTION | cells], CARD)
-        for case, cells in {
-            "letters as options": {"choices": "abcd", "answer": 1},
-            "truth value": {"choices": list("abcd"), "answer": True},
-            "fraction": {"choices": list("abcd"), "answer": 1.0},
-            "out of range": {"choices": list("abcd"), "answer": 4},
-            "negative": {"choices": list("abcd"), "answer": -1},
-            "five options": {"choices": list("abcde"), "answer": 1},
-        }.items()
+        f"mmlu {answer} of {choices}": (
+            *("mmlu", None),
+            [QUESTION | {"choices": choices, "answer": answer}],
+            CARD,
+        )
+        for answer, choices in (
+            (1, "abcd"),
+            (1, list("abcde")),
+            *((answer, list("abcd")) for answer in (True, 1.0, 4, -1)),
+        )
     },
     **{
         f"truthfulqa {case}": (
@@ -467,150 +468,117 @@ def test_the_labelled_answers_have_both_verdicts():
 
 # --- mistakes -------------------------------------------------------------------------
 
-SECRET = "a secret sentence"
-MEDQA, MEDMCQA = "medqa/phrases_no_exclude_test.jsonl", "medmcqa/dev.json"
-GSM8K, ALPACA = "gsm8k/train.jsonl", "alpaca/alpaca_5000.json"
-TRAIN, TASK = "legalbench/tasks/toy/train.tsv", "truthfulqa/mc_task.json"
-HARMBENCH = "harmbench/harmbench_targets_text.json"
-MALICIOUS = "safety_tuned_llamas/I-MaliciousInstructions.json"
-ARTIFACT = "jailbreakbench/artifact_x.json"
-BBQ = "bbq/Age.jsonl"
-BEHAVIOURS = {"harmbench/harmbench_behaviors_text_all.csv": rows.BEHAVIOURS}
-TARGETS_OF = {"mc1_targets": "truthfulqa_mc1", "mc2_targets": "truthfulqa_mc2"}
-
-
-def medqa(**cells):
-    return {MEDQA: [rows.MEDQA[0] | cells]}
-
-
-def task(name, options):
-    return {TASK: [{"question": "x", name: options}]}
-
-
-FAULTS = [
-    # Missing and empty.
-    ("gsm8k", {}, r"gsm8k/train.jsonl .*found none.*--data"),
-    ("legalbench", {}, r"legalbench \(train\).*at least one row"),
-    ("jailbreakbench_artifacts", {}, "recorded attacks"),
-    ("mmlu", {"mmlu/none.csv": ""}, "at least one row, got none"),
-    ("gsm8k", {GSM8K: ""}, "at least one row, got none"),
-    ("gsm8k", {GSM8K: "\n\n"}, "at least one row, got none"),
-    ("alpaca", {ALPACA: []}, "at least one row, got none"),
-    ("advbench", {"advbench/harmful_behaviors.csv": "goal,target\n"}, "one row"),
-    (
-        "beavertails_unsafe",
-        {"beavertails/30k_train.jsonl": rows.BEAVERTAILS[:1]},
-        "at least one item .* none in 1 rows",
-    ),
-    # Damaged lines of JSON, and other shapes.
-    (
-        "gsm8k",
-        {GSM8K: files.as_lines(rows.GSM8K) + '\n{"question": "half'},
-        r"expected JSON in .*, row 4, got .*\(Unterm",
-    ),
-    (
-        "gsm8k",
-        {GSM8K: [*rows.GSM8K, [1]]},
-        "row 3: expected an object, got a list of 1",
-    ),
-    ("alpaca", {ALPACA: '[{"instruction": 1},\n{'}, r"expected JSON in .* at line 2"),
-    ("alpaca", {ALPACA: {}}, "JSON array of objects"),
-    ("jailbreakbench_artifacts", {ARTIFACT: []}, "expected a column 'parameters'"),
-    ("catqa", {"catqa/catqa_english.json": [1]}, "category and subcategory"),
-    ("catqa", {"catqa/catqa_english.json": {"W": {"L": "Who?"}}}, "lists of q"),
-    ("harmbench", {HARMBENCH: {}, **BEHAVIOURS}, "row 1, column 'BehaviorID'"),
-    ("harmbench", {HARMBENCH: [], **BEHAVIOURS}, "targets by BehaviorID"),
-    # Tables.
-    ("mmlu", {"mmlu/test/a_test.csv": "Q,1,2,3,4,E\n"}, "row 1, column 'answer'"),
-    ("mmlu", {"mmlu/test/a_test.csv": "Q,1,2,3,A\n"}, "expected 6 cells, got 5"),
-    ("advbench", {"advbench/harmful_behaviors.csv": "goal\nx\n"}, "column 'target'"),
-    ("xstest", {"xstest/xstest_prompts.csv": "id,prompt\n1,x\n"}, "'type'"),
-    (
-        "legalbench",
-        {TRAIN: "index\tanswer\ttext\n0\tyes\tb\n1\tno\n"},
-        "row 2: expected 3 cells, got 2",
-    ),
-    (
-        "legalbench",
-        {TRAIN: "index\tanswer\tquestion\n0\tyes\tb\n"},
-        "header: expected a column 'text'",
-    ),
-    ("legalbench", {TRAIN: "index\treply\ttext\n0\tyes\tb\n"}, "'answer' or 'label'"),
-    ("legalbench", {"legalbench/tasks/x/train.tsv": "a\n"}, r"base_prompt\.txt"),
-    # Cells.
-    (
-        "gsm8k",
-        {GSM8K: [{"question": "2 + 2?", "reply": "4", SECRET: "4"}]},
-        r"row 1: .* 'answer', got question, reply, 1 l",
-    ),
-    ("gsm8k", {GSM8K: [{"question": SECRET}]}, "row 1: .* 'answer'"),
-    ("medqa", medqa(answer_idx="E"), "row 1, column 'answer_idx'"),
-    ("medqa", medqa(options={"A": "w"}), "row 1, column 'options'"),
-    ("medqa", medqa(options="wxyz"), "an object of the options"),
-    (
-        "beavertails",
-        {"beavertails/30k_train.jsonl": [rows.BEAVERTAILS[0] | {"is_safe": "perhaps"}]},
-        "row 1, column 'is_safe'",
-    ),
-    (
-        "hh_rlhf",
-        {"hh_rlhf/harmless-base-test.jsonl": [{"chosen": "Hello."}]},
-        "row 1, column 'chosen'",
-    ),
-    *(
+TRAIN = "legalbench/tasks/toy/train.tsv"
+BEHAVIOURS = files.as_table(rows.BEHAVIOURS)
+NO_ROW, TYPED = "at least one row, got none", "options with 0 or 1"
+FAULTS = {
+    ("gsm8k", "gsm8k/train.jsonl"): [
+        (None, r"gsm8k/train.jsonl .*found none.*--data"),
+        ("", NO_ROW),
+        ("\n\n", NO_ROW),
         (
-            "medmcqa",
-            {
-                MEDMCQA: files.as_lines(
-                    [rows.MEDMCQA[0], rows.MEDMCQA[0] | {"cop": cop}]
-                )
-            },
+            files.as_lines(rows.GSM8K) + '\n{"question": "half',
+            r"JSON in .*, row 4.*Unterm",
+        ),
+        ([*rows.GSM8K, [1]], "row 3: expected an object, got a list of 1"),
+        ([{"question": "a secret sentence"}], "row 1: .* 'answer', got question"),
+        (
+            [{"question": "2 + 2?", "reply": "4", "a secret sentence": "4"}],
+            r"row 1: .* 'answer', got question, reply, 1 l",
+        ),
+    ],
+    ("alpaca", "alpaca/alpaca_5000.json"): [
+        ([], NO_ROW),
+        ('[{"instruction": 1},\n{', r"expected JSON in .* at line 2"),
+        ({}, "JSON array of objects"),
+    ],
+    ("legalbench", TRAIN): [
+        (None, r"legalbench \(train\).*at least one row"),
+        ("index\tanswer\ttext\n0\tyes\tb\n1\tno\n", "row 2: expected 3 cells, got 2"),
+        ("index\tanswer\tquestion\n0\tyes\tb\n", "header: expected a column 'text'"),
+        ("index\treply\ttext\n0\tyes\tb\n", "'answer' or 'label'"),
+    ],
+    ("legalbench", "legalbench/tasks/x/train.tsv"): [("a\n", r"base_prompt\.txt")],
+    ("medqa", "medqa/phrases_no_exclude_test.jsonl"): [
+        ([rows.MEDQA[0] | {"answer_idx": "E"}], "row 1, column 'answer_idx'"),
+        ([rows.MEDQA[0] | {"options": {"A": "w"}}], "row 1, column 'options'"),
+        ([rows.MEDQA[0] | {"options": "wxyz"}], "an object of the options"),
+    ],
+    ("medmcqa", "medmcqa/dev.json"): [
+        (
+            files.as_lines([rows.MEDMCQA[0], rows.MEDMCQA[0] | {"cop": cop}]),
             r"row 2, column 'cop'.*counts from 0",
         )
         for cop in (0, 5, "1", True, None)
-    ),
-    *(
-        (TARGETS_OF[name], task(name, options), said)
-        for name, options, said in (
-            ("mc1_targets", {"a": 1, "b": 1}, "exactly one right option"),
-            ("mc2_targets", {"a": 0}, "of which one has 1"),
-            ("mc1_targets", {"a": True, "b": False}, "options with 0 or 1"),
-            ("mc2_targets", {"a": 1.0, "b": 0.0}, "options with 0 or 1"),
+    ],
+    ("beavertails", "beavertails/30k_train.jsonl"): [
+        ([rows.BEAVERTAILS[0] | {"is_safe": "perhaps"}], "row 1, column 'is_safe'")
+    ],
+    ("beavertails_unsafe", "beavertails/30k_train.jsonl"): [
+        (rows.BEAVERTAILS[:1], "at least one item .* none in 1 rows")
+    ],
+    ("hh_rlhf", "hh_rlhf/harmless-base-test.jsonl"): [
+        ([{"chosen": "Hello."}], "row 1, column 'chosen'")
+    ],
+    ("harmbench", "harmbench/harmbench_targets_text.json"): [
+        ({}, "row 1, column 'BehaviorID'"),
+        ([], "targets by BehaviorID"),
+    ],
+    ("jailbreakbench_artifacts", "jailbreakbench/artifact_x.json"): [
+        (None, "recorded attacks"),
+        ([], "expected a column 'parameters'"),
+    ],
+    ("advbench", "advbench/harmful_behaviors.csv"): [
+        ("goal,target\n", "one row"),
+        ("goal\nx\n", "column 'target'"),
+    ],
+    ("catqa", "catqa/catqa_english.json"): [
+        ([1], "category and subcategory"),
+        ({"W": {"L": "Who?"}}, "lists of q"),
+    ],
+    ("xstest", "xstest/xstest_prompts.csv"): [("id,prompt\n1,x\n", "'type'")],
+    ("safety_tuned_questions", "safety_tuned_llamas/I-MaliciousInstructions.json"): [
+        ({"instructions": [1]}, "a list of texts"),
+        ({"instructions": "Who?"}, "a list of texts, got a text of 4"),
+    ],
+    ("mmlu", "mmlu/test/a_test.csv"): [
+        (None, NO_ROW),
+        ("Q,1,2,3,4,E\n", "row 1, column 'answer'"),
+        ("Q,1,2,3,A\n", "expected 6 cells, got 5"),
+    ],
+    ("truthfulqa_mc1", "truthfulqa/mc_task.json"): [
+        (
+            [rows.TASKS[0] | {"mc1_targets": {"a": 1, "b": 1}}],
+            "exactly one right option",
+        ),
+        ([rows.TASKS[0] | {"mc1_targets": {"a": True, "b": False}}], TYPED),
+    ],
+    ("truthfulqa_mc2", "truthfulqa/mc_task.json"): [
+        ([rows.TASKS[0] | {"mc2_targets": {"a": 0}}], "of which one has 1"),
+        ([rows.TASKS[0] | {"mc2_targets": {"a": 1.0, "b": 0.0}}], TYPED),
+    ],
+    ("mtbench", "mtbench/question.jsonl"): [
+        ([rows.MTBENCH[0] | {"turns": []}], "at least one question"),
+        ([rows.MTBENCH[0] | {"turns": "Go."}], "'turns': expected a list of texts"),
+    ],
+    ("bbq", "bbq/Age.jsonl"): [
+        (
+            [rows.bias(answer_info={"ans0": "o", "ans1": ["x"], "ans2": ["y"]})],
+            "lists of labels",
         )
-    ),
-    (
-        "mtbench",
-        {"mtbench/question.jsonl": [rows.MTBENCH[0] | {"turns": []}]},
-        "at least one question",
-    ),
-    (
-        "mtbench",
-        {"mtbench/question.jsonl": [rows.MTBENCH[0] | {"turns": "Go."}]},
-        "'turns': expected a list of texts",
-    ),
-    ("safety_tuned_questions", {MALICIOUS: {"instructions": [1]}}, "a list of texts"),
-    (
-        "safety_tuned_questions",
-        {MALICIOUS: {"instructions": "Who?"}},
-        "a list of texts, got a text of 4",
-    ),
-    (
-        "bbq",
-        {BBQ: [rows.bias(answer_info={"ans0": "o", "ans1": ["x"], "ans2": ["y"]})]},
-        "lists of labels",
-    ),
-]
+    ],
+}
+CASES = [(*key, *fault) for key, faults in FAULTS.items() for fault in faults]
 
 
-@pytest.mark.parametrize(
-    ("name", "written", "said"), FAULTS, ids=[f"{f[0]}-{f[2][:30]}" for f in FAULTS]
-)
+@pytest.mark.parametrize(("name", "path", "value", "said"), CASES)
 def test_files_that_are_not_as_published_are_named_in_one_line(
-    name, written, said, tmp_path
+    name, path, value, said, tmp_path
 ):
-    if TRAIN in written:
-        files.save(tmp_path, files.LEGALBENCH)
-    files.save(tmp_path, written)
+    beside = {"harmbench/harmbench_behaviors_text_all.csv": BEHAVIOURS}
+    if path == TRAIN and value:
+        beside = files.LEGALBENCH
+    files.save(tmp_path, beside if value is None else {**beside, path: value})
     load = load_source if name in SOURCES else load_evalset
     with pytest.raises(UserError, match=said) as error:
         load(name, tmp_path, split="Age" if name == "bbq" else None)
