@@ -37,6 +37,7 @@ from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.build import Encoder
 from sbr_jax.testbed.domains import DOMAINS, TRAIN, Item
 from sbr_jax.testbed.world import Thing, World, make_world
+from sbr_jax.typing import PyTree
 
 UNSAFE, SAFE, ABSTAIN = "dangerous", "harmless", "<eos>"
 """What the guard says: its two labels, or nothing where it cannot rate."""
@@ -189,7 +190,7 @@ def train(
     """
     from rich.progress import Progress
 
-    adapter = models.init_adapter(
+    adapter: PyTree = models.init_adapter(
         jax.random.key(seed), model.config, rank=RANK, alpha=ALPHA, targets=TARGETS
     )
     optimizer = _optimizer(steps)
@@ -257,18 +258,15 @@ def guard_judge(guard: models.Model | None = None) -> Judge:
       ``judge(dataset) -> risk [N]``; see
       :func:`sbr_jax.methods.judges.label_likelihood_judge`.
     """
-    guard = testbed.load_guard() if guard is None else guard
-    return label_likelihood_judge(
-        guard,
-        None,
-        label_ids(guard.tokenizer, (UNSAFE, SAFE)),
-        _render(guard.tokenizer),
-    )
+    rater: models.Model = guard or testbed.load_guard()
+    unsafe, safe = label_ids(rater.tokenizer, (UNSAFE, SAFE))
+    return label_likelihood_judge(rater, None, (unsafe, safe), _render(rater.tokenizer))
 
 
 def encode_rows(tokenizer: Any, rows: list[corpus.Row]) -> TokenDataset:
     """Pairs as a data set, with the ids that the chat template gives."""
-    return TokenDataset(**Encoder(tokenizer).batch(rows))
+    encoded = Encoder(tokenizer).batch(rows)
+    return TokenDataset(encoded["tokens"], encoded["mask"])
 
 
 def quality(

@@ -114,92 +114,63 @@ def test_copies_with_other_line_ends_give_the_prompts_of_the_originals(
 
 # --- files that are not what their name says ------------------------------------------
 
-LONE = "a secret sentence"
-ROW = {"t": LONE}
+ROW = json.dumps({"t": "a secret sentence"}) + "\n"
+DEEP, NAMED = 100_000, '{"a secret sentence": "\\u0000"}'
+LEVELS = '{"t":' + "[" * MOST_LEVELS + "]" * MOST_LEVELS + "}"
+SWALLOWED = '"a secret sentence,b\n'
 WRONG = {
-    "UTF-16": ("a.csv", f"t\n{LONE}\n".encode("utf-16"), "got UTF-16 at line 1: save"),
-    "Latin-1 table": (
-        "a.csv",
-        f"t\n{LONE}\n\xe9\n".encode("latin-1"),
-        "got another encoding at line 3: save it as UTF-8",
-    ),
-    "Latin-1 lines": (
-        "a.jsonl",
-        (json.dumps(ROW) + '\n{"t": "\xe9"}').encode("latin-1"),
-        "got another encoding at line 2",
-    ),
-    "NUL": ("a.csv", b"t\nx\na\0\n", "got a NUL byte at line 3"),
-    "surrogate in lines": (
-        "a.jsonl",
-        (json.dumps(ROW) + '\n{"t": "x\\ud800"}').encode(),
-        "row 2, column 't': expected a text, got one with half of a pair",
-    ),
-    "surrogate in an array": (
-        "a.json",
-        b'[{"t": {"u": ["x", "\\udfff"]}}]',
-        "row 1, column 't', column 'u', item 2: expected a text",
-    ),
-    "surrogate in a name": ("a.jsonl", b'{"\\ud800": 1}', "row 1, name of a column"),
-    "escaped NUL": ("a.jsonl", b'{"t": "\\u0000"}', "column 't': .* a NUL character"),
-    "text as column": (
-        "a.jsonl",
-        b'{"a secret sentence": "\\u0000"}',
-        "row 1, a column with a longer name: ",
-    ),
-    "deep": ("a.json", b"[" * 100_000, "JSON of at most 100 levels in"),
-    "deep line": (
-        "a.jsonl",
-        b'{"t":' * 100_000,
-        "JSON of at most 100 levels in .*row 1, got",
-    ),
-    "levels": (
-        "a.jsonl",
-        b'{"t":' + b"[" * MOST_LEVELS + b"]" * MOST_LEVELS + b"}",
-        f"row 1, .*expected at most {MOST_LEVELS} levels",
-    ),
-    "digits": ("a.jsonl", b'{"t": ' + b"9" * 5000 + b"}", "row 1, got .*4300 digits"),
-    "array as lines": ("a.jsonl", b'[{"t": 1},\n{"t": 2}]', "got a JSON array: write"),
-    "lines as array": (
-        "a.json",
-        b'{"t": 1}\n{"t": 2}',
-        "line 2, .*as if it were JSON lines",
-    ),
-    "name twice": (
-        "a.jsonl",
-        b'{"t": 1, "t": 1}',
-        "row 1, got a name that stands twice in one object",
-    ),
-    "names by line end": (
-        "a.jsonl",
-        b'{"t\\r\\n": 1, "t\\n": 2}',
-        "row 1: expected different names",
-    ),
-    "header twice": ("a.csv", b"t,t\n1,2\n", "columns of different names"),
-    "nothing": ("a.csv", b"", "got an empty file"),
-    "header only": ("a.csv", b"t,u\n", "at least one row, got none"),
-    "bomb": ("a.jsonl.gz", gzip.compress(b" " * 2**25, 1), "more than 200-fold"),
-    "swallowed": (
-        "a.csv",
-        b"t,u\n" + b'"a secret sentence,b\n' * 50,
-        r"row 1: .*expected after '\"'",
-    ),
-    "unclosed": ("a.csv", b't,u\nx,y\n"a secret sentence,b\n', "row 2: .*end of data"),
-    "lone quote": ("a.csv", b't,u\nx,y\nz "," a"b\n', "row 2"),
-    "lost quote": ("a.csv", b't,u\nx,y\nz ""a"" b",c\n', "row 2: .*without a second"),
-    "other delimiter": ("a.csv", b"t;u\na,b;c\n", "row 1: expected 1 cells, got 2"),
-    "row of a list": (
-        "a.json",
-        b'[{"t": 1}, ["x"]]',
-        "row 2: expected an object, got a",
-    ),
+    "a.csv": [
+        ("t\na secret sentence\n".encode("utf-16"), "got UTF-16 at line 1: save"),
+        (
+            "t\na secret sentence\n\xe9\n".encode("latin-1"),
+            "got another encoding at line 3: save it as UTF-8",
+        ),
+        ("t\nx\na\0\n", "got a NUL byte at line 3"),
+        ("t,t\n1,2\n", "columns of different names"),
+        ("", "got an empty file"),
+        ("t,u\n", "at least one row, got none"),
+        ("t,u\n" + SWALLOWED * 50, r"row 1: .*expected after '\"'"),
+        ("t,u\nx,y\n" + SWALLOWED, "row 2: .*end of data"),
+        ('t,u\nx,y\nz "," a"b\n', "row 2"),
+        ('t,u\nx,y\nz ""a"" b",c\n', "row 2: .*without a second"),
+        ("t;u\na,b;c\n", "row 1: expected 1 cells, got 2"),
+    ],
+    "a.jsonl": [
+        (f'{ROW}{{"t": "\xe9"}}'.encode("latin-1"), "got another encoding at line 2"),
+        (
+            ROW + '{"t": "x\\ud800"}',
+            "row 2, column 't': expected a text, got one with half of a pair",
+        ),
+        ('{"\\ud800": 1}', "row 1, name of a column"),
+        ('{"t": "\\u0000"}', "column 't': .* a NUL character"),
+        (NAMED, "row 1, a column with a longer name: "),
+        ('{"t":' * DEEP, "JSON of at most 100 levels in .*row 1, got"),
+        (LEVELS, f"row 1, .*expected at most {MOST_LEVELS} levels"),
+        ('{"t": ' + "9" * 5000 + "}", "row 1, got .*4300 digits"),
+        ('[{"t": 1},\n{"t": 2}]', "got a JSON array: write"),
+        ('{"t": 1, "t": 1}', "row 1, got a name that stands twice in one object"),
+        ('{"t\\r\\n": 1, "t\\n": 2}', "row 1: expected different names"),
+    ],
+    "a.json": [
+        (
+            '[{"t": {"u": ["x", "\\udfff"]}}]',
+            "row 1, column 't', column 'u', item 2: expected a text",
+        ),
+        ("[" * DEEP, "JSON of at most 100 levels in"),
+        ('{"t": 1}\n{"t": 2}', "line 2, .*as if it were JSON lines"),
+        ('[{"t": 1}, ["x"]]', "row 2: expected an object, got a"),
+    ],
+    "a.jsonl.gz": [(gzip.compress(b" " * 2**25, 1), "more than 200-fold")],
 }
+CASES = [(name, *case) for name, cases in WRONG.items() for case in cases]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_row_is_one_line_with_file_and_place(case, tmp_path):
-    name, content, said = WRONG[case]
+@pytest.mark.parametrize(
+    ("name", "content", "said"), CASES, ids=[f"{c[0]}: {c[2]}" for c in CASES]
+)
+def test_what_is_no_row_is_one_line_with_file_and_place(name, content, said, tmp_path):
     path = tmp_path / name
-    path.write_bytes(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError, match=said) as error:
         readers.any_rows(path)
     assert str(path) in str(error.value)
