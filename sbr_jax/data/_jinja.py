@@ -38,7 +38,7 @@ ERRORS = (
     TypeError,
     ValueError,
 )
-"""Whatever a template can raise: its own refusals, and faults in its code."""
+"""All that a template can raise: its own refusals, and faults in its code."""
 
 LONGEST = 1 << 16
 """Characters of a template: those of published models have under 30 thousand."""
@@ -149,7 +149,7 @@ _REPEATED = str, list, tuple
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """What transformers offers to chat templates, charged for."""
+    """The environment of transformers' chat templates, charged for."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%", "//"})
 

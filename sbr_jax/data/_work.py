@@ -1,4 +1,4 @@
-"""What a chat template may cost: every step and text is charged before it is built.
+"""The budget of a chat template: steps and texts are charged before they are built.
 
 Filters and methods that multiply (a width, a replacement, a join) are charged for what
 they would write; what cannot be told in advance ends at a deadline.
@@ -79,11 +79,7 @@ _BUDGET: contextvars.ContextVar[_Budget] = contextvars.ContextVar("budget")
 
 
 def charge(amount: int) -> None:
-    """Charges so many characters, and a step.
-
-    Raises:
-      TemplateRuntimeError: nothing is left.
-    """
+    """Charges so many characters, and a step; raises where nothing is left."""
     _BUDGET.get().charge(amount)
 
 
@@ -145,7 +141,7 @@ def _widths(text: str) -> int:
 
 
 def _numbers(value: Any) -> int:
-    """Numbers in a value that is formatted, which may be meant as widths."""
+    """Sum of the numbers in a formatted value, which may be meant as widths."""
     if isinstance(value, Mapping):
         return sum(map(_numbers, value.values()))
     if isinstance(value, list | tuple):

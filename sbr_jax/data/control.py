@@ -148,11 +148,7 @@ def _whole(tokenizer: Any, text: str, *, middle: bool = False) -> Encoded:
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """A control token's text by the model of the tokenizer alone.
-
-    Raises:
-      UserError: the tokenizer has no other way to write it.
-    """
+    """A control token's text by the model of the tokenizer alone."""
     breaks = _pipeline(tokenizer, "\n")
     ids = _pipeline(tokenizer, "\n" + text)
     ids = ids[len(breaks) :] if ids[: len(breaks)] == breaks else ids

@@ -18,7 +18,7 @@ from sbr_jax.typing import UserError
 def encode_exchange(
     tokenizer: Any, record: Record, *, template: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """Tokens of an exchange, and the mask of its answer with its stop token.
+    """The tokens of an exchange, and the mask of its answer with its stop token.
 
     Raises:
       UserError: see :func:`sbr_jax.data.text.encode_chat`.

@@ -258,8 +258,7 @@ class BiasItem:
     def biased(self) -> int | None:
         """The answer that follows the stereotype.
 
-        The stereotyped group for a negative question, the other one for a question of
-        the opposite meaning.
+        That is the stereotyped group for a negative question, else the other one.
         """
         if self.stereotyped is None or self.negative:
             return self.stereotyped

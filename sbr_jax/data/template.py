@@ -126,20 +126,16 @@ def render(
     *,
     prompt: bool = False,
 ) -> str:
-    """Renders messages as the tokenizer's template has them.
+    """The text of messages in the tokenizer's template.
 
-    The text is that of transformers' ``apply_chat_template``, but for noncharacters
-    around control tokens that stand in the messages (:func:`control.encode` knows
-    them).
+    It is that of transformers' ``apply_chat_template``, but for noncharacters around
+    control tokens that stand in the messages (:func:`control.encode` knows them).
 
     Args:
       tokenizer: of transformers; see :func:`fix_template`.
       messages: with roles and contents.
       template: to use instead of the tokenizer's own.
       prompt: whether to end with what asks for an answer.
-
-    Returns:
-      The text.
 
     Raises:
       UserError: no template, one that fails, refuses the messages, or takes too long.
@@ -170,11 +166,7 @@ def _render(
     prompt: bool = False,
     answer: str | None = None,
 ) -> str:
-    """The text with marks around generation blocks; ``answer`` is put last, as it is.
-
-    Raises:
-      UserError: see :func:`render`.
-    """
+    """The text with marks around generation blocks; ``answer`` is put last as it is."""
     date, thinking = rendering_of(tokenizer)
     marked = control.marked_messages(tokenizer, list(messages), template)
     if answer is not None:
@@ -213,9 +205,6 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
       tokenizer: of transformers.
       record: its answer is not looked at.
       template: to use instead of the tokenizer's own.
-
-    Returns:
-      The parts of the text around the answer.
 
     Raises:
       UserError: see :func:`render`; or if the place cannot be told.
