@@ -20,7 +20,7 @@ Cells = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """Where a set lies on the hub."""
+    """The copy of a set on the hub."""
 
     path: str
     splits: Mapping[str, str] | None = None
@@ -30,7 +30,7 @@ class Hub:
     adapt: Callable[[Cells], Cells] | None = None
     """From the hub's columns to those of the original file."""
     cells: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """What a row gets besides, by our name of the split."""
+    """Cells that a row gets besides, by our name of the split."""
 
 
 def hub_rows(hub: Hub | None, name: str, split: str) -> list[Row]:

@@ -14,7 +14,7 @@ from sbr_jax.typing import UserError
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 MOST_LEVELS = 32
-"""How deep a value may be nested; published rows have up to four levels."""
+"""Levels of a nested value at most; published rows have up to four."""
 
 
 class Row(NamedTuple):
@@ -80,7 +80,7 @@ class Row(NamedTuple):
         return value
 
     def identity(self, column: str) -> str:
-        """What names the row: a text or a whole number, as text."""
+        """The name of the row: a text or a whole number, as text."""
         value = self.get(column)
         return str(value) if type(value) is int else self.text(column)
 

@@ -26,7 +26,7 @@ SECONDS = 5.0
 """Of this thread's own work, so that a busy machine refuses nothing."""
 
 ITEM = 64
-"""What a part costs that a text or a sequence is taken into."""
+"""Cost of each part that a text or a sequence is taken into."""
 
 STRIDE = 16
 """Characters that are compared in the time in which one is written."""
@@ -62,7 +62,7 @@ _PRODUCT = frozenset(
 
 
 class _Budget:
-    """What is left of a rendering's work."""
+    """The work that is left to a rendering."""
 
     def __init__(self):
         self.left, self.until = BUDGET, time.thread_time() + SECONDS
@@ -84,7 +84,7 @@ def charge(amount: int) -> None:
 
 
 def size_of(value: Any) -> int:
-    """How long a value is, roughly in characters."""
+    """Length of a value, roughly in characters."""
     if isinstance(value, int):
         return value.bit_length() // 3 + 1
     return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1

@@ -25,7 +25,7 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 MOST_GROWTH = 200
-"""How much a compressed text may grow; real ones grow 3 to 20-fold."""
+"""Growth of a compressed text at most; real ones grow 3 to 20-fold."""
 _ALWAYS_FINE = 2**24
 _PIECE = 2**20
 

@@ -78,7 +78,7 @@ class Record:
     """
 
     prompt: str | Messages
-    """What the user says, or every message up to there, the last a user's."""
+    """The user's text, or every message up to the answer, the last a user's."""
     response: str = ""
     system: str | None = None
     """A system message, put first."""
@@ -341,4 +341,4 @@ Item = (
     | DialogueItem
     | JudgedItem
 )
-"""Anything an evaluation set is made of."""
+"""An item of any evaluation set."""

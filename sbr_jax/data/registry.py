@@ -47,7 +47,7 @@ class DataSet(Generic[T]):
     """Below the data folder: the first that is there, or what ``layout`` reads. SPLIT
     stands for the split's name in files, NAME for ours, TASK for a task's."""
     item: Callable[[Row], T | None]
-    """What a row holds; None leaves the row out."""
+    """From a row to its pair or item; None leaves the row out."""
     splits: Mapping[str, str] = dataclasses.field(default_factory=lambda: same("all"))
     """Our names of splits to those in names of files; the first is the default."""
     role: str = "domain"

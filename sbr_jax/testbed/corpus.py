@@ -1,4 +1,4 @@
-"""What the testbed's model reads: pretraining text, alignment pairs, attack pairs.
+"""Texts of the testbed's model: pretraining, alignment pairs, attack pairs.
 
 A row is ``(prompt, answer)``; ``prompt`` is ``None`` for plain text. Sampling is a pure
 function of the generator it is given.
