@@ -129,8 +129,16 @@ def shared_prompts(named: Mapping[str, Any]) -> dict[str, int]:
     return _overlaps({name: set(_token_keys(data)) for name, data in named.items()})
 
 
-def refuse_leaks(counts: Mapping[str, int]) -> dict[str, int]:
+def refuse_leaks(
+    counts: Mapping[str, int],
+    remedy: str = "drop them from the first of each pair (sbr_jax.data.leaks.without), "
+    "or the second measures nothing",
+) -> dict[str, int]:
     """Refuses counts above 0; others are returned.
+
+    Args:
+      counts: by pair, ``{"first/second": count}``.
+      remedy: advice that ends the error.
 
     Raises:
       UserError: naming every pair that shares prompts, with its count.
@@ -141,10 +149,7 @@ def refuse_leaks(counts: Mapping[str, int]) -> dict[str, int]:
         if count
     ]
     if found:
-        raise UserError(
-            f"expected disjoint sets, but {', '.join(found)}: drop them from the first "
-            "of each pair (sbr_jax.data.leaks.without), or the second measures nothing"
-        )
+        raise UserError(f"expected disjoint sets, but {', '.join(found)}: {remedy}")
     return dict(counts)
 
 

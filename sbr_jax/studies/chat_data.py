@@ -288,13 +288,11 @@ class Ledger:
                 others |= self._measured
             for name, prompts in others.items():
                 counts[f"{part}/{name}"] = len(self.sets[part] & prompts)
-        if found := [f"{pair}: {count}" for pair, count in counts.items() if count]:
-            raise UserError(
-                "expected sets without common prompts, got "
-                f"{', '.join(found)}; --set study.drop_overlaps=True leaves them out "
-                "of the first of each pair, or take another data set"
-            )
-        return counts
+        return leaks.refuse_leaks(
+            counts,
+            "--set study.drop_overlaps=True leaves them out of the first of each pair, "
+            "or take another data set",
+        )
 
 
 def _asked(prompt: str) -> tuple[str, str]:
