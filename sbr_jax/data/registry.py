@@ -1,4 +1,4 @@
-"""Public data sets by name: where their files lie, what they hold, who made them.
+"""Public data sets by name: files and layouts, owners and licences, copies on the hub.
 
 :data:`SOURCES` are training and calibration sets, pairs of a prompt and an answer;
 :data:`EVALSETS` are evaluation sets, items with the answers that people gave them. They
@@ -22,18 +22,14 @@ from sbr_jax.data import _bbq, _hub, benchmarks, domains, safety
 from sbr_jax.data._hub import Hub, hub_rows
 from sbr_jax.data._rows import Row
 from sbr_jax.data.readers import any_rows, find, jsonl_rows
-from sbr_jax.data.records import (
-    BehaviourItem,
-    Item,
-    Pair,
-)
+from sbr_jax.data.records import BehaviourItem, Item, Pair
 from sbr_jax.typing import UserError
 
 T = TypeVar("T")
 
 
 def same(*names: str) -> dict[str, str]:
-    """Splits that have our names there too."""
+    """Splits that are named there as here."""
     return {name: name for name in names}
 
 

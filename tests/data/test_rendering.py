@@ -78,7 +78,7 @@ def test_a_row_is_the_prompt_that_is_asked_then_what_is_learnt(name, pieces):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_are_those_of_transformers(name):
+def test_texts_and_tokens_are_those_of_transformers(name):
     tok = template.fix_template(tokenizer(FAMILIES[name]))
     for record in conversations(7, 4, PIECES):
         for messages, ask in ((record.messages, False), (record.context, True)):
@@ -86,6 +86,10 @@ def test_texts_are_those_of_transformers(name):
                 messages, tokenize=False, add_generation_prompt=ask
             )
             assert template.render(tok, messages, prompt=ask) == theirs
+        rows = data.encode_chat(tok, [record], 512)
+        theirs = tok.apply_chat_template(record.messages)["input_ids"]
+        assert rows.tokens[0][: len(theirs)].tolist() == theirs
+        assert rows.escaped == 0
 
 
 # --- fixed text before the answer -----------------------------------------------------
