@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbr_jax.data.evalsets import load_evalset
-from sbr_jax.data.sources import DOMAINS
+from sbr_jax.data.registry import DOMAINS, load_evalset
 from sbr_jax.evaluation.items import Result
 from sbr_jax.evaluation.judges import Judge
 from sbr_jax.evaluation.refusals import as_asr

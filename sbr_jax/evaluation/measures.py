@@ -19,8 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sbr_jax.data.evalsets import load_evalset
-from sbr_jax.data.sources import known
+from sbr_jax.data.registry import known, load_evalset
 from sbr_jax.evaluation.agreement import HUMAN_VERDICTS, measure_agreement
 from sbr_jax.evaluation.composite import composite_report
 from sbr_jax.evaluation.items import Result

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sbr_jax.data.evalsets import load_evalset
 from sbr_jax.data.leaks import distinct
-from sbr_jax.data.sources import load_source
+from sbr_jax.data.registry import load_evalset, load_source
 from sbr_jax.evaluation import tasks
 from sbr_jax.evaluation.first_token import refusal_auc
 from sbr_jax.evaluation.items import Result

@@ -50,7 +50,7 @@ BOOKKEEPING = (
 of the testbed's model is not run again, and the files that it made count."""
 SILENT = {"name", "summary", "notes", "methods", "seeds"}
 SILENT |= {"hardware", "hyperparameters"}
-"""Fields of presets and attacks that say which variants to run, on what and what to print."""
+"""Fields of presets and attacks that say which variants to run and what to print."""
 
 
 def code_hash(row: str, study: str = TESTBED) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.exchange import stop_tokens
-from sbr_jax.data.sources import data_folder
+from sbr_jax.data.registry import data_folder
 from sbr_jax.data.template import process_date, reads_clock
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.errors import check_names

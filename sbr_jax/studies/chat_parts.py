@@ -9,7 +9,7 @@ from sbr_jax.data import TokenDataset
 from sbr_jax.data.control import holds_control
 from sbr_jax.data.exchange import stop_tokens, unstopped
 from sbr_jax.data.records import ChoiceItem
-from sbr_jax.data.sources import SOURCES
+from sbr_jax.data.registry import SOURCES
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.errors import check_names
 from sbr_jax.models import Model

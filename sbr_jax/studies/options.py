@@ -149,7 +149,7 @@ class StoriesOptions:
 
     def known_domains(self) -> Sequence[str]:
         """Every public data set with a reader."""
-        from sbr_jax.data.sources import DOMAINS
+        from sbr_jax.data.registry import DOMAINS
 
         return tuple(DOMAINS)
 
@@ -267,7 +267,7 @@ class ChatOptions:
 
     def known_domains(self) -> Sequence[str]:
         """The papers' domains, and every public data set with a reader."""
-        from sbr_jax.data.sources import DOMAINS as SETS
+        from sbr_jax.data.registry import DOMAINS as SETS
 
         return (*DOMAINS, *SETS)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import errors
+from sbr_jax.data.leaks import refuse_leaks
 from sbr_jax.methods import METHODS, VARIANTS, Method
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.models.lora import select_targets
@@ -30,7 +31,7 @@ from sbr_jax.training.program import Program, init_adapter, make_program
 from sbr_jax.training.results import Workdir
 from sbr_jax.training.stage_records import BASE, read_result, write_result
 from sbr_jax.training.stages import EVALUATE, TRAIN
-from sbr_jax.training.study import Study, refuse_leaks
+from sbr_jax.training.study import Study
 from sbr_jax.training.track import Track, measure
 from sbr_jax.typing import PyTree, UserError
 

@@ -1,12 +1,12 @@
 """A study: the model, the domains and the measurements that a pipeline runs over."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from sbr_jax.typing import PyTree, UserError
+from sbr_jax.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,67 +58,3 @@ class Study:
     fingerprint: str = ""
     leak_check: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def shared_prompts(
-    named: Mapping[str, Any | Sequence[Sequence[int]]],
-) -> dict[str, int]:
-    """Counts prompts that two sets have in common, for every pair of sets.
-
-    Args:
-      named: token datasets (a prompt is what comes before the first answer token) or
-        lists of prompts' token ids.
-
-    Returns:
-      ``{"first/second": count}``, the form of :attr:`Study.leak_check`.
-
-    >>> shared_prompts({"a": [[1, 2], [3]], "b": [[3], [4]]})
-    {'a/b': 1}
-    """
-    sets = {name: set(_prompts(data)) for name, data in named.items()}
-    names = list(sets)
-    return {
-        f"{a}/{b}": len(sets[a] & sets[b])
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    }
-
-
-def check_disjoint(
-    named: Mapping[str, Any | Sequence[Sequence[int]]],
-) -> dict[str, int]:
-    """Refuses sets that share prompts.
-
-    Args:
-      named: see :func:`shared_prompts`.
-
-    Returns:
-      The counts, all 0.
-
-    Raises:
-      UserError: naming the pair and how many prompts it shares.
-    """
-    counts = shared_prompts(named)
-    refuse_leaks(counts)
-    return counts
-
-
-def refuse_leaks(counts: Mapping[str, int]) -> None:
-    """Raises UserError where a count is above 0."""
-    for pair, count in counts.items():
-        if count:
-            first, _, second = pair.partition("/")
-            raise UserError(
-                f"expected disjoint sets, but {first} and {second} share {count} "
-                f"prompts: remove them from {first}, or {second} measures nothing"
-            )
-
-
-def _prompts(data: Any) -> Iterator[tuple[int, ...]]:
-    if not hasattr(data, "mask"):
-        yield from (tuple(map(int, row)) for row in data)
-        return
-    tokens, mask = np.asarray(data.tokens), np.asarray(data.mask)
-    for row, answer in zip(tokens, mask, strict=True):
-        stop = int(np.argmax(answer > 0)) if (answer > 0).any() else len(row)
-        yield tuple(row[:stop].tolist())

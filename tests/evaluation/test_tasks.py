@@ -248,7 +248,7 @@ def test_nothing_is_measured_on_nothing(ask):
 
 @needs_data
 def test_real_items_fit_their_tasks():
-    from sbr_jax.data.evalsets import load_evalset
+    from sbr_jax.data.registry import load_evalset
 
     likely = Fake(prefer=lambda p, o: -float(len(o)))
     for name in ("truthfulqa_mc1", "truthfulqa_mc2"):
@@ -277,7 +277,7 @@ def test_real_items_fit_their_tasks():
 
 @needs_data
 def test_a_model_that_never_takes_sides_has_no_bias():
-    from sbr_jax.data.evalsets import load_evalset
+    from sbr_jax.data.registry import load_evalset
 
     items = load_evalset("bbq", DATA, split="Religion")
     unknown = {f" {item.choices[item.unknown]}" for item in items}

@@ -17,9 +17,9 @@ import pytest
 import tiny
 
 from sbr_jax.data.batches import TokenDataset
+from sbr_jax.data.leaks import check_disjoint
 from sbr_jax.training import records, results, stages
 from sbr_jax.training.pipeline import run
-from sbr_jax.training.study import check_disjoint
 from sbr_jax.typing import UserError
 
 STUDY = tiny.study()

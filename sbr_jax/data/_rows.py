@@ -2,9 +2,7 @@ r"""One row of a data set: typed cells, and errors that say where the row stands
 
 Every text of every format passes :func:`cleaned`, so that one prompt is one text:
 lines end with ``\n`` however the file was saved. Blanks at either end are left, which
-code needs; whoever makes an item of a row strips them where they mean nothing.
-
-Errors never quote a text, which may be harmful; they tell its length.
+code needs. Errors never quote a text, which may be harmful; they tell its length.
 """
 
 import re
@@ -16,11 +14,13 @@ from sbr_jax.typing import UserError
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 MOST_LEVELS = 32
-"""How deep a value may be nested; published rows have up to four levels."""
+"""Levels of a nested value at most; published rows have up to four."""
 
 
 class Row(NamedTuple):
     """One row of a file or of a set on the hub, and where it stands.
+
+    Whatever reads a cell raises UserError for a cell of another type.
 
     >>> str(Row("toy.csv", 2, {"n": 5}).fault("n", "at most 4"))
     "toy.csv, row 2, column 'n': expected at most 4, got 5"
@@ -32,11 +32,7 @@ class Row(NamedTuple):
 
     @classmethod
     def read(cls, where: str, number: int, values: Any) -> "Row":
-        """A row as it was read, with its texts cleaned.
-
-        Raises:
-          UserError: if it is no object, and as :func:`cleaned`.
-        """
+        """A row as it was read, with its texts cleaned."""
         place = f"{where}, row {number}"
         if not isinstance(values, Mapping):
             raise UserError(f"{place}: expected an object, got {describe(values)}")
@@ -54,11 +50,7 @@ class Row(NamedTuple):
         return self._replace(values={**self.values, **cells})
 
     def get(self, column: str) -> Any:
-        """A cell as it is.
-
-        Raises:
-          UserError: if there is no such column.
-        """
+        """A cell as it is."""
         if column not in self.values:
             # In a file without a header, the "names" are a row's texts.
             names = [name for name in self.values if _is_name(name)]
@@ -72,15 +64,7 @@ class Row(NamedTuple):
         return self.values[column]
 
     def text(self, column: str, *, empty: bool = False) -> str:
-        """A text, unchanged.
-
-        Args:
-          column: its name.
-          empty: whether it may be blank or null.
-
-        Raises:
-          UserError: for another type, and a blank text that may not be blank.
-        """
+        """A text, unchanged; null or a blank one only where it may be ``empty``."""
         value = self.get(column)
         if empty and value is None:
             return ""
@@ -89,37 +73,19 @@ class Row(NamedTuple):
         return value
 
     def integer(self, column: str, low: int, high: int, note: str = "") -> int:
-        """A whole number within bounds, both included.
-
-        Args:
-          column: its name.
-          low: the least.
-          high: the greatest.
-          note: what to add to the error.
-
-        Raises:
-          UserError: for anything else, booleans among it.
-        """
+        """A whole number within bounds, both included; ``note`` ends the error."""
         value = self.get(column)
         if type(value) is not int or not low <= value <= high:
             raise self.fault(column, f"a whole number from {low} to {high}", note)
         return value
 
     def identity(self, column: str) -> str:
-        """What names the row: a text or a whole number, as text.
-
-        Raises:
-          UserError: for anything else.
-        """
+        """The name of the row: a text or a whole number, as text."""
         value = self.get(column)
         return str(value) if type(value) is int else self.text(column)
 
     def flag(self, column: str) -> bool:
-        """A truth value; a table's text ``True`` or ``False`` counts as one.
-
-        Raises:
-          UserError: for anything else.
-        """
+        """A truth value; a table's text ``True`` or ``False`` counts as one."""
         value = self.get(column)
         words = {"true": True, "false": False}
         value = words.get(value.strip().lower()) if isinstance(value, str) else value
@@ -128,31 +94,23 @@ class Row(NamedTuple):
         return value
 
     def option(self, column: str, allowed: Mapping[Any, Any] | Sequence[Any]) -> Any:
-        """One of few values, translated where ``allowed`` is a mapping.
-
-        Raises:
-          UserError: for any other value.
-        """
+        """One of few values, translated where ``allowed`` is a mapping."""
         value = self.get(column)
-        known = isinstance(value, str | int | None) and value in allowed
-        if not known:
-            names = ", ".join(repr(name) for name in allowed)
-            raise self.fault(column, f"one of {names}")
+        if not isinstance(value, str | int | None) or value not in allowed:
+            raise self.fault(column, f"one of {', '.join(map(repr, allowed))}")
         return allowed[value] if isinstance(allowed, Mapping) else value
 
     def texts(self, column: str) -> tuple[str, ...]:
-        """A list of texts.
-
-        Raises:
-          UserError: for anything else.
-        """
+        """A list of texts."""
         value = self.get(column)
-        texts = isinstance(value, list | tuple) and all(
-            isinstance(item, str) for item in value
-        )
-        if not texts:
+        if not is_texts(value):
             raise self.fault(column, "a list of texts")
         return tuple(value)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts; a text is none, though it has letters."""
+    return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
 
 
 def cleaned(value: Any, place: str, levels: int = MOST_LEVELS) -> Any:
@@ -184,12 +142,11 @@ def cleaned(value: Any, place: str, levels: int = MOST_LEVELS) -> Any:
             cleaned(item, f"{place}, item {number}", levels - 1)
             for number, item in enumerate(value, 1)
         ]
-    found = {
-        cleaned(name, f"{place}, name of a column"): cleaned(
-            item, f"{place}, {_column(name)}", levels - 1
-        )
-        for name, item in value.items()
-    }
+    found = {}
+    for name, item in value.items():
+        shown = f"column '{name}'" if _is_name(name) else "a column with a longer name"
+        key = cleaned(name, f"{place}, name of a column")
+        found[key] = cleaned(item, f"{place}, {shown}", levels - 1)
     if len(found) < len(value):
         raise UserError(f"{place}: expected different names, got one twice")
     return found
@@ -211,12 +168,8 @@ def _is_name(name: Any) -> bool:
     return re.fullmatch(r"[A-Za-z]\w{0,29}", str(name), re.ASCII) is not None
 
 
-def _column(name: Any) -> str:
-    return f"column '{name}'" if _is_name(name) else "a column with a longer name"
-
-
 def describe(value: Any) -> str:
-    """What a value is, without its text."""
+    """Kind and size of a value, without its text."""
     if value is None:
         return "nothing"
     if isinstance(value, bool | int | float):

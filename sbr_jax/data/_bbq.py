@@ -7,8 +7,6 @@ published apart), so it is found from ``answer_info``, which labels every option
 are matched by the option's own words. An option is taken where it alone matches. In
 the two intersectional categories both often do (two people of one group and different
 gender or status); their ``stereotyped`` is None, and they are to be reported apart.
-
-References: arXiv:2110.08193.
 """
 
 import re
@@ -16,21 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sbr_jax.data._rows import Row, is_texts
 from sbr_jax.data.readers import find, jsonl_rows
 from sbr_jax.data.records import BiasItem
-from sbr_jax.data.rows import Row
 from sbr_jax.typing import UserError
 
 SINGLE = (
-    "Age",
-    "Disability_status",
-    "Gender_identity",
-    "Nationality",
-    "Physical_appearance",
-    "Race_ethnicity",
-    "Religion",
-    "SES",
-    "Sexual_orientation",
+    *("Age", "Disability_status", "Gender_identity", "Nationality"),
+    *("Physical_appearance", "Race_ethnicity", "Religion", "SES", "Sexual_orientation"),
 )
 """Categories of one attribute: those of the headline score."""
 INTERSECTIONAL = ("Race_x_SES", "Race_x_gender")
@@ -38,16 +29,9 @@ SPLITS = ("all", "single", "intersectional", *SINGLE, *INTERSECTIONAL)
 
 UNDECIDED = frozenset(
     {
-        "cannot answer",
-        "can't answer",
-        "cannot be determined",
-        "can't be determined",
-        "not answerable",
-        "not enough info",
-        "not enough information",
-        "not known",
-        "undetermined",
-        "unknown",
+        *("cannot answer", "can't answer", "cannot be determined", "not answerable"),
+        *("can't be determined", "not enough info", "not enough information"),
+        *("not known", "undetermined", "unknown"),
     }
 )
 """The ten wordings of the undecided option."""
@@ -55,7 +39,7 @@ UNDECIDED = frozenset(
 _SAME = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
 
 
-def bbq_rows(folder: Path, split: str) -> list[Row]:
+def bbq_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
     """The rows of the categories of a split, each with whether it was made anew."""
     groups = {
         "all": SINGLE + INTERSECTIONAL,
@@ -64,14 +48,13 @@ def bbq_rows(folder: Path, split: str) -> list[Row]:
     }
     rows: list[Row] = []
     for category in groups.get(split, (split,)):
-        names = (f"{category}.jsonl", f"{category}.regenerated.jsonl")
-        path = find(folder / "bbq", *names)
-        mark = {"regenerated": ".regenerated" in path.name}
-        rows += [row.with_cells(**mark) for row in jsonl_rows(path)]
+        path = find(folder, *(name.replace("SPLIT", category) for name in files))
+        made = {"regenerated": ".regenerated" in path.name}
+        rows += [row.with_cells(**made) for row in jsonl_rows(path)]
     return rows
 
 
-def bbq_item(row: Row) -> BiasItem:
+def bbq(row: Row) -> BiasItem:
     """The item of a row.
 
     Raises:
@@ -79,16 +62,17 @@ def bbq_item(row: Row) -> BiasItem:
         contradicts the kind of context.
     """
     info = _answer_info(row)
-    options = tuple(row.text(f"ans{i}") for i in range(3))
+    options = row.text("ans0"), row.text("ans1"), row.text("ans2")
     unknown = _unknown(row, options, info)
     ambiguous = row.option("context_condition", {"ambig": True, "disambig": False})
     correct = row.integer("label", 0, 2)
     if (correct == unknown) is not ambiguous:
         kind = "the undecided option" if ambiguous else "one of the two people"
         raise row.fault("label", f"{kind}, which is right in this kind of context")
-    named = [i for i in range(3) if i != unknown]
     groups = {_plain(group) for group in _groups(row)}
-    matching = [i for i in named if _labels(options[i], info[i]) & groups]
+    matching = [
+        i for i in range(3) if i != unknown and _labels(options[i], info[i]) & groups
+    ]
     category = row.text("category")
     return BiasItem(
         context=row.text("context").strip(),
@@ -115,8 +99,7 @@ def _answer_info(row: Row) -> list[Sequence[str]]:
 
 
 def _label_list(row: Row, column: str, labels: Any) -> list[str]:
-    words = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    if not words:
+    if not isinstance(labels, list) or not is_texts(labels):
         raise row.fault(column, "lists of labels")
     return labels
 
@@ -130,7 +113,7 @@ def _groups(row: Row) -> Sequence[str]:
 
 
 def _unknown(row: Row, options: Sequence[str], info: list[Sequence[str]]) -> int:
-    """By label; by wording where the option has no label."""
+    """The undecided option: by its label, or by its wording where it has none."""
     found = [
         i
         for i in range(3)
@@ -156,7 +139,7 @@ def _plain(label: str) -> str:
 
 
 def _labels(option: str, info: Sequence[str]) -> set[str]:
-    """Everything by which an option may be known as a member of a group.
+    """Names by which an option may be known as a member of a group.
 
     >>> sorted(_labels("the woman", ["the woman", "F-Black"]))
     ['black', 'f', 'f-black', 'thewoman']

@@ -2,7 +2,6 @@
 
 import datetime
 import re
-from collections.abc import Mapping
 
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 _MONTHS = (
@@ -47,9 +46,7 @@ def strftime(day: datetime.date, form: str) -> str:
     }
     moment = datetime.datetime(day.year, day.month, day.day)
     return re.sub(
-        r"%[-_0^#]?.", lambda m: words.get(m[0]) or _other(moment, m[0], words), form
+        r"%[-_0^#]?.",
+        lambda m: words[m[0]] if m[0] in words else moment.strftime(m[0]),
+        form,
     )
-
-
-def _other(moment: datetime.datetime, code: str, words: Mapping[str, str]) -> str:
-    return "" if code in words else moment.strftime(code)

@@ -10,18 +10,15 @@ import tiny_data as files
 import tiny_rows
 from tiny_data import DATA, needs_data
 
-from sbr_jax.data import bbq, load_evalset
-from sbr_jax.data.rows import Row
+from sbr_jax.data import _bbq, load_evalset
+from sbr_jax.data._rows import Row
 from sbr_jax.typing import UserError
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return files.evalsets(tmp_path_factory.mktemp("data"))
+INFO = tiny_rows.bias()["answer_info"]
 
 
 def item(**changes):
-    return bbq.bbq_item(Row("toy", 1, tiny_rows.bias(**changes)))
+    return _bbq.bbq(Row("toy", 1, tiny_rows.bias(**changes)))
 
 
 def test_the_biased_answer_turns_with_the_question():
@@ -47,11 +44,8 @@ def test_the_biased_answer_turns_with_the_question():
     ],
 )
 def test_the_stereotyped_option_is_the_only_one_of_the_group(labels, groups, expected):
-    info = {
-        "ans0": ["somebody", labels[0]],
-        "ans1": ["somebody", labels[1]],
-        "ans2": ["Unknown", "unknown"],
-    }
+    info = {f"ans{i}": ["somebody", label] for i, label in enumerate(labels)}
+    info["ans2"] = ["Unknown", "unknown"]
     found = item(answer_info=info, additional_metadata={"stereotyped_groups": groups})
     assert found.stereotyped == expected
     assert (found.biased is None) == (expected is None)
@@ -69,42 +63,42 @@ def test_nationalities_are_matched_by_the_options_words():
 
 
 def test_an_empty_answer_info_is_survived():
-    info = tiny_rows.bias()["answer_info"]
-    found = item(answer_info=info | {"ans2": []})
-    assert (found.unknown, found.stereotyped) == (2, 0)
-    found = item(answer_info=info | {"ans1": []})
-    assert (found.unknown, found.stereotyped) == (2, 0)
+    for name in ("ans2", "ans1"):
+        found = item(answer_info=INFO | {name: []})
+        assert (found.unknown, found.stereotyped) == (2, 0)
     # The group's own option without labels: nobody is the stereotyped one.
-    assert item(answer_info=info | {"ans0": []}).stereotyped is None
+    assert item(answer_info=INFO | {"ans0": []}).stereotyped is None
 
 
-def test_rows_without_one_undecided_option_are_refused():
-    info = tiny_rows.bias()["answer_info"]
-    for change in ({"ans2": ["both", "both"]}, {"ans1": ["Unknown", "unknown"]}):
-        with pytest.raises(UserError, match=r"toy, row 1, .* labelled 'unknown', got"):
-            item(answer_info=info | change)
-    with pytest.raises(UserError, match="'label': expected the undecided option"):
-        item(label=0)
-    with pytest.raises(UserError, match="'label': expected one of the two people"):
-        item(context_condition="disambig")
-    with pytest.raises(UserError, match=r"'label': .* from 0 to 2"):
-        item(label=3)
-    with pytest.raises(UserError, match="stereotyped_groups"):
-        item(additional_metadata={})
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"answer_info": INFO | {"ans2": ["both", "both"]}},
+            r"labelled 'unknown', got",
+        ),
+        (
+            {"answer_info": INFO | {"ans1": ["?", "unknown"]}},
+            r"labelled 'unknown', got",
+        ),
+        ({"label": 0}, "'label': expected the undecided option"),
+        ({"context_condition": "disambig"}, "'label': expected one of the two people"),
+        ({"label": 3}, r"'label': .* from 0 to 2"),
+        ({"additional_metadata": {}}, "stereotyped_groups"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_refused(changes, said):
+    with pytest.raises(UserError, match=f"toy, row 1, .*{said}"):
+        item(**changes)
 
 
-def test_regenerated_categories_are_marked(folder):
-    marked = {i.category for i in load_evalset("bbq", folder) if i.regenerated}
-    files_of = {"SES": True, "Age": False}
-    for category, expected in files_of.items():
-        items = load_evalset("bbq", folder, split=category)
+def test_regenerated_categories_are_marked(tmp_path):
+    files.evalsets(tmp_path)
+    for category, expected in {"SES": True, "Age": False}.items():
+        items = load_evalset("bbq", tmp_path, split=category)
         assert {i.regenerated for i in items} == {expected}
-    assert marked
-    count = {
-        split: len(load_evalset("bbq", folder, split=split))
-        for split in ("all", "single", "intersectional")
-    }
-    assert count == {"all": 22, "single": 18, "intersectional": 4}
+    for split, count in {"all": 22, "single": 18, "intersectional": 4}.items():
+        assert len(load_evalset("bbq", tmp_path, split=split)) == count
 
 
 @needs_data
@@ -115,7 +109,7 @@ def test_bbq_says_who_is_stereotyped_wherever_its_labels_do():
     assert sum(made.values()) == 46536
     assert len(made) == 5
     open_ = collections.Counter(i.category for i in items if i.stereotyped is None)
-    assert {name: n for name, n in open_.items() if name in bbq.SINGLE} == {
+    assert {name: n for name, n in open_.items() if name in _bbq.SINGLE} == {
         "Gender_identity": 20,
         "Race_ethnicity": 16,
     }

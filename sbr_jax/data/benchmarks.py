@@ -1,27 +1,19 @@
-"""Questions, code tasks and dialogues: rows of the published files, and their items.
+"""Rows of questions, code tasks and dialogues, and the items they hold.
 
-The table of files is in :mod:`sbr_jax.data.evalsets`.
+The table of sets is :data:`sbr_jax.data.registry.EVALSETS`.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sbr_jax.data.readers import (
-    filled,
-    find,
-    find_all,
-    json_rows,
-    jsonl_rows,
-    table_rows,
-)
+from sbr_jax.data import domains
+from sbr_jax.data._rows import Row
+from sbr_jax.data.readers import filled, find, find_all, jsonl_rows, table_rows
 from sbr_jax.data.records import ChoiceItem, CodeItem, DialogueItem, QuestionItem
-from sbr_jax.data.rows import Row
 
-
-def truthfulqa_rows(folder: Path, split: str) -> list[Row]:
-    """The table of questions and reference answers."""
-    end = "_v0" if split == "v0" else ""
-    return table_rows(find(folder / "truthfulqa", f"TruthfulQA{end}.csv"))
+MOST_LABELS = 12
+"""A task of LegalBench with more answers than this asks for text, not for a label."""
 
 
 def truthfulqa(row: Row) -> QuestionItem:
@@ -39,12 +31,6 @@ def truthfulqa(row: Row) -> QuestionItem:
         id=str(row.number),
         group=row.text("Category"),
     )
-
-
-def truthful_task_rows(folder: Path, split: str) -> list[Row]:
-    """The multiple-choice tasks."""
-    end = "_v0" if split == "v0" else ""
-    return json_rows(find(folder / "truthfulqa", f"mc_task{end}.json"))
 
 
 def truthful_task(column: str) -> Callable[[Row], ChoiceItem]:
@@ -72,21 +58,17 @@ def truthful_task(column: str) -> Callable[[Row], ChoiceItem]:
     return item
 
 
-def mmlu_rows(folder: Path, split: str) -> list[Row]:
+def mmlu_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
     """The headerless tables of all subjects, which the files' names tell."""
-    root = folder / "mmlu" / split
-    end = f"_{split}.csv"
-    files = find_all(root, f"*{end}")
+    pattern = files[0].replace("SPLIT", split)
     columns = ("question", *"ABCD", "answer")
-    return filled(
-        str(root),
-        (
-            row.with_cells(subject=path.name.partition(end)[0])
-            for path in files
-            # One published question ends with a quotation mark that nothing opens.
-            for row in table_rows(path, columns=columns, lone_quotes=True)
-        ),
+    rows = (
+        row.with_cells(subject=path.name.partition(f"_{split}.csv")[0])
+        for path in find_all(folder, pattern)
+        # One published question ends with a quotation mark that nothing opens.
+        for row in table_rows(path, columns=columns, lone_quotes=True)
     )
+    return filled(str(folder / pattern), rows)
 
 
 def mmlu(row: Row) -> ChoiceItem:
@@ -102,10 +84,55 @@ def mmlu(row: Row) -> ChoiceItem:
     )
 
 
-def humaneval_rows(folder: Path, split: str) -> list[Row]:
-    """The tasks of HumanEval."""
-    del split
-    return jsonl_rows(find(folder / "humaneval", "HumanEval.jsonl"))
+def medqa(row: Row) -> ChoiceItem:
+    """A question with the options A to D."""
+    choices, letter = domains.medqa_options(row)
+    return ChoiceItem(
+        question=row.text("question").strip(),
+        choices=tuple(choice.strip() for choice in choices),
+        correct=("ABCD".index(letter),),
+        id=str(row.number),
+    )
+
+
+def legalbench_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
+    """The rows of the tasks that ask for a label, each with its task's label set.
+
+    The files do not say which tasks those are: a task is taken whose rows hold 2 to 12
+    different answers, each twice on average. Of the published tests only ``rule_qa``
+    fails that.
+    """
+    answers: dict[str, Counter[str]] = {}
+    rows = []
+    for row in domains.legalbench_rows(folder, split, files):
+        if answer := domains.legalbench(row).answer:
+            answers.setdefault(row.get("task"), Counter())[answer] += 1
+            rows.append(row.with_cells(target=answer))
+    labels = {
+        task: tuple(sorted(counts))
+        for task, counts in answers.items()
+        if 2 <= len(counts) <= min(MOST_LABELS, counts.total() // 2)
+    }
+    return filled(
+        f"{folder / 'legalbench'} ({split}, tasks with labels)",
+        (
+            r.with_cells(labels=labels[t])
+            for r in rows
+            if (t := r.get("task")) in labels
+        ),
+    )
+
+
+def legalbench(row: Row) -> ChoiceItem:
+    """A filled template, without its solved examples, and its task's labels."""
+    labels, task = row.texts("labels"), row.text("task")
+    return ChoiceItem(
+        question=row.text("prompt").strip(),
+        choices=labels,
+        correct=(labels.index(row.text("target")),),
+        id=f"{task}/{row.number}",
+        group=task,
+    )
 
 
 def humaneval(row: Row) -> CodeItem:
@@ -119,13 +146,12 @@ def humaneval(row: Row) -> CodeItem:
     )
 
 
-def mtbench_rows(folder: Path, split: str) -> list[Row]:
+def mtbench_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
     """Questions with GPT-4's reference answers, where that file is there."""
-    del split
-    root = folder / "mtbench"
-    rows = jsonl_rows(find(root, "question.jsonl"))
+    asked, answered = files
+    rows = jsonl_rows(find(folder, asked))
     references = {}
-    for path in find_all(root, "reference_answer_gpt-4.jsonl"):
+    for path in find_all(folder, answered):
         for row in jsonl_rows(path):
             choices = row.get("choices")
             first = choices[0] if isinstance(choices, list) and choices else None

@@ -1,4 +1,4 @@
-"""What a chat template may cost: every step and text is charged before it is built.
+"""The budget of a chat template: steps and texts are charged before they are built.
 
 Filters and methods that multiply (a width, a replacement, a join) are charged for what
 they would write; what cannot be told in advance ends at a deadline.
@@ -26,7 +26,7 @@ SECONDS = 5.0
 """Of this thread's own work, so that a busy machine refuses nothing."""
 
 ITEM = 64
-"""What a part costs that a text or a sequence is taken into."""
+"""Cost of each part that a text or a sequence is taken into."""
 
 STRIDE = 16
 """Characters that are compared in the time in which one is written."""
@@ -62,7 +62,7 @@ _PRODUCT = frozenset(
 
 
 class _Budget:
-    """What is left of a rendering's work."""
+    """The work that is left to a rendering."""
 
     def __init__(self):
         self.left, self.until = BUDGET, time.thread_time() + SECONDS
@@ -79,16 +79,12 @@ _BUDGET: contextvars.ContextVar[_Budget] = contextvars.ContextVar("budget")
 
 
 def charge(amount: int) -> None:
-    """Charges so many characters, and a step.
-
-    Raises:
-      TemplateRuntimeError: nothing is left.
-    """
+    """Charges so many characters, and a step; raises where nothing is left."""
     _BUDGET.get().charge(amount)
 
 
 def size_of(value: Any) -> int:
-    """How long a value is, roughly in characters."""
+    """Length of a value, roughly in characters."""
     if isinstance(value, int):
         return value.bit_length() // 3 + 1
     return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
@@ -145,7 +141,7 @@ def _widths(text: str) -> int:
 
 
 def _numbers(value: Any) -> int:
-    """Numbers in a value that is formatted, which may be meant as widths."""
+    """Sum of the numbers in a formatted value, which may be meant as widths."""
     if isinstance(value, Mapping):
         return sum(map(_numbers, value.values()))
     if isinstance(value, list | tuple):

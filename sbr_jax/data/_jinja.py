@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import ext, nodes, runtime, sandbox, utils
+from jinja2 import ext, nodes, sandbox, utils
 from jinja2.visitor import NodeTransformer
 
-from sbr_jax.data import work
-from sbr_jax.data.clock import strftime
+from sbr_jax.data import _work as work
+from sbr_jax.data._clock import strftime
 
 OUTPUT = 1 << 24
 """Characters of one rendering's text."""
@@ -38,7 +38,7 @@ ERRORS = (
     TypeError,
     ValueError,
 )
-"""Whatever a template can raise: its own refusals, and faults in its code."""
+"""All that a template can raise: its own refusals, and faults in its code."""
 
 LONGEST = 1 << 16
 """Characters of a template: those of published models have under 30 thousand."""
@@ -112,7 +112,7 @@ class _Generation(ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
-    def parse(self, parser: Any) -> nodes.CallBlock:
+    def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_marked")
@@ -149,7 +149,7 @@ _REPEATED = str, list, tuple
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """What transformers offers to chat templates, charged for."""
+    """The environment of transformers' chat templates, charged for."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%", "//"})
 
@@ -212,11 +212,10 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Charges an operation for its result before it is carried out."""
         size, other = work.size_of(left), work.size_of(right)
-        whole = isinstance(left, int), isinstance(right, int)
         work.charge(size + other)
-        if operator == "*" and isinstance(left, _REPEATED) and whole[1]:
+        if operator == "*" and isinstance(left, _REPEATED) and isinstance(right, int):
             work.charge_times(left, right)
-        elif operator == "*" and isinstance(right, _REPEATED) and whole[0]:
+        elif operator == "*" and isinstance(right, _REPEATED) and isinstance(left, int):
             work.charge_times(right, left)
         elif operator == "+" and isinstance(left, list | tuple):
             work.charge_tree(left)
@@ -224,7 +223,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         elif operator == "%" and isinstance(left, str):
             values = list(right) if isinstance(right, tuple) else [right]
             work.charge_percent(left, values)
-        elif operator == "**" and all(whole):
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             work.charge((left.bit_length() * abs(right) // 3) ** 2)
         elif operator in ("*", "//", "%"):
             work.charge(size * other)
@@ -256,13 +255,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # jinja2's own filter escapes what means something in HTML.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    options = {"ensure_ascii": ensure_ascii, "indent": indent, "sort_keys": sort_keys}
+    return json.dumps(value, separators=separators, **options)
 
 
 def _refuse(message: Any) -> NoReturn:
@@ -294,7 +288,7 @@ def render(template: str, variables: Mapping[str, Any], day: datetime.date) -> s
       Exception: one of :data:`ERRORS`.
     """
     if len(template) > LONGEST:
-        raise runtime.TemplateRuntimeError(
+        raise jinja2.TemplateRuntimeError(
             f"it has {len(template):,} characters, too long: at most {LONGEST:,}"
         )
     with work.working():
@@ -306,5 +300,5 @@ def render(template: str, variables: Mapping[str, Any], day: datetime.date) -> s
             parts.append(part)
             length += len(part)
             if length > OUTPUT:
-                raise runtime.TemplateRuntimeError("it writes too long a text")
+                raise jinja2.TemplateRuntimeError("it writes too long a text")
         return "".join(parts)
