@@ -24,7 +24,7 @@ from sbr_jax.programs import cli
 from sbr_jax.programs.recorded_options import study_options, unlisted
 from sbr_jax.reporting.results import PROGRAMS
 from sbr_jax.studies.dates import dated
-from sbr_jax.training.shipped import reopen
+from sbr_jax.training import deployed
 from sbr_jax.typing import PyTree, UserError
 
 PROGRAM = "python -m experiments.export"
@@ -186,7 +186,7 @@ def _place(
         UserError: for an unknown row or seed, and a stage that is not finished or whose
             adapter is gone.
     """
-    from sbr_jax.training.results import run_of
+    from sbr_jax.training.run_folder import run_of
     from sbr_jax.training.stage_records import BASE, read_result
 
     rows = {p.name.replace("+", ":"): p for p in sorted(workdir.glob("stages/*"))}
@@ -232,36 +232,14 @@ def _needs_merging(row: str) -> UserError:
 
 
 def weights(plan: Plan, study: Any) -> tuple[PyTree, PyTree]:
-    """What a row ships: base weights and adapter, after its `deploy`.
+    """What a row deploys: base weights and adapter, after its `deploy`.
 
     Raises:
         UserError: if `deploy` needs a state that a newer one has replaced.
     """
-    from sbr_jax.methods.base import as_trained
-    from sbr_jax.training.program import init_adapter
-
-    track = reopen(
-        plan.workdir,
-        plan.row,
-        plan.seed,
-        options=plan.row_options,
-        study=study,
-        base=study.model.params,
-        settings=plan.settings,
-        domains=plan.config["domains"],
-    )
-    if track.method.deploy is as_trained:
-        # Not `load`, which computes the method's state anew to know its structure.
-        like = init_adapter(study, plan.settings, plan.seed)
-        return track.base, track.restore(plan.place / "adapter", like)
-    states = (track.folder(n) / "state" for n in range(plan.stage + 1))
-    if not any(path.is_dir() for path in states):
-        raise UserError(
-            f"--stage {plan.stage}: the row '{plan.row}' ships what depends on its "
-            "state, and a later stage has replaced that; name a later one"
-        )
-    track.load(plan.stage + 1)
-    return track.deployed(track.adapter)
+    domains = plan.config["domains"]
+    job = deployed.reopen(plan.workdir, study, plan.settings, domains)
+    return deployed.weights(job, plan.row, plan.seed, plan.stage)
 
 
 def execute(plan: Plan) -> None:
@@ -302,7 +280,7 @@ def execute(plan: Plan) -> None:
 
 
 def _reached(plan: Plan) -> str:
-    from sbr_jax.training.results import run_of
+    from sbr_jax.training.run_folder import run_of
     from sbr_jax.training.stage_records import read_result
 
     (folder,) = plan.place.parent.glob(f"{plan.stage:02d}-*")

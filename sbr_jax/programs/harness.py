@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbr_jax.evaluation.measurement import draw
-from sbr_jax.training.shipped import deployments
+from sbr_jax.training.deployed import deployments
 from sbr_jax.typing import UserError
 
 FILE = "harness.json"
@@ -149,7 +149,8 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
     budget = Budget(tokens=plan.study_options.get("score_tokens", Budget().tokens))
     entries = _entries(plan, tasks)
     done = {(entry["method"], entry["seed"]) for entry in entries}
-    for row, seed, weights in deployments(plan, study, done):
+    of = (plan.workdir, study, plan.config, plan.methods, plan.seeds, plan.domains)
+    for row, seed, weights in deployments(*of, done):
         if not plan.quiet:
             print(f"harness  {row}  seed {seed}", file=sys.stderr, flush=True)
         runner = ModelRunner(study.model, *weights, too_long="left", budget=budget)
@@ -204,13 +205,13 @@ def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
 def _identity(plan: Any, tasks: Mapping[str, Task]) -> dict[str, Any]:
     """What all entries of one `harness.json` have in common."""
     from sbr_jax.evaluation.harness_tasks import import_harness
-    from sbr_jax.training.results import Workdir
+    from sbr_jax.training.run_folder import RunFolder
 
     def digest(items: Sequence[Any]) -> str:
         return hashlib.sha256("\n".join(i.id for i in items).encode()).hexdigest()[:12]
 
     return {
-        "run": Workdir(plan.workdir).run,
+        "run": RunFolder(plan.workdir).run,
         "lm_eval": import_harness().__version__,
         "items": {name: len(task.items) for name, task in tasks.items()},
         "ids": {name: digest(task.items) for name, task in tasks.items()},

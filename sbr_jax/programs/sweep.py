@@ -141,7 +141,7 @@ def check_folder(plan: run.Plan | attack.Plan) -> None:
         UserError: naming the folder.
     """
     from sbr_jax.training.records import plain_numbers
-    from sbr_jax.training.results import read_config, refuse_foreign
+    from sbr_jax.training.run_folder import read_config, refuse_foreign
 
     if not (plan.workdir / "config.json").exists():
         cli.check_folder(plan.workdir)

@@ -23,7 +23,8 @@ REGISTRY = "sbr_jax.methods"
 ATTACKS = "sbr_jax.studies.attacks"
 """Where `ATTACKS` does so for an attack."""
 BOOKKEEPING = (
-    "sbr_jax.training.results",
+    "sbr_jax.training.run_folder",
+    "sbr_jax.training.stages",
     "sbr_jax.training.records",
     "sbr_jax.training.stage_records",
     "sbr_jax.training.finite",
@@ -40,10 +41,9 @@ BOOKKEEPING = (
 """What stores, refuses and looks up: a finished row's numbers pass through. The build
 of the testbed's model is not run again, and the files that it made count."""
 TRAINING = (
-    ("sbr_jax.training.track", "Track"),
     ("sbr_jax.training.program", "make_program"),
-    ("sbr_jax.training.pipeline", "_run_group"),
-    ("sbr_jax.training.pipeline", "_base_stage"),
+    ("sbr_jax.training.pipeline", "run_group"),
+    ("sbr_jax.training.pipeline", "evaluate_start"),
 )
 ASSETS = "sbr_jax/testbed/assets"
 LENGTH = 10

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sbr_jax.training.records import DIGEST
-from sbr_jax.training.results import Workdir
+from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import RESULT
 from sbr_jax.typing import UserError
 
@@ -43,7 +43,7 @@ def require_published(
     path = folder / "results.jsonl"
     published = {_key(line) for line in (*lines, *times)}
     rows: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
-    for record in Workdir(folder).lines(()):
+    for record in RunFolder(folder).lines(()):
         line = record["line"]
         row = rows.setdefault((line["method"], line["seed"]), [])
         if _key(line) in published:

@@ -19,7 +19,7 @@ import numpy as np
 from sbr_jax.reporting.published import require_published
 from sbr_jax.training import code_record
 from sbr_jax.training.records import read_json
-from sbr_jax.training.results import Workdir, read_config
+from sbr_jax.training.run_folder import RunFolder, read_config
 from sbr_jax.training.stage_records import not_numbers, unusable
 from sbr_jax.typing import UserError
 
@@ -205,7 +205,7 @@ class Run:
         """
         found: set[str] = set()
         for seed in self.seeds(method):
-            stages = Workdir(self.folder).stage(method, seed, 0, "subspace").parent
+            stages = RunFolder(self.folder).stage(method, seed, 0, "subspace").parent
             hashes = code_record.read(stages)
             if not hashes:
                 return None

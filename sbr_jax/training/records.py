@@ -1,4 +1,4 @@
-"""Records: JSON files that hold the digest of their own content, and digests of files.
+"""Records: JSON files sealed by a digest of their own content.
 
 A record is written whole or not at all, and read back only as it was written: what was
 cut, edited, moved or copied is refused in one line that says what to delete.
@@ -22,7 +22,7 @@ DIGEST = "digest"
 
 
 class DamagedError(UserError):
-    """What a run wrote is no longer as it was written.
+    """A file of a run is no longer as it was written.
 
     Attributes:
       reason: what was expected, and what came.
@@ -113,10 +113,10 @@ def read_json(
       path: of the file.
       remedy: what to do if it is damaged; None to delete it and run again.
       sealed: whether a file without a digest is refused. Those of older versions have
-        none; they can be reported, and are not continued.
+        none, and can still be reported.
 
     Returns:
-      Its content, without the digest.
+      The content without its digest.
 
     Raises:
       UserError: if it is damaged.
@@ -144,11 +144,7 @@ def read_record(path: pathlib.Path, redo: pathlib.Path) -> dict[str, Any]:
 
 
 def _content(path: pathlib.Path, *, sealed: bool) -> tuple[dict[str, Any], str]:
-    """What a file holds, and what is wrong with it, if anything.
-
-    Files are renamed into place when complete: only something else than a run can have
-    cut one.
-    """
+    """What a file holds, and what is wrong with it, if anything."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):

@@ -17,15 +17,12 @@ Trained = TypeVar("Trained")
 
 
 def needs_repair(score: float, start_score: float, tolerance: float = 0.05) -> bool:
-    """Whether s_t < (1 − τ) s_0.
+    """Whether s_t < (1 − τ) s_0; equality asks for no repair.
 
     Args:
       score: s_t, in the units of ``start_score``.
       start_score: s_0 of the aligned model.
       tolerance: τ in [0, 1).
-
-    Returns:
-      True when the monitor asks for a repair. Equality does not.
 
     >>> needs_repair(94.9, 100.0), needs_repair(95.0, 100.0)
     (True, False)
