@@ -123,6 +123,7 @@ BAD = {
     "sweep": (["testbed-tabel"], "unknown sweep 'testbed-tabel'; nearest: testbed-tab"),
     "seeds": (["testbed-table", "--seeds", "0"], "expected from 1 to 1000, got 0"),
     "jobs": (["testbed-table", "--jobs", "0"], "--jobs: expected from 1 to 1000, got"),
+    "many": (["testbed-table", "--jobs", "9999999"], "to 1000, got 9999999"),
     "cell": (["testbed-table", "--cells", "paper"], "nearest: papers"),
     "flag": (["testbed-table", "--job", "2"], "--job"),
 }
