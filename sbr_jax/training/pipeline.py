@@ -24,11 +24,7 @@ from sbr_jax.methods.base import as_aligned
 from sbr_jax.training import code_record, loop, sharding
 from sbr_jax.training.config import Config
 from sbr_jax.training.csm import monitor
-from sbr_jax.training.finite import (
-    require_finite,
-    require_finite_base,
-    require_number,
-)
+from sbr_jax.training.finite import require_finite, require_number
 from sbr_jax.training.program import init_adapter, make_program
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import BASE, Line, read_result, write_result
@@ -162,7 +158,7 @@ def evaluate_start(job: Job) -> float | None:
     record = read_result(path, folder.run)
     if record is None:
         began = time.perf_counter()
-        require_finite_base(job.base, "base model")
+        require_finite(job.base, "base model")
         # A fresh adapter is no adapter (B = 0), and shares the compiled programs.
         adapter = init_adapter(study, job.config, 0)
         metrics = _scores(study, job.base, adapter, job.domains)
@@ -285,7 +281,7 @@ def evaluate(turn: Turn, held: Held) -> Outcome:
     where = f"{turn.where}, weights to evaluate"
     require_finite(adapter, where)
     if base is not track.base:
-        require_finite_base(base, where)
+        require_finite(base, where)
     return Outcome(_scores(job.study, base, adapter, job.domains[: turn.index + 1]))
 
 

@@ -76,17 +76,7 @@ def write_result(
 def write_history(
     folder: pathlib.Path, run: str, step: int, history: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Marks a checkpoint inside a stage as complete: its ``history.json``.
-
-    Args:
-      folder: of the checkpoint, whose ``tree`` is written.
-      run: the digest of what decides the run's results.
-      step: how many are done.
-      history: their metrics.
-
-    Returns:
-      The record.
-    """
+    """Marks a checkpoint inside a stage, after ``step`` steps, as complete."""
     content = {"step": step, "history": history}
     return _write(folder / HISTORY, run, content, ("tree",))
 
@@ -124,18 +114,14 @@ def read_result(
     if not path.exists():
         return None
     record = read_record(path, redo(folder))
+    place, found = place_of(folder), record.get("place")
     if record.get("run") != run:
-        raise DamagedError(
-            f"expected a stage of this run in {path}, found one of another run (other "
-            "settings, data or model)",
-            redo(folder),
-        )
-    if record.get("place") != place_of(folder):
-        raise DamagedError(
-            f"expected the record of {place_of(folder)} in {path}, found that of "
-            f"{record.get('place')}",
-            redo(folder),
-        )
+        reason = f"expected a stage of this run in {path}, found one of another run"
+        reason += " (other settings, data or model)"
+        raise DamagedError(reason, redo(folder))
+    if found != place:
+        reason = f"expected the record of {place} in {path}, found that of {found}"
+        raise DamagedError(reason, redo(folder))
     return record
 
 
@@ -161,11 +147,10 @@ def require_intact(checkpoint: pathlib.Path, run: str) -> None:
     written, found = record["files"][checkpoint.name], file_digests(checkpoint)
     for file in sorted({*written, *found}):
         if written.get(file) != found.get(file):
-            raise DamagedError(
-                f"expected {checkpoint / file} as its stage left it, found "
-                f"{'none' if file not in found else 'another file'}",
-                redo(folder),
-            )
+            what = "another file" if file in found else "none"
+            path = checkpoint / file
+            reason = f"expected {path} as its stage left it, found {what}"
+            raise DamagedError(reason, redo(folder))
 
 
 def place_of(folder: pathlib.Path) -> str:

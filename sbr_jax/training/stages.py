@@ -71,11 +71,7 @@ class Stages:
         return self.folder.stage(self.variant, self.seed, number, self.name(number))
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """The stage's record, or None before it is finished.
-
-        Raises:
-          DamagedError: if it is damaged, of another run or another place.
-        """
+        """The stage's record, or None before it is finished."""
         if number not in self._records:
             found = read_result(self.path(number), self.folder.run)
             if found is None:
@@ -101,8 +97,7 @@ class Stages:
         """Refuses, before any work, stages that cannot be continued.
 
         Raises:
-          DamagedError: where what the first unfinished stage begins with is missing or
-            damaged.
+          DamagedError: where what the first unfinished stage begins with is damaged.
         """
         left = next((n for n in self.numbers if not self.finished(n)), None)
         for what in ("adapter", "state"):
@@ -134,25 +129,19 @@ class Stages:
     # --- reading and writing --------------------------------------------------------
 
     def restore(self, path: Path, like: PyTree) -> PyTree:
-        """Reads a checkpoint back.
-
-        Raises:
-          DamagedError: if it is not as its stage left it.
-        """
+        """Reads a checkpoint back, if it is as its stage left it."""
         require_intact(path, self.folder.run)
         return checkpoint.restore(path, like)
 
     def save(self, number: int, changed: Mapping[str, PyTree]) -> None:
-        """Writes what a stage changed; it is not finished yet.
+        """Writes what a stage changed; it is not finished yet."""
+        self._write(self.path(number), changed)
 
-        Raises:
-          UserError: where it cannot be written, or the run's folder has gone.
-        """
+    def _write(self, path: Path, trees: Mapping[str, PyTree]) -> None:
         self.folder.require_held()
-        path = self.path(number)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        for name, tree in changed.items():
+        for name, tree in trees.items():
             checkpoint.save(path / name, tree)
 
     def finish(
@@ -162,14 +151,7 @@ class Stages:
         timing: Mapping[str, Any],
         changed: Sequence[str],
     ) -> None:
-        """Marks a stage as finished, and drops what it replaces.
-
-        Args:
-          number: of the stage.
-          line: what it came to.
-          timing: seconds.
-          changed: names of the checkpoints that it saved.
-        """
+        """Marks a stage as finished, and drops what its checkpoints replace."""
         path, run = self.path(number), self.folder.run
         self._records[number] = write_result(path, run, line, timing, tuple(changed))
         for name in changed:
@@ -180,16 +162,9 @@ class Stages:
     def save_partial(
         self, number: int, step: int, tree: PyTree, history: Mapping[str, Any]
     ) -> None:
-        """Writes a checkpoint inside a stage, in place of an older one.
-
-        Raises:
-          UserError: where it cannot be written, or the run's folder has gone.
-        """
-        self.folder.require_held()
+        """Writes a checkpoint inside a stage, in place of an older one."""
         path = self.path(number) / f"{PARTIAL}{step:08d}"
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path / "tree", tree)
+        self._write(path, {"tree": tree})
         write_history(path, self.folder.run, step, history)
         _drop(x for x in path.parent.glob(f"{PARTIAL}*") if x != path)
 

@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from sbr_jax.data.batches import batch
 from sbr_jax.methods.base import Method, as_aligned
 from sbr_jax.training import sharding
 from sbr_jax.training.config import Config
-from sbr_jax.training.finite import require_finite, require_finite_base
+from sbr_jax.training.finite import require_finite
 from sbr_jax.training.program import Program, init_adapter
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import Line
@@ -105,7 +106,7 @@ class Track:
             return aligned
         problem, adapter = self.program.problem, self.first_adapter()
         base = method.prepare(problem, aligned, adapter, self.key(6))
-        require_finite_base(base, f"{self.name}, prepared base weights")
+        require_finite(base, f"{self.name}, prepared base weights")
         return sharding.place_base(self.program.mesh, base, self.job.study.model.config)
 
     def first_adapter(self) -> PyTree:
@@ -218,10 +219,6 @@ def once(
 
     Returns:
       The weights after it; as they were given where nothing was done.
-
-    Raises:
-      DamagedError: where what it begins with is missing or damaged.
-      UserError: for weights that are not finite, and where nothing can be written.
     """
     if turn.track.stages.finished(number):
         return held
@@ -266,12 +263,8 @@ def init_state(track: Track, adapter: PyTree) -> tuple[dict[str, Any], dict[str,
     return state, state.pop("diagnostics", {})
 
 
-def restore(track: Track, path: Any, like: PyTree) -> PyTree:
-    """Reads a checkpoint back, placed as ``like`` is.
-
-    Raises:
-      DamagedError: if it is not as its stage left it.
-    """
+def restore(track: Track, path: Path, like: PyTree) -> PyTree:
+    """Reads a checkpoint back, placed as ``like`` is."""
     found = track.stages.restore(path, like)
     if track.program.mesh is None:
         # Uncommitted, as freshly computed arrays are: the same compiled program.
@@ -293,7 +286,7 @@ def finish(turn: Turn, number: int, held: Held, outcome: Outcome, began: float) 
       The weights after it.
 
     Raises:
-      UserError: for weights that are not finite, and where nothing can be written.
+      UserError: for weights that are not finite, or cannot be written.
     """
     track, stages = turn.track, turn.track.stages
     stage = stages.name(number)
@@ -320,9 +313,7 @@ def finish(turn: Turn, number: int, held: Held, outcome: Outcome, began: float) 
         f"{line.method}  seed {line.seed}  {line.domain or 'start'}  {stage}  "
         f"{seconds:.1f} s  {shown(outcome.metrics)}".rstrip()
     )
-    return Held(
-        changed.get("adapter", held.adapter), changed.get("state", held.state), number
-    )
+    return Held(**{**vars(held), **changed, "after": number})
 
 
 def shown(metrics: Mapping[str, Any]) -> str:
