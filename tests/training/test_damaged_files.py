@@ -123,24 +123,41 @@ def finished(tmp_path):
     return synthetic_run.write(tmp_path / "run", ("plain",), seeds=(0,))
 
 
-def with_composite(finished, value):
-    path = finished / "results.jsonl"
+def with_value(path, place, change):
     lines = lines_of(path)
-    lines[2]["metrics"]["composite"] = value
+    change(lines[place])
     rewrite(path, lines)
-    return path
 
 
-@pytest.mark.parametrize("value", ["98.9", [98.9], {"mean": 98.9}])
-def test_a_metric_that_is_no_number_is_named(value, finished):
-    path = with_composite(finished, value)
+def composite(value):
+    return lambda line: line["metrics"].update(composite=value)
+
+
+WRONG = {
+    "text": ("results", 2, composite("98.9"), "metrics.composite"),
+    "list": ("results", 2, composite([98.9]), "metrics.composite"),
+    "object": ("results", 2, composite({"mean": 98.9}), "metrics.composite"),
+    "time": (
+        "timings",
+        0,
+        lambda x: x.update(seconds_per_step="x"),
+        "seconds_per_step",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_number_that_is_none_is_named(name, finished):
+    file, place, change, key = WRONG[name]
+    path = finished / f"{file}.jsonl"
+    with_value(path, place, change)
     said = refused(lambda: read_run(finished))
-    assert f"in line 3 of {path}, " in said
-    assert "without a usable metrics.composite: run the same command again" in said
+    assert f"in line {place + 1} of {path}, " in said
+    assert f" usable {key}: run the same command again" in said
 
 
 def test_a_metric_that_was_not_finite_is_none_that_is_damaged(finished):
-    with_composite(finished, None)
+    with_value(finished / "results.jsonl", 2, composite(None))
     assert not read_run(finished).metric("plain", "composite").size
     assert read_run(finished).metric("plain", "refusal").size
 
@@ -155,14 +172,6 @@ def test_a_report_bears_what_was_not_finite(stage, tmp_path):
     rewrite(path, lines)
     assert report.main([str(run), "--quiet"]) == 0
     assert "safeanchor" in (run / "report.md").read_text()
-
-
-def test_a_time_that_is_no_number_is_named(finished):
-    path = finished / "timings.jsonl"
-    rewrite(path, [{**lines_of(path)[0], "seconds_per_step": "fast"}])
-    said = refused(lambda: read_run(finished))
-    assert f"line 1 of {path}, " in said
-    assert "usable seconds_per_step: " in said
 
 
 @pytest.mark.parametrize("value", [None, "poison", ["poison"], 1])
