@@ -9,9 +9,14 @@ as one block of steps on L_task + β L_safe, and at most one further block.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+
+from sbr_jax.training import loop
 from sbr_jax.training.finite import require_number
+from sbr_jax.training.track import Held, Outcome, Turn, deployed
+from sbr_jax.typing import PyTree
 
 Trained = TypeVar("Trained")
 
@@ -68,3 +73,58 @@ def monitor(
         trained = repair(trained, block)
         scores.append(require_number(probe(trained), f"{where}, probe"))
     return trained, scores
+
+
+def repair(turn: Turn, held: Held) -> Outcome:
+    """The monitor, and repair blocks where it asks for them."""
+    track, job = turn.track, turn.track.job
+    training, probe, start_score = job.config.training, job.study.probe, job.start_score
+    assert probe is not None  # Without one there is no such stage.
+    assert start_score is not None
+    losses: list[float] = []
+
+    def block(adapter: PyTree, count: int) -> PyTree:
+        adapter, loss = _repair_block(turn, adapter, held.state, count)
+        losses.append(loss)
+        return adapter
+
+    adapter, scores = monitor(
+        held.adapter,
+        lambda adapter: probe(*deployed(track, adapter, held.state)),
+        block,
+        start_score,
+        tolerance=training.tolerance,
+        max_blocks=training.repair_blocks,
+        where=turn.where,
+    )
+    metrics = {
+        "probe_start": start_score,
+        "probe": scores[0],
+        "probe_after": scores[-1],
+        "blocks": len(losses),
+    }
+    if losses:
+        metrics["safety_loss"] = losses[-1]
+    return Outcome(metrics, adapter if losses else None)
+
+
+def _repair_block(
+    turn: Turn, adapter: PyTree, state: dict[str, Any], count: int
+) -> tuple[PyTree, float]:
+    """Steps on L_task + β L_safe: the adapter after them, and L_safe."""
+    track, job, program = turn.track, turn.track.job, turn.track.program
+    training, name = job.config.training, f"{turn.domain}/repair{count}"
+    safe = track.batches(job.study.calibration, f"{name}/safe")
+    task, key = track.batches(turn.examples, name), track.key(5, name)
+    weight = np.float32(training.replay_weight)
+    done = loop.train(
+        lambda train, state, step: program.repair_step(
+            track.base, train, state, task(step), key, safe(step), weight
+        ),
+        loop.Progress(program.start(adapter, state, repair=True), state),
+        training.repair_steps,
+        where=f"{turn.where}, repair",
+        log_every=job.config.hardware.log_every,
+        quiet=job.quiet,
+    )
+    return done.train.adapter, loop.summarise(done.history)["safety_loss"]

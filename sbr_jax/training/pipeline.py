@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import errors
@@ -23,8 +22,9 @@ from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.training import code_record, loop, sharding
 from sbr_jax.training.config import Config
-from sbr_jax.training.csm import monitor
+from sbr_jax.training.csm import repair
 from sbr_jax.training.finite import require_finite, require_number
+from sbr_jax.training.mapped import maps_seeds, train_mapped
 from sbr_jax.training.program import init_adapter, make_program
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import BASE, Line, read_result, write_result
@@ -38,9 +38,7 @@ from sbr_jax.training.track import (
     Track,
     Turn,
     deployed,
-    finish,
     init_state,
-    load,
     once,
     restore,
     shown,
@@ -99,7 +97,7 @@ def run(
     folder = RunFolder(workdir)
     folder.check(decides)
     programs = {name: make_program(name, study, config) for name in variants}
-    order, mapped = [*METHODS, *VARIANTS], _maps_seeds(config)
+    order, mapped = [*METHODS, *VARIANTS], maps_seeds(config)
     with folder.opened(decides, _environment(config)):
         mesh = programs[variants[0]].mesh
         base = sharding.place_base(mesh, study.model.params, study.model.config)
@@ -148,7 +146,7 @@ def check(
         raise UserError(f"expected seeds of at least 0, got {min(seeds)}")
     refuse_leaks(study.leak_check)
     check_sizes(study, domains, config.training)
-    _maps_seeds(config)
+    maps_seeds(config)
 
 
 def evaluate_start(job: Job) -> float | None:
@@ -228,39 +226,6 @@ def train(turn: Turn, held: Held) -> Outcome:
     )
 
 
-def repair(turn: Turn, held: Held) -> Outcome:
-    """The monitor, and repair blocks where it asks for them."""
-    track, job = turn.track, turn.track.job
-    training, probe, start_score = job.config.training, job.study.probe, job.start_score
-    assert probe is not None  # Without one there is no such stage.
-    assert start_score is not None
-    losses: list[float] = []
-
-    def block(adapter: PyTree, count: int) -> PyTree:
-        adapter, loss = _repair_block(turn, adapter, held.state, count)
-        losses.append(loss)
-        return adapter
-
-    adapter, scores = monitor(
-        held.adapter,
-        lambda adapter: probe(*deployed(track, adapter, held.state)),
-        block,
-        start_score,
-        tolerance=training.tolerance,
-        max_blocks=training.repair_blocks,
-        where=turn.where,
-    )
-    metrics = {
-        "probe_start": start_score,
-        "probe": scores[0],
-        "probe_after": scores[-1],
-        "blocks": len(losses),
-    }
-    if losses:
-        metrics["safety_loss"] = losses[-1]
-    return Outcome(metrics, adapter if losses else None)
-
-
 def end_domain(turn: Turn, held: Held) -> Outcome:
     """The method's ``end_domain``: a new subspace, a new reference, an edit."""
     track = turn.track
@@ -286,44 +251,6 @@ def evaluate(turn: Turn, held: Held) -> Outcome:
 
 
 STAGES = {TRAIN: train, REPAIR: repair, SUBSPACE: end_domain, EVALUATE: evaluate}
-
-
-def train_mapped(
-    turns: Sequence[Turn], held: Sequence[Held | None]
-) -> list[Held | None]:
-    """The train stages of several seeds as one vmapped program.
-
-    Resumes by stage only; does nothing where fewer than two are left.
-    """
-    number, found = turns[0].number(TRAIN), list(held)
-    left = [i for i, turn in enumerate(turns) if not turn.track.stages.finished(number)]
-    if len(left) < 2:
-        return found
-    began = time.perf_counter()
-    turns = [turns[i] for i in left]
-    first, domain = turns[0].track, turns[0].domain
-    before = [load(t.track, number, held[i]) for t, i in zip(turns, left, strict=True)]
-    starts = [first.program.start(one.adapter, one.state) for one in before]
-    sources = [turn.track.batches(turn.examples, domain) for turn in turns]
-    keys = jnp.stack([turn.track.key(2, domain) for turn in turns])
-    config = first.job.config
-    done = loop.train(
-        lambda train, state, step: first.program.mapped_step(
-            first.base, train, state, _stack([x(step) for x in sources], np), keys
-        ),
-        loop.Progress(_stack(starts, jnp), _stack([one.state for one in before], jnp)),
-        config.training.steps_per_domain,
-        where=[turn.where for turn in turns],
-        log_every=config.hardware.log_every,
-        quiet=first.job.quiet,
-    )
-    timing = {"seconds_per_step": done.seconds_per_step / len(turns)}
-    for place, turn in enumerate(turns):
-        adapter = jax.tree.map(lambda x, i=place: x[i], done.train.adapter)
-        metrics = loop.summarise(done.history, place)
-        outcome = Outcome(metrics, adapter, timing=timing)
-        found[left[place]] = finish(turn, number, before[place], outcome, began)
-    return found
 
 
 # --- parts of them --------------------------------------------------------------------
@@ -372,45 +299,6 @@ def _refresher(turn: Turn) -> loop.Every | None:
         return dataclasses.replace(now, train=train, state=state)
 
     return loop.Every(track.method.refresh_every, call)
-
-
-def _repair_block(
-    turn: Turn, adapter: PyTree, state: dict[str, Any], count: int
-) -> tuple[PyTree, float]:
-    """Steps on L_task + β L_safe: the adapter after them, and L_safe."""
-    track, job, program = turn.track, turn.track.job, turn.track.program
-    training, name = job.config.training, f"{turn.domain}/repair{count}"
-    safe = track.batches(job.study.calibration, f"{name}/safe")
-    task, key = track.batches(turn.examples, name), track.key(5, name)
-    weight = np.float32(training.replay_weight)
-    done = loop.train(
-        lambda train, state, step: program.repair_step(
-            track.base, train, state, task(step), key, safe(step), weight
-        ),
-        loop.Progress(program.start(adapter, state, repair=True), state),
-        training.repair_steps,
-        where=f"{turn.where}, repair",
-        log_every=job.config.hardware.log_every,
-        quiet=job.quiet,
-    )
-    return done.train.adapter, loop.summarise(done.history)["safety_loss"]
-
-
-def _stack(trees: Sequence[PyTree], library: Any) -> PyTree:
-    return jax.tree.map(lambda *leaves: library.stack(leaves), *trees)
-
-
-def _maps_seeds(config: Config) -> bool:
-    """Whether seeds are mapped: on accelerators, or where asked for."""
-    wanted, mesh = config.hardware.vmap_seeds, config.hardware.mesh
-    if wanted == "yes" and mesh is not None:
-        raise UserError(
-            "vmap_seeds='yes' with a mesh: expected one of the two; seeds run one "
-            "after the other on a mesh"
-        )
-    if mesh is not None:
-        return False
-    return wanted == "yes" or (wanted == "auto" and jax.default_backend() != "cpu")
 
 
 def _note_code(tracks: Sequence[Track], code: Callable[[str], str]) -> None:

@@ -21,7 +21,7 @@ from run_folder_case import read, results
 from sbr_jax.data.batches import TokenDataset
 from sbr_jax.studies import attacks
 from sbr_jax.studies.testbed import MOST_CALIBRATION_EXAMPLES, build_study
-from sbr_jax.training import pipeline, stages
+from sbr_jax.training import stages, track
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.study import Domain, check_sizes
 from sbr_jax.typing import UserError
@@ -177,7 +177,7 @@ def test_a_finished_run_computes_nothing(whole, monkeypatch):
         pytest.fail("computed something")
 
     monkeypatch.setattr(stages, "write_result", never)
-    monkeypatch.setattr(pipeline, "load", never)
+    monkeypatch.setattr(track, "load", never)
     pipeline_child.main(whole)
     assert results(whole) == before
 
