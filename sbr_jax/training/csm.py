@@ -29,8 +29,8 @@ def needs_repair(score: float, start_score: float, tolerance: float = 0.05) -> b
       start_score: s_0 of the aligned model.
       tolerance: τ in [0, 1).
 
-    >>> needs_repair(94.9, 100.0), needs_repair(95.0, 100.0)
-    (True, False)
+    >>> needs_repair(94.9, 100.0), needs_repair(95.0, 100.0), needs_repair(0.0, 0.0)
+    (True, False, False)
     """
     return bool(score < (1.0 - tolerance) * start_score)
 

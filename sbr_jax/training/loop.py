@@ -55,13 +55,7 @@ class Bar:
     """A progress bar on a terminal; nothing elsewhere, or when ``quiet``."""
 
     def __init__(self, label: str, total: int, *, quiet: bool = False):
-        """Starts the bar.
-
-        Args:
-          label: what is running.
-          total: steps.
-          quiet: no bar.
-        """
+        """Starts a bar of so many steps."""
         self._progress = None
         if quiet or not sys.stderr.isatty():
             return

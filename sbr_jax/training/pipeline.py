@@ -125,14 +125,7 @@ def check(
     domains: Sequence[str],
     config: Config,
 ) -> None:
-    """Refuses what `run` would refuse, without the weights of the model.
-
-    Args:
-      study: its model may lack weights.
-      variants: names.
-      seeds: of the runs.
-      domains: in order.
-      config: of the job.
+    """Refuses what `run` would refuse before any work; the model may lack weights.
 
     Raises:
       UserError: for the first mistake.

@@ -32,13 +32,7 @@ class DamagedError(UserError):
     def __init__(
         self, reason: str, redo: pathlib.Path, more: Sequence["DamagedError"] = ()
     ):
-        """Makes one line of it.
-
-        Args:
-          reason: what was expected, and what came.
-          redo: what to delete.
-          more: further errors of the kind, whose paths go into the same advice.
-        """
+        """Makes one line of it, and of ``more`` errors of the kind."""
         self.reason, self.redo = reason, redo
         paths = dict.fromkeys([redo, *(error.redo for error in more)])
         whole = [p for p in paths if not any(q in p.parents for q in paths)]
@@ -56,11 +50,8 @@ def again(*paths: pathlib.Path) -> str:
 def writing(path: pathlib.Path) -> Iterator[None]:
     """Makes one line of a full disk or a place that cannot be written.
 
-    Args:
-      path: what is written.
-
     Raises:
-      UserError: naming it and the system's reason.
+      UserError: naming the path and the system's reason.
     """
     try:
         yield
@@ -130,12 +121,8 @@ def read_json(
 def read_record(path: pathlib.Path, redo: pathlib.Path) -> dict[str, Any]:
     """Reads what :func:`write_record` wrote, and nothing else.
 
-    Args:
-      path: of the record.
-      redo: what to delete if it is damaged.
-
     Raises:
-      DamagedError: if it is damaged, or has no digest.
+      DamagedError: if it is damaged, or has no digest; ``redo`` is to be deleted.
     """
     found, complaint = _content(path, sealed=True)
     if complaint:

@@ -28,6 +28,7 @@ from sbr_jax.training.summary import summarise
 from sbr_jax.typing import UserError
 
 ENVIRONMENT = ("versions", "hardware")
+"""Keys of ``config.json`` that are recorded and not compared."""
 RESTORE = "restore it, or choose another folder"
 
 
@@ -35,11 +36,7 @@ class RunFolder:
     """A run's folder, locked while it is open."""
 
     def __init__(self, folder: str | pathlib.Path):
-        """Names the folder; nothing is touched.
-
-        Args:
-          folder: where results go.
-        """
+        """Names the folder; nothing is touched."""
         self.folder = pathlib.Path(folder)
         self._run: str | None = None
         self._lock: Any = None
@@ -49,8 +46,7 @@ class RunFolder:
         """The digest of what decides the results; every record carries it.
 
         Raises:
-          UserError: for a folder of an older version, which wrote no digests: it can be
-            reported, and not continued.
+          UserError: for a folder of an older version, which wrote no digests.
         """
         if self._run is None:
             remedy = f"choose another folder, or {again(self.folder)}"
@@ -62,48 +58,39 @@ class RunFolder:
         """Refuses a folder that belongs to other settings; touches nothing.
 
         Args:
-          config: what decides the results, JSON values only; see
-            :data:`ENVIRONMENT` for the keys that are recorded but not compared.
+          config: what decides the results, JSON values only.
 
         Raises:
           UserError: naming the settings that differ.
         """
-        path = self.folder / "config.json"
-        with writing(self.folder):  # A name may be too long even to ask for.
-            if self.folder.exists() and not self.folder.is_dir():
-                raise UserError(
-                    f"workdir {self.folder}: expected a folder, found a file"
-                )
+        folder, path = self.folder, self.folder / "config.json"
+        with writing(folder):  # A name may be too long even to ask for.
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"workdir {folder}: expected a folder, found a file")
             if not path.exists():
                 if not self._all_of(run_of(config)):
-                    refuse_foreign(self.folder, "config.json")
+                    refuse_foreign(folder, "config.json")
                 return
-        whole = read_config(self.folder, f"{again(path)}, or {RESTORE}")
-        there = _flat({k: v for k, v in whole.items() if k not in ENVIRONMENT})
-        here = _flat(json.loads(json.dumps(config)))
-        keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
-        if not keys:
+        whole = read_config(folder, f"{again(path)}, or {RESTORE}")
+        differences = _differences(whole, config)
+        if not differences:
             return
         if self._all_of(run_of(config)):
             reason = f"expected the settings of the stages here in {path}, found others"
             raise DamagedError(reason, path)
         if "settings" in whole:
             raise UserError(
-                f"{self.folder} holds a run of an older version, which can be reported "
-                "and not continued: choose another folder"
+                f"{folder} holds a run of an older version, which can be reported and "
+                "not continued: choose another folder"
             )
         if "training" not in whole:
             raise UserError(
                 f"expected the settings of a run in {path}, found another program's "
                 "file; choose another folder"
             )
-        shown = "; ".join(
-            f"{k}: there {_short(there.get(k))}, now {_short(here.get(k))}"
-            for k in keys
-        )
         raise UserError(
-            f"{self.folder} belongs to a run with other settings: {shown}; "
-            "choose another folder or the same settings"
+            f"{folder} belongs to a run with other settings: {differences}; choose "
+            "another folder or the same settings"
         )
 
     def _all_of(self, run: str) -> bool:
@@ -286,6 +273,17 @@ def _lines(values: Iterable[Mapping[str, Any]]) -> str:
 def _times(record: Mapping[str, Any]) -> dict[str, Any]:
     named = ("method", "seed", "stage", "domain", "index")
     return {**{key: record["line"][key] for key in named}, **record["timing"]}
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The settings that differ, with both values."""
+    old = _flat({k: v for k, v in there.items() if k not in ENVIRONMENT})
+    new = _flat(json.loads(json.dumps(here)))
+    return "; ".join(
+        f"{k}: there {_short(old.get(k))}, now {_short(new.get(k))}"
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

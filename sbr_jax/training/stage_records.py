@@ -104,7 +104,7 @@ def read_result(
 
     Args:
       folder: of the stage, or of a checkpoint inside it.
-      run: whose it must be.
+      run: the digest of the run whose it must be.
       name: of the record.
 
     Raises:
@@ -126,11 +126,7 @@ def read_result(
 
 
 def require_intact(checkpoint: pathlib.Path, run: str) -> None:
-    """Compares every file of a checkpoint with the record beside it.
-
-    Args:
-      checkpoint: its folder.
-      run: whose it must be.
+    """Compares every file of a checkpoint's folder with the record beside it.
 
     Raises:
       DamagedError: naming the first file that is not as it was written.

@@ -12,7 +12,6 @@ import tiny
 from sbr_jax.data.batches import batch
 from sbr_jax.methods.base import adamw, task_gradient
 from sbr_jax.training import checkpoint, loop
-from sbr_jax.training.csm import monitor, needs_repair
 from sbr_jax.training.program import init_adapter
 from sbr_jax.training.records import plain_numbers
 from sbr_jax.training.step import TrainState, compiled_step, make_step
@@ -209,30 +208,6 @@ def test_refresh_is_called_between_steps_only():
 
     run_toy(refresh=loop.Every(3, refresh))
     assert seen == [3, 6]
-
-
-def test_monitor_repairs_exactly_when_the_rule_says():
-    assert needs_repair(94.99, 100.0)
-    assert not needs_repair(95.0, 100.0)
-    assert not needs_repair(0.0, 0.0)
-    calls = []
-
-    def repair(x, block):
-        calls.append(block)
-        return x + 1
-
-    for scores, expected in (
-        ([100.0], []),
-        ([95.0], []),
-        ([90.0, 96.0], [0]),
-        ([90.0, 91.0, 99.0], [0, 1]),
-        ([90.0, 90.0, 90.0], [0, 1]),
-    ):
-        calls.clear()
-        result, seen = monitor(0, lambda x, s=scores: s[x], repair, 100.0)
-        assert calls == expected
-        assert seen == scores
-        assert result == len(expected)
 
 
 # --- what is stored, and what is refused ----------------------------------------------

@@ -207,13 +207,18 @@ def test_mapped_seeds_agree_with_one_after_the_other(tmp_path):
 
 @pytest.mark.parametrize(
     ("scores", "blocks"),
-    [([100.0, 95.0], 0), ([100.0, 94.0, 96.0], 1), ([100.0, 10.0, 10.0, 10.0], 2)],
+    [
+        ([95.0], 0),
+        ([94.0, 96.0], 1),
+        ([90.0, 91.0, 99.0], 2),
+        ([10.0, 10.0, 10.0], 2),
+    ],
 )
 def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks):
-    go(tmp_path, (CSM,), study=tiny.study(probe=fake_probe(scores)))
+    go(tmp_path, (CSM,), study=tiny.study(probe=fake_probe([100.0, *scores])))
     line = next(x for x in read(tmp_path) if x["stage"] == "repair")
     assert line["metrics"]["blocks"] == blocks
-    assert line["metrics"]["probe"] == scores[1]
+    assert line["metrics"]["probe"] == scores[0]
     assert line["metrics"]["probe_after"] == scores[-1]
     stage = tmp_path / "stages" / CSM.replace(":", "+") / "0/02-repair"
     assert (stage / "adapter").is_dir() == (blocks > 0)
