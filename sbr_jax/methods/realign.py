@@ -30,6 +30,7 @@ import optax
 from sbr_jax.data.batches import batch
 from sbr_jax.methods.base import Problem, adamw, one_of, positive
 from sbr_jax.models import LoraPair, is_lora_pair, merge_adapter
+from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import Batch, PyTree, UserError
 
 Rule = Callable[
@@ -81,14 +82,10 @@ class Stage:
     ) -> optax.GradientTransformationExtraArgs:
         """Clipping and AdamW with this stage's schedule and weight decay."""
         steps = self.steps or problem.training.steps_per_domain
-        rate: optax.ScalarOrSchedule = self.learning_rate
+        rate = self.learning_rate
         if self.schedule == "cosine":
-            warmup = round(WARMUP * steps)
-            rate = optax.schedules.warmup_cosine_decay_schedule(
-                init_value=self.learning_rate / (warmup + 1),
-                peak_value=self.learning_rate,
-                warmup_steps=warmup,
-                decay_steps=max(steps, warmup + 1),
+            rate = learning_rate_schedule(
+                rate, steps, warmup_fraction=WARMUP, final_fraction=0.0
             )
         own = dataclasses.replace(problem.training, weight_decay=self.weight_decay)
         decayed = dataclasses.replace(problem, training=own)

@@ -100,7 +100,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: naming what it holds.
     """
-    from sbr_jax.training.results import read_config, refuse_foreign
+    from sbr_jax.training.run_folder import read_config, refuse_foreign
 
     cli.check_folder(folder)
     if (folder / "config.json").exists():

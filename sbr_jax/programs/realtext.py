@@ -49,7 +49,7 @@ from sbr_jax.studies.realtext_corpus import (
     read_corpus,
 )
 from sbr_jax.studies.stories import held_out_scores
-from sbr_jax.training.step import learning_rate_schedule
+from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import PyTree, UserError
 
 PROGRAM = "python -m experiments.realtext"

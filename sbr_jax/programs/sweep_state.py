@@ -55,7 +55,7 @@ class Sweep:
 
 def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
     """Seconds spent on every part that was begun, and whether it is finished."""
-    from sbr_jax.training.results import Workdir, read_config
+    from sbr_jax.training.run_folder import RunFolder, read_config
     from sbr_jax.training.stages import EVALUATE
 
     found: dict[Part, tuple[float, bool]] = {}
@@ -63,7 +63,7 @@ def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
         if not (plan.workdir / "config.json").exists():
             continue
         domains = len(read_config(plan.workdir)["domains"])
-        folder = Workdir(plan.workdir)
+        folder = RunFolder(plan.workdir)
         for record in folder.lines(plan.methods):
             line = record["line"]
             if line["seed"] is None:

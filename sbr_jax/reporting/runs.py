@@ -15,7 +15,7 @@ import numpy as np
 
 from sbr_jax.training import code_record
 from sbr_jax.training.records import DIGEST, read_json
-from sbr_jax.training.results import Workdir, read_config
+from sbr_jax.training.run_folder import RunFolder, read_config
 from sbr_jax.training.stage_records import RESULT, not_numbers, unusable
 from sbr_jax.typing import UserError
 
@@ -176,7 +176,7 @@ class Run:
         """
         found: set[str] = set()
         for seed in self.seeds(method):
-            stages = Workdir(self.folder).stage(method, seed, 0, "subspace").parent
+            stages = RunFolder(self.folder).stage(method, seed, 0, "subspace").parent
             hashes = code_record.read(stages)
             if not hashes:
                 return None
@@ -349,7 +349,7 @@ def _require_published(
     path = folder / "results.jsonl"
     published = {key(line) for line in (*lines, *times)}
     rows: dict[tuple[str, int | None], list[Line]] = {}
-    for record in Workdir(folder).lines(()):
+    for record in RunFolder(folder).lines(()):
         row = record["line"]["method"], record["line"]["seed"]
         rows.setdefault(row, []).extend([record] * (key(record["line"]) in published))
     for number, line in enumerate(lines, 1):

@@ -1,12 +1,14 @@
-"""A study: the model, the domains and the measurements that a pipeline runs over."""
+"""A study: the model, the domains and the evaluations that a pipeline runs over."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sbr_jax.typing import PyTree
+from sbr_jax.models.lora import select_targets
+from sbr_jax.settings import Training
+from sbr_jax.typing import PyTree, UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,7 +26,7 @@ class Domain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """What a preset builds. Nothing in the pipeline asks which model it is.
+    """Everything that a preset builds; nothing in the pipeline asks which model it is.
 
     Attributes:
       model: a ``models.Model``.
@@ -58,3 +60,32 @@ class Study:
     fingerprint: str = ""
     leak_check: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def check_sizes(study: Study, domains: Sequence[str], training: Training) -> None:
+    """Refuses sets that are empty, and sizes that neither data nor model can fill.
+
+    Raises:
+      UserError: for the first such set or size.
+    """
+    if len(study.calibration) == 0:
+        raise UserError(
+            "expected a safety calibration set with at least one example, got none"
+        )
+    for name in domains:
+        size, batch = len(study.domains[name].train), training.batch_size
+        if size == 0:
+            raise UserError(f"expected training examples in domain {name}, got none")
+        # A set of ten may be smaller than a batch; to see all of it twice is a mistake.
+        if batch >= 2 * size:
+            raise UserError(
+                f"expected training.batch_size to be less than {2 * size}, twice the "
+                f"{size} training examples of domain {name}, got {batch}"
+            )
+    model, targets = study.model.config, select_targets(training.lora_targets)
+    least = min(targets, key=lambda name: min(model.projection(name)))
+    if training.lora_rank > (side := min(model.projection(least))):
+        raise UserError(
+            f"expected training.lora_rank to be at most {side}, the smaller side of "
+            f"{least}, got {training.lora_rank}: lower it, or change lora_targets"
+        )

@@ -13,7 +13,7 @@ from sbr_jax.provenance.code_version import ROOT
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell
 from sbr_jax.training import code_record, pipeline
-from sbr_jax.training.track import Track
+from sbr_jax.training.stages import Stages
 from sbr_jax.typing import UserError
 from tools import fill_docs, provenance
 from tools.markdown_tables import MARK, page_tables
@@ -167,10 +167,10 @@ def test_the_code_of_a_row_is_read_back(tmp_path):
 
 
 def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_base_stage", lambda *_: None)
-    monkeypatch.setattr(pipeline, "_run_group", lambda *_: None)
-    monkeypatch.setattr(Track, "require_usable", lambda self: None)
-    monkeypatch.setattr(Track, "require_complete", lambda self: None)
+    monkeypatch.setattr(pipeline, "evaluate_start", lambda *_: None)
+    monkeypatch.setattr(pipeline, "run_group", lambda *_: None)
+    monkeypatch.setattr(Stages, "require_usable", lambda self: None)
+    monkeypatch.setattr(Stages, "require_complete", lambda self: None)
     study, seeds = tiny.study(), tmp_path / "stages" / "plain"
 
     def go(code, *seeds):
@@ -179,7 +179,7 @@ def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
         pipeline.run(study, ["plain"], seeds, tmp_path, settings, domains, **more)
 
     go("old", 0)
-    monkeypatch.setattr(Track, "finished", lambda self, number: self.seed == 0)
+    monkeypatch.setattr(Stages, "finished", lambda self, number: self.seed == 0)
     go("new", 0, 1)  # Seed 0 is finished: nothing of it is computed anew.
     assert code_record.read(seeds / "0") == ["old"]
     assert code_record.read(seeds / "1") == ["new"]

@@ -1,10 +1,8 @@
-"""The working directory: finished stages, result lines, the summary.
+"""A run's folder: its configuration, its lock, and what is published of its stages.
 
-A stage is a folder whose ``result.json`` is renamed into place last; without it the
-stage never happened. That record knows the run, its own place in it and the digests of
-the stage's files, and all of it is compared on reading. ``results.jsonl``,
-``timings.jsonl`` and ``summary.json`` are functions of the finished stages and are
-written anew.
+``config.json`` says what decides the results. A finished stage is a folder whose
+``result.json`` is renamed into place last. ``results.jsonl``, ``timings.jsonl`` and
+``summary.json`` are functions of the finished stages and are written anew.
 """
 
 import contextlib
@@ -12,7 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sbr_jax.training.records import (
@@ -30,18 +28,15 @@ from sbr_jax.training.summary import summarise
 from sbr_jax.typing import UserError
 
 ENVIRONMENT = ("versions", "hardware")
+"""Keys of ``config.json`` that are recorded and not compared."""
 RESTORE = "restore it, or choose another folder"
 
 
-class Workdir:
+class RunFolder:
     """A run's folder, locked while it is open."""
 
     def __init__(self, folder: str | pathlib.Path):
-        """Names the folder; nothing is touched.
-
-        Args:
-          folder: where results go.
-        """
+        """Names the folder; nothing is touched."""
         self.folder = pathlib.Path(folder)
         self._run: str | None = None
         self._lock: Any = None
@@ -51,8 +46,7 @@ class Workdir:
         """The digest of what decides the results; every record carries it.
 
         Raises:
-          UserError: for a folder of an older version, which wrote no digests: it can be
-            reported, and not continued.
+          UserError: for a folder of an older version, which wrote no digests.
         """
         if self._run is None:
             remedy = f"choose another folder, or {again(self.folder)}"
@@ -64,51 +58,39 @@ class Workdir:
         """Refuses a folder that belongs to other settings; touches nothing.
 
         Args:
-          config: what decides the results, JSON values only; see
-            :data:`ENVIRONMENT` for the keys that are recorded but not compared.
+          config: what decides the results, JSON values only.
 
         Raises:
           UserError: naming the settings that differ.
         """
-        path = self.folder / "config.json"
-        with writing(self.folder):  # A name may be too long even to ask for.
-            if self.folder.exists() and not self.folder.is_dir():
-                raise UserError(
-                    f"workdir {self.folder}: expected a folder, found a file"
-                )
+        folder, path = self.folder, self.folder / "config.json"
+        with writing(folder):  # A name may be too long even to ask for.
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"workdir {folder}: expected a folder, found a file")
             if not path.exists():
                 if not self._all_of(run_of(config)):
-                    refuse_foreign(self.folder, "config.json")
+                    refuse_foreign(folder, "config.json")
                 return
-        whole = read_config(self.folder, f"{again(path)}, or {RESTORE}")
-        there = _flat({k: v for k, v in whole.items() if k not in ENVIRONMENT})
-        here = _flat(json.loads(json.dumps(config)))
-        keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
-        if not keys:
+        whole = read_config(folder, f"{again(path)}, or {RESTORE}")
+        differences = _differences(whole, config)
+        if not differences:
             return
         if self._all_of(run_of(config)):
-            raise DamagedError(
-                f"expected the settings of the stages here in {path}, found something "
-                "else",
-                path,
-            )
+            reason = f"expected the settings of the stages here in {path}, found others"
+            raise DamagedError(reason, path)
         if "settings" in whole:
             raise UserError(
-                f"{self.folder} holds a run of an older version, which can be reported "
-                "and not continued: choose another folder"
+                f"{folder} holds a run of an older version, which can be reported and "
+                "not continued: choose another folder"
             )
         if "training" not in whole:
             raise UserError(
                 f"expected the settings of a run in {path}, found another program's "
                 "file; choose another folder"
             )
-        shown = "; ".join(
-            f"{k}: there {_short(there.get(k))}, now {_short(here.get(k))}"
-            for k in keys
-        )
         raise UserError(
-            f"{self.folder} belongs to a run with other settings: {shown}; "
-            "choose another folder or the same settings"
+            f"{folder} belongs to a run with other settings: {differences}; choose "
+            "another folder or the same settings"
         )
 
     def _all_of(self, run: str) -> bool:
@@ -179,10 +161,12 @@ class Workdir:
                 "in it, and so are its results: run the same command again"
             )
 
-    def stage(self, method: str, seed: int | None, number: int, stage: str):
+    def stage(
+        self, variant: str, seed: int | None, number: int, stage: str
+    ) -> pathlib.Path:
         """The folder of one stage."""
         seed_part = "all" if seed is None else str(seed)
-        name = method.replace(":", "+")
+        name = variant.replace(":", "+")
         return self.folder / "stages" / name / seed_part / f"{number:02d}-{stage}"
 
     def _tidy(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -203,7 +187,7 @@ class Workdir:
         """Every finished stage's record, in canonical order.
 
         Args:
-          order: method names; others come after, by name.
+          order: names of variants; others come after, by name.
 
         Raises:
           DamagedError: for records that are damaged, of another run or another place.
@@ -216,10 +200,13 @@ class Workdir:
             except DamagedError as error:
                 wrong.append(error)
                 continue
+            if record is None:  # It went in this moment.
+                continue
             number = int(path.parent.name.split("-")[0])
-            method, seed = record["line"]["method"], record["line"]["seed"]
-            place = (rank.get(method, len(rank)), method, -1 if seed is None else seed)
-            found.append(((*place, number), record))
+            variant, seed = record["line"]["method"], record["line"]["seed"]
+            seed = -1 if seed is None else seed
+            place = (rank.get(variant, len(rank)), variant, seed, number)
+            found.append((place, record))
         if wrong:
             raise DamagedError(wrong[0].reason, wrong[0].redo, wrong[1:])
         return [record for _, record in sorted(found, key=lambda item: item[0])]
@@ -235,15 +222,13 @@ class Workdir:
         """
         self.require_held()
         records = self.lines(order)
-        lines = [json.dumps(r["line"]) + "\n" for r in records]
-        write_atomically(self.folder / "results.jsonl", "".join(lines))
-        times = [
-            json.dumps({**_identity(r["line"]), **r["timing"]}) + "\n" for r in records
-        ]
-        write_atomically(self.folder / "timings.jsonl", "".join(times))
         summary = plain_numbers(summarise(records, BASE))
-        text = json.dumps(summary, indent=2) + "\n"
-        write_atomically(self.folder / "summary.json", text)
+        for name, text in (
+            ("results.jsonl", _lines(record["line"] for record in records)),
+            ("timings.jsonl", _lines(map(_times, records))),
+            ("summary.json", json.dumps(summary, indent=2) + "\n"),
+        ):
+            write_atomically(self.folder / name, text)
         return summary
 
 
@@ -281,8 +266,24 @@ def refuse_foreign(folder: pathlib.Path, lacking: str, own: Sequence[str] = ()) 
         )
 
 
-def _identity(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: line[k] for k in ("method", "seed", "stage", "domain", "index")}
+def _lines(values: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def _times(record: Mapping[str, Any]) -> dict[str, Any]:
+    named = ("method", "seed", "stage", "domain", "index")
+    return {**{key: record["line"][key] for key in named}, **record["timing"]}
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The settings that differ, with both values."""
+    old = _flat({k: v for k, v in there.items() if k not in ENVIRONMENT})
+    new = _flat(json.loads(json.dumps(here)))
+    return "; ".join(
+        f"{k}: there {_short(old.get(k))}, now {_short(new.get(k))}"
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

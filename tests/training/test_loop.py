@@ -12,28 +12,32 @@ import tiny
 from sbr_jax.data.batches import batch
 from sbr_jax.methods.base import adamw, task_gradient
 from sbr_jax.training import checkpoint, loop
-from sbr_jax.training.monitor import monitor, needs_repair
 from sbr_jax.training.program import init_adapter
-from sbr_jax.training.step import (
-    TrainState,
-    compiled_step,
-    learning_rate_schedule,
-    make_step,
-)
+from sbr_jax.training.records import plain_numbers
+from sbr_jax.training.step import TrainState, compiled_step, make_step
+from sbr_jax.training.study import check_disjoint
+from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import UserError
 
 STUDY = tiny.study()
-SETTINGS = tiny.config()
+CONFIG = tiny.config()
 BASE = STUDY.model.params
 DATA = STUDY.domains["medical"].train
+KEY = jax.random.key(0)
 
 
 def vector(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
+def begun(found, adapter, key=KEY):
+    """A method's state on the aligned model."""
+    state = found.method.init(found.problem, BASE, adapter, key)
+    return {name: value for name, value in state.items() if name != "diagnostics"}
+
+
 def toy():
-    """A step on a plain pytree: no model, so it compiles at once."""
+    """A step on a plain pytree, and where it starts: it compiles at once."""
 
     def gradient(problem, base, adapter, state, batch, key):
         def loss_fn(a):
@@ -45,8 +49,8 @@ def toy():
     optimizer = optax.with_extra_args_support(optax.sgd(0.1))
     step = compiled_step(make_step(None, gradient, optimizer))
     adapter = {"w": jnp.ones(3, jnp.float32)}
-    start = TrainState(adapter, optimizer.init(adapter), jnp.zeros((), jnp.int32))
-    return step, jnp.float32(0.5), start
+    train = TrainState(adapter, optimizer.init(adapter), jnp.zeros((), jnp.int32))
+    return step, loop.Progress(train, {})
 
 
 def toy_batch(step):
@@ -57,12 +61,18 @@ def toy_batch(step):
     }
 
 
-def run_toy(**options):
-    step, base, start = toy()
-    defaults = {"steps": 7, "where": "toy", "log_every": 3, "quiet": True}
+def run_toy(batches=toy_batch, start=None, **options):
+    step, fresh = toy()
+    defaults = {"where": "toy", "log_every": 3, "quiet": True}
     return loop.train(
-        step, base, start, {}, toy_batch, jax.random.key(0), **{**defaults, **options}
+        lambda train, state, n: step(jnp.float32(0.5), train, state, batches(n), KEY),
+        fresh if start is None else start,
+        7,
+        **{**defaults, **options},
     )
+
+
+# --- the step -------------------------------------------------------------------------
 
 
 def test_schedule_warms_up_and_ends_at_its_floor():
@@ -76,16 +86,15 @@ def test_schedule_warms_up_and_ends_at_its_floor():
     assert float(learning_rate_schedule(1.0, 1)(0)) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("row", ["safeanchor-exact"])
-def test_accumulation_equals_one_big_batch(row):
+def test_accumulation_equals_one_big_batch():
     results = []
     for accumulation in (1, 4):
-        settings = tiny.changed(SETTINGS, accumulation=accumulation)
-        found = tiny.program(row, settings, STUDY, anchor_batch_size=4, max_rank=6)
-        adapter = init_adapter(STUDY, SETTINGS, 0)
+        config = tiny.changed(CONFIG, accumulation=accumulation)
+        options = {"anchor_batch_size": 4, "max_rank": 6}
+        found = tiny.program("safeanchor-exact", config, STUDY, **options)
+        adapter = init_adapter(STUDY, CONFIG, 0)
         key = jax.random.key(3)
-        state = found.method.init(found.problem, BASE, adapter, key)
-        del state["diagnostics"]
+        state = begun(found, adapter, key)
         # A reference elsewhere, so that the anchor has a gradient.
         moved = jax.tree.map(lambda x: x + jnp.asarray(0.05, x.dtype), adapter)
         state["reference"] = moved
@@ -100,14 +109,10 @@ def test_accumulation_equals_one_big_batch(row):
 
 
 def test_clipping_bounds_what_enters_the_optimizer():
-    problem = tiny.problem(
-        STUDY.model.apply_fn,
-        STUDY.calibration,
-        steps_per_domain=1,
-        batch_size=8,
-        max_grad_norm=1e-3,
+    apply_fn, calibration = STUDY.model.apply_fn, STUDY.calibration
+    transform = adamw(
+        tiny.problem(apply_fn, calibration, max_grad_norm=1e-3), None, 1.0
     )
-    transform = adamw(problem, None, 1.0)
     params = {"w": jnp.zeros(4)}
     with jax.numpy_dtype_promotion("standard"):
         state = transform.init(params)
@@ -116,23 +121,25 @@ def test_clipping_bounds_what_enters_the_optimizer():
     assert float(jnp.linalg.norm(first)) == pytest.approx(0.1 * 1e-3, rel=1e-4)
 
 
-def test_domains_seeds_and_subspaces_share_one_trace(monkeypatch):
+def test_domains_seeds_and_subspaces_share_one_trace():
     traced = []
 
     def counting(problem, base, adapter, state, batch, key):
         traced.append(1)
         return task_gradient(problem, base, adapter, state, batch, key)
 
-    found = tiny.program(
-        "safeanchor-exact", SETTINGS, STUDY, anchor_weight=0.0, max_rank=6
-    )
+    def make():
+        options = {"anchor_weight": 0.0, "max_rank": 6}
+        return tiny.program("safeanchor-exact", CONFIG, STUDY, **options)
+
+    found = make()
     step = compiled_step(make_step(found.problem, counting, found.optimizer))
     for seed in (0, 1):
-        adapter = init_adapter(STUDY, SETTINGS, seed)
+        adapter = init_adapter(STUDY, CONFIG, seed)
         key = jax.random.key(seed)
-        state = found.method.init(found.problem, BASE, adapter, key)
+        state = begun(found, adapter, key)
         for domain in STUDY.domains.values():
-            state = {k: v for k, v in state.items() if k != "diagnostics"}
+            state.pop("diagnostics", None)
             train = found.start(adapter, state)
             for number in range(2):
                 data = batch(domain.train, 8, seed, number)
@@ -142,22 +149,16 @@ def test_domains_seeds_and_subspaces_share_one_trace(monkeypatch):
             )
     assert len(traced) == 1
     assert step._cache_size() == 1
-    again = tiny.program(
-        "safeanchor-exact", SETTINGS, STUDY, anchor_weight=0.0, max_rank=6
-    )
-    assert again is found
+    assert make() is found
 
 
 def test_dropout_depends_on_seed_and_step_only():
-    settings = tiny.changed(SETTINGS, lora_dropout=0.5)
-    found = tiny.program("plain", settings, STUDY)
-    moved = jax.tree.map(
-        lambda x: x + jnp.asarray(0.1, x.dtype), init_adapter(STUDY, SETTINGS, 0)
-    )
+    found = tiny.program("plain", tiny.changed(CONFIG, lora_dropout=0.5), STUDY)
+    fresh = init_adapter(STUDY, CONFIG, 0)
+    moved = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), fresh)
 
     def loss(seed, number):
-        train = found.start(moved, {})
-        train = dataclasses.replace(train, step=jnp.int32(number))
+        train = dataclasses.replace(found.start(moved, {}), step=jnp.int32(number))
         key = jax.random.key(seed)
         _, metrics = found.step(BASE, train, {}, batch(DATA, 8, 0, 0), key)
         return float(metrics["loss"])
@@ -166,38 +167,25 @@ def test_dropout_depends_on_seed_and_step_only():
     assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
 
 
+# --- the loop -------------------------------------------------------------------------
+
+
 def test_loop_resumes_to_the_same_bits():
-    whole = run_toy()
-    saved = {}
+    whole, saved = run_toy(), {}
 
-    def keep(step, train, state, history):
-        saved[step] = (jax.tree.map(jnp.copy, train), state, dict(history))
+    def keep(now):
+        train = jax.tree.map(jnp.copy, now.train)
+        saved[now.step] = dataclasses.replace(now, train=train)
 
-    with_saving = run_toy(checkpoint_every=2, checkpoint=keep)
+    with_saving = run_toy(checkpoint=loop.Every(2, keep))
     assert sorted(saved) == [2, 4, 6]
-    np.testing.assert_array_equal(
-        vector(whole.train.adapter), vector(with_saving.train.adapter)
-    )
-    step, base, _ = toy()
-    train, state, history = saved[4]
-    resumed = loop.train(
-        step,
-        base,
-        train,
-        state,
-        toy_batch,
-        jax.random.key(0),
-        steps=7,
-        where="toy",
-        first_step=4,
-        history=history,
-        quiet=True,
-    )
-    np.testing.assert_array_equal(
-        vector(whole.train.adapter), vector(resumed.train.adapter)
-    )
-    assert whole.history == resumed.history
-    assert loop.summarise(whole.history) == loop.summarise(resumed.history)
+    resumed = run_toy(start=saved[4])
+    for other in (with_saving, resumed):
+        np.testing.assert_array_equal(
+            vector(whole.train.adapter), vector(other.train.adapter)
+        )
+        assert whole.history == other.history
+        assert loop.summarise(whole.history) == loop.summarise(other.history)
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_where():
@@ -207,34 +195,26 @@ def test_a_loss_that_is_not_finite_stops_and_says_where():
             data["mask"][0] = np.nan
         return data
 
-    step, base, start = toy()
     with pytest.raises(UserError, match=r"plain, seed 3, domain x: .*nan.* at step 4"):
-        loop.train(
-            step,
-            base,
-            start,
-            {},
-            poisoned,
-            jax.random.key(0),
-            steps=7,
-            where="plain, seed 3, domain x",
-            quiet=True,
-        )
+        run_toy(poisoned, where="plain, seed 3, domain x")
 
 
 def test_refresh_is_called_between_steps_only():
     seen = []
 
-    def refresh(train, state, step):
-        seen.append(step)
-        return train, state
+    def refresh(now):
+        seen.append(now.step)
+        return now
 
-    run_toy(refresh_every=3, refresh=refresh)
+    run_toy(refresh=loop.Every(3, refresh))
     assert seen == [3, 6]
 
 
+# --- what is stored, and what is refused ----------------------------------------------
+
+
 def test_checkpoint_keeps_bits_and_structure(tmp_path):
-    adapter = init_adapter(STUDY, SETTINGS, 0)
+    adapter = init_adapter(STUDY, CONFIG, 0)
     tree = {"adapter": adapter, "n": jnp.int32(3), "half": jnp.ones(2, jnp.bfloat16)}
     checkpoint.save(tmp_path / "a", tree)
     checkpoint.save(tmp_path / "a", tree)
@@ -249,28 +229,17 @@ def test_checkpoint_keeps_bits_and_structure(tmp_path):
         checkpoint.restore(tmp_path / "b", tree)
 
 
-def test_monitor_repairs_exactly_when_the_rule_says():
-    assert needs_repair(94.99, 100.0)
-    assert not needs_repair(95.0, 100.0)
-    assert not needs_repair(0.0, 0.0)
-    calls = []
+def test_numbers_in_results_are_valid_json():
+    tree = {"a": np.float32(1 / 3), "b": [np.nan, 1], "c": jnp.ones(2)}
+    found = plain_numbers(tree)
+    assert found == {"a": 0.333333, "b": [None, 1], "c": [1.0, 1.0]}
 
-    def repair(x, block):
-        calls.append(block)
-        return x + 1
 
-    for scores, expected in (
-        ([100.0], []),
-        ([95.0], []),
-        ([90.0, 96.0], [0]),
-        ([90.0, 91.0, 99.0], [0, 1]),
-        ([90.0, 90.0, 90.0], [0, 1]),
-    ):
-        calls.clear()
-        result, seen = monitor(0, lambda x, s=scores: s[x], repair, 100.0)
-        assert calls == expected
-        assert seen == scores
-        assert result == len(expected)
+def test_sets_that_share_prompts_are_refused():
+    data = tiny.dataset(0, 4)
+    assert check_disjoint({"a": data, "b": tiny.dataset(1, 4)}) == {"a/b": 0}
+    with pytest.raises(UserError, match="a and b share 4 prompts"):
+        check_disjoint({"a": data, "b": data.tokens[:, :4].tolist()})
 
 
 @pytest.mark.parametrize(
