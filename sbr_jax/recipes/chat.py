@@ -45,7 +45,7 @@ class ChatOptions:
         harmful_source: of `harmful`.
         control_source: of the benign control.
         probe_source: an evaluation set of behaviours.
-        measures: names of `evaluation.measures.MEASURES`; none for what the domains
+        measures: names of `evaluation.benchmarks.BENCHMARKS`; none for what the domains
             and the monitor measure alone.
         limit: items of one measurement; None for all.
         judge: who says what a refusal is: keyword, keyword:LIST, llama-guard,
