@@ -22,7 +22,7 @@ from sbr_jax.evaluation.judges import (
     verdict_rates,
 )
 from sbr_jax.evaluation.result import Result
-from sbr_jax.evaluation.tasks.bbq import BiasScores, bias_scores
+from sbr_jax.evaluation.tasks.bias import BiasScores, bias_scores
 from sbr_jax.evaluation.tasks.choices import mc1, mc2
 
 __all__ = [

@@ -269,7 +269,7 @@ def raise_again(name: str, said: str) -> None:
     if kind:
         raise error
     plain = str(name).replace("\0", "").encode(errors="replace").decode()
-    made: type[Exception] = type(plain, (Exception,), {})
+    made: Any = type(plain, (Exception,), {})
     raise made(said)
 
 

@@ -181,7 +181,7 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
 
 def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
     """The absolute bias in ambiguous contexts of the single categories, if any."""
-    from sbr_jax.evaluation.tasks.bbq import bias_scores
+    from sbr_jax.evaluation.tasks.bias import bias_scores
 
     used = [
         (pick, item)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_data as files
+from sbr_jax.evaluation.keyword import KeywordJudge
 
 from sbr_jax import models
 from sbr_jax.evaluation import first_token, measures
-from sbr_jax.evaluation.keyword import KeywordJudge
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.typing import UserError
 

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_data as files
-
-from sbr_jax.data import load_evalset
-from sbr_jax.evaluation import measurement, measures, sandbox
 from sbr_jax.evaluation.items import Result
-from sbr_jax.evaluation.judges import CallableJudge, Verdict
 from sbr_jax.evaluation.keyword import KeywordJudge
 from sbr_jax.evaluation.measures import MEASURES, composite, prepare
 from sbr_jax.evaluation.measuring import BUILDERS
+
+from sbr_jax.data import load_evalset
+from sbr_jax.evaluation import measurement, measures, sandbox
+from sbr_jax.evaluation.judges import CallableJudge, Verdict
 from sbr_jax.typing import UserError
 
 DATA = files.DATA

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_stories
+from sbr_jax.evaluation.first_token import refusal_auc, roc_area
+from sbr_jax.evaluation.keyword import KeywordJudge
+from sbr_jax.evaluation.measurement import Ask
 from test_tasks import Bias, Choice
 
 from sbr_jax import models
 from sbr_jax.data import TokenDataset
 from sbr_jax.evaluation import choice, tasks
 from sbr_jax.evaluation.domain_scores import TokenAccuracy
-from sbr_jax.evaluation.first_token import refusal_auc, roc_area
-from sbr_jax.evaluation.keyword import KeywordJudge
-from sbr_jax.evaluation.measurement import Ask
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.models.finite import comparable
 from sbr_jax.studies.stories import HeldOut

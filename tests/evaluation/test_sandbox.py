@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sbr_jax.evaluation.humaneval import humaneval_program
 
 from sbr_jax.evaluation import sandbox
-from sbr_jax.evaluation.humaneval import humaneval_program
 from sbr_jax.evaluation.sandbox import Ending, run_many, run_python
 from sbr_jax.typing import UserError
 

@@ -4,6 +4,8 @@ import itertools
 import math
 
 import pytest
+from sbr_jax.evaluation.measurement import flat
+from sbr_jax.evaluation.measures import composite
 from tasks_case import Fake
 from test_answer_tasks import Asked, Wild
 
@@ -14,8 +16,6 @@ from sbr_jax.evaluation.judges import (
     verdict_bounds,
     verdict_rates,
 )
-from sbr_jax.evaluation.measurement import flat
-from sbr_jax.evaluation.measures import composite
 from sbr_jax.training.records import plain_numbers
 
 R, C, G, U = Verdict

@@ -10,10 +10,10 @@ from sbr_jax.evaluation.tasks.answers import (
     truthfulqa_generation,
     write_mtbench,
 )
-from sbr_jax.evaluation.tasks.bbq import bbq
+from sbr_jax.evaluation.tasks.bias import bbq
 from sbr_jax.evaluation.tasks.choices import legalbench, medqa, mmlu, truthfulqa_mc
 from sbr_jax.evaluation.tasks.first_token import refusal_auc
-from sbr_jax.evaluation.tasks.humaneval import humaneval
+from sbr_jax.evaluation.tasks.code import humaneval
 from sbr_jax.evaluation.tasks.refusals import harmbench, requests, wildguard, xstest
 
 __all__ = [
