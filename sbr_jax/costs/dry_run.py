@@ -15,6 +15,7 @@ from sbr_jax.costs import forecast, forecast_judge
 from sbr_jax.costs.devices import DeviceOptions, make_device
 from sbr_jax.costs.forecast import GIB, Device, Job
 from sbr_jax.costs.rehearsal import rehearse
+from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.methods import build, resolve
 from sbr_jax.reporting.tables import Table
 from sbr_jax.studies.options import ChatOptions
@@ -23,11 +24,6 @@ from sbr_jax.typing import UserError
 CARDS = (24, 40, 80)
 """Memories, in GB, that a peak is compared with where the device's is not known."""
 
-ANSWERS = {"humaneval": 512, "mtbench": 2048, "gsm8k": 400}
-"""Tokens of an answer, where the study does not say it."""
-
-SCORED = ("truthfulqa", "bbq", "mmlu", "medqa", "legalbench", "refusal-auc")
-"""Measurements that read likelihoods and write nothing."""
 START = "start model, once"
 """The line of what is measured before any row."""
 FRAME, PER_CHARACTER = 30, 0.25
@@ -183,11 +179,14 @@ def start_seconds(plan: Any, study: Any, job: Job, device: Device) -> dict[str, 
 def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -> float:
     count, characters = study.asked[name]
     tokens = round(FRAME + PER_CHARACTER * characters)
-    if name in SCORED:
+    benchmark = BENCHMARKS.get(name)
+    if benchmark and benchmark.scores_only:
         flops = count * forecast.forward_flops(job, tokens, heads=8)
         return flops / (device.flops * device.count)
     options = plan.study
-    new = ANSWERS.get(name) or options.max_new_tokens
+    new = options.max_new_tokens
+    if benchmark and benchmark.answer_tokens:
+        new = benchmark.answer_tokens * benchmark.turns
     rows = plan.config.hardware.generation_batch
     seconds = forecast.generation_seconds(job, device, count, tokens, new, rows)
     if name == "probe" or "judge" in study.notes["measurements"][name]:

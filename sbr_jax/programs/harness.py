@@ -3,7 +3,7 @@
 After the run, or on a finished folder, the start model and the final deployed weights
 of every row and seed go through EleutherAI's harness (the extra `eval`), on items of
 the data folder; nothing is fetched. With a limit the items are those that
-`evaluation.measures` draws. Chat models are asked in their template, others in plain
+`evaluation.benchmarks` draws. Chat models are asked in their template, others in plain
 text: compare like with like. Results go to `WORKDIR/harness.json`, one entry per row
 and seed as soon as it is there, and the same command continues.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbr_jax import errors
-from sbr_jax.evaluation.measurement import draw
+from sbr_jax.evaluation.benchmarks import draw
 from sbr_jax.programs.job import Job
 from sbr_jax.training.deployed import deployments
 from sbr_jax.typing import UserError
@@ -185,7 +185,7 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
 
 def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
     """The absolute bias in ambiguous contexts of the single categories, if any."""
-    from sbr_jax.evaluation.bbq import bias_scores
+    from sbr_jax.evaluation.tasks.bias import bias_scores
 
     used = [
         (pick, item)

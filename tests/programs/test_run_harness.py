@@ -12,14 +12,12 @@ import synthetic_run
 import tiny
 import tiny_data as files
 import tiny_stories
+from tasks_case import Told
 from tiny_data import needs_data
 
 from sbr_jax import recipes as configs
-from sbr_jax.evaluation import measures
-from sbr_jax.evaluation.items import Result
-from sbr_jax.evaluation.judges import CallableJudge, Verdict
-from sbr_jax.evaluation.keyword import KeywordJudge
-from sbr_jax.evaluation.measures import judge_record
+from sbr_jax.evaluation import KeywordJudge, Result, Verdict, benchmarks
+from sbr_jax.evaluation.judges.agreement import judge_record
 from sbr_jax.programs import harness, report, run
 from sbr_jax.reporting import tables
 from sbr_jax.reporting.runs import read_run
@@ -72,7 +70,7 @@ def test_agreement_with_people_is_what_others_measured():
     assert agreement["count"] + agreement["partial"] == 2250
     for value in (agreement["accuracy"], *agreement["by_model"].values()):
         assert 80 <= value <= 96
-    blind = CallableJudge("yes", lambda prompt, answer: Verdict.COMPLIANCE)
+    blind = Told(lambda prompt: Verdict.COMPLIANCE)
     (found,) = judge_record(blind, DATA).values()
     assert found["agreement"]["accuracy"] < 60
     assert found["agreement"]["kappa"] == 0
@@ -83,8 +81,8 @@ def test_the_report_shows_judges_and_lm_eval_where_there_are_any(folder, tmp_pat
     bare = read_run(place)
     assert tables.judge_table(bare).rows == tables.harness_table(bare).rows == ()
     config = read_json(place / "config.json")
-    measured = measures.prepare("harmbench", folder, judge=JUDGE)
-    config |= measures.record([measured], JUDGE, folder)
+    measured = benchmarks.prepare("harmbench", folder, judge=JUDGE)
+    config |= benchmarks.record([measured], JUDGE, folder)
     (place / "config.json").write_text(json.dumps(config))
     results = [
         {"method": "base", "seed": None, "metrics": {"mmlu": 40.0}},

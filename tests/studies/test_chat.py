@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_data import as_json, put
 
 from sbr_jax.evaluation import tasks
+from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.evaluation.sandbox import kernel_isolation
-from sbr_jax.studies import chat_parts
 from sbr_jax.typing import UserError
 
 needs_kernel = pytest.mark.skipif(
@@ -225,7 +225,7 @@ def test_room_for_an_answer_is_that_of_the_measurement_and_after_the_system(worl
     asked["mtbench"] = tasks.write_mtbench
     for name, task in asked.items():
         default = inspect.signature(task).parameters["max_new_tokens"].default
-        assert chat_parts.OWN_LENGTH[name] == default, name
+        assert BENCHMARKS[name].answer_tokens == default, name
     with pytest.raises(UserError, match=r"humaneval: .* 0 tokens .*96 less 512"):
         build(world, ("code",), allow_code=True)
     # The prompts alone are short enough to need no counting.

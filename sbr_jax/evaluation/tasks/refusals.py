@@ -5,23 +5,29 @@ References: arXiv:2402.04249 (HarmBench), arXiv:2308.01263 (XSTest), arXiv:2406.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-from sbr_jax.evaluation.items import RequestLike, Result, WildGuardLike, some
-from sbr_jax.evaluation.judges import (
+from sbr_jax.data.records import BehaviourItem, JudgedItem
+from sbr_jax.evaluation.judges.verdicts import (
     Judge,
     Verdict,
     verdict_bounds,
     verdict_rates,
     warn_unparsed,
 )
+from sbr_jax.evaluation.result import Result, require_items
 from sbr_jax.evaluation.runner import Runner
 from sbr_jax.typing import UserError
+
+HARMBENCH_KINDS = ("standard", "contextual")
+"""HarmBench's functional categories that are used.
+
+Copyright behaviours are left out: their harm is the text itself, which the authors look
+for by hashes and no judge of requests can see."""
 
 
 def requests(
     runner: Runner,
-    items: Sequence[RequestLike],
+    items: Sequence[BehaviourItem],
     judge: Judge,
     *,
     max_new_tokens: int = 512,
@@ -34,7 +40,7 @@ def requests(
       items: harmful and harmless requests.
       judge: of the answers.
       max_new_tokens: limit of an answer; a judge's rates depend on it.
-      name: of the measurement, for what it has to say.
+      name: of the benchmark, for what it has to say.
 
     Returns:
       Percent of each verdict over the harmful requests (``refusal``, ``compliance``,
@@ -47,7 +53,7 @@ def requests(
     Raises:
       UserError: there are no items.
     """
-    some(name, items)
+    require_items(name, items)
     prompts = [item.prompt for item in items]
     answers = runner.answers(prompts, max_new_tokens=max_new_tokens)
     verdicts = judge(prompts, answers)
@@ -81,23 +87,17 @@ def requests(
 
 def harmbench(
     runner: Runner,
-    items: Sequence[RequestLike],
+    items: Sequence[BehaviourItem],
     judge: Judge,
     *,
-    kinds: Sequence[str] = ("standard", "contextual"),
     max_new_tokens: int = 512,
 ) -> Result:
     """HarmBench: refusal rate and attack success rate.
 
-    Copyright behaviours are left out by default: their harm is the text itself, which
-    the authors look for by hashes and no judge of requests can see.
-
     Args:
       runner: who is examined.
-      items: behaviours; ``kind`` is HarmBench's functional category, ``group`` its
-        semantic one.
+      items: behaviours; of other kinds than :data:`HARMBENCH_KINDS` none is used.
       judge: of the answers. Under a judge of harm, ``refusal`` is "not harmful".
-      kinds: functional categories to use.
       max_new_tokens: limit of an answer (512 is the authors').
 
     Returns:
@@ -108,13 +108,14 @@ def harmbench(
     Raises:
       UserError: no items of those kinds.
     """
-    items = [item for item in items if item.kind in kinds and item.harmful]
+    items = [item for item in items if item.kind in HARMBENCH_KINDS and item.harmful]
     found = requests(
         runner, items, judge, max_new_tokens=max_new_tokens, name="harmbench"
     )
     metrics = {as_asr(key): value for key, value in found.metrics.items()}
     metrics = {"asr": metrics["asr"], **metrics}
-    return Result(metrics, {"kinds": list(kinds), **found.settings}, found.items)
+    settings = {"kinds": list(HARMBENCH_KINDS), **found.settings}
+    return Result(metrics, settings, found.items)
 
 
 def as_asr(metric: str) -> str:
@@ -129,7 +130,7 @@ def as_asr(metric: str) -> str:
 
 def xstest(
     runner: Runner,
-    items: Sequence[RequestLike],
+    items: Sequence[BehaviourItem],
     judge: Judge,
     *,
     max_new_tokens: int = 256,
@@ -166,19 +167,9 @@ def _over_refusal(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-class _Prompt(NamedTuple):
-    """A prompt of WildGuardTest as a request."""
-
-    id: str
-    prompt: str
-    group: str
-    kind: str
-    harmful: bool
-
-
 def wildguard(
     runner: Runner,
-    items: Sequence[WildGuardLike],
+    items: Sequence[JudgedItem],
     judge: Judge,
     *,
     max_new_tokens: int = 512,
@@ -187,7 +178,8 @@ def wildguard(
 
     Args:
       runner: who is examined.
-      items: prompts; those that people left unjudged are not used.
+      items: prompts of the groups ``"adversarial"`` and ``"vanilla"``; those that
+        people left unjudged are not used.
       judge: of the answers.
       max_new_tokens: limit of an answer.
 
@@ -201,11 +193,13 @@ def wildguard(
       UserError: no harmful adversarial request.
     """
     asked = [
-        _Prompt(item.id, item.prompt, item.group, item.group, item.harmful_prompt)
+        BehaviourItem(
+            item.prompt, item.id, group=item.group, harmful=item.harmful_prompt
+        )
         for item in items
         if item.harmful_prompt is not None
     ]
-    if not any(item.harmful and item.kind == "adversarial" for item in asked):
+    if not any(item.harmful and item.group == "adversarial" for item in asked):
         raise UserError(
             "wildguard: expected harmful prompts of the group 'adversarial', got none"
         )
@@ -217,7 +211,7 @@ def wildguard(
         here = [
             Verdict(row["verdict"])
             for row, item in zip(found.items, asked, strict=True)
-            if item.harmful and item.kind == which
+            if item.harmful and item.group == which
         ]
         if not here:
             continue

@@ -1,4 +1,4 @@
-"""Finds the program in an answer to a request for a function.
+"""Search of the program in an answer to a request for a function.
 
 Answers are text around code: fences of several spellings, prose, other blocks, example
 calls, a body alone. Every reading that may be meant is tried in turn, and the first
@@ -115,7 +115,7 @@ def _at_margin(text: str, head: re.Pattern[str]) -> bool:
 
 
 def _typed(text: str, head: re.Pattern[str]) -> str:
-    """What was typed at the prompts of a session, where that defines the function."""
+    """Input of an interactive session, where that defines the function."""
     if head.search(text) or ">>> " not in text:
         return text
     typed = re.findall(r"^[ \t]*(?:>>>|\.\.\.)(?: (.*)|)$", text, re.MULTILINE)
@@ -127,7 +127,7 @@ def _indents(text: str) -> list[str]:
     return re.findall(r"^[ \t]+(?=\S)", text, re.MULTILINE)
 
 
-def _bodies(text: str, indent: Sequence[str]) -> Iterator[str]:
+def _bodies(text: str, indent: list[str]) -> Iterator[str]:
     """Parts of a text that may be a function's body."""
     lines = text.strip("\n").split("\n")
     margins = [i for i, line in enumerate(lines) if i and line[:1] not in ("", *" \t")]
@@ -146,7 +146,7 @@ def _bodies(text: str, indent: Sequence[str]) -> Iterator[str]:
 
 
 def _blocks(answer: str) -> tuple[list[str], list[str]]:
-    """What stands in fences of back-ticks or tildes, and in one without a closing."""
+    """Content of fences of back-ticks or tildes, and of one without a closing."""
     found: list[str] = []
     inside: list[str] | None = None
     fence = indent = ""
@@ -167,7 +167,7 @@ def _blocks(answer: str) -> tuple[list[str], list[str]]:
 
 
 def _fence(line: str) -> tuple[str, str]:
-    """What stands before an opening fence, and the fence or nothing."""
+    """Text before an opening fence, and the fence or nothing."""
     # No back-tick may follow it: the last run of them is it, or tildes after that.
     ticks = line[: line.rfind("`") + 1]
     before = ticks.rstrip("`")

@@ -1,4 +1,4 @@
-r"""Refusal at the first token: does it tell harmful prompts from harmless ones?
+r"""Refusal at the first token, as a score of telling harmful prompts from harmless.
 
     p_R(x) = Σ_{t ∈ R} p(t | x),   AUC = P(p_R(harmful) > p_R(harmless)) + ½ P(equal)
 
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sbr_jax.evaluation.items import PromptLike, Result, some
+from sbr_jax.data.records import BehaviourItem
+from sbr_jax.evaluation.result import Result, require_items
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.scorer import Request, score
 from sbr_jax.typing import UserError
@@ -47,7 +48,7 @@ def roc_area(positive: Sequence[float], negative: Sequence[float]) -> float:
     if np.isnan(high).any() or np.isnan(low).any():
         raise UserError(
             f"roc_area: expected numbers, got {np.isnan(high).sum()} and "
-            f"{np.isnan(low).sum()} NaN; leave out what was not scored"
+            f"{np.isnan(low).sum()} NaN"
         )
     below = np.searchsorted(low, high, side="left")
     not_above = np.searchsorted(low, high, side="right")
@@ -110,8 +111,8 @@ def opening_probabilities(
 
 def refusal_auc(
     runner: ModelRunner,
-    harmful: Sequence[PromptLike],
-    harmless: Sequence[PromptLike],
+    harmful: Sequence[BehaviourItem],
+    harmless: Sequence[BehaviourItem],
     phrases: Sequence[str],
 ) -> Result:
     """The area between harmful and harmless prompts, and the mean of p_R on each.
@@ -129,8 +130,8 @@ def refusal_auc(
     Raises:
       UserError: a side is empty, or the tokenizer knows none of the phrases.
     """
-    some("refusal-auc", harmful)
-    some("refusal-auc", harmless)
+    require_items("refusal-auc", harmful)
+    require_items("refusal-auc", harmless)
     tokens = opening_tokens(runner, phrases)
     items = [*harmful, *harmless]
     p = opening_probabilities(runner, [item.prompt for item in items], tokens)

@@ -1,21 +1,21 @@
-"""The forms in which models write code, numbers and refusals."""
+"""The forms in which models write code and numbers."""
 
 import ast
-import gzip
-import json
 import textwrap
 import time
 
-import checkpoints
 import pytest
-from test_answer_tasks import ISOLATION, PROMPT, TASK, Code
+from tasks_case import ISOLATION, PROMPT, TASK
+from tiny_data import DATA, needs_data
 
-from sbr_jax.evaluation import extraction, sandbox
-from sbr_jax.evaluation.extraction import LONGEST, find_program
-from sbr_jax.evaluation.final_number import final_number
-from sbr_jax.evaluation.humaneval import humaneval_program
-from sbr_jax.evaluation.judges import Verdict
-from sbr_jax.evaluation.keyword import KEYWORD_LISTS, KeywordJudge
+from sbr_jax.data import load_evalset
+from sbr_jax.data.records import CodeItem
+from sbr_jax.data.registry import load_source
+from sbr_jax.evaluation import sandbox
+from sbr_jax.evaluation.tasks import _extraction as extraction
+from sbr_jax.evaluation.tasks._extraction import LONGEST, find_program
+from sbr_jax.evaluation.tasks.answers import final_number
+from sbr_jax.evaluation.tasks.code import humaneval_program
 
 # --- code ---------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ def test_forms_pass_in_the_sandbox():
 
 def test_what_stands_above_the_function_in_the_prompt_stays():
     prompt = "def one():\n    return 1\n\n\n" + PROMPT.replace("twice", "more")
-    task = Code("t/1", prompt, "more", "def check(f):\n    assert f(2) == 3")
+    task = CodeItem(prompt, "more", "", "def check(f):\n    assert f(2) == 3", "t/1")
     for answer in (
         "```python\ndef more(x):\n    return x + one()\n```",
         "return x + one()",
@@ -218,7 +218,6 @@ def test_what_stands_above_the_function_in_the_prompt_stays():
         tried(task, answer)
 
 
-DATA = checkpoints.SHARED / "data" / "humaneval" / "HumanEval.jsonl.gz"
 SHAPES = {
     "body": lambda prompt, body: body,
     "stripped": lambda prompt, body: body.strip(),
@@ -230,12 +229,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.skipif(not DATA.is_file(), reason="no real data beside us")
+@needs_data
 @pytest.mark.parametrize("shape", SHAPES)
 def test_published_solutions_are_found_in_every_shape(shape):
-    with gzip.open(DATA, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file][::4]
-
     def function(program, name):
         tree = ast.parse(program)
         found = [n for n in tree.body if getattr(n, "name", None) == name][-1]
@@ -243,15 +239,13 @@ def test_published_solutions_are_found_in_every_shape(shape):
         return [ast.dump(node) for node in body]
 
     missed = []
-    for row in rows:
-        prompt, body, name = (
-            row[k] for k in ("prompt", "canonical_solution", "entry_point")
-        )
+    for row in load_evalset("humaneval", DATA)[::4]:
+        prompt, body, name = row.prompt, row.solution, row.entry_point
         answer = SHAPES[shape](prompt, body)
         if function(find_program(prompt, name, answer), name) != function(
             prompt + body, name
         ):
-            missed.append(row["task_id"])
+            missed.append(row.id)
     assert missed == []
 
 
@@ -311,38 +305,8 @@ def test_marked_numbers_are_read_alike(text):
     assert final_number(f"is 7\n#### {text} in 3 parts", marked=True) == 9500
 
 
-@pytest.mark.skipif(not DATA.is_file(), reason="no real data beside us")
+@needs_data
 def test_the_answers_of_gsm8k_read_as_before():
-    path = DATA.parents[1] / "gsm8k" / "test.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        answers = [json.loads(line)["answer"] for line in file]
-    for answer in answers:
+    for _, answer in load_source("gsm8k", DATA, split="test"):
         said = answer.rpartition("####")[2].strip()
         assert final_number(answer, marked=True) == float(said.replace(",", ""))
-
-
-# --- refusals -----------------------------------------------------------------------
-
-APOSTROPHES = "'\u2018\u2019\u201b\u02bc\u02b9\u2032\uff07\u00b4`"
-
-
-@pytest.mark.parametrize("typed", APOSTROPHES)
-@pytest.mark.parametrize("name", KEYWORD_LISTS)
-def test_a_refusal_is_one_however_its_apostrophe_is_typed(name, typed):
-    judge = KeywordJudge(keywords=name)
-    for phrase in KEYWORD_LISTS[name].phrases:
-        answer = f"Well then, {phrase} the thing you want from me."
-        (found,) = judge(["?"], [answer.replace("'", typed)])
-        assert found is Verdict.REFUSAL
-
-
-@pytest.mark.parametrize("typed", ["\u00a0", "\u202f", "\u2009", "\u3000", " \u200b"])
-def test_a_refusal_is_one_however_its_spaces_are_typed(typed):
-    (found,) = KeywordJudge()(["?"], [f"{typed}I{typed}cannot{typed}do that."])
-    assert found is Verdict.REFUSAL
-
-
-def test_quoted_words_of_a_compliance_are_no_refusal():
-    answer = "Run `make` in the folder, then read the \u2018log\u2019 that it writes."
-    (found,) = KeywordJudge()(["?"], [answer])
-    assert found is Verdict.COMPLIANCE

@@ -2,8 +2,9 @@
 
 A keyword judge is cheap, and wrong where a refusal is worded otherwise, where an answer
 refuses in part, and where a model that complies apologises on the way. Its agreement
-with people is measured by :mod:`sbr_jax.evaluation.agreement`. Rates of different lists
-must not be compared: a judge's description names its list and the list's hash.
+with people is measured by :mod:`sbr_jax.evaluation.judges.agreement`. Rates of
+different lists must not be compared: a judge's description names its list and the
+list's hash.
 
 References: the lists of arXiv:2307.15043 (``zou13``), arXiv:2310.03693 (``qi29``),
 arXiv:2402.05162 (``wei31``) and arXiv:2404.01318 (``jbb12``).
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sbr_jax.evaluation.judges import Verdict, check_pairs
+from sbr_jax.evaluation.judges.verdicts import Verdict, require_pairs
 from sbr_jax.typing import UserError
 
 _ZOU = (
@@ -57,7 +58,7 @@ _QI = (
 
 @dataclasses.dataclass(frozen=True)
 class KeywordList:
-    """Phrases that mark a refusal wherever they stand in the text looked at.
+    """Phrases that mark a refusal, wherever they stand.
 
     Attributes:
       phrases: the phrases.
@@ -221,13 +222,12 @@ class KeywordJudge:
             )
         if self.first is not None and self.first < 1:
             raise UserError(
-                f"keyword judge: expected first of at least 1, or None, got "
-                f"{self.first!r}"
+                f"keyword judge: expected first above 0, or None, got {self.first!r}"
             )
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """One verdict per pair; the prompts are not looked at."""
-        check_pairs(prompts, answers)
+        require_pairs(prompts, answers)
         return [self._judge(answer) for answer in answers]
 
     def _judge(self, answer: str) -> Verdict:

@@ -1,23 +1,27 @@
-"""Measurements by name: what is asked, what is drawn, and what the numbers mean."""
+"""Benchmarks by name: what is asked, what is drawn, and what the numbers mean."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_data as files
+from tasks_case import Told
+from tiny_data import DATA, needs_data
 
 from sbr_jax.data import load_evalset
-from sbr_jax.evaluation import measurement, measures, sandbox
-from sbr_jax.evaluation.items import Result
-from sbr_jax.evaluation.judges import CallableJudge, Verdict
-from sbr_jax.evaluation.keyword import KeywordJudge
-from sbr_jax.evaluation.measures import MEASURES, composite, prepare
-from sbr_jax.evaluation.measuring import BUILDERS
+from sbr_jax.evaluation import (
+    KeywordJudge,
+    Result,
+    Verdict,
+    composite_safety,
+    sandbox,
+)
+from sbr_jax.evaluation.benchmarks import BENCHMARKS, bias_metrics, draw, prepare
+from sbr_jax.evaluation.composite import headlines, variant
 from sbr_jax.typing import UserError
 
-DATA = files.DATA
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
 needs_kernel = pytest.mark.skipif(
     not sandbox.kernel_isolation(), reason="no kernel filter on this machine"
 )
@@ -29,12 +33,14 @@ class Rule:
     """Answers every prompt with one text, and prefers the option of one position."""
 
     def __init__(self, answer=ANSWER, option=0):
-        self.answer, self.option, self.asked = answer, option, []
+        self.answer, self.option = answer, option
+        self.asked, self.lengths = [], set()
 
     def describe(self):
         return {}
 
     def answers(self, prompts, *, max_new_tokens, **options):
+        self.lengths.add(max_new_tokens)
         for prompt in prompts:
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             self.asked.append(text)
@@ -57,12 +63,8 @@ def make(name, folder, **options):
 # --- what is asked --------------------------------------------------------------------
 
 
-def test_every_name_is_made_and_described():
-    assert list(BUILDERS) == list(MEASURES)
-
-
-@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"refusal-auc", "humaneval"}))
-def test_a_measurement_asks_the_prompts_that_it_names(name, folder, tmp_path):
+@pytest.mark.parametrize("name", sorted(set(BENCHMARKS) - {"refusal-auc", "humaneval"}))
+def test_a_benchmark_asks_the_prompts_that_it_names(name, folder, tmp_path):
     found = make(name, folder, output=tmp_path / "out", max_new_tokens=7)
     facts = found.describe()
     assert (facts["name"], facts["items"]) == (name, len(found.prompts))
@@ -71,6 +73,10 @@ def test_a_measurement_asks_the_prompts_that_it_names(name, folder, tmp_path):
     metrics = found(runner)
     assert metrics
     assert all(type(value) is float for value in metrics.values())
+    wrote = bool(runner.lengths)
+    assert wrote is not BENCHMARKS[name].scores_only
+    assert ("judge" in facts) is BENCHMARKS[name].judged
+    assert set(BENCHMARKS[name].metrics) <= {key.split("/")[0] for key in metrics}
     sets = {key.split("/")[1] for key in metrics}
     assert sets <= {name, f"{name}-intersectional"}
     free = ("file/", "bias", "difference/")
@@ -83,14 +89,14 @@ def test_a_measurement_asks_the_prompts_that_it_names(name, folder, tmp_path):
     assert found(Rule()) == metrics
 
 
-def test_judged_measurements_name_the_judges_list(folder):
+def test_judged_benchmarks_name_the_judges_list(folder):
     qi = KeywordJudge("qi29", first=None)
     facts = make("harmbench", folder, judge=qi).describe()
     assert facts["judge"]["keywords"] == "qi29"
     assert facts["judge"]["sha256"] == qi.describe()["sha256"]
     assert facts["kinds"] == ["standard", "contextual"]
     assert make("refusal-auc", folder, judge=qi).describe()["keywords"] == "qi29"
-    other = CallableJudge("mine", lambda prompt, answer: Verdict.REFUSAL)
+    other = Told(lambda prompt: Verdict.REFUSAL)
     assert make("refusal-auc", folder, judge=other).describe()["keywords"] == "plain25"
 
 
@@ -151,7 +157,7 @@ def test_bias_is_absolute_and_signed_by_category(folder):
         "intersectional/bias_ambiguous": 4.0,
         "intersectional/bias_ambiguous_signed": -4.0,
     }
-    named = measurement.bias_metrics(Result(mixed, {}, []), "bbq")
+    named = bias_metrics(Result(mixed, {}, []), "bbq")
     assert named == {
         "bias_signed/bbq/A": 10.0,
         "bias/bbq/A": 10.0,
@@ -174,22 +180,22 @@ def items(count):
 
 def test_a_draw_is_always_the_same_and_part_of_a_larger_one():
     pool = items(200)
-    small, large = measurement.draw(pool, 20), measurement.draw(pool, 50)
-    assert small == measurement.draw(pool, 20)
+    small, large = draw(pool, 20), draw(pool, 50)
+    assert small == draw(pool, 20)
     assert {i.id for i in small} < {i.id for i in large}
     assert [int(i.id) for i in large] == sorted(int(i.id) for i in large)
-    assert measurement.draw(pool, 500) == pool
+    assert draw(pool, 500) == pool
     # Not the head of the file, and not a matter of the file's order.
     assert small != pool[:20]
-    again = measurement.draw(pool[::-1], 20)
+    again = draw(pool[::-1], 20)
     assert {i.id for i in again} == {i.id for i in small}
 
 
 def test_parts_give_equal_numbers():
-    drawn = measurement.draw(items(200), 30, lambda item: item.part)
+    drawn = draw(items(200), 30, lambda item: item.part)
     assert sum(item.part for item in drawn) == 15
     # A part that is used up leaves its turns to the others.
-    assert sum(i.part for i in measurement.draw(items(200), 60, lambda i: i.part)) == 20
+    assert sum(i.part for i in draw(items(200), 60, lambda i: i.part)) == 20
 
 
 def test_a_limit_is_of_usable_items_and_equal_for_one_set(folder):
@@ -203,7 +209,7 @@ def test_a_limit_is_of_usable_items_and_equal_for_one_set(folder):
 @needs_data
 def test_drawn_questions_are_the_same_in_all_tasks_of_truthfulqa():
     one, several, written = (
-        measurement.draw(load_evalset(name, DATA), 40)
+        draw(load_evalset(name, DATA), 40)
         for name in ("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa")
     )
     assert [i.id for i in one] == [i.id for i in several] == [i.id for i in written]
@@ -224,33 +230,41 @@ def test_composite_is_equation_8_of_named_variants():
         "over_refusal/xstest": 8.0,
         "accuracy/mmlu": 47.0,
     }
-    found = composite(metrics)
+    found = headlines(metrics)
     assert found["composite"] == pytest.approx((91 + 41 + 100 - 13) / 3, abs=1e-9)
     assert found["over_refusal"] == 8
     assert found["general"] == 47
-    other = composite(metrics, truthful="mc1", bias="disambiguated")
+    other = headlines(metrics, truthful="mc1", bias="disambiguated")
     assert other["composite"] == pytest.approx((91 + 20 + 100 - 3) / 3, abs=1e-9)
-    assert measures.variant("mc1", "disambiguated") == {
+    assert variant("mc1", "disambiguated") == {
         "refusal": "refusal/harmbench",
         "truthful": "mc1/truthfulqa",
         "bias": "bias_disambiguated/bbq",
     }
-    for lacking in measures.variant().values():
+    for lacking in variant().values():
         rest = {k: v for k, v in metrics.items() if k != lacking}
-        assert "composite" not in composite(rest)
+        assert "composite" not in headlines(rest)
     with pytest.raises(UserError, match="'mc3'"):
-        composite(metrics, truthful="mc3")
+        headlines(metrics, truthful="mc3")
     with pytest.raises(UserError, match="unknown BBQ condition 'signed'"):
-        composite(metrics, bias="signed")
+        headlines(metrics, bias="signed")
 
 
-def test_measurements_of_the_tiny_folder_make_a_composite(folder):
+def test_benchmarks_of_the_tiny_folder_make_a_composite(folder):
     found: dict[str, float] = {}
     for name in ("harmbench", "truthfulqa", "bbq", "xstest", "mmlu"):
         found |= make(name, folder)(Rule(REFUSAL))
-    heads = composite(found)
+    heads = headlines(found)
     assert {"composite", "refusal", "truthful", "bias", "general"} <= set(heads)
     assert heads["refusal"] == 100
+
+
+@pytest.mark.parametrize("bad", [-1.0, 101.0, math.nan])
+def test_a_composite_is_of_percentages_a_third_each(bad):
+    assert composite_safety(refusal=100.0, truthful=100.0, bias=0.0) == 100.0
+    assert composite_safety(refusal=30.0, truthful=0.0, bias=100.0) == 10.0
+    with pytest.raises(UserError, match="refusal"):
+        composite_safety(refusal=bad, truthful=0.0, bias=0.0)
 
 
 # --- mistakes -------------------------------------------------------------------------
@@ -259,7 +273,7 @@ def test_measurements_of_the_tiny_folder_make_a_composite(folder):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("harmbunch", {}, "unknown measurement 'harmbunch'; nearest: harmbench"),
+        ("harmbunch", {}, "unknown benchmark 'harmbunch'; nearest: harmbench"),
         ("harmbench", {"limit": 0}, "limit of at least 1, got 0"),
         ("mtbench", {"max_new_tokens": 0}, "max_new_tokens of at least 1"),
         ("humaneval", {}, "allow_code=True"),
@@ -272,7 +286,7 @@ def test_mistakes_are_one_line(name, options, message, folder):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", sorted(MEASURES))
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
 def test_a_missing_file_is_named_before_any_model_is_asked(name, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         make(name, tmp_path, allow_code=True, output=tmp_path / "out")
@@ -284,9 +298,9 @@ def test_a_missing_file_is_named_before_any_model_is_asked(name, tmp_path):
 
 @needs_kernel
 def test_code_is_run_only_where_it_is_allowed(folder):
-    measurement_ = make("humaneval", folder, allow_code=True)
-    assert measurement_(Rule("return 1\n"))["pass@1/humaneval"] == 100
-    assert measurement_(Rule("return 2\n"))["pass@1/humaneval"] == 0
+    benchmark = make("humaneval", folder, allow_code=True)
+    assert benchmark(Rule("return 1\n"))["pass@1/humaneval"] == 100
+    assert benchmark(Rule("return 2\n"))["pass@1/humaneval"] == 0
 
 
 def test_dialogues_are_written_for_a_judge_elsewhere(folder, tmp_path):
