@@ -9,14 +9,17 @@ import functools
 import operator
 import types
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sbr_jax.typing import UserError
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 def number(
@@ -46,9 +49,7 @@ def number(
     wanted = f"a finite number{_range(least, above, most, below)}"
     if not _is_real(value):
         raise _refusal(name, wanted, value, note)
-    if isinstance(value, jax.core.Tracer) or not getattr(
-        value, "is_fully_addressable", True
-    ):
+    if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return
     try:
         x = float(value)
@@ -132,7 +133,7 @@ def fields(record: Any, scope: str) -> None:
 
     Args:
         record: whose fields are numbers, texts, switches, words (`Literal`), tuples of
-            texts, or such or None; what is declared as anything else is not looked at.
+            one kind, or such or None; all else is not looked at.
         scope: put before the name of a field.
 
     Raises:
@@ -165,10 +166,35 @@ def _fits(name: str, value: Any, kind: Any) -> None:
         one_of(name, value, typing.get_args(kind))
     elif kind in (str, bool) and not isinstance(value, kind):
         raise _refusal(name, {str: "text", bool: "True or False"}[kind], value)
-    elif kind == tuple[str, ...] and not (
-        isinstance(value, tuple) and all(isinstance(x, str) for x in value)
-    ):
-        raise _refusal(name, "a tuple of texts", value)
+    elif typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, tuple) or not all(isinstance(x, item) for x in value):
+            named = {str: "texts", int: "whole numbers"}.get(item, item.__name__)
+            raise _refusal(name, f"a tuple of {named}", value)
+
+
+def checked(maker: Callable[P, T]) -> Callable[P, T]:
+    """Make a function refuse keywords outside their declared types and ranges.
+
+    >>> from sbr_jax.settings import Positive
+    >>> @checked
+    ... def noise(*, scale: Positive = 0.01):
+    ...     return scale
+    >>> noise(scale=-1.0)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    sbr_jax.typing.UserError: expected noise.scale to be a finite number above 0, ...
+    """
+    hints = typing.get_type_hints(maker, include_extras=True)
+    scope = getattr(maker, "__name__", "option").replace("_", "-")
+
+    @functools.wraps(maker)
+    def made(*args: P.args, **options: P.kwargs) -> T:
+        for name, value in options.items():
+            if name in hints:
+                _fits(f"{scope}.{name}", value, hints[name])
+        return maker(*args, **options)
+
+    return made
 
 
 def is_function(value: Any) -> bool:
@@ -222,7 +248,7 @@ def floating_leaves(what: str, tree: Any) -> None:
 def shown(value: Any) -> str:
     """A value in a few words: an array by its kind and shape, all else by its text."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        if _is_real(value) and not isinstance(value, jax.core.Tracer):
+        if _is_real(value) and not is_traced(value):
             return f"{value.dtype} {value}"
         return f"{value.dtype} {list(value.shape)}"
     text = " ".join(repr(value).split())
@@ -234,6 +260,11 @@ def _in_float32(x: float) -> float:
     with np.errstate(over="ignore", under="ignore"):
         seen = float(np.float32(x))
     return 0.0 if abs(seen) < np.finfo(np.float32).tiny else seen
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for one that a traced function will be given."""
+    return isinstance(value, Tracer)
 
 
 def _is_real(value: Any) -> bool:

@@ -108,7 +108,7 @@ def merge(
 def _check_room(protected: list[Any], max_rank: int) -> None:
     """Refuses a cap below the protected rank; under a trace the rank is not known."""
     for basis in protected:
-        if basis is None or isinstance(basis, jax.core.Tracer):
+        if basis is None or checks.is_traced(basis):
             continue
         rank = int(jnp.max(jnp.sum(jnp.any(basis != 0, axis=-2), axis=-1)))
         if rank > max_rank:

@@ -192,7 +192,7 @@ def from_factors(
     ]
     traces = [spectrum.sum_of_squares(r) for r in rows]
     for trace in (t.plain() for t in traces):
-        if not isinstance(trace, jax.core.Tracer) and not jnp.all(jnp.isfinite(trace)):
+        if not checks.is_traced(trace) and not jnp.all(jnp.isfinite(trace)):
             raise UserError(
                 "expected factors whose squares sum to a finite float32, got an "
                 "infinite or undefined trace; divide the factors by their largest entry"
