@@ -19,7 +19,8 @@ from jax.core import Tracer
 
 from sbr_jax.typing import UserError
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def number(
@@ -218,9 +219,9 @@ def transformation(name: str, value: Any) -> None:
 
 def random_key(name: str, value: Any) -> None:
     """Refuse what is not one key of ``jax.random``."""
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
-    typed = isinstance(value, jax.Array) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    old = dtype == jnp.uint32 and shape == (2,)
+    shape = getattr(value, "shape", None)
+    typed = isinstance(value, jax.Array) and has_dtype(value, jax.dtypes.prng_key)
+    old = getattr(value, "dtype", None) == jnp.uint32 and shape == (2,)
     if not (typed and shape == ()) and not old:
         raise _refusal(name, "one random key, such as jax.random.key(0)", value)
 
@@ -230,9 +231,7 @@ def floating(what: str, where: str, leaf: Any) -> None:
 
     A step cast to integers is 0, and one cast from complex numbers loses half.
     """
-    dtype = getattr(leaf, "dtype", None)
-    fits = dtype is not None and hasattr(leaf, "shape")
-    if not fits or not jnp.issubdtype(dtype, jnp.floating):
+    if not hasattr(leaf, "shape") or not has_dtype(leaf, jnp.floating):
         raise UserError(
             f"expected {what} that are floating-point arrays, got {shown(leaf)} at "
             f"{where or '/'}; leave out what is not trained, or convert it"
@@ -262,6 +261,12 @@ def _in_float32(x: float) -> float:
     return 0.0 if abs(seen) < np.finfo(np.float32).tiny else seen
 
 
+def has_dtype(value: Any, kind: Any) -> bool:
+    """Whether a value is an array of a kind of numbers."""
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, kind)
+
+
 def is_traced(value: Any) -> bool:
     """Whether a value stands for one that a traced function will be given."""
     return isinstance(value, Tracer)
@@ -272,10 +277,9 @@ def _is_real(value: Any) -> bool:
         return False
     if isinstance(value, int | float):
         return True
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or getattr(value, "shape", None) != ():
+    if getattr(value, "shape", None) != ():
         return False
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+    return has_dtype(value, jnp.floating) or has_dtype(value, jnp.integer)
 
 
 def _range(

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import checks
 from sbr_jax.models.codes import as_dense
 from sbr_jax.typing import PyTree, UserError
 

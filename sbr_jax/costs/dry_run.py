@@ -15,6 +15,8 @@ from typing import Any
 from sbr_jax.costs import devices, forecast, forecast_judge
 from sbr_jax.costs.forecast import GIB, Device, Job
 from sbr_jax.costs.rehearsal import rehearse
+from sbr_jax.methods import Method, build
+from sbr_jax.methods.base import Cost
 from sbr_jax.reporting.tables import Table
 from sbr_jax.typing import UserError
 
@@ -81,12 +83,9 @@ def parts_table(plan: Any, study: Any) -> Table:
     return Table(head, tuple(rows))
 
 
-def columns_of(plan: Any, row: str) -> int:
-    """K of a row's subspace, 0 where it has none."""
-    overrides = plan.row_options.get(row)
-    if not forecast.projects(row, overrides):
-        return 0
-    return forecast.defence_of(row, overrides)[1].get("max_rank", 64)
+def method_of(plan: Any, variant: str) -> Method:
+    """The method of a variant, with the plan's hyper-parameters."""
+    return build(variant, **plan.row_options.get(variant, {}))
 
 
 def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
@@ -95,7 +94,7 @@ def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
     config, shards = job.config, _shards(settings.mesh)
     base = {"weights": forecast.weight_bytes(config, job.dtype, job.quantize) / shards}
     base |= forecast_judge.held_bytes(options, job)
-    columns = max(columns_of(plan, row) for row in plan.methods)
+    columns = max(method_of(plan, name).cost.columns for name in plan.methods)
     held = dict(base)
     if columns:
         held["subspace, twice"] = forecast.subspace_bytes(job, columns)
@@ -195,14 +194,12 @@ def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -
 
 def fisher_flops(plan: Any, study: Any, job: Job, row: str) -> float:
     """Of every example that a row differentiates on its own, with one seed."""
-    settings, overrides = plan.settings, plan.row_options.get(row)
-    method, chosen = forecast.defence_of(row, overrides)
-    if method == "ewc" and chosen.get("data", "domain") == "domain":
-        sets = [study.domains[name].train for name in plan.domains]
-    else:
-        size = len(plan.domains), settings.steps_per_domain
-        sets = [study.calibration] * forecast.fisher_estimates(row, overrides, *size)
-    most = chosen.get("fisher_examples") or settings.fisher_examples or math.inf
+    settings, method = plan.settings, method_of(plan, row)
+    domains = [study.domains[name].train for name in plan.domains]
+    size = len(domains), settings.steps_per_domain
+    sets = [study.calibration] * forecast.calibration_fishers(method, *size)
+    sets += domains * method.cost.own_fishers
+    most = method.cost.fisher_examples or settings.fisher_examples or math.inf
     each = (min(len(x), most) * forecast.train_flops(job, x.length) for x in sets)
     return sum(each)
 
@@ -211,26 +208,24 @@ def row_seconds(
     plan: Any, study: Any, job: Job, device: Device, row: str
 ) -> dict[str, float]:
     """Of one row with one seed: training, Fisher, measurements, monitor, repairs."""
-    from sbr_jax.methods import build
-
     settings, domains = plan.settings, len(plan.domains)
     speed = device.flops * device.count
-    method, _ = forecast.defence_of(row)
+    method = method_of(plan, row)
     steps = domains * settings.steps_per_domain
-    plain = forecast.step_flops(job, "plain")
-    found = {"training": steps * forecast.step_flops(job, method) / speed}
-    found["training"] += (
-        forecast.STAGES.get(method, 0.0) * settings.steps_per_domain * plain / speed
-    )
+    plain = forecast.step_flops(job, Cost())
+    flops = steps * forecast.step_flops(job, method.cost)
+    flops += forecast.stage_flops(job, method.cost, settings.steps_per_domain)
+    found = {"training": flops / speed}
     if fisher := fisher_flops(plan, study, job, row):
         found["Fisher"] = fisher / speed
-    found |= forecast_judge.rating_seconds(plan, study, job, device, row)
-    monitored = build(row, **plan.row_options.get(row, {})).monitored
+    found |= forecast_judge.rating_seconds(
+        plan, study, job, device, method.cost.ratings
+    )
     # A row is measured as the start model is; only some rows have a monitor.
     for part, seconds in start_seconds(plan, study, job, device).items():
-        if part == "measuring" or monitored:
+        if part == "measuring" or method.monitored:
             found[part] = domains * seconds
-    if monitored and study.probe is not None:
+    if method.monitored and study.probe is not None:
         repairs = domains * settings.repair_blocks * settings.repair_steps
         found["repairs, at most"] = repairs * 2 * plain / speed
     return found

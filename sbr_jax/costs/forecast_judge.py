@@ -48,27 +48,16 @@ def judging_seconds(
     return count * forecast.forward_flops(guard, tokens, heads=1) / device.flops
 
 
-def rates_pairs(row: str, overrides: Mapping[str, Any] | None = None) -> bool:
-    """Whether a row asks the judge about every training pair.
-
-    >>> rates_pairs("adaptive-judge"), rates_pairs("unified")
-    (True, False)
-    """
-    method, chosen = forecast.defence_of(row, overrides)
-    return method == "adaptive-judge" or chosen.get("risk") == "judge"
-
-
 def rating_seconds(
-    plan: Any, study: Any, job: Job, device: Device, row: str
+    plan: Any, study: Any, job: Job, device: Device, ratings: int
 ) -> dict[str, float]:
-    """Of a guard's pass over every training pair, once per domain, by part.
+    """Of a guard's passes over every training pair of each domain, by part.
 
-    Nothing for a row that asks no judge, and for a judge without weights.
+    Nothing for a defence without ratings, and for a judge without weights.
     """
     options = plan.study_options
-    asks = rates_pairs(row, plan.row_options.get(row))
-    if not asks or guard_of(options, job) is None:
+    if not ratings or guard_of(options, job) is None:
         return {}
     sets = (study.domains[name].train for name in plan.domains)
     each = (judging_seconds(options, job, device, len(x), x.length) for x in sets)
-    return {"ratings": sum(each)}
+    return {"ratings": ratings * sum(each)}

@@ -161,7 +161,7 @@ def overlap(frozen: PyTree, new: PyTree) -> jax.Array:
         )
         return jnp.sum(jnp.abs(products))
 
-    return optax.tree.sum(_map_pairs(pair_overlap, frozen, new))
+    return jnp.asarray(optax.tree.sum(_map_pairs(pair_overlap, frozen, new)))
 
 
 def sum_of_norms(adapter: PyTree) -> jax.Array:
@@ -187,7 +187,7 @@ def sum_of_norms(adapter: PyTree) -> jax.Array:
         safe = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
         return jnp.sum(jnp.where(squares > 0, safe, 0.0))
 
-    return optax.tree.sum(jax.tree.map(norms, adapter))
+    return jnp.asarray(optax.tree.sum(jax.tree.map(norms, adapter)))
 
 
 def restarted(key: jax.Array, adapter: PyTree) -> PyTree:

@@ -183,7 +183,7 @@ def check(
     Raises:
         UserError: saying what to add.
     """
-    from sbr_jax.costs.forecast import defence_of
+    from sbr_jax.methods import VARIANTS, build
 
     for flag, example in (("model", "FOLDER_OR_HUB_ID"), ("data", "FOLDER")):
         if options[f"{flag}_folder"] is None:
@@ -199,7 +199,8 @@ def check(
             f"{settings.get('mesh')}: name one with --mesh, which sets both"
         )
     for row in rows:
-        method, chosen = defence_of(row, (overrides or {}).get(row))
+        method = VARIANTS.get(row, (row, {}))[0]
+        made = build(row, **(overrides or {}).get(row, {}))
         if options["quantize"] and method in COMPARED:
             raise UserError(
                 f"{row}: expected dense weights, got study.quantize="
@@ -211,8 +212,7 @@ def check(
                 f"{row}: expected the weights before alignment, got none: add --set "
                 "study.unaligned_folder=FOLDER, or leave the row out of --methods"
             )
-        rated = method == "adaptive-judge" or chosen.get("risk") == "judge"
-        if rated and options["judge"] not in RATERS:
+        if made.cost.ratings and options["judge"] not in RATERS:
             raise UserError(
                 f"{row}: expected a guard model that rates training pairs "
                 f"({', '.join(RATERS)}), got study.judge={options['judge']}: add --set "

@@ -139,8 +139,8 @@ def _merge_unit(
     else:
         weights = [spectrum.used_columns(v).astype(jnp.float32) for v in bases]
         trace = traces[-1]
-        total = sum(jnp.sum(w, axis=-1) for w in weights)
-    total = spectrum.Scaled(total, jnp.ones_like(total))
+        total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1) for w in weights])
+    scaled = spectrum.Scaled(total, jnp.ones_like(total))
     rows = jnp.concatenate(
         [
             jnp.swapaxes(v * jnp.sqrt(jnp.maximum(w, 0.0))[..., None, :], -1, -2)
@@ -152,10 +152,10 @@ def _merge_unit(
         pairs = functools.partial(
             spectrum.leading_eigenpairs, columns=columns, energy=energy
         )
-        found = units.over_layers(pairs, layer_axes)(rows, total)
+        found = units.over_layers(pairs, layer_axes)(rows, scaled)
     else:
         pairs = functools.partial(
             spectrum.leading_eigenpairs_beside, columns=columns, energy=energy
         )
-        found = units.over_layers(pairs, layer_axes)(rows, total, protected)
+        found = units.over_layers(pairs, layer_axes)(rows, scaled, protected)
     return *found, trace

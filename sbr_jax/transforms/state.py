@@ -73,9 +73,7 @@ def check_range(coefficients: PyTree) -> None:
     """Refuse known α outside [0, 1]: above 1 what is to be removed is magnified."""
     for leaf in jax.tree.leaves(coefficients):
         # What is traced, or lies on other hosts too, has no values to look at.
-        if checks.is_traced(leaf) or not getattr(
-            leaf, "is_fully_addressable", True
-        ):
+        if checks.is_traced(leaf) or not getattr(leaf, "is_fully_addressable", True):
             continue
         values = np.asarray(leaf)
         numeric = any(jnp.issubdtype(values.dtype, t) for t in _REAL)

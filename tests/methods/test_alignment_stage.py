@@ -31,9 +31,9 @@ from alignment_case import (
 )
 
 from sbr_jax import models
+from sbr_jax.methods._alignment_stage import Stage, fresh_like, make_realign
 from sbr_jax.methods.booster import booster
 from sbr_jax.methods.lisa import lisa
-from sbr_jax.methods.realign import Stage, fresh_like, make_realign
 from sbr_jax.methods.vaccine import perturbation, vaccine
 from sbr_jax.typing import UserError
 

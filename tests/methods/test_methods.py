@@ -19,7 +19,7 @@ from methods_case import (
 
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS, build
-from sbr_jax.methods.calibrate import perturb_b
+from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
 

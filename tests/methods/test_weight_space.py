@@ -28,7 +28,7 @@ from weight_space_case import (
 
 from sbr_jax import models
 from sbr_jax.data.batches import TokenDataset
-from sbr_jax.methods.alignment import alignments, inner_product, project
+from sbr_jax.methods._alignment_direction import alignments, inner_product, project
 from sbr_jax.methods.antidote import antidote
 from sbr_jax.methods.asft import asft
 from sbr_jax.methods.lox import lox
