@@ -25,7 +25,7 @@ from sbr_jax import errors, recipes
 from sbr_jax import outputs as files
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import JobArguments, Options, make_job, parse
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.reporting import page
 from sbr_jax.reporting.analysis_drawings import drawings
 from sbr_jax.reporting.results import program_of, read_run
@@ -33,7 +33,7 @@ from sbr_jax.studies import dates
 from sbr_jax.studies.analyses import ANALYSES, LABELLED, Context, labelled
 from sbr_jax.typing import UserError
 
-PROGRAM = "python -m experiments.analyse"
+PROGRAM = cli.command("analyse")
 OUTPUT = "analysis.json"
 REMEDY = "delete it to have all analyses made anew"
 MOST_EXAMPLES = 500

@@ -23,7 +23,7 @@ from sbr_jax.methods import Hyperparameters, build
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.reporting.results import PROGRAMS
 from sbr_jax.settings import Training, restore
 from sbr_jax.studies.dates import dated
@@ -32,7 +32,7 @@ from sbr_jax.training.config import Config
 from sbr_jax.training.shipped import reopen
 from sbr_jax.typing import PyTree, UserError
 
-PROGRAM = "python -m experiments.export"
+PROGRAM = cli.command("export")
 SHARD_BYTES = 5 * 10**9
 
 
