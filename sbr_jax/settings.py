@@ -6,10 +6,14 @@ and the training code reads them as they are.
 """
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from sbr_jax import checks
 from sbr_jax.checks import Range
+from sbr_jax.typing import UserError
+
+Record = TypeVar("Record")
 
 Count = Annotated[int, Range(least=1)]
 Positive = Annotated[float, Range(above=0)]
@@ -108,3 +112,34 @@ class Hardware:
     def __post_init__(self):
         """Refuses values that cannot be meant."""
         checks.fields(self, "hardware")
+
+
+def restore(like: Record, written: Mapping[str, Any], where: str) -> Record:
+    """A tree of settings as it was before it became JSON.
+
+    Args:
+      like: a frozen dataclass, of whose type the result is; its values stand in for
+        what was not written.
+      written: values by field, trees for dataclasses, lists for tuples.
+      where: put before messages.
+
+    Raises:
+      UserError: for a field that this version does not know.
+
+    >>> restore(Training(), {"lora_rank": 4}, "training").lora_rank
+    4
+    """
+    values: dict[str, Any] = {}
+    record: Any = like
+    known = {field.name for field in dataclasses.fields(record)}
+    if strange := sorted(written.keys() - known):
+        raise UserError(
+            f"{where}: this version does not know {', '.join(strange)}: use the one "
+            "that wrote it"
+        )
+    for name, value in written.items():
+        own = getattr(like, name)
+        if dataclasses.is_dataclass(own):
+            value = restore(own, value, f"{where}.{name}")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(record, **values)

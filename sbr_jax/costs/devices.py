@@ -1,12 +1,12 @@
-"""The device of a forecast: this machine's, or the one that `--set device.…` says."""
+"""Device of a forecast: this machine's, or the one that `--device.…` describes."""
 
 import dataclasses
-import math
 import time
-from collections.abc import Sequence
+from typing import Literal
 
+from sbr_jax import checks
 from sbr_jax.costs.forecast import A100, Device
-from sbr_jax.typing import UserError
+from sbr_jax.settings import Count, Positive
 
 KINDS = {
     "A100": (125e12, 1.2e12),
@@ -23,60 +23,55 @@ KINDS = {
 """FLOP/s and bytes/s that devices reach: 40 % and 60 % of what their makers state."""
 
 
-def read_device(texts: Sequence[str]) -> Device:
-    """The device of a forecast: this machine's, changed by `device.KEY=VALUE`.
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """Device that a forecast is for; what is None is this machine's.
 
-    Args:
-        texts: of `--set`; those that do not begin with `device.` are passed over.
-
-    Raises:
-        UserError: for an unknown key, or a value that is no number above 0 (of devices:
-            a whole one).
+    Attributes:
+        memory_gb: its memory.
+        tflops: what it reaches, not its peak; "measured" times a product here.
+        gbps: bytes a second of its memory that it reaches.
+        count: how many of them.
     """
+
+    memory_gb: Positive | None = None
+    tflops: Positive | Literal["measured"] | None = None
+    gbps: Positive | None = None
+    count: Count | None = None
+
+    def __post_init__(self):
+        """Refuses values that cannot be meant."""
+        checks.fields(self, "device")
+        if isinstance(self.tflops, int | float):
+            checks.number("device.tflops", self.tflops, above=0)
+
+
+def make_device(options: DeviceOptions) -> Device:
+    """The device of a forecast: this machine's, with what the options change."""
     import jax
 
-    texts = [text for text in texts if text.startswith("device.")]
     found = jax.devices()
-    kind, count = found[0].device_kind, 1
+    kind = found[0].device_kind
     device = dataclasses.replace(A100, name="assumed: A100, 80 GB")
     if found[0].platform != "cpu":
         flops, rate = next((v for k, v in KINDS.items() if k in kind), KINDS["A100"])
         memory = (found[0].memory_stats() or {}).get("bytes_limit")
-        device = Device(f"this machine's {kind}", memory, flops, rate, count)
+        device = Device(f"this machine's {kind}", memory, flops, rate, 1)
     else:
         device = dataclasses.replace(device, memory=None)
-    fields = {
-        "memory_gb": ("memory", 1e9),
-        "tflops": ("flops", 1e12),
-        "gbps": ("bandwidth", 1e9),
-        "count": ("count", 1),
+    tflops = options.tflops
+    if tflops == "measured":
+        tflops = measured_flops() / 1e12
+    said = {
+        "memory": options.memory_gb and options.memory_gb * 1e9,
+        "flops": tflops and tflops * 1e12,
+        "bandwidth": options.gbps and options.gbps * 1e9,
+        "count": options.count,
     }
-    for text in texts:
-        key, _, value = text.removeprefix("device.").partition("=")
-        if key not in fields:
-            raise UserError(
-                f"--set device.{key}: expected one of {', '.join(fields)}; these "
-                "describe the device of --dry-run"
-            )
-        name, unit = fields[key]
-        if (key, value) == ("tflops", "measured"):
-            number = measured_flops() / unit
-        else:
-            try:
-                number = float(value)
-            except ValueError:
-                number = math.nan
-        whole = key == "count"
-        if not 0 < number < math.inf or (whole and number != int(number)):
-            raise UserError(
-                f"--set {text}: expected a {'whole ' if whole else ''}number above 0"
-                + (", or 'measured'" if key == "tflops" else "")
-            )
-        changed = int(number) if key == "count" else number * unit
-        device = dataclasses.replace(device, **{name: changed})
-    if texts:
-        device = dataclasses.replace(device, name=f"{device.name}, as --set says")
-    return device
+    changes = {name: value for name, value in said.items() if value is not None}
+    if changes:
+        changes["name"] = f"{device.name}, as --device says"
+    return dataclasses.replace(device, **changes)
 
 
 def measured_flops(size: int = 2048, seconds: float = 0.5) -> float:

@@ -3,21 +3,22 @@
 A preset with a `survey` builds its study without weights; the small models of the
 others are simply loaded. Then sizes decide memory and hours, by
 `sbr_jax.costs.forecast`.
-`--set device.memory_gb=24 device.tflops=60 device.gbps=600` names another device (what
-it reaches, not its peak); `device.tflops=measured` times a product on this machine's.
+`--device.memory-gb 24 --device.tflops 60 --device.gbps 600` names another device.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from sbr_jax.costs import devices, forecast, forecast_judge
+from sbr_jax.costs import forecast, forecast_judge
+from sbr_jax.costs.devices import DeviceOptions, make_device
 from sbr_jax.costs.forecast import GIB, Device, Job
 from sbr_jax.costs.rehearsal import rehearse
 from sbr_jax.methods import Method, build
 from sbr_jax.methods.base import Cost
 from sbr_jax.reporting.tables import Table
+from sbr_jax.studies.options import ChatOptions
 from sbr_jax.typing import UserError
 
 CARDS = (24, 40, 80)
@@ -41,26 +42,28 @@ def job_of(plan: Any, study: Any) -> Job:
     """What a step of this plan costs, from its settings and the longest domain."""
     import jax
 
-    options, settings = plan.study_options, plan.settings
-    dtype = options.get("dtype")
+    options, training = plan.study, plan.config.training
+    dtype = getattr(options, "dtype", None)
     if dtype is None:
         dtype = str(jax.tree.leaves(study.model.params)[0].dtype)
+    chat = isinstance(options, ChatOptions)
     return Job(
         config=study.model.config,
         dtype=dtype,
-        quantize=options.get("quantize"),
-        rank=settings.lora_rank,
-        targets=settings.lora_targets,
-        batch=settings.batch_size,
-        accumulation=settings.accumulation,
+        quantize=getattr(options, "quantize", None),
+        rank=training.lora_rank,
+        targets=training.lora_targets,
+        batch=training.batch_size,
+        accumulation=plan.config.hardware.accumulation,
         length=max(study.domains[name].train.length for name in plan.domains),
-        remat=options.get("remat", study.model.hardware.remat),
+        remat=plan.config.hardware.remat if chat else study.model.hardware.remat,
     )
 
 
 def parts_table(plan: Any, study: Any) -> Table:
     """Sizes and lengths of what is learnt and held."""
-    steps, batch = plan.settings.steps_per_domain, plan.settings.batch_size
+    training = plan.config.training
+    steps, batch = training.steps_per_domain, training.batch_size
     sets = {f"train {name}": study.domains[name].train for name in plan.domains}
     sets |= {
         "calibration": study.calibration,
@@ -85,13 +88,13 @@ def parts_table(plan: Any, study: Any) -> Table:
 
 def method_of(plan: Any, variant: str) -> Method:
     """The method of a variant, with the plan's hyper-parameters."""
-    return build(variant, **plan.row_options.get(variant, {}))
+    return build(variant, plan.config.methods)
 
 
 def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
     """Bytes by part of each phase, on one device."""
-    options, settings = plan.study_options, plan.settings
-    config, shards = job.config, _shards(settings.mesh)
+    options, training, hardware = plan.study, plan.config.training, plan.config.hardware
+    config, shards = job.config, _shards(hardware.mesh)
     base = {"weights": forecast.weight_bytes(config, job.dtype, job.quantize) / shards}
     base |= forecast_judge.held_bytes(options, job)
     columns = max(method_of(plan, name).cost.columns for name in plan.methods)
@@ -99,27 +102,27 @@ def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
     if columns:
         held["subspace, twice"] = forecast.subspace_bytes(job, columns)
         held["reference adapter"] = forecast.adapter_bytes(job)
-    if getattr(study, "unaligned", None) or options.get("unaligned_folder"):
+    if getattr(study, "unaligned", None) or getattr(options, "unaligned_folder", None):
         held["weights before alignment"] = (
             forecast.weight_bytes(config, job.dtype) / shards
         )
-    training = forecast.training_memory(job)
-    phases = {"training step": {**held, **{k: v / shards for k, v in training.items()}}}
+    step = forecast.training_memory(job)
+    phases = {"training step": {**held, **{k: v / shards for k, v in step.items()}}}
     if columns:
-        examples = settings.fisher_examples or len(study.calibration)
+        examples = training.fisher_examples or len(study.calibration)
         shorter = dataclasses.replace(job, length=study.calibration.length)
         phases["Fisher"] = held | forecast.fisher_memory(
             shorter,
             min(examples, len(study.calibration)),
-            settings.fisher_microbatch,
-            settings.fisher_buffer,
+            hardware.fisher_microbatch,
+            training.fisher_buffer,
         )
     if hasattr(study, "asked"):
-        rows, new = options["generation_batch"], options["max_new_tokens"]
+        rows, new = hardware.generation_batch, options.max_new_tokens
         longest = max(FRAME + PER_CHARACTER * c for _, c in study.asked.values())
         cache = forecast.cache_bytes(job, math.ceil(rows * (longest + new)))
         phases["answers"] = {**held, "keys and values": cache}
-        scored = forecast.cache_bytes(job, options["score_tokens"])
+        scored = forecast.cache_bytes(job, hardware.score_tokens)
         phases["likelihoods"] = {**held, "keys and values": scored}
     return phases
 
@@ -140,7 +143,7 @@ def on_mesh(device: Device, mesh: str | None) -> Device:
         return device
     if device.count not in (1, shards := _shards(mesh)):
         raise UserError(
-            f"--set device.count={device.count}: expected {shards}, the devices of the "
+            f"--device.count {device.count}: expected {shards}, the devices of the "
             f"mesh {mesh}: leave one of the two out"
         )
     return dataclasses.replace(device, count=shards)
@@ -182,9 +185,9 @@ def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -
     if name in SCORED:
         flops = count * forecast.forward_flops(job, tokens, heads=8)
         return flops / (device.flops * device.count)
-    options = plan.study_options
-    new = ANSWERS.get(name) or options["max_new_tokens"]
-    rows = options["generation_batch"]
+    options = plan.study
+    new = ANSWERS.get(name) or options.max_new_tokens
+    rows = plan.config.hardware.generation_batch
     seconds = forecast.generation_seconds(job, device, count, tokens, new, rows)
     if name == "probe" or "judge" in study.notes["measurements"][name]:
         exchange = count, tokens + new
@@ -194,7 +197,7 @@ def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -
 
 def fisher_flops(plan: Any, study: Any, job: Job, row: str) -> float:
     """Of every example that a row differentiates on its own, with one seed."""
-    settings, method = plan.settings, method_of(plan, row)
+    settings, method = plan.config.training, method_of(plan, row)
     domains = [study.domains[name].train for name in plan.domains]
     size = len(domains), settings.steps_per_domain
     sets = [study.calibration] * forecast.calibration_fishers(method, *size)
@@ -208,7 +211,7 @@ def row_seconds(
     plan: Any, study: Any, job: Job, device: Device, row: str
 ) -> dict[str, float]:
     """Of one row with one seed: training, Fisher, measurements, monitor, repairs."""
-    settings, domains = plan.settings, len(plan.domains)
+    settings, domains = plan.config.training, len(plan.domains)
     speed = device.flops * device.count
     method = method_of(plan, row)
     steps = domains * settings.steps_per_domain
@@ -273,34 +276,27 @@ def to_text(table: Table) -> str:
     )
 
 
-def execute(plan: Any, device_texts: Sequence[str] = ()) -> str:
+def execute(plan: Any, device: DeviceOptions = DeviceOptions()) -> str:
     """Check a plan against its files and return what it will cost.
 
     Raises:
         UserError: for what the run itself would refuse.
     """
-    from sbr_jax.programs import harness
     from sbr_jax.training import pipeline
 
-    device = on_mesh(devices.read_device(device_texts), plan.settings.mesh)
-    build = plan.preset.survey or plan.preset.study
-    study = build(plan.domains, **plan.study_options)
-    pipeline.check(
-        study, plan.methods, plan.seeds, plan.domains, plan.settings, plan.row_options
-    )
+    chosen = on_mesh(make_device(device), plan.config.hardware.mesh)
+    study = plan.make_study(weights=False)
+    pipeline.check(study, plan.methods, plan.seeds, plan.domains, plan.config)
     rehearse(plan, study)
-    if plan.harness is not None:
-        harness.read(plan)
     job = job_of(plan, study)
-    config, settings = job.config, plan.settings
+    config, settings = job.config, plan.config.training
     phases = memory(plan, study, job)
     peak = max(sum(phase.values()) for phase in phases.values())
     billions = forecast.parameter_count(config) / 1e9
     size = forecast.weight_bytes(config, job.dtype, job.quantize) / 1e9
     trained = forecast.adapter_parameters(config, job.rank, job.targets) / 1e6
     lines = [
-        f"{plan.preset.name}: nothing was trained, no weights of a large model were "
-        "read",
+        f"{plan.preset}: nothing was trained, no weights of a large model were read",
         "",
         f"model    {config.model_type}, {billions:.3g} B parameters, {size:.3g} GB in "
         f"{job.quantize or job.dtype}; context {config.context}; adapter {trained:.3g} "
@@ -314,13 +310,13 @@ def execute(plan: Any, device_texts: Sequence[str] = ()) -> str:
         "",
         "memory of one device, the least that must be alive at once",
         to_text(memory_table(phases)),
-        _fit(peak, device.memory),
+        _fit(peak, chosen.memory),
         "",
-        f"time on {device.name}: {device.flops / 1e12:.3g} TFLOP/s, "
-        f"{device.bandwidth / 1e9:.4g} GB/s, {device.count} of them"
-        + (" with equal shares and free communication" if device.count > 1 else "")
+        f"time on {chosen.name}: {chosen.flops / 1e12:.3g} TFLOP/s, "
+        f"{chosen.bandwidth / 1e9:.4g} GB/s, {chosen.count} of them"
+        + (" with equal shares and free communication" if chosen.count > 1 else "")
         + "; without compilation",
-        to_text(time_table(plan, study, job, device)),
+        to_text(time_table(plan, study, job, chosen)),
     ]
     return "\n".join(lines)
 
@@ -342,4 +338,4 @@ def _fit(peak: float, limit: float | None) -> str:
         return f"peak {peak / GIB:.1f} GiB: {word} {limit / GIB:.1f} GiB"
     fits = [f"{card} GB" for card in CARDS if peak < card * 1e9]
     shown = ", ".join(fits) or "none of 24, 40, 80 GB"
-    return f"peak {peak / GIB:.1f} GiB: fits into {shown} (--set device.memory_gb=N)"
+    return f"peak {peak / GIB:.1f} GiB: fits into {shown} (--device.memory-gb N)"

@@ -3,14 +3,13 @@
 It is read dense, whole and on one device, whatever the model that is trained is.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from sbr_jax.costs import forecast
 from sbr_jax.costs.forecast import Device, Job
 
 
-def guard_of(options: Mapping[str, Any], job: Job) -> Job | None:
+def guard_of(options: Any, job: Job) -> Job | None:
     """The guard as a job of forward passes; None for a judge without weights.
 
     Args:
@@ -20,17 +19,17 @@ def guard_of(options: Mapping[str, Any], job: Job) -> Job | None:
     Raises:
         UserError: for a folder without a known model.
     """
-    folder = options.get("judge_folder")
+    folder = getattr(options, "judge_folder", None)
     if folder is None:
         return None
     from sbr_jax.models import hf_config
     from sbr_jax.studies.chat_model import locate
 
-    place = locate(folder, weights=False, option="study.judge_folder")
+    place = locate(folder, weights=False, option="study.judge-folder")
     return Job(hf_config.read(place), job.dtype, rank=0)
 
 
-def held_bytes(options: Mapping[str, Any], job: Job) -> dict[str, int]:
+def held_bytes(options: Any, job: Job) -> dict[str, int]:
     """Bytes of the guard by name, nothing without one."""
     guard = guard_of(options, job)
     if guard is None:
@@ -39,7 +38,7 @@ def held_bytes(options: Mapping[str, Any], job: Job) -> dict[str, int]:
 
 
 def judging_seconds(
-    options: Mapping[str, Any], job: Job, device: Device, count: int, tokens: int
+    options: Any, job: Job, device: Device, count: int, tokens: int
 ) -> float:
     """Of one forward pass of the guard over so many exchanges, 0 without a guard."""
     guard = guard_of(options, job)
@@ -55,7 +54,7 @@ def rating_seconds(
 
     Nothing for a defence without ratings, and for a judge without weights.
     """
-    options = plan.study_options
+    options = plan.study
     if not ratings or guard_of(options, job) is None:
         return {}
     sets = (study.domains[name].train for name in plan.domains)

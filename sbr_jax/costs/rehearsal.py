@@ -44,21 +44,21 @@ def rehearse(plan: Any, study: Any) -> None:
     # The judge is a model too, and the mesh may be of other devices than are here.
     judge = None if study.judge is None else _unasked
     shown = dataclasses.replace(study, judge=judge)
-    settings = dataclasses.replace(plan.settings, mesh=None)
+    alone = dataclasses.replace(plan.config.hardware, mesh=None)
+    config = dataclasses.replace(plan.config, hardware=alone)
     base = base_shapes(plan, study)
     unaligned = study.unaligned
-    if unaligned is None and plan.study_options.get("unaligned_folder"):
+    if unaligned is None and getattr(plan.study, "unaligned_folder", None):
         unaligned = base  # It has been checked to be of the same architecture.
     for row in plan.methods:
-        options = tuple(sorted(plan.row_options.get(row, {}).items()))
-        program = make_program(row, options, shown, settings)
+        program = make_program(row, shown, config)
         for name in plan.domains:
             try:
                 program.method.mix(program.problem, study.domains[name].train, 0)
             except _Asked:
                 continue
         try:
-            jax.eval_shape(_first_stage(program, shown, settings), base, unaligned)
+            jax.eval_shape(_first_stage(program, shown, config), base, unaligned)
         except (*UNKNOWN, _Asked):
             continue
 
@@ -69,20 +69,20 @@ def base_shapes(plan: Any, study: Any) -> PyTree:
 
     if study.model.params is not None:
         return jax.eval_shape(lambda x: x, study.model.params)
-    dtype = plan.study_options["dtype"]
+    dtype = plan.study.dtype
     shapes = jax.eval_shape(
         lambda: init_params(jax.random.key(0), study.model.config),
     )
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
-def _first_stage(program: Any, study: Any, settings: Any) -> Any:
+def _first_stage(program: Any, study: Any, config: Any) -> Any:
     """What a run does with one seed before the first step: `prepare`, then `init`."""
     from sbr_jax.training.program import init_adapter
 
     def stage(base: PyTree, unaligned: PyTree) -> None:
         problem = dataclasses.replace(program.problem, unaligned=unaligned)
-        adapter, key = init_adapter(study, settings, 0), jax.random.key(0)
+        adapter, key = init_adapter(study, config, 0), jax.random.key(0)
         prepared = program.method.prepare(problem, base, adapter, key)
         program.start(adapter, program.method.init(problem, prepared, adapter, key))
 

@@ -1,7 +1,7 @@
 """Defences: ``METHODS`` makes them, ``VARIANTS`` names changes of them."""
 
 from sbr_jax.methods.base import InertProjectionWarning, Method, Problem
-from sbr_jax.methods.registry import METHODS, VARIANTS, Hyperparameters, build
+from sbr_jax.methods.registry import METHODS, VARIANTS, Hyperparameters, build, resolve
 
 __all__ = [
     "METHODS",
@@ -11,4 +11,5 @@ __all__ = [
     "Method",
     "Problem",
     "build",
+    "resolve",
 ]

@@ -162,13 +162,29 @@ def build(variant: str, methods: Any = None, **overrides: Any) -> Method:
     >>> build("plain").name
     'plain'
     """
+    method, options = resolve(variant, methods)
+    errors.check_names(f"option of {variant}", overrides, vars(options))
+    options = dataclasses.replace(options, **overrides)
+    return dataclasses.replace(METHODS[method](**vars(options)), name=variant)
+
+
+def resolve(variant: str, methods: Any = None) -> tuple[str, Any]:
+    """The method behind a variant, and its hyper-parameters with the variant's changes.
+
+    Args:
+      variant: a key of ``METHODS`` or ``VARIANTS``.
+      methods: a :data:`Hyperparameters`; None for the published values.
+
+    Raises:
+      UserError: for an unknown variant, with the nearest names.
+
+    >>> resolve("sbr:one")[0], resolve("sbr:one")[1].anchors
+    ('sbr', 1)
+    """
     method, changes = VARIANTS.get(variant, (variant, {}))
     if method not in METHODS:
         raise errors.unknown("method", variant, [*METHODS, *VARIANTS])
-    known = methods or Hyperparameters()
-    options = getattr(known, attribute(method), None)
+    options = getattr(methods or Hyperparameters(), attribute(method), None)
     if options is None:  # Registered since, by a program of its own.
         options = make_record(method, METHODS)()
-    errors.check_names(f"option of {variant}", overrides, vars(options))
-    options = dataclasses.replace(options, **{**changes, **overrides})
-    return dataclasses.replace(METHODS[method](**vars(options)), name=variant)
+    return method, dataclasses.replace(options, **changes)

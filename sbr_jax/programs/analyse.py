@@ -1,7 +1,7 @@
 """Analyses of the safety subspace: is it what it is taken for, and does it last?
 
     python -m experiments.analyse PRESET --workdir DIR [--analysis NAME] [--results DIR]
-        [--methods A B ...] [--domains ...] [--seed N ...] [--set KEY=VALUE ...]
+        [--methods A B ...] [--domains ...] [--seed N ...] [--training.lora-rank 8 ...]
     python -m experiments.analyse --list
 
     harm-types    are refusal, truthfulness and bias one subspace?
@@ -19,13 +19,13 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from sbr_jax import errors, recipes
 from sbr_jax import outputs as files
-from sbr_jax import recipes as configs
-from sbr_jax.programs import cli, run
+from sbr_jax.programs import cli
+from sbr_jax.programs.job import JobArguments, Options, make_job, parse
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.reporting import page
 from sbr_jax.reporting.analysis_drawings import drawings
 from sbr_jax.reporting.results import program_of, read_run
@@ -33,51 +33,34 @@ from sbr_jax.studies import dates
 from sbr_jax.studies.analyses import ANALYSES, LABELLED, Context, labelled
 from sbr_jax.typing import UserError
 
-PROGRAM = "python -m experiments.analyse"
+PROGRAM = cli.command("analyse")
 OUTPUT = "analysis.json"
 REMEDY = "delete it to have all analyses made anew"
 MOST_EXAMPLES = 500
 """All kinds are cut to the smallest, which has far fewer different examples."""
-ROWS = ("plain", "safeanchor-exact:projection-only", "safeanchor-exact:random")
+SHOWN = ("plain", "safeanchor-exact:projection-only", "safeanchor-exact:random")
 """With the projection, without it, and with one of the same rank about nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class AnalyseArguments(JobArguments[Options]):
     """Analyse the safety subspace of a preset's model."""
 
-    preset: tyro.conf.Positional[str] = ""
-    """Name of a preset of experiments.run."""
-    workdir: str | None = None
-    """Folder for the results."""
     analysis: str = "all"
     """harm-types, sensitivity, exhaustion, coupling, probe or all."""
     results: Path | None = None
     """A finished run for exhaustion, in place of a new one."""
-    methods: tuple[str, ...] = ROWS
-    """Rows of the runs of exhaustion and coupling."""
-    domains: tuple[str, ...] = ()
-    """Their domains; default: all for exhaustion, the preset's for coupling."""
-    seed: tuple[int, ...] = (0,)
-    """Their seeds."""
     examples: int = 60
     """At most so many examples in each half of a kind (harm-types)."""
-    data: str | None = None
-    """Data folder (preset stories)."""
-    model: str | None = None
-    """Checkpoint folder, in place of the preset's model."""
-    overrides: Annotated[
-        tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE ...")
-    ] = ()
-    """As for experiments.run."""
-    list: Annotated[bool, tyro.conf.arg(name="list")] = False
-    """List analyses and the presets that they can be of."""
-    quiet: bool = False
-    """Print nothing but errors."""
+    domains: tuple[str, ...] = ()
+    """Domains of exhaustion and coupling; default: all for exhaustion, the preset's for
+    coupling."""
 
 
-def make_context(arguments: Arguments) -> tuple[Context, list[str]]:
-    """Check a command line, the cheap questions first.
+def make_context(
+    preset: Preset, arguments: AnalyseArguments
+) -> tuple[Context, list[str]]:
+    """Checks a command line, the cheap questions first.
 
     Returns:
         What the analyses share, and the names of those to do.
@@ -85,41 +68,30 @@ def make_context(arguments: Arguments) -> tuple[Context, list[str]]:
     Raises:
         UserError: for the first mistake.
     """
-    if not arguments.preset:
-        known = ", ".join(configs.MODULES)
-        raise UserError(
-            f"expected a preset, got none (known: {known}): {PROGRAM} testbed"
-        )
-    cli.check_names("preset", [arguments.preset], configs.MODULES)
-    if not arguments.workdir:
+    if arguments.workdir is None:
         raise UserError(
             "expected a folder for the analyses, got none: add --workdir "
-            f"runs/{arguments.preset}-analysis"
+            f"runs/{preset.name}-analysis"
         )
-    cli.check_names("analysis", [arguments.analysis], [*ANALYSES, "all"])
+    errors.check_names("analysis", [arguments.analysis], [*ANALYSES, "all"])
     if not 2 <= arguments.examples <= MOST_EXAMPLES:
         raise UserError(
             f"--examples: expected from 2 to {MOST_EXAMPLES}, got {arguments.examples}"
         )
-    if not arguments.seed:
-        raise UserError("--seed: expected at least one seed, got none")
-    check_folder(Path(arguments.workdir))
+    check_folder(arguments.workdir)
     if arguments.results is not None:
         read_run(arguments.results)
-    own = {field.name for field in dataclasses.fields(Arguments)}
-    shared = own & {field.name for field in dataclasses.fields(run.Arguments)}
-    plan = run.make_plan(
-        run.Arguments(**{name: getattr(arguments, name) for name in shared})
-    )
+    named = arguments.domains or preset.domains
+    job = make_job(preset, dataclasses.replace(arguments, domains=named))
     names = list(ANALYSES) if arguments.analysis == "all" else [arguments.analysis]
-    if not labelled(plan.preset):
+    if not labelled(preset.study):
         if arguments.analysis in LABELLED:
             raise UserError(
                 f"--analysis {arguments.analysis}: expected a preset of the testbed, "
-                f"whose examples have kinds, got '{plan.preset.name}'"
+                f"whose examples have kinds, got '{preset.name}'"
             )
         names = [name for name in names if name not in LABELLED]
-    context = Context(plan, arguments.examples, arguments.domains, arguments.results)
+    context = Context(job, arguments.examples, arguments.domains, arguments.results)
     return context, names
 
 
@@ -145,8 +117,8 @@ def check_folder(folder: Path) -> None:
 def identity(context: Context) -> dict[str, Any]:
     """What a folder's analyses have in common; others are refused."""
     return {
-        "preset": context.plan.preset.name,
-        "settings": context.plan.settings.mathematics(),
+        "preset": context.job.preset,
+        "training": dataclasses.asdict(context.job.config.training),
         "fingerprint": context.study.fingerprint,
         **{k: v for k, v in context.study.notes.items() if k == dates.KEY},
     }
@@ -166,7 +138,7 @@ def execute(context: Context, names: Sequence[str]) -> Path:
     from sbr_jax.analysis.theme import to_png
     from sbr_jax.training.records import plain_numbers, read_json, write_record
 
-    folder = context.plan.workdir
+    folder = context.job.workdir
     path = folder / OUTPUT
     whole = {"of": plain_numbers(identity(context))}
     if path.exists():
@@ -183,7 +155,7 @@ def execute(context: Context, names: Sequence[str]) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error}") from error
     for name in names:
-        if not context.plan.quiet:
+        if not context.job.quiet:
             print(f"{name} ...", file=sys.stderr, flush=True)
         whole[name] = plain_numbers(ANALYSES[name](context))
         write_record(path, whole, indent=1)
@@ -231,35 +203,37 @@ def write_page(
 
 
 def listing() -> str:
-    """Return what `--list` prints."""
+    """What `--list` prints."""
     lines = ["analyses"]
     for name, analysis in ANALYSES.items():
         lines.append(f"  {name:<14} {(analysis.__doc__ or '').partition('.')[0]}")
     lines += ["", "presets"]
-    for name in configs.MODULES:
-        known = labelled(configs.load(name))
+    for name in recipes.MODULES:
+        known = labelled(recipes.load(name).study)
         possible = (name for name in ANALYSES if known or name not in LABELLED)
         lines.append(f"  {name:<14} {', '.join(possible)}")
     return "\n".join(lines)
 
 
+def analyse(args: Sequence[str]) -> None:
+    """Does what a command line asks for.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    if "--list" in args:
+        print(listing())
+        return
+    fresh: dict[str, Any] = {"methods": SHOWN, "seed": (0,), "domains": ()}
+    preset, arguments = parse(AnalyseArguments, args, PROGRAM, **fresh)
+    output = execute(*make_context(preset, arguments))
+    if not arguments.quiet:
+        print(f"analyses: {output}")
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code."""
-    cli.quiet_libraries()
-
-    def program() -> None:
-        arguments = cli.parse(Arguments, args, PROGRAM)
-        if arguments.list:
-            print(listing())
-            return
-        output = execute(*make_context(arguments))
-        if not arguments.quiet:
-            print(f"analyses: {output}")
-
-    return cli.guarded(
-        program,
-        interrupted="interrupted: finished stages are kept; the same command continues",
-    )
+    """Runs the program and returns its exit code."""
+    return cli.start(analyse, args, __doc__)
 
 
 if __name__ == "__main__":

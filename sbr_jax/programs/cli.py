@@ -1,21 +1,17 @@
-"""What all command-line programs share: parsing, and one line for a user's mistake."""
+"""Frame of every command-line program: checks, one line for a mistake, exit codes."""
 
-import contextlib
-import difflib
 import errno
-import io
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
+from sbr_jax import errors
 from sbr_jax.programs import terminal
+from sbr_jax.programs.parsing import parse as parse
 from sbr_jax.typing import UserError
 
-Arguments = TypeVar("Arguments")
 EXIT_SYSTEM = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
@@ -24,94 +20,10 @@ EXIT_TERMINATED = 143
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """Return the error for an unknown name: the nearest ones, then all of them.
-
-    >>> print(unknown("preset", "demmo", ["demo", "testbed"]))
-    unknown preset 'demmo'; nearest: demo (known: demo, testbed)
-    """
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    return UserError(f"unknown {kind} '{name}'{hint} (known: {', '.join(known)})")
-
-
-def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse unknown and repeated names.
-
-    Raises:
-        UserError: for the first such name.
-    """
-    known = list(known)
-    seen: set[str] = set()
-    for name in names:
-        if name not in known:
-            raise unknown(kind, name, known)
-        if name in seen:
-            raise UserError(f"expected each {kind} once, got '{name}' twice: drop one")
-        seen.add(name)
-
-
-def one_line(text: str) -> str:
-    r"""Take the complaint out of a parser's boxed message, without the help below it.
-
-    Where the terminal has no Unicode the box is drawn with hyphens, and its title is a
-    row of its own.
-
-    >>> one_line("╭─ Value error ─╮\n│ No X.         │\n│ ───── │\n│ Help: … │\n╰─╯")
-    'No X.'
-    >>> one_line(" Value error \n ----- \n  No X.  \n  -----  \n  Help: …  \n")
-    'No X.'
-    """
-    blocks: list[list[str]] = [[]]
-    for row in re.sub("\x1b\\[[0-9;]*m", "", text).splitlines():
-        words = row.strip("│ ")
-        if words.startswith("╭") or not words.strip("─-╰╯"):
-            blocks.append([])
-        else:
-            blocks[-1] += words.split()
-    said = [" ".join(block) for block in blocks if block]
-    titled = "╭" not in text and len(said) > 1
-    return said[titled] if said else ""
-
-
-@contextlib.contextmanager
-def _wide_page() -> Iterator[None]:
-    """Keeps the parser from cutting a long word of its complaint in two."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        del os.environ["COLUMNS"]
-        if before is not None:
-            os.environ["COLUMNS"] = before
-
-
-def parse(
-    arguments: Callable[..., Arguments], args: Sequence[str] | None, prog: str
-) -> Arguments:
-    """Parse a command line into a frozen dataclass.
-
-    Raises:
-        UserError: with the parser's complaint as one line.
-    """
-    import tyro  # Needed here only; what else imports this module does not pay.
-
-    errors = io.StringIO()
-    given = sys.argv[1:] if args is None else args
-    for_help = not {"-h", "--help"}.isdisjoint(given)
-    page = contextlib.nullcontext() if for_help else _wide_page()
-    try:
-        with contextlib.redirect_stderr(errors), page:
-            config = (tyro.conf.FlagCreatePairsOff,)
-            return tyro.cli(arguments, prog=prog, args=args, config=config)
-    except SystemExit as stop:
-        if stop.code != EXIT_USER:
-            sys.stdout.flush()
-            raise
-        complaint = one_line(errors.getvalue())
-        raise UserError(f"{complaint}; see {prog} --help") from None
+def command(program: str) -> str:
+    """How to call a program, as this process was called: installed, or in a clone."""
+    installed = Path(sys.argv[0]).name == "sbr-jax"
+    return f"sbr-jax {program}" if installed else f"python -m experiments.{program}"
 
 
 def check_folder(folder: Path) -> None:
@@ -143,7 +55,8 @@ def check_seeds(seeds: Sequence[int]) -> None:
     for seed in seeds:
         if not 0 <= seed < SEEDS:
             raise UserError(f"expected seeds from 0 to {SEEDS - 1}, got {seed}")
-    check_names("seed", map(str, seeds), map(str, seeds))
+    errors.check_some("seed", seeds)
+    errors.check_names("seed", map(str, seeds), map(str, seeds))
 
 
 def guarded(program: Callable[[], None], *, interrupted: str) -> int:
@@ -176,6 +89,32 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
             ended = isinstance(interrupt, terminal.Terminated)
             return EXIT_TERMINATED if ended else EXIT_INTERRUPTED
     return 0
+
+
+KEPT = "interrupted: finished stages are kept; the same command continues"
+
+
+def start(
+    program: Callable[[Sequence[str]], None],
+    args: Sequence[str] | None,
+    usage: str | None,
+    *,
+    interrupted: str = KEPT,
+) -> int:
+    """Runs a program on a command line and returns its exit code; see `guarded`.
+
+    Args:
+        program: takes the words.
+        args: words; None for those of this process.
+        usage: what `--help` prints where no preset comes before it.
+        interrupted: see `guarded`.
+    """
+    quiet_libraries()
+    given = list(sys.argv[1:] if args is None else args)
+    if usage is not None and given[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return 0
+    return guarded(lambda: program(given), interrupted=interrupted)
 
 
 def system_line(error: OSError) -> str:

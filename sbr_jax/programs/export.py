@@ -1,12 +1,13 @@
-"""Take the weights of one row out of a run: a PEFT adapter, or a merged checkpoint.
+"""Take the weights of one variant out of a run: a PEFT adapter, or a merged checkpoint.
 
-    python -m experiments.export PRESET --workdir DIR --row ROW --seed N --output FOLDER
-        [--merged] [--stage K] [--data DIR] [--model DIR] [--set study.KEY=VALUE ...]
+    python -m experiments.export PRESET --workdir DIR --variant NAME --seed N
+        --output FOLDER [--merged] [--stage K] [--data DIR] [--model DIR] [--judge DIR]
+        [--unaligned DIR]
 
 Settings, domains and hyper-parameters are those of the run's `config.json`; the folders
 of data and model, which it does not hold, are named again. What is written is what was
-measured: the row's `deploy` is applied. Rows that ship other base weights than they
-were given are written with `--merged` only, which joins base and adapter.
+measured: the method's `deploy` is applied. Methods that deploy other base weights than
+they were given are written with `--merged` only, which joins base and adapter.
 """
 
 import dataclasses
@@ -14,33 +15,35 @@ import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from sbr_jax import errors, recipes
 from sbr_jax import outputs as files
-from sbr_jax import recipes as configs
+from sbr_jax.methods import Hyperparameters, build
+from sbr_jax.methods.base import as_aligned
 from sbr_jax.programs import cli
-from sbr_jax.programs.recorded_options import study_options, unlisted
+from sbr_jax.programs.job import Job
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.reporting.results import PROGRAMS
+from sbr_jax.settings import Training, restore
 from sbr_jax.studies.dates import dated
+from sbr_jax.studies.options import Sources
+from sbr_jax.training.config import Config
 from sbr_jax.training.shipped import reopen
 from sbr_jax.typing import PyTree, UserError
 
-PROGRAM = "python -m experiments.export"
+PROGRAM = cli.command("export")
 SHARD_BYTES = 5 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Take the weights of one row out of a run."""
+    """Take the weights of one variant out of a run."""
 
-    preset: tyro.conf.Positional[str] = ""
-    """The preset of the run."""
     workdir: str | None = None
     """The run's folder."""
-    row: str = ""
-    """Method or ablation."""
+    variant: str = ""
+    """Method, or variant of one."""
     seed: int | None = None
     """Its seed."""
     output: str | None = None
@@ -55,109 +58,117 @@ class Arguments:
     """Checkpoint folder, where the run had one."""
     base_name: str | None = None
     """What the adapter's file calls its base, a hub id or folder; default: --model."""
-    overrides: Annotated[
-        tuple[str, ...], tyro.conf.arg(name="set", metavar="study.KEY=VALUE ...")
-    ] = ()
-    """Options of the study that did not decide a result: other folders, hardware."""
+    judge: str | None = None
+    """Folder of the judge's checkpoint, where the run had one."""
+    unaligned: str | None = None
+    """Folder of the checkpoint before alignment, where the run had one."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Export:
     """A command line that was found to be in order.
 
     Attributes:
-        preset: of the run.
-        workdir: the run's folder.
-        config: its `config.json`.
-        settings: of its training job.
-        row: to take out.
-        row_options: hyper-parameters of the row.
-        seed: of the row.
+        job: of the run, with one variant and seed.
+        record: the run's `config.json`.
         stage: the last that counts.
         place: folder of the newest adapter up to that stage.
         output: where to write.
         merged: whether to write base and adapter in one.
         base_name: what the adapter's file calls its base.
-        study_options: keyword arguments of the preset's study.
-        quiet: whether to print nothing.
     """
 
-    preset: configs.Preset
-    workdir: Path
-    config: Mapping[str, Any]
-    settings: Any
-    row: str
-    row_options: Mapping[str, Any]
-    seed: int
+    job: Job
+    record: Mapping[str, Any]
     stage: int
     place: Path
     output: Path
     merged: bool
     base_name: str | None
-    study_options: Mapping[str, Any]
-    quiet: bool
+
+    @property
+    def variant(self) -> str:
+        """The variant to take out."""
+        return self.job.methods[0]
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.job.seeds[0]
 
 
-def make_plan(arguments: Arguments) -> Plan:
-    """Check a command line, the cheap questions first.
+def make_export(preset: Preset, arguments: Arguments) -> Export:
+    """Checks a command line, the cheap questions first.
 
     Raises:
         UserError: for the first mistake.
     """
-    if not arguments.preset:
-        known = ", ".join(configs.MODULES)
-        raise UserError(f"expected the run's preset, got none (known: {known})")
-    cli.check_names("preset", [arguments.preset], configs.MODULES)
     for name, example in (("workdir", "runs/NAME"), ("output", "exported")):
         if not getattr(arguments, name):
             raise UserError(f"expected a folder, got none: add --{name} {example}")
     workdir, output = Path(arguments.workdir or ""), Path(arguments.output or "")
-    config = _config(workdir)
-    place, stage = _place(arguments, workdir, config)
+    record = _record(workdir)
+    place, stage = _place(arguments, workdir, record)
     if not files.is_free(output):
         raise UserError(
             f"--output {output}: expected a new or empty folder, found something there"
         )
-    preset = configs.load(arguments.preset)
-    options = dated(study_options(arguments, preset, config), workdir)
-    if preset.check is not None:
-        preset.check((arguments.row,), options)
-
-    from sbr_jax.methods import build
-    from sbr_jax.methods.base import as_aligned
-    from sbr_jax.training.settings import Settings
-
-    known = {field.name for field in dataclasses.fields(Settings)}
-    if strange := sorted(config["settings"].keys() - known):
-        raise UserError(
-            f"{workdir} has the settings {', '.join(strange)}, which this version does "
-            "not know: use the version that wrote it"
-        )
-    row_options = unlisted(config.get("overrides", {}).get(arguments.row, {}))
-    method = build(arguments.row, **row_options)
+    job = _job(preset, arguments, record, int(place.parent.name))
+    method = build(arguments.variant, job.config.methods)
     if method.prepare is not as_aligned and not arguments.merged:
-        raise _needs_merging(arguments.row)
-    return Plan(
-        preset=preset,
-        workdir=workdir,
-        config=config,
-        settings=Settings(**config["settings"]),
-        row=arguments.row,
-        row_options=row_options,
-        seed=int(place.parent.name),
+        raise _needs_merging(arguments.variant)
+    return Export(
+        job=job,
+        record=record,
         stage=stage,
         place=place,
         output=output,
         merged=arguments.merged,
         base_name=arguments.base_name or arguments.model,
-        study_options=options,
+    )
+
+
+def _job(
+    preset: Preset, arguments: Arguments, record: Mapping[str, Any], seed: int
+) -> Job:
+    """The run's job, from its record and the folders that it does not hold."""
+    workdir = Path(arguments.workdir or "")
+    study: Any = restore(preset.study, record["study"], f"{workdir}: study")
+    folders = {
+        f"{name}_folder": getattr(arguments, name)
+        for name in ("judge", "unaligned")
+        if getattr(arguments, name) is not None
+    }
+    known = {field.name for field in dataclasses.fields(study)}
+    if strange := sorted(folders.keys() - known):
+        raise UserError(
+            f"--{strange[0].removesuffix('_folder')}: the preset '{preset.name}' has "
+            "no such folder; drop it"
+        )
+    study = dated(dataclasses.replace(study, **folders), workdir)
+    config = Config(
+        restore(Training(), record["training"], f"{workdir}: training"),
+        dataclasses.replace(preset.hardware, mesh=None),
+        restore(Hyperparameters(), record["methods"], f"{workdir}: methods"),
+    )
+    sources = Sources(arguments.model, arguments.data)
+    study.check((arguments.variant,), config.methods, sources)
+    return Job(
+        preset=preset.name,
+        workdir=workdir,
+        methods=(arguments.variant,),
+        domains=tuple(record["domains"]),
+        seeds=(seed,),
+        config=config,
+        study=study,
+        sources=sources,
         quiet=arguments.quiet,
     )
 
 
-def _config(workdir: Path) -> dict[str, Any]:
+def _record(workdir: Path) -> dict[str, Any]:
     """The configuration of a run of `experiments.run`."""
     from sbr_jax.training.records import read_json
 
@@ -171,7 +182,12 @@ def _config(workdir: Path) -> dict[str, Any]:
                 f"--workdir {workdir}: expected a run of experiments.run, got one of "
                 f"{program}, whose weights are for study only"
             )
-    wanted = {"settings", "study", "domains", "fingerprint"}
+    if "settings" in config:
+        raise UserError(
+            f"--workdir {workdir}: expected a run of this version, got one of an older "
+            "one, which can be reported and not exported: use the version that made it"
+        )
+    wanted = {"training", "methods", "study", "domains", "fingerprint"}
     if missing := sorted(wanted - config.keys()):
         raise UserError(f"expected {', '.join(missing)} in {path}, found none")
     return config
@@ -191,22 +207,22 @@ def _place(
 
     rows = {p.name.replace("+", ":"): p for p in sorted(workdir.glob("stages/*"))}
     rows.pop(BASE, None)
-    if arguments.row not in rows:
-        raise cli.unknown(f"row of {workdir}", arguments.row, rows)
-    seeds = sorted(path.name for path in rows[arguments.row].iterdir())
+    if arguments.variant not in rows:
+        raise errors.unknown(f"variant of {workdir}", arguments.variant, rows)
+    seeds = sorted(path.name for path in rows[arguments.variant].iterdir())
     if str(arguments.seed) not in seeds:
         raise UserError(
             f"--seed: expected one of {', '.join(seeds)}, with which "
-            f"{arguments.row} was run, got {arguments.seed}"
+            f"{arguments.variant} was run, got {arguments.seed}"
         )
-    folder = rows[arguments.row] / str(arguments.seed)
+    folder = rows[arguments.variant] / str(arguments.seed)
     found = (path.parent for path in folder.glob("*/result.json"))
     stages = {int(path.name.split("-")[0]): path for path in sorted(found)}
     stage = 4 * len(config["domains"]) if arguments.stage is None else arguments.stage
     if stage not in stages:
         shown = ", ".join(path.name for path in stages.values()) or "none"
         raise UserError(
-            f"{arguments.row}, seed {arguments.seed}: expected stage {stage} to be "
+            f"{arguments.variant}, seed {arguments.seed}: expected stage {stage} to be "
             f"finished, found {shown}; continue the run, or name one with --stage"
         )
     run = run_of(config)
@@ -224,14 +240,14 @@ def _place(
     return stages[before[-1]], stage
 
 
-def _needs_merging(row: str) -> UserError:
+def _needs_merging(variant: str) -> UserError:
     return UserError(
-        f"the row '{row}' ships other base weights than it was given, which an adapter "
+        f"'{variant}' deploys other base weights than it was given, which an adapter "
         "does not hold: add --merged"
     )
 
 
-def weights(plan: Plan, study: Any) -> tuple[PyTree, PyTree]:
+def weights(plan: Export, study: Any) -> tuple[PyTree, PyTree]:
     """What a row ships: base weights and adapter, after its `deploy`.
 
     Raises:
@@ -241,30 +257,29 @@ def weights(plan: Plan, study: Any) -> tuple[PyTree, PyTree]:
     from sbr_jax.training.program import init_adapter
 
     track = reopen(
-        plan.workdir,
-        plan.row,
+        plan.job.workdir,
+        plan.variant,
         plan.seed,
-        options=plan.row_options,
         study=study,
         base=study.model.params,
-        settings=plan.settings,
-        domains=plan.config["domains"],
+        config=plan.job.config,
+        domains=plan.job.domains,
     )
     if track.method.deploy is as_trained:
         # Not `load`, which computes the method's state anew to know its structure.
-        like = init_adapter(study, plan.settings, plan.seed)
+        like = init_adapter(study, plan.job.config, plan.seed)
         return track.base, track.restore(plan.place / "adapter", like)
     states = (track.folder(n) / "state" for n in range(plan.stage + 1))
     if not any(path.is_dir() for path in states):
         raise UserError(
-            f"--stage {plan.stage}: the row '{plan.row}' ships what depends on its "
+            f"--stage {plan.stage}: '{plan.variant}' deploys what depends on its "
             "state, and a later stage has replaced that; name a later one"
         )
     track.load(plan.stage + 1)
     return track.deployed(track.adapter)
 
 
-def execute(plan: Plan) -> None:
+def execute(plan: Export) -> None:
     """Build the study, load the weights, write them.
 
     Raises:
@@ -276,13 +291,12 @@ def execute(plan: Plan) -> None:
     from sbr_jax.models.peft import save_peft
     from sbr_jax.models.quantize import dequantize
 
-    domains = tuple(plan.config["domains"])
-    study = plan.preset.study(domains, **plan.study_options)
-    if study.fingerprint != plan.config["fingerprint"]:
+    study = plan.job.make_study()
+    if study.fingerprint != plan.record["fingerprint"]:
         raise UserError(
-            f"the preset '{plan.preset.name}' has other data or another model here "
-            f"than in the run {plan.workdir}: name the run's preset, --data, --model "
-            "and every other folder (--set study.KEY=FOLDER)"
+            f"the preset '{plan.job.preset}' has other data or another model here "
+            f"than in the run {plan.job.workdir}: name the run's preset, --data, "
+            "--model and its other folders"
         )
     base, adapter = weights(plan, study)
     if plan.merged:
@@ -290,37 +304,47 @@ def execute(plan: Plan) -> None:
         model = dataclasses.replace(study.model, params=merged)
         write = functools.partial(save, model=model, max_shard_bytes=SHARD_BYTES)
     elif adapter is None or base is not study.model.params:
-        raise _needs_merging(plan.row)
+        raise _needs_merging(plan.variant)
     else:
         names = {"model": study.model, "adapter": adapter}
         write = functools.partial(save_peft, **names, base_name=plan.base_name)
     files.fill_folder(plan.output, write)
-    if not plan.quiet:
+    if not plan.job.quiet:
         kind = "checkpoint" if plan.merged else "adapter"
-        print(f"{kind} of {plan.row}, seed {plan.seed}, after {_reached(plan)}")
+        print(f"{kind} of {plan.variant}, seed {plan.seed}, after {_reached(plan)}")
         print(f"  in {plan.output}")
 
 
-def _reached(plan: Plan) -> str:
+def _reached(plan: Export) -> str:
     from sbr_jax.training.results import run_of
     from sbr_jax.training.stage_records import read_result
 
     (folder,) = plan.place.parent.glob(f"{plan.stage:02d}-*")
-    record = read_result(folder, run_of(plan.config))
+    record = read_result(folder, run_of(plan.record))
     if record is None:
         raise UserError(f"expected a finished stage in {folder}, found no result.json")
     line = record["line"]
     return f"{line['domain']} (stage {folder.name})"
 
 
+def export(args: Sequence[str]) -> None:
+    """Does what a command line asks for.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    errors.check_names("preset", args[:1], recipes.MODULES)
+    if not args:
+        raise UserError(
+            f"expected the run's preset, got none (known: {', '.join(recipes.MODULES)})"
+        )
+    arguments = cli.parse(Arguments, args[1:], f"{PROGRAM} {args[0]}")
+    execute(make_export(recipes.load(args[0]), arguments))
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code."""
-    cli.quiet_libraries()
-
-    def program() -> None:
-        execute(make_plan(cli.parse(Arguments, args, PROGRAM)))
-
-    return cli.guarded(program, interrupted="interrupted: nothing was written")
+    """Runs the program and returns its exit code."""
+    return cli.start(export, args, __doc__, interrupted="interrupted: nothing written")
 
 
 if __name__ == "__main__":

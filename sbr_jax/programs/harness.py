@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sbr_jax import errors
 from sbr_jax.evaluation.measurement import draw
+from sbr_jax.programs.job import Job
 from sbr_jax.training.shipped import deployments
 from sbr_jax.typing import UserError
 
@@ -87,31 +89,31 @@ TASKS: dict[str, Callable[[Path, int | None], Task]] = {
 }
 
 
-def check(tasks: Sequence[str], options: Mapping[str, Any]) -> None:
+def check(tasks: Sequence[str], job: Job) -> None:
     """Refuse what `--harness` cannot do, before anything is read.
 
     Args:
         tasks: names of `TASKS`, or none for all.
-        options: of the study.
+        job: whose weights they are put to.
 
     Raises:
         UserError: for an unknown task, and without a data folder.
     """
-    from sbr_jax.programs import cli
-
-    cli.check_names("task of --harness", tasks, TASKS)
-    if options.get("data_folder") is None:
+    errors.check_names("task of --harness", tasks, TASKS)
+    if job.sources.data is None:
         raise UserError(
             "--harness: expected a folder with the tasks' data sets, got none: add "
             "--data FOLDER (a preset without that option has no such data)"
         )
 
 
-def read(plan: Any) -> dict[str, Task]:
+def read(job: Job, names: Sequence[str], limit: int | None) -> dict[str, Task]:
     """The items of the tasks that were asked for.
 
     Args:
-        plan: of `experiments.run`.
+        job: whose weights they are put to.
+        names: of the tasks, or none for all.
+        limit: items of each; None for the study's own limit.
 
     Raises:
         UserError: without lm-eval, for missing or damaged files, and a folder whose
@@ -120,18 +122,18 @@ def read(plan: Any) -> dict[str, Task]:
     from sbr_jax.evaluation.harness_tasks import import_harness
 
     import_harness()
-    folder = Path(plan.study_options["data_folder"])
-    limit = plan.harness_limit or plan.study_options.get("limit")
-    found = {name: TASKS[name](folder, limit) for name in plan.harness or TASKS}
-    _entries(plan, found)
+    folder = Path(job.sources.data or "")
+    limit = limit or getattr(job.study, "limit", None)
+    found = {name: TASKS[name](folder, limit) for name in names or TASKS}
+    _entries(job, found)
     return found
 
 
-def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
+def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
     """Put the start model and every row's final weights through the harness.
 
     Args:
-        plan: of `experiments.run`; its run is finished.
+        job: whose run is finished.
         study: the same that was run.
         tasks: of `read`.
 
@@ -144,13 +146,13 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
     from sbr_jax.training.records import plain_numbers, write_record
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    path = plan.workdir / FILE
+    path = job.workdir / FILE
     chat = bool(study.model.tokenizer.chat_template)
-    budget = Budget(tokens=plan.study_options.get("score_tokens", Budget().tokens))
-    entries = _entries(plan, tasks)
+    budget = Budget(tokens=job.config.hardware.score_tokens)
+    entries = _entries(job, tasks)
     done = {(entry["method"], entry["seed"]) for entry in entries}
-    for row, seed, weights in deployments(plan, study, done):
-        if not plan.quiet:
+    for row, seed, weights in deployments(job, study, done):
+        if not job.quiet:
             print(f"harness  {row}  seed {seed}", file=sys.stderr, flush=True)
         runner = ModelRunner(study.model, *weights, too_long="left", budget=budget)
         # lm-eval has no switch for its progress bars, one or two for each task and
@@ -161,7 +163,7 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
                     runner,
                     [dict(task) for wanted in tasks.values() for task in wanted.tasks],
                     apply_chat_template=chat,
-                    system_instruction=plan.study_options.get("system"),
+                    system_instruction=getattr(job.study, "system", None),
                 )
             except UserError as error:
                 raise UserError(f"--harness, {row}, seed {seed}: {error}") from error
@@ -174,7 +176,7 @@ def evaluate(plan: Any, study: Any, tasks: Mapping[str, Task]) -> Path:
                 picks = [item["pick"] for item in results[0].items]
                 metrics |= bias_of(wanted.items, picks)
         entries.append({"method": row, "seed": seed, "metrics": plain_numbers(metrics)})
-        whole = {"of": _identity(plan, tasks), "results": entries}
+        whole = {"of": _identity(job, tasks), "results": entries}
         write_record(path, whole, indent=1)
     return path
 
@@ -201,7 +203,7 @@ def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
     return {"bbq_bias": scores.absolute}
 
 
-def _identity(plan: Any, tasks: Mapping[str, Task]) -> dict[str, Any]:
+def _identity(job: Job, tasks: Mapping[str, Task]) -> dict[str, Any]:
     """What all entries of one `harness.json` have in common."""
     from sbr_jax.evaluation.harness_tasks import import_harness
     from sbr_jax.training.results import Workdir
@@ -210,15 +212,15 @@ def _identity(plan: Any, tasks: Mapping[str, Task]) -> dict[str, Any]:
         return hashlib.sha256("\n".join(i.id for i in items).encode()).hexdigest()[:12]
 
     return {
-        "run": Workdir(plan.workdir).run,
+        "run": Workdir(job.workdir).run,
         "lm_eval": import_harness().__version__,
         "items": {name: len(task.items) for name, task in tasks.items()},
         "ids": {name: digest(task.items) for name, task in tasks.items()},
-        "system": plan.study_options.get("system"),
+        "system": getattr(job.study, "system", None),
     }
 
 
-def _entries(plan: Any, tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
+def _entries(job: Job, tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
     """The entries of a `harness.json` that was begun before.
 
     Raises:
@@ -226,11 +228,11 @@ def _entries(plan: Any, tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
     """
     from sbr_jax.training.records import read_json
 
-    path = plan.workdir / FILE
+    path = job.workdir / FILE
     if not path.exists():
         return []
     whole = read_json(path, sealed=True)
-    if whole.get("of") != _identity(plan, tasks):
+    if whole.get("of") != _identity(job, tasks):
         raise UserError(
             f"{path} holds other tasks, items or weights: ask for the same "
             "again, or move that file away"

@@ -17,13 +17,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from sbr_jax.programs import attack, cli, run, terminal
+from sbr_jax import errors, recipes
+from sbr_jax.methods import METHODS
+from sbr_jax.programs import attack_job, cli, job, terminal
+from sbr_jax.programs.job import Job, JobArguments, make_job, parse_preset
 from sbr_jax.programs.sweep_state import (
     Part,
     Sweep,
@@ -37,7 +40,7 @@ from sbr_jax.recipes.sweeps import SWEEPS
 from sbr_jax.reporting.tables import Table, to_markdown
 from sbr_jax.typing import UserError
 
-PROGRAM = "python -m experiments.sweep"
+PROGRAM = cli.command("sweep")
 MOST = 1000
 """Seeds, or processes: beyond it somebody has mistyped."""
 POLL_SECONDS = 0.1
@@ -75,14 +78,14 @@ def make_sweep(arguments: Arguments) -> Sweep:
     if not arguments.name:
         known = ", ".join(SWEEPS)
         raise UserError(f"expected a sweep, got none (known: {known})")
-    cli.check_names("sweep", [arguments.name], SWEEPS)
+    errors.check_names("sweep", [arguments.name], SWEEPS)
     for name in ("seeds", "jobs"):
         if not 1 <= getattr(arguments, name) <= MOST:
             raise UserError(
                 f"--{name}: expected from 1 to {MOST}, got {getattr(arguments, name)}"
             )
     cells = SWEEPS[arguments.name]
-    cli.check_names("cell", arguments.cells, cells)
+    errors.check_names("cell", arguments.cells, cells)
     workdir = arguments.workdir or Path("runs") / arguments.name
     cli.check_folder(workdir)
     if (workdir / "config.json").exists():
@@ -90,49 +93,53 @@ def make_sweep(arguments: Arguments) -> Sweep:
             f"--workdir: {workdir} is the folder of one run; choose another for a sweep"
         )
     seeds = tuple(range(arguments.seeds))
-    plans = {
-        name: make_plan(fields, workdir / name, seeds)
+    jobs = {
+        name: make_cell(fields, workdir / name, seeds)
         for name, fields in cells.items()
         if not arguments.cells or name in arguments.cells
     }
-    for plan in plans.values():
-        check_folder(plan)
+    for cell in jobs.values():
+        check_folder(cell)
     if (workdir / "table.md").exists() and not any(workdir.glob("*/config.json")):
         raise UserError(
             f"--workdir: expected to write {workdir}/table.md, found one there, but no "
             "cell of a sweep: choose another folder, or move it away"
         )
-    return Sweep(arguments.name, workdir, plans, seeds)
+    return Sweep(arguments.name, workdir, jobs, seeds)
 
 
-def make_plan(
-    fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]
-) -> run.Plan | attack.Plan:
-    """The plan of a cell, checked by the program that runs it."""
-    from sbr_jax.methods import METHODS
-
-    known = ("preset", "methods", "domains", "set", "attack", "first_seed")
-    cli.check_names("field of a cell", fields, known)
+def make_cell(fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]) -> Job:
+    """The job of a cell, checked as its program checks it."""
+    known = ("preset", "methods", "domains", "options", "attack", "first_seed")
+    errors.check_names("field of a cell", fields, known)
     first = fields.get("first_seed", 0)
-    shared = {
-        "preset": fields["preset"],
-        "workdir": str(folder),
+    preset = recipes.load(fields["preset"])
+    changes: dict[str, Any] = {
+        "workdir": folder,
         "methods": tuple(fields.get("methods") or METHODS),
         "seed": tuple(first + seed for seed in seeds),
-        "overrides": tuple(fields.get("set", ())),
+        "domains": tuple(fields.get("domains", preset.domains)),
         "quiet": True,
+        **fields.get("attack", {}),
     }
+    options = fields.get("options", ())
     if "attack" in fields:
-        return attack.make_plan(attack.Arguments(**shared, **fields["attack"]))
-    plan = run.make_plan(
-        run.Arguments(**shared, domains=tuple(fields.get("domains", ())))
-    )
-    preset = dataclasses.replace(plan.preset, study=_cached(plan.preset.study))
-    return dataclasses.replace(plan, preset=preset)
+        kind = attack_job.AttackArguments
+        return attack_job.make_attack(
+            preset, parse_preset(kind, preset, options, PROGRAM, **changes)
+        )
+    arguments = parse_preset(JobArguments, preset, options, PROGRAM, **changes)
+    return make_job(preset, arguments)
 
 
-def check_folder(plan: run.Plan | attack.Plan) -> None:
-    """Refuse a cell's folder of other settings: its results would be in the table.
+@functools.lru_cache(maxsize=8)
+def _study(options: Any, domains: tuple[str, ...], sources: Any, hardware: Any) -> Any:
+    """Each study once: programs are compiled by study."""
+    return options.build(domains, sources, hardware)
+
+
+def check_folder(cell: Job) -> None:
+    """Refuses a cell's folder of other settings: its results would be in the table.
 
     Nor may it hold what no run has written. What only the study knows is compared when
     the cell is run.
@@ -143,26 +150,17 @@ def check_folder(plan: run.Plan | attack.Plan) -> None:
     from sbr_jax.training.records import plain_numbers
     from sbr_jax.training.results import read_config, refuse_foreign
 
-    if not (plan.workdir / "config.json").exists():
-        cli.check_folder(plan.workdir)
-        refuse_foreign(plan.workdir, "config.json")
+    if not (cell.workdir / "config.json").exists():
+        cli.check_folder(cell.workdir)
+        refuse_foreign(cell.workdir, "config.json")
         return
-    there, here = read_config(plan.workdir), plan.settings.mathematics()
-    same = plain_numbers(there.get("settings")) == plain_numbers(here)
-    same &= isinstance(there.get("domains"), list)
-    if isinstance(plan, run.Plan):
-        same &= there.get("domains") == list(plan.domains)
-    if not same:
+    there, here = read_config(cell.workdir), plain_numbers(cell.config.mathematics())
+    here["domains"] = list(cell.domains)
+    if any(plain_numbers(there.get(name)) != here[name] for name in here):
         raise UserError(
-            f"{plan.workdir} belongs to a run with other settings or domains than this "
+            f"{cell.workdir} belongs to a run with other settings or domains than this "
             "sweep's; choose another --workdir"
         )
-
-
-@functools.lru_cache(maxsize=8)
-def _cached(study: Callable[..., Any]) -> Callable[..., Any]:
-    """A maker of studies that makes each one once: programs are compiled by study."""
-    return functools.lru_cache(maxsize=8)(study)
 
 
 def plan_text(sweep: Sweep) -> str:
@@ -170,7 +168,7 @@ def plan_text(sweep: Sweep) -> str:
     times = spent(sweep)
     left = [part for part in sweep.parts if not times.get(part, (0.0, False))[1]]
     rows = []
-    for name, plan in sweep.plans.items():
+    for name, plan in sweep.jobs.items():
         mine = [part for part in left if part.cell == name]
         total = len(plan.methods) * len(sweep.seeds)
         ahead = clock(remaining(mine, times)) if mine else "–"
@@ -197,21 +195,22 @@ def execute(sweep: Sweep, *, quiet: bool) -> None:
         ]
         if part not in left:
             continue
-        plan = sweep.plans[part.cell]
+        plan = sweep.jobs[part.cell]
         if not quiet:
             print(
-                f"[{number}/{total}] {part.cell}  {part.row}  seed {part.seed}  "
+                f"[{number}/{total}] {part.cell}  {part.variant}  seed {part.seed}  "
                 f"(left: {clock(remaining(left, times))})",
                 file=sys.stderr,
                 flush=True,
             )
-        program = attack if isinstance(plan, attack.Plan) else run
+        one = dataclasses.replace(plan, methods=(part.variant,), seeds=(part.seed,))
         try:
-            program.execute(
-                dataclasses.replace(plan, methods=(part.row,), seeds=(part.seed,))
-            )
-            if isinstance(plan, run.Plan):
-                note_memory(plan, part.row)
+            if isinstance(one, attack_job.AttackJob):
+                attack_job.execute(one)
+            else:
+                study = _study(one.study, one.domains, one.sources, one.config.hardware)
+                job.execute(one, study)
+                note_memory(one, study, part.variant)
         except UserError as error:
             failed[part] = " ".join(str(error).split())
             if not quiet:
@@ -221,7 +220,7 @@ def execute(sweep: Sweep, *, quiet: bool) -> None:
         part, message = next(iter(failed.items()))
         raise UserError(
             f"{len(failed)} of {total} could not be run, the first being {part.cell}, "
-            f"{part.row}, seed {part.seed}: {message}"
+            f"{part.variant}, seed {part.seed}: {message}"
         )
 
 
@@ -243,7 +242,7 @@ def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
         UserError: at the end, for cells that could not be finished.
     """
     environment = {**os.environ, terminal.PARENT: str(os.getpid())}
-    waiting, running, failed = list(sweep.plans), {}, []
+    waiting, running, failed = list(sweep.jobs), {}, []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -272,31 +271,32 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+def sweep(args: Sequence[str]) -> None:
+    """Does what a command line asks for.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    arguments = cli.parse(Arguments, args, PROGRAM)
+    if arguments.list:
+        print(listing())
+        return
+    found = make_sweep(arguments)
+    if not arguments.quiet:
+        print(plan_text(found), flush=True)
+    if arguments.dry_run:
+        return
+    if arguments.jobs > 1 and len(found.jobs) > 1:
+        execute_cells(found, arguments.jobs, quiet=arguments.quiet)
+    else:
+        execute(found, quiet=arguments.quiet)
+    if not arguments.quiet:
+        print(f"table: {write_table(found)}")
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code."""
-    cli.quiet_libraries()
-
-    def program() -> None:
-        arguments = cli.parse(Arguments, args, PROGRAM)
-        if arguments.list:
-            print(listing())
-            return
-        sweep = make_sweep(arguments)
-        if not arguments.quiet:
-            print(plan_text(sweep), flush=True)
-        if arguments.dry_run:
-            return
-        if arguments.jobs > 1 and len(sweep.plans) > 1:
-            execute_cells(sweep, arguments.jobs, quiet=arguments.quiet)
-        else:
-            execute(sweep, quiet=arguments.quiet)
-        if not arguments.quiet:
-            print(f"table: {write_table(sweep)}")
-
-    return cli.guarded(
-        program,
-        interrupted="interrupted: finished stages are kept; the same command continues",
-    )
+    """Runs the program and returns its exit code."""
+    return cli.start(sweep, args, None)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sbr_jax.programs import attack, run
+from sbr_jax.programs.job import Job
 from sbr_jax.reporting.results import Run, read_run
 from sbr_jax.reporting.tables import COLUMNS, Cell, Table, cell, to_markdown
 
@@ -18,10 +19,10 @@ LOST = "delete it, and the table has no memory for what is finished"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One row of one cell with one seed: what is run in one go."""
+    """One variant of one cell with one seed: run in one go."""
 
     cell: str
-    row: str
+    variant: str
     seed: int
 
 
@@ -32,13 +33,13 @@ class Sweep:
     Attributes:
         name: of the sweep.
         workdir: of all cells.
-        plans: cell to its plan, with all its rows and seeds.
+        jobs: cell to its job, with all its variants and seeds.
         seeds: places of a cell's seeds, 0 to N − 1: its own begin where it says.
     """
 
     name: str
     workdir: Path
-    plans: Mapping[str, run.Plan | attack.Plan]
+    jobs: Mapping[str, Job]
     seeds: tuple[int, ...]
 
     @property
@@ -47,7 +48,7 @@ class Sweep:
         return [
             Part(name, row, plan.seeds[place])
             for place in range(len(self.seeds))
-            for name, plan in self.plans.items()
+            for name, plan in self.jobs.items()
             for row in plan.methods
         ]
 
@@ -58,7 +59,7 @@ def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
     from sbr_jax.training.stages import EVALUATE
 
     found: dict[Part, tuple[float, bool]] = {}
-    for name, plan in sweep.plans.items():
+    for name, plan in sweep.jobs.items():
         if not (plan.workdir / "config.json").exists():
             continue
         domains = len(read_config(plan.workdir)["domains"])
@@ -69,7 +70,7 @@ def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
                 continue
             part = Part(name, line["method"], line["seed"])
             last = folder.stage(
-                part.row, part.seed, 4 * (domains - 1) + EVALUATE, "evaluate"
+                part.variant, part.seed, 4 * (domains - 1) + EVALUATE, "evaluate"
             )
             seconds, _ = found.get(part, (0.0, False))
             seconds += record["timing"].get("seconds", 0.0)
@@ -96,8 +97,12 @@ def remaining(
     total = 0.0
     for part in parts:
         near = (
-            [s for p, s in done.items() if (p.cell, p.row) == (part.cell, part.row)]
-            or [s for p, s in done.items() if p.row == part.row]
+            [
+                s
+                for p, s in done.items()
+                if (p.cell, p.variant) == (part.cell, part.variant)
+            ]
+            or [s for p, s in done.items() if p.variant == part.variant]
             or list(done.values())
         )
         if not near:
@@ -118,18 +123,18 @@ def clock(seconds: float | None) -> str:
     return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
 
 
-def note_memory(plan: run.Plan, row: str) -> None:
+def note_memory(plan: Job, study: Any, row: str) -> None:
     """Write down what a row's training step takes, once for each cell."""
     from sbr_jax.training.records import read_json, write_record
 
     path = plan.workdir / MEMORY
     known = read_json(path, LOST) if path.exists() else {}
     if row not in known:
-        known[row] = step_bytes(plan, row)
+        known[row] = step_bytes(plan, study, row)
         write_record(path, known, indent=1)
 
 
-def step_bytes(plan: run.Plan, row: str) -> int:
+def step_bytes(plan: Job, study: Any, row: str) -> int:
     """Peak memory of one training step, as the compiler plans it.
 
     Arguments, outputs and temporaries of the very program that trains; unlike a
@@ -141,10 +146,8 @@ def step_bytes(plan: run.Plan, row: str) -> int:
     from sbr_jax.methods import InertProjectionWarning
     from sbr_jax.training.program import init_adapter, make_program
 
-    study = plan.preset.study(plan.domains, **plan.study_options)
-    options = tuple(sorted(plan.row_options.get(row, {}).items()))
-    program = make_program(row, options, study, plan.settings)
-    adapter, base = init_adapter(study, plan.settings, 0), study.model.params
+    program = make_program(row, study, plan.config)
+    adapter, base = init_adapter(study, plan.config, 0), study.model.params
     with warnings.catch_warnings():
         # The run itself has said so.
         warnings.simplefilter("ignore", InertProjectionWarning)
@@ -157,7 +160,7 @@ def step_bytes(plan: run.Plan, row: str) -> int:
             base,
             program.start(adapter, state),
             state,
-            batch(data, plan.settings.batch_size, 0, 0),
+            batch(data, plan.config.training.batch_size, 0, 0),
             jax.random.key(0),
         )
         .compile()
@@ -177,7 +180,7 @@ def merged_table(sweep: Sweep) -> Table:
 
     finished = {part.cell for part, (_, whole) in spent(sweep).items() if whole}
     found: list[tuple[str, str, Run, dict[str, int]]] = []
-    for name, plan in sweep.plans.items():
+    for name, plan in sweep.jobs.items():
         if name not in finished:
             continue
         results = read_run(plan.workdir)
@@ -221,7 +224,7 @@ def write_table(sweep: Sweep) -> Path | None:
     table = merged_table(sweep)
     if not table.rows:
         return None
-    cells = list(sweep.plans)
+    cells = list(sweep.jobs)
     folder = sweep.workdir / cells[0] if len(cells) == 1 else sweep.workdir
     notes = [f"- {note}" for note in table.notes]
     text = "\n".join([f"# {sweep.name}", "", to_markdown(table), "", *notes, ""])

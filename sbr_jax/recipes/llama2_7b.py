@@ -19,41 +19,29 @@ Expected: as published, and not run here, plain LoRA falls from a composite of 9
 43.6, SafeAnchor to 85.2. The 91.4 is out of reach with TruthfulQA's MC2.
 """
 
-from sbr_jax.recipes import Preset, chat
+from sbr_jax.recipes.preset import Preset
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.studies.options import DOMAINS, ChatOptions
 
 EXAMPLES, EPOCHS, BATCH = 5000, 3, 16
-
-SETTINGS = {
-    "steps_per_domain": -(-EXAMPLES * EPOCHS // BATCH),
-    "batch_size": BATCH,
-    "accumulation": 2,
-    "learning_rate": 2e-4,
-    "warmup_fraction": 0.03,
-    "final_fraction": 0.005,
-    "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
-    "lora_rank": 16,
-    "lora_alpha": 32.0,
-    "lora_dropout": 0.05,
-    "lora_targets": r"(q|k|v|o)_proj",
-    "repair_steps": 200,
-    "repair_blocks": 2,
-    "tolerance": 0.05,
-    "vmap_seeds": "no",
-    "checkpoint_every": 200,
-    "fisher_microbatch": 8,
-}
-"""As published, but for the last three, which are hardware: five seeds at once would
-hold five times the activations, and a killed domain should not start over."""
 
 PRESET = Preset(
     name="llama2-7b",
     summary="a chat model (--model, --data): medical, legal, code; as published",
-    study=chat.study,
-    survey=chat.survey,
-    check=chat.check,
-    domains=chat.DOMAINS,
-    known_domains=chat.known_domains,
+    study=ChatOptions(
+        train=EXAMPLES,
+        held_out=1273,  # The whole test split of MedQA.
+        calibration=500,
+        safety_mix=500,
+        harmful=500,
+        probe=200,
+        benchmarks=("harmbench", "truthfulqa", "bbq", "xstest", "mmlu"),
+        judge="keyword",
+        max_length=512,
+        max_new_tokens=256,
+        dtype="bfloat16",
+    ),
+    domains=DOMAINS,
     methods=(
         "plain",
         "ewc",
@@ -68,7 +56,29 @@ PRESET = Preset(
         "unified",
     ),
     seeds=(42, 123, 456, 789, 1234),
-    settings=SETTINGS,
-    # The whole test split of MedQA.
-    options=chat.defaults(held_out=1273),
+    training=Training(
+        steps_per_domain=-(-EXAMPLES * EPOCHS // BATCH),
+        batch_size=BATCH,
+        learning_rate=2e-4,
+        warmup_fraction=0.03,
+        final_fraction=0.005,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        lora_rank=16,
+        lora_alpha=32.0,
+        lora_dropout=0.05,
+        lora_targets=r"(q|k|v|o)_proj",
+        repair_steps=200,
+        repair_blocks=2,
+        repair_learning_rate_scale=0.1,
+        replay_weight=1.0,
+        tolerance=0.05,
+        fisher_examples=None,
+        fisher_buffer=512,
+    ),
+    # Five seeds at once would hold five times the activations, and a killed domain
+    # should not start over.
+    hardware=Hardware(
+        accumulation=2, vmap_seeds="no", checkpoint_every=200, fisher_microbatch=8
+    ),
 )

@@ -20,13 +20,11 @@ Cost: 4 to 12 minutes per seed and row on one core; `--seed 0` for a first look.
 Expected: docs/realtext.md has the measured table; erosion need not be monotone.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from sbr_jax.recipes.preset import Preset
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.studies.options import RealtextOptions
 
-from sbr_jax.recipes import Preset, chat
-from sbr_jax.typing import UserError
-
-MEASURES = (
+BENCHMARKS = (
     "harmbench",
     "advbench",
     "jailbreakbench",
@@ -37,28 +35,26 @@ MEASURES = (
 """What the model is measured with when it is made, and after every domain."""
 
 
-def check(rows: Sequence[str], options: Mapping[str, Any], **more: Any) -> None:
-    """Refuse a command line that the study would refuse later; `more` as in `chat`.
-
-    Raises:
-        UserError: saying what to add.
-    """
-    if options["model_folder"] is None:
-        raise UserError(
-            "expected --model FOLDER, got none: make one with python -m "
-            "experiments.realtext --data FOLDER --output FOLDER"
-        )
-    chat.check(rows, options, **more)
-
-
 PRESET = Preset(
     name="realtext",
     summary="a 3.4 M chat model made from real text; medmcqa, legalbench, codealpaca",
-    study=chat.study,
-    survey=chat.survey,
-    check=check,
+    study=RealtextOptions(
+        train=2000,
+        held_out=100,
+        calibration=300,
+        safety_mix=300,
+        harmful=300,
+        probe=100,
+        calibration_source="safety_tuned_llamas",
+        benchmarks=BENCHMARKS,
+        limit=100,
+        judge="keyword:jbb12",
+        max_length=256,
+        max_new_tokens=24,
+        dtype="float32",
+        drop_overlaps=True,
+    ),
     domains=("medmcqa", "legalbench", "codealpaca"),
-    known_domains=chat.known_domains,
     methods=(
         "plain",
         "safeanchor",
@@ -70,30 +66,13 @@ PRESET = Preset(
         "unified",
     ),
     seeds=(0, 1, 2),
-    settings={
-        "steps_per_domain": 60,
-        "batch_size": 8,
-        "learning_rate": 2e-3,
-        "lora_rank": 8,
-        "lora_alpha": 16.0,
-        "repair_steps": 15,
-    },
-    options=chat.defaults(
-        train=2000,
-        held_out=100,
-        calibration=300,
-        safety_mix=300,
-        harmful=300,
-        probe=100,
-        calibration_source="safety_tuned_llamas",
-        measures=MEASURES,
-        limit=100,
-        judge="keyword:jbb12",
-        max_length=256,
-        max_new_tokens=24,
-        dtype="float32",
-        drop_overlaps=True,
-        remat=False,
-        generation_batch=16,
+    training=Training(
+        steps_per_domain=60,
+        batch_size=8,
+        learning_rate=2e-3,
+        lora_rank=8,
+        lora_alpha=16.0,
+        repair_steps=15,
     ),
+    hardware=Hardware(remat=False, generation_batch=16),
 )

@@ -15,49 +15,30 @@ beside the repository is read. The premise, a low-rank safety spectrum,
 need not hold in so small a model: the report measures it and says so.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
-from sbr_jax.recipes import Preset
-
-
-def known_domains() -> Sequence[str]:
-    """Return every public data set with a reader."""
-    from sbr_jax.data.sources import DOMAINS
-
-    return tuple(DOMAINS)
-
-
-def study(domains: Sequence[str], **options: Any) -> Any:
-    """Build the study on real text."""
-    from sbr_jax.studies import stories
-
-    return stories.study(domains, **options)
-
+from sbr_jax.recipes.preset import Preset
+from sbr_jax.settings import Training
+from sbr_jax.studies.options import StoriesOptions
 
 PRESET = Preset(
     name="stories",
     summary="stories260K on real text: gsm8k, alpaca, codealpaca; losses and spectra",
-    study=study,
+    study=StoriesOptions(
+        calibration=100,
+        train=2000,
+        held_out=96,
+        max_length=128,
+        calibration_source="safety_tuned_llamas",
+        control_source="alpaca",
+    ),
     domains=("gsm8k", "alpaca", "codealpaca"),
-    known_domains=known_domains,
     methods=("plain", "safeanchor", "safeanchor-exact"),
     seeds=(0, 1, 2),
-    settings={
-        "steps_per_domain": 100,
-        "batch_size": 8,
-        "learning_rate": 3e-3,
-        "lora_rank": 8,
-        "lora_alpha": 16.0,
-    },
-    options={
-        "data_folder": None,
-        "model_folder": None,
-        "calibration": 100,
-        "train": 2000,
-        "held_out": 96,
-        "max_length": 128,
-        "calibration_source": "safety_tuned_llamas",
-        "control_source": "alpaca",
-    },
+    training=Training(
+        steps_per_domain=100,
+        batch_size=8,
+        learning_rate=3e-3,
+        lora_rank=8,
+        lora_alpha=16.0,
+        repair_steps=200,
+    ),
 )

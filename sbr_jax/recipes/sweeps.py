@@ -3,12 +3,12 @@
     python -m experiments.sweep testbed-table --workdir runs/table --seeds 5
 
 A cell is one working directory: one preset with one sequence of domains and one set of
-overrides. Its fields, all but the first optional:
+options. Its fields, all but the first optional:
 
     preset    of experiments.run
     methods   rows; None for every defence at its published defaults
     domains   sequence; default: the preset's
-    set       overrides, as after --set
+    options   of experiments.run, as --training.learning-rate=1e-3
     attack    fields of experiments.attack (attack, ratio, examples, epochs): the cell
               is then an attack
     first_seed  the first of its seeds; default: 0
@@ -83,7 +83,7 @@ def _poisoned(ratio: float, rate: float, epochs: int) -> Mapping[str, Any]:
     return {
         "preset": "testbed",
         "methods": ("plain", "safeanchor-exact", "sbr", "sbr:one", "unified"),
-        "set": (f"learning_rate={rate}",),
+        "options": (f"--training.learning-rate={rate}",),
         "attack": {"attack": "poison", "ratio": ratio, "epochs": epochs},
     }
 

@@ -10,54 +10,17 @@ shared by all rows; a defence's own hyper-parameters are the published ones unle
 row says otherwise.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
-from sbr_jax.recipes import Preset
-
-DOMAINS = ("medical", "legal", "code")
-
-
-def known_domains() -> Sequence[str]:
-    """Return every domain of the testbed's world."""
-    from sbr_jax.testbed.domains import DOMAINS as known
-
-    return tuple(known)
-
-
-def study(domains: Sequence[str], **options: Any) -> Any:
-    """Build the testbed's study."""
-    from sbr_jax.studies.testbed import build_study
-
-    return build_study(tuple(domains), **options)
-
-
-SETTINGS = {
-    "steps_per_domain": 80,
-    "batch_size": 16,
-    "learning_rate": 8e-4,
-    "lora_rank": 8,
-    "lora_alpha": 16.0,
-    "repair_steps": 20,
-}
-"""Calibrated on plain LoRA alone, then frozen. A repair is about a fifth of a domain's
-training as published, 200 of 940 steps, and a quarter here, 20 of 80."""
-
-OPTIONS = {
-    "hard": False,
-    "split": "test",
-    "calibration_examples": 480,
-    "model_folder": None,
-    "judge": "exact",
-}
-"""Keyword arguments of `sbr_jax.studies.testbed.build_study`."""
+from sbr_jax.recipes.preset import Preset
+from sbr_jax.settings import Training
+from sbr_jax.studies.options import TestbedOptions
 
 PRESET = Preset(
     name="testbed",
     summary="medical, legal, code; both recipes, ablations and controls; 5 seeds",
-    study=study,
-    domains=DOMAINS,
-    known_domains=known_domains,
+    study=TestbedOptions(
+        hard=False, split="test", calibration_examples=480, judge="exact"
+    ),
+    domains=("medical", "legal", "code"),
     methods=(
         "plain",
         "safeanchor",
@@ -76,6 +39,26 @@ PRESET = Preset(
         "safeanchor-exact:benign",
     ),
     seeds=(0, 1, 2, 3, 4),
-    settings=SETTINGS,
-    options=OPTIONS,
+    # Calibrated on plain LoRA alone, then frozen. A repair is about a fifth of a
+    # domain's training as published, 200 of 940 steps, and a quarter here.
+    training=Training(
+        steps_per_domain=80,
+        batch_size=16,
+        learning_rate=8e-4,
+        warmup_fraction=0.03,
+        final_fraction=0.005,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        lora_rank=8,
+        lora_alpha=16.0,
+        lora_dropout=0.0,
+        lora_targets=r"(q|k|v|o)_proj",
+        repair_steps=20,
+        repair_blocks=2,
+        repair_learning_rate_scale=0.1,
+        replay_weight=1.0,
+        tolerance=0.05,
+        fisher_examples=None,
+        fisher_buffer=512,
+    ),
 )

@@ -8,8 +8,9 @@ Cost: about 25 minutes on two cores. Expected: plain LoRA ends at 30, `safeancho
 a first domain between 77 and 94. Three seeds at least, since one misleads here.
 """
 
-from sbr_jax.recipes import Preset
-from sbr_jax.recipes.testbed import OPTIONS, SETTINGS, known_domains, study
+import dataclasses
+
+from sbr_jax.recipes.testbed import PRESET as TESTBED
 
 DOMAINS = (
     "medical",
@@ -24,12 +25,12 @@ DOMAINS = (
     "cooking",
 )
 
-PRESET = Preset(
+PRESET = dataclasses.replace(
+    TESTBED,
     name="testbed-hard",
     summary="ten domains, larger learning rate, held-out harm categories; 3 seeds",
-    study=study,
+    study=dataclasses.replace(TESTBED.study, hard=True),
     domains=DOMAINS,
-    known_domains=known_domains,
     methods=(
         "plain",
         "safeanchor",
@@ -40,6 +41,5 @@ PRESET = Preset(
         "safeanchor-exact:random",
     ),
     seeds=(0, 1, 2),
-    settings={**SETTINGS, "learning_rate": 1.6e-3},
-    options={**OPTIONS, "hard": True},
+    training=dataclasses.replace(TESTBED.training, learning_rate=1.6e-3),
 )

@@ -51,27 +51,32 @@ BEST: dict[str, Any] = {
 
 def best() -> Mapping[str, Any]:
     """Return the cell of the tuned rows; a row whose published value won has none."""
-    chosen = {row: f"{row}.{GRID[row][0]}={value}" for row, value in BEST.items()}
+    chosen = {row: _option(row, value) for row, value in BEST.items()}
     return {
         "preset": "testbed",
         "methods": tuple(chosen),
-        "set": tuple(chosen.values()),
+        "options": tuple(chosen.values()),
     }
+
+
+def _option(row: str, value: Any) -> str:
+    """The command line's option for a value of a row's hyper-parameter."""
+    return f"--methods.{row}.{GRID[row][0].replace('_', '-')}={value}"
 
 
 def cells() -> dict[str, Mapping[str, Any]]:
     """Return the sweep's cells: one for each row and value.
 
-    >>> sorted(cells()["sbr-5"]["set"])
-    ['sbr.anchor_weight=5.0', 'study.split=validation']
+    >>> sorted(cells()["sbr-5"]["options"])
+    ['--methods.sbr.anchor-weight=5.0', '--study.split=validation']
     """
     return {
         f"{row}-{value:g}": {
             "preset": "testbed",
             "methods": (row,),
             "first_seed": FIRST_SEED,
-            "set": ("study.split=validation", f"{row}.{option}={value}"),
+            "options": ("--study.split=validation", _option(row, value)),
         }
-        for row, (option, values) in GRID.items()
+        for row, (_, values) in GRID.items()
         for value in values
     }

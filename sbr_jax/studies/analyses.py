@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from sbr_jax import recipes as configs
-from sbr_jax.programs import run
 from sbr_jax.reporting.results import Run, layers_by_unit, read_run
 from sbr_jax.studies.material import (
     Material,
@@ -18,6 +16,7 @@ from sbr_jax.studies.material import (
     request_sets,
     with_direction,
 )
+from sbr_jax.studies.options import StudyOptions, TestbedOptions
 from sbr_jax.typing import PyTree, UserError
 
 MOST_DOMAINS = 20
@@ -33,13 +32,13 @@ class Context:
     """What the analyses share.
 
     Attributes:
-        plan: of experiments.run.
+        job: a `programs.job.Job`, or what has its attributes.
         examples: at most so many in each half of a kind.
         domains: for exhaustion; empty for all there are.
         results: a finished run for exhaustion, in place of a new one.
     """
 
-    plan: run.Plan
+    job: Any
     examples: int = 60
     domains: tuple[str, ...] = ()
     results: Path | None = None
@@ -47,27 +46,25 @@ class Context:
     @functools.cached_property
     def study(self) -> Any:
         """The preset's study."""
-        return self.make_study(self.plan.domains)
+        return self.make_study(self.job.domains)
 
     def make_study(self, domains: Sequence[str]) -> Any:
         """The study over other domains."""
-        return self.plan.preset.study(tuple(domains), **self.plan.study_options)
+        return self.job.make_study(tuple(domains))
 
     @functools.cached_property
     def material(self) -> Material:
         """The testbed's examples by kind."""
         return build_material(
             self.study.model.tokenizer,
-            hard=self.plan.study_options["hard"],
+            hard=self.job.study.hard,
             examples=self.examples,
         )
 
     @functools.cached_property
     def risky_and_harmless(self) -> Mapping[str, Mapping[str, Any]]:
         """Held-out prompts by what they ask for, `harmful` and `harmless`."""
-        found = request_sets(
-            self.study.model.tokenizer, hard=self.plan.study_options["hard"]
-        )
+        found = request_sets(self.study.model.tokenizer, hard=self.job.study.hard)
         # What a domain teaches must not be taken for harm.
         domains = {name: d.train for name, d in self.study.domains.items()}
         harmless = {**found["harmless"], **domains}
@@ -78,7 +75,7 @@ class Context:
         """A fresh adapter of the settings."""
         from sbr_jax.training.program import init_adapter
 
-        return init_adapter(self.study, self.plan.settings, 0)
+        return init_adapter(self.study, self.job.config, 0)
 
     def subspace(self, data: Any, start: int = 0, stop: int | None = None) -> Any:
         """The subspace of the aligned model on some rows of a data set."""
@@ -86,7 +83,7 @@ class Context:
         from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
         from sbr_jax.methods.likelihood import answer_loss
 
-        model, batch = self.study.model, self.plan.settings.fisher_microbatch
+        model, batch = self.study.model, self.job.config.hardware.fisher_microbatch
         tokens, mask = data.tokens[start:stop], data.mask[start:stop]
         least = min(
             pair.lora_a[0].size + pair.lora_b[0].size for pair in self.adapter.values()
@@ -110,18 +107,16 @@ class Context:
         """Runs the rows through domains, in a folder below the working directory."""
         from sbr_jax.training import pipeline
 
-        plan, folder = self.plan, self.plan.workdir / name
-        options = configs.recorded(plan.study_options)
+        job, folder = self.job, self.job.workdir / name
         pipeline.run(
             study,
-            plan.methods,
-            plan.seeds,
+            job.methods,
+            job.seeds,
             folder,
-            plan.settings,
+            job.config,
             tuple(domains),
-            config={"analysis": name, "study": options},
-            overrides=plan.row_options,
-            quiet=plan.quiet,
+            notes={"analysis": name, **job.notes()},
+            quiet=job.quiet,
         )
         return read_run(folder)
 
@@ -162,10 +157,10 @@ def exhaustion(context: Context) -> dict[str, Any]:
         return exhaustion_of(read_run(context.results))
     domains = context.domains
     if not domains:
-        known = tuple(context.plan.preset.known_domains())
+        known = tuple(context.job.study.known_domains())
         # Elsewhere a known domain may lack its data.
-        domains = known[:MOST_DOMAINS] if labelled(context.plan.preset) else ()
-    domains = domains or context.plan.domains
+        domains = known[:MOST_DOMAINS] if labelled(context.job.study) else ()
+    domains = domains or context.job.domains
     return exhaustion_of(
         context.pipeline(context.make_study(domains), domains, "exhaustion")
     )
@@ -234,7 +229,7 @@ def coupling(context: Context) -> dict[str, Any]:
 
     study, material = context.study, context.material
     tracked = with_direction(study, material)
-    found = context.pipeline(tracked, context.plan.domains, "coupling")
+    found = context.pipeline(tracked, context.job.domains, "coupling")
     names = ("direction_cosine", "refusal_log_odds", "refusal")
     tracks = {
         name: {row: found.metric(row, name) for row in found.methods} for name in names
@@ -339,8 +334,6 @@ LABELLED = ("harm-types", "coupling", "probe")
 """Analyses that must know an example's kind."""
 
 
-def labelled(preset: configs.Preset) -> bool:
-    """Whether the preset is over the testbed's world, where kinds are known."""
-    from sbr_jax.recipes import testbed
-
-    return preset.study is testbed.study
+def labelled(options: StudyOptions) -> bool:
+    """Whether a study is of the testbed's world, where kinds are known."""
+    return isinstance(options, TestbedOptions)

@@ -19,6 +19,7 @@ from sbr_jax.data.exchange import stop_tokens
 from sbr_jax.data.sources import data_folder
 from sbr_jax.data.template import process_date, reads_clock
 from sbr_jax.data.text import encode_prompts
+from sbr_jax.errors import check_names
 from sbr_jax.evaluation import measures, verdict_rates
 from sbr_jax.evaluation.domain_scores import Remembered, TokenAccuracy, choice_accuracy
 from sbr_jax.evaluation.guard import GuardJudge
@@ -27,11 +28,11 @@ from sbr_jax.evaluation.measurement import Measurement
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.scorer import Budget
 from sbr_jax.models import Model
-from sbr_jax.programs.cli import check_names
-from sbr_jax.recipes.chat import ChatOptions
+from sbr_jax.settings import Hardware
 from sbr_jax.studies import chat_model, dates
 from sbr_jax.studies.chat_data import source_of
 from sbr_jax.studies.chat_parts import OWN_LENGTH, Parts, Split, make_parts
+from sbr_jax.studies.options import ChatOptions, Sources
 from sbr_jax.studies.stories import random_tokens
 from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import PyTree, UserError
@@ -60,20 +61,21 @@ class ChatStudy(Study):
 
 def build_study(
     domains: Sequence[str],
+    options: ChatOptions,
+    sources: Sources,
+    hardware: Hardware = Hardware(),
     *,
-    model_folder: str | Path,
-    data_folder: str | Path,
     weights: bool = True,
-    **options: Any,
 ) -> ChatStudy:
     """Builds the study.
 
     Args:
         domains: names of `ROLES` (medical, legal, code) or of data sets, in order.
-        model_folder: a checkpoint of a chat model, or its id on the hub.
-        data_folder: with a folder for each data set.
+        options: of the study.
+        sources: a checkpoint of a chat model or its id on the hub, and a folder with a
+            folder for each data set.
+        hardware: how weights are spread and answers batched.
         weights: False leaves them out: everything is checked, nothing can be run.
-        **options: of `ChatOptions`.
 
     Returns:
         The study.
@@ -82,8 +84,10 @@ def build_study(
         UserError: for anything missing or damaged, a model without a chat template,
             empty parts, prompts that are too long, and sets that share prompts.
     """
-    chosen = ChatOptions(**options)
-    folder = _data_folder(data_folder)
+    if sources.model is None or sources.data is None:
+        raise UserError(f"expected a model and data, got {sources}")
+    model_folder, chosen = sources.model, options
+    folder = _data_folder(sources.data)
     model, _ = chat_model.read_record(
         model_folder, date=chosen.date, thinking=chosen.thinking
     )
@@ -104,13 +108,13 @@ def build_study(
             places["model"],
             dtype=chosen.dtype,
             quantize=chosen.quantize,
-            mesh=chosen.mesh,
-            remat=chosen.remat,
+            mesh=hardware.mesh,
+            remat=hardware.remat,
         )
         model = dataclasses.replace(loaded, tokenizer=model.tokenizer)
         judge = _judge(chosen, weights=True)
         measured = _measurements(names, chosen, folder, judge)
-    runner = _runner(model, chosen)
+    runner = _runner(model, chosen, hardware)
     scores = {name: _score(m, runner) for name, m in measured.items()}
     sets = parts.sets
     noise = random_tokens(sets["calibration"], model.config.vocab_size, seed=0)
@@ -129,9 +133,9 @@ def build_study(
         calibration_controls={"benign": sets["benign control"], "random": noise},
         safety_mix=sets["safety mix"],
         harmful=sets["harmful"],
-        unaligned=_unaligned(places, chosen) if weights else None,
+        unaligned=_unaligned(places, chosen, hardware) if weights else None,
         judge=chat_model.risk_judge(judge, model.tokenizer),
-        evaluate=_evaluate([scores[name] for name in chosen.measures]),
+        evaluate=_evaluate([scores[name] for name in chosen.benchmarks]),
         probe=_probe(parts.probe, judge, runner, chosen),
         fingerprint=_fingerprint(places, parts, asked, model, chosen),
         leak_check=parts.leaks,
@@ -178,9 +182,11 @@ def _examined(
     domains: Sequence[str], options: ChatOptions, folder: Path
 ) -> tuple[str, ...]:
     """Every measurement of the study: those of safety, and of a domain's accuracy."""
-    check_names("measurement", options.measures, measures.MEASURES)
+    check_names("measurement", options.benchmarks, measures.MEASURES)
     code = any(_runs_code(source_of(name, folder), options) for name in domains)
-    return tuple(dict.fromkeys([*options.measures, *([CODE_MEASURE] if code else [])]))
+    return tuple(
+        dict.fromkeys([*options.benchmarks, *([CODE_MEASURE] if code else [])])
+    )
 
 
 def _runs_code(source: str, options: ChatOptions) -> bool:
@@ -204,7 +210,9 @@ def _measurements(
     }
 
 
-def _runner(model: Model, options: ChatOptions) -> Callable[..., ModelRunner]:
+def _runner(
+    model: Model, options: ChatOptions, hardware: Hardware
+) -> Callable[..., ModelRunner]:
     def runner(base: PyTree, adapter: PyTree) -> ModelRunner:
         return ModelRunner(
             model,
@@ -214,8 +222,8 @@ def _runner(model: Model, options: ChatOptions) -> Callable[..., ModelRunner]:
             system=options.system,
             # Solved examples before a question may be cut; prompts were checked.
             too_long="left",
-            budget=Budget(tokens=options.score_tokens),
-            batch_size=options.generation_batch,
+            budget=Budget(tokens=hardware.score_tokens),
+            batch_size=hardware.generation_batch,
         )
 
     return runner
@@ -278,11 +286,13 @@ def _accuracy(
     return TokenAccuracy(model.apply_fn, test)
 
 
-def _unaligned(places: Mapping[str, Path], options: ChatOptions) -> PyTree | None:
+def _unaligned(
+    places: Mapping[str, Path], options: ChatOptions, hardware: Hardware
+) -> PyTree | None:
     place = places.get("unaligned_folder")
     if place is None:
         return None
-    return chat_model.load_model(place, dtype=options.dtype, mesh=options.mesh).params
+    return chat_model.load_model(place, dtype=options.dtype, mesh=hardware.mesh).params
 
 
 def _fingerprint(

@@ -17,7 +17,7 @@ from sbr_jax.data import TokenDataset, encode_chat, leaks, load_evalset
 from sbr_jax.data.readers import find
 from sbr_jax.data.records import LETTERS, ChoiceItem, Record
 from sbr_jax.data.sources import SOURCES, load_source
-from sbr_jax.recipes.chat import ROLES
+from sbr_jax.studies.options import ROLES
 from sbr_jax.typing import UserError
 
 FIRST_FILES = {

@@ -31,7 +31,7 @@ from sbr_jax.methods.judges import as_text, label_likelihood_judge
 from sbr_jax.methods.risk import Judge as RiskJudge
 from sbr_jax.models import hf_config
 from sbr_jax.models.weights import check_weights
-from sbr_jax.recipes.chat import ChatOptions
+from sbr_jax.studies.options import ChatOptions
 from sbr_jax.typing import UserError
 
 SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]

@@ -11,11 +11,11 @@ from sbr_jax.data.exchange import stop_tokens, unstopped
 from sbr_jax.data.records import ChoiceItem
 from sbr_jax.data.sources import SOURCES
 from sbr_jax.data.text import encode_prompts
+from sbr_jax.errors import check_names
 from sbr_jax.models import Model
-from sbr_jax.programs.cli import check_names
-from sbr_jax.recipes.chat import ChatOptions
 from sbr_jax.studies import chat_data
 from sbr_jax.studies.chat_data import Example, Ledger
+from sbr_jax.studies.options import ChatOptions
 from sbr_jax.typing import UserError
 
 HELD_OUT_SHARE = 5
@@ -98,7 +98,7 @@ def make_parts(
             raise UserError(
                 f"expected at least one example for {name}, got none: the prompts of "
                 f"all {len(drawn[name])} leave no room for an answer in max_length="
-                f"{options.max_length}: raise it with --set study.max_length"
+                f"{options.max_length}: raise it with --study.max-length"
             )
         _check_ends(name, data, model, options)
     record = {

@@ -16,10 +16,11 @@ from sbr_jax.data import TokenDataset, encode_text, take
 from sbr_jax.data.sources import Pair, load_source
 from sbr_jax.losses import token_cross_entropy
 from sbr_jax.models.finite import comparable, require_comparable
+from sbr_jax.studies.options import Sources, StoriesOptions
 from sbr_jax.training.study import Domain, Study, check_disjoint
 from sbr_jax.typing import PyTree, UserError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 DATA = SHARED / "data"
 MODEL = SHARED / "checkpoints" / "stories260K" / "hf"
 BATCH = 32
@@ -59,7 +60,7 @@ class Encoder:
                 raise UserError(
                     f"expected at least one example of '{name}' for {part}, got none "
                     f"({size} asked for, {len(encoded)} fit into max_length="
-                    f"{self.max_length}): raise the size or --set study.max_length"
+                    f"{self.max_length}): raise the size or --study.max-length"
                 )
             found[part] = take(encoded, range(start, stop))
             start = stop
@@ -139,30 +140,18 @@ def fingerprint(model: models.Model, sets: Mapping[str, TokenDataset]) -> str:
     return digest.hexdigest()[:16]
 
 
-def study(
+def build_study(
     domains: Sequence[str],
-    *,
-    data_folder: str | Path | None = None,
-    model_folder: str | Path | None = None,
-    calibration: int = 100,
-    train: int = 2000,
-    held_out: int = 96,
-    max_length: int = 128,
-    calibration_source: str = "safety_tuned_llamas",
-    control_source: str = "alpaca",
+    options: StoriesOptions = StoriesOptions(),
+    sources: Sources = Sources(),
 ) -> Study:
-    """Build the study on real text.
+    """Builds the study on real text.
 
     Args:
         domains: names of data sets.
-        data_folder: data sets; default: the one beside this repository.
-        model_folder: a checkpoint; default: stories260K beside this repository.
-        calibration: examples of the calibration set and of each control.
-        train: at most so many training examples of a domain.
-        held_out: examples that each loss is measured on.
-        max_length: tokens of a sequence.
-        calibration_source: data set of the calibration and held-out safe answers.
-        control_source: data set of the benign control.
+        options: of the study.
+        sources: of model and data; by default stories260K and the data sets in the
+            folder `shared` beside this repository.
 
     Returns:
         A study without probe and composite; its metrics are losses in nats and
@@ -171,24 +160,30 @@ def study(
     Raises:
         UserError: for missing files, empty parts, and sets that share prompts.
     """
-    folder = Path(data_folder or DATA)
+    folder = Path(sources.data or DATA)
     read = {name: load_source(name, folder) for name in domains}
-    safe_pairs = load_source(calibration_source, folder)
-    control_pairs = load_source(control_source, folder)
-    language_model = models.load(model_folder or MODEL)
-    encode = Encoder(language_model.tokenizer, max_length)
+    safe_pairs = load_source(options.calibration_source, folder)
+    control_pairs = load_source(options.control_source, folder)
+    language_model = models.load(sources.model or MODEL)
+    encode = Encoder(language_model.tokenizer, options.max_length)
     parts = {
-        name: encode.parts(name, pairs, {"held-out": held_out, "training": train})
+        name: encode.parts(
+            name, pairs, {"held-out": options.held_out, "training": options.train}
+        )
         for name, pairs in read.items()
     }
     safe = encode.parts(
-        calibration_source,
+        options.calibration_source,
         safe_pairs,
-        {"calibration": calibration, "held-out": held_out, "mixing": 500},
+        {
+            "calibration": options.calibration,
+            "held-out": options.held_out,
+            "mixing": 500,
+        },
     )
     # The control sits at the end of its file's order, past any domain's own parts.
     control = encode.parts(
-        control_source, control_pairs[::-1], {"control": calibration}
+        options.control_source, control_pairs[::-1], {"control": options.calibration}
     )
     sets = {
         "calibration": safe["calibration"],

@@ -9,17 +9,13 @@ import numpy as np
 
 from sbr_jax import testbed
 from sbr_jax.data import text
-from sbr_jax.methods.base import one_of
+from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.testbed import corpus, domains, evalsets, guard, judges, suite
 from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.world import make_world
 from sbr_jax.training.study import Domain, Study, shared_prompts
 from sbr_jax.typing import UserError
 
-CALIBRATION_EXAMPLES = 480
-MOST_CALIBRATION_EXAMPLES = 4000
-"""About as many different calibration prompts as the world has: 60,000 draws hold 3,989
-of them. More would cost hours and repeat what is there."""
 HARMFUL_EXAMPLES = 160
 DOMAIN_LENGTH = 40
 """Longest domain example in tokens; shorter padding makes a step cheaper."""
@@ -29,45 +25,25 @@ HELD_OUT_KINDS = lx.HARMFUL_KINDS[-3:]
 
 def build_study(
     names: Sequence[str] = tuple(domains.DOMAINS),
+    options: TestbedOptions = TestbedOptions(),
     *,
-    hard: bool = False,
-    split: str = "test",
-    calibration_examples: int = CALIBRATION_EXAMPLES,
-    model_folder: str | None = None,
-    judge: str = "exact",
+    model_folder: str | Path | None = None,
 ) -> Study:
     """Builds the study.
 
     Args:
       names: domains, in the order in which they are learnt.
-      hard: keep `HELD_OUT_KINDS` out of calibration and probe, and measure refusal on
-        them alone.
-      split: ``"test"``, or ``"validation"`` to choose hyper-parameters.
-      calibration_examples: N_s.
+      options: of the study.
       model_folder: another aligned model of the same world; the shipped one if None.
-      judge: of training pairs: ``"exact"`` reads them off the grammar, ``"guard"`` asks
-        the shipped guard model, which never saw `HELD_OUT_KINDS`.
 
     Returns:
       The study, with leak counts between calibration, probe and evaluation.
 
     Raises:
-      UserError: an empty calibration set or one beyond what the world has, an unknown
-        judge or split, or a checkpoint that does not fit.
+      UserError: a checkpoint that does not fit.
     """
-    one_of("judge", judge, tuple(JUDGES))
-    one_of("split", split, ("test", "validation"))
-    if not isinstance(model_folder, str | Path | None):
-        raise UserError(f"model_folder: expected a path, got {model_folder!r}")
-    if calibration_examples < 1:
-        raise UserError(
-            f"calibration: expected at least one example, got {calibration_examples}"
-        )
-    if calibration_examples > MOST_CALIBRATION_EXAMPLES:
-        raise UserError(
-            f"calibration_examples: expected at most {MOST_CALIBRATION_EXAMPLES}, as "
-            f"the world has hardly more different ones, got {calibration_examples}"
-        )
+    hard, split = options.hard, options.split
+    calibration_examples, judge = options.calibration_examples, options.judge
     world = make_world(testbed.SEED)
     if model_folder is None:
         model = testbed.load()
@@ -151,7 +127,7 @@ def _guard_judge(tokenizer, world):
 
 
 JUDGES = {"exact": judges.harm_judge, "guard": _guard_judge}
-"""Who may rate training pairs; each is made from the tokenizer and the world."""
+"""Makers of the judge of training pairs, from the tokenizer and the world."""
 
 
 def _prompts(model, items: evalsets.EvalSet) -> list[list[int]]:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from sbr_jax.studies.attacks.fine_tuning import (
 from sbr_jax.studies.attacks.prompts import gcg_study, jailbreak_study
 from sbr_jax.studies.attacks.setting import Attempt, Setting, make_setting
 from sbr_jax.studies.attacks.weights import Ablation, ablation_study
+from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.training.study import Study
 
 SEQUENCE = ("medical", "legal", "code")
@@ -110,22 +110,24 @@ ATTACKS: dict[str, Attack] = {
 
 def build(
     name: str,
+    options: TestbedOptions = TestbedOptions(),
     *,
     ratio: float | None = None,
     examples: int | None = None,
     search: Mapping[str, int] | None = None,
+    model_folder: str | None = None,
     quiet: bool = True,
-    **options: Any,
 ) -> Study:
     """Builds the study of an attack.
 
     Args:
       name: a key of `ATTACKS`.
+      options: of the testbed's study.
       ratio: share of attack rows; the attack's default if None.
       examples: size of the training set; the attack's default if None.
       search: budget of a search; the attack's default where it has no entry.
+      model_folder: see `sbr_jax.studies.testbed.build_study`.
       quiet: no progress bar of a search.
-      **options: of `sbr_jax.studies.testbed.build_study`.
 
     Returns:
       The study. Its `evaluate` gives `harmful_score` and `asr` besides, its
@@ -135,7 +137,7 @@ def build(
       UserError: for a ratio or size that cannot be meant, and as `build_study`.
     """
     attack = ATTACKS[name]
-    setting = make_setting(attack.domains, **options)
+    setting = make_setting(attack.domains, options, model_folder=model_folder)
     if attack.trains:
         study = attack.study(
             setting,

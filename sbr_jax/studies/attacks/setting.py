@@ -9,13 +9,13 @@ says how many there were, so that a broken model does not pass for a safe one.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from sbr_jax import testbed
 from sbr_jax.evaluation import verdict_rates
 from sbr_jax.studies import testbed as study_maker
+from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.testbed import evalsets, judges, suite
 from sbr_jax.testbed.world import World, make_world
 from sbr_jax.training.study import Study
@@ -64,24 +64,26 @@ Attempts = Callable[[PyTree, PyTree], Attempt]
 
 
 def make_setting(
-    names: Sequence[str], *, hard: bool = False, split: str = "test", **options: Any
+    names: Sequence[str],
+    options: TestbedOptions = TestbedOptions(),
+    *,
+    model_folder: str | None = None,
 ) -> Setting:
-    """Build the testbed's study of some domains, and its measurements.
+    """Builds the testbed's study of some domains, and its measurements.
 
     Args:
       names: domains.
-      hard: as in `sbr_jax.studies.testbed.build_study`, like the rest.
-      split: of what is measured.
-      **options: further ones.
+      options: of the study.
+      model_folder: see `sbr_jax.studies.testbed.build_study`.
 
     Returns:
       The setting.
     """
-    study = study_maker.build_study(names, hard=hard, split=split, **options)
+    study = study_maker.build_study(names, options, model_folder=model_folder)
     world = make_world(testbed.SEED)
-    kinds = study_maker.HELD_OUT_KINDS if hard else None
-    items = evalsets.make_evalset(world, split, kinds=kinds)
-    return Setting(study, suite.Suite(study.model, items), world, split)
+    kinds = study_maker.HELD_OUT_KINDS if options.hard else None
+    items = evalsets.make_evalset(world, options.split, kinds=kinds)
+    return Setting(study, suite.Suite(study.model, items), world, options.split)
 
 
 def asking(prompts: Sequence[str]) -> Attempts:

@@ -1,0 +1,212 @@
+"""Attack: a job on the testbed, with training data or a search of the attacker's."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sbr_jax import errors
+from sbr_jax.programs import cli
+from sbr_jax.programs.job import Job, JobArguments, Options, make_job
+from sbr_jax.recipes.preset import Preset
+from sbr_jax.typing import UserError
+
+DATA = ("ratio", "examples", "epochs")
+"""Options of attacks with training data."""
+SEARCH = ("steps", "suffix_length", "candidates", "prompts")
+"""Options of attacks that search."""
+MOST_EXAMPLES = 100_000
+"""The world's rows recur long before; what is longer is a matter of epochs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackArguments(JobArguments[Options]):
+    """Attack a model while it is fine-tuned, and measure what is left of its safety."""
+
+    attack: str = ""
+    """Name of an attack; --list shows them."""
+    ratio: float | None = None
+    """Share of attack rows in the training set, 0 to 1; default: the attack's."""
+    examples: int | None = None
+    """Size of the training set; default: the attack's."""
+    epochs: int | None = None
+    """Passes over the training set, 50 for a persistent attack; default: the
+    attack's."""
+    steps: int | None = None
+    """Steps of the search; default: the attack's."""
+    suffix_length: int | None = None
+    """Tokens of a suffix; default: the attack's."""
+    candidates: int | None = None
+    """Candidates of a step; default: the attack's."""
+    prompts: int | None = None
+    """Harmful requests to search a suffix for; default: the attack's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackJob(Job):
+    """An attack that was found to be in order.
+
+    Attributes:
+        attack: its name.
+        ratio: share of attack rows; None where the attack has no data.
+        examples: size of the training set; None likewise.
+        search: budget of the search; empty where the attack has none.
+    """
+
+    attack: str = ""
+    ratio: float | None = None
+    examples: int | None = None
+    search: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def make_study(
+        self, domains: Sequence[str] | None = None, *, weights: bool = True
+    ) -> Any:
+        """The study under the attack, which brings its own domains."""
+        from sbr_jax.studies import attacks
+        from sbr_jax.studies.options import TestbedOptions
+
+        assert isinstance(self.study, TestbedOptions)
+        return attacks.build(
+            self.attack,
+            self.study,
+            ratio=self.ratio,
+            examples=self.examples,
+            search=self.search,
+            model_folder=self.sources.model,
+            quiet=self.quiet,
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """What the folder remembers of the study and the attack."""
+        sizes = {"ratio": self.ratio, "examples": self.examples}
+        return {
+            **super().notes(),
+            "attack": {"name": self.attack, **sizes, **self.search},
+        }
+
+
+def make_attack(preset: Preset, arguments: AttackArguments) -> AttackJob:
+    """Checks a command line, the cheap questions first.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    from sbr_jax.studies.attacks import ATTACKS
+
+    if not arguments.attack:
+        raise UserError(
+            f"expected an attack, got none (known: {', '.join(ATTACKS)}): add "
+            "--attack poison"
+        )
+    errors.check_names("attack", [arguments.attack], ATTACKS)
+    domains = ATTACKS[arguments.attack].domains
+    if arguments.domains not in (preset.domains, domains):
+        raise UserError(
+            f"--domains: the attack '{arguments.attack}' is made on "
+            f"{', '.join(domains)}; drop it"
+        )
+    ratio, examples = _size(arguments)
+    search = _search(arguments)
+    arguments = dataclasses.replace(arguments, domains=domains)
+    if examples is not None:
+        arguments = _with_steps(preset, arguments, examples)
+    job = make_job(preset, arguments)
+    return AttackJob(
+        **vars(job),
+        attack=arguments.attack,
+        ratio=ratio,
+        examples=examples,
+        search=search,
+    )
+
+
+def _size(arguments: AttackArguments) -> tuple[float | None, int | None]:
+    """Ratio and size of the training set, where the attack has one."""
+    from sbr_jax.attacks import attack_count
+    from sbr_jax.studies.attacks import ATTACKS
+
+    attack = ATTACKS[arguments.attack]
+    given = {name: getattr(arguments, name) for name in DATA}
+    if not attack.trains:
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(
+                    f"--{name}: the attack '{arguments.attack}' has no training data "
+                    "of its own; drop it (--training.steps-per-domain N for longer "
+                    "domains)"
+                )
+        return None, None
+    if (asked := given["examples"] or 0) > MOST_EXAMPLES:
+        raise UserError(
+            f"--examples: expected at most {MOST_EXAMPLES}, got {asked}; rows recur "
+            "long before: raise --epochs instead"
+        )
+    ratio = attack.ratio if given["ratio"] is None else given["ratio"]
+    examples = attack.examples if given["examples"] is None else given["examples"]
+    assert ratio is not None
+    assert examples is not None
+    attack_count(ratio, examples)
+    return ratio, examples
+
+
+def _search(arguments: AttackArguments) -> dict[str, int]:
+    """The budget of the search, where the attack has one."""
+    from sbr_jax.studies.attacks import ATTACKS
+
+    budget = dict(ATTACKS[arguments.attack].search)
+    for name in SEARCH:
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if name not in budget:
+            raise UserError(
+                f"{flag}: the attack '{arguments.attack}' searches nothing; drop it"
+            )
+        if value < 1:
+            raise UserError(f"{flag}: expected at least 1, got {value}")
+        budget[name] = value
+    return budget
+
+
+def _with_steps(
+    preset: Preset, arguments: AttackArguments, examples: int
+) -> AttackArguments:
+    """The arguments with as many steps as the epochs take."""
+    from sbr_jax.attacks import steps_for_epochs
+    from sbr_jax.studies.attacks import ATTACKS
+
+    training, epochs = arguments.training, arguments.epochs
+    if training.steps_per_domain != preset.training.steps_per_domain:
+        if epochs is not None:
+            raise UserError(
+                "expected --epochs or --training.steps-per-domain, got both: drop one"
+            )
+        return arguments
+    if epochs is None:
+        epochs = ATTACKS[arguments.attack].epochs
+    assert epochs is not None
+    steps = steps_for_epochs(epochs, examples, training.batch_size)
+    training = dataclasses.replace(training, steps_per_domain=steps)
+    return dataclasses.replace(arguments, training=training)
+
+
+def execute(job: AttackJob) -> None:
+    """Builds the study, runs it, writes its report."""
+    cli.enable_compilation_cache()
+    from sbr_jax.programs import report
+    from sbr_jax.provenance.code_version import recorder
+    from sbr_jax.training import pipeline
+
+    pipeline.run(
+        job.make_study(),
+        job.methods,
+        job.seeds,
+        job.workdir,
+        job.config,
+        notes=job.notes(),
+        code=recorder(f"attack:{job.attack}"),
+        quiet=job.quiet,
+    )
+    runs, output = report.build([job.workdir])
+    if not job.quiet:
+        report.print_tables(runs, output)

@@ -1,0 +1,244 @@
+"""Job: a preset, changed by a command line and found to be in order."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from sbr_jax import errors, recipes
+from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
+from sbr_jax.programs import cli
+from sbr_jax.recipes.preset import Preset
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.studies.dates import dated
+from sbr_jax.studies.options import Sources, StudyOptions, recorded
+from sbr_jax.training.config import Config
+from sbr_jax.typing import UserError
+
+Options = TypeVar("Options")
+
+
+@dataclasses.dataclass(frozen=True)
+class JobArguments(Generic[Options]):
+    """What every program that trains takes; its defaults are a preset's.
+
+    The fields of `study`, `training`, `hardware` and, by method, `methods` are options
+    of their own: `--training.learning-rate 1e-3`, `--methods.sbr.anchors 4`.
+    """
+
+    study: Options
+    """Options of the study."""
+    workdir: Path | None = None
+    """Folder for the results; the same folder continues the same run."""
+    methods: tuple[str, ...] = ()
+    """Methods, or variants of them such as safeanchor-exact:no-anchor."""
+    domains: tuple[str, ...] = ()
+    """Sequence of domains, in order of training."""
+    seed: tuple[int, ...] = ()
+    """Seeds."""
+    mesh: str | None = None
+    """Devices by axis, e.g. fsdp=4,tp=2; the same as --hardware.mesh."""
+    data: str | None = None
+    """Data folder (presets on real text)."""
+    model: str | None = None
+    """Checkpoint folder, in place of the preset's model; a hub id for real models."""
+    quiet: bool = False
+    """Print nothing but errors."""
+    training: Training = Training()
+    """Mathematics of the training."""
+    hardware: Hardware = Hardware()
+    """How it is computed."""
+    hyperparameters: Annotated[Hyperparameters, tyro.conf.arg(name="methods")] = (
+        Hyperparameters()
+    )
+    """Hyper-parameters of the methods."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command line that was found to be in order.
+
+    Attributes:
+        preset: that was asked for by name.
+        workdir: where results go.
+        methods: variants, as names.
+        domains: sequence.
+        seeds: in order.
+        config: of the training job.
+        study: options of the study.
+        sources: of its model and data.
+        quiet: whether to print nothing.
+    """
+
+    preset: str
+    workdir: Path
+    methods: tuple[str, ...]
+    domains: tuple[str, ...]
+    seeds: tuple[int, ...]
+    config: Config
+    study: StudyOptions
+    sources: Sources = Sources()
+    quiet: bool = False
+
+    def make_study(
+        self, domains: Sequence[str] | None = None, *, weights: bool = True
+    ) -> Any:
+        """The study, over the job's domains or others."""
+        return self.study.build(
+            self.domains if domains is None else domains,
+            self.sources,
+            self.config.hardware,
+            weights=weights,
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """What the job's folder remembers of its study's options."""
+        return {"study": recorded(self.study)}
+
+
+Arguments = TypeVar("Arguments", bound=JobArguments[Any])
+
+
+def parse(
+    kind: type[Arguments],
+    args: Sequence[str],
+    prog: str,
+    presets: Sequence[str] = tuple(recipes.MODULES),
+    **changes: Any,
+) -> tuple[Preset, Arguments]:
+    """Reads a preset's name and what is to be changed of it.
+
+    Args:
+        kind: of the program's arguments.
+        args: words; the preset's name is the first.
+        prog: how messages name the program.
+        presets: that the program knows.
+        **changes: defaults of the program in place of the preset's.
+
+    Raises:
+        UserError: for an unknown preset or option, or a value of another type.
+    """
+    if not args or args[0].startswith("-"):
+        raise UserError(
+            f"expected a preset first, got {args[0] if args else 'none'} (known: "
+            f"{', '.join(presets)}): {prog} {presets[0]} --help shows all settings"
+        )
+    errors.check_names("preset", args[:1], presets)
+    preset = recipes.load(args[0])
+    return preset, parse_preset(kind, preset, args[1:], prog, **changes)
+
+
+def parse_preset(
+    kind: type[Arguments],
+    preset: Preset,
+    args: Sequence[str],
+    prog: str,
+    **changes: Any,
+) -> Arguments:
+    """Reads what is to be changed of a preset; see :func:`parse`."""
+    fields = {
+        "study": preset.study,
+        "methods": preset.methods,
+        "domains": preset.domains,
+        "seed": preset.seeds,
+        "training": preset.training,
+        "hardware": preset.hardware,
+        "hyperparameters": preset.hyperparameters,
+    }
+    own: Any = kind
+    return cli.parse(
+        own[type(preset.study)], args, f"{prog} {preset.name}", kind(**fields | changes)
+    )
+
+
+def make_job(
+    preset: Preset, arguments: JobArguments[Any], *, forecast: bool = False
+) -> Job:
+    """Checks a command line, the cheap questions first.
+
+    Args:
+        preset: whose it is.
+        arguments: parsed.
+        forecast: nothing will be trained: no folder is needed, and the mesh may be of
+            other devices than this machine's.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    if arguments.workdir is None and not forecast:
+        raise UserError(
+            "expected a folder for the results, got none: add --workdir "
+            f"runs/{preset.name}"
+        )
+    workdir = arguments.workdir or Path("runs") / preset.name
+    cli.check_seeds(arguments.seed)
+    errors.check_some("domain", arguments.domains)
+    errors.check_names("domain", arguments.domains, preset.study.known_domains())
+    errors.check_some("method", arguments.methods)
+    errors.check_names("method", arguments.methods, [*METHODS, *VARIANTS])
+    config = Config(
+        arguments.training, _with_mesh(arguments, forecast), arguments.hyperparameters
+    )
+    for variant in arguments.methods:
+        build(variant, config.methods)
+    sources = Sources(arguments.model, arguments.data)
+    arguments.study.check(arguments.methods, config.methods, sources)
+    return Job(
+        preset=preset.name,
+        workdir=workdir,
+        methods=arguments.methods,
+        domains=arguments.domains,
+        seeds=arguments.seed,
+        config=config,
+        study=dated(arguments.study, workdir),
+        sources=sources,
+        quiet=arguments.quiet,
+    )
+
+
+def _with_mesh(arguments: JobArguments[Any], forecast: bool) -> Hardware:
+    """The hardware with the mesh, which has two spellings."""
+    hardware, mesh = arguments.hardware, arguments.mesh
+    if mesh is not None:
+        if hardware.mesh not in (None, mesh):
+            raise UserError(
+                f"--mesh {mesh}: expected one mesh, got --hardware.mesh "
+                f"{hardware.mesh} too: drop one"
+            )
+        hardware = dataclasses.replace(hardware, mesh=mesh)
+    if hardware.mesh is not None:
+        from sbr_jax.training.sharding import make_mesh, parse_mesh
+
+        (parse_mesh if forecast else make_mesh)(hardware.mesh)
+    return hardware
+
+
+def execute(job: Job, study: Any = None) -> Any:
+    """Builds the study and runs it, or what is left of it.
+
+    Args:
+        job: what to do.
+        study: the job's, where it is made already.
+
+    Returns:
+        The study.
+    """
+    cli.enable_compilation_cache()
+    from sbr_jax.provenance.code_version import recorder
+    from sbr_jax.training import pipeline
+
+    study = job.make_study() if study is None else study
+    pipeline.run(
+        study,
+        job.methods,
+        job.seeds,
+        job.workdir,
+        job.config,
+        job.domains,
+        notes={**job.notes(), **study.notes},
+        code=recorder(job.preset),
+        quiet=job.quiet,
+    )
+    return study

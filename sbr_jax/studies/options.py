@@ -1,0 +1,331 @@
+"""Options of the studies that presets run, each with its range, and their checks.
+
+Nothing here imports a model or reads a file before `build`, so that a preset is listed
+and a bad command line is refused at once.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol
+
+from sbr_jax import checks
+from sbr_jax.checks import Range
+from sbr_jax.settings import Count, Hardware
+from sbr_jax.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where a study's model and data lie: of this machine, not of the experiment.
+
+    Attributes:
+        model: a checkpoint folder, or a hub id; None for the preset's own.
+        data: a folder with one folder for each data set; None for the preset's own.
+    """
+
+    model: str | None = None
+    data: str | None = None
+
+
+class StudyOptions(Protocol):
+    """Options of a kind of study, which know how to build it."""
+
+    def known_domains(self) -> Sequence[str]:
+        """All domains that may be asked for."""
+        ...
+
+    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+        """Refuses what the study could only refuse later.
+
+        Args:
+            variants: of the run.
+            methods: a `Hyperparameters`.
+            sources: of model and data.
+
+        Raises:
+            UserError: saying what to add.
+        """
+        ...
+
+    def build(
+        self,
+        domains: Sequence[str],
+        sources: Sources,
+        hardware: Hardware,
+        *,
+        weights: bool = True,
+    ) -> Any:
+        """Builds the `Study`; without weights it can be checked and not run."""
+        ...
+
+
+def recorded(options: Any) -> dict[str, Any]:
+    """The options that a run's folder remembers, and that must not change.
+
+    Not the place of a folder, for the fingerprint says what was read from it; nor the
+    date, which is recorded where a template asks for it.
+
+    >>> sorted(recorded(TestbedOptions()))
+    ['calibration_examples', 'hard', 'judge', 'split']
+    """
+    return {
+        name: value
+        for name, value in dataclasses.asdict(options).items()
+        if "folder" not in name and name != "date"
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class TestbedOptions:
+    """Options of a study of the embedded testbed.
+
+    Attributes:
+        hard: keep three kinds of harm out of calibration and probe, and measure refusal
+            on them alone.
+        split: what is measured on; "validation" to choose hyper-parameters.
+        calibration_examples: N_s, at most about as many as the world has different
+            prompts: 60,000 draws hold 3,989 of them.
+        judge: of training pairs: "exact" reads them off the grammar, "guard" asks the
+            shipped guard model, which never saw the three kinds.
+    """
+
+    hard: bool = False
+    split: Literal["test", "validation"] = "test"
+    calibration_examples: Annotated[int, Range(least=1, most=4000)] = 480
+    judge: Literal["exact", "guard"] = "exact"
+
+    def __post_init__(self):
+        """Refuses values that cannot be meant."""
+        checks.fields(self, "study")
+
+    def known_domains(self) -> Sequence[str]:
+        """Every domain of the testbed's world."""
+        from sbr_jax.testbed.domains import DOMAINS
+
+        return tuple(DOMAINS)
+
+    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+        """Refuses a data folder, for which the testbed has no use."""
+        if sources.data is not None:
+            raise UserError("--data: the testbed makes its own data; drop it")
+
+    def build(
+        self,
+        domains: Sequence[str],
+        sources: Sources,
+        hardware: Hardware,
+        *,
+        weights: bool = True,
+    ) -> Any:
+        """Builds the study; its small model is loaded in any case."""
+        from sbr_jax.studies.testbed import build_study
+
+        return build_study(tuple(domains), self, model_folder=sources.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoriesOptions:
+    """Options of a study of a small story model on public data.
+
+    Attributes:
+        calibration: examples of the calibration set and of each control.
+        train: at most so many training examples of a domain.
+        held_out: examples that each loss is measured on.
+        max_length: tokens of a sequence.
+        calibration_source: data set of the calibration and held-out safe answers.
+        control_source: data set of the benign control.
+    """
+
+    calibration: Count = 100
+    train: Count = 2000
+    held_out: Count = 96
+    max_length: Count = 128
+    calibration_source: str = "safety_tuned_llamas"
+    control_source: str = "alpaca"
+
+    def __post_init__(self):
+        """Refuses values that cannot be meant."""
+        checks.fields(self, "study")
+
+    def known_domains(self) -> Sequence[str]:
+        """Every public data set with a reader."""
+        from sbr_jax.data.sources import DOMAINS
+
+        return tuple(DOMAINS)
+
+    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+        """Refuses nothing: model and data have defaults."""
+
+    def build(
+        self,
+        domains: Sequence[str],
+        sources: Sources,
+        hardware: Hardware,
+        *,
+        weights: bool = True,
+    ) -> Any:
+        """Builds the study; its small model is loaded in any case."""
+        from sbr_jax.studies.stories import build_study
+
+        return build_study(domains, self, sources)
+
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "medical": ("medqa", "medmcqa"),
+    "legal": ("legalbench",),
+    "code": ("codealpaca_20k", "codealpaca"),
+    "calibration": ("beavertails", "safety_tuned_llamas"),
+}
+"""Published data sets by what they are for, the papers' first. The first whose training
+file is in the data folder is used, and named in `config.json`."""
+
+DOMAINS = ("medical", "legal", "code")
+"""The papers' sequence."""
+
+COMPARED = ("safe-lora", "asft", "lox")
+"""Methods that take the difference of two checkpoints."""
+
+RATERS = ("llama-guard", "llama-guard-3", "harmbench")
+"""Judges whose next token is a label, so that they can rate a training pair."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """Options of a study of a chat model; sizes are upper bounds.
+
+    Attributes:
+        train: training examples of a domain.
+        held_out: examples that a domain's accuracy is measured on.
+        calibration: N_s, safe exchanges; also of each control.
+        safety_mix: further safe exchanges, for variants that interleave.
+        harmful: the defender's harmful requests with compliant answers.
+        probe: D_probe, harmful prompts of the monitor.
+        calibration_source: a data set, or "auto" for that of `ROLES`.
+        harmful_source: of `harmful`.
+        control_source: of the benign control.
+        probe_source: an evaluation set of behaviours.
+        benchmarks: names of them; none for what the domains and the monitor measure
+            alone.
+        limit: items of one benchmark; None for all.
+        judge: who says what a refusal is: keyword, keyword:LIST, llama-guard,
+            llama-guard-3, wildguard or harmbench.
+        judge_folder: the judge's checkpoint; with `template.txt` for the latter two.
+        allow_code: run model-written code, in a sandbox, for the code domain's
+            accuracy; otherwise it is the share of next tokens guessed.
+        max_length: tokens of a training example; longer answers are cut.
+        max_new_tokens: of an answer to the probe.
+        system: a system message before everything.
+        date: the day that chat templates are told, as 2024-07-26; None: that of the
+            run's folder, or today.
+        thinking: True has the model think before it answers, False gives it an empty
+            block of thoughts, where its template has such a switch; None leaves it to
+            the template. Options are scored, and answers learnt, behind the block.
+        dtype: of the frozen weights.
+        quantize: the frozen projections; None for not at all.
+        unaligned_folder: the checkpoint before alignment.
+        drop_overlaps: leave out what a set shares with a measurement, where otherwise
+            the run is refused.
+        output_folder: where answers are written for a judge elsewhere (mtbench).
+    """
+
+    train: Count = 5000
+    held_out: Count = 500
+    calibration: Count = 500
+    safety_mix: Count = 500
+    harmful: Count = 500
+    probe: Count = 200
+    calibration_source: str = "auto"
+    harmful_source: str = "beavertails_unsafe_qa"
+    control_source: str = "alpaca"
+    probe_source: str = "catqa"
+    benchmarks: tuple[str, ...] = ("harmbench", "truthfulqa", "bbq", "xstest", "mmlu")
+    limit: Count | None = None
+    judge: str = "keyword"
+    judge_folder: str | None = None
+    allow_code: bool = False
+    max_length: Count = 512
+    max_new_tokens: Count = 256
+    system: str | None = None
+    date: str | None = None
+    thinking: bool | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["nf4", "nf4-double", "int8"] | None = None
+    unaligned_folder: str | None = None
+    drop_overlaps: bool = False
+    output_folder: str | None = None
+
+    def __post_init__(self):
+        """Refuses values that cannot be meant."""
+        checks.fields(self, "study")
+        guarded = not self.judge.startswith("keyword")
+        if guarded != (self.judge_folder is not None):
+            raise UserError(
+                f"study.judge {self.judge}: expected a folder with the judge's "
+                "checkpoint for every judge but 'keyword', got "
+                f"study.judge-folder {self.judge_folder!r}"
+            )
+
+    def known_domains(self) -> Sequence[str]:
+        """The papers' domains, and every public data set with a reader."""
+        from sbr_jax.data.sources import DOMAINS as SETS
+
+        return (*DOMAINS, *SETS)
+
+    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+        """Refuses a command line without model, data or what a variant needs."""
+        from sbr_jax.methods import build, resolve
+
+        for flag, example in (("model", "FOLDER_OR_HUB_ID"), ("data", "FOLDER")):
+            if getattr(sources, flag) is None:
+                raise UserError(
+                    f"expected --{flag} {example}, got none: docs/real-models.md says "
+                    "what such a folder holds"
+                )
+        for variant in variants:
+            method, _ = resolve(variant, methods)
+            if self.quantize and method in COMPARED:
+                raise UserError(
+                    f"{variant}: expected dense weights, got study.quantize "
+                    f"{self.quantize}: codes round by more than alignment changed; "
+                    "leave it out of --methods, or do not quantise"
+                )
+            if method in COMPARED and self.unaligned_folder is None:
+                raise UserError(
+                    f"{variant}: expected the weights before alignment, got none: add "
+                    "--study.unaligned-folder FOLDER, or leave it out of --methods"
+                )
+            rated = build(variant, methods).cost.ratings
+            if rated and self.judge not in RATERS:
+                raise UserError(
+                    f"{variant}: expected a guard model that rates training pairs "
+                    f"({', '.join(RATERS)}), got study.judge {self.judge}: add "
+                    "--study.judge llama-guard --study.judge-folder FOLDER, or leave "
+                    "it out of --methods"
+                )
+
+    def build(
+        self,
+        domains: Sequence[str],
+        sources: Sources,
+        hardware: Hardware,
+        *,
+        weights: bool = True,
+    ) -> Any:
+        """Builds the study; without weights it can be checked and not run."""
+        from sbr_jax.studies.chat import build_study
+
+        return build_study(domains, self, sources, hardware, weights=weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class RealtextOptions(ChatOptions):
+    """Options of a study of a chat model that `experiments.realtext` made."""
+
+    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+        """Refuses a command line as `ChatOptions` does, saying who makes the model."""
+        if sources.model is None:
+            raise UserError(
+                "expected --model FOLDER, got none: make one with python -m "
+                "experiments.realtext --data FOLDER --output FOLDER"
+            )
+        super().check(variants, methods, sources)
