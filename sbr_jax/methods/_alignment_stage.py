@@ -149,15 +149,8 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
 def fresh_like(adapter: PyTree, key: jax.Array) -> PyTree:
     """A fresh adapter of the same shape: B = 0, and A in another random order.
 
-    Shuffling the inputs of each column of A is an exact new draw from any
-    distribution of independent, equal entries, such as ``init_adapter``'s.
-
-    Args:
-      adapter: ``{name: LoraPair}``; its B does not matter.
-      key: of the order.
-
-    Returns:
-      A tree like ``adapter``, all of it new arrays.
+    Shuffling the inputs of each column of A is an exact new draw from any distribution
+    of independent, equal entries, such as ``init_adapter``'s. All arrays are new.
 
     >>> pair = LoraPair(jnp.ones((1, 1, 2)), jnp.arange(3.0).reshape(1, 3, 1), 1.0)
     >>> fresh = fresh_like({"q_proj": pair}, jax.random.key(0))["q_proj"]
