@@ -2,7 +2,7 @@
 
 import sys
 
-from sbr_jax.programs.attack import main
+from sbr_jax.programs import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["attack", *sys.argv[1:]]))

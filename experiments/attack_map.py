@@ -2,7 +2,7 @@
 
 import sys
 
-from sbr_jax.programs.attack_map import main
+from sbr_jax.programs import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["attack-map", *sys.argv[1:]]))

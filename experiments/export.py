@@ -2,7 +2,7 @@
 
 import sys
 
-from sbr_jax.programs.export import main
+from sbr_jax.programs import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["export", *sys.argv[1:]]))

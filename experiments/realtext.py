@@ -2,7 +2,7 @@
 
 import sys
 
-from sbr_jax.programs.realtext import main
+from sbr_jax.programs import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["realtext", *sys.argv[1:]]))

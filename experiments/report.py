@@ -2,7 +2,7 @@
 
 import sys
 
-from sbr_jax.programs.report import main
+from sbr_jax.programs import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["report", *sys.argv[1:]]))

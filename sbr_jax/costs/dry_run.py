@@ -16,7 +16,8 @@ from sbr_jax.costs.devices import DeviceOptions, make_device
 from sbr_jax.costs.forecast import GIB, Device, Job
 from sbr_jax.costs.rehearsal import rehearse
 from sbr_jax.evaluation.benchmarks import BENCHMARKS
-from sbr_jax.methods import build, resolve
+from sbr_jax.methods import Method, build
+from sbr_jax.methods.base import Cost
 from sbr_jax.reporting.tables import Table
 from sbr_jax.studies.options import ChatOptions
 from sbr_jax.typing import UserError
@@ -81,11 +82,9 @@ def parts_table(plan: Any, study: Any) -> Table:
     return Table(head, tuple(rows))
 
 
-def columns_of(plan: Any, row: str) -> int:
-    """K of a row's subspace, 0 where it has none."""
-    if not forecast.projects(row, plan.config.methods):
-        return 0
-    return resolve(row, plan.config.methods)[1].max_rank
+def method_of(plan: Any, variant: str) -> Method:
+    """The method of a variant, with the plan's hyper-parameters."""
+    return build(variant, plan.config.methods)
 
 
 def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
@@ -94,7 +93,7 @@ def memory(plan: Any, study: Any, job: Job) -> dict[str, dict[str, float]]:
     config, shards = job.config, _shards(hardware.mesh)
     base = {"weights": forecast.weight_bytes(config, job.dtype, job.quantize) / shards}
     base |= forecast_judge.held_bytes(options, job)
-    columns = max(columns_of(plan, row) for row in plan.methods)
+    columns = max(method_of(plan, name).cost.columns for name in plan.methods)
     held = dict(base)
     if columns:
         held["subspace, twice"] = forecast.subspace_bytes(job, columns)
@@ -197,15 +196,12 @@ def _asked_seconds(plan: Any, study: Any, job: Job, device: Device, name: str) -
 
 def fisher_flops(plan: Any, study: Any, job: Job, row: str) -> float:
     """Of every example that a row differentiates on its own, with one seed."""
-    settings, methods = plan.config.training, plan.config.methods
-    method, options = resolve(row, methods)
-    if method == "ewc" and options.data == "domain":
-        sets = [study.domains[name].train for name in plan.domains]
-    else:
-        size = len(plan.domains), settings.steps_per_domain
-        sets = [study.calibration] * forecast.fisher_estimates(row, methods, *size)
-    own = vars(options).get("fisher_examples")
-    most = own or settings.fisher_examples or math.inf
+    settings, method = plan.config.training, method_of(plan, row)
+    domains = [study.domains[name].train for name in plan.domains]
+    size = len(domains), settings.steps_per_domain
+    sets = [study.calibration] * forecast.calibration_fishers(method, *size)
+    sets += domains * method.cost.own_fishers
+    most = method.cost.fisher_examples or settings.fisher_examples or math.inf
     each = (min(len(x), most) * forecast.train_flops(job, x.length) for x in sets)
     return sum(each)
 
@@ -216,22 +212,22 @@ def row_seconds(
     """Of one row with one seed: training, Fisher, measurements, monitor, repairs."""
     settings, domains = plan.config.training, len(plan.domains)
     speed = device.flops * device.count
-    method, _ = resolve(row, plan.config.methods)
+    method = method_of(plan, row)
     steps = domains * settings.steps_per_domain
-    plain = forecast.step_flops(job, "plain")
-    found = {"training": steps * forecast.step_flops(job, method) / speed}
-    found["training"] += (
-        forecast.STAGES.get(method, 0.0) * settings.steps_per_domain * plain / speed
-    )
+    plain = forecast.step_flops(job, Cost())
+    flops = steps * forecast.step_flops(job, method.cost)
+    flops += forecast.stage_flops(job, method.cost, settings.steps_per_domain)
+    found = {"training": flops / speed}
     if fisher := fisher_flops(plan, study, job, row):
         found["Fisher"] = fisher / speed
-    found |= forecast_judge.rating_seconds(plan, study, job, device, row)
-    monitored = build(row, plan.config.methods).monitored
+    found |= forecast_judge.rating_seconds(
+        plan, study, job, device, method.cost.ratings
+    )
     # A row is measured as the start model is; only some rows have a monitor.
     for part, seconds in start_seconds(plan, study, job, device).items():
-        if part == "measuring" or monitored:
+        if part == "measuring" or method.monitored:
             found[part] = domains * seconds
-    if monitored and study.probe is not None:
+    if method.monitored and study.probe is not None:
         repairs = domains * settings.repair_blocks * settings.repair_steps
         found["repairs, at most"] = repairs * 2 * plain / speed
     return found

@@ -11,10 +11,8 @@ parameters of an adapter, N examples, K columns of a subspace.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from sbr_jax.methods import resolve
+from sbr_jax.methods.base import Cost, Method
 from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.lora import select_targets
 from sbr_jax.models.quantize import weight_bytes
@@ -253,82 +251,36 @@ def generation_seconds(
     return reading + math.ceil(prompts / rows) * new * step
 
 
-# --- rows -----------------------------------------------------------------------------
+# --- defences -------------------------------------------------------------------------
 
 
-def projects(variant: str, methods: Any = None) -> bool:
-    """Whether a variant keeps a subspace, and so needs a Fisher of the calibration set.
-
-    >>> rows = ("no-csm", "csm-only", "anchor-only")
-    >>> [projects(f"safeanchor-exact:{name}") for name in rows]
-    [True, False, False]
-    """
-    method, options = resolve(variant, methods)
-    if method == "unified":
-        return options.project
-    return method.startswith("safeanchor") and options.projection != "none"
+def step_flops(job: Job, cost: Cost) -> float:
+    """Of one optimizer step of a defence."""
+    one, whole = forward_flops(job, job.length), train_flops(job, job.length)
+    return job.batch * ((1 + cost.backward) * whole + cost.forward * one)
 
 
-def fisher_estimates(variant: str, methods: Any, domains: int, steps: int) -> int:
-    """How often a variant differentiates every calibration example on its own.
+def stage_flops(job: Job, cost: Cost, steps: int) -> float:
+    """Of a defence's stage before training, where a domain has so many steps."""
+    passes = cost.stage * (cost.stage_steps or steps)
+    return passes * job.batch * train_flops(job, job.length)
 
-    With a subspace: at the start, on the random control unless it is told not to, after
-    every domain, and as often in between as it refreshes. EWC on safety data: at the
-    start and after every domain, if that counts.
+
+def calibration_fishers(method: Method, domains: int, steps: int) -> int:
+    """How often a defence differentiates every calibration example on its own.
 
     Args:
-        variant: its name.
-        methods: a `Hyperparameters`; None for the published values.
+        method: the defence.
         domains: how many.
         steps: of one domain.
 
-    >>> fisher_estimates("safeanchor", None, 3, 100)
+    >>> from sbr_jax.methods import build
+    >>> calibration_fishers(build("safeanchor"), 3, 100)
     5
-    >>> fisher_estimates("safeanchor-exact:no-update", None, 3, 100)
+    >>> calibration_fishers(build("safeanchor-exact:no-update"), 3, 100)
     1
     """
-    method, options = resolve(variant, methods)
-    if method == "ewc" and options.data == "safety":
-        return 1 if options.keep == "first" else 1 + domains
-    if not projects(variant, methods):
-        return 0
-    chosen = vars(options)
-    after = domains if chosen.get("update_subspace", True) else 0
-    every = chosen.get("refresh_every")
-    between = 0 if every is None else domains * ((steps - 1) // every)
-    return 1 + chosen.get("control_spectrum", True) + after + between
-
-
-PASSES: Mapping[str, tuple[float, float]] = {
-    "plain": (0, 0),
-    "interleaving": (0, 0),
-    "ewc": (0, 0),
-    "o-lora": (0, 0),
-    "safe-lora": (0, 0),
-    "asft": (0, 0),
-    "lox": (0, 0),
-    "antidote": (0, 0),
-    "vaccine": (0, 0),
-    "booster": (0, 0),
-    "salora": (0, 0),
-    "lisa": (0, 0),
-    "adaptive-judge": (1, 0),
-    "adaptive-probe": (1, 0),
-    "sbr": (0, 0.5),
-    "safegrad": (0.5, 0.5),
-    "safeanchor": (0.5, 0.5),
-    "safeanchor-exact": (0.5, 0.5),
-    "unified": (1.5, 2.0),
-}
-"""What a row does in a step besides the task's own pass, in units of the batch: forward
-passes alone, and forward with backward. 8 prompts count as half of a batch of 16."""
-
-STAGES = {"vaccine": 2.0, "booster": 3.0}
-"""Rows with an alignment stage as long as a domain, and its passes a step."""
-
-
-def step_flops(job: Job, row: str) -> float:
-    """Of one optimizer step of a row; a variant counts as the method that it runs."""
-    forward, both = PASSES.get(resolve(row)[0], (0, 0))
-    one, whole = forward_flops(job, job.length), train_flops(job, job.length)
-    return job.batch * ((1 + both) * whole + forward * one)
+    cost, every = method.cost, method.refresh_every
+    refreshes = 0 if every is None else domains * ((steps - 1) // every)
+    inside = refreshes * cost.refresh_fishers
+    return cost.fishers + domains * cost.domain_fishers + inside

@@ -7,7 +7,6 @@ from typing import Any
 
 from sbr_jax.costs import forecast
 from sbr_jax.costs.forecast import Device, Job
-from sbr_jax.methods import resolve
 
 
 def guard_of(options: Any, job: Job) -> Job | None:
@@ -48,27 +47,16 @@ def judging_seconds(
     return count * forecast.forward_flops(guard, tokens, heads=1) / device.flops
 
 
-def rates_pairs(variant: str, methods: Any = None) -> bool:
-    """Whether a variant asks the judge about every training pair.
-
-    >>> rates_pairs("adaptive-judge"), rates_pairs("unified")
-    (True, False)
-    """
-    method, options = resolve(variant, methods)
-    return method == "adaptive-judge" or vars(options).get("risk") == "judge"
-
-
 def rating_seconds(
-    plan: Any, study: Any, job: Job, device: Device, row: str
+    plan: Any, study: Any, job: Job, device: Device, ratings: int
 ) -> dict[str, float]:
-    """Of a guard's pass over every training pair, once per domain, by part.
+    """Of a guard's passes over every training pair of each domain, by part.
 
-    Nothing for a row that asks no judge, and for a judge without weights.
+    Nothing for a defence without ratings, and for a judge without weights.
     """
     options = plan.study
-    asks = rates_pairs(row, plan.config.methods)
-    if not asks or guard_of(options, job) is None:
+    if not ratings or guard_of(options, job) is None:
         return {}
     sets = (study.domains[name].train for name in plan.domains)
     each = (judging_seconds(options, job, device, len(x), x.length) for x in sets)
-    return {"ratings": sum(each)}
+    return {"ratings": ratings * sum(each)}

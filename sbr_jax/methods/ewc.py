@@ -18,33 +18,30 @@ fresh adapter holds B only.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sbr_jax.checks import checked, one_of
 from sbr_jax.fisher import per_example_gradients
-from sbr_jax.methods.base import (
-    Method,
-    Problem,
-    one_of,
-    positive,
-    replay_gradient,
-    task_gradient,
-)
+from sbr_jax.methods._compose import with_gradients
+from sbr_jax.methods.base import Cost, Method, Problem
 from sbr_jax.methods.likelihood import answer_loss
+from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import LossFn, PyTree, UserError
 
 
+@checked
 def ewc(
     *,
-    penalty: float = 100.0,
-    data: str = "domain",
-    keep: str | None = None,
-    reduction: str = "mean",
-    fisher_examples: int | None = None,
+    penalty: NonNegative = 100.0,
+    data: Literal["domain", "safety"] = "domain",
+    keep: Literal["last", "all", "first"] | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    fisher_examples: Count | None = None,
     monitored: bool = False,
 ) -> Method:
     """EWC on an adapter that goes on through all domains.
@@ -68,16 +65,11 @@ def ewc(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    positive("penalty", penalty, zero=True)
-    one_of("data", data, ("domain", "safety"))
-    one_of("reduction", reduction, ("mean", "sum"))
     if keep is None:
         keep = "last" if data == "domain" else "all"
     # The first quadratic is that of the aligned model, which has learned no domain.
-    aligned = ("first",) if data == "safety" else ()
-    one_of("keep", keep, ("last", "all", *aligned))
-    if fisher_examples is not None and fisher_examples < 1:
-        raise UserError(f"fisher_examples: expected at least 1, got {fisher_examples}")
+    if data == "domain":
+        one_of("ewc.keep", keep, ("last", "all"))
 
     def fisher(problem: Problem, base: PyTree, adapter: PyTree) -> PyTree:
         dataset = problem.calibration if data == "safety" else problem.domain
@@ -127,13 +119,15 @@ def ewc(
 
         return gradient
 
-    return Method(
-        name="ewc",
-        monitored=monitored,
-        init=init,
-        gradient=held(task_gradient),
-        replay_gradient=held(replay_gradient),
-        end_domain=end_domain,
+    cost = Cost(own_fishers=1, fisher_examples=fisher_examples)
+    if data == "safety":
+        cost = Cost(
+            fishers=1,
+            domain_fishers=int(keep != "first"),
+            fisher_examples=fisher_examples,
+        )
+    return with_gradients(
+        Method("ewc", monitored, cost, init=init, end_domain=end_domain), held
     )
 
 
@@ -155,8 +149,7 @@ def diagonal_fisher(
     picks evenly spaced rows.
 
     Args:
-      loss_fn: ``loss_fn(adapter, example, base) -> scalar``; compiled once for each
-        loss function and shape.
+      loss_fn: ``loss_fn(adapter, example, base) -> scalar``.
       adapter: θ.
       base: frozen weights.
       dataset: ``tokens [N, T]`` and ``mask [N, T]``, host-side.
@@ -184,7 +177,7 @@ def diagonal_fisher(
     }
     weights = real.astype(np.float32) / np.float32(count)
     found = _weighted_squares(adapter, base, examples, weights, loss_fn=loss_fn)
-    if not np.isfinite(float(optax.tree.sum(found))):
+    if not np.isfinite(np.asarray(optax.tree.sum(found))):
         raise UserError(
             "ewc: expected finite gradients, got a Fisher that is not; the loss or "
             "the model diverged: lower the learning rate or the penalty"
@@ -217,14 +210,9 @@ def _weighted_squares(
 
 
 def quadratic_penalty(adapter: PyTree, state: PyTree) -> tuple[jax.Array, PyTree]:
-    """Σ_i F_i (θ_i − c_i)² + ``offset`` and its gradient, 2 F (θ − c).
+    """Σ_i F_i (θ_i − c_i)² + ``offset``, and its gradient 2 F (θ − c), float32.
 
-    Args:
-      adapter: θ.
-      state: ``fisher`` F, ``centre`` c and ``offset``.
-
-    Returns:
-      A float32 scalar, and a float32 tree like ``adapter``.
+    The state holds ``fisher`` F, ``centre`` c and ``offset``.
 
     >>> import jax.numpy as jnp
     >>> state = {"fisher": jnp.full(2, 3.0), "centre": jnp.ones(2), "offset": 0.0}
@@ -242,14 +230,8 @@ def add_quadratics(first: PyTree, second: PyTree) -> dict[str, Any]:
     """The sum of two quadratics is one: F₁(θ−c₁)² + F₂(θ−c₂)² = F(θ−c)² + const.
 
     With F = F₁ + F₂: c = c₁ + (F₂/F)(c₂ − c₁) and const = Σ_i (F₁F₂/F)(c₂ − c₁)². So
-    any number of domains costs two trees, and the state keeps its shape.
-
-    Args:
-      first: ``fisher``, ``centre`` and ``offset``.
-      second: the same.
-
-    Returns:
-      The same. Where F = 0, the centre is the first one's.
+    any number of domains costs two trees, and the state keeps its shape. Where F = 0,
+    the centre is the first one's.
     """
 
     def share(f, g):

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import checks
 from sbr_jax.data import TokenDataset, take
-from sbr_jax.methods.base import positive
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 NEWTON_STEPS = 30
@@ -41,7 +41,7 @@ template ends every prompt with the same token: scaling would blow up rounding n
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A fitted probe: arrays only, so that it can live in a method's state.
+    """A fitted probe, of arrays only: it can live in a method's state.
 
     Attributes:
       weights: ``[F]``, of the standardised features; 0 for constant ones.
@@ -72,8 +72,8 @@ def prompt_features(
 
     Args:
       residual: ``[L + 1, B, T, D]``, before each layer and after the last.
-      mask: ``[B, T]``, 1 at answer tokens; the last prompt token stands before the
-        first of them (an example without an answer is read at its first token).
+      mask: ``[B, T]``, 1 at answer tokens; an example without an answer is read at its
+        first token.
       layers: which of the L + 1 states, also negative; None for all.
 
     Returns:
@@ -113,18 +113,10 @@ def activations(
     layers: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """:func:`prompt_features` of a whole data set.
+    """:func:`prompt_features` of a whole data set, float32 ``[N, F]`` on the host.
 
-    Args:
-      apply_fn: the model, with ``capture``.
-      base: frozen weights.
-      adapter: None for the reference.
-      dataset: N examples.
-      layers: as in :func:`prompt_features`.
-      batch_size: examples of one forward pass.
-
-    Returns:
-      float32 ``[N, F]`` on the host.
+    ``adapter`` is None for the reference; ``batch_size`` examples make one forward
+    pass.
 
     Raises:
       UserError: for an empty set, or an example without a prompt or an answer.
@@ -195,9 +187,8 @@ def fit_probe(
     >>> float(probe.auroc), bool(probe_risk(probe, jnp.array([[3.0]]))[0] > 0.5)
     (1.0, True)
     """
-    positive("l2", l2)
-    if not 0 < validation_share < 1:
-        raise UserError(f"validation_share: expected 0 to 1, got {validation_share!r}")
+    checks.number("l2", l2, above=0)
+    checks.number("validation_share", validation_share, above=0, below=1)
     features, labels = np.asarray(features, np.float64), np.asarray(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise UserError(
@@ -328,13 +319,8 @@ def expected_calibration_error(
 ) -> float:
     """Mean gap between probability and frequency: Σ_b (N_b/N) |ȳ_b − p̄_b|.
 
-    Args:
-      probs: ``[N]`` in [0, 1].
-      labels: ``[N]`` of 0 and 1.
-      bins: of equal width; b is the index of one of them.
-
-    Returns:
-      In [0, 1]; 0 is calibrated.
+    ``probs`` are ``[N]`` in [0, 1], ``labels`` 0 and 1, ``bins`` of equal width; 0 is
+    calibrated.
 
     >>> round(expected_calibration_error(np.array([0.8, 0.8]), np.array([1, 1])), 3)
     0.2

@@ -4,12 +4,13 @@ Goel, Maji, Mazumder, arXiv:2602.17546, with a risk s in [0, 1]:
 
     β = β_min + (β_max − β_min) s          weight of the pull to the reference
     α = 1 − β                              weight of the task
-    s̃_t = λ s̃_{t−1} + (1 − λ) s_t          optional smoothing over batches
 
-The released code rates from r = 1 to 5 and takes β = clip((r − 2)/3, 0.1, 0.9), so
-that everything up to r = 2.3 sits on the floor. It also turns a judge that fails into a
-number (4 on an exception, 0 on an answer it cannot parse); here a judge that fails is
-an error, because a made-up risk is a defence that is silently off.
+The paper may also smooth s over batches; here batches are drawn in random order, so
+that one says nothing of the next. The released code rates from r = 1 to 5 and takes
+β = clip((r − 2)/3, 0.1, 0.9), so that everything up to r = 2.3 sits on the floor. It
+also turns a judge that fails into a number (4 on an exception, 0 on an answer it cannot
+parse); here a judge that fails is an error, because a made-up risk is a defence that is
+silently off.
 
 Symbols: N examples of a data set, B of a batch.
 """
@@ -29,16 +30,16 @@ BETA_MIN, BETA_MAX = 0.1, 0.9
 
 
 class JudgeError(UserError):
-    """A judge did not give one risk in [0, 1] for every example."""
+    """Error of a judge without one risk in [0, 1] for every example."""
 
 
 class Judge(Protocol):
-    """Whoever rates how harmful it would be to learn each example.
+    """Interface of a rater of how harmful it would be to learn each example.
 
     A judge that cannot rate raises :class:`JudgeError`; it never makes up a number.
     """
 
-    def __call__(self, dataset: TokenDataset) -> np.ndarray:
+    def __call__(self, dataset: TokenDataset, /) -> np.ndarray:
         """The risk ``[N]`` in [0, 1] of each pair of a prompt and its answer."""
         ...
 
@@ -46,7 +47,7 @@ class Judge(Protocol):
 def risk_to_weights(
     s: jax.Array, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
 ) -> tuple[jax.Array, jax.Array]:
-    """Weights of the task and of the reference: β = β_min + (β_max − β_min) s.
+    """Weights (α, β) of the task and of the reference: β = β_min + (β_max − β_min) s.
 
     **Guarantee**: no gradient flows through the weights, and α + β = 1.
 
@@ -55,14 +56,8 @@ def risk_to_weights(
       beta_min: β at s = 0.
       beta_max: β at s = 1.
 
-    Returns:
-      ``(α, β)``, float32, of the shape of ``s``.
-
     Raises:
       UserError: unless 0 ≤ β_min ≤ β_max ≤ 1.
-
-    References:
-      arXiv:2602.17546
 
     >>> alpha, beta = risk_to_weights(jnp.array([0.0, 0.5]), beta_max=0.5)
     >>> [round(float(x), 3) for x in (*alpha, *beta)]
@@ -77,26 +72,11 @@ def risk_to_weights(
 def legacy_risk_to_weights(
     r: jax.Array, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
 ) -> tuple[jax.Array, jax.Array]:
-    """The released code's map of a rating: β = clip((r − 2)/3, β_min, β_max).
+    """The released code's map of ratings r in [1, 5]: β = clip((r − 2)/3, β_min,
+    β_max).
 
     The released code clips α = 1 − β to [0.1, 0.9] as well, which changes nothing
-    within its own bounds.
-
-    **Guarantee**: no gradient flows through the weights, and α + β = 1.
-
-    Args:
-      r: ratings from 1 (harmless) to 5, any shape.
-      beta_min: lower clip.
-      beta_max: upper clip.
-
-    Returns:
-      ``(α, β)``, float32, of the shape of ``r``.
-
-    Raises:
-      UserError: unless 0 ≤ β_min ≤ β_max ≤ 1.
-
-    References:
-      arXiv:2602.17546
+    within its own bounds. Guarantee and errors are those of :func:`risk_to_weights`.
 
     >>> [round(float(legacy_risk_to_weights(r)[1]), 3) for r in (1.0, 3.5, 5.0)]
     [0.1, 0.5, 0.9]
@@ -120,49 +100,12 @@ def check_bounds(beta_min: float, beta_max: float) -> None:
         )
 
 
-def smooth(previous: jax.Array | None, s: jax.Array, decay: float) -> jax.Array:
-    """Exponential smoothing s̃_t = λ s̃_{t−1} + (1 − λ) s_t of a batch's risk.
-
-    For loops that carry s̃ themselves. The methods of this library do not smooth:
-    their batches are drawn in random order, so a batch says nothing of the next.
-
-    Args:
-      previous: s̃_{t−1}; None before the first batch, which is taken as it is.
-      s: s_t.
-      decay: λ in [0, 1).
-
-    Returns:
-      s̃_t, float32.
-
-    Raises:
-      UserError: for λ outside [0, 1).
-
-    References:
-      arXiv:2602.17546
-
-    >>> round(float(smooth(smooth(None, 1.0, 0.75), 0.0, 0.75)), 3)
-    0.75
-    """
-    if not 0 <= decay < 1:
-        raise UserError(f"decay: expected λ in [0, 1), got {decay!r}")
-    s = jnp.asarray(s, jnp.float32)
-    if previous is None:
-        return s
-    return decay * jnp.asarray(previous, jnp.float32) + (1.0 - decay) * s
-
-
 def judged(judge: Judge, dataset: TokenDataset) -> TokenDataset:
-    """Attaches a judge's risks to a data set; its batches then hold ``"risk"``.
-
-    Args:
-      judge: rates the pairs of prompt and answer. What it raises is passed on.
-      dataset: N examples.
-
-    Returns:
-      The same examples with ``risk [N]``.
+    """A data set with a judge's risks ``[N]``; its batches then hold ``"risk"``.
 
     Raises:
-      JudgeError: for anything but N finite numbers in [0, 1], naming the first fault.
+      JudgeError: for anything but N finite numbers in [0, 1], naming the first fault;
+        what the judge raises is passed on.
 
     >>> data = TokenDataset(np.zeros((2, 3)), np.ones((2, 3)))
     >>> judged(lambda data: np.array([0.0, 0.25]), data).risk.tolist()
@@ -196,5 +139,4 @@ __all__ = [
     "judged",
     "legacy_risk_to_weights",
     "risk_to_weights",
-    "smooth",
 ]

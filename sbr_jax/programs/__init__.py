@@ -18,26 +18,30 @@ PROGRAMS = {
     "realtext": "a small chat model trained from real text",
 }
 """Name on the command line to what it does."""
+OF_PRESETS = ("run", "attack", "analyse", "export")
+"""Programs whose first word is a preset."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program that is named first and return its exit code."""
-    from sbr_jax import errors
+    """Runs the program that is named first and returns its exit code."""
     from sbr_jax.programs import cli
 
     given = list(sys.argv[1:] if args is None else args)
     lines = [f"  {name:<11} {summary}" for name, summary in PROGRAMS.items()]
-    usage = "\n".join(["usage: sbr-jax PROGRAM ...; sbr-jax PROGRAM --help", *lines])
-    if given and given[0] in ("-h", "--help"):
-        print(usage)
+    if given[:1] in (["-h"], ["--help"]):
+        usage = "usage: sbr-jax PROGRAM ...; sbr-jax PROGRAM --help"
+        print("\n".join([usage, *lines]))
         return 0
-
-    def choose() -> None:
-        if not given:
-            raise errors.unknown("program", "", PROGRAMS)
-        errors.check_names("program", given[:1], PROGRAMS)
-
-    if code := cli.guarded(choose, interrupted="interrupted"):
+    if code := cli.guarded(lambda: _check(given), interrupted="interrupted"):
         return code
     name = given[0].replace("-", "_")
     return importlib.import_module(f"{__name__}.{name}").main(given[1:])
+
+
+def _check(words: Sequence[str]) -> None:
+    """Refuses an unknown program or preset before the program is loaded."""
+    from sbr_jax import errors, recipes
+
+    errors.check_names("program", words[:1] or [""], PROGRAMS)
+    if words[0] in OF_PRESETS and len(words) > 1 and not words[1].startswith("-"):
+        errors.check_names("preset", words[1:2], recipes.MODULES)

@@ -24,7 +24,7 @@ from typing import Any
 from sbr_jax import errors, files, recipes
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import JobArguments, Options, make_job, parse
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.reporting import html
 from sbr_jax.reporting.analyses import drawings
 from sbr_jax.reporting.runs import program_of, read_run
@@ -32,7 +32,7 @@ from sbr_jax.studies import dates
 from sbr_jax.studies.analyses import ANALYSES, LABELLED, Context, labelled
 from sbr_jax.typing import UserError
 
-PROGRAM = "python -m experiments.analyse"
+PROGRAM = cli.command("analyse")
 OUTPUT = "analysis.json"
 REMEDY = "delete it to have all analyses made anew"
 MOST_EXAMPLES = 500

@@ -20,7 +20,7 @@ from sbr_jax.programs import cli
 from sbr_jax.programs.attack_job import AttackArguments, execute, make_attack
 from sbr_jax.programs.job import parse
 
-PROGRAM = "python -m experiments.attack"
+PROGRAM = cli.command("attack")
 PRESETS = ("testbed", "testbed-hard")
 """Presets whose world has an attacker."""
 SHOWN = ("plain", "safeanchor-exact")

@@ -7,7 +7,7 @@ from typing import Any
 from sbr_jax import errors
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job, JobArguments, Options, make_job
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.typing import UserError
 
 DATA = ("ratio", "examples", "epochs")

@@ -1,21 +1,17 @@
-"""What all command-line programs share: parsing, and one line for a user's mistake."""
+"""Frame of every command-line program: checks, one line for a mistake, exit codes."""
 
-import dataclasses
-import difflib
 import errno
 import os
 import sys
-import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 from sbr_jax import errors
 from sbr_jax.programs import terminal
+from sbr_jax.programs.parsing import parse as parse
 from sbr_jax.typing import UserError
 
-Arguments = TypeVar("Arguments")
 EXIT_SYSTEM = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
@@ -24,85 +20,10 @@ EXIT_TERMINATED = 143
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def parse(
-    kind: type[Arguments],
-    args: Sequence[str] | None,
-    prog: str,
-    default: Arguments | None = None,
-) -> Arguments:
-    """Parses a command line into a frozen dataclass, or a tree of them.
-
-    Args:
-        kind: the dataclass.
-        args: words; None for those of this process.
-        prog: how messages name the program.
-        default: values of what is not said.
-
-    Raises:
-        UserError: for the parser's complaint, with the nearest names of an option.
-    """
-    import tyro  # Needed here only; what else imports this module does not pay.
-    from tyro import _errors as events
-
-    def refuse(event: Any) -> None:
-        raise UserError(f"{_complaint(event, kind)}; see {prog} --help")
-
-    with events.on_parse_error(refuse):
-        return tyro.cli(
-            kind,
-            prog=prog,
-            args=args,
-            default=default,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-
-
-def _complaint(event: Any, kind: type) -> str:
-    """What the parser has against a command line, in one line."""
-    name = type(event).__name__
-    if name == "UnrecognizedArgs":
-        words = [word for word in event.tokens if word.startswith("--")]
-        word = (words or event.tokens)[0].partition("=")[0]
-        near = difflib.get_close_matches(word, list(_flags(kind)), n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        return f"unknown option '{word}'{hint}"
-    if name in ("BadValue", "InvalidChoice", "InstantiationFailure"):
-        said = getattr(event, "message", None) or getattr(event, "reason", None)
-        if name == "InvalidChoice":
-            said = f"expected one of {', '.join(event.choices)}, got '{event.value}'"
-        argument = event.argument
-        flag = "" if argument is None else f"{argument.lowered.name_or_flags[-1]}: "
-        return " ".join(f"{flag}{said}".split())
-    if name == "MissingArgs":
-        missing = (a.arg.lowered.name_or_flags[-1] for a in event.missing_arguments)
-        return f"expected {', '.join(missing)}, got none"
-    return f"cannot be understood ({name})"
-
-
-def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Every option of a tree of dataclasses.
-
-    >>> Pair = dataclasses.make_dataclass("Pair", [("a_b", int), ("c", str)])
-    >>> list(_flags(dataclasses.make_dataclass("Tree", [("p", Pair), ("q", int)])))
-    ['--p.a-b', '--p.c', '--q']
-    """
-    types = dict(zip(getattr(kind, "__parameters__", ()), (), strict=False))
-    origin = typing.get_origin(kind)
-    if origin is not None:
-        types = dict(zip(origin.__parameters__, typing.get_args(kind), strict=True))
-        kind = origin
-    hints = typing.get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        inner, name = types.get(hints[field.name], hints[field.name]), field.name
-        if typing.get_origin(inner) is typing.Annotated:
-            inner, *notes = typing.get_args(inner)
-            named = (note.name for note in notes if getattr(note, "name", None))
-            name = next(named, name)
-        flag = f"{prefix}{name.replace('_', '-')}"
-        if dataclasses.is_dataclass(inner):
-            yield from _flags(inner, f"{flag}.")
-        else:
-            yield f"--{flag}"
+def command(program: str) -> str:
+    """How to call a program, as this process was called: installed, or in a clone."""
+    installed = Path(sys.argv[0]).name == "sbr-jax"
+    return f"sbr-jax {program}" if installed else f"python -m experiments.{program}"
 
 
 def check_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from sbr_jax.methods import Hyperparameters, build
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.reporting.runs import PROGRAMS
 from sbr_jax.settings import Training, restore
 from sbr_jax.studies.dates import dated
@@ -31,7 +31,7 @@ from sbr_jax.training import deployed
 from sbr_jax.training.config import Config
 from sbr_jax.typing import PyTree, UserError
 
-PROGRAM = "python -m experiments.export"
+PROGRAM = cli.command("export")
 SHARD_BYTES = 5 * 10**9
 
 

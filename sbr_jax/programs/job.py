@@ -10,7 +10,7 @@ import tyro
 from sbr_jax import errors, recipes
 from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
 from sbr_jax.programs import cli
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.studies.dates import dated
 from sbr_jax.studies.options import Sources, StudyOptions, recorded

@@ -21,7 +21,7 @@ from sbr_jax.programs import cli, harness
 from sbr_jax.programs.job import Job, JobArguments, Options, execute, make_job, parse
 from sbr_jax.typing import UserError
 
-PROGRAM = "python -m experiments.run"
+PROGRAM = cli.command("run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def run(args: Sequence[str]) -> None:
         harness.evaluate(job, study, tasks)
     if not job.quiet:
         print(f"results: {job.workdir / 'results.jsonl'}")
-        print(f"next:    python -m experiments.report {job.workdir}")
+        print(f"next:    {cli.command('report')} {job.workdir}")
 
 
 def main(args: Sequence[str] | None = None) -> int:

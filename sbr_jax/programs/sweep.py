@@ -40,7 +40,7 @@ from sbr_jax.recipes.sweeps import SWEEPS
 from sbr_jax.reporting.tables import Table, to_markdown
 from sbr_jax.typing import UserError
 
-PROGRAM = "python -m experiments.sweep"
+PROGRAM = cli.command("sweep")
 MOST = 1000
 """Seeds, or processes: beyond it somebody has mistyped."""
 POLL_SECONDS = 0.1

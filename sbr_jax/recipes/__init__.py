@@ -1,40 +1,13 @@
-"""Recipes: named presets with every number of an experiment, and nothing else."""
+"""Recipes: named presets with every number of an experiment, and nothing else.
 
-import dataclasses
+Their names alone load nothing, so that a mistyped one is told at once.
+"""
+
 import importlib
+from typing import TYPE_CHECKING
 
-from sbr_jax.methods import Hyperparameters
-from sbr_jax.settings import Hardware, Training
-from sbr_jax.studies.options import StudyOptions
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """One named experiment.
-
-    Attributes:
-        name: on the command line.
-        summary: one line for `--list`.
-        study: options of the study, which build it.
-        domains: the default sequence.
-        methods: the default variants, of `METHODS` or `VARIANTS`.
-        seeds: the default seeds.
-        training: mathematics, shared by all variants.
-        hardware: how it is computed.
-        hyperparameters: of every method; the published ones unless a recipe says
-            otherwise.
-    """
-
-    name: str
-    summary: str
-    study: StudyOptions
-    domains: tuple[str, ...]
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    training: Training = Training()
-    hardware: Hardware = Hardware()
-    hyperparameters: Hyperparameters = Hyperparameters()  # pyright: ignore[reportInvalidTypeForm]
-
+if TYPE_CHECKING:
+    from sbr_jax.recipes.preset import Preset
 
 MODULES = {
     "demo": "demo",
@@ -48,6 +21,6 @@ MODULES = {
 """Name of a preset to its module in this package."""
 
 
-def load(name: str) -> Preset:
+def load(name: str) -> "Preset":
     """The preset of this name, a key of `MODULES`."""
     return importlib.import_module(f"{__name__}.{MODULES[name]}").PRESET

@@ -19,7 +19,7 @@ Expected: as published, and not run here, plain LoRA falls from a composite of 9
 43.6, SafeAnchor to 85.2. The 91.4 is out of reach with TruthfulQA's MC2.
 """
 
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.studies.options import DOMAINS, ChatOptions
 

@@ -20,7 +20,7 @@ Cost: 4 to 12 minutes per seed and row on one core; `--seed 0` for a first look.
 Expected: docs/realtext.md has the measured table; erosion need not be monotone.
 """
 
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.studies.options import RealtextOptions
 

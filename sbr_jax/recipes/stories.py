@@ -15,7 +15,7 @@ beside the repository is read. The premise, a low-rank safety spectrum,
 need not hold in so small a model: the report measures it and says so.
 """
 
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.settings import Training
 from sbr_jax.studies.options import StoriesOptions
 

@@ -10,7 +10,7 @@ shared by all rows; a defence's own hyper-parameters are the published ones unle
 row says otherwise.
 """
 
-from sbr_jax.recipes import Preset
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.settings import Training
 from sbr_jax.studies.options import TestbedOptions
 

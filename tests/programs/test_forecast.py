@@ -13,6 +13,7 @@ import pytest
 from sbr_jax import losses, models
 from sbr_jax.costs import devices, dry_run, forecast, forecast_judge
 from sbr_jax.costs.forecast import Device, Job
+from sbr_jax.methods import METHODS, build
 from sbr_jax.models import hf_config
 from sbr_jax.programs import run
 
@@ -150,7 +151,7 @@ def test_writing_is_bound_by_reading_weights_unless_many_write_together():
 
 def test_rows_cost_more_than_plain_by_what_they_do():
     job = Job(LLAMA2_7B)
-    cost = {row: forecast.step_flops(job, row) for row in forecast.PASSES}
+    cost = {name: forecast.step_flops(job, build(name).cost) for name in METHODS}
     assert min(cost.values()) == cost["plain"] < cost["adaptive-probe"]
     assert cost["safeanchor"] < cost["unified"] == max(cost.values())
     # Forward with backward: task, KL to the reference, half a batch for each of the two
@@ -160,8 +161,11 @@ def test_rows_cost_more_than_plain_by_what_they_do():
     wanted = (job.batch + job.batch + half + half) * whole + (job.batch + half) * one
     # One sum in two orders: only rounding is left.
     assert cost["unified"] == pytest.approx(wanted, rel=1e-12)
-    # What a row without an entry does is not known: as plain, at the least.
-    assert forecast.step_flops(job, "new-row") == cost["plain"]
+    # Three passes of a stage as long as a domain.
+    stage = forecast.stage_flops(job, build("booster").cost, 100)
+    assert stage == pytest.approx(300 * cost["plain"], rel=1e-12)
+    ten = forecast.stage_flops(job, build("booster", steps=10).cost, 100)
+    assert ten == pytest.approx(stage / 10, rel=1e-12)
 
 
 # --- the device, and the dry run of a preset without a survey -------------------------
@@ -268,7 +272,7 @@ def test_a_guard_is_held_whole_and_pays_a_pass_for_every_exchange(demo, tmp_path
     assert found["ratings"] == pytest.approx(flops / device.flops, rel=1e-12)
     for other, row in ((guarded, "plain"), (plan, "adaptive-judge")):
         assert "ratings" not in dry_run.row_seconds(other, demo, job, device, row)
-    assert forecast_judge.rates_pairs("unified", {"risk": "judge"})
+    assert build("unified", risk="judge").cost.ratings == 1
     assert forecast_judge.judging_seconds({}, job, device, 3, 5) == 0.0
     asked = {"harmbench": (3, 40), "gsm8k": (5, 40), "probe": (7, 40)}
     notes = {"measurements": {"harmbench": {"judge": {}}, "gsm8k": {}}}

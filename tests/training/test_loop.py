@@ -90,7 +90,7 @@ def test_accumulation_equals_one_big_batch():
     results = []
     for accumulation in (1, 4):
         config = tiny.changed(CONFIG, accumulation=accumulation)
-        options = {"anchor_batch_size": 4, "max_rank": 6}
+        options = {"kl_batch_size": 4, "max_rank": 6}
         found = tiny.program("safeanchor-exact", config, STUDY, **options)
         adapter = init_adapter(STUDY, CONFIG, 0)
         key = jax.random.key(3)
@@ -129,7 +129,7 @@ def test_domains_seeds_and_subspaces_share_one_trace():
         return task_gradient(problem, base, adapter, state, batch, key)
 
     def make():
-        options = {"anchor_weight": 0.0, "max_rank": 6}
+        options = {"kl_weight": 0.0, "max_rank": 6}
         return tiny.program("safeanchor-exact", CONFIG, STUDY, **options)
 
     found = make()

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from sbr_jax.data.batches import batch
-from sbr_jax.methods.base import Problem, adamw, one_of, positive
+from sbr_jax.methods.base import Cost, Problem, adamw
 from sbr_jax.models import LoraPair, is_lora_pair, merge_adapter
 from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import Batch, PyTree, UserError
@@ -44,7 +44,7 @@ WARMUP = 0.1  # Share of a cosine schedule's steps; published for Vaccine.
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """How an alignment stage trains.
+    """Settings of an alignment stage.
 
     Attributes:
       name: of the method, for messages.
@@ -63,19 +63,9 @@ class Stage:
     steps: int | None
     batch_size: int | None
 
-    def __post_init__(self):
-        """Refuses values that cannot be meant.
-
-        Raises:
-          UserError: naming the field.
-        """
-        positive("learning_rate", self.learning_rate)
-        positive("weight_decay", self.weight_decay, zero=True)
-        one_of("schedule", self.schedule, ("cosine", "constant"))
-        for label in ("steps", "batch_size"):
-            value = getattr(self, label)
-            if value is not None and value < 1:
-                raise UserError(f"{label}: expected at least 1 or None, got {value!r}")
+    def cost(self, passes: float) -> Cost:
+        """The stage's, of so many passes forwards and backwards a step."""
+        return Cost(stage=passes, stage_steps=self.steps)
 
     def optimizer(
         self, problem: Problem, adapter: PyTree
@@ -156,15 +146,8 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
 def fresh_like(adapter: PyTree, key: jax.Array) -> PyTree:
     """A fresh adapter of the same shape: B = 0, and A in another random order.
 
-    Shuffling the inputs of each column of A is an exact new draw from any
-    distribution of independent, equal entries, such as ``init_adapter``'s.
-
-    Args:
-      adapter: ``{name: LoraPair}``; its B does not matter.
-      key: of the order.
-
-    Returns:
-      A tree like ``adapter``, all of it new arrays.
+    Shuffling the inputs of each column of A is an exact new draw from any distribution
+    of independent, equal entries, such as ``init_adapter``'s. All arrays are new.
 
     >>> pair = LoraPair(jnp.ones((1, 1, 2)), jnp.arange(3.0).reshape(1, 3, 1), 1.0)
     >>> fresh = fresh_like({"q_proj": pair}, jax.random.key(0))["q_proj"]

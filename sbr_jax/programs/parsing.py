@@ -1,0 +1,128 @@
+"""Command lines as trees of frozen dataclasses, with one line for each mistake."""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from sbr_jax.typing import UserError
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(
+    kind: type[Arguments],
+    args: Sequence[str] | None,
+    prog: str,
+    default: Arguments | None = None,
+) -> Arguments:
+    """Parses a command line into a frozen dataclass, or a tree of them.
+
+    Args:
+        kind: the dataclass.
+        args: words; None for those of this process.
+        prog: how messages name the program.
+        default: values of what is not said.
+
+    Raises:
+        UserError: for a mistake, with the nearest names of an unknown option.
+    """
+    import tyro  # Needed here only; what else imports this module does not pay.
+
+    # The only hook for its complaints, and private: pyproject.toml bounds the version.
+    from tyro._errors import on_parse_error
+
+    words = list(sys.argv[1:] if args is None else args)
+
+    def refuse(event: Any) -> None:
+        raise UserError(f"{_complaint(event, kind, words)}; see {prog} --help")
+
+    _refuse_unsaid(words)
+    with on_parse_error(refuse):
+        return tyro.cli(kind, prog=prog, args=words, default=default)
+
+
+def _refuse_unsaid(words: Sequence[str]) -> None:
+    """Refuses what tyro takes without a word: options given twice, empty values."""
+    seen, option = set(), ""
+    for word in words:
+        if word.startswith("--"):
+            option, _, value = word.replace("_", "-").partition("=")
+            if option in seen:
+                raise UserError(f"expected {option} once, got it twice: drop one")
+            seen.add(option)
+            word = value or word
+        if word in ("", f"{option}="):
+            raise UserError(f"{option or 'first word'}: expected a value, got ''")
+
+
+def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:
+    """What the parser has against a command line, in one line."""
+    name = type(event).__name__
+    if name == "UnrecognizedArgs":
+        options = [word for word in event.tokens if word.startswith("--")]
+        if not options:
+            word = event.tokens[0]
+            switch = "; a switch is --NAME or --no-NAME"
+            more = switch if word in ("True", "False") else ""
+            return f"unexpected word '{word}'{more}"
+        word = options[0].partition("=")[0]
+        near = difflib.get_close_matches(word, list(flags(kind)), n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        return f"unknown option '{word}'{hint}"
+    if name == "MissingArgs":
+        missing = (a.arg.lowered.name_or_flags[-1] for a in event.missing_arguments)
+        return f"expected {', '.join(missing)}, got none"
+    argument = getattr(event, "argument", None)
+    if argument is None:  # Of the whole record: its own check has put it in words.
+        return " ".join(str(getattr(event, "message", name)).split())
+    flag, wanted = argument.lowered.name_or_flags[-1], argument.lowered.metavar
+    said = ", ".join(map(repr, _values(flag, words))) or "none"
+    return f"{flag}: expected {wanted}, got {said}"
+
+
+def _values(flag: str, words: Sequence[str]) -> list[str]:
+    """What was said after an option.
+
+    >>> _values("--a-b", ["--a_b=1", "2", "--c", "3"])
+    ['1', '2']
+    """
+    found: list[str] = []
+    inside = False
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            inside = name.replace("_", "-") == flag
+            found += [value] if inside and value else []
+        elif inside:
+            found.append(word)
+    return found
+
+
+def flags(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every option of a tree of dataclasses.
+
+    >>> Pair = dataclasses.make_dataclass("Pair", [("a_b", int), ("c", bool)])
+    >>> list(flags(dataclasses.make_dataclass("Tree", [("p", Pair), ("q", int)])))
+    ['--p.a-b', '--p.c', '--p.no-c', '--q']
+    """
+    types: dict[Any, Any] = {}
+    if (origin := typing.get_origin(kind)) is not None:
+        types = dict(zip(origin.__parameters__, typing.get_args(kind), strict=True))
+        kind = origin
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        inner, name = types.get(hints[field.name], hints[field.name]), field.name
+        if typing.get_origin(inner) is typing.Annotated:
+            inner, *notes = typing.get_args(inner)
+            named = (note.name for note in notes if getattr(note, "name", None))
+            name = next(named, name)
+        name = name.replace("_", "-")
+        if dataclasses.is_dataclass(inner):
+            yield from flags(inner, f"{prefix}{name}.")
+            continue
+        yield f"--{prefix}{name}"
+        if inner is bool:
+            yield f"--{prefix}no-{name}"
