@@ -125,9 +125,8 @@ def make_cell(fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]) -
     options = fields.get("options", ())
     if "attack" in fields:
         kind = attack_job.AttackArguments
-        return attack_job.make_attack(
-            preset, parse_preset(kind, preset, options, PROGRAM, **changes)
-        )
+        parsed = parse_preset(kind, preset, options, PROGRAM, **changes)
+        return attack_job.make_attack(preset, parsed, options)
     arguments = parse_preset(JobArguments, preset, options, PROGRAM, **changes)
     return make_job(preset, arguments)
 
