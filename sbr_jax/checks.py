@@ -9,14 +9,18 @@ import functools
 import operator
 import types
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sbr_jax.typing import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def number(
@@ -46,9 +50,7 @@ def number(
     wanted = f"a finite number{_range(least, above, most, below)}"
     if not _is_real(value):
         raise _refusal(name, wanted, value, note)
-    if isinstance(value, jax.core.Tracer) or not getattr(
-        value, "is_fully_addressable", True
-    ):
+    if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return
     try:
         x = float(value)
@@ -132,7 +134,7 @@ def fields(record: Any, scope: str) -> None:
 
     Args:
         record: whose fields are numbers, texts, switches, words (`Literal`), tuples of
-            texts, or such or None; what is declared as anything else is not looked at.
+            one kind, or such or None; all else is not looked at.
         scope: put before the name of a field.
 
     Raises:
@@ -165,10 +167,35 @@ def _fits(name: str, value: Any, kind: Any) -> None:
         one_of(name, value, typing.get_args(kind))
     elif kind in (str, bool) and not isinstance(value, kind):
         raise _refusal(name, {str: "text", bool: "True or False"}[kind], value)
-    elif kind == tuple[str, ...] and not (
-        isinstance(value, tuple) and all(isinstance(x, str) for x in value)
-    ):
-        raise _refusal(name, "a tuple of texts", value)
+    elif typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, tuple) or not all(isinstance(x, item) for x in value):
+            named = {str: "texts", int: "whole numbers"}.get(item, item.__name__)
+            raise _refusal(name, f"a tuple of {named}", value)
+
+
+def checked(maker: Callable[P, T]) -> Callable[P, T]:
+    """Make a function refuse keywords outside their declared types and ranges.
+
+    >>> from sbr_jax.settings import Positive
+    >>> @checked
+    ... def noise(*, scale: Positive = 0.01):
+    ...     return scale
+    >>> noise(scale=-1.0)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    sbr_jax.typing.UserError: expected noise.scale to be a finite number above 0, ...
+    """
+    hints = typing.get_type_hints(maker, include_extras=True)
+    scope = getattr(maker, "__name__", "option").replace("_", "-")
+
+    @functools.wraps(maker)
+    def made(*args: P.args, **options: P.kwargs) -> T:
+        for name, value in options.items():
+            if name in hints:
+                _fits(f"{scope}.{name}", value, hints[name])
+        return maker(*args, **options)
+
+    return made
 
 
 def is_function(value: Any) -> bool:
@@ -192,9 +219,9 @@ def transformation(name: str, value: Any) -> None:
 
 def random_key(name: str, value: Any) -> None:
     """Refuse what is not one key of ``jax.random``."""
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
-    typed = isinstance(value, jax.Array) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    old = dtype == jnp.uint32 and shape == (2,)
+    shape = getattr(value, "shape", None)
+    typed = isinstance(value, jax.Array) and has_dtype(value, jax.dtypes.prng_key)
+    old = getattr(value, "dtype", None) == jnp.uint32 and shape == (2,)
     if not (typed and shape == ()) and not old:
         raise _refusal(name, "one random key, such as jax.random.key(0)", value)
 
@@ -204,9 +231,7 @@ def floating(what: str, where: str, leaf: Any) -> None:
 
     A step cast to integers is 0, and one cast from complex numbers loses half.
     """
-    dtype = getattr(leaf, "dtype", None)
-    fits = dtype is not None and hasattr(leaf, "shape")
-    if not fits or not jnp.issubdtype(dtype, jnp.floating):
+    if not hasattr(leaf, "shape") or not has_dtype(leaf, jnp.floating):
         raise UserError(
             f"expected {what} that are floating-point arrays, got {shown(leaf)} at "
             f"{where or '/'}; leave out what is not trained, or convert it"
@@ -222,7 +247,7 @@ def floating_leaves(what: str, tree: Any) -> None:
 def shown(value: Any) -> str:
     """A value in a few words: an array by its kind and shape, all else by its text."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        if _is_real(value) and not isinstance(value, jax.core.Tracer):
+        if _is_real(value) and not is_traced(value):
             return f"{value.dtype} {value}"
         return f"{value.dtype} {list(value.shape)}"
     text = " ".join(repr(value).split())
@@ -236,15 +261,25 @@ def _in_float32(x: float) -> float:
     return 0.0 if abs(seen) < np.finfo(np.float32).tiny else seen
 
 
+def has_dtype(value: Any, kind: Any) -> bool:
+    """Whether a value is an array of a kind of numbers."""
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, kind)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for one that a traced function will be given."""
+    return isinstance(value, Tracer)
+
+
 def _is_real(value: Any) -> bool:
     if isinstance(value, bool | np.bool_):
         return False
     if isinstance(value, int | float):
         return True
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or getattr(value, "shape", None) != ():
+    if getattr(value, "shape", None) != ():
         return False
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+    return has_dtype(value, jnp.floating) or has_dtype(value, jnp.integer)
 
 
 def _range(

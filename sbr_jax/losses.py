@@ -33,10 +33,9 @@ def _check(name: str, logits: jax.Array, **others: jax.Array) -> None:
     if not shape:
         raise UserError(f"expected {name} [B, T, V], got {checks.shown(logits)}")
     for what, array in others.items():
-        dtype = getattr(array, "dtype", None)
-        fits = dtype is not None and tuple(array.shape) == shape
+        fits = hasattr(array, "dtype") and tuple(array.shape) == shape
         whole = what == "tokens"
-        if not fits or (whole and not jnp.issubdtype(dtype, jnp.integer)):
+        if not fits or (whole and not checks.has_dtype(array, jnp.integer)):
             raise UserError(
                 f"expected {what} to be {'integers ' if whole else ''}{list(shape)}, "
                 f"like {name} without the vocabulary, got {checks.shown(array)}"

@@ -58,7 +58,7 @@ def jitter(seed, size=0.1):
 MOVED = jitter(1)
 ANCHORS = anchor_prompts(HARMFUL, 8, KEY)
 REFERENCE = reference_states(PROBLEM, BASE, FRESH, ANCHORS)
-STATE = {"anchors": ANCHORS, "reference": REFERENCE}
+STATE = {"anchor": {"prompts": ANCHORS, "reference": REFERENCE}}
 
 states_of = jax.jit(functools.partial(prompt_states, APPLY))
 

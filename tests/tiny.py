@@ -9,8 +9,8 @@ import numpy as np
 from sbr_jax import losses, models
 from sbr_jax.data.batches import TokenDataset
 from sbr_jax.methods import METHODS, VARIANTS
+from sbr_jax.methods._hyperparameters import attribute, collect
 from sbr_jax.methods.base import Problem
-from sbr_jax.methods.hyperparameters import attribute, collect
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.training.config import Config
 from sbr_jax.training.program import make_program

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import checks
 from sbr_jax.models.codes import as_dense
 from sbr_jax.typing import PyTree, UserError
 
@@ -65,7 +66,7 @@ def ablate_direction(base: PyTree, direction: jax.Array | np.ndarray) -> PyTree:
         )
     direction = jnp.asarray(direction, jnp.float32)
     length = jnp.linalg.norm(direction)
-    if not isinstance(length, jax.core.Tracer) and not 0 < float(length) < jnp.inf:
+    if not checks.is_traced(length) and not 0 < float(length) < jnp.inf:
         raise UserError(
             f"direction: expected a finite length above 0, got {float(length)}; "
             "nothing would be ablated"

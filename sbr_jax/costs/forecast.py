@@ -11,10 +11,8 @@ parameters of an adapter, N examples, K columns of a subspace.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from sbr_jax.methods import resolve
+from sbr_jax.methods.base import Cost, Method
 from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.lora import select_targets
 from sbr_jax.models.quantize import weight_bytes
@@ -27,7 +25,7 @@ LOGIT_COPIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Load:
     """What is trained and how, as far as it costs.
 
     Attributes:
@@ -96,108 +94,108 @@ def adapter_parameters(config: ModelConfig, rank: int, targets: str) -> int:
 # --- FLOPs ----------------------------------------------------------------------------
 
 
-def _layer_flops(job: Job, tokens: int, keys: int) -> tuple[float, float, float]:
+def _layer_flops(load: Load, tokens: int, keys: int) -> tuple[float, float, float]:
     """Of one sequence in one layer: projections, attention, adapter."""
-    config = job.config
+    config = load.config
     weights = sum(math.prod(config.projection(name)) for name in TARGETS)
-    adapter = sum(sum(config.projection(name)) for name in select_targets(job.targets))
+    adapter = sum(sum(config.projection(name)) for name in select_targets(load.targets))
     attention = 4 * tokens * keys * config.heads * config.head_dim
-    return 2 * tokens * weights, attention, 2 * tokens * job.rank * adapter
+    return 2 * tokens * weights, attention, 2 * tokens * load.rank * adapter
 
 
 def forward_flops(
-    job: Job, tokens: int, *, keys: int | None = None, heads: int | None = None
+    load: Load, tokens: int, *, keys: int | None = None, heads: int | None = None
 ) -> float:
     """Of one sequence, forwards.
 
     Args:
-        job: what runs.
+        load: what runs.
         tokens: T.
         keys: positions that each token looks at; None for T.
         heads: positions whose logits are computed; None for T.
     """
-    layer = sum(_layer_flops(job, tokens, tokens if keys is None else keys))
-    table = 2 * job.config.width * job.config.vocab_size
-    return job.config.layers * layer + (tokens if heads is None else heads) * table
+    layer = sum(_layer_flops(load, tokens, tokens if keys is None else keys))
+    table = 2 * load.config.width * load.config.vocab_size
+    return load.config.layers * layer + (tokens if heads is None else heads) * table
 
 
-def train_flops(job: Job, tokens: int) -> float:
+def train_flops(load: Load, tokens: int) -> float:
     """Of one sequence, forwards and backwards, with the base frozen.
 
     The backward pass of a frozen weight is one product (the input's gradient), that of
     an adapter or of attention two. A recomputed layer does without its last product,
     whose result only a norm behind it would need.
     """
-    weights, attention, adapter = _layer_flops(job, tokens, tokens)
-    table = 2 * tokens * job.config.width * job.config.vocab_size
+    weights, attention, adapter = _layer_flops(load, tokens, tokens)
+    table = 2 * tokens * load.config.width * load.config.vocab_size
     layer = 2 * weights + 3 * attention + 3 * adapter
     again = 0.0
-    if job.remat:
+    if load.remat:
         again = weights + attention + adapter
-        if not job.config.post_norms:
-            again -= 2 * tokens * math.prod(job.config.projection("down_proj"))
-    return job.config.layers * (layer + again) + 2 * table
+        if not load.config.post_norms:
+            again -= 2 * tokens * math.prod(load.config.projection("down_proj"))
+    return load.config.layers * (layer + again) + 2 * table
 
 
 # --- memory ---------------------------------------------------------------------------
 
 
-def adapter_bytes(job: Job) -> int:
+def adapter_bytes(load: Load) -> int:
     """Of one adapter, float32."""
-    return FLOAT32 * adapter_parameters(job.config, job.rank, job.targets)
+    return FLOAT32 * adapter_parameters(load.config, load.rank, load.targets)
 
 
-def cache_bytes(job: Job, tokens: int) -> int:
+def cache_bytes(load: Load, tokens: int) -> int:
     """Keys and values of so many tokens."""
-    config = job.config
+    config = load.config
     entries = 2 * config.layers * config.kv_heads * config.head_dim
-    return tokens * entries * BYTES[job.dtype]
+    return tokens * entries * BYTES[load.dtype]
 
 
-def _inside_layer(job: Job) -> int:
+def _inside_layer(load: Load) -> int:
     """Activations that the backward pass of one layer needs, for one microbatch."""
-    config, size = job.config, BYTES[job.dtype]
+    config, size = load.config, BYTES[load.dtype]
     queries = config.heads * config.head_dim
     keys = config.kv_heads * config.head_dim
     # Normed inputs twice, queries, keys, values, attention's output, and the MLP's
     # gate before and after its activation, the other factor, and their product.
     token = 2 * config.width + 2 * queries + 2 * keys + 4 * config.mlp_width
-    scores = 2 * config.heads * job.length * FLOAT32
-    return job.microbatch * job.length * (token * size + scores)
+    scores = 2 * config.heads * load.length * FLOAT32
+    return load.microbatch * load.length * (token * size + scores)
 
 
-def training_memory(job: Job) -> dict[str, int]:
+def training_memory(load: Load) -> dict[str, int]:
     """Bytes by part of one step, without the frozen weights."""
-    config, tokens = job.config, job.microbatch * job.length
-    stream = config.layers * tokens * config.width * BYTES[job.dtype]
-    layers = 1 if job.remat else config.layers
+    config, tokens = load.config, load.microbatch * load.length
+    stream = config.layers * tokens * config.width * BYTES[load.dtype]
+    layers = 1 if load.remat else config.layers
     return {
-        "adapter and its gradient": 2 * adapter_bytes(job),
-        "AdamW's moments": 2 * adapter_bytes(job),
+        "adapter and its gradient": 2 * adapter_bytes(load),
+        "AdamW's moments": 2 * adapter_bytes(load),
         "residual stream": stream,
-        "activations inside layers": layers * _inside_layer(job),
+        "activations inside layers": layers * _inside_layer(load),
         "logits": LOGIT_COPIES * tokens * config.vocab_size * FLOAT32,
     }
 
 
-def subspace_bytes(job: Job, columns: int) -> int:
+def subspace_bytes(load: Load, columns: int) -> int:
     """Of a basis of K columns per unit and layer, in the state and the optimizer."""
-    return 2 * columns * adapter_bytes(job)
+    return 2 * columns * adapter_bytes(load)
 
 
 def fisher_memory(
-    job: Job, examples: int, microbatch: int, buffer: int
+    load: Load, examples: int, microbatch: int, buffer: int
 ) -> dict[str, int]:
     """Bytes of a Fisher estimate's own arrays.
 
     The rows, a buffer and a batch at most, are held twice while they are joined or cut.
     """
     rows = min(examples, buffer + microbatch)
-    one = dataclasses.replace(job, batch=microbatch, accumulation=1)
+    one = dataclasses.replace(load, batch=microbatch, accumulation=1)
     return {
-        "per-example gradients": (2 * rows + microbatch) * adapter_bytes(job),
+        "per-example gradients": (2 * rows + microbatch) * adapter_bytes(load),
         "activations": _inside_layer(one)
-        + LOGIT_COPIES * microbatch * job.length * job.config.vocab_size * FLOAT32,
+        + LOGIT_COPIES * microbatch * load.length * load.config.vocab_size * FLOAT32,
     }
 
 
@@ -229,7 +227,7 @@ A100 = Device("A100 (80 GB) at 40 % of its peak", 80e9, 125e12, 1.2e12)
 
 
 def generation_seconds(
-    job: Job, device: Device, prompts: int, tokens: int, new: int, rows: int
+    load: Load, device: Device, prompts: int, tokens: int, new: int, rows: int
 ) -> float:
     """Of so many answers: a pass over the prompts, then a token of all rows at a time.
 
@@ -237,7 +235,7 @@ def generation_seconds(
     longer.
 
     Args:
-        job: what runs.
+        load: what runs.
         device: where.
         prompts: how many.
         tokens: of a prompt.
@@ -245,90 +243,44 @@ def generation_seconds(
         rows: answers written at once.
     """
     flops, bandwidth = device.flops * device.count, device.bandwidth * device.count
-    reading = prompts * forward_flops(job, tokens, heads=1) / flops
-    size = weight_bytes(job.config, job.dtype, job.quantize)
-    size += cache_bytes(job, rows * (tokens + new))
-    products = rows * forward_flops(job, 1, keys=tokens + new)
+    reading = prompts * forward_flops(load, tokens, heads=1) / flops
+    size = weight_bytes(load.config, load.dtype, load.quantize)
+    size += cache_bytes(load, rows * (tokens + new))
+    products = rows * forward_flops(load, 1, keys=tokens + new)
     step = max(products / flops, size / bandwidth)
     return reading + math.ceil(prompts / rows) * new * step
 
 
-# --- rows -----------------------------------------------------------------------------
+# --- defences -------------------------------------------------------------------------
 
 
-def projects(variant: str, methods: Any = None) -> bool:
-    """Whether a variant keeps a subspace, and so needs a Fisher of the calibration set.
-
-    >>> rows = ("no-csm", "csm-only", "anchor-only")
-    >>> [projects(f"safeanchor-exact:{name}") for name in rows]
-    [True, False, False]
-    """
-    method, options = resolve(variant, methods)
-    if method == "unified":
-        return options.project
-    return method.startswith("safeanchor") and options.projection != "none"
+def step_flops(load: Load, cost: Cost) -> float:
+    """Of one optimizer step of a defence."""
+    one, whole = forward_flops(load, load.length), train_flops(load, load.length)
+    return load.batch * ((1 + cost.backward) * whole + cost.forward * one)
 
 
-def fisher_estimates(variant: str, methods: Any, domains: int, steps: int) -> int:
-    """How often a variant differentiates every calibration example on its own.
+def stage_flops(load: Load, cost: Cost, steps: int) -> float:
+    """Of a defence's stage before training, where a domain has so many steps."""
+    passes = cost.stage * (cost.stage_steps or steps)
+    return passes * load.batch * train_flops(load, load.length)
 
-    With a subspace: at the start, on the random control unless it is told not to, after
-    every domain, and as often in between as it refreshes. EWC on safety data: at the
-    start and after every domain, if that counts.
+
+def calibration_fishers(method: Method, domains: int, steps: int) -> int:
+    """How often a defence differentiates every calibration example on its own.
 
     Args:
-        variant: its name.
-        methods: a `Hyperparameters`; None for the published values.
+        method: the defence.
         domains: how many.
         steps: of one domain.
 
-    >>> fisher_estimates("safeanchor", None, 3, 100)
+    >>> from sbr_jax.methods import build
+    >>> calibration_fishers(build("safeanchor"), 3, 100)
     5
-    >>> fisher_estimates("safeanchor-exact:no-update", None, 3, 100)
+    >>> calibration_fishers(build("safeanchor-exact:no-update"), 3, 100)
     1
     """
-    method, options = resolve(variant, methods)
-    if method == "ewc" and options.data == "safety":
-        return 1 if options.keep == "first" else 1 + domains
-    if not projects(variant, methods):
-        return 0
-    chosen = vars(options)
-    after = domains if chosen.get("update_subspace", True) else 0
-    every = chosen.get("refresh_every")
-    between = 0 if every is None else domains * ((steps - 1) // every)
-    return 1 + chosen.get("control_spectrum", True) + after + between
-
-
-PASSES: Mapping[str, tuple[float, float]] = {
-    "plain": (0, 0),
-    "interleaving": (0, 0),
-    "ewc": (0, 0),
-    "o-lora": (0, 0),
-    "safe-lora": (0, 0),
-    "asft": (0, 0),
-    "lox": (0, 0),
-    "antidote": (0, 0),
-    "vaccine": (0, 0),
-    "booster": (0, 0),
-    "salora": (0, 0),
-    "lisa": (0, 0),
-    "adaptive-judge": (1, 0),
-    "adaptive-probe": (1, 0),
-    "sbr": (0, 0.5),
-    "safegrad": (0.5, 0.5),
-    "safeanchor": (0.5, 0.5),
-    "safeanchor-exact": (0.5, 0.5),
-    "unified": (1.5, 2.0),
-}
-"""What a row does in a step besides the task's own pass, in units of the batch: forward
-passes alone, and forward with backward. 8 prompts count as half of a batch of 16."""
-
-STAGES = {"vaccine": 2.0, "booster": 3.0}
-"""Rows with an alignment stage as long as a domain, and its passes a step."""
-
-
-def step_flops(job: Job, row: str) -> float:
-    """Of one optimizer step of a row; a variant counts as the method that it runs."""
-    forward, both = PASSES.get(resolve(row)[0], (0, 0))
-    one, whole = forward_flops(job, job.length), train_flops(job, job.length)
-    return job.batch * ((1 + both) * whole + forward * one)
+    cost, every = method.cost, method.refresh_every
+    refreshes = 0 if every is None else domains * ((steps - 1) // every)
+    inside = refreshes * cost.refresh_fishers
+    return cost.fishers + domains * cost.domain_fishers + inside

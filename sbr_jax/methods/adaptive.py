@@ -24,16 +24,16 @@ Symbols: α, β weights, B examples of a batch.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from sbr_jax import losses
-from sbr_jax.methods.base import Method, Problem, one_of, task_loss
-from sbr_jax.methods.compose import Rater
-from sbr_jax.methods.raters import judge_rater, probe_rater
+from sbr_jax.checks import checked, one_of
+from sbr_jax.methods._compose import Rater
+from sbr_jax.methods._raters import judge_rater, probe_rater
+from sbr_jax.methods.base import Cost, Method, Problem, task_loss
 from sbr_jax.methods.risk import (
     BETA_MAX,
     BETA_MIN,
@@ -41,12 +41,16 @@ from sbr_jax.methods.risk import (
     legacy_risk_to_weights,
     risk_to_weights,
 )
+from sbr_jax.settings import Positive
 from sbr_jax.typing import Batch, PyTree
+
+Granularity = Literal["example", "batch"]
+Mapping = Literal["linear", "legacy"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weighting:
-    """How risks become weights: the options that both methods share.
+    """Map from risks to weights.
 
     Attributes:
       beta_min: smallest weight of the KL.
@@ -120,14 +124,14 @@ def adaptive_loss(
     return jnp.mean(alpha * nll + beta * kl), parts
 
 
+@checked
 def adaptive_judge(
     *,
     beta_min: float = BETA_MIN,
     beta_max: float = BETA_MAX,
-    granularity: str = "example",
-    mapping: str = "linear",
+    granularity: Granularity = "example",
+    mapping: Mapping = "linear",
     monitored: bool = False,
-    name: str = "adaptive-judge",
 ) -> Method:
     """Risk-adaptive regularisation, the risk from the study's judge.
 
@@ -139,7 +143,6 @@ def adaptive_judge(
       granularity: of the weights, ``"example"`` or ``"batch"`` (published).
       mapping: ``"linear"`` (the paper) or ``"legacy"`` (the released code).
       monitored: run CSM and repair.
-      name: the row's name.
 
     Returns:
       The method. Its ``init`` and ``mix`` raise :class:`UserError` without a judge.
@@ -151,19 +154,21 @@ def adaptive_judge(
       arXiv:2602.17546
     """
     weighting = Weighting(beta_min, beta_max, granularity, mapping)
-    return _rated(judge_rater(name=name), weighting, name, monitored)
+    return _rated(
+        "adaptive-judge", monitored, judge_rater(name="adaptive-judge"), weighting
+    )
 
 
+@checked
 def adaptive_probe(
     *,
     beta_min: float = BETA_MIN,
     beta_max: float = BETA_MAX,
-    granularity: str = "example",
-    mapping: str = "linear",
-    layers: tuple[int, ...] | None = None,
-    l2: float = 1e-2,
+    granularity: Granularity = "example",
+    mapping: Mapping = "linear",
+    probe_layers: tuple[int, ...] | None = None,
+    probe_l2: Positive = 1e-2,
     monitored: bool = False,
-    name: str = "adaptive-probe",
 ) -> Method:
     """Risk-adaptive regularisation, the risk from a probe of the reference.
 
@@ -177,11 +182,10 @@ def adaptive_probe(
       beta_max: largest weight of the KL.
       granularity: of the weights, ``"example"`` or ``"batch"`` (published).
       mapping: ``"linear"`` (the paper) or ``"legacy"`` (the released code).
-      layers: of the residual stream: 0 is the embedding, l the state after layer l;
-        None for all.
-      l2: penalty of the probe's weights.
+      probe_layers: of the residual stream: 0 is the embedding, l the state after layer
+        l; None for all.
+      probe_l2: μ > 0, penalty of the probe's weights.
       monitored: run CSM and repair.
-      name: the row's name.
 
     Returns:
       The method. Its ``init`` raises :class:`UserError` without both prompt sets.
@@ -193,35 +197,16 @@ def adaptive_probe(
       arXiv:2602.17546
     """
     weighting = Weighting(beta_min, beta_max, granularity, mapping)
-    rater = probe_rater(layers=layers, l2=l2, name=name)
-    return _rated(rater, weighting, name, monitored)
+    rater = probe_rater(layers=probe_layers, l2=probe_l2, name="adaptive-probe")
+    return _rated("adaptive-probe", monitored, rater, weighting)
 
 
-def _rated(rater: Rater, weighting: Weighting, name: str, monitored: bool) -> Method:
-    """Plain fine-tuning with the weighted loss."""
-    hooks = _weighted(weighting, rater.assess)
-    return Method(
-        name=name, monitored=monitored, init=rater.init, mix=rater.mix, **hooks
-    )
-
-
-def _weighted(
-    weighting: Weighting,
-    assess: Callable[..., tuple[jax.Array, jax.Array]],
-) -> dict[str, Any]:
-    """The gradient hooks of a method.
-
-    Args:
-      weighting: risks to weights.
-      assess: ``(problem, base, state, batch) -> (reference logits, risk [B])``.
-
-    Returns:
-      ``gradient`` and ``replay_gradient``.
-    """
+def _rated(name: str, monitored: bool, rater: Rater, weighting: Weighting) -> Method:
+    """Plain fine-tuning with the weighted loss, in one forward pass of θ."""
 
     def objective(problem, base, state, batch, key):
         """The loss as a function of the adapter, and metrics known without it."""
-        reference, risk = assess(problem, base, state, batch)
+        reference, risk = rater.assess(problem, base, state, batch)
         alpha, beta = weighting(risk)
 
         def loss_fn(adapter):
@@ -248,7 +233,15 @@ def _weighted(
         (_, parts), grads = jax.value_and_grad(joint, has_aux=True)(adapter)
         return grads, {}, {**metrics, **parts}
 
-    return {"gradient": gradient, "replay_gradient": repair}
+    return Method(
+        name,
+        monitored,
+        Cost(forward=1.0, ratings=rater.ratings),
+        init=rater.init,
+        mix=rater.mix,
+        gradient=gradient,
+        replay_gradient=repair,
+    )
 
 
 __all__ = [

@@ -9,7 +9,7 @@ For every output j the top fraction of the inputs is set to zero: ⌈fraction ·
 weights. Only adapted projections are pruned. The mean is over the real tokens, those up
 to the last answer token of an example; padding does not count.
 
-``weights="merged"`` prunes W + scale · A B and ships no adapter. The released code
+``weights="merged"`` prunes W + scale · A B and deploys no adapter. The released code
 prunes the adapter's factors instead, each as a matrix of its own with its own inputs (x
 for A, x A for B), and leaves W alone: ``weights="adapter"``. The merged row cuts into
 what the model knew before fine-tuning, so expect it to cost more of everything.
@@ -21,24 +21,27 @@ a later domain does not see the zeros, and every measurement prunes afresh.
 import dataclasses
 import functools
 import math
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.checks import Range, checked
 from sbr_jax.data.batches import subset
-from sbr_jax.methods.base import Method, Problem, one_of
+from sbr_jax.methods.base import Method, Problem
 from sbr_jax.models import merge_adapter
+from sbr_jax.settings import Count
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 
+@checked
 def antidote(
     *,
-    fraction: float = 0.1,
-    examples: int | None = None,
-    weights: str = "merged",
+    fraction: Annotated[float, Range(above=0, below=1)] = 0.1,
+    examples: Count | None = None,
+    weights: Literal["merged", "adapter"] = "merged",
     monitored: bool = False,
-    name: str = "antidote",
 ) -> Method:
     """Antidote on what is deployed.
 
@@ -48,7 +51,6 @@ def antidote(
         2,000).
       weights: ``"merged"``, or ``"adapter"`` as in the released code.
       monitored: run CSM, on the pruned weights.
-      name: the row's name.
 
     Returns:
       The method.
@@ -56,17 +58,12 @@ def antidote(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    one_of("weights", weights, ("merged", "adapter"))
-    if not 0 < fraction < 1:
-        raise UserError(f"fraction: expected a number in (0, 1), got {fraction!r}")
-    if examples is not None and examples < 1:
-        raise UserError(f"examples: expected at least 1, got {examples!r}")
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
         del base, adapter, key
         if problem.harmful is None or not np.any(problem.harmful.mask):
             raise UserError(
-                f"{name}: expected harmful requests with compliant answers in the "
+                "antidote: expected harmful requests with compliant answers in the "
                 "study's `harmful`, got none; the score is measured on them"
             )
         return {}
@@ -89,7 +86,7 @@ def antidote(
         }
         return {**merged, "layers": {**merged["layers"], **pruned}}, None
 
-    return Method(name=name, monitored=monitored, init=init, deploy=deploy)
+    return Method("antidote", monitored, init=init, deploy=deploy)
 
 
 def mean_squares(

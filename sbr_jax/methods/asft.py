@@ -1,6 +1,6 @@
 """AsFT: penalise the part of the update outside the direction of alignment.
 
-Yang et al., arXiv:2506.08473. With C of :mod:`sbr_jax.methods.alignment`:
+Yang et al., arXiv:2506.08473. With C of :mod:`sbr_jax.methods._alignment_direction`:
 
     L = L_task + λ Σ ‖A B (I − C)‖_F²         over layers and projections
 
@@ -15,32 +15,29 @@ are zero. V of the adapted projections stays in the method's state, in the dtype
 weights: the price of a copy of those weights.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.methods.alignment import Alignment, alignments, inner_product, project
-from sbr_jax.methods.base import (
-    Method,
-    Problem,
-    positive,
-    replay_gradient,
-    task_gradient,
+from sbr_jax.checks import checked
+from sbr_jax.methods._alignment_direction import (
+    Alignment,
+    alignments,
+    inner_product,
+    project,
 )
+from sbr_jax.methods._compose import with_pull
+from sbr_jax.methods.base import Method
+from sbr_jax.settings import Positive
 from sbr_jax.typing import PyTree
 
 
-def asft(
-    *, penalty: float = 1.0, monitored: bool = False, name: str = "asft"
-) -> Method:
+@checked
+def asft(*, penalty: Positive = 1.0, monitored: bool = False) -> Method:
     """AsFT as published.
 
     Args:
       penalty: λ > 0.
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method; it reports ``penalty``, the sum of squares without λ, in every step.
@@ -48,30 +45,17 @@ def asft(
     Raises:
       UserError: if λ is not positive.
     """
-    positive("penalty", penalty)
 
-    def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
+    def init(problem, base, adapter, key):
         del key
-        return {"alignment": alignments(problem, base, adapter, name)}
+        return alignments(problem, base, adapter, "asft")
 
-    def penalised(hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook with λ times the penalty's gradient added to its own."""
+    def loss(problem, base, adapter, state, batch, key):
+        del problem, base, batch, key
+        return outside(adapter, state)
 
-        def gradient(problem, base, adapter, state, *rest):
-            grads, extra, metrics = hook(problem, base, adapter, state, *rest)
-            value, pull = jax.value_and_grad(outside)(adapter, state["alignment"])
-            grads = jax.tree.map(lambda g, p: g + penalty * p, grads, pull)
-            return grads, extra, {**metrics, "penalty": value}
-
-        return gradient
-
-    return Method(
-        name=name,
-        monitored=monitored,
-        init=init,
-        gradient=penalised(task_gradient),
-        replay_gradient=penalised(replay_gradient),
-    )
+    method = Method("asft", monitored)
+    return with_pull(method, "penalty", init, loss, weight=penalty)
 
 
 def outside(adapter: PyTree, alignment: dict[str, Alignment]) -> jax.Array:

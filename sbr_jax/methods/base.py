@@ -1,10 +1,6 @@
-"""What a defence is: a frozen record of pure hooks, and what it may know.
+"""A defence: a frozen record of pure hooks and its cost, and what it may know.
 
-A method never sees the trainer. It says how the gradient of a step is formed
-(:attr:`Method.gradient`), what the optimizer does with it
-(:attr:`Method.optimizer`), which data it mixes in, what it measures on the aligned
-model (:attr:`Method.init`) and what it does once a domain is learned
-(:attr:`Method.end_domain`). Every hook has a neutral default, so
+A method never sees the trainer. Every hook has a neutral default, so
 ``Method(name="plain")`` is plain sequential fine-tuning.
 
 Symbols: B examples of a batch, T tokens, N calibration examples.
@@ -20,21 +16,22 @@ import numpy as np
 import optax
 
 from sbr_jax import losses
+from sbr_jax.methods.risk import Judge
 from sbr_jax.models import is_lora_pair
 from sbr_jax.settings import Hardware, Training
-from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
+from sbr_jax.typing import ApplyFn, Batch, PyTree
 
 LAYER_AXES = 1
 """Adapters are stacked over layers: one leading axis is vmapped."""
 
 
 class InertProjectionWarning(UserWarning):
-    """The projection removes (almost) nothing: α is near 1 in every layer."""
+    """Warning of a projection that removes almost nothing: α near 1 in every layer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """What a defence may know, as static settings.
+    """Static knowledge of a defence.
 
     The datasets are host-side; arrays that :attr:`Method.gradient` needs belong in
     the method's state, never in a closure.
@@ -64,7 +61,7 @@ class Problem:
     safety_mix: Any = None
     harmful: Any = None
     unaligned: PyTree | None = None
-    judge: Callable[[Any], np.ndarray] | None = None
+    judge: Judge | None = None
     domain: Any = None
 
 
@@ -74,7 +71,7 @@ def task_loss(
     """Mean over the batch of each example's answer cross-entropy, float32.
 
     Where the batch has ``"weight" [B]``, of the weighted losses (see
-    :func:`sbr_jax.methods.compose.with_risk`).
+    :func:`sbr_jax.methods._compose.with_risk`).
     """
     dropout = {}
     if problem.training.lora_dropout > 0:
@@ -83,6 +80,19 @@ def task_loss(
     example = losses.token_cross_entropy(logits, batch["tokens"], batch["mask"])
     example = example.astype(jnp.float32)
     return jnp.mean(example if "weight" not in batch else batch["weight"] * example)
+
+
+Found = tuple[PyTree, dict, dict]
+"""Result of a gradient hook: gradients, arguments of the optimizer, metrics."""
+
+Init = Callable[[Problem, PyTree, PyTree, jax.Array], dict]
+"""``(problem, base, adapter, key) -> state``."""
+
+Mix = Callable[[Problem, Any, int], Any]
+"""``(problem, domain, seed) -> dataset``."""
+
+Gradient = Callable[[Problem, PyTree, PyTree, PyTree, Batch, jax.Array], Found]
+"""``(problem, base, adapter, state, batch, key) -> Found``."""
 
 
 # --- the neutral defaults ---------------------------------------------------------
@@ -120,7 +130,7 @@ def task_gradient(
     state: PyTree,
     batch: Batch,
     key: jax.Array,
-) -> tuple[PyTree, dict, dict]:
+) -> Found:
     """The gradient of L_task."""
     del state
     loss, grads = jax.value_and_grad(lambda a: task_loss(problem, base, a, batch, key))(
@@ -138,7 +148,7 @@ def replay_gradient(
     safe: Batch,
     weight: jax.Array | float,
     key: jax.Array,
-) -> tuple[PyTree, dict, dict]:
+) -> Found:
     """The gradient of L_task(D_t) + β L_safe(D_safe), β = ``weight``."""
     del state
     task_key, safe_key = jax.random.split(key)
@@ -177,6 +187,39 @@ def as_trained(
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """Work of a defence beside that of plain training; the forecast reads it.
+
+    Attributes:
+      forward: forward passes of every step, in task batches.
+      backward: forward and backward passes of every step, in task batches.
+      stage: the same of every step of a stage before training, in task batches; 0 for
+        no stage.
+      stage_steps: of that stage; None for as many as a domain has.
+      fishers: how often every calibration example is differentiated on its own before
+        the first domain.
+      domain_fishers: the same after each domain.
+      refresh_fishers: the same at each refresh.
+      own_fishers: how often every example of a domain is, after it.
+      fisher_examples: at most so many of them; None for the study's number.
+      columns: K of the subspace that the state holds.
+      ratings: how often the study's judge rates every example of a domain.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    stage: float = 0.0
+    stage_steps: int | None = None
+    fishers: int = 0
+    domain_fishers: int = 0
+    refresh_fishers: int = 0
+    own_fishers: int = 0
+    fisher_examples: int | None = None
+    columns: int = 0
+    ratings: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """One defence.
 
@@ -185,8 +228,9 @@ class Method:
     the host, and may compile what they need.
 
     Attributes:
-      name: the row's name in tables.
+      name: of the variant, in tables.
       monitored: whether cumulative safety monitoring runs after each domain.
+      cost: work beside that of plain training.
       prepare: ``(problem, base, adapter, key) -> base``, once, before everything: an
         alignment-stage defence gives other weights to start from. The study's own are
         never written to.
@@ -203,26 +247,27 @@ class Method:
         averaged over microbatches.
       replay_gradient: the same with ``safe`` and ``weight`` after ``batch``: the
         gradient of the repair, L_task + β L_safe.
-      end_domain: ``(problem, base, adapter, state, key) -> (adapter, state)``.
-      deploy: ``(problem, base, adapter, state) -> (base, adapter)``: what is measured,
-        monitored and shipped, where that is not what is trained. Training goes on from
-        the weights as they were.
       refresh: ``(problem, base, adapter, state, key) -> state``, every
         ``refresh_every`` steps inside a domain; None for never.
       refresh_every: in optimizer steps.
+      end_domain: ``(problem, base, adapter, state, key) -> (adapter, state)``.
+      deploy: ``(problem, base, adapter, state) -> (base, adapter)``: the weights that
+        are measured and monitored, where those are not the trained ones. Training goes
+        on from the weights as they were.
     """
 
     name: str
     monitored: bool = False
-    prepare: Callable[..., PyTree] = as_aligned
-    init: Callable[..., dict] = no_state
+    cost: Cost = Cost()
+    prepare: Callable[[Problem, PyTree, PyTree, jax.Array], PyTree] = as_aligned
+    init: Init = no_state
     optimizer: Callable[..., optax.GradientTransformationExtraArgs] = adamw
-    mix: Callable[..., Any] = unmixed
-    gradient: Callable[..., tuple[PyTree, dict, dict]] = task_gradient
-    replay_gradient: Callable[..., tuple[PyTree, dict, dict]] = replay_gradient
-    end_domain: Callable[..., tuple[PyTree, dict]] = unchanged
+    mix: Mix = unmixed
+    gradient: Gradient = task_gradient
+    replay_gradient: Callable[..., Found] = replay_gradient
+    end_domain: Callable[..., tuple[PyTree, PyTree]] = unchanged
     deploy: Callable[..., tuple[PyTree, PyTree]] = as_trained
-    refresh: Callable[..., dict] | None = None
+    refresh: Callable[..., PyTree] | None = None
     refresh_every: int | None = None
 
 
@@ -267,39 +312,22 @@ def draw_rows(
     return {name: value[rows] for name, value in data.items()}
 
 
-def positive(name: str, value: float, *, zero: bool = False) -> None:
-    """Refuses a hyper-parameter that must be positive (or zero).
-
-    Raises:
-      UserError: naming it.
-    """
-    ok = value >= 0 if zero else value > 0
-    if not ok or not np.isfinite(value):
-        kind = "a number ≥ 0" if zero else "a number > 0"
-        raise UserError(f"{name}: expected {kind}, got {value!r}")
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses an unknown option.
-
-    Raises:
-      UserError: naming the option and what it may be.
-    """
-    if value not in allowed:
-        raise UserError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
-
-
 __all__ = [
     "LAYER_AXES",
+    "Cost",
+    "Found",
+    "Gradient",
     "InertProjectionWarning",
+    "Init",
     "Method",
+    "Mix",
     "Problem",
     "adamw",
+    "as_aligned",
+    "as_trained",
     "device_dataset",
     "draw_rows",
     "is_lora_pair",
-    "one_of",
-    "positive",
     "replay_gradient",
     "task_gradient",
     "task_loss",

@@ -11,7 +11,7 @@ f is the loss on safe data, h that on harmful data, ‖·‖ runs over the whole
 Three backward passes per step. Published: 5,000 safe and 5,000 harmful examples, 20
 epochs of batches of 10 (10,000 steps), constant learning rate 5e-4, weight decay 0.1,
 LoRA r 32 on q, k, v. Here the stage lasts as long as one domain unless told otherwise,
-with the study's adapter shape; see :mod:`sbr_jax.methods.realign` for what else
+with the study's adapter shape; :mod:`sbr_jax.methods._alignment_stage` says what else
 differs.
 
 One choice of ours: both passes of h share a dropout mask, so that their difference is
@@ -24,21 +24,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sbr_jax.methods.base import Method, Problem, positive, task_loss
-from sbr_jax.methods.realign import Stage, make_realign
+from sbr_jax.checks import checked
+from sbr_jax.methods._alignment_stage import Stage, make_realign
+from sbr_jax.methods.base import Method, Problem, task_loss
+from sbr_jax.settings import Count, NonNegative, Positive
 from sbr_jax.typing import Batch, PyTree, UserError
 
 
+@checked
 def booster(
     *,
-    regulariser: float = 5.0,
-    inner_rate: float = 0.1,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float = 5e-4,
-    weight_decay: float = 0.1,
+    regulariser: NonNegative = 5.0,
+    inner_rate: NonNegative = 0.1,
+    steps: Count | None = None,
+    batch_size: Count | None = None,
+    learning_rate: Positive = 5e-4,
+    weight_decay: NonNegative = 0.1,
     monitored: bool = False,
-    name: str = "booster",
 ) -> Method:
     """Booster's alignment stage, then plain fine-tuning.
 
@@ -51,7 +53,6 @@ def booster(
       learning_rate: of the stage, constant.
       weight_decay: of the stage.
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method. Its ``prepare`` trains on ``problem.calibration`` and
@@ -60,9 +61,7 @@ def booster(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    positive("regulariser", regulariser, zero=True)
-    positive("inner_rate", inner_rate, zero=True)
-    stage = Stage(name, learning_rate, "constant", weight_decay, steps, batch_size)
+    stage = Stage("booster", learning_rate, "constant", weight_decay, steps, batch_size)
 
     def rule(problem, base, adapter, batches, key):
         return booster_gradient(
@@ -83,13 +82,13 @@ def booster(
     ) -> PyTree:
         if problem.harmful is None:
             raise UserError(
-                f"{name}: expected harmful requests with compliant answers in "
+                "booster: expected harmful requests with compliant answers in "
                 "problem.harmful, got None; give the study a harmful set"
             )
         data = {"safe": problem.calibration, "harmful": problem.harmful}
         return realign(problem, base, adapter, data, key)
 
-    return Method(name=name, monitored=monitored, prepare=prepare)
+    return Method("booster", monitored, stage.cost(3.0), prepare=prepare)
 
 
 def booster_gradient(

@@ -18,33 +18,30 @@ fresh adapter holds B only.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sbr_jax.checks import checked, one_of
 from sbr_jax.fisher import per_example_gradients
-from sbr_jax.methods.base import (
-    Method,
-    Problem,
-    one_of,
-    positive,
-    replay_gradient,
-    task_gradient,
-)
+from sbr_jax.methods._compose import with_gradients
+from sbr_jax.methods.base import Cost, Method, Problem
 from sbr_jax.methods.likelihood import answer_loss
+from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import LossFn, PyTree, UserError
 
 
+@checked
 def ewc(
     *,
-    penalty: float = 100.0,
-    data: str = "domain",
-    keep: str | None = None,
-    reduction: str = "mean",
-    fisher_examples: int | None = None,
+    penalty: NonNegative = 100.0,
+    data: Literal["domain", "safety"] = "domain",
+    keep: Literal["last", "all", "first"] | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    fisher_examples: Count | None = None,
     monitored: bool = False,
 ) -> Method:
     """EWC on an adapter that goes on through all domains.
@@ -68,16 +65,11 @@ def ewc(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    positive("penalty", penalty, zero=True)
-    one_of("data", data, ("domain", "safety"))
-    one_of("reduction", reduction, ("mean", "sum"))
     if keep is None:
         keep = "last" if data == "domain" else "all"
     # The first quadratic is that of the aligned model, which has learned no domain.
-    aligned = ("first",) if data == "safety" else ()
-    one_of("keep", keep, ("last", "all", *aligned))
-    if fisher_examples is not None and fisher_examples < 1:
-        raise UserError(f"fisher_examples: expected at least 1, got {fisher_examples}")
+    if data == "domain":
+        one_of("ewc.keep", keep, ("last", "all"))
 
     def fisher(problem: Problem, base: PyTree, adapter: PyTree) -> PyTree:
         dataset = problem.calibration if data == "safety" else problem.domain
@@ -127,13 +119,15 @@ def ewc(
 
         return gradient
 
-    return Method(
-        name="ewc",
-        monitored=monitored,
-        init=init,
-        gradient=held(task_gradient),
-        replay_gradient=held(replay_gradient),
-        end_domain=end_domain,
+    cost = Cost(own_fishers=1, fisher_examples=fisher_examples)
+    if data == "safety":
+        cost = Cost(
+            fishers=1,
+            domain_fishers=int(keep != "first"),
+            fisher_examples=fisher_examples,
+        )
+    return with_gradients(
+        Method("ewc", monitored, cost, init=init, end_domain=end_domain), held
     )
 
 
@@ -184,7 +178,7 @@ def diagonal_fisher(
     }
     weights = real.astype(np.float32) / np.float32(count)
     found = _weighted_squares(adapter, base, examples, weights, loss_fn=loss_fn)
-    if not np.isfinite(float(optax.tree.sum(found))):
+    if not np.isfinite(np.asarray(optax.tree.sum(found))):
         raise UserError(
             "ewc: expected finite gradients, got a Fisher that is not; the loss or "
             "the model diverged: lower the learning rate or the penalty"

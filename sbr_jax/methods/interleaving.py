@@ -11,17 +11,15 @@ longer batches and no domain example left out.
 Symbols: f ``fraction``, N examples of a domain.
 """
 
+from sbr_jax.checks import checked
 from sbr_jax.data import TokenDataset, mixture
 from sbr_jax.methods.base import Method, Problem
+from sbr_jax.settings import Fraction
 from sbr_jax.typing import UserError
 
 
-def interleaving(
-    *,
-    fraction: float = 0.1,
-    monitored: bool = False,
-    name: str = "interleaving",
-) -> Method:
+@checked
+def interleaving(*, fraction: Fraction = 0.1, monitored: bool = False) -> Method:
     """Plain fine-tuning on domains that are in part safety examples.
 
     Which examples are replaced, and by which, is drawn anew for every domain and seed.
@@ -30,7 +28,6 @@ def interleaving(
     Args:
       fraction: f in [0, 1); 0 is plain fine-tuning in another order.
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method. Its ``mix`` raises a UserError without a safety mix, or where f is so
@@ -42,25 +39,23 @@ def interleaving(
     References:
       arXiv:2604.17691
     """
-    if not 0 <= fraction < 1:
-        raise UserError(f"fraction: expected a share in [0, 1), got {fraction!r}")
 
     def mix(problem: Problem, domain: TokenDataset, seed: int) -> TokenDataset:
         safe = problem.safety_mix
         if safe is None or not len(safe):
             raise UserError(
-                f"{name}: expected safety examples to mix in, got "
+                "interleaving: expected safety examples to mix in, got "
                 f"{'None' if safe is None else 'an empty set'}: give the study some in "
                 "`safety_mix`"
             )
         if fraction and not round(fraction * len(domain)):
             raise UserError(
-                f"{name}: expected a fraction that replaces at least one of the "
+                "interleaving: expected a fraction that replaces at least one of the "
                 f"domain's {len(domain)} examples, got {fraction!r}: raise it"
             )
         return mixture(domain, safe, fraction, seed)
 
-    return Method(name=name, monitored=monitored, mix=mix)
+    return Method("interleaving", monitored, mix=mix)
 
 
 __all__ = ["interleaving"]

@@ -312,7 +312,7 @@ def _check(model: Model, labels: Sequence[int], batch_size: int) -> None:
         )
 
 
-def _refuse(bad: np.ndarray, expected: str, hint: str) -> None:
+def _refuse(bad: Any, expected: str, hint: str) -> None:
     rows = np.flatnonzero(bad)
     if rows.size:
         shown = ", ".join(map(str, rows[:5])) + (", …" if rows.size > 5 else "")

@@ -24,32 +24,35 @@ Symbols: w the adapter, ρ ``proximal``.
 """
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sbr_jax.checks import Range, checked
 from sbr_jax.methods.base import (
+    Found,
     Method,
     Problem,
     device_dataset,
     draw_rows,
-    positive,
     task_loss,
 )
+from sbr_jax.settings import NonNegative
 from sbr_jax.typing import Batch, PyTree, UserError
 
 USER, ALIGNMENT = 0, 1
 
 
+@checked
 def lisa(
     *,
-    proximal: float = 1.0,
-    alignment_share: float = 0.1,
-    warmup_share: float = 0.1,
-    period: int = 10,
+    proximal: NonNegative = 1.0,
+    alignment_share: Annotated[float, Range(above=0, below=1)] = 0.1,
+    warmup_share: Annotated[float, Range(least=0, most=1)] = 0.1,
+    period: Annotated[int, Range(least=2)] = 10,
     monitored: bool = False,
-    name: str = "lisa",
 ) -> Method:
     """Bi-state fine-tuning with a proximal term.
 
@@ -60,7 +63,6 @@ def lisa(
         proximal term; in effect rounded up to the next possible switch.
       period: steps of one cycle: an alignment turn, then a user turn.
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method. Its metrics are ``loss`` (of whichever data the step was on),
@@ -71,17 +73,6 @@ def lisa(
       UserError: naming a hyper-parameter that is out of range, or a share that leaves
         one of the two states without a step.
     """
-    positive("proximal", proximal, zero=True)
-    if not 0 <= warmup_share <= 1:
-        raise UserError(
-            f"warmup_share: expected a share in [0, 1], got {warmup_share!r}"
-        )
-    if period < 2:
-        raise UserError(f"period: expected at least 2 steps, got {period!r}")
-    if not 0 < alignment_share < 1:
-        raise UserError(
-            f"alignment_share: expected a share in (0, 1), got {alignment_share!r}"
-        )
     aligning = round(alignment_share * period)
     if not 0 < aligning < period:
         raise UserError(
@@ -114,7 +105,7 @@ def lisa(
         state: dict,
         batch: Batch,
         key: jax.Array,
-    ) -> tuple[PyTree, dict, dict]:
+    ) -> Found:
         draw_key, loss_key = jax.random.split(key)
         size, steps = problem.training.batch_size, problem.training.steps_per_domain
         safe = draw_rows(problem, state["safe"], batch, draw_key, size)
@@ -147,7 +138,7 @@ def lisa(
         return adapter, {**state, **_begin(adapter)}
 
     return Method(
-        name=name,
+        name="lisa",
         monitored=monitored,
         init=init,
         gradient=gradient,

@@ -13,21 +13,24 @@ the layers; embedding and head stay as alignment left them.
 """
 
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.methods.alignment import unaligned_layers, weight_change
-from sbr_jax.methods.base import Method, Problem, positive
+from sbr_jax.checks import Range, checked
+from sbr_jax.methods._alignment_direction import unaligned_layers, weight_change
+from sbr_jax.methods.base import Method, Problem
+from sbr_jax.settings import Positive
 from sbr_jax.typing import PyTree, UserError
 
 
+@checked
 def lox(
     *,
-    strength: float = 1.0,
-    rank: int = 0,
+    strength: Positive = 1.0,
+    rank: Annotated[int, Range(least=0)] = 0,
     monitored: bool = False,
-    name: str = "lox",
 ) -> Method:
     """LoX as published.
 
@@ -36,7 +39,6 @@ def lox(
       rank: k ≥ 0; 0 keeps the whole change, as does a k of at least a matrix's own
         smaller side.
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method.
@@ -44,30 +46,27 @@ def lox(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    positive("strength", strength)
-    if rank < 0:
-        raise UserError(f"rank: expected at least 0 (0 keeps all), got {rank!r}")
 
     def prepare(
         problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
     ) -> PyTree:
         del adapter, key
-        unaligned = unaligned_layers(problem, name)
+        unaligned = unaligned_layers(problem, "lox")
         layers, moved = dict(base["layers"]), False
         for target, weight in base["layers"].items():
             if weight.ndim != 3:  # Stacked norms are vectors.
                 continue
-            change = weight_change(base, unaligned, target, name)
+            change = weight_change(base, unaligned, target, "lox")
             moved = moved or bool(jnp.any(change != 0))
             layers[target] = _extrapolate(weight, change, strength, rank)
         if not moved:
             raise UserError(
-                f"{name}: expected unaligned weights that differ from the aligned "
+                "lox: expected unaligned weights that differ from the aligned "
                 "ones, got equal ones; give the weights from before alignment"
             )
         return {**base, "layers": layers}
 
-    return Method(name=name, monitored=monitored, prepare=prepare)
+    return Method("lox", monitored, prepare=prepare)
 
 
 @functools.partial(jax.jit, static_argnames="rank")

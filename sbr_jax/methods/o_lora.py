@@ -27,22 +27,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sbr_jax.methods.base import (
-    Method,
-    Problem,
-    is_lora_pair,
-    positive,
-    replay_gradient,
-    task_gradient,
-)
+from sbr_jax.checks import checked
+from sbr_jax.methods._compose import with_gradients
+from sbr_jax.methods.base import Method, Problem, is_lora_pair
+from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import PyTree, UserError
 
 
+@checked
 def o_lora(
     *,
-    orthogonality: float = 0.5,
-    l2: float = 0.0,
-    max_domains: int = 8,
+    orthogonality: NonNegative = 0.5,
+    l2: NonNegative = 0.0,
+    max_domains: Count = 8,
     monitored: bool = False,
 ) -> Method:
     """O-LoRA; the released defaults.
@@ -65,10 +62,6 @@ def o_lora(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    positive("orthogonality", orthogonality, zero=True)
-    positive("l2", l2, zero=True)
-    if max_domains < 1:
-        raise UserError(f"max_domains: expected at least 1, got {max_domains}")
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
         del problem, base, key
@@ -114,15 +107,10 @@ def o_lora(
         del problem
         return base, concatenated(state["frozen"], adapter)
 
-    return Method(
-        name="o-lora",
-        monitored=monitored,
-        init=init,
-        gradient=regularised(task_gradient),
-        replay_gradient=regularised(replay_gradient),
-        end_domain=end_domain,
-        deploy=deploy,
+    method = Method(
+        "o-lora", monitored, init=init, end_domain=end_domain, deploy=deploy
     )
+    return with_gradients(method, regularised)
 
 
 def concatenated(frozen: PyTree, new: PyTree) -> PyTree:
@@ -173,7 +161,7 @@ def overlap(frozen: PyTree, new: PyTree) -> jax.Array:
         )
         return jnp.sum(jnp.abs(products))
 
-    return optax.tree.sum(_map_pairs(pair_overlap, frozen, new))
+    return jnp.asarray(optax.tree.sum(_map_pairs(pair_overlap, frozen, new)))
 
 
 def sum_of_norms(adapter: PyTree) -> jax.Array:
@@ -199,7 +187,7 @@ def sum_of_norms(adapter: PyTree) -> jax.Array:
         safe = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
         return jnp.sum(jnp.where(squares > 0, safe, 0.0))
 
-    return optax.tree.sum(jax.tree.map(norms, adapter))
+    return jnp.asarray(optax.tree.sum(jax.tree.map(norms, adapter)))
 
 
 def restarted(key: jax.Array, adapter: PyTree) -> PyTree:

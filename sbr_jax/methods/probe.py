@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import checks
 from sbr_jax.data import TokenDataset, take
-from sbr_jax.methods.base import positive
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 NEWTON_STEPS = 30
@@ -41,7 +41,7 @@ template ends every prompt with the same token: scaling would blow up rounding n
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A fitted probe: arrays only, so that it can live in a method's state.
+    """A fitted probe, of arrays only: it can live in a method's state.
 
     Attributes:
       weights: ``[F]``, of the standardised features; 0 for constant ones.
@@ -195,9 +195,8 @@ def fit_probe(
     >>> float(probe.auroc), bool(probe_risk(probe, jnp.array([[3.0]]))[0] > 0.5)
     (1.0, True)
     """
-    positive("l2", l2)
-    if not 0 < validation_share < 1:
-        raise UserError(f"validation_share: expected 0 to 1, got {validation_share!r}")
+    checks.number("l2", l2, above=0)
+    checks.number("validation_share", validation_share, above=0, below=1)
     features, labels = np.asarray(features, np.float64), np.asarray(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise UserError(

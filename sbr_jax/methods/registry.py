@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sbr_jax import errors
+from sbr_jax.methods._hyperparameters import attribute, collect, make_record
 from sbr_jax.methods.adaptive import adaptive_judge, adaptive_probe
 from sbr_jax.methods.antidote import antidote
 from sbr_jax.methods.asft import asft
 from sbr_jax.methods.base import Method
 from sbr_jax.methods.booster import booster
 from sbr_jax.methods.ewc import ewc
-from sbr_jax.methods.hyperparameters import attribute, collect, make_record
 from sbr_jax.methods.interleaving import interleaving
 from sbr_jax.methods.lisa import lisa
 from sbr_jax.methods.lox import lox
@@ -62,13 +62,13 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "safeanchor-exact:no-relaxation": ("safeanchor-exact", {"relax": False, **_BRIEF}),
     "safeanchor-exact:no-anchor": (
         "safeanchor-exact",
-        {"anchor_weight": 0.0, **_BRIEF},
+        {"kl_weight": 0.0, **_BRIEF},
     ),
     "safeanchor-exact:no-csm": ("safeanchor-exact", {"monitored": False, **_BRIEF}),
     # One part alone.
     "safeanchor-exact:projection-only": (
         "safeanchor-exact",
-        {"anchor_weight": 0.0, "monitored": False, **_BRIEF},
+        {"kl_weight": 0.0, "monitored": False, **_BRIEF},
     ),
     "safeanchor-exact:anchor-only": (
         "safeanchor-exact",
@@ -78,30 +78,30 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # Controls: the projection alone, off another subspace of the same rank.
     "safeanchor-exact:random": (
         "safeanchor-exact",
-        {"basis": "random", "anchor_weight": 0.0, "monitored": False, **_BRIEF},
+        {"basis": "random", "kl_weight": 0.0, "monitored": False, **_BRIEF},
     ),
     "safeanchor-exact:shuffled": (
         "safeanchor-exact",
-        {"basis": "shuffled", "anchor_weight": 0.0, "monitored": False, **_BRIEF},
+        {"basis": "shuffled", "kl_weight": 0.0, "monitored": False, **_BRIEF},
     ),
     "safeanchor-exact:benign": (
         "safeanchor-exact",
-        {"basis": "benign", "anchor_weight": 0.0, "monitored": False, **_BRIEF},
+        {"basis": "benign", "kl_weight": 0.0, "monitored": False, **_BRIEF},
     ),
     # Our two changes beside the exact projection, taken back one at a time.
     "safeanchor-exact:previous-reference": (
         "safeanchor-exact",
-        {"anchor_reference": "previous", **_BRIEF},
+        {"kl_reference": "previous", **_BRIEF},
     ),
     "safeanchor-exact:published-energy": (
         "safeanchor-exact",
         {"energy": 0.9, **_BRIEF},
     ),
     # The paper prefers KL(reference ‖ model) to KL(model ‖ reference).
-    "safeanchor:reverse-kl": ("safeanchor", {"anchor_kl": "reverse", **_BRIEF}),
+    "safeanchor:reverse-kl": ("safeanchor", {"kl_direction": "reverse", **_BRIEF}),
     "safeanchor-exact:reverse-kl": (
         "safeanchor-exact",
-        {"anchor_kl": "reverse", **_BRIEF},
+        {"kl_direction": "reverse", **_BRIEF},
     ),
     # Improvements, one at a time.
     "safeanchor-exact:sampled-fisher": (
@@ -128,11 +128,11 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # The published recipe with a part missing or alone.
     "safeanchor:no-update": ("safeanchor", {"update_subspace": False, **_BRIEF}),
     "safeanchor:no-relaxation": ("safeanchor", {"relax": False, **_BRIEF}),
-    "safeanchor:no-anchor": ("safeanchor", {"anchor_weight": 0.0, **_BRIEF}),
+    "safeanchor:no-anchor": ("safeanchor", {"kl_weight": 0.0, **_BRIEF}),
     "safeanchor:no-csm": ("safeanchor", {"monitored": False, **_BRIEF}),
     "safeanchor:projection-only": (
         "safeanchor",
-        {"anchor_weight": 0.0, "monitored": False, **_BRIEF},
+        {"kl_weight": 0.0, "monitored": False, **_BRIEF},
     ),
 }
 

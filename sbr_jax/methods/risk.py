@@ -4,12 +4,13 @@ Goel, Maji, Mazumder, arXiv:2602.17546, with a risk s in [0, 1]:
 
     β = β_min + (β_max − β_min) s          weight of the pull to the reference
     α = 1 − β                              weight of the task
-    s̃_t = λ s̃_{t−1} + (1 − λ) s_t          optional smoothing over batches
 
-The released code rates from r = 1 to 5 and takes β = clip((r − 2)/3, 0.1, 0.9), so
-that everything up to r = 2.3 sits on the floor. It also turns a judge that fails into a
-number (4 on an exception, 0 on an answer it cannot parse); here a judge that fails is
-an error, because a made-up risk is a defence that is silently off.
+The paper may also smooth s over batches; here batches are drawn in random order, so
+that one says nothing of the next. The released code rates from r = 1 to 5 and takes
+β = clip((r − 2)/3, 0.1, 0.9), so that everything up to r = 2.3 sits on the floor. It
+also turns a judge that fails into a number (4 on an exception, 0 on an answer it cannot
+parse); here a judge that fails is an error, because a made-up risk is a defence that is
+silently off.
 
 Symbols: N examples of a data set, B of a batch.
 """
@@ -29,16 +30,16 @@ BETA_MIN, BETA_MAX = 0.1, 0.9
 
 
 class JudgeError(UserError):
-    """A judge did not give one risk in [0, 1] for every example."""
+    """Error of a judge without one risk in [0, 1] for every example."""
 
 
 class Judge(Protocol):
-    """Whoever rates how harmful it would be to learn each example.
+    """Interface of a rater of how harmful it would be to learn each example.
 
     A judge that cannot rate raises :class:`JudgeError`; it never makes up a number.
     """
 
-    def __call__(self, dataset: TokenDataset) -> np.ndarray:
+    def __call__(self, dataset: TokenDataset, /) -> np.ndarray:
         """The risk ``[N]`` in [0, 1] of each pair of a prompt and its answer."""
         ...
 
@@ -120,37 +121,6 @@ def check_bounds(beta_min: float, beta_max: float) -> None:
         )
 
 
-def smooth(previous: jax.Array | None, s: jax.Array, decay: float) -> jax.Array:
-    """Exponential smoothing s̃_t = λ s̃_{t−1} + (1 − λ) s_t of a batch's risk.
-
-    For loops that carry s̃ themselves. The methods of this library do not smooth:
-    their batches are drawn in random order, so a batch says nothing of the next.
-
-    Args:
-      previous: s̃_{t−1}; None before the first batch, which is taken as it is.
-      s: s_t.
-      decay: λ in [0, 1).
-
-    Returns:
-      s̃_t, float32.
-
-    Raises:
-      UserError: for λ outside [0, 1).
-
-    References:
-      arXiv:2602.17546
-
-    >>> round(float(smooth(smooth(None, 1.0, 0.75), 0.0, 0.75)), 3)
-    0.75
-    """
-    if not 0 <= decay < 1:
-        raise UserError(f"decay: expected λ in [0, 1), got {decay!r}")
-    s = jnp.asarray(s, jnp.float32)
-    if previous is None:
-        return s
-    return decay * jnp.asarray(previous, jnp.float32) + (1.0 - decay) * s
-
-
 def judged(judge: Judge, dataset: TokenDataset) -> TokenDataset:
     """Attaches a judge's risks to a data set; its batches then hold ``"risk"``.
 
@@ -196,5 +166,4 @@ __all__ = [
     "judged",
     "legacy_risk_to_weights",
     "risk_to_weights",
-    "smooth",
 ]

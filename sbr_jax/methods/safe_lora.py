@@ -1,7 +1,7 @@
 """Safe LoRA: after tuning, turn stray updates towards the direction of alignment.
 
 Hsu, Tsai, Lin, Chen, Yu, Huang, arXiv:2405.16833. With C of
-:mod:`sbr_jax.methods.alignment`, for each layer and projection:
+:mod:`sbr_jax.methods._alignment_direction`, for each layer and projection:
 
     cos = ⟨A B C, A B⟩ / (‖A B C‖ ‖A B‖)         B ← B C   where cos ≤ τ
 
@@ -18,23 +18,26 @@ that C maps to zero has cosine 0.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.methods.alignment import alignments, inner_product, project
+from sbr_jax.checks import Range, checked
+from sbr_jax.methods._alignment_direction import alignments, inner_product, project
 from sbr_jax.methods.base import Method, Problem
 from sbr_jax.models import LoraPair
+from sbr_jax.settings import Count
 from sbr_jax.typing import PyTree, UserError
 
 
+@checked
 def safe_lora(
     *,
-    threshold: float | None = 0.35,
-    layers: int | None = None,
+    threshold: Annotated[float, Range(least=-1, most=1)] | None = 0.35,
+    layers: Count | None = None,
     monitored: bool = False,
-    name: str = "safe-lora",
 ) -> Method:
     """Safe LoRA as published, after each domain.
 
@@ -43,7 +46,6 @@ def safe_lora(
       layers: instead of τ, how many (layer, projection) pairs are projected: those with
         the smallest cosine. The threshold is not read where this is given.
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method. Its diagnostics after a domain are ``projected``, the number of pairs,
@@ -54,16 +56,12 @@ def safe_lora(
     """
     if layers is None and threshold is None:
         raise UserError("threshold: expected a number where layers is None, got None")
-    if layers is not None and layers < 1:
-        raise UserError(f"layers: expected at least 1, got {layers!r}")
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise UserError(f"threshold: expected τ in [-1, 1], got {threshold!r}")
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
         del key
         # Nothing is kept: a study that lacks what the edit needs is refused now
         # rather than after the first domain.
-        alignments(problem, base, adapter, name)
+        alignments(problem, base, adapter, "safe-lora")
         pairs = sum(pair.lora_b.shape[0] for pair in adapter.values())
         if layers is not None and layers > pairs:
             raise UserError(
@@ -74,7 +72,7 @@ def safe_lora(
 
     def end_domain(problem, base, adapter, state, key):
         del key
-        found = alignments(problem, base, adapter, name)
+        found = alignments(problem, base, adapter, "safe-lora")
         projected = {k: project(p.lora_b, found[k]) for k, p in adapter.items()}
         cosine = {k: np.asarray(_cosine(p, projected[k])) for k, p in adapter.items()}
         if layers is None:
@@ -88,7 +86,7 @@ def safe_lora(
         diagnostics = {"projected": count, "cosine": cosine}
         return edited if count else adapter, {**state, "diagnostics": diagnostics}
 
-    return Method(name=name, monitored=monitored, init=init, end_domain=end_domain)
+    return Method("safe-lora", monitored, init=init, end_domain=end_domain)
 
 
 @jax.jit

@@ -7,7 +7,7 @@ arXiv:2508.07172. With both gradients as vectors over all parameters,
     g = g_u + ρ g_a
 
 Symbols: θ adapter, θ₀ the aligned model without adapter, g_u task gradient, g_a
-alignment gradient, ρ ``weight``, τ ``temperature`` of both distributions.
+alignment gradient, ρ ``kl_weight``, τ ``temperature`` of both distributions.
 
 At θ₀ the divergence is at its minimum and g_a = 0 up to rounding, whose direction
 means nothing; a projection would remove it at full strength all the same. So below
@@ -22,36 +22,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sbr_jax import losses
-from sbr_jax.methods.anchor import anchor_rows
-from sbr_jax.methods.base import (
-    Method,
-    Problem,
-    device_dataset,
-    draw_rows,
-    positive,
-    task_gradient,
-)
-from sbr_jax.typing import Batch, PyTree, UserError
+from sbr_jax.checks import checked
+from sbr_jax.methods._anchor import anchor_loss, safe_batch
+from sbr_jax.methods.base import Cost, Method, device_dataset, task_gradient
+from sbr_jax.settings import Count, NonNegative, Positive
+from sbr_jax.typing import PyTree
 
 FLOOR = 1e-6
 """Where ‖g_a‖ is below this share of ‖g_u‖, it is rounding."""
 
 
+@checked
 def safegrad(
     *,
-    weight: float = 1.0,
-    temperature: float = 1.0,
-    anchor_batch_size: int | None = None,
+    kl_weight: NonNegative = 1.0,
+    temperature: Positive = 1.0,
+    kl_batch_size: Count | None = None,
     monitored: bool = False,
 ) -> Method:
     """SafeGrad with the published defaults.
 
     Args:
-      weight: ρ ≥ 0; 0 leaves only the projection.
+      kl_weight: ρ ≥ 0; 0 leaves only the projection.
       temperature: τ > 0.
-      anchor_batch_size: calibration examples of one step's g_a, drawn with
-        replacement (None: half the task batch; published: about 20 suffice in all).
+      kl_batch_size: calibration examples of one step's g_a, drawn with replacement
+        (None: half the task batch; published: about 20 suffice in all).
       monitored: run CSM.
 
     Returns:
@@ -61,61 +56,32 @@ def safegrad(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    positive("weight", weight, zero=True)
-    positive("temperature", temperature)
-    if anchor_batch_size is not None and anchor_batch_size < 1:
-        raise UserError(
-            f"anchor_batch_size: expected at least 1, got {anchor_batch_size}"
-        )
 
-    def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
+    def init(problem, base, adapter, key):
         del base, adapter, key
         return {"safe": device_dataset(problem.calibration)}
 
     def gradient(problem, base, adapter, state, batch, key):
         task, extra, metrics = task_gradient(problem, base, adapter, state, batch, key)
-        rows = anchor_rows(problem, anchor_batch_size)
-        safe = draw_rows(
-            problem, state["safe"], batch, jax.random.fold_in(key, 1), rows
-        )
-        divergence, alignment = jax.value_and_grad(
-            lambda a: alignment_loss(problem, base, a, safe, temperature)
-        )(adapter)
+        safe = safe_batch(problem, state["safe"], batch, key, kl_batch_size)
+
+        def divergence(a: PyTree) -> jax.Array:
+            reference = problem.apply_fn(base, None, safe["tokens"])
+            return anchor_loss(
+                problem, base, a, reference, safe, temperature=temperature
+            )
+
+        value, alignment = jax.value_and_grad(divergence)(adapter)
         kept, found = resolve_conflict(task, alignment)
-        grads = jax.tree.map(lambda u, a: u + weight * a, kept, alignment)
-        return grads, extra, {**metrics, "alignment": divergence, **found}
+        grads = jax.tree.map(lambda u, a: u + kl_weight * a, kept, alignment)
+        return grads, extra, {**metrics, "alignment": value, **found}
 
-    return Method(name="safegrad", monitored=monitored, init=init, gradient=gradient)
-
-
-def alignment_loss(
-    problem: Problem,
-    base: PyTree,
-    adapter: PyTree,
-    safe: Batch,
-    temperature: float = 1.0,
-) -> jax.Array:
-    """Mean KL(p_{θ₀} ‖ p_θ) at the answer positions, both softened by τ.
-
-    ``p = softmax(logits / τ)``; θ₀ is the model without adapter, whatever domains came
-    before.
-
-    Args:
-      problem: for its model.
-      base: frozen weights.
-      adapter: θ.
-      safe: the safety minibatch.
-      temperature: τ.
-
-    Returns:
-      A float32 scalar in nats: 0 with zero gradient at θ₀.
-    """
-    reference = problem.apply_fn(base, None, safe["tokens"])
-    logits = problem.apply_fn(base, adapter, safe["tokens"])
-    return jnp.mean(
-        losses.kl_to_reference(
-            reference / temperature, logits / temperature, safe["mask"]
-        )
+    return Method(
+        "safegrad",
+        monitored,
+        Cost(forward=0.5, backward=0.5),
+        init=init,
+        gradient=gradient,
     )
 
 
@@ -159,4 +125,4 @@ def resolve_conflict(
     return kept, {"conflict": conflict.astype(jnp.float32), "cosine": cosine}
 
 
-__all__ = ["alignment_loss", "resolve_conflict", "safegrad"]
+__all__ = ["resolve_conflict", "safegrad"]

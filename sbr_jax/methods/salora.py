@@ -27,19 +27,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.checks import checked
 from sbr_jax.data.batches import TokenDataset, subset
-from sbr_jax.methods.base import Method, Problem, replay_gradient, task_gradient
+from sbr_jax.methods._compose import with_gradients
+from sbr_jax.methods.base import Method, Problem
 from sbr_jax.models import LoraPair
 from sbr_jax.models.codes import as_dense
+from sbr_jax.settings import Count
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 
+@checked
 def salora(
-    *,
-    safety_rank: int = 32,
-    examples: int = 128,
-    monitored: bool = False,
-    name: str = "salora",
+    *, safety_rank: Count = 32, examples: Count = 128, monitored: bool = False
 ) -> Method:
     """SaLoRA's safety module, on the usual initial adapter.
 
@@ -47,7 +47,6 @@ def salora(
       safety_rank: r_s, at least 1 and below the outputs of every adapted projection.
       examples: how many of the calibration set give the safety outputs.
       monitored: run CSM; a repair goes through C too.
-      name: the row's name.
 
     Returns:
       The method. Its first diagnostics are ``safety_energy``, the share of ‖Y‖_F² that
@@ -56,9 +55,6 @@ def salora(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    for label, value in (("safety_rank", safety_rank), ("examples", examples)):
-        if value < 1:
-            raise UserError(f"{label}: expected at least 1, got {value!r}")
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
         del key
@@ -86,14 +82,8 @@ def salora(
         del problem
         return base, constrain(adapter, state["directions"])
 
-    return Method(
-        name=name,
-        monitored=monitored,
-        init=init,
-        gradient=through(task_gradient),
-        replay_gradient=through(replay_gradient),
-        deploy=deploy,
-    )
+    method = Method("salora", monitored, init=init, deploy=deploy)
+    return with_gradients(method, through)
 
 
 def constrain(

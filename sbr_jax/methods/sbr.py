@@ -20,39 +20,38 @@ stay those of the aligned model through all domains; a repair is anchored as wel
 Symbols: θ adapter, x prompt, K anchors, N examples, B batch, T tokens, D width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax import losses
+from sbr_jax import checks, losses
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.batches import refuse_left_padding
-from sbr_jax.methods.base import (
-    Method,
-    Problem,
-    adamw,
-    one_of,
-    positive,
-    replay_gradient,
-    task_gradient,
-)
+from sbr_jax.methods._compose import with_cost, with_pull
+from sbr_jax.methods.base import Method, Problem
 from sbr_jax.methods.probe import distinct_prompts
+from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 Anchors = Mapping[str, jax.Array]
 """``{"tokens": int32 [K, T], "last": int32 [K]}``: prompts, and where each one ends."""
 
+BATCH = 16
+"""Examples of the task batch that the cost of an anchor is a share of."""
 
+
+@checks.checked
 def sbr(
     *,
-    anchors: int = 8,
-    anchor_weight: float = 50.0,
-    reduction: str = "mean",
+    anchors: Count = 8,
+    anchor_weight: NonNegative = 50.0,
+    reduction: Literal["mean", "sum"] = "mean",
     monitored: bool = False,
-    name: str = "sbr",
 ) -> Method:
     """SBR with the published defaults.
 
@@ -62,7 +61,6 @@ def sbr(
       reduction: ``"mean"`` over the D entries of a state (the code; λ = 50 belongs to
         it) or their ``"sum"`` (the paper's formula; a factor D more at the same λ).
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method. It reports ``anchor``, L_anchor without λ. Its ``optimizer``, which is
@@ -75,51 +73,66 @@ def sbr(
     References:
       arXiv:2605.05995
     """
-    if anchors < 1:
-        raise UserError(f"anchors: expected at least 1, got {anchors!r}")
-    positive("anchor_weight", anchor_weight, zero=True)
-    one_of("reduction", reduction, ("mean", "sum"))
-
-    def optimizer(problem: Problem, adapter: PyTree, learning_rate):
-        distinct_anchors(problem.harmful, anchors)
-        return adamw(problem, adapter, learning_rate)
-
-    def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        drawn = anchor_prompts(problem.harmful, anchors, key)
-        reference = reference_states(problem, base, adapter, drawn)
-        return {"anchors": drawn, "reference": reference}
-
-    def anchored(hook):
-        """The hook with λ L_anchor's gradient added."""
-
-        def gradient(problem, base, adapter, state, *rest):
-            grads, extra, metrics = hook(problem, base, adapter, state, *rest)
-            # Every microbatch sees all anchors, so their mean counts the term once.
-            value, pull = jax.value_and_grad(
-                lambda a: hidden_anchor_loss(
-                    problem, base, a, state["anchors"], state["reference"], reduction
-                )
-            )(adapter)
-            grads = jax.tree.map(lambda g, p: g + anchor_weight * p, grads, pull)
-            return grads, extra, {**metrics, "anchor": value}
-
-        return gradient
-
-    return Method(
-        name=name,
-        monitored=monitored,
-        init=init,
-        optimizer=optimizer,
-        gradient=anchored(task_gradient),
-        replay_gradient=anchored(replay_gradient),
+    return with_hidden_anchor(
+        Method("sbr", monitored),
+        "anchor",
+        anchors=anchors,
+        weight=anchor_weight,
+        reduction=reduction,
     )
 
 
 # --- the pieces, for other methods --------------------------------------------------
 
 
+def with_hidden_anchor(
+    method: Method,
+    name: str,
+    *,
+    anchors: int,
+    weight: float,
+    reduction: str = "mean",
+    bare: bool = False,
+) -> Method:
+    """Adds λ L_anchor to every step of a method, repairs included.
+
+    Args:
+      method: any defence.
+      name: of the penalty, in the state and among the metrics.
+      anchors: K.
+      weight: λ.
+      reduction: of a state's entries.
+      bare: measure the references without the fresh adapter (which changes nothing but
+        the rounding), and report the penalty with λ.
+
+    Returns:
+      The method. Its ``optimizer`` refuses too few harmful prompts.
+    """
+
+    def optimizer(problem, adapter, learning_rate):
+        distinct_anchors(problem.harmful, anchors)
+        return method.optimizer(problem, adapter, learning_rate)
+
+    def init(problem, base, adapter, key):
+        drawn = anchor_prompts(problem.harmful, anchors, key)
+        held = reference_states(problem, base, None if bare else adapter, drawn)
+        return {"prompts": drawn, "reference": held}
+
+    def loss(problem, base, adapter, state, batch, key):
+        del batch, key
+        value = hidden_anchor_loss(
+            problem, base, adapter, state["prompts"], state["reference"], reduction
+        )
+        return weight * value if bare else value
+
+    outside = 1.0 if bare else weight
+    pulled = with_pull(method, name, init, loss, weight=outside)
+    pulled = dataclasses.replace(pulled, optimizer=optimizer)
+    return with_cost(pulled, backward=anchors / BATCH)
+
+
 def distinct_anchors(dataset: TokenDataset | None, count: int) -> TokenDataset:
-    """The distinct prompts that anchors are drawn from.
+    """Distinct prompts, to draw anchors from.
 
     Args:
       dataset: N requests with answers, right-padded.
@@ -193,7 +206,7 @@ def anchor_prompts(
 
 
 def last_prompt_positions(mask: jax.Array | np.ndarray) -> jax.Array:
-    """Where each prompt ends: the position before the first answer token.
+    """Position of each prompt's last token, the one before the first of the answer.
 
     Args:
       mask: ``[B, T]``, 1 at answer tokens.
@@ -236,7 +249,7 @@ _compiled_states = functools.partial(jax.jit, static_argnums=0)(prompt_states)
 def reference_states(
     problem: Problem, base: PyTree, adapter: PyTree | None, anchors: Anchors
 ) -> jax.Array:
-    """The states h_θ₀(x_k) to hold, measured once.
+    """States h_θ₀(x_k) to hold, measured once.
 
     Args:
       problem: for its model.
@@ -259,7 +272,7 @@ def reference_states(
 def _check_anchors(anchors: Anchors) -> None:
     """Refuses anchors whose last token is not where they say; not while tracing."""
     tokens, last = anchors["tokens"], anchors["last"]
-    if isinstance(tokens, jax.core.Tracer) or isinstance(last, jax.core.Tracer):
+    if checks.is_traced(tokens) or checks.is_traced(last):
         return
     tokens, last = np.asarray(tokens), np.asarray(last)
     if tokens.ndim != 2 or last.shape != tokens.shape[:1]:
@@ -312,4 +325,5 @@ __all__ = [
     "prompt_states",
     "reference_states",
     "sbr",
+    "with_hidden_anchor",
 ]

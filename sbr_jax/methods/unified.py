@@ -20,34 +20,31 @@ SafeAnchor's own anchor on D_safe.
 """
 
 import dataclasses
+from typing import Annotated, Literal
 
-from sbr_jax.methods import raters
+from sbr_jax.checks import Range, checked
+from sbr_jax.methods._compose import with_risk
+from sbr_jax.methods._raters import judge_rater, probe_rater
 from sbr_jax.methods.adaptive import Weighting
-from sbr_jax.methods.base import Method, one_of, positive
-from sbr_jax.methods.compose import with_pull, with_risk
+from sbr_jax.methods.base import Method
 from sbr_jax.methods.safeanchor import safeanchor_exact
-from sbr_jax.methods.sbr import (
-    anchor_prompts,
-    distinct_anchors,
-    hidden_anchor_loss,
-    reference_states,
-)
-from sbr_jax.typing import UserError
+from sbr_jax.methods.sbr import with_hidden_anchor
+from sbr_jax.settings import Count, NonNegative
 
 
+@checked
 def unified(
     *,
     project: bool = True,
-    anchors: int = 8,
-    anchor_weight: float = 0.5,
-    risk: str = "probe",
+    anchors: Annotated[int, Range(least=0)] = 8,
+    anchor_weight: NonNegative = 0.5,
+    risk: Literal["probe", "judge", "none"] = "probe",
     beta_min: float = 0.0,
     beta_max: float = 1.0,
-    kl_weight: float = 0.1,
-    max_rank: int = 64,
+    kl_weight: NonNegative = 0.1,
+    max_rank: Count = 64,
     control_spectrum: bool = True,
     monitored: bool = True,
-    name: str = "unified",
 ) -> Method:
     """Update projection, hidden-state anchors and risk-adaptive weights.
 
@@ -63,7 +60,6 @@ def unified(
       max_rank: cap on the columns of one layer's basis.
       control_spectrum: also report the spectrum of the random control.
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method.
@@ -74,55 +70,22 @@ def unified(
     References:
       arXiv:2604.17691, arXiv:2605.05995, arXiv:2602.17546
     """
-    one_of("risk", risk, ("probe", "judge", "none"))
-    positive("anchor_weight", anchor_weight, zero=True)
-    positive("kl_weight", kl_weight, zero=True)
-    if anchors < 0:
-        raise UserError(f"anchors: expected at least 0, got {anchors!r}")
     weighting = Weighting(beta_min, beta_max, "example", "linear")
     method = safeanchor_exact(
         projection="update" if project else "none",
-        anchor_weight=kl_weight,
+        kl_weight=kl_weight,
         max_rank=max_rank,
         control_spectrum=control_spectrum,
         monitored=monitored,
     )
     if anchors:
-        method = with_pull(method, "anchors", *_anchors(anchors, anchor_weight))
-        method = dataclasses.replace(method, optimizer=_checked(method, anchors))
-    if risk == "probe":
-        method = with_risk(method, raters.probe_rater(name=name), weighting)
-    if risk == "judge":
-        method = with_risk(method, raters.judge_rater(name=name), weighting)
-    return dataclasses.replace(method, name=name)
-
-
-def _checked(method: Method, count: int):
-    """The method's optimizer, refusing too few prompts before anything is measured."""
-
-    def optimizer(problem, adapter, learning_rate):
-        distinct_anchors(problem.harmful, count)
-        return method.optimizer(problem, adapter, learning_rate)
-
-    return optimizer
-
-
-def _anchors(count: int, weight: float):
-    """SBR as a pull: its state, and λ L_anchor."""
-
-    def init(problem, base, adapter, key):
-        del adapter
-        drawn = anchor_prompts(problem.harmful, count, key)
-        reference = reference_states(problem, base, None, drawn)
-        return {"prompts": drawn, "reference": reference}
-
-    def loss(problem, base, adapter, state, batch, key):
-        del batch, key
-        return weight * hidden_anchor_loss(
-            problem, base, adapter, state["prompts"], state["reference"]
+        method = with_hidden_anchor(
+            method, "anchors", anchors=anchors, weight=anchor_weight, bare=True
         )
-
-    return init, loss
+    if risk != "none":
+        rater = {"probe": probe_rater, "judge": judge_rater}[risk](name="unified")
+        method = with_risk(method, rater, weighting)
+    return dataclasses.replace(method, name="unified")
 
 
 __all__ = ["unified"]

@@ -10,8 +10,8 @@ h_l is layer l's attention output, after the output projection and before the re
 sum; the norm runs over all layers, examples and positions at once. Published: 2,000
 safe examples, 50 epochs of batches of 5 (20,000 steps), learning rate 1e-3 with 10 %
 of warm-up and a cosine, weight decay 0.1, LoRA r 8. Here the stage lasts as long as
-one domain unless told otherwise, with the study's adapter shape; see
-:mod:`sbr_jax.methods.realign` for what else differs.
+one domain unless told otherwise, with the study's adapter shape; for
+what else differs see :mod:`sbr_jax.methods._alignment_stage`.
 
 One choice of ours: both passes share a dropout mask, so that the disturbance belongs to
 the function that is then trained.
@@ -25,20 +25,22 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.methods.base import Method, Problem, positive, task_loss
-from sbr_jax.methods.realign import Stage, make_realign
+from sbr_jax.checks import checked
+from sbr_jax.methods._alignment_stage import Stage, make_realign
+from sbr_jax.methods.base import Method, Problem, task_loss
+from sbr_jax.settings import Count, NonNegative, Positive
 from sbr_jax.typing import Batch, PyTree
 
 
+@checked
 def vaccine(
     *,
-    radius: float = 2.0,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.1,
+    radius: NonNegative = 2.0,
+    steps: Count | None = None,
+    batch_size: Count | None = None,
+    learning_rate: Positive = 1e-3,
+    weight_decay: NonNegative = 0.1,
     monitored: bool = False,
-    name: str = "vaccine",
 ) -> Method:
     """Vaccine's alignment stage, then plain fine-tuning.
 
@@ -49,7 +51,6 @@ def vaccine(
       learning_rate: peak of the stage.
       weight_decay: of the stage.
       monitored: run CSM.
-      name: the row's name.
 
     Returns:
       The method. Its ``prepare`` trains on ``problem.calibration``.
@@ -57,8 +58,7 @@ def vaccine(
     Raises:
       UserError: naming a hyper-parameter that is out of range.
     """
-    positive("radius", radius, zero=True)
-    stage = Stage(name, learning_rate, "cosine", weight_decay, steps, batch_size)
+    stage = Stage("vaccine", learning_rate, "cosine", weight_decay, steps, batch_size)
 
     def rule(problem, base, adapter, batches, key):
         return vaccine_gradient(problem, base, adapter, batches["safe"], key, radius)
@@ -70,7 +70,7 @@ def vaccine(
     ) -> PyTree:
         return realign(problem, base, adapter, {"safe": problem.calibration}, key)
 
-    return Method(name=name, monitored=monitored, prepare=prepare)
+    return Method("vaccine", monitored, stage.cost(2.0), prepare=prepare)
 
 
 def vaccine_gradient(

@@ -20,7 +20,7 @@ GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
     "interleaving": ("fraction", (0.1, 0.3, 0.5)),
     "ewc": ("penalty", (100.0, 1e4, 1e6, 1e7)),
     "o-lora": ("orthogonality", (0.5, 5.0, 50.0, 500.0)),
-    "safegrad": ("weight", (1.0, 10.0, 100.0)),
+    "safegrad": ("kl_weight", (1.0, 10.0, 100.0)),
     "safe-lora": ("threshold", (0.35, 0.6, 0.9)),
     "asft": ("penalty", (1.0, 0.01, 0.1, 10.0, 100.0)),
     "lox": ("strength", (1.0, 0.5, 2.0, 4.0)),

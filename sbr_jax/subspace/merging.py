@@ -108,7 +108,7 @@ def merge(
 def _check_room(protected: list[Any], max_rank: int) -> None:
     """Refuses a cap below the protected rank; under a trace the rank is not known."""
     for basis in protected:
-        if basis is None or isinstance(basis, jax.core.Tracer):
+        if basis is None or checks.is_traced(basis):
             continue
         rank = int(jnp.max(jnp.sum(jnp.any(basis != 0, axis=-2), axis=-1)))
         if rank > max_rank:
@@ -139,8 +139,8 @@ def _merge_unit(
     else:
         weights = [spectrum.used_columns(v).astype(jnp.float32) for v in bases]
         trace = traces[-1]
-        total = sum(jnp.sum(w, axis=-1) for w in weights)
-    total = spectrum.Scaled(total, jnp.ones_like(total))
+        total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1) for w in weights])
+    scaled = spectrum.Scaled(total, jnp.ones_like(total))
     rows = jnp.concatenate(
         [
             jnp.swapaxes(v * jnp.sqrt(jnp.maximum(w, 0.0))[..., None, :], -1, -2)
@@ -152,10 +152,10 @@ def _merge_unit(
         pairs = functools.partial(
             spectrum.leading_eigenpairs, columns=columns, energy=energy
         )
-        found = units.over_layers(pairs, layer_axes)(rows, total)
+        found = units.over_layers(pairs, layer_axes)(rows, scaled)
     else:
         pairs = functools.partial(
             spectrum.leading_eigenpairs_beside, columns=columns, energy=energy
         )
-        found = units.over_layers(pairs, layer_axes)(rows, total, protected)
+        found = units.over_layers(pairs, layer_axes)(rows, scaled, protected)
     return *found, trace

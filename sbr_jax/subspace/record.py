@@ -192,7 +192,7 @@ def from_factors(
     ]
     traces = [spectrum.sum_of_squares(r) for r in rows]
     for trace in (t.plain() for t in traces):
-        if not isinstance(trace, jax.core.Tracer) and not jnp.all(jnp.isfinite(trace)):
+        if not checks.is_traced(trace) and not jnp.all(jnp.isfinite(trace)):
             raise UserError(
                 "expected factors whose squares sum to a finite float32, got an "
                 "infinite or undefined trace; divide the factors by their largest entry"
@@ -279,9 +279,9 @@ def same_parameters(a: Subspace, b: Subspace) -> Subspace:
     else:
         if mine.layer_axes == theirs.layer_axes and len(place) == len(mine.units):
             order = [place[spec.names] for spec in mine.units]
-            fields = (getattr(b, field) for field in _FIELDS)
-            entries = (theirs.entries(field) for field in fields)
-            return Subspace(*(mine.join([e[i] for i in order]) for e in entries), mine)
+            entries = {f: theirs.entries(getattr(b, f)) for f in _FIELDS}
+            joined = {f: mine.join([e[i] for i in order]) for f, e in entries.items()}
+            return Subspace(**joined, fingerprint=mine)
         counts = len(mine.units), len(theirs.units)
         axes = [mine.layer_axes, theirs.layer_axes]
         found = f"{counts[0]} against {counts[1]} units, layer_axes {axes}"

@@ -260,7 +260,7 @@ def fingerprint(
 
 
 def examples(tree: PyTree, *, what: str) -> int:
-    """How many examples a tree's arrays hold along the leading axis they share.
+    """Number of examples along the leading axis that a tree's arrays share.
 
     Raises:
         UserError: if they share none, or it is empty.
@@ -272,7 +272,7 @@ def examples(tree: PyTree, *, what: str) -> int:
             f"expected {what} to be arrays that share one leading example axis of at "
             f"least one example, got shapes {shapes}"
         )
-    return sizes.pop()[0]
+    return next(iter(sizes.pop()))
 
 
 def to_vector(unit: PyTree, layer_axes: int, batch_axes: int = 0) -> jax.Array:

@@ -48,18 +48,18 @@ def add_bypass() -> optax.GradientTransformationExtraArgs:
         arXiv:2604.17691
     """
 
-    def init(params: PyTree) -> optax.EmptyState:
+    def init(params: PyTree) -> Any:
         checks.floating_leaves("parameters", params)
         return optax.EmptyState()
 
     def update(
         updates: PyTree,
-        state: optax.EmptyState,
+        state: Any,
         params: Any = None,
         *,
         bypass: PyTree = None,
         **extra: Any,
-    ) -> tuple[PyTree, optax.EmptyState]:
+    ) -> tuple[PyTree, Any]:
         del params, extra
         if bypass is None:
             return updates, state
@@ -112,40 +112,43 @@ def multi_steps(
         checks.one_of("the option", option, known)
     wrapped = optax.with_extra_args_support(inner)
 
+    def init_both(params: PyTree) -> Any:
+        return wrapped.init(params["task"])
+
     def update_both(
-        pair: PyTree, state: Any, params: PyTree = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, Any]:
         own = None if params is None else params["task"]
-        step, state = _update(wrapped, pair["task"], state, own, pair["bypass"], extra)
-        return {"task": step, "bypass": _zeros(pair["bypass"])}, state
+        task, passed = updates["task"], updates["bypass"]
+        step, state = _update(wrapped, task, state, own, passed, extra)
+        return {"task": step, "bypass": _zeros(passed)}, state
 
     both = optax.MultiSteps(
-        optax.GradientTransformationExtraArgs(
-            lambda pair: wrapped.init(pair["task"]), update_both
-        ),
+        optax.GradientTransformationExtraArgs(init_both, update_both),
         every_k_schedule,
         **options,
     )
 
-    def init(params: PyTree) -> optax.MultiStepsState:
+    def init(params: PyTree) -> Any:
         checks.floating_leaves("parameters", params)
         return both.init({"task": params, "bypass": params})
 
     def update(
         updates: PyTree,
-        state: optax.MultiStepsState,
+        state: Any,
         params: PyTree = None,
         *,
         bypass: PyTree = None,
         **extra: Any,
-    ) -> tuple[PyTree, optax.MultiStepsState]:
+    ) -> tuple[PyTree, Any]:
         if bypass is None:
             bypass = _zeros(updates)
         pair = {"task": updates, "bypass": matching_bypass(updates, bypass)}
         own = None if params is None else {"task": params, "bypass": params}
         # Optax counts in int32 and divides floats by it.
         with jax.numpy_dtype_promotion("standard"):
-            step, state = both.update(pair, state, own, **extra)
+            found: tuple[Any, Any] = both.update(pair, state, own, **extra)
+        step, state = found
         return step["task"], state
 
     return optax.GradientTransformationExtraArgs(init, update)

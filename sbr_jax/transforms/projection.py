@@ -69,13 +69,13 @@ def project_onto_complement(
     """
     check_subspace("subspace", subspace)
 
-    def init(params: PyTree) -> ProjectionState:
+    def init(params: PyTree) -> Any:
         subspace.fingerprint.split(params, what="parameters")
         return ProjectionState(copy_arrays(subspace))
 
     def update(
-        updates: PyTree, state: ProjectionState, params: Any = None, **extra: Any
-    ) -> tuple[PyTree, ProjectionState]:
+        updates: PyTree, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
         del params, extra
         return project_out(updates, state.subspace), state
 
@@ -121,7 +121,7 @@ def relaxed(
     check_range(coefficients)
     wrapped = optax.with_extra_args_support(inner)
 
-    def init(params: PyTree) -> RelaxedState:
+    def init(params: PyTree) -> Any:
         checks.floating_leaves("parameters", params)
         inner_state = wrapped.init(params)
         found = find_subspaces(inner_state)
@@ -129,8 +129,8 @@ def relaxed(
         return RelaxedState(inner_state, alpha)
 
     def update(
-        updates: PyTree, state: RelaxedState, params: Any = None, **extra: Any
-    ) -> tuple[PyTree, RelaxedState]:
+        updates: PyTree, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
         inside, inner_state = wrapped.update(
             updates, state.inner_state, params, **extra
         )

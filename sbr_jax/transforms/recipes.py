@@ -169,24 +169,24 @@ def update_projection(
     checks.number("weight_decay", weight_decay, least=0.0)
     projection = relaxed(project_onto_complement(subspace), coefficients)
 
-    def init(params: PyTree) -> UpdateProjectionState:
+    def init(params: PyTree) -> Any:
         checks.floating_leaves("parameters", params)
-        moments = (
-            jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
-            for _ in range(4)
-        )
-        return UpdateProjectionState(
-            jnp.zeros([], jnp.int32), *moments, projection.init(params)
-        )
+
+        def zeros() -> PyTree:
+            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+
+        inner: Any = projection.init(params)
+        count = jnp.zeros([], jnp.int32)
+        return UpdateProjectionState(count, zeros(), zeros(), zeros(), zeros(), inner)
 
     def update(
         updates: PyTree,
-        state: UpdateProjectionState,
+        state: Any,
         params: PyTree = None,
         *,
         bypass: PyTree = None,
         **extra: Any,
-    ) -> tuple[PyTree, UpdateProjectionState]:
+    ) -> tuple[PyTree, Any]:
         del extra
         if params is None:
             raise UserError(
@@ -222,10 +222,12 @@ def update_projection(
             bypass_grad,
         )
         second = _mixed(together, apart, state.projection)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         steps = count.astype(jnp.float32)
         fix1, fix2 = 1 - b1**steps, 1 - b2**steps
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate
+        if callable(learning_rate):
+            rate = learning_rate(state.count)
 
         def adam(m: jax.Array, v: jax.Array) -> jax.Array:
             return (m / fix1) / (jnp.sqrt(v / fix2) + eps)
@@ -236,7 +238,8 @@ def update_projection(
             second,
             params,
         )
-        task_step, inner = projection.update(task_step, state.projection)
+        found: tuple[Any, Any] = projection.update(task_step, state.projection)
+        task_step, inner = found
         step = jax.tree.map(
             lambda s, m, v, u: (s - rate * adam(m, v)).astype(u.dtype),
             task_step,

@@ -73,9 +73,7 @@ def check_range(coefficients: PyTree) -> None:
     """Refuse known α outside [0, 1]: above 1 what is to be removed is magnified."""
     for leaf in jax.tree.leaves(coefficients):
         # What is traced, or lies on other hosts too, has no values to look at.
-        if isinstance(leaf, jax.core.Tracer) or not getattr(
-            leaf, "is_fully_addressable", True
-        ):
+        if checks.is_traced(leaf) or not getattr(leaf, "is_fully_addressable", True):
             continue
         values = np.asarray(leaf)
         numeric = any(jnp.issubdtype(values.dtype, t) for t in _REAL)
@@ -228,7 +226,7 @@ def _check_same(old: Subspace, new: Subspace) -> None:
 
 def _like(old: jax.Array, new: jax.Array) -> jax.Array:
     array = jnp.array(new, dtype=old.dtype, copy=True)
-    traced = any(isinstance(x, jax.core.Tracer) for x in (old, array))
+    traced = any(checks.is_traced(x) for x in (old, array))
     if not traced and isinstance(old, jax.Array) and old.sharding != array.sharding:
         return jax.device_put(array, old.sharding)
     return array

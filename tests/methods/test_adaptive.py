@@ -1,8 +1,6 @@
 """Risk-adaptive regularisation: its loss and gradient, and both methods."""
 
 import dataclasses
-import doctest
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +229,7 @@ def test_probe_reads_the_prompt_by_the_reference_alone():
 
 def test_probe_ignores_the_judge_and_layers_change_it():
     # Before the first attention there is the last prompt token only.
-    blind = adaptive_probe(layers=(0,)).init(PROBLEM, BASE, FRESH, KEY)
+    blind = adaptive_probe(probe_layers=(0,)).init(PROBLEM, BASE, FRESH, KEY)
     assert blind["probe"].weights.shape == (tiny.CONFIG.width,)
     assert blind["diagnostics"]["auroc"] < 0.8
     unjudged = dataclasses.replace(PROBLEM, judge=None)
@@ -280,22 +278,3 @@ def test_what_is_missing_is_named():
         problem = tiny.changed(PROBLEM, **change)
         with pytest.raises(UserError, match="adaptive-probe: expected harmful and"):
             adaptive_probe().init(problem, BASE, FRESH, KEY)
-
-
-@pytest.mark.parametrize(
-    ("maker", "options", "message"),
-    [
-        (adaptive_judge, {"granularity": "token"}, "granularity: expected one of"),
-        (adaptive_probe, {"mapping": "cubic"}, "mapping: expected one of"),
-        (adaptive_probe, {"l2": -1.0}, "l2: expected"),
-    ],
-)
-def test_unknown_options_are_refused(maker, options, message):
-    with pytest.raises(UserError, match=message):
-        maker(**options)
-
-
-@pytest.mark.parametrize("name", ["adaptive", "probe", "risk"])
-def test_examples_run(name):
-    module = importlib.import_module(f"sbr_jax.methods.{name}")
-    assert doctest.testmod(module).failed == 0

@@ -25,7 +25,7 @@ from weight_space_case import (
 )
 
 from sbr_jax.data.batches import batch
-from sbr_jax.methods.alignment import alignments
+from sbr_jax.methods._alignment_direction import alignments
 from sbr_jax.methods.asft import outside
 
 

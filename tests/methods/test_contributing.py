@@ -130,10 +130,10 @@ def test_a_step_is_the_same_in_microbatches():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"scale": -1.0}, "scale: expected a number > 0"),
+        ({"scale": -1.0}, "noise.scale to be a finite number above 0"),
         ({"scale": float("nan")}, "scale"),
-        ({"scale": True}, "scale: expected a finite float"),
-        ({"scal": 0.1}, "unknown option 'scal'; did you mean scale"),
+        ({"scale": True}, "noise.scale to be a finite number above 0"),
+        ({"scal": 0.1}, "unknown option of noise 'scal'; nearest: scale"),
     ],
 )
 def test_a_wrong_hyper_parameter_is_refused_by_name(options, named):

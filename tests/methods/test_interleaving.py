@@ -87,7 +87,6 @@ def test_everything_else_is_plain_fine_tuning():
     }
     assert changed == {"name", "mix"}
     assert rows(method.mix(PROBLEM, DOMAIN, 0)) == rows(mixed(0.1))
-    assert interleaving(monitored=True).monitored
 
 
 @pytest.mark.parametrize(
@@ -105,9 +104,3 @@ def test_it_needs_a_safety_mix(safe, got):
 def test_a_fraction_that_replaces_nothing_is_refused():
     with pytest.raises(UserError, match=r"at least one of the domain's 64 .* 0\.005"):
         mixed(0.005)
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
-def test_fractions_out_of_range_are_refused(fraction):
-    with pytest.raises(UserError, match="fraction: expected"):
-        interleaving(fraction=fraction)

@@ -19,7 +19,7 @@ from methods_case import (
 
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS, build
-from sbr_jax.methods.calibrate import perturb_b
+from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
 
@@ -105,37 +105,16 @@ def test_row_works_with_mapped_seeds(row):
         np.testing.assert_allclose(vector(mine), vector(alone.adapter), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"strictness": -1.0}, "strictness"),
-        ({"energy": 0.0}, "energy"),
-        ({"energy": 1.5}, "energy"),
-        ({"max_rank": 0}, "max_rank"),
-        ({"projection": "grad"}, "projection"),
-        ({"weighting": "x"}, "weighting"),
-        ({"fisher": "x"}, "fisher"),
-        ({"basis": "x"}, "basis"),
-        ({"refresh_every": 0}, "refresh_every"),
-        ({"anchor_weight": float("nan")}, "anchor_weight"),
-        ({"strictnes": 1.0}, "strictness"),
-    ],
-)
-def test_wrong_hyper_parameters_are_refused_by_name(options, named):
-    with pytest.raises(UserError, match=named):
-        build("safeanchor-exact", **options)
+@pytest.mark.parametrize("row", METHODS)
+def test_a_method_has_its_name_and_may_be_monitored(row):
+    assert METHODS[row]().name == build(row).name == row
+    assert METHODS[row](monitored=True).monitored
+    assert not METHODS[row](monitored=False).monitored
 
 
 def test_rank_above_the_dimension_is_refused_before_any_work():
     with pytest.raises(UserError, match="max_rank: expected at most the 64"):
         tiny.program("safeanchor", SETTINGS, STUDY, max_rank=65)
-
-
-def test_unknown_rows_list_the_nearest():
-    with pytest.raises(UserError, match="nearest: safeanchor"):
-        build("safeancor")
-    with pytest.raises(UserError, match="unknown option of plain 'max_rank'"):
-        build("plain", max_rank=3)
 
 
 def test_benign_control_needs_its_data():

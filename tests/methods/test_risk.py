@@ -17,7 +17,6 @@ from sbr_jax.methods.risk import (
     judged,
     legacy_risk_to_weights,
     risk_to_weights,
-    smooth,
 )
 from sbr_jax.typing import UserError
 
@@ -61,18 +60,6 @@ def test_bounds_that_are_no_weights_are_refused(bounds):
     ):
         with pytest.raises(UserError, match="beta_min, beta_max"):
             make(beta_min=bounds[0], beta_max=bounds[1])
-
-
-def test_smoothing_is_the_weighted_sum_of_the_past():
-    s, decay = [0.9, 0.1, 0.5, 0.7], 0.8
-    value = None
-    for x in s:
-        value = smooth(value, x, decay)
-    late = [(1 - decay) * decay ** (3 - t) * s[t] for t in (1, 2, 3)]
-    np.testing.assert_allclose(value, decay**3 * s[0] + sum(late), rtol=1e-6)
-    assert smooth(0.9, 0.2, 0.0) == np.float32(0.2)
-    with pytest.raises(UserError, match="decay"):
-        smooth(None, 0.5, 1.0)
 
 
 def test_judged_risks_travel_with_their_examples():

@@ -12,7 +12,7 @@ from methods_case import SETTINGS, STUDY, learned, program, vector, without_diag
 
 from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.methods import InertProjectionWarning, build
-from sbr_jax.methods.anchor import anchor_loss
+from sbr_jax.methods._anchor import anchor_loss
 from sbr_jax.training.program import init_adapter
 
 

@@ -22,8 +22,9 @@ from continual_case import (
     vector,
 )
 
+from sbr_jax.methods._anchor import anchor_loss
 from sbr_jax.methods.base import draw_rows
-from sbr_jax.methods.safegrad import alignment_loss, resolve_conflict, safegrad
+from sbr_jax.methods.safegrad import resolve_conflict, safegrad
 
 
 def slow_resolve(u, a):
@@ -76,13 +77,14 @@ def slow_divergence(adapter, tokens, mask, temperature):
     return np.mean([g[:-1] @ m[1:] / m[1:].sum() for g, m in zip(gaps, mask)])  # noqa: B905
 
 
+def alignment_loss(adapter, safe, temperature):
+    reference = PROBLEM.apply_fn(BASE, None, safe["tokens"])
+    return anchor_loss(PROBLEM, BASE, adapter, reference, safe, temperature=temperature)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_alignment_loss_is_the_divergence_from_the_model_without_adapter(temperature):
-    value = jax.jit(
-        jax.value_and_grad(
-            lambda a: alignment_loss(PROBLEM, BASE, a, SAFE, temperature)
-        )
-    )
+    value = jax.jit(jax.value_and_grad(lambda a: alignment_loss(a, SAFE, temperature)))
     loss, grads = value(MOVED)
     twin = slow_divergence(MOVED, **SAFE, temperature=temperature)
     np.testing.assert_allclose(loss, twin, rtol=1e-4)
@@ -106,12 +108,10 @@ def test_alignment_loss_is_the_divergence_from_the_model_without_adapter(tempera
 
 
 def test_safegrad_gradient_is_the_resolved_one_plus_the_weighted_alignment():
-    method = safegrad(weight=0.5, temperature=2.0, anchor_batch_size=4)
+    method = safegrad(kl_weight=0.5, temperature=2.0, kl_batch_size=4)
     gradient = hook(method)
     state = method.init(PROBLEM, BASE, FRESH, KEY)
-    alignment_gradient = jax.jit(
-        jax.grad(lambda a, safe: alignment_loss(PROBLEM, BASE, a, safe, 2.0))
-    )
+    alignment_gradient = jax.jit(jax.grad(lambda a, safe: alignment_loss(a, safe, 2.0)))
     learned, _ = run(PLAIN, {}, FRESH, MEDICAL, 8)
     seen = set()
     for adapter in (learned, MOVED):

@@ -140,7 +140,9 @@ def test_seeds_with_other_anchors_share_a_program_and_may_be_mapped():
     keys = [jax.random.key(seed) for seed in (0, 1)]
     adapters = [jitter(1), jitter(2)]
     states = [sbr().init(PROBLEM, BASE, FRESH, key) for key in keys]
-    assert prompts_of(states[0]["anchors"]) != prompts_of(states[1]["anchors"])
+    assert prompts_of(states[0]["anchor"]["prompts"]) != prompts_of(
+        states[1]["anchor"]["prompts"]
+    )
     optimizer, mapped = stepper(seeds=True)
 
     def stack(trees):
@@ -168,7 +170,7 @@ def test_seeds_with_other_anchors_share_a_program_and_may_be_mapped():
 def test_the_reference_outlives_a_domain():
     adapter, state = sbr().end_domain(PROBLEM, BASE, MOVED, STATE, KEY)
     assert adapter is MOVED
-    assert state["reference"] is STATE["reference"]
+    assert state["anchor"] is STATE["anchor"]
 
 
 def test_the_anchors_pass_has_no_dropout():
@@ -185,7 +187,7 @@ def test_bfloat16_weights_start_at_rounding():
     model = tiny.model(jnp.bfloat16)
     problem = dataclasses.replace(PROBLEM, apply_fn=model.apply_fn)
     state = sbr().init(problem, model.params, FRESH, KEY)
-    assert state["reference"].dtype == jnp.float32
+    assert state["anchor"]["reference"].dtype == jnp.float32
     run = hook(sbr(), problem)
     for adapter, low, high in ((FRESH, 0, 1e-4), (MOVED, 1e-3, 10)):
         # jax promotes inside the attention's backward pass.

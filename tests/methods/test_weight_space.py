@@ -28,12 +28,9 @@ from weight_space_case import (
 
 from sbr_jax import models
 from sbr_jax.data.batches import TokenDataset
-from sbr_jax.methods.alignment import alignments, inner_product, project
+from sbr_jax.methods._alignment_direction import alignments, inner_product, project
 from sbr_jax.methods.antidote import antidote
-from sbr_jax.methods.asft import asft
 from sbr_jax.methods.lox import lox
-from sbr_jax.methods.safe_lora import safe_lora
-from sbr_jax.methods.salora import salora
 from sbr_jax.typing import UserError
 
 every = pytest.mark.parametrize("row", list(MAKERS))
@@ -53,14 +50,6 @@ def test_the_row_changes_what_is_shipped_and_nothing_frozen(row):
     for name in ("embed", "final_norm"):
         assert shipped[name] is BASE[name]
     equal(before, (BASE, STUDY.unaligned, FRESH))
-
-
-@every
-def test_names_and_monitoring_are_arguments(row):
-    assert MAKERS[row]().name == row
-    assert not MAKERS[row]().monitored
-    other = MAKERS[row](name="other", monitored=True)
-    assert (other.name, other.monitored) == ("other", True)
 
 
 @pytest.mark.parametrize("row", ["safe-lora", "asft", "lox"])
@@ -86,30 +75,6 @@ def test_antidote_asks_for_harmful_data():
         problem = dataclasses.replace(PROBLEM, harmful=harmful)
         with pytest.raises(UserError, match=r"antidote: .*`harmful`"):
             antidote().init(problem, BASE, FRESH, KEY)
-
-
-@pytest.mark.parametrize(
-    ("maker", "options", "named"),
-    [
-        (safe_lora, {"threshold": 1.5}, "threshold"),
-        (safe_lora, {"threshold": float("nan")}, "threshold"),
-        (safe_lora, {"threshold": None}, "threshold"),
-        (safe_lora, {"layers": 0}, "layers"),
-        (asft, {"penalty": 0.0}, "penalty"),
-        (asft, {"penalty": float("inf")}, "penalty"),
-        (lox, {"strength": -1.0}, "strength"),
-        (lox, {"rank": -1}, "rank"),
-        (antidote, {"fraction": 0.0}, "fraction"),
-        (antidote, {"fraction": 1.0}, "fraction"),
-        (antidote, {"examples": 0}, "examples"),
-        (antidote, {"weights": "both"}, "weights"),
-        (salora, {"safety_rank": 0}, "safety_rank"),
-        (salora, {"examples": 0}, "examples"),
-    ],
-)
-def test_wrong_hyper_parameters_are_refused_by_name(maker, options, named):
-    with pytest.raises(UserError, match=f"^{named}: "):
-        maker(**options)
 
 
 # --- the direction of alignment -----------------------------------------------------

@@ -12,9 +12,10 @@ import pytest
 from tiny_preset import make_job
 
 from sbr_jax import losses, models, recipes
-from sbr_jax.costs import devices, dry_run, forecast, forecast_judge
+from sbr_jax.costs import devices, estimates, forecast, forecast_judge
 from sbr_jax.costs.devices import DeviceOptions
 from sbr_jax.costs.forecast import Device, Load
+from sbr_jax.methods import METHODS, build
 from sbr_jax.models import hf_config
 from sbr_jax.programs import run
 from sbr_jax.studies.options import ChatOptions
@@ -151,20 +152,23 @@ def test_writing_is_bound_by_reading_weights_unless_many_write_together():
     assert forecast.generation_seconds(job, more, 1, 100, 256, 1) < 0.6 * alone
 
 
-def test_rows_cost_more_than_plain_by_what_they_do():
-    job = Load(LLAMA2_7B)
-    cost = {row: forecast.step_flops(job, row) for row in forecast.PASSES}
+def test_defences_cost_more_than_plain_by_what_they_do():
+    load = Load(LLAMA2_7B)
+    cost = {name: forecast.step_flops(load, build(name).cost) for name in METHODS}
     assert min(cost.values()) == cost["plain"] < cost["adaptive-probe"]
     assert cost["safeanchor"] < cost["unified"] == max(cost.values())
     # Forward with backward: task, KL to the reference, half a batch for each of the two
     # anchors. Forward alone: the reference on the batch, and that of half a batch.
-    whole, one = forecast.train_flops(job, 512), forecast.forward_flops(job, 512)
-    half = job.batch // 2
-    wanted = (job.batch + job.batch + half + half) * whole + (job.batch + half) * one
+    whole, one = forecast.train_flops(load, 512), forecast.forward_flops(load, 512)
+    half = load.batch // 2
+    wanted = (2 * load.batch + half + half) * whole + (load.batch + half) * one
     # One sum in two orders: only rounding is left.
     assert cost["unified"] == pytest.approx(wanted, rel=1e-12)
-    # What a row without an entry does is not known: as plain, at the least.
-    assert forecast.step_flops(job, "new-row") == cost["plain"]
+    # Three passes of a stage as long as a domain.
+    stage = forecast.stage_flops(load, build("booster").cost, 100)
+    assert stage == pytest.approx(300 * cost["plain"], rel=1e-12)
+    ten = forecast.stage_flops(load, build("booster", steps=10).cost, 100)
+    assert ten == pytest.approx(stage / 10, rel=1e-12)
 
 
 # --- the device, and the dry run of a preset without a survey -------------------------
@@ -207,8 +211,8 @@ def test_hours_follow_steps_and_speed(demo):
 
     def hours(steps, device=device):
         job = job_of(f"--training.steps-per-domain={steps}")
-        load = dry_run.load_of(job, demo)
-        return dry_run.variant_seconds(job, demo, load, device, "safeanchor")
+        load = estimates.load_of(job, demo)
+        return estimates.variant_seconds(job, demo, load, device, "safeanchor")
 
     one, two = hours(80), hours(160)
     assert two["training"] == pytest.approx(2 * one["training"])
@@ -216,8 +220,8 @@ def test_hours_follow_steps_and_speed(demo):
     fast = dataclasses.replace(device, flops=2 * device.flops)
     assert hours(80, device=fast)["training"] == pytest.approx(one["training"] / 2)
     job = job_of()
-    load = dry_run.load_of(job, demo)
-    plain = dry_run.variant_seconds(job, demo, load, device, "plain")
+    load = estimates.load_of(job, demo)
+    plain = estimates.variant_seconds(job, demo, load, device, "plain")
     assert "Fisher" not in plain
     assert "repairs, at most" not in plain
 
@@ -225,7 +229,9 @@ def test_hours_follow_steps_and_speed(demo):
 def test_memory_follows_the_subspace_and_the_mesh(demo):
     def parts(*words, variants=("safeanchor",)):
         job = job_of(*words, variants=variants)
-        return dry_run.memory(job, demo, dry_run.load_of(job, demo))["training step"]
+        return estimates.memory(job, demo, estimates.load_of(job, demo))[
+            "training step"
+        ]
 
     wide = parts()["subspace, twice"]
     assert parts("--methods.safeanchor.max-rank=16")["subspace, twice"] == wide / 4
@@ -251,11 +257,11 @@ def test_a_guard_is_held_whole_and_pays_a_pass_for_every_exchange(demo, tmp_path
     config = dataclasses.replace(job.config, hardware=hardware)
     job = dataclasses.replace(job, config=config, study=free)
     guarded = dataclasses.replace(job, study=options)
-    load, device = dry_run.load_of(job, demo), forecast.A100
+    load, device = estimates.load_of(job, demo), forecast.A100
     size = forecast.weight_bytes(guard, load.dtype)
-    for phase in dry_run.memory(guarded, demo, load).values():
+    for phase in estimates.memory(guarded, demo, load).values():
         assert phase["guard's weights"] == size
-    for phase in dry_run.memory(job, demo, load).values():
+    for phase in estimates.memory(job, demo, load).values():
         assert "guard's weights" not in phase
     # Without an adapter, and the logits of one position.
     alone = Load(guard, load.dtype, rank=0)
@@ -263,19 +269,19 @@ def test_a_guard_is_held_whole_and_pays_a_pass_for_every_exchange(demo, tmp_path
     flops = sum(
         len(x) * forecast.forward_flops(alone, x.length, heads=1) for x in domains
     )
-    found = dry_run.variant_seconds(guarded, demo, load, device, "adaptive-judge")
+    found = estimates.variant_seconds(guarded, demo, load, device, "adaptive-judge")
     # One sum in two orders: only rounding is left.
     assert found["ratings"] == pytest.approx(flops / device.flops, rel=1e-12)
     for other, name in ((guarded, "plain"), (job, "adaptive-judge")):
-        found = dry_run.variant_seconds(other, demo, load, device, name)
+        found = estimates.variant_seconds(other, demo, load, device, name)
         assert "ratings" not in found
-    assert forecast_judge.rates_pairs("unified:judge")
+    assert build("unified:judge").cost.ratings == 1
     assert forecast_judge.judging_seconds(free, load, device, 3, 5) == 0.0
     asked = {"harmbench": (3, 40), "gsm8k": (5, 40), "probe": (7, 40)}
     notes = {"measurements": {"harmbench": {"judge": {}}, "gsm8k": {}}}
     study = types.SimpleNamespace(asked=asked, notes=notes)
-    with_it = dry_run.start_seconds(guarded, study, load, device)
-    without = dry_run.start_seconds(job, study, load, device)
+    with_it = estimates.start_seconds(guarded, study, load, device)
+    without = estimates.start_seconds(job, study, load, device)
     one = forecast.forward_flops(alone, 40 + 8, heads=1) / device.flops
     # A small part of a sum: the difference keeps six digits at the least.
     assert with_it["measuring"] - without["measuring"] == pytest.approx(3 * one, 1e-6)

@@ -7,12 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from sbr_jax.methods.hyperparameters import attribute
 from tiny_preset import CONFIG, PRESET, STUDY, make_job, tiny_presets
 
 from sbr_jax import recipes
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
-from sbr_jax.methods.hyperparameters import attribute
 from sbr_jax.programs import analyse, attack, main, parsing, run
 from sbr_jax.settings import Hardware, Training, restore
 from sbr_jax.training.program import init_adapter, make_program

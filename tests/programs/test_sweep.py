@@ -7,13 +7,13 @@ import json
 
 import jax
 import pytest
+from sbr_jax.methods.hyperparameters import attribute
 from tiny_preset import PRESET, STUDY
 
 from sbr_jax import recipes
 from sbr_jax.methods import METHODS, Hyperparameters
 from sbr_jax.programs import attack_job, job, sweep, sweep_state
 from sbr_jax.programs.sweep_state import Part
-from sbr_jax.methods.hyperparameters import attribute
 from sbr_jax.recipes import tuning
 from sbr_jax.recipes.sweeps import SWEEPS
 from sbr_jax.training.records import write_record

@@ -81,7 +81,7 @@ def test_accumulation_equals_one_big_batch(row):
     results = []
     for accumulation in (1, 4):
         settings = tiny.changed(SETTINGS, accumulation=accumulation)
-        found = tiny.program(row, settings, STUDY, anchor_batch_size=4, max_rank=6)
+        found = tiny.program(row, settings, STUDY, kl_batch_size=4, max_rank=6)
         adapter = init_adapter(STUDY, SETTINGS, 0)
         key = jax.random.key(3)
         state = found.method.init(found.problem, BASE, adapter, key)
@@ -123,9 +123,7 @@ def test_domains_seeds_and_subspaces_share_one_trace(monkeypatch):
         traced.append(1)
         return task_gradient(problem, base, adapter, state, batch, key)
 
-    found = tiny.program(
-        "safeanchor-exact", SETTINGS, STUDY, anchor_weight=0.0, max_rank=6
-    )
+    found = tiny.program("safeanchor-exact", SETTINGS, STUDY, kl_weight=0.0, max_rank=6)
     step = compiled_step(make_step(found.problem, counting, found.optimizer))
     for seed in (0, 1):
         adapter = init_adapter(STUDY, SETTINGS, seed)
@@ -142,9 +140,7 @@ def test_domains_seeds_and_subspaces_share_one_trace(monkeypatch):
             )
     assert len(traced) == 1
     assert step._cache_size() == 1
-    again = tiny.program(
-        "safeanchor-exact", SETTINGS, STUDY, anchor_weight=0.0, max_rank=6
-    )
+    again = tiny.program("safeanchor-exact", SETTINGS, STUDY, kl_weight=0.0, max_rank=6)
     assert again is found
 
 

@@ -1,14 +1,14 @@
-"""Who rates how risky it is to learn an example: a judge of pairs, a probe of prompts.
+"""Raters of how risky an example is to learn: a judge of pairs, a probe of prompts.
 
 Goel, Maji, Mazumder, arXiv:2602.17546. Both give, with the reference's logits, a risk
-per example, in one forward pass of the aligned model (:class:`compose.Rater`).
+per example, in one forward pass of the aligned model.
 """
 
 import jax
 import numpy as np
 
-from sbr_jax.methods.base import Problem, positive, unmixed
-from sbr_jax.methods.compose import Rater
+from sbr_jax.methods._compose import Rater
+from sbr_jax.methods.base import Problem, unmixed
 from sbr_jax.methods.probe import (
     activations,
     distinct_prompts,
@@ -16,11 +16,11 @@ from sbr_jax.methods.probe import (
     probe_risk,
     prompt_features,
 )
-from sbr_jax.methods.risk import judged
+from sbr_jax.methods.risk import Judge, judged
 from sbr_jax.typing import PyTree, UserError
 
 
-def judge_rater(*, name: str = "adaptive-judge") -> Rater:
+def judge_rater(*, name: str) -> Rater:
     """The study's judge rates every training pair, once per domain.
 
     Args:
@@ -30,7 +30,7 @@ def judge_rater(*, name: str = "adaptive-judge") -> Rater:
       The rater. Its ``init`` and ``mix`` raise :class:`UserError` without a judge.
     """
 
-    def judge_of(problem: Problem):
+    def judge_of(problem: Problem) -> Judge:
         if problem.judge is None:
             raise UserError(
                 f"{name}: expected a judge in the study, got none: give one, or use "
@@ -56,14 +56,14 @@ def judge_rater(*, name: str = "adaptive-judge") -> Rater:
             )
         return problem.apply_fn(base, None, batch["tokens"]), batch["risk"]
 
-    return Rater(init, mix, assess)
+    return Rater(init, mix, assess, ratings=1)
 
 
 def probe_rater(
     *,
     layers: tuple[int, ...] | None = None,
     l2: float = 1e-2,
-    name: str = "adaptive-probe",
+    name: str,
 ) -> Rater:
     """A probe of the aligned model's activations rates every example's prompt.
 
@@ -74,14 +74,7 @@ def probe_rater(
 
     Returns:
       The rater. Its ``init`` raises :class:`UserError` without both prompt sets.
-
-    Raises:
-      UserError: for a penalty that is not positive.
     """
-    positive("l2", l2)
-    if layers is not None and not isinstance(layers, tuple | list):
-        raise UserError(f"layers: expected a list of numbers, got {layers!r}")
-    layers = None if layers is None else tuple(layers)
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
         del adapter

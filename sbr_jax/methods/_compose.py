@@ -1,4 +1,4 @@
-"""Putting defences together: a method with more pulls on it.
+"""Combinations of defences: a method with more pulls on it.
 
 A *pull* is a penalty whose gradient no projection may touch. Where the method projects
 (its state holds a subspace) the pull goes around the projection as ``bypass``; where it
@@ -17,66 +17,90 @@ import jax
 import jax.numpy as jnp
 
 from sbr_jax import losses
-from sbr_jax.methods.base import Method
-from sbr_jax.typing import PyTree
+from sbr_jax.methods.base import Found, Init, Method, Mix, Problem
+from sbr_jax.typing import Batch, PyTree
+
+Penalty = Callable[[Problem, PyTree, PyTree, Any, Batch, jax.Array], jax.Array]
+"""``(problem, base, adapter, state, batch, key) -> scalar``, of the penalty's state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rater:
-    """Who says how risky examples are.
+    """Source of the risk of examples.
 
     Attributes:
       init: ``(problem, base, adapter, key) -> state``; ``"diagnostics"`` is reported.
       mix: ``(problem, domain, seed) -> TokenDataset``, before each domain.
       assess: ``(problem, base, state, batch) -> (reference logits [B, T, V], risk
         [B])`` in one pass of the aligned model; ``state`` is what ``init`` returned.
+      ratings: how often the study's judge rates every example of a domain.
     """
 
-    init: Callable[..., dict]
-    mix: Callable[..., Any]
-    assess: Callable[..., tuple[jax.Array, jax.Array]]
+    init: Init
+    mix: Mix
+    assess: Callable[[Problem, PyTree, Any, Batch], tuple[jax.Array, jax.Array]]
+    ratings: int = 0
+
+
+def with_gradients(
+    method: Method, change: Callable[[Callable[..., Found]], Callable[..., Found]]
+) -> Method:
+    """Changes both gradients of a method, the step's and the repair's."""
+    return dataclasses.replace(
+        method,
+        gradient=change(method.gradient),
+        replay_gradient=change(method.replay_gradient),
+    )
+
+
+def with_cost(method: Method, **more: float) -> Method:
+    """Adds to numbers of a method's cost."""
+    raised = {name: getattr(method.cost, name) + value for name, value in more.items()}
+    return dataclasses.replace(method, cost=dataclasses.replace(method.cost, **raised))
 
 
 def with_pull(
     method: Method,
     name: str,
-    init: Callable[..., Mapping[str, Any]],
-    loss: Callable[..., jax.Array],
+    init: Init,
+    loss: Penalty,
+    *,
+    weight: float = 1.0,
+    repairs: bool = True,
 ) -> Method:
-    """Adds a penalty to a method's every step, repairs included.
+    """Adds ``weight`` times a penalty to every step of a method.
 
     **Guarantee**: the method's own gradient, projection and hooks stay as they are.
 
     Args:
       method: any defence.
-      name: of the penalty: its place in the state and among the metrics.
+      name: of the penalty: its place in the state and, without the weight, among the
+        metrics.
       init: ``(problem, base, adapter, key) -> state`` of the penalty.
       loss: ``(problem, base, adapter, state, batch, key) -> scalar``, of that state.
+      weight: of its gradient.
+      repairs: whether repairs are pulled as well.
 
     Returns:
       The method with the pull.
     """
 
-    def start(problem, base, adapter, key):
-        state = method.init(problem, base, adapter, key)
-        return _joined_state(state, name, init(problem, base, adapter, key))
-
-    def pulled(hook):
+    def pulled(hook: Callable[..., Found]) -> Callable[..., Found]:
         def gradient(problem, base, adapter, state, batch, *rest):
             found = hook(problem, base, adapter, state, batch, *rest)
             value, pull = jax.value_and_grad(
                 lambda a: loss(problem, base, a, state[name], batch, rest[-1])
             )(adapter)
+            if weight != 1.0:
+                pull = jax.tree.map(lambda p: weight * p, pull)
             return _bypassed(found, pull, state, {name: value})
 
         return gradient
 
-    return dataclasses.replace(
-        method,
-        init=start,
-        gradient=pulled(method.gradient),
-        replay_gradient=pulled(method.replay_gradient),
-    )
+    method = with_state(method, name, init)
+    if repairs:
+        return with_gradients(method, pulled)
+    return dataclasses.replace(method, gradient=pulled(method.gradient))
 
 
 def with_risk(
@@ -91,7 +115,7 @@ def with_risk(
 
     Args:
       method: any defence whose task loss is ``base.task_loss``.
-      rater: who rates the examples.
+      rater: of the examples.
       weighting: ``risk [B] -> (α [B], β [B])``.
 
     Returns:
@@ -101,14 +125,10 @@ def with_risk(
       arXiv:2602.17546
     """
 
-    def start(problem, base, adapter, key):
-        state = method.init(problem, base, adapter, key)
-        return _joined_state(state, "risk", rater.init(problem, base, adapter, key))
-
     def mix(problem, domain, seed):
         return rater.mix(problem, method.mix(problem, domain, seed), seed)
 
-    def weighted(hook):
+    def weighted(hook: Callable[..., Found]) -> Callable[..., Found]:
         def gradient(problem, base, adapter, state, batch, *rest):
             reference, risk = rater.assess(problem, base, state["risk"], batch)
             alpha, beta = weighting(risk)
@@ -127,25 +147,26 @@ def with_risk(
 
         return gradient
 
-    return dataclasses.replace(
-        method,
-        init=start,
-        mix=mix,
-        gradient=weighted(method.gradient),
-        replay_gradient=weighted(method.replay_gradient),
-    )
+    method = dataclasses.replace(with_state(method, "risk", rater.init), mix=mix)
+    method = with_gradients(method, weighted)
+    return with_cost(method, forward=1.0, backward=1.0, ratings=rater.ratings)
 
 
-def _joined_state(state: Mapping, name: str, own: Mapping) -> dict:
-    """The method's state with a part's own under ``name``; diagnostics are merged."""
-    own = dict(own)
-    diagnostics = {**state.get("diagnostics", {}), **own.pop("diagnostics", {})}
-    joined = {**state, name: own}
-    return {**joined, "diagnostics": diagnostics} if diagnostics else joined
+def with_state(method: Method, name: str, init: Init) -> Method:
+    """Puts the state of a part under ``name`` of a method's; diagnostics are merged."""
+
+    def start(problem, base, adapter, key):
+        state = method.init(problem, base, adapter, key)
+        own = dict(init(problem, base, adapter, key))
+        diagnostics = {**state.get("diagnostics", {}), **own.pop("diagnostics", {})}
+        joined = {**state, name: own}
+        return {**joined, "diagnostics": diagnostics} if diagnostics else joined
+
+    return dataclasses.replace(method, init=start)
 
 
-def _bypassed(found: tuple, pull: PyTree, state: Mapping, metrics: Mapping) -> tuple:
-    """A hook's result with a pull added where no projection reaches it."""
+def _bypassed(found: Found, pull: PyTree, state: Mapping, metrics: Mapping) -> Found:
+    """The result of a hook with a pull added where no projection reaches it."""
     grads, extra, known = found
     metrics = {**known, **metrics}
     if "subspace" not in state:
@@ -155,4 +176,11 @@ def _bypassed(found: tuple, pull: PyTree, state: Mapping, metrics: Mapping) -> t
     return grads, {**extra, "bypass": pull}, metrics
 
 
-__all__ = ["Rater", "with_pull", "with_risk"]
+__all__ = [
+    "Rater",
+    "with_cost",
+    "with_gradients",
+    "with_pull",
+    "with_risk",
+    "with_state",
+]

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from sbr_jax.data.batches import batch
-from sbr_jax.methods.base import Problem, adamw, one_of, positive
+from sbr_jax.methods.base import Cost, Problem, adamw
 from sbr_jax.models import LoraPair, is_lora_pair, merge_adapter
 from sbr_jax.typing import Batch, PyTree, UserError
 
@@ -43,7 +43,7 @@ WARMUP = 0.1  # Share of a cosine schedule's steps; published for Vaccine.
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """How an alignment stage trains.
+    """Settings of an alignment stage.
 
     Attributes:
       name: of the method, for messages.
@@ -62,19 +62,9 @@ class Stage:
     steps: int | None
     batch_size: int | None
 
-    def __post_init__(self):
-        """Refuses values that cannot be meant.
-
-        Raises:
-          UserError: naming the field.
-        """
-        positive("learning_rate", self.learning_rate)
-        positive("weight_decay", self.weight_decay, zero=True)
-        one_of("schedule", self.schedule, ("cosine", "constant"))
-        for label in ("steps", "batch_size"):
-            value = getattr(self, label)
-            if value is not None and value < 1:
-                raise UserError(f"{label}: expected at least 1 or None, got {value!r}")
+    def cost(self, passes: float) -> Cost:
+        """The stage's, of so many passes forwards and backwards a step."""
+        return Cost(stage=passes, stage_steps=self.steps)
 
     def optimizer(
         self, problem: Problem, adapter: PyTree

@@ -68,7 +68,6 @@ def make_record(
     fields = [
         (label, parameter.annotation, changes.get(label, parameter.default))
         for label, parameter in signature.parameters.items()
-        if label != "name"
     ]
     made = dataclasses.make_dataclass(
         "".join(map(str.capitalize, name.split("-"))),
@@ -81,8 +80,7 @@ def make_record(
 
 
 def _arguments(maker: Callable[..., Any]) -> str:
-    """The sentences on arguments out of a docstring, but for the one on the name."""
+    """The sentences on arguments out of a docstring."""
     said = inspect.getdoc(maker) or ""
     found = re.search(r"^Args:\n((?:  .*\n|\n(?=  ))*)", said + "\n", re.MULTILINE)
-    lines = found.group(1) if found else ""
-    return re.sub(r"^  name: .*\n(?:    .*\n)*", "", lines, flags=re.MULTILINE)
+    return found.group(1) if found else ""

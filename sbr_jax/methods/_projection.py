@@ -1,0 +1,161 @@
+"""A method kept off a safety subspace that follows the model from domain to domain.
+
+    ĝ_i = g_i − (1 − α_i) V_i V_iᵀ g_i                     in each layer i
+
+V_i and α_i come from :class:`sbr_jax.methods._ssi.Ssi`; after each domain, and where
+asked also inside one, V_i is merged with the subspace of the adapted model.
+"""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sbr_jax.methods._compose import with_cost
+from sbr_jax.methods._ssi import Ssi, check_rank, describe, describe_change
+from sbr_jax.methods.base import (
+    LAYER_AXES,
+    InertProjectionWarning,
+    Method,
+    Problem,
+    is_lora_pair,
+)
+from sbr_jax.subspace import empty_subspace
+from sbr_jax.transforms import gradient_projection, update_projection
+from sbr_jax.typing import PyTree
+
+INERT = 0.95
+"""α above which a layer's projection counts as doing nothing."""
+
+
+def with_projection(
+    method: Method,
+    ssi: Ssi,
+    *,
+    projection: str,
+    update_subspace: bool,
+    refresh_every: int | None,
+    control_spectrum: bool,
+) -> Method:
+    """Projects a method's steps off the subspaces that ``ssi`` identifies.
+
+    Args:
+      method: any defence with the neutral optimizer and without a state of its own.
+      ssi: how subspaces are found, merged and relaxed.
+      projection: ``"gradient"`` before AdamW, or ``"update"`` after it.
+      update_subspace: whether to merge after each domain.
+      refresh_every: steps between merges inside a domain; None for none.
+      control_spectrum: whether to report the spectrum on random data too.
+
+    Returns:
+      The method. Its ``init`` warns with :class:`InertProjectionWarning` where α is
+      above 0.95 in every layer.
+    """
+    # A copy apart from the active one is needed only where the two differ.
+    apart = ssi.basis in ("random", "shuffled") or refresh_every is not None
+
+    def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
+        found = ssi.identify(problem, base, adapter, key)
+        alpha = ssi.coefficients(found, found.trace)
+        _warn_if_inert(alpha)
+        diagnostics = describe(found, alpha, found.trace)
+        diagnostics["spectrum"] = found.eigenvalues
+        control = problem.calibration_controls.get("random")
+        if control_spectrum and control is not None:
+            other = ssi.estimate(problem, base, adapter, control, key)
+            diagnostics["random_spectrum"] = other.eigenvalues
+            diagnostics["random_trace"] = other.trace
+        state = {"coefficients": alpha, "diagnostics": diagnostics}
+        state["subspace"] = ssi.active(found, key)
+        if apart:
+            state["stored"] = found
+        if ssi.keep_base:
+            state["protected"] = found
+        return state
+
+    def renewed(
+        problem: Problem, base: PyTree, adapter: PyTree, state: Any, key: jax.Array
+    ) -> dict:
+        """State with the present model's subspace merged in."""
+        old = state["stored"] if apart else state["subspace"]
+        fresh = ssi.identify(problem, base, adapter, key)
+        stored = ssi.merged(old, fresh, state.get("protected"))
+        alpha = ssi.coefficients(stored, fresh.trace)
+        diagnostics = {
+            **describe(stored, alpha, fresh.trace),
+            **describe_change(old, fresh, stored),
+        }
+        return {
+            **state,
+            "subspace": ssi.active(stored, key),
+            "coefficients": alpha,
+            "diagnostics": diagnostics,
+            **({"stored": stored} if apart else {}),
+        }
+
+    def refresh(problem, base, adapter, state, key):
+        # Merges inside a domain all start from the subspace before it.
+        new = renewed(problem, base, adapter, state, key)
+        return {**new, "stored": state["stored"]}
+
+    def end_domain(problem, base, adapter, state, key):
+        if update_subspace:
+            state = renewed(problem, base, adapter, state, key)
+            _warn_if_inert(state["coefficients"])
+        return adapter, state
+
+    def optimizer(problem: Problem, adapter: PyTree, learning_rate):
+        check_rank(adapter, ssi.max_rank)
+        subspace = empty_subspace(
+            adapter, max_rank=ssi.max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
+        )
+        coefficients = jax.tree.map(jnp.zeros_like, subspace.trace)
+        if projection == "update":
+            return update_projection(
+                subspace,
+                learning_rate,
+                coefficients=coefficients,
+                max_norm=problem.training.max_grad_norm,
+                weight_decay=problem.training.weight_decay,
+            )
+        return gradient_projection(
+            subspace,
+            optax.adamw(learning_rate, weight_decay=problem.training.weight_decay),
+            coefficients=coefficients,
+            max_norm=problem.training.max_grad_norm,
+        )
+
+    projected = dataclasses.replace(
+        method,
+        init=init,
+        optimizer=optimizer,
+        end_domain=end_domain,
+        refresh=refresh if refresh_every else None,
+        refresh_every=refresh_every,
+    )
+    return with_cost(
+        projected,
+        fishers=1 + control_spectrum,
+        domain_fishers=int(update_subspace),
+        refresh_fishers=1,
+        columns=ssi.max_rank,
+    )
+
+
+def _warn_if_inert(alpha: PyTree) -> None:
+    lowest = min((float(np.min(a)) for a in jax.tree.leaves(alpha)), default=1.0)
+    if lowest > INERT:
+        warnings.warn(
+            f"the projection is inert: α is at least {lowest:.3f} in every layer, "
+            "because tr F is small against 1/λ; normalise the trace, raise strictness "
+            "or use the sampled Fisher",
+            InertProjectionWarning,
+            stacklevel=3,
+        )
+
+
+__all__ = ["with_projection"]
