@@ -37,7 +37,7 @@ from sbr_jax.evaluation.measurement import Ask, Measurement
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.losses import token_cross_entropy
 from sbr_jax.programs import cli
-from sbr_jax.recipes.realtext import MEASURES
+from sbr_jax.recipes.realtext import BENCHMARKS
 from sbr_jax.studies.realtext_corpus import (
     KEYWORDS,
     LENGTHS,
@@ -164,7 +164,7 @@ def measurements(folder: Path) -> list[Measurement]:
         measures.prepare(
             name, folder, limit=MEASURED, judge=judge, max_new_tokens=NEW_TOKENS
         )
-        for name in MEASURES
+        for name in BENCHMARKS
     ]
     # Of the same origin as what was learnt, where the others are not.
     length = {"max_new_tokens": NEW_TOKENS}

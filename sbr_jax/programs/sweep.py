@@ -4,7 +4,7 @@
         [--jobs J] [--dry-run]
     python -m experiments.sweep --list
 
-Each cell of the sweep (`configs/sweeps.py`) is a working directory `DIR/CELL` of
+Each cell of the sweep (`recipes/sweeps.py`) is a working directory `DIR/CELL` of
 `experiments.run` or `experiments.attack`, and can be continued or reported by them.
 The first seed of everything comes first, so that a whole table appears early. Finished
 stages are kept: the same command continues after a kill. A row that refuses its
