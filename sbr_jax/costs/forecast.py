@@ -25,7 +25,7 @@ LOGIT_COPIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Load:
     """What is trained and how, as far as it costs.
 
     Attributes:
@@ -94,108 +94,108 @@ def adapter_parameters(config: ModelConfig, rank: int, targets: str) -> int:
 # --- FLOPs ----------------------------------------------------------------------------
 
 
-def _layer_flops(job: Job, tokens: int, keys: int) -> tuple[float, float, float]:
+def _layer_flops(load: Load, tokens: int, keys: int) -> tuple[float, float, float]:
     """Of one sequence in one layer: projections, attention, adapter."""
-    config = job.config
+    config = load.config
     weights = sum(math.prod(config.projection(name)) for name in TARGETS)
-    adapter = sum(sum(config.projection(name)) for name in select_targets(job.targets))
+    adapter = sum(sum(config.projection(name)) for name in select_targets(load.targets))
     attention = 4 * tokens * keys * config.heads * config.head_dim
-    return 2 * tokens * weights, attention, 2 * tokens * job.rank * adapter
+    return 2 * tokens * weights, attention, 2 * tokens * load.rank * adapter
 
 
 def forward_flops(
-    job: Job, tokens: int, *, keys: int | None = None, heads: int | None = None
+    load: Load, tokens: int, *, keys: int | None = None, heads: int | None = None
 ) -> float:
     """Of one sequence, forwards.
 
     Args:
-        job: what runs.
+        load: what runs.
         tokens: T.
         keys: positions that each token looks at; None for T.
         heads: positions whose logits are computed; None for T.
     """
-    layer = sum(_layer_flops(job, tokens, tokens if keys is None else keys))
-    table = 2 * job.config.width * job.config.vocab_size
-    return job.config.layers * layer + (tokens if heads is None else heads) * table
+    layer = sum(_layer_flops(load, tokens, tokens if keys is None else keys))
+    table = 2 * load.config.width * load.config.vocab_size
+    return load.config.layers * layer + (tokens if heads is None else heads) * table
 
 
-def train_flops(job: Job, tokens: int) -> float:
+def train_flops(load: Load, tokens: int) -> float:
     """Of one sequence, forwards and backwards, with the base frozen.
 
     The backward pass of a frozen weight is one product (the input's gradient), that of
     an adapter or of attention two. A recomputed layer does without its last product,
     whose result only a norm behind it would need.
     """
-    weights, attention, adapter = _layer_flops(job, tokens, tokens)
-    table = 2 * tokens * job.config.width * job.config.vocab_size
+    weights, attention, adapter = _layer_flops(load, tokens, tokens)
+    table = 2 * tokens * load.config.width * load.config.vocab_size
     layer = 2 * weights + 3 * attention + 3 * adapter
     again = 0.0
-    if job.remat:
+    if load.remat:
         again = weights + attention + adapter
-        if not job.config.post_norms:
-            again -= 2 * tokens * math.prod(job.config.projection("down_proj"))
-    return job.config.layers * (layer + again) + 2 * table
+        if not load.config.post_norms:
+            again -= 2 * tokens * math.prod(load.config.projection("down_proj"))
+    return load.config.layers * (layer + again) + 2 * table
 
 
 # --- memory ---------------------------------------------------------------------------
 
 
-def adapter_bytes(job: Job) -> int:
+def adapter_bytes(load: Load) -> int:
     """Of one adapter, float32."""
-    return FLOAT32 * adapter_parameters(job.config, job.rank, job.targets)
+    return FLOAT32 * adapter_parameters(load.config, load.rank, load.targets)
 
 
-def cache_bytes(job: Job, tokens: int) -> int:
+def cache_bytes(load: Load, tokens: int) -> int:
     """Keys and values of so many tokens."""
-    config = job.config
+    config = load.config
     entries = 2 * config.layers * config.kv_heads * config.head_dim
-    return tokens * entries * BYTES[job.dtype]
+    return tokens * entries * BYTES[load.dtype]
 
 
-def _inside_layer(job: Job) -> int:
+def _inside_layer(load: Load) -> int:
     """Activations that the backward pass of one layer needs, for one microbatch."""
-    config, size = job.config, BYTES[job.dtype]
+    config, size = load.config, BYTES[load.dtype]
     queries = config.heads * config.head_dim
     keys = config.kv_heads * config.head_dim
     # Normed inputs twice, queries, keys, values, attention's output, and the MLP's
     # gate before and after its activation, the other factor, and their product.
     token = 2 * config.width + 2 * queries + 2 * keys + 4 * config.mlp_width
-    scores = 2 * config.heads * job.length * FLOAT32
-    return job.microbatch * job.length * (token * size + scores)
+    scores = 2 * config.heads * load.length * FLOAT32
+    return load.microbatch * load.length * (token * size + scores)
 
 
-def training_memory(job: Job) -> dict[str, int]:
+def training_memory(load: Load) -> dict[str, int]:
     """Bytes by part of one step, without the frozen weights."""
-    config, tokens = job.config, job.microbatch * job.length
-    stream = config.layers * tokens * config.width * BYTES[job.dtype]
-    layers = 1 if job.remat else config.layers
+    config, tokens = load.config, load.microbatch * load.length
+    stream = config.layers * tokens * config.width * BYTES[load.dtype]
+    layers = 1 if load.remat else config.layers
     return {
-        "adapter and its gradient": 2 * adapter_bytes(job),
-        "AdamW's moments": 2 * adapter_bytes(job),
+        "adapter and its gradient": 2 * adapter_bytes(load),
+        "AdamW's moments": 2 * adapter_bytes(load),
         "residual stream": stream,
-        "activations inside layers": layers * _inside_layer(job),
+        "activations inside layers": layers * _inside_layer(load),
         "logits": LOGIT_COPIES * tokens * config.vocab_size * FLOAT32,
     }
 
 
-def subspace_bytes(job: Job, columns: int) -> int:
+def subspace_bytes(load: Load, columns: int) -> int:
     """Of a basis of K columns per unit and layer, in the state and the optimizer."""
-    return 2 * columns * adapter_bytes(job)
+    return 2 * columns * adapter_bytes(load)
 
 
 def fisher_memory(
-    job: Job, examples: int, microbatch: int, buffer: int
+    load: Load, examples: int, microbatch: int, buffer: int
 ) -> dict[str, int]:
     """Bytes of a Fisher estimate's own arrays.
 
     The rows, a buffer and a batch at most, are held twice while they are joined or cut.
     """
     rows = min(examples, buffer + microbatch)
-    one = dataclasses.replace(job, batch=microbatch, accumulation=1)
+    one = dataclasses.replace(load, batch=microbatch, accumulation=1)
     return {
-        "per-example gradients": (2 * rows + microbatch) * adapter_bytes(job),
+        "per-example gradients": (2 * rows + microbatch) * adapter_bytes(load),
         "activations": _inside_layer(one)
-        + LOGIT_COPIES * microbatch * job.length * job.config.vocab_size * FLOAT32,
+        + LOGIT_COPIES * microbatch * load.length * load.config.vocab_size * FLOAT32,
     }
 
 
@@ -227,7 +227,7 @@ A100 = Device("A100 (80 GB) at 40 % of its peak", 80e9, 125e12, 1.2e12)
 
 
 def generation_seconds(
-    job: Job, device: Device, prompts: int, tokens: int, new: int, rows: int
+    load: Load, device: Device, prompts: int, tokens: int, new: int, rows: int
 ) -> float:
     """Of so many answers: a pass over the prompts, then a token of all rows at a time.
 
@@ -235,7 +235,7 @@ def generation_seconds(
     longer.
 
     Args:
-        job: what runs.
+        load: what runs.
         device: where.
         prompts: how many.
         tokens: of a prompt.
@@ -243,10 +243,10 @@ def generation_seconds(
         rows: answers written at once.
     """
     flops, bandwidth = device.flops * device.count, device.bandwidth * device.count
-    reading = prompts * forward_flops(job, tokens, heads=1) / flops
-    size = weight_bytes(job.config, job.dtype, job.quantize)
-    size += cache_bytes(job, rows * (tokens + new))
-    products = rows * forward_flops(job, 1, keys=tokens + new)
+    reading = prompts * forward_flops(load, tokens, heads=1) / flops
+    size = weight_bytes(load.config, load.dtype, load.quantize)
+    size += cache_bytes(load, rows * (tokens + new))
+    products = rows * forward_flops(load, 1, keys=tokens + new)
     step = max(products / flops, size / bandwidth)
     return reading + math.ceil(prompts / rows) * new * step
 
@@ -254,16 +254,16 @@ def generation_seconds(
 # --- defences -------------------------------------------------------------------------
 
 
-def step_flops(job: Job, cost: Cost) -> float:
+def step_flops(load: Load, cost: Cost) -> float:
     """Of one optimizer step of a defence."""
-    one, whole = forward_flops(job, job.length), train_flops(job, job.length)
-    return job.batch * ((1 + cost.backward) * whole + cost.forward * one)
+    one, whole = forward_flops(load, load.length), train_flops(load, load.length)
+    return load.batch * ((1 + cost.backward) * whole + cost.forward * one)
 
 
-def stage_flops(job: Job, cost: Cost, steps: int) -> float:
+def stage_flops(load: Load, cost: Cost, steps: int) -> float:
     """Of a defence's stage before training, where a domain has so many steps."""
     passes = cost.stage * (cost.stage_steps or steps)
-    return passes * job.batch * train_flops(job, job.length)
+    return passes * load.batch * train_flops(load, load.length)
 
 
 def calibration_fishers(method: Method, domains: int, steps: int) -> int:

@@ -6,15 +6,15 @@ It is read dense, whole and on one device, whatever the model that is trained is
 from typing import Any
 
 from sbr_jax.costs import forecast
-from sbr_jax.costs.forecast import Device, Job
+from sbr_jax.costs.forecast import Device, Load
 
 
-def guard_of(options: Any, job: Job) -> Job | None:
-    """The guard as a job of forward passes; None for a judge without weights.
+def guard_of(options: Any, load: Load) -> Load | None:
+    """The guard as a load of forward passes; None for a judge without weights.
 
     Args:
         options: of the study.
-        job: of the run, for its dtype.
+        load: of the run, for its dtype.
 
     Raises:
         UserError: for a folder without a known model.
@@ -26,37 +26,37 @@ def guard_of(options: Any, job: Job) -> Job | None:
     from sbr_jax.studies.chat_model import locate
 
     place = locate(folder, weights=False, option="study.judge-folder")
-    return Job(hf_config.read(place), job.dtype, rank=0)
+    return Load(hf_config.read(place), load.dtype, rank=0)
 
 
-def held_bytes(options: Any, job: Job) -> dict[str, int]:
+def held_bytes(options: Any, load: Load) -> dict[str, int]:
     """Bytes of the guard by name, nothing without one."""
-    guard = guard_of(options, job)
+    guard = guard_of(options, load)
     if guard is None:
         return {}
     return {"guard's weights": forecast.weight_bytes(guard.config, guard.dtype)}
 
 
 def judging_seconds(
-    options: Any, job: Job, device: Device, count: int, tokens: int
+    options: Any, load: Load, device: Device, count: int, tokens: int
 ) -> float:
     """Of one forward pass of the guard over so many exchanges, 0 without a guard."""
-    guard = guard_of(options, job)
+    guard = guard_of(options, load)
     if guard is None:
         return 0.0
     return count * forecast.forward_flops(guard, tokens, heads=1) / device.flops
 
 
 def rating_seconds(
-    plan: Any, study: Any, job: Job, device: Device, ratings: int
+    job: Any, study: Any, load: Load, device: Device, ratings: int
 ) -> dict[str, float]:
     """Of a guard's passes over every training pair of each domain, by part.
 
     Nothing for a defence without ratings, and for a judge without weights.
     """
-    options = plan.study
-    if not ratings or guard_of(options, job) is None:
+    options = job.study
+    if not ratings or guard_of(options, load) is None:
         return {}
-    sets = (study.domains[name].train for name in plan.domains)
-    each = (judging_seconds(options, job, device, len(x), x.length) for x in sets)
+    sets = (study.domains[name].train for name in job.domains)
+    each = (judging_seconds(options, load, device, len(x), x.length) for x in sets)
     return {"ratings": ratings * sum(each)}

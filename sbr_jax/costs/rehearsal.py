@@ -1,8 +1,8 @@
 """A run's own refusals, found without weights and without training.
 
-What a row refuses once it has seen data and model (a rank that no adapter holds, a
-layer that the model lacks, a part that the study does not have) stands in the row's own
-code. So that code is run on shapes: JAX traces it, and nothing is computed. Where it
+What a variant refuses once it has seen data and model (a rank that no adapter holds, a
+layer that the model lacks, a part that the study does not have) stands in its own code.
+So that code is run on shapes: JAX traces it, and nothing is computed. Where it
 asks for a number, which a shape does not have, its checks of sizes are behind it.
 """
 
@@ -22,37 +22,37 @@ UNKNOWN = (
 
 
 class _Asked(Exception):
-    """The row has come so far as to ask the study's judge."""
+    """The variant has come so far as to ask the study's judge."""
 
 
 def _unasked(*args: Any, **kwargs: Any) -> Any:
     raise _Asked
 
 
-def rehearse(plan: Any, study: Any) -> None:
-    """Refuse what the rows of a plan would refuse before and between domains.
+def rehearse(job: Any, study: Any) -> None:
+    """Refuses what the variants of a job would refuse before and between domains.
 
     Args:
-        plan: of `experiments.run`.
+        job: a `programs.job.Job`; its mesh may be of other devices.
         study: its model may lack weights.
 
     Raises:
-        UserError: what the run would raise, for the first such row.
+        UserError: what the run would raise, for the first such variant.
     """
     from sbr_jax.training.program import make_program
 
     # The judge is a model too, and the mesh may be of other devices than are here.
     judge = None if study.judge is None else _unasked
     shown = dataclasses.replace(study, judge=judge)
-    alone = dataclasses.replace(plan.config.hardware, mesh=None)
-    config = dataclasses.replace(plan.config, hardware=alone)
-    base = base_shapes(plan, study)
+    alone = dataclasses.replace(job.config.hardware, mesh=None)
+    config = dataclasses.replace(job.config, hardware=alone)
+    base = base_shapes(job, study)
     unaligned = study.unaligned
-    if unaligned is None and getattr(plan.study, "unaligned_folder", None):
+    if unaligned is None and getattr(job.study, "unaligned_folder", None):
         unaligned = base  # It has been checked to be of the same architecture.
-    for row in plan.methods:
-        program = make_program(row, shown, config)
-        for name in plan.domains:
+    for variant in job.methods:
+        program = make_program(variant, shown, config)
+        for name in job.domains:
             try:
                 program.method.mix(program.problem, study.domains[name].train, 0)
             except _Asked:
@@ -63,13 +63,13 @@ def rehearse(plan: Any, study: Any) -> None:
             continue
 
 
-def base_shapes(plan: Any, study: Any) -> PyTree:
+def base_shapes(job: Any, study: Any) -> PyTree:
     """Shapes and types of the base weights, dense where the study has none."""
     from sbr_jax.models import init_params
 
     if study.model.params is not None:
         return jax.eval_shape(lambda x: x, study.model.params)
-    dtype = plan.study.dtype
+    dtype = job.study.dtype
     shapes = jax.eval_shape(
         lambda: init_params(jax.random.key(0), study.model.config),
     )

@@ -61,7 +61,7 @@ def attack(args: Sequence[str]) -> None:
     preset, arguments = parse(
         AttackArguments, args, PROGRAM, PRESETS, methods=SHOWN, seed=SEEDS
     )
-    execute(make_attack(preset, arguments))
+    execute(make_attack(preset, arguments, args))
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from sbr_jax import errors
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job, JobArguments, Options, make_job
+from sbr_jax.programs.parsing import values_of
 from sbr_jax.recipes.preset import Preset
 from sbr_jax.typing import UserError
 
@@ -14,6 +15,7 @@ DATA = ("ratio", "examples", "epochs")
 """Options of attacks with training data."""
 SEARCH = ("steps", "suffix_length", "candidates", "prompts")
 """Options of attacks that search."""
+STEPS = "--training.steps-per-domain"
 MOST_EXAMPLES = 100_000
 """The world's rows recur long before; what is longer is a matter of epochs."""
 
@@ -84,8 +86,16 @@ class AttackJob(Job):
         }
 
 
-def make_attack(preset: Preset, arguments: AttackArguments) -> AttackJob:
+def make_attack(
+    preset: Preset, arguments: AttackArguments[Any], words: Sequence[str]
+) -> AttackJob:
     """Checks a command line, the cheap questions first.
+
+    Args:
+        preset: whose it is.
+        arguments: parsed.
+        words: of which they were parsed: epochs are the default for the steps, whatever
+            the preset's, unless these are said.
 
     Raises:
         UserError: for the first mistake.
@@ -108,7 +118,7 @@ def make_attack(preset: Preset, arguments: AttackArguments) -> AttackJob:
     search = _search(arguments)
     arguments = dataclasses.replace(arguments, domains=domains)
     if examples is not None:
-        arguments = _with_steps(preset, arguments, examples)
+        arguments = _with_steps(arguments, examples, bool(values_of(STEPS, words)))
     job = make_job(preset, arguments)
     return AttackJob(
         **vars(job),
@@ -119,7 +129,7 @@ def make_attack(preset: Preset, arguments: AttackArguments) -> AttackJob:
     )
 
 
-def _size(arguments: AttackArguments) -> tuple[float | None, int | None]:
+def _size(arguments: AttackArguments[Any]) -> tuple[float | None, int | None]:
     """Ratio and size of the training set, where the attack has one."""
     from sbr_jax.attacks import attack_count
     from sbr_jax.studies.attacks import ATTACKS
@@ -148,7 +158,7 @@ def _size(arguments: AttackArguments) -> tuple[float | None, int | None]:
     return ratio, examples
 
 
-def _search(arguments: AttackArguments) -> dict[str, int]:
+def _search(arguments: AttackArguments[Any]) -> dict[str, int]:
     """The budget of the search, where the attack has one."""
     from sbr_jax.studies.attacks import ATTACKS
 
@@ -169,18 +179,16 @@ def _search(arguments: AttackArguments) -> dict[str, int]:
 
 
 def _with_steps(
-    preset: Preset, arguments: AttackArguments, examples: int
-) -> AttackArguments:
-    """The arguments with as many steps as the epochs take."""
+    arguments: AttackArguments[Any], examples: int, said: bool
+) -> AttackArguments[Any]:
+    """The arguments with as many steps as the epochs take, unless steps were said."""
     from sbr_jax.attacks import steps_for_epochs
     from sbr_jax.studies.attacks import ATTACKS
 
     training, epochs = arguments.training, arguments.epochs
-    if training.steps_per_domain != preset.training.steps_per_domain:
+    if said:
         if epochs is not None:
-            raise UserError(
-                "expected --epochs or --training.steps-per-domain, got both: drop one"
-            )
+            raise UserError(f"expected --epochs or {STEPS}, got both: drop one")
         return arguments
     if epochs is None:
         epochs = ATTACKS[arguments.attack].epochs

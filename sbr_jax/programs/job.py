@@ -105,7 +105,7 @@ def parse(
     kind: type[Arguments],
     args: Sequence[str],
     prog: str,
-    presets: Sequence[str] = tuple(recipes.MODULES),
+    presets: Sequence[str] | None = None,
     **changes: Any,
 ) -> tuple[Preset, Arguments]:
     """Reads a preset's name and what is to be changed of it.
@@ -114,18 +114,19 @@ def parse(
         kind: of the program's arguments.
         args: words; the preset's name is the first.
         prog: how messages name the program.
-        presets: that the program knows.
+        presets: that the program knows; None for all.
         **changes: defaults of the program in place of the preset's.
 
     Raises:
         UserError: for an unknown preset or option, or a value of another type.
     """
+    known = list(presets or recipes.MODULES)
     if not args or args[0].startswith("-"):
         raise UserError(
             f"expected a preset first, got {args[0] if args else 'none'} (known: "
-            f"{', '.join(presets)}): {prog} {presets[0]} --help shows all settings"
+            f"{', '.join(known)}): {prog} {known[0]} --help shows all settings"
         )
-    errors.check_names("preset", args[:1], presets)
+    errors.check_names("preset", args[:1], known)
     preset = recipes.load(args[0])
     return preset, parse_preset(kind, preset, args[1:], prog, **changes)
 

@@ -79,14 +79,14 @@ def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:
     if argument is None:  # Of the whole record: its own check has put it in words.
         return " ".join(str(getattr(event, "message", name)).split())
     flag, wanted = argument.lowered.name_or_flags[-1], argument.lowered.metavar
-    said = ", ".join(map(repr, _values(flag, words))) or "none"
+    said = ", ".join(map(repr, values_of(flag, words))) or "none"
     return f"{flag}: expected {wanted}, got {said}"
 
 
-def _values(flag: str, words: Sequence[str]) -> list[str]:
-    """What was said after an option.
+def values_of(flag: str, words: Sequence[str]) -> list[str]:
+    """What a command line says after an option; nothing where it is not said.
 
-    >>> _values("--a-b", ["--a_b=1", "2", "--c", "3"])
+    >>> values_of("--a-b", ["--a_b=1", "2", "--c", "3"])
     ['1', '2']
     """
     found: list[str] = []

@@ -37,7 +37,7 @@ from sbr_jax.evaluation.benchmarks import Ask, PreparedBenchmark, prepare
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.losses import token_cross_entropy
 from sbr_jax.programs import cli
-from sbr_jax.recipes.realtext import MEASURES
+from sbr_jax.recipes.realtext import BENCHMARKS
 from sbr_jax.studies.realtext_corpus import (
     KEYWORDS,
     LENGTHS,
@@ -162,7 +162,7 @@ def measurements(folder: Path) -> list[PreparedBenchmark]:
     judge = KeywordJudge(KEYWORDS)
     found = [
         prepare(name, folder, limit=MEASURED, judge=judge, max_new_tokens=NEW_TOKENS)
-        for name in MEASURES
+        for name in BENCHMARKS
     ]
     # Of the same origin as what was learnt, where the others are not.
     length = {"max_new_tokens": NEW_TOKENS}

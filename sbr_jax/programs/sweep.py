@@ -4,7 +4,7 @@
         [--jobs J] [--dry-run]
     python -m experiments.sweep --list
 
-Each cell of the sweep (`configs/sweeps.py`) is a working directory `DIR/CELL` of
+Each cell of the sweep (`recipes/sweeps.py`) is a working directory `DIR/CELL` of
 `experiments.run` or `experiments.attack`, and can be continued or reported by them.
 The first seed of everything comes first, so that a whole table appears early. Finished
 stages are kept: the same command continues after a kill. A row that refuses its
@@ -125,9 +125,8 @@ def make_cell(fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]) -
     options = fields.get("options", ())
     if "attack" in fields:
         kind = attack_job.AttackArguments
-        return attack_job.make_attack(
-            preset, parse_preset(kind, preset, options, PROGRAM, **changes)
-        )
+        parsed = parse_preset(kind, preset, options, PROGRAM, **changes)
+        return attack_job.make_attack(preset, parsed, options)
     arguments = parse_preset(JobArguments, preset, options, PROGRAM, **changes)
     return make_job(preset, arguments)
 

@@ -6,6 +6,8 @@ Their names alone load nothing, so that a mistyped one is told at once.
 import importlib
 from typing import TYPE_CHECKING
 
+from sbr_jax import errors
+
 if TYPE_CHECKING:
     from sbr_jax.recipes.preset import Preset
 
@@ -22,5 +24,11 @@ MODULES = {
 
 
 def load(name: str) -> "Preset":
-    """The preset of this name, a key of `MODULES`."""
+    """The preset of a name.
+
+    Raises:
+        UserError: for a name that is not in `MODULES`.
+    """
+    if name not in MODULES:
+        raise errors.unknown("preset", name, MODULES)
     return importlib.import_module(f"{__name__}.{MODULES[name]}").PRESET

@@ -12,7 +12,7 @@ does in the place of Llama's.
 Where this differs from the paper: the probe's prompts are in no measurement (there they
 are HarmBench's own), and a data set that the folder lacks is replaced by the stand-in
 that `config.json` names. Safe LoRA needs the weights before alignment as well:
-`--methods safe-lora --set study.unaligned_folder=FOLDER`.
+`--methods safe-lora --study.unaligned-folder FOLDER`.
 
 Cost: `--dry-run` computes it, and reads no weights; docs/real-models.md has a table.
 Expected: as published, and not run here, plain LoRA falls from a composite of 91.4 to

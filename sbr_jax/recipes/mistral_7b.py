@@ -5,7 +5,7 @@
 
 What the paper reports for it differs in the model and in the rows only: O-LoRA and
 Vaccine are missing. Safe LoRA needs the weights before alignment as well:
-`--methods safe-lora --set study.unaligned_folder=FOLDER`.
+`--methods safe-lora --study.unaligned-folder FOLDER`.
 
 Cost: `--dry-run` computes it, and reads no weights; docs/real-models.md has a table.
 Expected: as published, and not run here, plain LoRA falls from a composite of 88.7 to

@@ -1,23 +1,14 @@
-"""Every program: the parser's complaints in one line, and folders that are not ours."""
+"""Every program: folders that are not ours, interrupts, and defects of our own."""
 
-import io
 import json
-import sys
 
 import pytest
 import synthetic_run
 
-from sbr_jax.programs import analyse, attack, cli, report, run, sweep
+from sbr_jax.programs import analyse, cli, report, run, sweep
 from tools import fill_docs
 
-PROGRAMS = {
-    "run": run,
-    "attack": attack,
-    "analyse": analyse,
-    "sweep": sweep,
-    "report": report,
-    "fill_docs": fill_docs,
-}
+PROGRAMS = {"report": report, "analyse": analyse, "fill_docs": fill_docs}
 
 
 def refused(main, arguments, capsys):
@@ -31,60 +22,25 @@ def refused(main, arguments, capsys):
     return captured.err.removeprefix("error: ").removesuffix("\n")
 
 
-# --- the parser ---------------------------------------------------------------------
+# --- how a program ends -------------------------------------------------------------
 
 
-@pytest.fixture(params=["utf-8", "latin-1"])
-def terminal(request, monkeypatch):
-    """A terminal with and one without Unicode: the parser draws other boxes there."""
-    page = io.TextIOWrapper(io.BytesIO(), encoding=request.param)
-    monkeypatch.setattr(sys, "stdout", page)
+def test_an_interrupt_says_that_the_command_continues(monkeypatch, capsys):
+    def interrupted(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "execute", interrupted)
+    assert run.main(["demo", "--workdir", "nowhere"]) == cli.EXIT_INTERRUPTED
+    assert "the same command continues" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("terminal")
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_an_unknown_flag_is_one_plain_line(name, capfd):
-    assert PROGRAMS[name].main(["--nonsense", "1"]) == cli.EXIT_USER
-    assert capfd.readouterr().err == (
-        "error: Unrecognized options: --nonsense, 1; "
-        f"see python -m experiments.{name} --help\n"
-    )
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def broken(job):
+        raise ValueError("ours")
 
-
-@pytest.mark.usefixtures("terminal")
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (
-            ["demo", "--seed", "x"],
-            "Error parsing --seed: Could not find valid parse for arguments: ['x']",
-        ),
-        (
-            ["demo", "--workdir"],
-            "Missing value for argument '--workdir'. Expected 1 values.",
-        ),
-        (["demo", "-", "---"], "Unrecognized options: -, ---"),
-        (["demo", "x" * 300], f"Unrecognized options: {'x' * 300}"),
-        (["demo", "é │ ─ x"], "Unrecognized options: é │ ─ x"),
-    ],
-    ids=["value", "missing", "hyphens", "long", "drawing"],
-)
-def test_a_complaint_is_whole_and_without_its_box(arguments, complaint, capfd):
-    assert run.main(arguments) == cli.EXIT_USER
-    error = capfd.readouterr().err
-    assert error == f"error: {complaint}; see python -m experiments.run --help\n"
-
-
-def test_help_keeps_the_width_of_the_terminal(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "70")
-    with pytest.raises(SystemExit) as stop:
-        run.main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert text.count("\n") > 20
-    assert max(map(len, text.splitlines())) <= 70
-    assert run.main(["--nonsense"]) == cli.EXIT_USER
-    assert cli.os.environ["COLUMNS"] == "70"
+    monkeypatch.setattr(run, "execute", broken)
+    with pytest.raises(ValueError, match="ours"):
+        run.main(["demo", "--workdir", "nowhere"])
 
 
 # --- folders ------------------------------------------------------------------------
@@ -96,7 +52,7 @@ def finished(tmp_path):
 
 
 ASKED = {
-    "run": (run, ["demo", "--methods", "plain", "--set", "steps_per_domain=1"]),
+    "run": (run, ["demo", "--methods", "plain", "--training.steps-per-domain", "1"]),
     "analyse": (analyse, ["demo"]),
     "sweep": (sweep, ["testbed-orders"]),
     "dry sweep": (sweep, ["testbed-orders", "--dry-run"]),

@@ -1,32 +1,27 @@
-"""Presets: every one builds and runs, and refuses what it cannot run."""
+"""Runs of presets on the testbed and on text, and what they refuse."""
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import tiny_stories
 from safetensors.numpy import load_file, save_file
-from sbr_jax.training.settings import Settings
 
-from sbr_jax import recipes as configs
-from sbr_jax.methods import ABLATIONS, METHODS
 from sbr_jax.programs import report, run
 
-PRESETS = {name: configs.load(name) for name in configs.MODULES}
 QUICK = (
-    "steps_per_domain=2",
-    "batch_size=4",
-    "repair_steps=2",
-    "lora_rank=2",
-    "fisher_examples=8",
+    "--training.steps-per-domain=2",
+    "--training.batch-size=4",
+    "--training.repair-steps=2",
+    "--training.lora-rank=2",
+    "--training.fisher-examples=8",
 )
 SMALL = (
-    "study.calibration=8",
-    "study.train=16",
-    "study.held_out=8",
-    "study.max_length=16",
+    "--study.calibration=8",
+    "--study.train=16",
+    "--study.held-out=8",
+    "--study.max-length=16",
 )
 
 
@@ -39,8 +34,11 @@ def tiny(tmp_path_factory):
     return ["stories", "--data", str(data), "--model", str(model)]
 
 
-def command(start, workdir, *more, sets=(*QUICK, *SMALL)):
-    return [*start, "--workdir", str(workdir), *more, "--quiet", "--set", *sets]
+def command(start, workdir, *more, sizes=(*QUICK, *SMALL)):
+    """A quick command line; what is said in `more` replaces a size."""
+    said = {word.partition("=")[0] for word in more}
+    kept = (word for word in sizes if word.partition("=")[0] not in said)
+    return [*start, "--workdir", str(workdir), "--quiet", *kept, *more]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def finished(tiny, tmp_path_factory):
         workdir,
         *rows,
         *("--methods", "plain", "safeanchor-exact"),
-        sets=(*QUICK, *SMALL, "safeanchor-exact.max_rank=16"),
+        "--methods.safeanchor-exact.max-rank=16",
     )
     assert run.main(arguments) == 0
     return arguments, workdir
@@ -64,32 +62,10 @@ def snapshot(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_preset_is_complete(name):
-    preset = PRESETS[name]
-    assert preset.name == name
-    assert set(preset.domains) <= set(preset.known_domains())
-    assert len(preset.domains) == len(set(preset.domains)) >= 3
-    assert set(preset.methods) <= {*METHODS, *ABLATIONS}
-    assert len(preset.seeds) >= 3
-    Settings(**preset.settings)
-    module = sys.modules[f"sbr_jax.recipes.{configs.MODULES[name]}"]
-    assert f"python -m experiments.run {name} --workdir" in module.__doc__
-    assert "Cost:" in module.__doc__
-    assert "Expected:" in module.__doc__
-
-
-def test_presets_share_the_settings_calibrated_on_plain():
-    same = dict(PRESETS["testbed"].settings)
-    assert dict(PRESETS["demo"].settings) == same
-    hard = dict(PRESETS["testbed-hard"].settings)
-    assert {k for k in same if same[k] != hard[k]} <= {"learning_rate"}
-
-
 @pytest.mark.parametrize("name", ["demo", "testbed-hard"])
 def test_testbed_presets_run_two_steps(name, tmp_path):
     more = ("--methods", "plain", "--seed", "0", "--domains", "legal", "code")
-    assert run.main(command([name], tmp_path / "run", *more, sets=QUICK)) == 0
+    assert run.main(command([name], tmp_path / "run", *more, sizes=QUICK)) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     row = summary["methods"]["plain"]
     assert set(row["trajectory"]) == {"base", "legal", "code"}
@@ -130,7 +106,7 @@ def test_the_same_command_has_nothing_left_to_do(finished):
 def test_a_folder_of_other_settings_is_refused_untouched(finished, capsys):
     arguments, workdir = finished
     before = snapshot(workdir)
-    assert run.main([*arguments, "learning_rate=0.5"]) == 2
+    assert run.main([*arguments, "--training.learning-rate=0.5"]) == 2
     error = capsys.readouterr().err
     assert "learning_rate: there 0.003, now 0.5" in error
     assert error.count("\n") == 1
@@ -140,16 +116,18 @@ def test_a_folder_of_other_settings_is_refused_untouched(finished, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("study.calibration=0",), "got none"),
-        (("study.calibration_source='gsm8k'",), "share"),
-        (("study.max_length=3",), "fit into max_length=3"),
-        (("safeanchor-exact.max_rank=100000",), "max_rank: expected at most"),
+        ("--study.calibration-source=gsm8k", "share"),
+        ("--study.max-length=3", "fit into max_length=3"),
+        (
+            "--methods.safeanchor-exact.max-rank=100000",
+            "max_rank: expected at most",
+        ),
     ],
-    ids=["empty", "overlap", "too short", "rank above dimension"],
+    ids=["overlap", "too short", "rank above dimension"],
 )
 def test_a_study_that_cannot_be_run_is_refused(tiny, tmp_path, capsys, change, message):
     rows = ("--methods", "safeanchor-exact", "--domains", "gsm8k", "--seed", "0")
-    arguments = command(tiny, tmp_path / "run", *rows, sets=(*QUICK, *SMALL, *change))
+    arguments = command(tiny, tmp_path / "run", *rows, change)
     assert run.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -182,8 +160,8 @@ def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capsys, damage):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys):
     rows = ("--methods", "plain", "--domains", "gsm8k", "--seed", "0")
-    sets = (*QUICK, *SMALL, "learning_rate=1e30", "steps_per_domain=4")
-    assert run.main(command(tiny, tmp_path / "run", *rows, sets=sets)) == 2
+    wild = ("--training.learning-rate=1e30", "--training.steps-per-domain=4")
+    assert run.main(command(tiny, tmp_path / "run", *rows, *wild)) == 2
     error = capsys.readouterr().err
     assert "expected a finite loss" in error
     assert "plain" in error

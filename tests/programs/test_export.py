@@ -1,4 +1,4 @@
-"""What a row ships, taken out of a run: the numbers that the run measured."""
+"""Weights taken out of a run give the numbers that the run measured."""
 
 import json
 import shutil
@@ -9,9 +9,9 @@ import pytest
 import test_experiments
 import tiny
 import tiny_stories
+from tiny_preset import CONFIG, STUDY, make_job, tiny_presets
 
 from sbr_jax import models
-from sbr_jax import recipes as configs
 from sbr_jax.models.peft import load_peft
 from sbr_jax.programs import cli, export, run
 from sbr_jax.training import checkpoint, pipeline
@@ -19,59 +19,41 @@ from sbr_jax.training.program import init_adapter
 from sbr_jax.training.records import read_json, write_record
 from sbr_jax.training.run_folder import run_of
 
-STUDY = tiny.study()
-SETTINGS = tiny.config(steps_per_domain=2)
+assert tiny_presets
+pytestmark = pytest.mark.usefixtures("tiny_presets")
 MONITORED = "safeanchor-exact:csm-only"
-ROWS = ("plain", MONITORED, "salora", "antidote", "lox")
-OVERRIDES = {"salora": {"safety_rank": 4}, "antidote": {"fraction": 0.3}}
-PRESET = configs.Preset(
-    name="tiny",
-    summary="",
-    study=lambda domains, **options: STUDY,
-    domains=("medical", "legal"),
-    known_domains=lambda: ("medical", "legal"),
-    methods=ROWS,
-    seeds=(3,),
-    options={"model_folder": None, "size": 1},
-)
+VARIANTS = ("plain", MONITORED, "salora", "antidote", "lox")
+OPTIONS = ("--methods.salora.safety-rank=4", "--methods.antidote.fraction=0.3")
 
 
 @pytest.fixture(scope="module", name="whole")
 def fixture_whole(tmp_path_factory):
-    """A finished run of all rows, two domains, one seed."""
+    """A finished run of all variants, two domains, one seed."""
     folder = tmp_path_factory.mktemp("whole")
+    job = make_job("--workdir", str(folder), "--methods", *VARIANTS, *OPTIONS)
     pipeline.run(
         STUDY,
-        ROWS,
-        (3,),
-        folder,
-        SETTINGS,
-        config={"study": {"size": 1}},
-        overrides=OVERRIDES,
+        job.methods,
+        job.seeds,
+        job.workdir,
+        job.config,
+        job.domains,
+        notes=job.notes(),
         quiet=True,
     )
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _preset(monkeypatch):
-    monkeypatch.setitem(configs.MODULES, "tiny", "tiny")
-    load = configs.load
-    monkeypatch.setattr(
-        configs, "load", lambda name: PRESET if name == "tiny" else load(name)
-    )
-
-
-def command(folder, output, row, *more):
+def command(folder, output, variant, *more):
     return [
         "tiny",
-        *("--workdir", str(folder), "--row", row, "--seed", "3"),
+        *("--workdir", str(folder), "--variant", variant, "--seed", "3"),
         *("--output", str(output), *more),
     ]
 
 
-def go(folder, output, row, *more):
-    return export.main([*command(folder, output, row, *more), "--quiet"])
+def go(folder, output, variant, *more):
+    return export.main([*command(folder, output, variant, *more), "--quiet"])
 
 
 def said(capsys, *args):
@@ -82,13 +64,13 @@ def said(capsys, *args):
     return error
 
 
-def measured(folder, row):
+def measured(folder, variant):
     """The composite that the run gives after its last domain."""
     lines = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     (line,) = (
         x
         for x in lines
-        if (x["method"], x["stage"], x["domain"]) == (row, "evaluate", "legal")
+        if (x["method"], x["stage"], x["domain"]) == (variant, "evaluate", "legal")
     )
     return line["metrics"]["composite"]
 
@@ -100,49 +82,46 @@ def composite(base, adapter):
 # --- what is written ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ["plain", MONITORED, "salora"])
-def test_an_adapter_scores_what_the_run_measured(whole, tmp_path, row):
-    assert go(whole, tmp_path / "out", row, "--base-name", "owner/name") == 0
+@pytest.mark.parametrize("variant", ["plain", MONITORED, "salora"])
+def test_an_adapter_scores_what_the_run_measured(whole, tmp_path, variant):
+    assert go(whole, tmp_path / "out", variant, "--base-name", "owner/name") == 0
     found = load_peft(tmp_path / "out", tiny.CONFIG)
     score = composite(STUDY.model.params, found)
     # Results have six digits.
-    assert score == pytest.approx(measured(whole, row), rel=1e-5)
+    assert score == pytest.approx(measured(whole, variant), rel=1e-5)
     assert abs(score - composite(STUDY.model.params, None)) > 1e-3 * score
     raw = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == "owner/name"
 
 
 def test_an_adapter_is_deployed_and_not_what_was_trained(whole, tmp_path):
-    """SaLoRA ships B projected; the run keeps B as trained."""
+    """SaLoRA deploys B projected; the run keeps B as trained."""
     assert go(whole, tmp_path / "out", "salora") == 0
     shipped = load_peft(tmp_path / "out", tiny.CONFIG)
-    like = init_adapter(STUDY, SETTINGS, 3)
+    like = init_adapter(STUDY, CONFIG, 3)
     trained = checkpoint.restore(whole / "stages/salora/3/05-train/adapter", like)
     for name, pair in trained.items():
         np.testing.assert_array_equal(shipped[name].lora_a, pair.lora_a)
         assert np.abs(shipped[name].lora_b - pair.lora_b).max() > 1e-4
 
 
-@pytest.mark.parametrize("row", ["plain", "antidote", "lox"])
-def test_a_merged_checkpoint_scores_what_the_run_measured(whole, tmp_path, row):
-    assert go(whole, tmp_path / "out", row, "--merged") == 0
+@pytest.mark.parametrize("variant", ["plain", "antidote", "lox"])
+def test_a_merged_checkpoint_scores_what_the_run_measured(whole, tmp_path, variant):
+    assert go(whole, tmp_path / "out", variant, "--merged") == 0
     model = models.load(tmp_path / "out")
     assert model.config == tiny.CONFIG
     score = composite(model.params, None)
     # W + ΔW is rounded once more than (x W) + (x A) B, in float32.
-    assert score == pytest.approx(measured(whole, row), rel=1e-4)
+    assert score == pytest.approx(measured(whole, variant), rel=1e-4)
     assert abs(score - composite(STUDY.model.params, None)) > 1e-3 * score
 
 
-def test_a_row_with_other_base_weights_needs_merging(
-    whole, tmp_path, capsys, monkeypatch
-):
+def test_other_base_weights_need_merging(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     error = said(capsys, *command(whole, out, "antidote"))
     assert "other base weights" in error
     assert "--merged" in error
     # Where that is known beforehand, nothing is built.
-    monkeypatch.setattr(configs, "load", lambda name: PRESET)
     monkeypatch.setattr(export, "execute", pytest.fail)
     assert "--merged" in said(capsys, *command(whole, out, "lox"))
     assert not out.exists()
@@ -164,7 +143,7 @@ def test_the_run_is_only_read(whole, tmp_path):
 # --- stages ---------------------------------------------------------------------------
 
 
-def test_an_unfinished_row_needs_a_stage_that_is_still_there(whole, tmp_path, capsys):
+def test_an_unfinished_variant_needs_a_stage_that_is_there(whole, tmp_path, capsys):
     folder, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "stages/plain/3/08-evaluate")
@@ -189,7 +168,7 @@ def test_an_unfinished_row_needs_a_stage_that_is_still_there(whole, tmp_path, ca
         assert f"delete {folder}/stages/plain/3 and" in said(
             capsys, *start, "--stage", stage
         )
-    # What SaLoRA ships depends on a state that stage 7 has replaced.
+    # What SaLoRA deploys depends on a state that stage 7 has replaced.
     start = command(folder, tmp_path / "other", "salora")
     assert "state" in said(capsys, *start, "--stage", "5")
 
@@ -204,18 +183,13 @@ def test_mistakes_are_one_line_before_anything_is_built(
     out = tmp_path / "out"
     start = command(whole, out, "plain")
     for change, wanted in (
-        (start[1:], "expected the run's preset"),
-        (["tyni", *start[1:]], "nearest: tiny"),
-        (start[:1], "--workdir"),
         (start[:-2], "--output"),
-        ([*start, "--row", "plane"], "nearest: plain"),
-        ([*start, "--seed", "4"], "expected one of 3"),
-        ([*start, "--workdir", str(tmp_path)], "found no"),
-        ([*start, "--data", "here"], "--data"),
-        ([*start, "--set", "size=1"], "study.KEY=VALUE"),
-        ([*start, "--set", "study.sizes=1"], "nearest: size"),
-        ([*start, "--set", "study.size=2"], "study.size: expected the run's 1, got 2"),
-        ([*start, "--output", str(whole)], "new or empty folder"),
+        ([*start[:3], "--variant", "plane", *start[5:]], "nearest: plain"),
+        ([*start[:6], "4", *start[7:]], "expected one of 3"),
+        ([*start, "--stage", "3"], "expected stage 3 to be finished"),
+        ([*start[:2], str(tmp_path), *start[3:]], "found no"),
+        ([*start, "--unaligned", "here"], "has no such folder; drop it"),
+        ([*start[:-1], str(whole)], "new or empty folder"),
     ):
         assert wanted in said(capsys, *change), wanted
     assert not out.exists()
@@ -237,9 +211,10 @@ def test_folders_of_other_programs_presets_and_versions_are_refused(
     start = command(folder, tmp_path / "out", "plain")
     for change, wanted in (
         ({"attack": {"name": "poison"}}, "experiments.attack"),
-        ({"study": {"split": "test"}}, "options that the preset 'tiny' lacks (split)"),
+        ({"study": {"split": "test"}}, "this version does not know split"),
         ({"fingerprint": "other"}, "other data or another model"),
-        ({"settings": {**config["settings"], "odd": 1}}, "settings odd"),
+        ({"training": {**config["training"], "odd": 1}}, "does not know odd"),
+        ({"settings": {}}, "got one of an older"),
     ):
         rewrite(folder, {**config, **change})
         assert wanted in said(capsys, *start)
@@ -259,12 +234,6 @@ def test_what_a_preset_cannot_do_without_is_asked_for_first(whole, tmp_path, cap
     assert "expected --model FOLDER_OR_HUB_ID" in error
     error = said(capsys, "llama2-7b", *start, "--model", "M")
     assert "expected --data FOLDER" in error
-    # Folders and hardware may differ from the run; what decided the result may not.
-    error = said(capsys, "llama2-7b", *start, "--set", "study.quantize=nf4")
-    assert "study.quantize: expected the run's None, got 'nf4'" in error
-    free = ("study.remat=False", "study.unaligned_folder=U")
-    error = said(capsys, "llama2-7b", *start, "--set", *free)
-    assert "expected --model" in error
 
 
 # --- a preset of the command line -----------------------------------------------------
@@ -278,7 +247,7 @@ def test_a_run_of_a_preset_is_exported(tmp_path, capsys):
     rows = ("--methods", "plain", "--domains", "gsm8k", "--seed", "0")
     arguments = test_experiments.command(["stories", *folders], workdir, *rows)
     assert run.main(arguments) == 0
-    start = ["stories", "--workdir", str(workdir), "--row", "plain", "--seed", "0"]
+    start = ["stories", "--workdir", str(workdir), "--variant", "plain", "--seed", "0"]
     out = tmp_path / "out"
     assert export.main([*start, *folders, "--output", str(out), "--quiet"]) == 0
     raw = json.loads((out / "adapter_config.json").read_text())

@@ -9,13 +9,16 @@ import checkpoints
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_preset import make_job
 
-from sbr_jax import losses, models
-from sbr_jax.costs import devices, dry_run, forecast, forecast_judge
-from sbr_jax.costs.forecast import Device, Job
+from sbr_jax import losses, models, recipes
+from sbr_jax.costs import devices, estimates, forecast, forecast_judge
+from sbr_jax.costs.devices import DeviceOptions
+from sbr_jax.costs.forecast import Device, Load
 from sbr_jax.methods import METHODS, build
 from sbr_jax.models import hf_config
 from sbr_jax.programs import run
+from sbr_jax.studies.options import ChatOptions
 
 LLAMA2_7B = hf_config.from_dict(
     {
@@ -85,7 +88,7 @@ def compiled(request):
     mask = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.float32)
     forward = jax.jit(lambda a, b, t: apply_fn(b, a, t)).lower(adapter, base, tokens)
     gradient = jax.jit(jax.grad(loss)).lower(adapter, base, tokens, mask)
-    job = Job(LARGE, "float32", batch=BATCH, length=TOKENS, remat=request.param)
+    job = Load(LARGE, "float32", batch=BATCH, length=TOKENS, remat=request.param)
     return job, forward.compile(), gradient.compile()
 
 
@@ -111,7 +114,7 @@ def test_memory_is_a_lower_bound_and_not_a_wild_one(compiled):
 
 
 def test_remat_trades_products_for_memory():
-    stored, again = (Job(LARGE, remat=remat) for remat in (False, True))
+    stored, again = (Load(LARGE, remat=remat) for remat in (False, True))
     assert forecast.train_flops(again, 64) > forecast.train_flops(stored, 64)
     memory = [sum(forecast.training_memory(j).values()) for j in (stored, again)]
     assert memory[0] > memory[1]
@@ -123,7 +126,7 @@ def test_llama_2_7b_is_what_everybody_knows_it_is():
     # 6.48 B of them in projections, at 4.5 bits, the rest in bfloat16.
     nf4 = forecast.weight_bytes(LLAMA2_7B, "bfloat16", "nf4")
     assert nf4 == pytest.approx(6.476e9 * 4.5 / 8 + 0.262e9 * 2, 1e-2)
-    job = Job(LLAMA2_7B)
+    job = Load(LLAMA2_7B)
     assert forecast.adapter_parameters(LLAMA2_7B, 16, job.targets) == 16_777_216
     # 2 P T forwards, 2 backwards (no gradients of weights) and 2 for recomputing;
     # attention adds a few percent, and the head is not recomputed.
@@ -139,7 +142,7 @@ def test_llama_2_7b_is_what_everybody_knows_it_is():
 
 
 def test_writing_is_bound_by_reading_weights_unless_many_write_together():
-    job, slow = Job(LLAMA2_7B), Device("x", None, 125e12, 1.2e12)
+    job, slow = Load(LLAMA2_7B), Device("x", None, 125e12, 1.2e12)
     alone = forecast.generation_seconds(job, slow, 1, 100, 256, 1)
     floor = 256 * forecast.weight_bytes(LLAMA2_7B, "bfloat16") / 1.2e12
     assert floor < alone < 1.2 * floor
@@ -149,22 +152,22 @@ def test_writing_is_bound_by_reading_weights_unless_many_write_together():
     assert forecast.generation_seconds(job, more, 1, 100, 256, 1) < 0.6 * alone
 
 
-def test_rows_cost_more_than_plain_by_what_they_do():
-    job = Job(LLAMA2_7B)
-    cost = {name: forecast.step_flops(job, build(name).cost) for name in METHODS}
+def test_defences_cost_more_than_plain_by_what_they_do():
+    load = Load(LLAMA2_7B)
+    cost = {name: forecast.step_flops(load, build(name).cost) for name in METHODS}
     assert min(cost.values()) == cost["plain"] < cost["adaptive-probe"]
     assert cost["safeanchor"] < cost["unified"] == max(cost.values())
     # Forward with backward: task, KL to the reference, half a batch for each of the two
     # anchors. Forward alone: the reference on the batch, and that of half a batch.
-    whole, one = forecast.train_flops(job, 512), forecast.forward_flops(job, 512)
-    half = job.batch // 2
-    wanted = (job.batch + job.batch + half + half) * whole + (job.batch + half) * one
+    whole, one = forecast.train_flops(load, 512), forecast.forward_flops(load, 512)
+    half = load.batch // 2
+    wanted = (2 * load.batch + half + half) * whole + (load.batch + half) * one
     # One sum in two orders: only rounding is left.
     assert cost["unified"] == pytest.approx(wanted, rel=1e-12)
     # Three passes of a stage as long as a domain.
-    stage = forecast.stage_flops(job, build("booster").cost, 100)
+    stage = forecast.stage_flops(load, build("booster").cost, 100)
     assert stage == pytest.approx(300 * cost["plain"], rel=1e-12)
-    ten = forecast.stage_flops(job, build("booster", steps=10).cost, 100)
+    ten = forecast.stage_flops(load, build("booster", steps=10).cost, 100)
     assert ten == pytest.approx(stage / 10, rel=1e-12)
 
 
@@ -172,32 +175,27 @@ def test_rows_cost_more_than_plain_by_what_they_do():
 
 
 def test_a_device_is_this_machines_or_the_one_that_is_described(monkeypatch):
-    found = devices.read_device(["lora_rank=4"])
+    found = devices.make_device(DeviceOptions())
     assert found.memory is None
     assert "assumed" in found.name
-    texts = ["device.memory_gb=24", "device.tflops=60", "device.gbps=600"]
-    found = devices.read_device([*texts, "device.count=2"])
+    found = devices.make_device(DeviceOptions(24.0, 60.0, 600.0, 2))
     assert (found.memory, found.flops, found.bandwidth) == (24e9, 60e12, 600e9)
     assert found.count == 2
     monkeypatch.setattr(devices, "measured_flops", lambda: 3e12)
-    assert devices.read_device(["device.tflops=measured"]).flops == 3e12
+    assert devices.make_device(DeviceOptions(tflops="measured")).flops == 3e12
 
 
 def test_measured_speed_is_a_speed():
     assert 1e6 < devices.measured_flops(size=64, seconds=0.05) < 1e15
 
 
-def plan_of(*sets, rows=("plain", "safeanchor")):
-    arguments = run.Arguments(
-        preset="demo", methods=rows, dry_run=True, overrides=tuple(sets)
-    )
-    return run.make_plan(arguments)
+def job_of(*words, variants=("plain", "safeanchor")):
+    return make_job("--methods", *variants, *words, preset=recipes.load("demo"))
 
 
 @pytest.fixture(scope="module")
 def demo():
-    plan = plan_of()
-    return plan.preset.study(plan.domains, **plan.study_options)
+    return job_of().make_study()
 
 
 def test_a_dry_run_of_the_demo_prints_memory_and_hours(capsys):
@@ -211,34 +209,34 @@ def test_a_dry_run_of_the_demo_prints_memory_and_hours(capsys):
 def test_hours_follow_steps_and_speed(demo):
     device = forecast.A100
 
-    def hours(*sets, device=device):
-        plan = plan_of(*sets)
-        job = dry_run.job_of(plan, demo)
-        return dry_run.row_seconds(plan, demo, job, device, "safeanchor")
+    def hours(steps, device=device):
+        job = job_of(f"--training.steps-per-domain={steps}")
+        load = estimates.load_of(job, demo)
+        return estimates.variant_seconds(job, demo, load, device, "safeanchor")
 
-    one, two = hours("steps_per_domain=80"), hours("steps_per_domain=160")
+    one, two = hours(80), hours(160)
     assert two["training"] == pytest.approx(2 * one["training"])
     assert two["Fisher"] == one["Fisher"] > 0
     fast = dataclasses.replace(device, flops=2 * device.flops)
-    assert hours("steps_per_domain=80", device=fast)["training"] == pytest.approx(
-        one["training"] / 2
-    )
-    plain = dry_run.row_seconds(
-        plan_of(), demo, dry_run.job_of(plan_of(), demo), device, "plain"
-    )
+    assert hours(80, device=fast)["training"] == pytest.approx(one["training"] / 2)
+    job = job_of()
+    load = estimates.load_of(job, demo)
+    plain = estimates.variant_seconds(job, demo, load, device, "plain")
     assert "Fisher" not in plain
     assert "repairs, at most" not in plain
 
 
 def test_memory_follows_the_subspace_and_the_mesh(demo):
-    def parts(*sets, rows=("safeanchor",)):
-        plan = plan_of(*sets, rows=rows)
-        return dry_run.memory(plan, demo, dry_run.job_of(plan, demo))["training step"]
+    def parts(*words, variants=("safeanchor",)):
+        job = job_of(*words, variants=variants)
+        return estimates.memory(job, demo, estimates.load_of(job, demo))[
+            "training step"
+        ]
 
     wide = parts()["subspace, twice"]
-    assert parts("safeanchor.max_rank=16")["subspace, twice"] == wide / 4
-    assert "subspace, twice" not in parts(rows=("plain",))
-    assert parts("mesh='fsdp=4'")["weights"] == parts()["weights"] / 4
+    assert parts("--methods.safeanchor.max-rank=16")["subspace, twice"] == wide / 4
+    assert "subspace, twice" not in parts(variants=("plain",))
+    assert parts("--mesh=fsdp=4")["weights"] == parts()["weights"] / 4
 
 
 def test_a_guard_is_held_whole_and_pays_a_pass_for_every_exchange(demo, tmp_path):
@@ -252,35 +250,38 @@ def test_a_guard_is_held_whole_and_pays_a_pass_for_every_exchange(demo, tmp_path
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     guard = hf_config.read(tmp_path)
-    plan = plan_of("mesh='fsdp=4'", rows=("adaptive-judge", "plain"))
-    options = {**plan.study_options, "judge_folder": str(tmp_path)}
-    guarded = dataclasses.replace(plan, study_options=options)
-    job, device = dry_run.job_of(plan, demo), forecast.A100
-    size = forecast.weight_bytes(guard, job.dtype)
-    for phase in dry_run.memory(guarded, demo, job).values():
+    job = job_of("--mesh=fsdp=4", variants=("adaptive-judge", "plain"))
+    free = ChatOptions(max_new_tokens=8)
+    options = dataclasses.replace(free, judge="llama-guard", judge_folder=str(tmp_path))
+    hardware = dataclasses.replace(job.config.hardware, generation_batch=2)
+    config = dataclasses.replace(job.config, hardware=hardware)
+    job = dataclasses.replace(job, config=config, study=free)
+    guarded = dataclasses.replace(job, study=options)
+    load, device = estimates.load_of(job, demo), forecast.A100
+    size = forecast.weight_bytes(guard, load.dtype)
+    for phase in estimates.memory(guarded, demo, load).values():
         assert phase["guard's weights"] == size
-    for phase in dry_run.memory(plan, demo, job).values():
+    for phase in estimates.memory(job, demo, load).values():
         assert "guard's weights" not in phase
     # Without an adapter, and the logits of one position.
-    alone = forecast.Job(guard, job.dtype, rank=0)
-    domains = [demo.domains[name].train for name in plan.domains]
+    alone = Load(guard, load.dtype, rank=0)
+    domains = [demo.domains[name].train for name in job.domains]
     flops = sum(
         len(x) * forecast.forward_flops(alone, x.length, heads=1) for x in domains
     )
-    found = dry_run.row_seconds(guarded, demo, job, device, "adaptive-judge")
+    found = estimates.variant_seconds(guarded, demo, load, device, "adaptive-judge")
     # One sum in two orders: only rounding is left.
     assert found["ratings"] == pytest.approx(flops / device.flops, rel=1e-12)
-    for other, row in ((guarded, "plain"), (plan, "adaptive-judge")):
-        assert "ratings" not in dry_run.row_seconds(other, demo, job, device, row)
-    assert build("unified", risk="judge").cost.ratings == 1
-    assert forecast_judge.judging_seconds({}, job, device, 3, 5) == 0.0
+    for other, name in ((guarded, "plain"), (job, "adaptive-judge")):
+        found = estimates.variant_seconds(other, demo, load, device, name)
+        assert "ratings" not in found
+    assert build("unified:judge").cost.ratings == 1
+    assert forecast_judge.judging_seconds(free, load, device, 3, 5) == 0.0
     asked = {"harmbench": (3, 40), "gsm8k": (5, 40), "probe": (7, 40)}
     notes = {"measurements": {"harmbench": {"judge": {}}, "gsm8k": {}}}
     study = types.SimpleNamespace(asked=asked, notes=notes)
-    options |= {"generation_batch": 2, "max_new_tokens": 8}
-    free = dataclasses.replace(plan, study_options={**options, "judge_folder": None})
-    with_it = dry_run.start_seconds(guarded, study, job, device)
-    without = dry_run.start_seconds(free, study, job, device)
+    with_it = estimates.start_seconds(guarded, study, load, device)
+    without = estimates.start_seconds(job, study, load, device)
     one = forecast.forward_flops(alone, 40 + 8, heads=1) / device.flops
     # A small part of a sum: the difference keeps six digits at the least.
     assert with_it["measuring"] - without["measuring"] == pytest.approx(3 * one, 1e-6)

@@ -1,61 +1,52 @@
 """What a run refuses, its dry run refuses in the same line."""
 
+import dataclasses
+
 import pytest
-import tiny
+from tiny_preset import STUDY, make_job, tiny_presets
 
-from sbr_jax import recipes as configs
 from sbr_jax.costs import dry_run, rehearsal
-from sbr_jax.methods import ABLATIONS, METHODS
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import cli, run
+from sbr_jax.studies.options import ChatOptions
 
-STUDY = tiny.study()
-PRESET = configs.Preset(
-    name="tiny",
-    summary="",
-    study=lambda domains, **options: STUDY,
-    domains=("medical", "legal"),
-    known_domains=lambda: ("medical", "legal"),
-    methods=("plain",),
-    seeds=(3,),
-    settings={**vars(tiny.config(steps_per_domain=2)), "mesh": None},
-)
+assert tiny_presets
+pytestmark = pytest.mark.usefixtures("tiny_presets", "_own_cache")
 
 
-@pytest.fixture(autouse=True)
-def _preset(monkeypatch):
-    monkeypatch.setitem(configs.MODULES, "tiny", "tiny")
-    load = configs.load
-    monkeypatch.setattr(
-        configs, "load", lambda name: PRESET if name == "tiny" else load(name)
-    )
-    # Compiled programs stay where the tests' own are.
+@pytest.fixture
+def _own_cache(monkeypatch):
+    """Compiled programs stay where the tests' own are."""
     monkeypatch.setattr(cli, "enable_compilation_cache", lambda: None)
 
 
 WRONG = {
-    "rank of a subspace": ("safeanchor", "safeanchor.max_rank=1000"),
-    "the same, exactly": ("safeanchor-exact", "safeanchor-exact.max_rank=1000"),
-    "the same, unified": ("unified", "unified.max_rank=1000"),
-    "safety rank": ("salora", "salora.safety_rank=16"),
-    "safety rank without tokens": ("salora", "salora.safety_rank=1000"),
-    "rank of the adapter": ("plain", "lora_rank=1000"),
-    "batch": ("plain", "batch_size=1000"),
-    "layers of a probe": ("adaptive-probe", "adaptive-probe.layers=(9,)"),
-    "anchors": ("sbr", "sbr.anchors=1000"),
-    "anchors, unified": ("unified", "unified.anchors=1000"),
-    "share": ("interleaving", "interleaving.fraction=1e-9"),
-    "share of lisa": ("lisa", "lisa.alignment_share=1.0"),
-    "layers of safe-lora": ("safe-lora", "safe-lora.layers=0"),
-    "pruned share": ("antidote", "antidote.fraction=1.0"),
-    "seeds on a mesh": ("plain", "vmap_seeds='yes'", "--mesh", "fsdp=1"),
-    "a second row": ("plain sbr", "sbr.anchors=1000"),
+    "rank of a subspace": ("safeanchor", "--methods.safeanchor.max-rank=1000"),
+    "the same, exactly": (
+        "safeanchor-exact",
+        "--methods.safeanchor-exact.max-rank=1000",
+    ),
+    "the same, unified": ("unified", "--methods.unified.max-rank=1000"),
+    "safety rank": ("salora", "--methods.salora.safety-rank=16"),
+    "safety rank without tokens": ("salora", "--methods.salora.safety-rank=1000"),
+    "rank of the adapter": ("plain", "--training.lora-rank=1000"),
+    "batch": ("plain", "--training.batch-size=1000"),
+    "layers of a probe": ("adaptive-probe", "--methods.adaptive-probe.layers=9"),
+    "anchors": ("sbr", "--methods.sbr.anchors=1000"),
+    "anchors, unified": ("unified", "--methods.unified.anchors=1000"),
+    "share": ("interleaving", "--methods.interleaving.fraction=1e-9"),
+    "share of lisa": ("lisa", "--methods.lisa.alignment-share=1.0"),
+    "layers of safe-lora": ("safe-lora", "--methods.safe-lora.layers=0"),
+    "pruned share": ("antidote", "--methods.antidote.fraction=1.0"),
+    "seeds on a mesh": ("plain", "--hardware.vmap-seeds=yes", "--mesh", "fsdp=1"),
+    "a second row": ("plain sbr", "--methods.sbr.anchors=1000"),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_what_the_run_refuses_the_dry_run_refuses(wrong, tmp_path, capsys):
     rows, setting, *more = wrong
-    command = ["tiny", "--methods", *rows.split(), "--set", setting, *more]
+    command = ["tiny", "--methods", *rows.split(), setting, *more]
     assert run.main([*command, "--dry-run"]) == cli.EXIT_USER
     dry = capsys.readouterr()
     assert dry.out == ""
@@ -65,28 +56,24 @@ def test_what_the_run_refuses_the_dry_run_refuses(wrong, tmp_path, capsys):
     assert capsys.readouterr().err == dry.err
 
 
-@pytest.mark.parametrize("row", [*METHODS, *ABLATIONS])
+@pytest.mark.parametrize("row", [*METHODS, *VARIANTS])
 def test_what_the_run_takes_the_dry_run_takes(row):
     # The default is made for larger models.
-    sets = ("salora.safety_rank=4",) if row == "salora" else ()
-    given = run.Arguments("tiny", methods=(row,), overrides=sets, dry_run=True)
-    rehearsal.rehearse(run.make_plan(given), STUDY)
+    small = "--methods.salora.safety-rank=4"
+    rehearsal.rehearse(make_job("--methods", row, small), STUDY)
 
 
 def test_a_rehearsal_needs_no_weights_and_asks_no_judge(monkeypatch):
-    import dataclasses
-
     def judge(data):
         raise AssertionError("it was asked")
 
     model = dataclasses.replace(STUDY.model, params=None)
     bare = dataclasses.replace(STUDY, model=model, unaligned=None, judge=judge)
     rows = ("safeanchor", "adaptive-judge", "lox", "sbr")
-    plan = run.make_plan(run.Arguments("tiny", methods=rows, dry_run=True))
-    options = {"dtype": "bfloat16", "unaligned_folder": "there"}
-    plan = dataclasses.replace(plan, study_options=options)
-    rehearsal.rehearse(plan, bare)
-    without = dataclasses.replace(plan, study_options={"dtype": "bfloat16"})
+    job = make_job("--methods", *rows)
+    folder = ChatOptions(unaligned_folder="there")
+    rehearsal.rehearse(dataclasses.replace(job, study=folder), bare)
+    without = dataclasses.replace(job, study=ChatOptions())
     with pytest.raises(ValueError, match="unaligned"):
         rehearsal.rehearse(without, bare)
 
@@ -104,6 +91,6 @@ def test_a_suffix_that_leaves_no_room_is_refused_before_any_work():
 
 def test_a_dry_run_rehearses(monkeypatch):
     seen = []
-    monkeypatch.setattr(dry_run, "rehearse", lambda plan, study: seen.append(study))
+    monkeypatch.setattr(dry_run, "rehearse", lambda job, study: seen.append(study))
     assert run.main(["tiny", "--dry-run"]) == 0
     assert seen == [STUDY]

@@ -1,0 +1,188 @@
+"""Mistakes on the command line: one line, exit code 2, and nothing is written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sbr_jax.programs import PROGRAMS, cli, main
+from tools import fill_docs
+
+RUN = "run demo --workdir W"
+HARD = "run testbed --workdir W"
+POISON = "attack testbed --workdir W --attack poison"
+GCG = "attack testbed --workdir W --attack gcg"
+ANALYSE = "analyse demo --workdir W"
+SWEEP = "sweep testbed-table --workdir W"
+EXPORT = "export demo --workdir W"
+CHAT = "run llama2-7b --workdir W --model M --data D"
+
+MISTAKES = {
+    # Programs and presets.
+    "": "unknown program ''",
+    "rum": "unknown program 'rum'; nearest: run",
+    "run": "expected a preset first, got none",
+    "run --workdir W": "expected a preset first, got --workdir",
+    "run demmo --workdir W": "unknown preset 'demmo'; nearest: demo",
+    "attack": "expected a preset first, got none (known: testbed, testbed-hard)",
+    "attack testbd": "unknown preset 'testbd'; nearest: testbed",
+    "attack stories --workdir W": "unknown preset 'stories'",
+    "analyse": "python -m experiments.analyse demo --help shows all settings",
+    "analyse demmo": "unknown preset 'demmo'; nearest: demo",
+    "export": "expected the run's preset, got none",
+    "export demmo": "unknown preset 'demmo'; nearest: demo",
+    "sweep": "expected a sweep, got none",
+    "sweep testbed-tabel": "unknown sweep 'testbed-tabel'; nearest: testbed-tab",
+    # Words of the parser.
+    f"{RUN} --sede 1": "unknown option '--sede'; nearest: --seed",
+    f"{RUN} --learning-rate 1": "nearest: --training.learning-rate",
+    f"{RUN} --seed x": "--seed: expected [INT [INT ...]], got 'x'; see python -m",
+    f"{RUN} --seed 1 --seed 2": "expected --seed once, got it twice",
+    f"{RUN} --training.lora-rank=1 --training.lora_rank=1": "--training.lora-rank once",
+    f"{RUN} plain": "unexpected word 'plain'",
+    f"{RUN} --quiet True": "unexpected word 'True'; a switch is --NAME or --no-NAME",
+    f"{RUN} --training.batch-size": "--training.batch-size: expected INT, got none",
+    f"{RUN} --training.batch-size=": "--training.batch-size: expected a value, got ''",
+    f"{RUN} - ---": "unknown option '---'",
+    f"{RUN} {'x' * 300}": f"unexpected word '{'x' * 300}'",
+    f"{RUN} é": "unexpected word 'é'",
+    "run demo --workdir=": "--workdir: expected a value, got ''",
+    "run demo": "expected a folder for the results, got none: add --workdir runs/demo",
+    # Methods, domains, seeds, mesh.
+    f"{RUN} --methods": "expected at least one method, got none",
+    f"{RUN} --methods plan": "unknown method 'plan'; nearest: plain",
+    f"{RUN} --methods safeanchor-exact:no-anchr": "nearest: safeanchor-exact:no-anchor",
+    f"{RUN} --methods plain plain": "got 'plain' twice",
+    f"{RUN} --domains": "expected at least one domain, got none",
+    f"{RUN} --domains medcal": "unknown domain 'medcal'; nearest: medical",
+    f"{RUN} --domains code code": "expected each domain once, got 'code' twice",
+    f"{RUN} --seed -1": "expected seeds from 0 to 4294967295, got -1",
+    f"{RUN} --seed {2**32}": "expected seeds from 0 to 4294967295",
+    f"{RUN} --seed 1 1": "expected each seed once",
+    f"{RUN} --mesh fsdp": "expected axis=size pairs",
+    f"{RUN} --mesh fsdp=1 --hardware.mesh fsdp=2": "expected one mesh, got",
+    f"{RUN} --mesh fsdp=999": "needs 999 devices",
+    # Settings of each subtree: names, types, ranges.
+    f"{RUN} --training.step 2": "nearest: --training.steps-per-domain",
+    f"{RUN} --training.batch-size two": "expected INT, got 'two'",
+    f"{RUN} --training.batch-size 2.5": "expected INT, got '2.5'",
+    f"{RUN} --training.batch-size 0": "of at least 1, got 0",
+    f"{RUN} --training.learning-rate 1e999": "training.learning_rate",
+    f"{RUN} --training.learning-rate nan": "training.learning_rate",
+    f"{RUN} --training.learning-rate -1e-3": "above 0, got -0.001",
+    f"{RUN} --training.steps-per-domain None": "expected INT, got 'None'",
+    f"{RUN} --training.fisher-examples abc": "expected {None}|INT, got 'abc'",
+    f"{RUN} --hardware.accumulation 3": "a multiple of hardware.accumulation (3)",
+    f"{RUN} --hardware.vmap-seeds maybe": "expected {auto,yes,no}, got 'maybe'",
+    f"{RUN} --hardware.remat False": "a switch is --NAME or --no-NAME",
+    f"{RUN} --methods.plan.x 1": "unknown option '--methods.plan.x'",
+    f"{RUN} --methods.safeanchor.max-ran 1": "nearest: --methods.safeanchor.max-rank",
+    f"{RUN} --methods.safeanchor.max-rank 0": "max_rank",
+    f"{RUN} --methods.safeanchor.max-rank 2.5": "expected INT, got '2.5'",
+    f"{RUN} --methods.safeanchor.energy None": "expected FLOAT, got 'None'",
+    f"{RUN} --study.hrd": "unknown option '--study.hrd'; nearest: --study.hard",
+    f"{HARD} --study.split foo": "expected {test,validation}, got 'foo'",
+    f"{RUN} --study.calibration-examples 0": "study.calibration_examples",
+    f"{HARD}-hard --study.calibration-examples 4001": "[1, 4000], got 4001",
+    # Folders, devices, lm-eval.
+    f"{RUN} --data nowhere": "--data: the testbed makes its own data; drop it",
+    "run stories --workdir W --data nowhere": "a folder with data sets",
+    f"{RUN} --device.count 2": "only --dry-run has use for a device",
+    "run demo --dry-run --device.memory 1": "nearest: --device.memory-gb",
+    "run demo --dry-run --device.tflops fast": "expected {None}|FLOAT|{measured}",
+    "run demo --dry-run --device.tflops 0": "device.tflops",
+    "run demo --dry-run --device.count 0.5": "expected {None}|INT, got '0.5'",
+    f"{RUN} --harness": "expected a folder with the tasks' data sets",
+    f"{RUN} --harness bqq": "unknown task of --harness 'bqq'; nearest: bbq",
+    f"{RUN} --harness-limit 3": "expected a number of at least 1 beside --harness",
+    # Chat models: what they need, before anything is read.
+    "run llama2-7b --workdir W": "expected --model FOLDER_OR_HUB_ID, got none",
+    "run mistral-7b --workdir W --model M": "expected --data FOLDER, got none",
+    "run realtext --workdir W": "python -m experiments.realtext --data FOLDER",
+    "run realtext --workdir W --model M": "expected --data FOLDER, got none",
+    f"{CHAT} --domains medcal": "unknown domain 'medcal'; nearest: medical",
+    f"{CHAT} --methods safe-lora": "add --study.unaligned-folder FOLDER",
+    f"{CHAT} --study.judge llama-guard": "expected a folder with the judge",
+    f"{CHAT} --study.train 0": "study.train",
+    f"{CHAT} --study.dtype int4": "expected {bfloat16,float32}, got 'int4'",
+    f"{CHAT} --methods adaptive-judge": "expected a guard model that rates",
+    # Attacks.
+    "attack testbed --attack poison": "expected a folder for the results, got none",
+    "attack testbed --workdir W": "expected an attack, got none",
+    "attack testbed --workdir W --attack poisn": "unknown attack 'poisn'; nearest: poi",
+    f"{POISON} --ratio 1.5": "ratio: expected a number from 0 to 1",
+    f"{POISON} --ratio x": "--ratio: expected {None}|FLOAT, got 'x'",
+    f"{POISON} --rato 1": "unknown option '--rato'; nearest: --ratio",
+    f"{POISON} --examples 0": "examples: expected at least 1",
+    f"{POISON} --examples 99999999": "expected at most 100000, got 99999999",
+    f"{POISON} --epochs 0": "epochs: expected at least 1, got 0",
+    f"{POISON} --epochs 2 --training.steps-per-domain 2": "got both",
+    f"{POISON} --steps 5": "--steps: the attack 'poison' searches nothing",
+    f"{POISON} --domains legal": "--domains: the attack 'poison' is made on",
+    f"{POISON} --methods plan": "unknown method 'plan'; nearest",
+    f"{POISON} --study.hrd": "nearest: --study.hard",
+    f"{GCG} --suffix-length 0": "--suffix-length: expected at least 1",
+    f"{GCG} --ratio 0.1": "has no training data of its own",
+    "attack testbed --workdir W --attack ablation --ratio 0.1": "has no training data",
+    "attack testbed --workdir W --attack jailbreak --epochs 50": "has no training data",
+    # Analyses.
+    "analyse demo": "add --workdir runs/demo-analysis",
+    f"{ANALYSE} --analysis harm": "nearest: harm-types",
+    "analyse stories --workdir W --analysis coupling": "a preset of the testbed",
+    f"{ANALYSE} --examples 1": "expected from 2 to 500, got 1",
+    f"{ANALYSE} --examples 9999999": "to 500, got 9999999",
+    f"{ANALYSE} --results nowhere": "expected the results of a run",
+    f"{ANALYSE} --domains medcal": "unknown domain 'medcal'",
+    # Sweeps, exports, reports.
+    f"{SWEEP} --seeds 0": "--seeds: expected from 1 to 1000, got 0",
+    f"{SWEEP} --jobs 9999999": "--jobs: expected from 1 to 1000, got 9999999",
+    f"{SWEEP} --cells paper": "nearest: papers",
+    f"{SWEEP} --job 2": "unknown option '--job'; nearest: --jobs",
+    "export demo": "expected a folder, got none: add --workdir",
+    EXPORT: "expected a folder, got none: add --output",
+    f"{EXPORT} --output O": "expected the folder of a run, found no W/config.json",
+    f"{EXPORT} --row plain": "unknown option '--row'",
+    "report --nonsense": "unknown option '--nonsense'",
+    "attack-map --nonsense": "unknown option '--nonsense'",
+    "realtext": "expected --data, --output, got none",
+    "realtext --data D --output W --steps 0": "--steps: expected at least 1, got 0",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    line, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == cli.EXIT_USER
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    assert MISTAKES[line] in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_is_in_the_table(name):
+    assert any(line.split()[:1] == [name] for line in MISTAKES)
+
+
+def test_tools_complain_as_programs_do(capsys):
+    assert fill_docs.main(["--nonsense"]) == cli.EXIT_USER
+    assert "unknown option '--nonsense'" in capsys.readouterr().err
+
+
+def test_a_process_fails_fast_with_code_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.run", "demmo"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+    )
+    assert (done.returncode, done.stdout) == (cli.EXIT_USER, "")
+    assert done.stderr.startswith("error: unknown preset 'demmo'; nearest: demo")

@@ -1,0 +1,60 @@
+"""What `pip install` brings: the package alone, and a command for every program."""
+
+import importlib
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import sbr_jax.programs
+from sbr_jax.programs import PROGRAMS, cli, main
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_only_the_library_is_installed():
+    setuptools = pytest.importorskip("setuptools")
+    options = PROJECT["tool"]["setuptools"]["packages"]["find"]
+    found = setuptools.find_packages(ROOT, **options)
+    assert {name.partition(".")[0] for name in found} == {"sbr_jax"}
+    everything = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for path in (ROOT / "sbr_jax").rglob("__init__.py")
+    }
+    assert set(found) == everything
+
+
+def test_the_command_is_the_one_entry():
+    assert PROJECT["project"]["scripts"] == {"sbr-jax": "sbr_jax.programs:main"}
+    assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_command_and_the_module_are_the_same(name, monkeypatch, capsys):
+    program = importlib.import_module(f"experiments.{name.replace('-', '_')}")
+    assert program.main is main
+    source = Path(program.__file__).read_text(encoding="utf-8")
+    assert f'main(["{name}", *sys.argv[1:]])' in source
+    target = importlib.import_module(f"sbr_jax.programs.{name.replace('-', '_')}")
+    seen = []
+    monkeypatch.setattr(target, "main", lambda words: seen.append(words) or 7)
+    assert main([name, "--list"]) == 7
+    assert seen == [["--list"]]
+
+
+def test_messages_name_the_command_that_was_called(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/sbr-jax", "run"])
+    assert cli.command("run") == "sbr-jax run"
+    monkeypatch.setattr("sys.argv", ["/clone/experiments/run.py"])
+    assert cli.command("run") == "python -m experiments.run"
+
+
+def test_no_program_imports_another():
+    folder = Path(sbr_jax.programs.__file__).parent
+    for name in PROGRAMS:
+        text = (folder / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+        for other in {*PROGRAMS} - {name}:
+            word = other.replace("-", "_")
+            assert f"programs import {word}\n" not in text
+            assert f"programs.{word} import" not in text
