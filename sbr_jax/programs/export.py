@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from safetensors import SafetensorError
 
 from sbr_jax import files
 from sbr_jax import recipes as configs
@@ -294,7 +295,7 @@ def execute(plan: Plan) -> None:
     else:
         names = {"model": study.model, "adapter": adapter}
         write = functools.partial(save_peft, **names, base_name=plan.base_name)
-    files.fill_folder(plan.output, write)
+    files.fill_folder(plan.output, write, (SafetensorError,))
     if not plan.quiet:
         kind = "checkpoint" if plan.merged else "adapter"
         print(f"{kind} of {plan.row}, seed {plan.seed}, after {_reached(plan)}")
