@@ -4,10 +4,10 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sbr_jax.programs import attack, run
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import Cell, Table, comparison, row_cells, to_markdown
 
@@ -32,13 +32,13 @@ class Sweep:
     Attributes:
         name: of the sweep.
         workdir: of all cells.
-        plans: cell to its plan, with all its rows and seeds.
+        plans: cell to the plan of its program, with all its rows and seeds.
         seeds: places of a cell's seeds, 0 to N − 1: its own begin where it says.
     """
 
     name: str
     workdir: Path
-    plans: Mapping[str, run.Plan | attack.Plan]
+    plans: Mapping[str, Any]
     seeds: tuple[int, ...]
 
     @property
@@ -118,7 +118,7 @@ def clock(seconds: float | None) -> str:
     return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
 
 
-def note_memory(plan: run.Plan, row: str) -> None:
+def note_memory(plan: Any, row: str) -> None:
     """Write down what a row's training step takes, once for each cell."""
     from sbr_jax.training.records import read_json, write_record
 
@@ -129,7 +129,7 @@ def note_memory(plan: run.Plan, row: str) -> None:
         write_record(path, known, indent=1)
 
 
-def step_bytes(plan: run.Plan, row: str) -> int:
+def step_bytes(plan: Any, row: str) -> int:
     """Peak memory of one training step, as the compiler plans it.
 
     Arguments, outputs and temporaries of the very program that trains; unlike a
