@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sbr_jax import errors, files, recipes
 from sbr_jax.methods import Hyperparameters, build
 from sbr_jax.methods.base import as_aligned
@@ -285,7 +287,7 @@ def execute(plan: Export) -> None:
     else:
         names = {"model": study.model, "adapter": adapter}
         write = functools.partial(save_peft, **names, base_name=plan.base_name)
-    files.fill_folder(plan.output, write)
+    files.fill_folder(plan.output, write, (SafetensorError,))
     if not plan.job.quiet:
         kind = "checkpoint" if plan.merged else "adapter"
         print(f"{kind} of {plan.variant}, seed {plan.seed}, after {_reached(plan)}")
