@@ -95,13 +95,6 @@ def bbq_task(items: Sequence[BiasItem], *, name: str = "bbq") -> dict[str, Any]:
 
     The harness's own task crashes on an item whose answers lack their group, and adds
     nine more wordings of "unknown" to the options; this one compares the three.
-
-    Args:
-      items: the questions.
-      name: of the task.
-
-    Returns:
-      A task dict.
     """
     import_harness()
     require_items(name, items)
@@ -150,15 +143,7 @@ def mmlu_task(
 def medqa_task(
     items: Sequence[ChoiceItem], *, name: str = "medqa_4options"
 ) -> dict[str, Any]:
-    """MedQA as a harness task.
-
-    Args:
-      items: the questions.
-      name: of the task.
-
-    Returns:
-      A task dict.
-    """
+    """MedQA as a harness task."""
     import_harness()
     require_items(name, items)
     return _choice_task(name, _letter_rows(items, "Question: "))

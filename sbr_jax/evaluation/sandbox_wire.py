@@ -8,7 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 MOST_BYTES = 64 * 2**20
 """Of one message; more is not read."""
@@ -130,7 +130,7 @@ def encode(value: Any) -> list[Any]:
 
 
 def decode(tokens: Any) -> Any:
-    """What :func:`encode` wrote, made of Python's own types only.
+    """The value that :func:`encode` wrote, made of Python's own types only.
 
     Raises:
       ValueError: for anything else.
@@ -269,8 +269,7 @@ def raise_again(name: str, said: str) -> None:
     if kind:
         raise error
     plain = str(name).replace("\0", "").encode(errors="replace").decode()
-    made: Any = type(plain, (Exception,), {})
-    raise made(said)
+    raise cast(Any, type(plain, (Exception,), {}))(said)
 
 
 def value_of(message: Any) -> Any:
