@@ -4,11 +4,12 @@ Standard library only: both sides of the sandbox import this file.
 """
 
 import builtins
+import contextlib
 import json
 import os
 import struct
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 MOST_BYTES = 64 * 2**20
 """Of one message; more is not read."""
@@ -259,17 +260,16 @@ def raise_again(name: str, said: str) -> None:
       said: its message.
     """
     kind = getattr(builtins, str(name), None)
+    error: Exception | None = None
+    # Nothing that would end this process, SystemExit least of all.
     if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
+        # UnicodeDecodeError and its like need more than a message.
+        with contextlib.suppress(TypeError):
             error = kind(said)
-        except TypeError:  # UnicodeDecodeError and its like need more than a message.
-            kind = None
-    else:  # Nothing that would end this process, SystemExit least of all.
-        kind = None
-    if kind:
-        raise error
-    plain = str(name).replace("\0", "").encode(errors="replace").decode()
-    raise cast(Any, type(plain, (Exception,), {}))(said)
+    if error is None:
+        plain = str(name).replace("\0", "").encode(errors="replace").decode()
+        error = type(plain, (Exception,), {})(said)
+    raise error
 
 
 def value_of(message: Any) -> Any:
