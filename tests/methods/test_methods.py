@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import tiny
 from methods_case import (
+    CONTRIBUTED,
     SETTINGS,
     STUDY,
     learn,
     learned,
     program,
-    vector,
+    registered,
     without_diagnostics,
 )
+from trees import stack, vector
 
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS, build
@@ -23,7 +25,9 @@ from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
 
-ROWS = [*METHODS, *VARIANTS]
+pytestmark = pytest.mark.usefixtures(registered.__name__)
+ASKED = [*METHODS, CONTRIBUTED]
+ROWS = [*ASKED, *VARIANTS]
 # Rows that differ from their method in the monitor or the repair only.
 SAME_STEPS = {
     "safeanchor-exact:csm-only": "plain",
@@ -59,14 +63,14 @@ def test_ablation_differs_from_its_method(row):
     assert np.abs(difference).max() > 1e-6
 
 
-@pytest.mark.parametrize("row", METHODS)
+@pytest.mark.parametrize("row", ASKED)
 def test_row_is_deterministic_and_seeds_differ(row):
     first = vector(learned(row)[0])
     np.testing.assert_array_equal(first, vector(learn(row)[0]))
     assert np.abs(first - vector(learn(row, seed=1)[0])).max() > 1e-3
 
 
-@pytest.mark.parametrize("row", METHODS)
+@pytest.mark.parametrize("row", ASKED)
 def test_row_works_with_mapped_seeds(row):
     found = program(row)
     base, seeds = STUDY.model.params, (0, 1)
@@ -90,9 +94,6 @@ def test_row_works_with_mapped_seeds(row):
         # The step gives its arguments away.
         copies = jax.tree.map(jnp.copy, moved)
         return [found.start(a, s) for a, s in zip(copies, states, strict=True)]
-
-    def stack(trees):
-        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
     together, metrics = found.mapped_step(
         base, stack(starts()), stack(states), stack(batches), jnp.stack(keys)
