@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import synthetic_run
 
-from sbr_jax.methods import VARIANTS, METHODS
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.safeanchor import OURS, safeanchor
 from sbr_jax.programs import cli
 from sbr_jax.reporting.results import read_run

@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 import tiny_chat
 from chat_case import build, save_world
+from sbr_jax.recipes.chat import RATERS, ChatOptions
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from sbr_jax import models
 from sbr_jax.programs import run
 from sbr_jax.recipes import chat as preset
-from sbr_jax.recipes.chat import RATERS, ChatOptions
 from sbr_jax.studies import chat, chat_model
 from sbr_jax.typing import UserError
 
