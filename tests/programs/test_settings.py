@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from sbr_jax.methods.hyperparameters import attribute
 from tiny_preset import CONFIG, PRESET, STUDY, make_job, tiny_presets
 
 from sbr_jax import recipes
@@ -157,7 +156,7 @@ def test_a_setting_is_spelt_in_the_usual_ways(words):
     own = [config.training, config.hardware]
     if given[0].startswith("--methods."):
         method = given[0].split(".")[1]
-        own = [getattr(config.methods, attribute(method))]
+        own = [getattr(config.methods, method.replace("-", "_"))]
     (found,) = (getattr(record, name) for record in own if hasattr(record, name))
     assert (type(found), found) == (type(wanted), wanted)
     # And nothing else has changed.
