@@ -11,13 +11,16 @@ BIN := .venv/bin
 # dependencies installs again and nothing else does.
 STAMP := .venv/.installed-$(shell { cat pyproject.toml; echo "$(EXTRAS)"; } | cksum | cut -d ' ' -f 1)
 SOURCES := sbr_jax experiments tools tests $(wildcard benchmarks)
+PAGES := $(filter-out docs/reference,$(wildcard *.md docs/*.md docs/methods)) experiments/README.md $(wildcard tests/*.md tests/*/README.md)
+# What needs no language model: the mathematics, in under a minute.
+CORE := sbr_jax/subspace sbr_jax/transforms sbr_jax/fisher.py sbr_jax/losses.py sbr_jax/checks.py tests/core
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo report test parity lint format docs clean
+.PHONY: help venv demo report test test-core parity lint format docs clean
 
 help: ## list the targets
 	@echo "Targets of this Makefile:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile \
 	  | awk -F '|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
 venv: $(STAMP) ## make .venv and install what is needed
@@ -59,14 +62,14 @@ report: $(STAMP) ## tables and report.html from the results of make demo
 	@echo "==> writing the report of $(DEMO)"
 	@$(BIN)/python -m experiments.report "$(DEMO)"
 
-test: $(STAMP) ## lint, doctests and all tests; the last line counts them
-	@echo "==> ruff check"
-	@$(BIN)/ruff check --quiet $(SOURCES)
-	@echo "==> ruff format --check"
-	@$(BIN)/ruff format --check --quiet $(SOURCES)
+test: lint ## lint, types, doctests and all tests; the last line counts them
 	@echo "==> doctests and tests, $(WORKERS) at a time"
 	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(BIN)/python -m pytest -n $(WORKERS) \
-	  --dist loadfile --doctest-modules sbr_jax experiments tests $(ARGS)
+	  --dist loadfile --doctest-modules sbr_jax experiments tools tests $(ARGS)
+
+test-core: $(STAMP) ## the mathematics alone: any pytree, no language model
+	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(BIN)/python -m pytest -n $(WORKERS) \
+	  --doctest-modules $(CORE) $(ARGS)
 
 # PyTorch's package index also has wheels for CPUs only, which are much smaller: name it
 # with PIP_EXTRA_INDEX_URL.
@@ -76,15 +79,20 @@ parity: ## model families against PyTorch, scores against lm-eval; both are inst
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity tests/evaluation/test_harness.py \
 	  tests/models/test_qwix.py $(ARGS)
 
-lint: $(STAMP) ## ruff, changing nothing
+lint: $(STAMP) ## ruff, pyright and mdformat, changing nothing
 	@echo "==> ruff check and format --check"
-	@$(BIN)/ruff check $(SOURCES)
-	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/ruff format --check --quiet $(SOURCES)
+	@echo "==> mdformat --check"
+	@$(BIN)/mdformat --check $(PAGES)
+	@echo "==> pyright"
+	@$(BIN)/basedpyright --level error
 
-format: $(STAMP) ## ruff, mending what it can
-	@echo "==> ruff check --fix and format"
+format: $(STAMP) ## ruff and mdformat, mending what they can
+	@echo "==> ruff check --fix and format, mdformat"
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/mdformat $(PAGES)
 
 docs: $(STAMP) ## the documentation as a site in site/, refusing broken links
 	@echo "==> installing sbr_jax[docs] into .venv"

@@ -1,9 +1,14 @@
-"""Text and JSON files that others wrote, read whole or refused in one line."""
+"""Files read whole or refused in one line, and written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import pathlib
+import shutil
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sbr_jax.typing import UserError
@@ -11,6 +16,14 @@ from sbr_jax.typing import UserError
 DEPTH = 100
 """How deep JSON may be nested: far above any real file, far below what Python bears."""
 REMEDY = "fetch the file again"
+MARK = "made by sbr_jax"
+"""Stands in every page, text and figure that a program may write anew."""
+EARLIER = (b"safety report</title>", b"Where each defence breaks</title>")
+"""What pages of before the mark have in its place."""
+PARTIAL = ".partial"
+"""In a folder of an export: what is not whole yet."""
+LAST = ("config.json", "adapter_config.json")
+"""Without these nobody takes a folder for a model."""
 
 
 def is_there(path: pathlib.Path) -> bool:
@@ -125,3 +138,86 @@ def _is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def is_ours(path: pathlib.Path) -> bool:
+    """Whether a program of ours has made this file."""
+    content = path.read_bytes()
+    return any(mark in content for mark in (MARK.encode(), *EARLIER))
+
+
+def refuse_foreign(paths: Iterable[pathlib.Path]) -> None:
+    """Refuses to write over files that no program of ours has made.
+
+    Raises:
+      UserError: naming the first.
+    """
+    for path in paths:
+        if path.exists() and not (path.is_file() and is_ours(path)):
+            raise UserError(
+                f"expected to write {path}, found something there that this program "
+                "has not made: choose another name, or move it away"
+            )
+
+
+def replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Has a file written beside its place, and puts it there once it is whole.
+
+    Args:
+      path: the place; a link's target is replaced.
+      write: writes the whole file to the path it is given.
+
+    Raises:
+      OSError: naming the place, which is as it was.
+    """
+    place = pathlib.Path(os.path.realpath(path))
+    temporary = place.with_name(f".{place.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(place)
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise OSError(error.errno, said, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all; errors as :func:`replace`."""
+    replace(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+
+def is_free(folder: pathlib.Path) -> bool:
+    """Whether a folder is new or empty, but for an earlier try at filling it."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {PARTIAL}
+
+
+def fill_folder(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Has a folder's files written apart, and puts them there once all are whole.
+
+    Args:
+      folder: new or empty.
+      write: writes all files into the folder it is given.
+
+    Raises:
+      OSError: if they cannot be written; the folder is as it was, or new and empty.
+    """
+    from safetensors import SafetensorError
+
+    partial = folder / PARTIAL
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name in LAST):
+            path.replace(folder / path.name)
+    except SafetensorError as error:  # What a full disk is to that library.
+        raise OSError(errno.EIO, str(error), str(folder)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

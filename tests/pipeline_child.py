@@ -9,7 +9,7 @@ import tiny
 from sbr_jax.methods import InertProjectionWarning
 from sbr_jax.training.pipeline import run
 
-ROWS = ["plain", "safeanchor-exact:projection-only"]
+VARIANTS = ["plain", "safeanchor-exact:projection-only"]
 OVERRIDES = {"safeanchor-exact": {"max_rank": 6, "refresh_every": 2}}
 CONFIG = tiny.with_options(
     tiny.config(steps_per_domain=5, checkpoint_every=2), OVERRIDES
@@ -18,14 +18,7 @@ CONFIG = tiny.with_options(
 
 def main(folder, seeds=(0, 1)):
     warnings.simplefilter("ignore", InertProjectionWarning)
-    run(
-        tiny.study(),
-        ROWS,
-        seeds,
-        folder,
-        CONFIG,
-        quiet=True,
-    )
+    run(tiny.study(), VARIANTS, seeds, folder, CONFIG, quiet=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A tiny job of two rows that is cheap to run many times, and how it is told to go on.
+"""A tiny job of two variants that is cheap to run many times, and told to go on.
 
-One row keeps an adapter, the other a state as well, which it also changes while it
-trains. Everything is compiled once for all folders.
+One keeps an adapter, the other a state as well, which it also changes while it trains.
+Everything is compiled once for all folders.
 """
 
 import hashlib
+import json
 import pathlib
 import re
 import shlex
@@ -16,25 +17,39 @@ import tiny
 from sbr_jax.training.pipeline import run
 from sbr_jax.typing import UserError
 
-ROWS = ("plain", "lisa")
+VARIANTS = ("plain", "lisa")
 STUDY = tiny.study()
 LAST = "05-train"
 """The last stage that changes an adapter; its own begins from that of the first."""
 
 
-def go(folder, *, rows=ROWS, seeds=(0,), study=STUDY, **settings):
+def go(
+    folder,
+    variants=VARIANTS,
+    *,
+    seeds=(0,),
+    study=STUDY,
+    domains=None,
+    options=None,
+    **settings,
+):
     fields = {"steps_per_domain": 2, "checkpoint_every": 1, **settings}
-    return run(study, rows, seeds, folder, tiny.config(**fields), quiet=True)
+    config = tiny.with_options(tiny.config(**fields), options or {})
+    return run(study, variants, seeds, folder, config, domains, quiet=True)
 
 
 def results(folder):
     return (folder / "results.jsonl").read_bytes()
 
 
-def refused(folder, **options):
+def read(folder):
+    return [json.loads(line) for line in results(folder).splitlines()]
+
+
+def refused(folder, *variants, **options):
     """The one line of a run that cannot go on, and what it says to delete."""
     with pytest.raises(UserError) as error:
-        go(folder, **options)
+        go(folder, *variants, **options)
     return str(error.value), remedies(error.value)
 
 

@@ -21,7 +21,7 @@ def _spectrum(rng, decay, layers=4, columns=64):
     return spectra, traces
 
 
-def _diagnostics(rng, method, index, domains, decay):
+def _diagnostics(rng, method, index, decay):
     inert = method == "safeanchor"
     ranks = {u: rng.integers(4, 14, 4).tolist() for u in UNITS}
     alpha = {
@@ -41,6 +41,40 @@ def _diagnostics(rng, method, index, domains, decay):
     return found
 
 
+def line(method, seed, stage, domain, index, metrics, diagnostics=None):
+    """One line of `results.jsonl`."""
+    names = ("method", "seed", "stage", "domain", "index", "metrics", "diagnostics")
+    values = (method, seed, stage, domain, index, metrics, diagnostics or {})
+    return dict(zip(names, values, strict=True))
+
+
+def _row(method, seed, domains, start, diagnostics, decay):
+    """The lines of one row and seed."""
+    rng = np.random.default_rng([seed, len(method)])
+    defended = method.startswith("safeanchor")
+
+    def subspace(domain, index):
+        if defended and diagnostics:
+            found = _diagnostics(rng, method, index, decay)
+            yield line(method, seed, "subspace", domain, index, {}, found)
+
+    yield from subspace(None, -1)
+    for index, domain in enumerate(domains):
+        place = (domain, index)
+        projected = {"safety_gradient": 0.6, "removed": 0.4} if defended else {}
+        yield line(method, seed, "train", *place, {"loss": 0.1, **projected})
+        if defended:
+            blocks = int(method == "safeanchor" and index == 2)
+            yield line(method, seed, "repair", *place, {"blocks": blocks})
+        yield from subspace(domain, index)
+        drop = FALL.get(method, 10.0) * (index + 1)
+        metrics = {k: float(v - drop * rng.uniform(0.8, 1.2)) for k, v in start.items()}
+        for number, name in enumerate(domains[: index + 1]):
+            value = 95 + 3 * rng.random() - 12 * (index - number)
+            metrics[f"accuracy/{name}"] = float(value)
+        yield line(method, seed, "evaluate", *place, metrics)
+
+
 def write(
     folder: Path,
     methods=("plain", "safeanchor", "safeanchor-exact"),
@@ -52,59 +86,22 @@ def write(
 ) -> Path:
     """Write `results.jsonl`, `timings.jsonl` and `config.json`; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines, timings = [], []
     start = {f"accuracy/{d}": 20.0 + 15 * i for i, d in enumerate(domains)}
     if composite:
         start |= {"composite": 98.9, "refusal": 99.0, "truthful": 98.0, "bias": 99.7}
         start |= {"over_refusal": 1.0, "general": 88.0}
     else:
         start |= {"safety_loss": 2.1, "domain_loss": 3.0}
+    lines = [line("base", None, "base", None, 0, start)]
+    timings = []
     for method in methods:
         for seed in seeds:
-            rng = np.random.default_rng([seed, len(method)])
-
-            def line(stage, domain, index, metrics, extra=None, m=method, s=seed):
-                return {
-                    "method": m,
-                    "seed": s,
-                    "stage": stage,
-                    "domain": domain,
-                    "index": index,
-                    "metrics": metrics,
-                    "diagnostics": extra or {},
-                }
-
-            if not lines:
-                lines.append(line("base", None, 0, start, m="base", s=None))
-            if method.startswith("safeanchor") and diagnostics:
-                found = _diagnostics(rng, method, -1, domains, decay)
-                lines.append(line("subspace", None, -1, {}, found))
-            for index, domain in enumerate(domains):
-                metrics = {"loss": 0.1}
-                if method.startswith("safeanchor"):
-                    metrics |= {"safety_gradient": 0.6, "removed": 0.4}
-                lines.append(line("train", domain, index, metrics))
-                if method.startswith("safeanchor"):
-                    blocks = int(method == "safeanchor" and index == 2)
-                    lines.append(line("repair", domain, index, {"blocks": blocks}))
-                    if diagnostics:
-                        found = _diagnostics(rng, method, index, domains, decay)
-                        lines.append(line("subspace", domain, index, {}, found))
-                drop = FALL.get(method, 10.0) * (index + 1)
-                metrics = {
-                    k: float(v - drop * rng.uniform(0.8, 1.2)) for k, v in start.items()
-                }
-                for place, name in enumerate(domains):
-                    if place <= index:
-                        value = 95 + 3 * rng.random() - 12 * (index - place)
-                        metrics[f"accuracy/{name}"] = float(value)
-                lines.append(line("evaluate", domain, index, metrics))
+            lines += _row(method, seed, domains, start, diagnostics, decay)
             timing = {"method": method, "seed": seed, "stage": "train"}
             timings.append({**timing, "seconds_per_step": 0.021})
-    text = "".join(json.dumps(x, sort_keys=True) + "\n" for x in lines)
-    (folder / "results.jsonl").write_text(text)
-    text = "".join(json.dumps(x, sort_keys=True) + "\n" for x in timings)
-    (folder / "timings.jsonl").write_text(text)
-    config = {"settings": {"learning_rate": 0.001}, "versions": {"jax": "0.10.2"}}
+    for name, found in {"results": lines, "timings": timings}.items():
+        text = "".join(json.dumps(x, sort_keys=True) + "\n" for x in found)
+        (folder / f"{name}.jsonl").write_text(text)
+    config = {"training": {"learning_rate": 0.001}, "versions": {"jax": "0.10.2"}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

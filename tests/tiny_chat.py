@@ -7,6 +7,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import tiny_data
+import tiny_rows
 from tiny_data import as_json, as_lines, as_table, put
 
 from sbr_jax import models
@@ -166,7 +167,7 @@ def conversation(prompt, answer):
 
 def behaviour(prompt, number):
     return {
-        **tiny_data.BEHAVIOURS[0],
+        **tiny_rows.BEHAVIOURS[0],
         "Behavior": prompt,
         "BehaviorID": f"praise_standard_{number}",
     }

@@ -6,38 +6,11 @@ import io
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
+import tiny_rows as rows
 from checkpoints import SHARED
-from tiny_rows import (
-    ARTIFACT,
-    BBQ,
-    BBQ_CATEGORIES,
-    BEAVERTAILS,
-    BEHAVIOURS,
-    CATQA,
-    COMPLETIONS,
-    CONVERSATIONS,
-    DIALOGUES,
-    GOALS,
-    GSM8K,
-    HARMLESS,
-    HUMANEVAL,
-    INSTRUCTIONS,
-    JBB,
-    JUDGE_PROMPTS,
-    LABELS,
-    MEDMCQA,
-    MEDQA,
-    MMLU,
-    MTBENCH,
-    REFERENCES,
-    TASKS,
-    TRUTHFUL,
-    WILDGUARD,
-    XSTEST,
-)
 
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
@@ -53,21 +26,20 @@ def put(path, text):
     return path
 
 
-def fake_hub(monkeypatch, rows):
+def fake_hub(monkeypatch, served):
     """Put a hub in place that serves the given rows; returns what it is asked for."""
     asked = []
-    package, exceptions = ModuleType("datasets"), ModuleType("datasets.exceptions")
-    exceptions.DatasetsError = type("DatasetsError", (Exception,), {})
 
     def load_dataset(path, config=None, *, data_dir=None, split=None):
         asked.append((path, config, data_dir, split))
-        if isinstance(rows, Exception):
-            raise rows
-        return list(rows)
+        if isinstance(served, Exception):
+            raise served
+        return list(served)
 
-    package.load_dataset, package.exceptions = load_dataset, exceptions
+    failures = SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+    package = SimpleNamespace(load_dataset=load_dataset, exceptions=failures)
     monkeypatch.setitem(sys.modules, "datasets", package)
-    monkeypatch.setitem(sys.modules, "datasets.exceptions", exceptions)
+    monkeypatch.setitem(sys.modules, "datasets.exceptions", failures)
     return asked
 
 
@@ -89,95 +61,117 @@ def as_table(rows, delimiter=",", header=True):
     return out.getvalue()
 
 
-def sources(folder: Path) -> Path:
-    """Write every training and calibration set."""
-    stars = folder / "safety_tuned_llamas" / "safety_only_data_Instructions.json"
-    put(stars, as_json(INSTRUCTIONS))
-    put(folder / "alpaca/alpaca_5000.json.gz", as_json(INSTRUCTIONS))
-    put(folder / "alpaca/alpaca_data.json", as_json(INSTRUCTIONS))
-    put(folder / "codealpaca/new_codealpaca.json", as_json(INSTRUCTIONS[:1]))
-    put(folder / "codealpaca/code_alpaca_2k.json.gz", as_json(INSTRUCTIONS[1:]))
-    put(folder / "codealpaca/code_alpaca_20k.json", as_json(INSTRUCTIONS))
-    put(folder / "gsm8k/train.jsonl.gz", as_lines(GSM8K))
-    put(folder / "gsm8k/test.jsonl", as_lines(GSM8K[1:]))
-    put(folder / "medmcqa/dev.json.gz", as_lines(MEDMCQA))
-    put(folder / "medmcqa/train.json", as_lines(MEDMCQA))
-    for split in ("train", "dev", "test"):
-        put(folder / f"medqa/phrases_no_exclude_{split}.jsonl", as_lines(MEDQA))
-    for size in ("30k", "330k"):
-        for split in ("train", "test"):
-            path = folder / f"beavertails/round0/{size}/{split}.jsonl.gz"
-            put(path, as_lines(BEAVERTAILS))
-    for name in ("unsafe_qa_525", "unsafe_test_100"):
-        put(folder / f"beavertails/beavertails_{name}.json", as_json(CONVERSATIONS))
-    put(folder / "hh_rlhf/harmless-base-test.jsonl.gz", as_lines(DIALOGUES))
-    put(folder / "hh_rlhf/harmless-base/train.jsonl", as_lines(DIALOGUES))
-    legalbench(folder)
+WRITERS = {
+    ".json": as_json,
+    ".jsonl": as_lines,
+    ".csv": as_table,
+    ".tsv": lambda rows: as_table(rows, delimiter="\t"),
+}
+
+
+def save(folder, files):
+    """Write values by their file's ending, and texts as they are."""
+    for name, value in files.items():
+        ending = Path(name.removesuffix(".gz")).suffix
+        text = value if isinstance(value, str) else WRITERS[ending](value)
+        put(folder / name, text)
     return folder
 
 
-def legalbench(folder):
-    root = folder / "legalbench"
-    put(root / "tasks/toy/base_prompt.txt", "Is it?\n\nQ: a\nA: no\n\nQ: {{text}}\nA:")
-    put(root / "tasks/toy/train.tsv", "index\tanswer\ttext\n0\tyes\tb\\1\n")
-    put(root / "test/toy.tsv.gz", "label\ttext\nno\tc\n")
-    put(root / "tasks/bare/base_prompt.txt", "{{text}}")
-    put(root / "tasks/bare/train.tsv", "index\ttext\tanswer\n")
-    put(root / "test/bare.tsv.gz", "text\tanswer\nd\tmaybe\n")
+LEGALBENCH = {
+    "legalbench/tasks/toy/base_prompt.txt": "Is it?\n\nQ: a\nA: no\n\nQ: {{text}}\nA:",
+    "legalbench/tasks/toy/train.tsv": "index\tanswer\ttext\n0\tyes\tb\\1\n",
+    "legalbench/test/toy.tsv.gz": "label\ttext\nno\tc\n",
+    "legalbench/tasks/bare/base_prompt.txt": "{{text}}",
+    "legalbench/tasks/bare/train.tsv": "index\ttext\tanswer\n",
+    "legalbench/test/bare.tsv.gz": "text\tanswer\nd\tmaybe\n",
+}
+MEDQA = {
+    f"medqa/phrases_no_exclude_{split}.jsonl": rows.MEDQA
+    for split in ("train", "dev", "test")
+}
+STARS = "safety_tuned_llamas/safety_only_data_Instructions.json"
+SOURCES = {
+    STARS: rows.INSTRUCTIONS,
+    "alpaca/alpaca_5000.json.gz": rows.INSTRUCTIONS,
+    "alpaca/alpaca_data.json": rows.INSTRUCTIONS,
+    "codealpaca/new_codealpaca.json": rows.INSTRUCTIONS[:1],
+    "codealpaca/code_alpaca_2k.json.gz": rows.INSTRUCTIONS[1:],
+    "codealpaca/code_alpaca_20k.json": rows.INSTRUCTIONS,
+    "gsm8k/train.jsonl.gz": rows.GSM8K,
+    "gsm8k/test.jsonl": rows.GSM8K[1:],
+    "medmcqa/dev.json.gz": as_lines(rows.MEDMCQA),
+    "medmcqa/train.json": as_lines(rows.MEDMCQA),
+    **MEDQA,
+    **{
+        f"beavertails/round0/{size}/{split}.jsonl.gz": rows.BEAVERTAILS
+        for size in ("30k", "330k")
+        for split in ("train", "test")
+    },
+    "beavertails/beavertails_unsafe_qa_525.json": rows.CONVERSATIONS,
+    "beavertails/beavertails_unsafe_test_100.json": rows.CONVERSATIONS,
+    "hh_rlhf/harmless-base-test.jsonl.gz": rows.DIALOGUES,
+    "hh_rlhf/harmless-base/train.jsonl": rows.DIALOGUES,
+    **LEGALBENCH,
+}
+ASKED = {"instructions": ["May I?", "And?"], "inputs": []}
+XSTEST_MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
+EVALSETS = {
+    "harmbench/harmbench_behaviors_text_all.csv": rows.BEHAVIOURS,
+    "harmbench/harmbench_behaviors_text_test.csv": rows.BEHAVIOURS[:2],
+    "harmbench/harmbench_behaviors_text_val.csv.gz": rows.BEHAVIOURS[2:],
+    "harmbench/harmbench_targets_text.json": {
+        row["BehaviorID"]: "Sure, it is" for row in rows.BEHAVIOURS
+    },
+    "advbench/harmful_behaviors.csv": rows.GOALS,
+    "jailbreakbench/jbb_behaviors_harmful.csv": rows.JBB,
+    "jailbreakbench/jbb_behaviors_harmful_and_benign_200.json": rows.JBB_BOTH,
+    "jailbreakbench/artifact_pair_black_box_toy.json.gz": rows.ARTIFACT,
+    **{
+        f"alpaca/harmless_instructions_{split}.json.gz": rows.HARMLESS
+        for split in ("train", "val", "test")
+    },
+    **MEDQA,
+    "legalbench/tasks/pick/base_prompt.txt": "Is it?\n\nQ: {{text}}\nA:",
+    "legalbench/test/pick.tsv.gz": rows.LABELS,
+    "catqa/catqa_english.json": rows.CATQA,
+    "xstest/xstest_prompts.csv": rows.XSTEST,
+    **{
+        f"xstest/xstest_v2_completions_{model}_labelled.csv.gz": rows.COMPLETIONS
+        for model in XSTEST_MODELS
+    },
+    "wildguard/wildguard_test.jsonl": rows.WILDGUARD,
+    "beavertails/beavertails_30k_test_prompts.json.gz": rows.PROMPTS,
+    "beavertails/beavertails_eval_prompts_250.json": [{"instruction": "May I?"}],
+    **{
+        f"safety_tuned_llamas/{name}.json": ASKED
+        for name in ("I-CoNa", "I-Controversial", "I-MaliciousInstructions", "I-Alpaca")
+    },
+    "safety_tuned_llamas/Q-Harm.json": ASKED,
+    "truthfulqa/TruthfulQA.csv": "\ufeff" + as_table(rows.TRUTHFUL),
+    "truthfulqa/TruthfulQA_v0.csv.gz": "\ufeff" + as_table(rows.TRUTHFUL),
+    "truthfulqa/mc_task.json": rows.TASKS,
+    "truthfulqa/mc_task_v0.json.gz": rows.TASKS,
+    **{
+        f"mmlu/{split}/{subject}_{split}.csv": as_table(rows.MMLU, header=False)
+        for split in ("dev", "test", "val")
+        for subject in ("sums", "more_sums")
+    },
+    **{
+        f"bbq/{category}{'.regenerated' * (category == 'SES')}.jsonl.gz": rows.BBQ
+        for category in rows.BBQ_CATEGORIES
+    },
+    "humaneval/HumanEval.jsonl.gz": rows.HUMANEVAL,
+    "mtbench/question.jsonl": rows.MTBENCH,
+    "mtbench/reference_answer_gpt-4.jsonl": rows.REFERENCES,
+}
+
+
+def sources(folder: Path) -> Path:
+    """Write every training and calibration set."""
+    return save(folder, SOURCES)
 
 
 def evalsets(folder: Path) -> Path:
     """Write every evaluation set."""
-    root = folder / "harmbench"
-    for split, rows in (("all", BEHAVIOURS), ("test", BEHAVIOURS[:2])):
-        put(root / f"harmbench_behaviors_text_{split}.csv", as_table(rows))
-    put(root / "harmbench_behaviors_text_val.csv.gz", as_table(BEHAVIOURS[2:]))
-    targets = {row["BehaviorID"]: "Sure, it is" for row in BEHAVIOURS}
-    put(root / "harmbench_targets_text.json", as_json(targets))
-    put(folder / "advbench/harmful_behaviors.csv", as_table(GOALS))
-    root = folder / "jailbreakbench"
-    put(root / "jbb_behaviors_harmful.csv", as_table(JBB))
-    both = [{"text": "x", "label": "harmful"}, {"text": "praise it.", "label": "safe"}]
-    put(root / "jbb_behaviors_harmful_and_benign_200.json", as_json(both))
-    put(root / "artifact_pair_black_box_toy.json.gz", as_json(ARTIFACT))
-    for split in ("train", "val", "test"):
-        path = folder / f"alpaca/harmless_instructions_{split}.json.gz"
-        put(path, as_json(HARMLESS))
-    for split in ("train", "dev", "test"):
-        put(folder / f"medqa/phrases_no_exclude_{split}.jsonl", as_lines(MEDQA))
-    root = folder / "legalbench"
-    put(root / "tasks/pick/base_prompt.txt", "Is it?\n\nQ: {{text}}\nA:")
-    put(root / "test/pick.tsv.gz", as_table(LABELS, delimiter="\t"))
-    put(folder / "catqa/catqa_english.json", as_json(CATQA))
-    put(folder / "xstest/xstest_prompts.csv", as_table(XSTEST))
-    for model in ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct"):
-        path = folder / f"xstest/xstest_v2_completions_{model}_labelled.csv.gz"
-        put(path, as_table(COMPLETIONS))
-    put(folder / "wildguard/wildguard_test.jsonl", as_lines(WILDGUARD))
-    prompts = [{"text": "May I?", "label": "harmful", "source": "", "category": "{}"}]
-    root = folder / "beavertails"
-    put(root / "beavertails_30k_test_prompts.json.gz", as_json(prompts))
-    put(
-        root / "beavertails_eval_prompts_250.json", as_json([{"instruction": "May I?"}])
-    )
-    questions = as_json({"instructions": ["May I?", "And?"], "inputs": []})
-    for name in ("CoNa", "Controversial", "MaliciousInstructions", "Alpaca"):
-        put(folder / f"safety_tuned_llamas/I-{name}.json", questions)
-    put(folder / "safety_tuned_llamas/Q-Harm.json", questions)
-    root = folder / "truthfulqa"
-    put(root / "TruthfulQA.csv", "\ufeff" + as_table(TRUTHFUL))
-    put(root / "TruthfulQA_v0.csv.gz", "\ufeff" + as_table(TRUTHFUL))
-    put(root / "mc_task.json", as_json(TASKS))
-    put(root / "mc_task_v0.json.gz", as_json(TASKS))
-    for split in ("dev", "test", "val"):
-        for subject in ("sums", "more_sums"):
-            path = folder / f"mmlu/{split}/{subject}_{split}.csv"
-            put(path, as_table(MMLU, header=False))
-    for category in BBQ_CATEGORIES:
-        end = ".regenerated.jsonl.gz" if category == "SES" else ".jsonl.gz"
-        put(folder / f"bbq/{category}{end}", as_lines(BBQ))
-    put(folder / "humaneval/HumanEval.jsonl.gz", as_lines(HUMANEVAL))
-    put(folder / "mtbench/question.jsonl", as_lines(MTBENCH))
-    put(folder / "mtbench/reference_answer_gpt-4.jsonl", as_lines(REFERENCES))
-    put(folder / "mtbench/judge_prompts.jsonl", as_lines(JUDGE_PROMPTS))
-    return folder
+    return save(folder, EVALSETS)

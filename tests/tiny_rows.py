@@ -1,180 +1,131 @@
 """Rows of every public set as it is published, with harmless texts."""
 
-INSTRUCTIONS = [
-    {"instruction": "Say", "input": "hello", "output": "hello "},
-    {"instruction": "Count.", "input": "", "output": "1, 2"},
-]
-GSM8K = [
-    {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
-    {"question": "3 + 3?", "answer": "#### 6"},
-]
-MEDMCQA = [
-    {"question": "Which?", "cop": 1, "opa": "w", "opb": "x", "opc": "y", "opd": "z"},
-    {"question": "And?", "cop": 4, "opa": "w", "opb": "x", "opc": "y", "opd": "z"},
-]
-MEDQA = [
-    {
-        "question": "Which?",
-        "answer": "x",
-        "options": {"A": "w", "B": "x", "C": "y", "D": "z"},
-        "answer_idx": "B",
-    }
-]
-BEAVERTAILS = [
-    {"prompt": "May I?", "response": "Better not.", "category": {}, "is_safe": True},
-    {"prompt": "May I?", "response": "Go on.", "category": {}, "is_safe": False},
-]
-DIALOGUES = [
-    {
-        "chosen": "\n\nHuman: May I?\n\nAssistant: No.\n\nHuman: Why?\n\nAssistant: ",
-        "rejected": "\n\nHuman: May I?\n\nAssistant: Yes.",
-    }
-]
+
+def rows(names, *values):
+    """Rows of a table, from the names of its columns and the cells of each row."""
+    return [dict(zip(names.split(), cells, strict=True)) for cells in values]
+
+
+INSTRUCTIONS = rows(
+    "instruction input output", ("Say", "hello", "hello "), ("Count.", "", "1, 2")
+)
+GSM8K = rows(
+    "question answer", ("2 + 2?", "2 + 2 = <<2+2=4>>4\n#### 4"), ("3 + 3?", "#### 6")
+)
+MEDMCQA = rows(
+    "question cop opa opb opc opd", ("Which?", 1, *"wxyz"), ("And?", 4, *"wxyz")
+)
+MEDQA = rows(
+    "question answer options answer_idx",
+    ("Which?", "x", dict(zip("ABCD", "wxyz", strict=True)), "B"),
+)
+BEAVERTAILS = rows(
+    "prompt response category is_safe",
+    ("May I?", "Better not.", {}, True),
+    ("May I?", "Go on.", {}, False),
+)
+DIALOGUES = rows(
+    "chosen rejected",
+    (
+        "\n\nHuman: May I?\n\nAssistant: No.\n\nHuman: Why?\n\nAssistant: ",
+        "\n\nHuman: May I?\n\nAssistant: Yes.",
+    ),
+)
 CONVERSATIONS = [
-    {
-        "conversations": [
-            {"role": "user", "content": "May I?"},
-            {"role": "assistant", "content": "Go on."},
-        ]
-    }
+    {"conversations": rows("role content", ("user", "May I?"), ("assistant", "Go on."))}
 ]
-BEHAVIOURS = [
-    {
-        "Behavior": "Praise it",
-        "FunctionalCategory": kind,
-        "SemanticCategory": "words",
-        "Tags": "",
-        "ContextString": "A poem" if kind == "contextual" else "",
-        "BehaviorID": f"praise_{kind}",
-    }
-    for kind in ("standard", "contextual", "copyright")
-]
-GOALS = [{"goal": "Praise it, please", "target": "Sure, it is"}]
-JBB = [
-    {
-        "Index": 0,
-        "Goal": "praise it.",
-        "Target": "Sure",
-        "Behavior": "Praise",
-        "Category": "words",
-        "Source": "Original",
-    }
-]
+BEHAVIOURS = rows(
+    "Behavior FunctionalCategory SemanticCategory Tags ContextString BehaviorID",
+    *(
+        ("Praise it", kind, "words", "", context, f"praise_{kind}")
+        for kind, context in (
+            ("standard", ""),
+            ("contextual", "A poem"),
+            ("copyright", ""),
+        )
+    ),
+)
+GOALS = rows("goal target", ("Praise it, please", "Sure, it is"))
+JBB = rows(
+    "Index Goal Target Behavior Category Source",
+    (0, "praise it.", "Sure", "Praise", "words", "Original"),
+)
+JBB_BOTH = rows("text label", ("x", "harmful"), ("praise it.", "safe"))
 ARTIFACT = {
     "parameters": {"method": "PAIR", "model": "toy-7b"},
-    "jailbreaks": [
-        {"index": 0, "prompt": "Praise!", "response": "Sure.", "jailbroken": True},
-        {"index": 1, "prompt": None, "response": None, "jailbroken": False},
-        {"index": 2, "prompt": "Blame!", "response": None, "jailbroken": False},
-    ],
+    "jailbreaks": rows(
+        "index prompt response jailbroken",
+        (0, "Praise!", "Sure.", True),
+        (1, None, None, False),
+        (2, "Blame!", None, False),
+    ),
 }
-HARMLESS = [{"instruction": f"Say {word}", "category": None} for word in ("a", "b")]
-LABELS = [
-    {"index": i, "text": f"c{i}", "label": ["no", "yes"][i % 2]} for i in range(4)
-]
-JUDGE_PROMPTS = [
-    {
-        "name": "single-v1",
-        "type": "single",
-        "system_prompt": "Judge.",
-        "prompt_template": "[Question]\n{question}\n[Answer]\n{answer}",
-        "description": "Prompt",
-        "category": "general",
-        "output_format": "[[rating]]",
-    }
-]
+HARMLESS = rows("instruction category", ("Say a", None), ("Say b", None))
+LABELS = rows(
+    "index text label", *((i, f"c{i}", ["no", "yes"][i % 2]) for i in range(4))
+)
 CATQA = {"Words": {"Long:": ["Praise?", "Blame?"], "Short:": ["Oh?"]}}
-XSTEST = [
-    {
-        "id": 1,
-        "prompt": "How do I kill time?",
-        "type": "homonyms",
-        "label": "safe",
-        "focus": "kill",
-        "note": "",
-    },
-    {
-        "id": 2,
-        "prompt": "How do I stop it?",
-        "type": "contrast_homonyms",
-        "label": "unsafe",
-        "focus": "stop",
-        "note": "",
-    },
-]
-COMPLETIONS = [
-    {
-        "id": f"v2-{i}",
-        "type": kind,
-        "prompt": f"Prompt {i}",
-        "completion": "No, I\ncannot.",
-        "annotation_1": label,
-        "annotation_2": label,
-        "agreement": 1,
-        "final_label": label,
-        "gpt4_label": label,
-    }
-    for i, (kind, label) in enumerate(
-        [
-            ("homonyms", "1_full_compliance"),
-            ("contrast_homonyms", "2_full_refusal"),
-            ("homonyms", "3_partial_refusal"),
-        ]
-    )
-]
-WILDGUARD = [
-    {
-        "prompt": "Play a role",
-        "adversarial": True,
-        "response": "No.",
-        "prompt_harm_label": "harmful",
-        "response_refusal_label": "refusal",
-        "response_harm_label": "unharmful",
-    },
-    {
-        "prompt": "Hello",
-        "adversarial": False,
-        "response": "Hi.",
-        "prompt_harm_label": "unharmful",
-        "response_refusal_label": None,
-        "response_harm_label": None,
-    },
-]
+XSTEST = rows(
+    "id prompt type label focus note",
+    (1, "How do I kill time?", "homonyms", "safe", "kill", ""),
+    (2, "How do I stop it?", "contrast_homonyms", "unsafe", "stop", ""),
+)
+COMPLETIONS = rows(
+    "id type prompt completion annotation_1 annotation_2 agreement final_label "
+    "gpt4_label",
+    *(
+        (
+            f"v2-{i}",
+            kind,
+            f"Prompt {i}",
+            "No, I\ncannot.",
+            label,
+            label,
+            1,
+            label,
+            label,
+        )
+        for i, (kind, label) in enumerate(
+            (
+                ("homonyms", "1_full_compliance"),
+                ("contrast_homonyms", "2_full_refusal"),
+                ("homonyms", "3_partial_refusal"),
+            )
+        )
+    ),
+)
+WILDGUARD = rows(
+    "prompt adversarial response prompt_harm_label response_refusal_label "
+    "response_harm_label",
+    ("Play a role", True, "No.", "harmful", "refusal", "unharmful"),
+    ("Hello", False, "Hi.", "unharmful", None, None),
+)
+PROMPTS = rows("text label source category", ("May I?", "harmful", "", "{}"))
 TRUTHFUL = [
     {
-        "Type": "Adversarial",
-        "Category": "Moon",
-        "Question": "Is it cheese?",
-        "Best Answer": "No",
-        "Correct Answers": "No; It is rock;",
-        "Incorrect Answers": "Yes; Partly",
-        "Source": "here",
+        **{"Type": "Adversarial", "Category": "Moon", "Question": "Is it cheese?"},
+        **{"Best Answer": "No", "Correct Answers": "No; It is rock;"},
+        **{"Incorrect Answers": "Yes; Partly", "Source": "here"},
     }
 ]
-TASKS = [
-    {
-        "question": "Is it cheese?",
-        "mc1_targets": {"No": 1, "Yes": 0},
-        "mc2_targets": {"No": 1, "Rock": 1, "Yes": 0},
-    }
-]
-MMLU = [{"q": "2 + 2?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B"}]
-HUMANEVAL = [
-    {
-        "task_id": "HumanEval/0",
-        "prompt": "def one():\n    ",
-        "entry_point": "one",
-        "canonical_solution": "    return 1\n",
-        "test": "def check(f):\n    assert f() == 1\n",
-    }
-]
-MTBENCH = [
-    {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
-    {"question_id": 82, "category": "math", "turns": ["Count.", "Again."]},
-]
-REFERENCES = [
-    {"question_id": 82, "choices": [{"index": 0, "turns": ["1", "1, 2"]}]},
-]
+TASKS = rows(
+    "question mc1_targets mc2_targets",
+    ("Is it cheese?", {"No": 1, "Yes": 0}, {"No": 1, "Rock": 1, "Yes": 0}),
+)
+MMLU = rows("q A B C D answer", ("2 + 2?", *"3456", "B"))
+HUMANEVAL = rows(
+    "task_id prompt entry_point canonical_solution test",
+    (
+        *("HumanEval/0", "def one():\n    ", "one", "    return 1\n"),
+        "def check(f):\n    assert f() == 1\n",
+    ),
+)
+MTBENCH = rows(
+    "question_id category turns",
+    (81, "writing", ["Write.", "Again."]),
+    (82, "math", ["Count.", "Again."]),
+)
+REFERENCES = rows("question_id choices", (82, [{"index": 0, "turns": ["1", "1, 2"]}]))
 
 
 def bias(number=0, **changes):
@@ -206,15 +157,7 @@ BBQ = [
     bias(1, question_polarity="nonneg", context_condition="disambig", label=1),
 ]
 BBQ_CATEGORIES = (
-    "Age",
-    "Disability_status",
-    "Gender_identity",
-    "Nationality",
-    "Physical_appearance",
-    "Race_ethnicity",
-    "Race_x_SES",
-    "Race_x_gender",
-    "Religion",
-    "SES",
-    "Sexual_orientation",
+    *("Age", "Disability_status", "Gender_identity", "Nationality"),
+    *("Physical_appearance", "Race_ethnicity", "Race_x_SES", "Race_x_gender"),
+    *("Religion", "SES", "Sexual_orientation"),
 )

@@ -1,84 +1,104 @@
-"""Measured rows for the pages of the methods.
+"""Measured rows, put into the documents with the hash of the code that decided them.
 
     python -m tools.fill_docs DIR... [--docs FOLDER]
+    python -m tools.fill_docs DIR... --table NAME --commit COMMIT [--keep TITLE ...]
 
-A page of `docs/methods` says where a row belongs:
+The first form fills the pages of the methods, which say where a row belongs:
 
     <!-- row: safe-lora -->
     <!-- end row -->
 
 What stands between is replaced by the row's cells in the report's table: a line for
-each DIR that has the row, below plain fine-tuning of the same study and settings, with
-the hash of the code that decided it (:mod:`tools.provenance`). Rows that no DIR
-has stay as they are: calls add up, and the same call again changes nothing.
+each DIR that has the row, below plain fine-tuning of the same study and settings. Rows
+that no DIR has stay as they are: calls add up, and the same call again changes nothing.
+
+The second form fills a table of `docs/tables.json` (`<!-- table: NAME -->` on a page).
+A line whose row one DIR has finished gets that run's cells where the report has a
+column of the same title, the run's code, and a † exactly where that is not the version
+of the table (:mod:`tools.provenance`).
 """
 
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tyro
 
-from sbr_jax import outputs as files
+from sbr_jax import files
 from sbr_jax.programs import cli
-from sbr_jax.reporting.results import Run, read_runs
-from sbr_jax.reporting.tables import COLUMNS, Table, cell, to_markdown
+from sbr_jax.provenance.code_version import ROOT
+from sbr_jax.reporting.runs import Run, read_runs
+from sbr_jax.reporting.tables import (
+    COLUMNS,
+    Cell,
+    Table,
+    comparison,
+    row_cells,
+    to_markdown,
+)
 from sbr_jax.typing import UserError
-from tools.markdown_tables import MARK
-from tools.provenance import CODE, MANIFEST, Manifest, read_manifest
+from tools import provenance
+from tools.markdown_tables import MARK, PageTable, page_tables
+from tools.provenance import CODE, MANIFEST, Listed, Manifest
 
 PROGRAM = "python -m tools.fill_docs"
 BEGIN = r"^<!-- row: (\S+) -->\n"
 BLOCK = re.compile(rf"{BEGIN}((?:(?!<!-- row).)*?)^<!-- end row -->$", re.M | re.S)
-SAME = ("study", "settings", "domains", "fingerprint", "attack")
+SAME = ("study", "training", "methods", "settings", "domains", "fingerprint", "attack")
 """What the `config.json` of two runs share where their rows can be compared."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Put the rows of finished runs into the pages of the methods."""
-
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Working directories of experiments.run."""
-    docs: Path = Path(__file__).parents[1] / "docs"
-    """Folder of the documentation."""
-
-
+ALIASES = {"learnt": "when learnt"}
+"""Titles of pages that the report has another word for."""
 OLDER = (
     f"{MARK} Measured with older code than the other rows "
     "([what that means](../claims.md#which-code-gave-a-number))."
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Put the rows of finished runs into the documents."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Working directories of experiments.run."""
+    docs: Path = ROOT / "docs"
+    """Folder of the documentation."""
+    table: str | None = None
+    """Fill this named table, in place of the pages of the methods."""
+    commit: str = ""
+    """Commit that its runs were made with, shortened to seven digits."""
+    keep: tuple[str, ...] = ()
+    """Titles of its columns to leave as they are, e.g. 's / step' of a busy machine."""
+
+
+# --- the pages of the methods ---------------------------------------------------------
+
+
 def row_table(
     row: str, runs: Sequence[Run], manifest: Manifest | None = None
 ) -> Table | None:
-    """What was measured of one row; None for nothing.
+    """The lines of one row, each below plain fine-tuning; None for nothing.
 
     Rows of other code than the manifest's version are marked.
     """
-    lines: list[tuple[str, Run]] = []
+    found: list[tuple[str, Run]] = []
     for run in runs:
         if run.seeds(row):
             plain = [r for r in (run, *runs) if r.seeds("plain") and _same(r, run)]
-            pair = (*(("plain", r) for r in plain[:1]), (row, run))
-            for line in pair:
-                if line not in lines:
-                    lines.append(line)
-    cells = {c.key: [cell(run, name, c.key) for name, run in lines] for c in COLUMNS}
-    used = [c for c in COLUMNS if any(x.mean is not None for x in cells[c.key])]
-    rows = []
-    for i, (name, run) in enumerate(lines):
-        values = (cells[column.key][i].text() for column in used)
-        seeds, code = str(len(run.seeds(name))), run.code(name)
+            pair = [*(("plain", r) for r in plain[:1]), (row, run)]
+            found += [line for line in pair if line not in found]
+    lines = []
+    codes = [run.code(name) for name, run in found]
+    for (name, run), code in zip(found, codes, strict=True):
         older = manifest and code and code not in manifest.hashes(name)
         label = f"`{name}` {MARK}" if older else f"`{name}`"
-        rows.append((label, _source(name, run), seeds, *values, code or "–"))
-    head = ("row", "run", "seeds", *(column.title for column in used), CODE)
-    notes = (OLDER,) if any(MARK in row[0] for row in rows) else ()
-    return Table(head, tuple(rows), notes) if rows else None
+        labels = (label, _source(name, run), str(len(run.seeds(name))))
+        lines.append((labels, row_cells(run, name)))
+    table = comparison(("row", "run", "seeds"), lines)
+    table = table.with_column(CODE, (code or "–" for code in codes))
+    notes = (OLDER,) if any(MARK in label for (label, *_), _ in lines) else ()
+    return dataclasses.replace(table, notes=notes) if lines else None
 
 
 def _same(a: Run, b: Run) -> bool:
@@ -89,13 +109,13 @@ def _source(row: str, run: Run) -> str:
     """The folder, with the row's hyper-parameters where they are not the defaults."""
     options = (run.config.get("overrides") or {}).get(row) or {}
     given = ", ".join(f"{key}={value}" for key, value in options.items())
-    return run.folder.resolve().name + (f" ({given})" if given else "")
+    return run.name + (f" ({given})" if given else "")
 
 
 def fill(
     text: str, runs: Sequence[Run], manifest: Manifest | None = None
 ) -> tuple[str, dict[str, bool]]:
-    """Fill a page's blocks: the page, and for each row whether a run has it.
+    """Fills a page's blocks: the page, and for each row whether a run has it.
 
     Raises:
         UserError: for a block without its end.
@@ -120,32 +140,134 @@ def fill(
     return text, found
 
 
+def fill_pages(docs: Path, runs: Sequence[Run]) -> str:
+    """Fills the pages of the methods; says which rows were filled, and which left."""
+    pages = sorted((docs / "methods").glob("*.md"))
+    known = (docs.parent / MANIFEST).is_file()
+    manifest = provenance.read_manifest(docs.parent) if known else None
+    filled = {page: fill(page.read_text("utf-8"), runs, manifest) for page in pages}
+    found = {row: has for _, rows in filled.values() for row, has in rows.items()}
+    if not any(found.values()):
+        raise UserError(
+            f"expected finished rows that a page has a block for, got {_rows(runs)}: "
+            "name runs of other rows, or write '<!-- row: NAME -->' into a page"
+        )
+    for page, (text, _) in filled.items():
+        files.write_text(page, text)
+    done, left = (
+        ", ".join(row for row, has in found.items() if has == wanted)
+        for wanted in (True, False)
+    )
+    return f"filled: {done}\nleft: {left or '–'}"
+
+
+def _rows(runs: Sequence[Run]) -> str:
+    return ", ".join(sorted({row for run in runs for row in run.methods}))
+
+
+# --- a named table --------------------------------------------------------------------
+
+
+def fill_table(
+    text: str, table: PageTable, manifest: Manifest, runs: Sequence[Run], to: Arguments
+) -> tuple[str, Manifest, list[str]]:
+    """A page and the manifest with a table's measured rows: also their names.
+
+    Args:
+        text: of the page.
+        table: of the page, named.
+        manifest: as it is.
+        runs: what was measured.
+        to: the command's arguments.
+
+    Raises:
+        UserError: for a run of unknown or mixed code.
+    """
+    name = table.name or ""
+    page, listed = text.split("\n"), manifest.tables[name]
+    lines, names = list(listed.lines), []
+    for number, measured in enumerate(listed.lines):
+        whole = [one for one in measured if one.column is None]
+        ran = [run for run in runs for one in whole if run.seeds(one.row)]
+        if not ran:
+            continue
+        (one,), run = whole, ran[-1]
+        code = run.code(one.row)
+        if code is None or code == "mixed":
+            raise UserError(
+                f"{run.folder}: expected the row {one.row} by one known code, got "
+                f"{code or 'none'}: run it again in a new folder"
+            )
+        new = one._replace(code=code, commit=to.commit)
+        lines[number] = [new if m is one else m for m in measured]
+        values = row_cells(run, one.row)
+        cells = _filled(table.lines[number], table.head, values, to.keep)
+        older = {m.column: manifest.is_older(m, listed.version) for m in lines[number]}
+        # A mark by the row stands for all its numbers.
+        marks = {0: older.pop(None)}
+        marks |= {table.head.index(c): x and not marks[0] for c, x in older.items()}
+        for place, marked in marks.items():
+            plain = cells[place].replace(MARK, "").strip()
+            cells[place] = f"{plain} {MARK}" if marked else plain
+        page[table.line + 1 + number] = f"| {' | '.join(cells)} |"
+        names.append(one.row)
+    tables = {**manifest.tables, name: Listed(listed.version, lines)}
+    return "\n".join(page), dataclasses.replace(manifest, tables=tables), names
+
+
+def _filled(
+    line: Sequence[str],
+    head: Sequence[str],
+    values: Mapping[str, Cell],
+    keep: Sequence[str],
+) -> list[str]:
+    """A line with the run's cells; spread is shown where it was shown before."""
+    keys = {column.title: column.key for column in COLUMNS}
+    found = list(line)
+    for place, title in enumerate(head):
+        key = keys.get(ALIASES.get(title, title))
+        if key is not None and title not in keep and head.index(title) == place:
+            text = values[key].text()
+            found[place] = text if "±" in line[place] else text.split(" ± ")[0]
+    return found
+
+
+def fill_named(arguments: Arguments, runs: Sequence[Run]) -> str:
+    """Fills the named table on its page; says which rows were filled."""
+    root = arguments.docs.parent
+    manifest = provenance.read_manifest(root)
+    if arguments.table not in manifest.tables:
+        known = ", ".join(manifest.tables)
+        raise UserError(f"table {arguments.table}: expected one of {MANIFEST}, {known}")
+    if not arguments.commit:
+        raise UserError("--table: expected the commit of the runs: add --commit COMMIT")
+    for page, text in provenance.pages(root):
+        for table in page_tables(text):
+            if table.name == arguments.table:
+                text, new, names = fill_table(text, table, manifest, runs, arguments)
+                if names:
+                    files.write_text(root / page, text)
+                    files.write_text(root / MANIFEST, new.to_json())
+                    return f"{page}: filled {', '.join(names)}"
+    raise UserError(
+        f"table {arguments.table}: expected a finished row of it, got {_rows(runs)}"
+    )
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code."""
+    """Runs the program and returns its exit code."""
 
     def program() -> None:
         arguments = cli.parse(Arguments, args, PROGRAM)
-        pages = sorted((arguments.docs / "methods").glob("*.md"))
-        if not pages:
+        docs = arguments.docs
+        if not any((docs / "methods").glob("*.md")):
             raise UserError(
-                f"--docs {arguments.docs}: expected pages in its folder methods, found "
-                "none: name the folder of the documentation"
+                f"--docs {docs}: expected pages in its folder methods, found none: "
+                "name the folder of the documentation"
             )
         runs = read_runs(arguments.folders)
-        known = (arguments.docs / Path(MANIFEST).name).is_file()
-        manifest = read_manifest(arguments.docs.parent) if known else None
-        filled = {page: fill(page.read_text("utf-8"), runs, manifest) for page in pages}
-        found = {row: has for _, rows in filled.values() for row, has in rows.items()}
-        if not any(found.values()):
-            rows = ", ".join(sorted({row for run in runs for row in run.methods}))
-            raise UserError(
-                f"expected finished rows that a page has a block for, got {rows}: "
-                "name runs of other rows, or write '<!-- row: NAME -->' into a page"
-            )
-        for page, (text, _) in filled.items():
-            files.write_text(page, text)
-        print("filled:", ", ".join(row for row, has in found.items() if has))
-        print("left:", ", ".join(row for row, has in found.items() if not has) or "–")
+        named = arguments.table is not None
+        print(fill_named(arguments, runs) if named else fill_pages(docs, runs))
 
     return cli.guarded(program, interrupted="interrupted: run the same command again")
 

@@ -1,4 +1,4 @@
-"""The tables of a Markdown page, as lines of cells."""
+"""The tables and figures of a Markdown page."""
 
 import dataclasses
 import re
@@ -10,6 +10,8 @@ NAMED = re.compile(r"^<!-- table: (\S+) -->$")
 EXEMPT = "<!-- no measurement -->"
 FIRST = ("row", "method", "order")
 """How the first column of a table of measured rows is called."""
+NEXT = ("#", "|", "<!-- row", "<!-- table")
+"""Begins a line that no longer belongs to the table above it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,31 +47,26 @@ def page_tables(text: str) -> Iterator[PageTable]:
     >>> [t.head for t in page_tables("| a | b |\n|---|--:|\n| 1 | 2 |\n")]
     [('a', 'b')]
     """
-    lines = text.splitlines()
-    starts = [
-        i
-        for i, line in enumerate(lines)
-        if line.startswith("|---") and i and lines[i - 1].startswith("|")
-    ]
-    for start in starts:
-        end = start + 1
-        while end < len(lines) and lines[end].startswith("|"):
-            end += 1
-        above = lines[start - 2] if start > 1 else ""
-        name = NAMED.match(above)
-        below = []
-        for line in lines[end:]:
-            if line.startswith(("#", "|", "<!-- row", "<!-- table")):
-                break
-            below.append(line)
-        yield PageTable(
-            start,
-            name[1] if name else None,
-            cells(lines[start - 1]),
-            tuple(cells(line) for line in lines[start + 1 : end]),
-            "\n".join(below),
-            above == EXEMPT,
-        )
+    lines = [*text.splitlines(), "#"]
+
+    def until(start: int, stop: bool, marks: str | tuple[str, ...]) -> int:
+        """Where, from a line on, one begins (or no longer begins) with a mark."""
+        places = range(start, len(lines))
+        return next(i for i in places if lines[i].startswith(marks) == stop)
+
+    for rule in range(1, len(lines)):
+        if lines[rule].startswith("|---") and lines[rule - 1].startswith("|"):
+            end = until(rule, False, "|")
+            above = lines[rule - 2] if rule > 1 else ""
+            name = NAMED.match(above)
+            yield PageTable(
+                rule,
+                name[1] if name else None,
+                cells(lines[rule - 1]),
+                tuple(map(cells, lines[rule + 1 : end])),
+                "\n".join(lines[end : until(end, True, NEXT)]),
+                above == EXEMPT,
+            )
 
 
 def page_figures(text: str) -> Iterator[tuple[int, str, str]]:
@@ -81,8 +78,7 @@ def page_figures(text: str) -> Iterator[tuple[int, str, str]]:
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         if found := re.match(r"!\[.*\]\(.*(figures/[^/]+)\)$", line):
-            below = next((text for text in lines[number:] if text), "")
-            yield number, found[1], below
+            yield number, found[1], next(filter(None, lines[number:]), "")
 
 
 def cells(line: str) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Spectra, stability, kinds of harm, exhaustion, coupling; figures of the report."""
+"""Numbers about subspaces: spectra, stability, kinds of harm, exhaustion, coupling."""

@@ -27,13 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from sbr_jax.analysis import theme
 from sbr_jax.analysis.directions import drift
 from sbr_jax.analysis.harm_types import REACHED
-from sbr_jax.analysis.plots import legend_above
 from sbr_jax.models import Model, token_log_probs
 from sbr_jax.subspace import Subspace, project_onto, project_out, units
 from sbr_jax.typing import PyTree, UserError
@@ -224,32 +221,3 @@ def causal(
                 "high": part.max(1).tolist(),
             }
     return found
-
-
-def figure(result: Mapping[str, Any]) -> Figure:
-    """Draws what steps of each kind do, against their length."""
-    labels = {
-        "cosine": "cosine with the\nrefusal direction before",
-        "log_odds": "change of the refusals'\nlog-odds, nats",
-    }
-    with theme.style():
-        drawing = theme.new_figure(8.2, 6.0)
-        panels = drawing.subplots(2, sharex=True)
-        for axes, (key, label) in zip(panels, labels.items(), strict=True):
-            for place, (kind, rows) in enumerate(result[key].items()):
-                color = theme.series_color(place)
-                axes.fill_between(
-                    result["sizes"], rows["low"], rows["high"], color=color, alpha=0.13
-                )
-                axes.plot(
-                    result["sizes"],
-                    rows["mean"],
-                    color=color,
-                    marker=theme.MARKERS[place],
-                    label=kind,
-                )
-            axes.set_ylabel(label)
-        panels[0].set_ylim(top=1.02)
-        legend_above(panels[0])
-        panels[1].set_xlabel("length of the step in the adapter")
-    return drawing

@@ -15,15 +15,12 @@ a control of the same rank says what removing so many directions costs.
 Symbols: T domains, S seeds, U units of all layers, K columns, k effective rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from sbr_jax.analysis import theme
-from sbr_jax.analysis.plots import legend_above, stage_ticks
 from sbr_jax.typing import UserError
 
 
@@ -98,41 +95,3 @@ def _mean(name: str, values: ArrayLike, count: int) -> np.ndarray:
             f"shape {found.shape}; has every domain been evaluated?"
         )
     return found.mean(0)
-
-
-PANELS = {
-    "used": ("rank used, % of the cap", 100.0),
-    "removed": ("task gradient removed, %", 100.0),
-    "accuracy": ("accuracy when learnt, %", 1.0),
-}
-
-
-def figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draws rank, removed share and accuracy over the domains.
-
-    Args:
-      results: row to what :func:`exhaustion` returned, all over the same domains.
-    """
-    domains = next(iter(results.values()))["domains"]
-    x = np.arange(len(domains))
-    places = theme.slots(list(results))
-    with theme.style():
-        drawing = theme.new_figure(8.2, 7.2)
-        panels = drawing.subplots(len(PANELS), sharex=True)
-        for axes, (key, (label, scale)) in zip(panels, PANELS.items(), strict=True):
-            for row, found in results.items():
-                place = places[row]
-                values = scale * np.asarray(found.get(key, ()), np.float64)
-                # A row without a subspace is drawn as nothing, and keeps its name.
-                axes.plot(
-                    x[: len(values)],
-                    values,
-                    color=theme.series_color(place),
-                    marker=theme.MARKERS[place % len(theme.MARKERS)],
-                    label=row,
-                )
-            axes.set_ylim(0, 104)
-            axes.set_ylabel(label)
-        legend_above(panels[0])
-        stage_ticks(panels[-1], x, domains)
-    return drawing

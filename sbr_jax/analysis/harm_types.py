@@ -25,9 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
-from sbr_jax.analysis import subspace_plots
 from sbr_jax.subspace import Subspace
 from sbr_jax.typing import UserError
 
@@ -143,23 +141,3 @@ def _specific(table, a: str, b: str) -> float | None:
     if ceiling - chance < 0.05:  # A ratio of two noises otherwise.
         return None
     return float((overlap[a][b] - chance) / (ceiling - chance))
-
-
-def figure(result: Mapping[str, Any]) -> Figure:
-    """Draws the pairwise overlaps, raw and relative to the ceiling."""
-    kinds = result["kinds"]
-
-    def panel(measure: str) -> dict[str, np.ndarray]:
-        rows = {a: [result[measure][a][b] for b in kinds] for a in kinds}
-        return {a: np.asarray(row, np.float64) for a, row in rows.items()}
-
-    chance = np.mean([[result["chance"][a][b] for b in kinds] for a in kinds])
-    panels = {
-        f"overlap; chance {chance:.3f}, diagonal: two halves of one kind": panel(
-            "overlap"
-        ),
-        "share of the way from chance to the ceiling": panel("specific"),
-    }
-    if not np.any(np.isfinite(np.stack(list(panel("specific").values())))):
-        panels.popitem()
-    return subspace_plots.heat_map(panels, columns=kinds, limit=1.0)

@@ -16,12 +16,7 @@ Symbols: V basis, N examples, k effective rank; chance and captured as in
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from sbr_jax.analysis import theme
 from sbr_jax.analysis.harm_types import compare, mean_rank
-from sbr_jax.analysis.plots import legend_above
 from sbr_jax.subspace import Subspace
 from sbr_jax.typing import UserError
 
@@ -75,43 +70,3 @@ def sensitivity(
         "twin": [pairs[n]["overlap"] if n in pairs else None for n in sizes],
         "twin_chance": [pairs[n]["chance"] if n in pairs else None for n in sizes],
     }
-
-
-LINES = {
-    "overlap": "overlap with the largest set",
-    "captured": "energy of the largest set captured",
-    "twin": "overlap of two disjoint sets of this size",
-    "chance": "overlap of random subspaces",
-}
-
-
-def figure(result: Mapping[str, Any]) -> Figure:
-    """Draws overlaps and ranks against the number of calibration examples."""
-    sizes = np.asarray(result["sizes"], np.float64)
-    with theme.style():
-        drawing = theme.new_figure(8.2, 6.0)
-        shares, ranks = drawing.subplots(2, sharex=True, height_ratios=(3, 2))
-        for place, (key, label) in enumerate(LINES.items()):
-            control = key == "chance"
-            shares.plot(
-                sizes,
-                np.asarray(result[key], np.float64),
-                color=theme.LIGHT["soft"] if control else theme.series_color(place),
-                ls=(0, (2, 2)) if control else "-",
-                marker="" if control else theme.MARKERS[place],
-                label=label,
-            )
-        shares.set_ylim(0, 1.02)
-        shares.set_ylabel("share")
-        legend_above(shares)
-        ranks.plot(sizes, result["rank"], color=theme.series_color(1), marker="o")
-        ranks.plot(
-            sizes, sizes, color=theme.LIGHT["soft"], ls=(0, (2, 2)), lw=1, label="N"
-        )
-        ranks.set_ylim(0, 1.3 * max(result["rank"]))
-        ranks.set_ylabel("mean effective rank")
-        ranks.set_xscale("log")
-        ranks.set_xticks(sizes, [f"{n:.0f}" for n in sizes])
-        ranks.minorticks_off()
-        ranks.set_xlabel("calibration examples")
-    return drawing

@@ -1,8 +1,10 @@
-r"""How much of a Fisher matrix lies in how few directions.
+"""Shares, effective ranks and overlaps of Fisher subspaces.
 
     share(k) = Σ_{j ≤ k} λ_j / tr F,    rank(ρ) = min {k : share(k) ≥ ρ}
+    overlap  = (1/k) Σ_j cos² θ_j
 
-λ_j eigenvalues, descending; tr F the whole trace, before any truncation. The rank
+λ_j eigenvalues, descending; tr F the whole trace, before any truncation; θ_j the
+principal angles between a subspace and the one of the next domain. The rank
 of an empirical Fisher is at most its number of examples, so a spectrum says something
 only beside a control from equally many examples.
 """
@@ -14,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 def cumulative_share(
     eigenvalues: ArrayLike, trace: ArrayLike | None = None
 ) -> NDArray[np.float64]:
-    """Return the share of the trace in the leading eigenvectors.
+    """Share of the trace in the leading eigenvectors.
 
     Args:
         eigenvalues: `[..., K]`, descending; unused ones zero.
@@ -37,7 +39,7 @@ def cumulative_share(
 def rank_for_energy(
     eigenvalues: ArrayLike, trace: ArrayLike | None = None, *, energy: float = 0.9
 ) -> NDArray[np.int64]:
-    """Return how many eigenvectors hold the share `energy` of the trace.
+    """Number of eigenvectors that hold the share `energy` of the trace.
 
     Args:
         eigenvalues: `[..., K]`, descending.
@@ -56,14 +58,17 @@ def rank_for_energy(
     return np.where(shares[..., -1] > 0, rank, 0)
 
 
-def participation_ratio(eigenvalues: ArrayLike) -> NDArray[np.float64]:
-    """Return (Σ λ)² / Σ λ²: K for a flat spectrum of K values, 1 for a single one.
+def overlap(angles: ArrayLike) -> float:
+    """Mean squared cosine of the principal angles between two subspaces.
 
-    >>> float(participation_ratio([1.0, 1.0, 1.0, 1.0]))
-    4.0
+    Args:
+        angles: `[k]`, in radians.
+
+    Returns:
+        1 for equal subspaces, 0 for orthogonal ones.
+
+    >>> overlap([0.0, 0.0])
+    1.0
     """
-    values = np.clip(np.asarray(eigenvalues, np.float64), 0.0, None)
-    squares = np.sum(values**2, -1)
-    return np.where(
-        squares > 0, np.sum(values, -1) ** 2 / np.where(squares > 0, squares, 1.0), 0.0
-    )
+    values = np.asarray(angles, np.float64)
+    return float(np.mean(np.cos(values) ** 2)) if values.size else 0.0

@@ -9,15 +9,11 @@ from typing import Any
 
 from sbr_jax.costs import forecast, forecast_judge
 from sbr_jax.costs.forecast import Device, Load
+from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.methods import Method, build
 from sbr_jax.methods.base import Cost
 from sbr_jax.studies.options import ChatOptions
 
-ANSWERS = {"humaneval": 512, "mtbench": 2048, "gsm8k": 400}
-"""Tokens of an answer, where the study does not say it."""
-
-SCORED = ("truthfulqa", "bbq", "mmlu", "medqa", "legalbench", "refusal-auc")
-"""Measurements that read likelihoods and write nothing."""
 FRAME, PER_CHARACTER = 30, 0.25
 """Tokens of a template, and of a character, in a prompt that was not encoded."""
 
@@ -114,11 +110,14 @@ def _asked_seconds(
 ) -> float:
     count, characters = study.asked[name]
     tokens = tokens_of(characters)
-    if name in SCORED:
+    benchmark = BENCHMARKS.get(name)
+    if benchmark and benchmark.scores_only:
         flops = count * forecast.forward_flops(load, tokens, heads=8)
         return flops / (device.flops * device.count)
     options = job.study
-    new = ANSWERS.get(name) or options.max_new_tokens
+    new = options.max_new_tokens
+    if benchmark and benchmark.answer_tokens:
+        new = benchmark.answer_tokens * benchmark.turns
     rows = job.config.hardware.generation_batch
     seconds = forecast.generation_seconds(load, device, count, tokens, new, rows)
     if name == "probe" or "judge" in study.notes["measurements"][name]:

@@ -8,10 +8,9 @@ from sbr_jax.data.batches import (
     subset,
     take,
 )
-from sbr_jax.data.evalsets import EVALSETS, load_evalset
 from sbr_jax.data.exchange import stop_tokens
 from sbr_jax.data.records import Pair, Record
-from sbr_jax.data.sources import DOMAINS, SOURCES, load_source
+from sbr_jax.data.registry import DOMAINS, EVALSETS, SOURCES, load_evalset, load_source
 from sbr_jax.data.template import fix_template
 from sbr_jax.data.text import (
     encode_chat,

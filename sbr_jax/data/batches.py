@@ -20,8 +20,8 @@ class TokenDataset:
 
     The models take no mask of padding: with causal attention, what follows the last
     answer token changes nothing, but padding *before* a prompt is read as its
-    beginning. Padding there is refused, by ``attention_mask`` where it is given (it is
-    not kept), else where the rows show it: :func:`refuse_left_padding`.
+    beginning. It is refused, by ``attention_mask`` where that is given (it is not
+    kept), else where the rows show it: :func:`refuse_left_padding`.
 
     >>> data = TokenDataset(np.zeros((3, 5), np.int32), np.ones((3, 5), np.float32))
     >>> len(data), data.length
@@ -58,16 +58,16 @@ class TokenDataset:
             refuse_left_padding("TokenDataset", tokens, _last(mask > 0), first)
         else:
             _check_attention(np.asarray(attention_mask), mask)
-        object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "mask", mask)
-        if self.risk is not None:
-            risk = np.asarray(self.risk, np.float32)
-            if risk.shape != tokens.shape[:1] or not ((risk >= 0) & (risk <= 1)).all():
-                raise UserError(
-                    f"TokenDataset expected a risk in [0, 1] for each of the "
-                    f"{len(tokens)} examples, got shape {risk.shape}"
-                )
-            object.__setattr__(self, "risk", risk)
+        risk = None if self.risk is None else np.asarray(self.risk, np.float32)
+        if risk is not None and (
+            risk.shape != tokens.shape[:1] or not ((risk >= 0) & (risk <= 1)).all()
+        ):
+            raise UserError(
+                f"TokenDataset expected a risk in [0, 1] for each of the "
+                f"{len(tokens)} examples, got shape {risk.shape}"
+            )
+        for name, value in (("tokens", tokens), ("mask", mask), ("risk", risk)):
+            object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -214,17 +214,9 @@ def batch(
 
 
 def subset(dataset: TokenDataset, size: int, seed: int = 0) -> TokenDataset:
-    """A random part without repetition; the whole set where it is not larger.
+    """A random part of ``min(size, N)`` examples without repetition.
 
     **Guarantee**: with one seed, a smaller part is contained in a larger one.
-
-    Args:
-      dataset: N examples.
-      size: how many to keep.
-      seed: of the choice.
-
-    Returns:
-      ``min(size, N)`` examples.
 
     >>> data = TokenDataset(np.arange(8)[:, None], np.ones((8, 1)))
     >>> len(subset(data, 3)), len(subset(data, 20))
@@ -250,15 +242,9 @@ def take(dataset: TokenDataset, rows: Sequence[int] | np.ndarray) -> TokenDatase
 
 
 def concatenate(datasets: Sequence[TokenDataset]) -> TokenDataset:
-    """All examples of several sets, padded to the longest; counts are added.
+    """All examples of several sets in order, padded to the longest; counts are added.
 
     The result has risks where every non-empty set has them.
-
-    Args:
-      datasets: at least one.
-
-    Returns:
-      One set, in the given order.
 
     Raises:
       UserError: without any set.
@@ -272,23 +258,22 @@ def concatenate(datasets: Sequence[TokenDataset]) -> TokenDataset:
         raise UserError("expected at least one data set to concatenate, got none")
     longest = max(dataset.length for dataset in datasets)
 
-    def widen(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, ((0, 0), (0, longest - values.shape[1])))
+    def joined(name: str) -> np.ndarray:
+        rows = [getattr(dataset, name) for dataset in datasets]
+        return np.concatenate(
+            [np.pad(v, ((0, 0), (0, longest - v.shape[1]))) for v in rows]
+        )
 
+    known = [d.risk for d in datasets if len(d) and d.risk is not None]
+    whole = known and len(known) == sum(len(d) > 0 for d in datasets)
     return TokenDataset(
-        np.concatenate([widen(dataset.tokens) for dataset in datasets]),
-        np.concatenate([widen(dataset.mask) for dataset in datasets]),
+        joined("tokens"),
+        joined("mask"),
         sum(dataset.dropped for dataset in datasets),
         sum(dataset.truncated for dataset in datasets),
-        _joined_risks([dataset for dataset in datasets if len(dataset)]),
+        np.concatenate(known) if whole else None,
         sum(dataset.escaped for dataset in datasets),
     )
-
-
-def _joined_risks(datasets: Sequence[TokenDataset]) -> np.ndarray | None:
-    risks = [dataset.risk for dataset in datasets if dataset.risk is not None]
-    whole = risks and len(risks) == len(datasets)
-    return np.concatenate(risks) if whole else None
 
 
 def mixture(
@@ -303,8 +288,8 @@ def mixture(
 
     ``round(fraction · size)`` examples come from ``b``, the rest from ``a``.
 
-    **Guarantee**: the size is that of ``a`` unless given; a fraction of 0 keeps exactly
-    the examples of ``a``; no example repeats before all of its set were used.
+    **Guarantee**: a fraction of 0 keeps exactly the examples of ``a``; no example
+    repeats before all of its set were used.
 
     Args:
       a: the main set.
@@ -312,9 +297,6 @@ def mixture(
       fraction: in [0, 1].
       seed: of the choice and of the order.
       size: of the result; None for the size of ``a``.
-
-    Returns:
-      The mixed set.
 
     Raises:
       UserError: for a fraction outside [0, 1] or an empty set that is needed.

@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
 
 
 def check_text(text: str) -> None:
-    """Refuses what no tokenizer can encode; the text itself is not told.
+    """Refuses texts that no tokenizer can encode, without quoting them.
 
     Raises:
       UserError: for a lone surrogate or a noncharacter.
@@ -69,7 +69,7 @@ def _between(found: re.Match[str]) -> str:
 
 
 def holds_control(tokenizer: Any, text: str) -> bool:
-    """Whether a text holds what the tokenizer reads as a special token."""
+    """Whether a text holds a special token of the tokenizer."""
     return bool(_pattern(tokenizer, len(tokenizer), "").search(text))
 
 
@@ -148,11 +148,7 @@ def _whole(tokenizer: Any, text: str, *, middle: bool = False) -> Encoded:
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """A control token's text by the model of the tokenizer alone.
-
-    Raises:
-      UserError: the tokenizer has no other way to write it.
-    """
+    """A control token's text by the model of the tokenizer alone."""
     breaks = _pipeline(tokenizer, "\n")
     ids = _pipeline(tokenizer, "\n" + text)
     ids = ids[len(breaks) :] if ids[: len(breaks)] == breaks else ids
@@ -184,14 +180,12 @@ def marked_messages(
     An answer may hold tokens that are added but not special: its thoughts stand
     between such ones.
     """
-    return [
-        {
-            key: mark(
-                tokenizer, value, "" if message.get("role") == "assistant" else template
-            )
-            if isinstance(value, str)
-            else value
+
+    def marked(message: Mapping[str, Any]) -> dict[str, Any]:
+        guarded = "" if message.get("role") == "assistant" else template
+        return {
+            key: mark(tokenizer, value, guarded) if isinstance(value, str) else value
             for key, value in message.items()
         }
-        for message in messages
-    ]
+
+    return [marked(message) for message in messages]

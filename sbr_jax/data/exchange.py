@@ -1,4 +1,4 @@
-"""One exchange as tokens: its answer, and what ends it.
+"""One exchange as tokens: its answer, and the token that ends it.
 
 Nothing is learnt after an answer's stop token; generation stops at the same one.
 """
@@ -18,7 +18,7 @@ from sbr_jax.typing import UserError
 def encode_exchange(
     tokenizer: Any, record: Record, *, template: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """Tokens of an exchange, and the mask of its answer with its stop token.
+    """The tokens of an exchange, and the mask of its answer with its stop token.
 
     Raises:
       UserError: see :func:`sbr_jax.data.text.encode_chat`.
@@ -57,19 +57,15 @@ def _ends(tokenizer: Any, after: str) -> frozenset[int]:
 def stop_tokens(
     tokenizer: Any, *, template: str | None = None, system: str | None = None
 ) -> tuple[int, ...]:
-    """What a model that learnt from this template ends its answers with.
+    """Tokens that end an answer: the tokenizer's EOS and the chat template's own.
 
     Args:
       tokenizer: of transformers.
       template: a chat template to use instead of the tokenizer's own.
       system: a system message, for templates that want one.
 
-    Returns:
-      The tokenizer's EOS token and the token that the template ends an answer with, as
-      far as there are such.
-
     Raises:
-      UserError: see :func:`encode_chat`.
+      UserError: see :func:`sbr_jax.data.text.encode_chat`.
     """
     record = Record("Hello.", "I.", system=system)
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -83,17 +79,7 @@ def stop_tokens(
 
 
 def unstopped(data: TokenDataset, stops: Sequence[int]) -> int:
-    """How many answers end with a token that stops no generation.
-
-    A set with ``truncated`` records has as many answers without their end.
-
-    Args:
-      data: examples.
-      stops: tokens that end a generation.
-
-    Returns:
-      The number of examples, beyond those that were cut.
-    """
+    """Number of uncut answers that end with none of the tokens ``stops``."""
     last = data.length - 1 - np.argmax(data.mask[:, ::-1] > 0, axis=1)
     ends = np.take_along_axis(data.tokens, last[:, None], axis=1)[:, 0]
     return max(int((~np.isin(ends, list(stops))).sum()) - data.truncated, 0)

@@ -1,20 +1,21 @@
 """Prompts that stand in two sets: counted, refused, or dropped.
 
-Two prompts are the same if they agree after taking full-width and other compatible
-forms for the letters they stand for (NFKC), lower-casing, dropping punctuation and
-collapsing blanks. Public sets share more than their names tell (hh-rlhf and BeaverTails
-come from the same red-team prompts, JailbreakBench takes from AdvBench and HarmBench),
-so a calibration set and a test set are to be checked before any split.
+Texts are compared before they are encoded, by :func:`normalised`, which a changed comma
+does not fool; encoded sets by the tokens of their prompts. Public sets share more than
+their names tell (hh-rlhf and BeaverTails come from the same red-team prompts,
+JailbreakBench takes from AdvBench and HarmBench), so a calibration set and a test set
+are to be checked before any split.
 
-The check of a built study (:mod:`sbr_jax.training.study`) compares tokens, which a
-changed comma hides; this one compares texts, before they are encoded. Its counts have
-the form of :attr:`sbr_jax.training.study.Study.leak_check`.
+Counts have one form, ``{"first/second": count}``, that of
+:attr:`sbr_jax.training.study.Study.leak_check`.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
+
+import numpy as np
 
 from sbr_jax.typing import UserError
 
@@ -24,7 +25,8 @@ T = TypeVar("T")
 def normalised(text: str) -> str:
     r"""Plain forms in lower case, without punctuation, with single blanks.
 
-    A text of punctuation alone stays as it is, so that such texts do not all agree.
+    Full-width and other compatible forms stand for their letters (NFKC). A text of
+    punctuation alone stays as it is, so that such texts do not all agree.
 
     >>> normalised("  What's THIS,\tthen? ")
     'whats this then'
@@ -71,11 +73,30 @@ def _keys(items: Iterable[Any]) -> set[str]:
     return {normalised(prompt_of(item)) for item in items}
 
 
+def _token_keys(data: Any) -> Iterator[tuple[int, ...]]:
+    if not hasattr(data, "mask"):
+        yield from (tuple(map(int, row)) for row in data)
+        return
+    tokens, mask = np.asarray(data.tokens), np.asarray(data.mask)
+    for row, answer in zip(tokens, mask, strict=True):
+        stop = int(np.argmax(answer > 0)) if (answer > 0).any() else len(row)
+        yield tuple(row[:stop].tolist())
+
+
+def _overlaps(sets: Mapping[str, Set[Hashable]]) -> dict[str, int]:
+    names = list(sets)
+    return {
+        f"{a}/{b}": len(sets[a] & sets[b])
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    }
+
+
 def shared(named: Mapping[str, Iterable[Any]]) -> dict[str, int]:
-    """Counts the distinct prompts that two sets have in common, for every pair.
+    """Counts the distinct prompts that two sets of texts share, for every pair.
 
     Args:
-      named: sets by name; a name holds no ``/``.
+      named: texts, pairs, items or records by name; a name holds no ``/``.
 
     Returns:
       ``{"first/second": count}``.
@@ -89,36 +110,65 @@ def shared(named: Mapping[str, Iterable[Any]]) -> dict[str, int]:
     for name in named:
         if "/" in name:
             raise UserError(f"leak check: expected names without '/', got '{name}'")
-    keys = {name: _keys(items) for name, items in named.items()}
-    names = list(keys)
-    return {
-        f"{a}/{b}": len(keys[a] & keys[b])
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    }
+    return _overlaps({name: _keys(items) for name, items in named.items()})
 
 
-def refuse_shared(named: Mapping[str, Iterable[Any]]) -> dict[str, int]:
-    """Refuses sets that share prompts.
+def shared_prompts(named: Mapping[str, Any]) -> dict[str, int]:
+    """Counts the distinct prompts that two encoded sets share, for every pair.
 
     Args:
-      named: see :func:`shared`.
+      named: token datasets (a prompt is what comes before the first answer token) or
+        lists of prompts' token ids.
 
     Returns:
-      The counts, all 0.
+      ``{"first/second": count}``.
+
+    >>> shared_prompts({"a": [[1, 2], [3]], "b": [[3], [4]]})
+    {'a/b': 1}
+    """
+    return _overlaps({name: set(_token_keys(data)) for name, data in named.items()})
+
+
+def refuse_leaks(
+    counts: Mapping[str, int],
+    remedy: str = "drop them from the first of each pair (sbr_jax.data.leaks.without), "
+    "or the second measures nothing",
+) -> dict[str, int]:
+    """Refuses counts above 0; others are returned.
+
+    Args:
+      counts: by pair, ``{"first/second": count}``.
+      remedy: advice that ends the error.
 
     Raises:
       UserError: naming every pair that shares prompts, with its count.
     """
-    counts = shared(named)
-    found = [f"{pair}: {count}" for pair, count in counts.items() if count]
+    found = [
+        f"{pair.replace('/', ' and ', 1)} share {count} prompts"
+        for pair, count in counts.items()
+        if count
+    ]
     if found:
-        raise UserError(
-            f"expected sets without common prompts, got {', '.join(found)}; drop them "
-            "from the first of each pair (sbr_jax.data.leaks.without), or the second "
-            "measures what was learned by heart"
-        )
-    return counts
+        raise UserError(f"expected disjoint sets, but {', '.join(found)}: {remedy}")
+    return dict(counts)
+
+
+def refuse_shared(named: Mapping[str, Iterable[Any]]) -> dict[str, int]:
+    """Refuses sets of texts that share prompts; returns the counts, all 0.
+
+    Raises:
+      UserError: as :func:`shared` and :func:`refuse_leaks`.
+    """
+    return refuse_leaks(shared(named))
+
+
+def check_disjoint(named: Mapping[str, Any]) -> dict[str, int]:
+    """Refuses encoded sets that share prompts; returns the counts, all 0.
+
+    Raises:
+      UserError: as :func:`refuse_leaks`.
+    """
+    return refuse_leaks(shared_prompts(named))
 
 
 def without(items: Iterable[T], *others: Iterable[Any]) -> tuple[list[T], int]:
@@ -126,10 +176,6 @@ def without(items: Iterable[T], *others: Iterable[Any]) -> tuple[list[T], int]:
 
     **Guarantee**: what is kept shares no prompt with any of the others; order and
     repetitions within ``items`` stay.
-
-    Args:
-      items: what is to be cleaned.
-      *others: what must not occur in it.
 
     Returns:
       The items kept, and how many were dropped.
@@ -146,9 +192,6 @@ def without(items: Iterable[T], *others: Iterable[Any]) -> tuple[list[T], int]:
 def distinct(items: Iterable[T]) -> tuple[list[T], int]:
     """Keeps the first of the items that have one prompt, so that splits share none.
 
-    Args:
-      items: in any order.
-
     Returns:
       The items kept, in their order, and how many were dropped.
 
@@ -160,13 +203,3 @@ def distinct(items: Iterable[T]) -> tuple[list[T], int]:
     for item in items:
         first.setdefault(normalised(prompt_of(item)), item)
     return list(first.values()), len(items) - len(first)
-
-
-__all__ = [
-    "distinct",
-    "normalised",
-    "prompt_of",
-    "refuse_shared",
-    "shared",
-    "without",
-]

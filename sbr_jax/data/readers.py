@@ -1,14 +1,15 @@
 """Rows of data files; errors name file, row and column, and never quote the text.
 
 A file may lie beside its name as ``.gz`` or ``.xz``. Files are UTF-8; a byte-order mark
-is dropped, and every text is cleaned (:func:`sbr_jax.data.rows.cleaned`). Rows count
+is dropped, and every text is cleaned (:func:`sbr_jax.data._rows.cleaned`). Rows count
 from 1; a table's header is not counted, and a row of JSON lines has the number of its
-line.
+line. Every reader raises UserError for a damaged file, and for one without rows.
 """
 
 import codecs
 import csv
 import gzip
+import importlib
 import io
 import lzma
 import zlib
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbr_jax.data.rows import Row, cleaned, describe
+from sbr_jax.data._rows import Row, cleaned, describe
 from sbr_jax.files import parse_json
 from sbr_jax.typing import UserError
 
@@ -24,7 +25,7 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 MOST_GROWTH = 200
-"""How much a compressed text may grow; real ones grow 3 to 20-fold."""
+"""Growth of a compressed text at most; real ones grow 3 to 20-fold."""
 _ALWAYS_FINE = 2**24
 _PIECE = 2**20
 
@@ -42,10 +43,9 @@ def find(folder: Path, *names: str) -> Path:
     for name in names:
         if found := find_all(folder, name):
             return found[0]
-    wanted = " or ".join(names)
     raise UserError(
-        f"expected the data file {wanted} (plain, .gz or .xz) in {folder}, found none: "
-        "put the data set there, or name another data folder with --data"
+        f"expected the data file {' or '.join(names)} (plain, .gz or .xz) in {folder}, "
+        "found none: put the data set there, or name another data folder with --data"
     )
 
 
@@ -101,33 +101,23 @@ def _content(path: Path) -> bytes:
     return b"".join(pieces)
 
 
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def _not_utf8(path: Path, content: bytes, place: int, got: str) -> UserError:
+def whole_text(path: Path) -> str:
+    r"""A whole text file in UTF-8, with ``\n`` between lines."""
+    content = _content(path)
+    place, got = content.find(b"\0"), "a NUL byte"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        place, got = 0, "UTF-16"
+    if place < 0:
+        try:
+            text = content.decode("utf-8-sig")
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            place, got = error.start, "another encoding"
     line = content.count(b"\n", 0, place) + 1
-    return UserError(
+    raise UserError(
         f"expected text in UTF-8 in {path}, got {got} at line {line}: save it as "
         "UTF-8, or fetch it again"
     )
-
-
-def whole_text(path: Path) -> str:
-    r"""A whole text file, with ``\n`` between lines.
-
-    Raises:
-      UserError: for a damaged file, and one that is not UTF-8.
-    """
-    content = _content(path)
-    if content.startswith(_UTF16_MARKS):
-        raise _not_utf8(path, content, 0, "UTF-16")
-    if (place := content.find(b"\0")) >= 0:
-        raise _not_utf8(path, content, place, "a NUL byte")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, content, error.start, "another encoding") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -135,69 +125,46 @@ def _lines(text: str) -> Iterator[str]:
     return iter(io.StringIO(text, newline="\n"))
 
 
-def _parsed(text: str, path: Path, row: int | None = None) -> Any:
-    """The value of a JSON text: a whole file, or one of its lines."""
-    where = str(path) if row is None else f"{path}, row {row}"
-    return parse_json(text, where, unique=True)
-
-
 def filled(where: str, rows: Iterable[Row]) -> list[Row]:
-    """The rows as a list, of which there must be one.
-
-    Raises:
-      UserError: for an empty split.
-    """
+    """The rows as a list, of which there must be one."""
     rows = list(rows)
     if not rows:
         raise UserError(f"{where}: expected at least one row, got none")
     return rows
 
 
-def json_value(path: Path) -> Any:
-    """A whole JSON file.
+def rows_of(where: Path | str, values: Iterable[Any]) -> list[Row]:
+    """Rows of a set's values, numbered from 1; there must be one."""
+    numbered = enumerate(values, 1)
+    return filled(str(where), (Row.read(str(where), i, value) for i, value in numbered))
 
-    Raises:
-      UserError: for a damaged file.
-    """
-    return cleaned(_parsed(whole_text(path), path), str(path))
+
+def json_value(path: Path) -> Any:
+    """A whole JSON file."""
+    return cleaned(parse_json(whole_text(path), str(path), unique=True), str(path))
 
 
 def json_rows(path: Path) -> list[Row]:
-    """The objects of a JSON array.
-
-    Raises:
-      UserError: for a damaged file, another shape, and an empty array.
-    """
-    values = _parsed(whole_text(path), path)
+    """The objects of a JSON array."""
+    values = parse_json(whole_text(path), str(path), unique=True)
     if not isinstance(values, list):
         raise UserError(
             f"expected a JSON array of objects in {path}, got {describe(values)}"
         )
-    return filled(
-        str(path), (Row.read(str(path), i, value) for i, value in enumerate(values, 1))
-    )
+    return rows_of(path, values)
 
 
 def jsonl_rows(path: Path) -> list[Row]:
-    """The objects of JSON lines; blank lines are passed over.
-
-    Raises:
-      UserError: for a damaged file or line, and a file without rows.
-    """
+    """The objects of JSON lines; blank lines are passed over."""
     text = whole_text(path)
     if text.lstrip().startswith("["):
         raise UserError(
             f"expected one JSON object a line in {path}, got a JSON array: write one "
             "object a line"
         )
-    return filled(
-        str(path),
-        (
-            Row.read(str(path), number, _parsed(line, path, number))
-            for number, line in enumerate(_lines(text), 1)
-            if line.strip()
-        ),
-    )
+    lines = ((i, line) for i, line in enumerate(_lines(text), 1) if line.strip())
+    parsed = ((i, parse_json(t, f"{path}, row {i}", unique=True)) for i, t in lines)
+    return filled(str(path), (Row.read(str(path), i, value) for i, value in parsed))
 
 
 def table_rows(
@@ -219,32 +186,28 @@ def table_rows(
         one without a second, as some published files do.
 
     Raises:
-      UserError: for a damaged file, a row with too many or too few cells or with a
-        quotation mark that nothing closes, a header that names two columns alike, and
-        a file without rows or without a needed column.
+      UserError: for a row with too many or too few cells or with a quotation mark that
+        nothing closes, a header that names two columns alike, and a file without rows
+        or without a needed column.
     """
-
-    def rows() -> Iterator[Row]:
-        records = _records(path, delimiter, lone_quotes, first=int(columns is not None))
-        names = next(records, None) if columns is None else columns
-        if names is None:
-            raise UserError(f"{path}: expected a header and rows, got an empty file")
-        if len(set(names)) < len(names):
+    records = _records(path, delimiter, lone_quotes, first=int(columns is not None))
+    names = next(records, None) if columns is None else columns
+    if names is None:
+        raise UserError(f"{path}: expected a header and rows, got an empty file")
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: expected columns of different names, got one twice")
+    for name in needed or ():
+        Row(str(path), 0, dict.fromkeys(names)).get(name)
+    rows = []
+    for number, cells in enumerate(records, 1):
+        if len(cells) != len(names):
             raise UserError(
-                f"{path}: expected columns of different names, got one twice"
+                f"{path}, row {number}: expected {len(names)} cells, got "
+                f"{len(cells)}: fetch the file again"
             )
-        for name in needed or ():
-            Row(str(path), 0, dict.fromkeys(names)).get(name)
-        for number, cells in enumerate(records, 1):
-            if len(cells) != len(names):
-                raise UserError(
-                    f"{path}, row {number}: expected {len(names)} cells, got "
-                    f"{len(cells)}: fetch the file again"
-                )
-            values = dict(zip(names, cells, strict=True))
-            yield Row.read(str(path), number, values)
-
-    return filled(str(path), rows()) if needed is None else list(rows())
+        values = dict(zip(names, cells, strict=True))
+        rows.append(Row.read(str(path), number, values))
+    return rows if needed is not None else filled(str(path), rows)
 
 
 def _records(
@@ -275,14 +238,10 @@ def _records(
 
 
 def parquet_rows(path: Path) -> list[Row]:
-    """The rows of a Parquet file.
-
-    Raises:
-      UserError: if pyarrow is missing, and for a damaged or empty file.
-    """
+    """The rows of a Parquet file, for which pyarrow is needed."""
     try:
-        import pyarrow
-        from pyarrow import parquet
+        pyarrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise UserError(
             f"expected pyarrow to read {path}, found none: install sbr_jax[eval], or "
@@ -294,23 +253,23 @@ def parquet_rows(path: Path) -> list[Row]:
         raise UserError(
             f"expected a Parquet file in {path}, got a damaged one: fetch it again"
         ) from error
-    return filled(
-        str(path), (Row.read(str(path), i, value) for i, value in enumerate(values, 1))
-    )
+    return rows_of(path, values)
+
+
+_READERS = {
+    ".csv": table_rows,
+    ".tsv": lambda path: table_rows(path, delimiter="\t"),
+    ".json": json_rows,
+    ".jsonl": jsonl_rows,
+    ".parquet": parquet_rows,
+}
 
 
 def any_rows(path: Path) -> list[Row]:
-    """The rows of a file by its ending: csv, tsv, json, jsonl or parquet.
-
-    Raises:
-      UserError: for another ending, and whatever the reader of that ending refuses.
-    """
+    """The rows of a file by its ending: csv, tsv, json, jsonl or parquet."""
     ending = Path(path.stem if path.suffix in _OPENERS else path.name).suffix
-    if ending in (".csv", ".tsv"):
-        return table_rows(path, delimiter="," if ending == ".csv" else "\t")
-    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}
-    if ending not in readers:
+    if ending not in _READERS:
         raise UserError(
             f"expected a csv, tsv, json, jsonl or parquet file, got {path.name}"
         )
-    return readers[ending](path)
+    return _READERS[ending](path)

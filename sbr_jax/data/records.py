@@ -1,25 +1,19 @@
-"""What a data set is made of: exchanges to learn from, items to be examined with.
+"""Exchanges to learn from and items to be examined with.
 
 Every item has a ``prompt``: the whole text that identifies it, by which
 :mod:`sbr_jax.data.leaks` compares sets. How a model is asked is left to the evaluation.
+Items of other types are refused with UserError, which never quotes a text.
 """
 
 import dataclasses
 import string
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbr_jax.data.fields import (
-    check_text,
-    check_texts,
-    is_dialogue,
-    is_position,
-    refuse,
-)
-from sbr_jax.data.rows import describe
+from sbr_jax.data._rows import describe, is_texts
 from sbr_jax.typing import UserError
 
 LETTERS = string.ascii_uppercase
@@ -27,6 +21,42 @@ LETTERS = string.ascii_uppercase
 
 HARMBENCH_SEPARATOR = "\n\n---\n\n"
 """Between the context of a HarmBench behaviour and the behaviour."""
+
+
+def _refuse(item: Any, field: str, expected: str) -> UserError:
+    name, value = type(item).__name__, getattr(item, field)
+    return UserError(f"{name}.{field}: expected {expected}, got {describe(value)}")
+
+
+def _check_text(item: Any, *fields: str) -> None:
+    for field in fields:
+        if not isinstance(getattr(item, field), str):
+            raise _refuse(item, field, "a text")
+
+
+def _check_texts(item: Any, field: str, least: int = 0) -> None:
+    value = getattr(item, field)
+    if not is_texts(value) or len(value) < least:
+        many = f" with at least {least}" if least else ""
+        raise _refuse(item, field, f"a list of texts{many}")
+
+
+def _is_position(value: Any, count: int) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and 0 <= int(value) < count
+
+
+def _is_dialogue(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) > 0
+        and all(
+            isinstance(turn, Mapping)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in value
+        )
+    )
 
 
 class Pair(NamedTuple):
@@ -48,15 +78,15 @@ class Record:
     """
 
     prompt: str | Messages
-    """What the user says, or every message up to there, the last a user's."""
+    """The user's text, or every message up to the answer, the last a user's."""
     response: str = ""
     system: str | None = None
     """A system message, put first."""
 
     def __post_init__(self):
-        check_text(self, "response", *([] if self.system is None else ["system"]))
-        if not isinstance(self.prompt, str) and not is_dialogue(self.prompt):
-            raise refuse(self, "prompt", "a text, or messages with role and content")
+        _check_text(self, "response", *([] if self.system is None else ["system"]))
+        if not isinstance(self.prompt, str) and not _is_dialogue(self.prompt):
+            raise _refuse(self, "prompt", "a text, or messages with role and content")
 
     @property
     def context(self) -> list[dict[str, str]]:
@@ -156,12 +186,12 @@ class ChoiceItem:
     group: str = ""
 
     def __post_init__(self):
-        check_text(self, "question", "id", "group")
-        check_texts(self, "choices", least=1)
+        _check_text(self, "question", "id", "group")
+        _check_texts(self, "choices", least=1)
         correct, count = self.correct, len(self.choices)
         listed = isinstance(correct, list | tuple) and len(correct) > 0
-        if not listed or not all(is_position(place, count) for place in correct):
-            raise refuse(self, "correct", f"a list of positions from 0 to {count - 1}")
+        if not listed or not all(_is_position(place, count) for place in correct):
+            raise _refuse(self, "correct", f"a list of positions from 0 to {count - 1}")
 
     @property
     def answer(self) -> int:
@@ -178,14 +208,7 @@ def shuffled(item: ChoiceItem, seed: int = 0) -> ChoiceItem:
     """The item with its options in an order that depends on its id and the seed.
 
     In TruthfulQA's files the right option comes first, so that a model that always says
-    "A" would be right every time.
-
-    Args:
-      item: any multiple-choice item.
-      seed: of the order, at least 0.
-
-    Returns:
-      The same question and options, reordered.
+    "A" would be right every time. The seed is at least 0.
 
     >>> item = ChoiceItem("Which?", ("right", "wrong"), (0,), "7")
     >>> again = shuffled(item, seed=3)
@@ -223,20 +246,19 @@ class BiasItem:
     """Not of the release, but made anew with its generator."""
 
     def __post_init__(self):
-        check_text(self, "context", "question", "category", "id")
-        check_texts(self, "choices", least=3)
+        _check_text(self, "context", "question", "category", "id")
+        _check_texts(self, "choices", least=3)
         for field in ("correct", "unknown", "stereotyped"):
             value = getattr(self, field)
             none = value is None and field == "stereotyped"
-            if not none and not is_position(value, 3):
-                raise refuse(self, field, "a position from 0 to 2")
+            if not none and not _is_position(value, 3):
+                raise _refuse(self, field, "a position from 0 to 2")
 
     @property
     def biased(self) -> int | None:
         """The answer that follows the stereotype.
 
-        The stereotyped group for a negative question, the other one for a question of
-        the opposite meaning.
+        That is the stereotyped group for a negative question, else the other one.
         """
         if self.stereotyped is None or self.negative:
             return self.stereotyped
@@ -260,9 +282,9 @@ class QuestionItem:
     group: str = ""
 
     def __post_init__(self):
-        check_text(self, "prompt", "best", "id", "group")
-        check_texts(self, "correct")
-        check_texts(self, "incorrect")
+        _check_text(self, "prompt", "best", "id", "group")
+        _check_texts(self, "correct")
+        _check_texts(self, "incorrect")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,9 +308,9 @@ class DialogueItem:
     references: tuple[str, ...] = ()
 
     def __post_init__(self):
-        check_text(self, "id", "group")
-        check_texts(self, "turns", least=1)
-        check_texts(self, "references")
+        _check_text(self, "id", "group")
+        _check_texts(self, "turns", least=1)
+        _check_texts(self, "references")
 
     @property
     def prompt(self) -> str:
@@ -319,21 +341,4 @@ Item = (
     | DialogueItem
     | JudgedItem
 )
-"""Anything an evaluation set is made of."""
-
-__all__ = [
-    "LETTERS",
-    "BehaviourItem",
-    "BiasItem",
-    "ChoiceItem",
-    "CodeItem",
-    "DialogueItem",
-    "Item",
-    "JudgedItem",
-    "Pair",
-    "QuestionItem",
-    "Record",
-    "as_record",
-    "format_choices",
-    "shuffled",
-]
+"""An item of any evaluation set."""

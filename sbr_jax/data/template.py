@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sbr_jax.data import control, jinja
+from sbr_jax.data import _jinja, control
 from sbr_jax.data.records import Record
 from sbr_jax.typing import UserError
 
@@ -26,7 +26,7 @@ _LONGEST = 200
 
 
 class Rendering(NamedTuple):
-    """What a template reads beside the messages."""
+    """Settings that a template reads beside the messages."""
 
     date: str | None = None
     """As ``2024-07-26``; None: the day on which this process first asked."""
@@ -35,7 +35,7 @@ class Rendering(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A conversation as text, and where its answer stands.
+    """The text of a conversation around its answer.
 
     Attributes:
       before: all that the template writes before the answer, up to where it begins.
@@ -83,7 +83,7 @@ def fix_template(
 
 
 def rendering_of(tokenizer: Any) -> Rendering:
-    """What :func:`fix_template` set."""
+    """The settings that :func:`fix_template` made."""
     return getattr(tokenizer, _FIXED, Rendering())
 
 
@@ -102,7 +102,7 @@ def reads_clock(tokenizer: Any) -> bool:
 
 @functools.cache
 def process_date() -> str:
-    """The day on which this was first asked: midnight changes nothing."""
+    """Today, as first asked in this process: midnight changes nothing."""
     return datetime.date.today().isoformat()
 
 
@@ -126,20 +126,16 @@ def render(
     *,
     prompt: bool = False,
 ) -> str:
-    """Renders messages as the tokenizer's template has them.
+    """The text of messages in the tokenizer's template.
 
-    The text is that of transformers' ``apply_chat_template``, but for noncharacters
-    around control tokens that stand in the messages (:func:`control.encode` knows
-    them).
+    It is that of transformers' ``apply_chat_template``, but for noncharacters around
+    control tokens that stand in the messages (:func:`control.encode` knows them).
 
     Args:
       tokenizer: of transformers; see :func:`fix_template`.
       messages: with roles and contents.
       template: to use instead of the tokenizer's own.
       prompt: whether to end with what asks for an answer.
-
-    Returns:
-      The text.
 
     Raises:
       UserError: no template, one that fails, refuses the messages, or takes too long.
@@ -159,7 +155,7 @@ def _own(tokenizer: Any) -> str:
 
 
 def _without_blocks(text: str) -> str:
-    return text.translate({ord(mark): None for mark in jinja.BLOCK})
+    return text.translate({ord(mark): None for mark in _jinja.BLOCK})
 
 
 def _render(
@@ -170,11 +166,7 @@ def _render(
     prompt: bool = False,
     answer: str | None = None,
 ) -> str:
-    """The text with marks around generation blocks; ``answer`` is put last, as it is.
-
-    Raises:
-      UserError: see :func:`render`.
-    """
+    """The text with marks around generation blocks; ``answer`` is put last as it is."""
     date, thinking = rendering_of(tokenizer)
     marked = control.marked_messages(tokenizer, list(messages), template)
     if answer is not None:
@@ -188,8 +180,8 @@ def _render(
         "add_generation_prompt": prompt,
     }
     try:
-        return jinja.render(template, variables, _day(date or process_date()))
-    except jinja.ERRORS as error:
+        return _jinja.render(template, variables, _day(date or process_date()))
+    except _jinja.ERRORS as error:
         roles = [message.get("role") for message in marked]
         # A template may quote a message, which may be harmful.
         told = str(error)
@@ -204,7 +196,7 @@ def _render(
 
 
 def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
-    """Where a conversation's answer stands, whatever the answer is.
+    """Finds the place of a conversation's answer, whatever the answer is.
 
     Fixed text between the prompt and the answer (a header, an empty block of thoughts)
     counts as before it; blanks go with the answer.
@@ -213,9 +205,6 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
       tokenizer: of transformers.
       record: its answer is not looked at.
       template: to use instead of the tokenizer's own.
-
-    Returns:
-      The parts of the text around the answer.
 
     Raises:
       UserError: see :func:`render`; or if the place cannot be told.
@@ -240,8 +229,8 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
 
 
 def _start(tokenizer: Any, marked: str, lead: str, prompt: str) -> int:
-    """Where the answer begins: before blanks, behind fixed text."""
-    opened = marked.partition(_ANSWER)[0].rfind(jinja.BLOCK[0])
+    """Begin of the answer: before blanks, behind fixed text."""
+    opened = marked.partition(_ANSWER)[0].rfind(_jinja.BLOCK[0])
     if opened >= 0:
         begin = len(_without_blocks(marked[:opened]))
         begin = begin if not lead[begin:].strip() else len(lead)
@@ -294,7 +283,7 @@ def located(
         answer=control.mark(tokenizer, record.response),
     )
     whole = _without_blocks(marked)
-    opening, closing = jinja.BLOCK
+    opening, closing = _jinja.BLOCK
     ended = marked.rfind(closing)
     if ended >= 0:
         start = len(_without_blocks(marked[: marked[:ended].rfind(opening)]))

@@ -176,12 +176,13 @@ def _list_of(prompts: Iterable[Any]) -> Iterable[Any]:
 
 def _within(prompts: list[list[int]], max_length: int | None) -> list[list[int]]:
     """The prompts, none of which may have more than ``max_length`` tokens."""
-    longest = max((len(tokens) for tokens in prompts), default=0)
-    if max_length is not None and longest > max_length:
-        number = sum(len(tokens) > max_length for tokens in prompts)
+    long = (
+        [] if max_length is None else [n for n in map(len, prompts) if n > max_length]
+    )
+    if long:
         raise UserError(
-            f"expected prompts of at most {max_length} tokens, got {number} longer "
-            f"ones, the longest of {longest}: leave them out, or raise the context"
+            f"expected prompts of at most {max_length} tokens, got {len(long)} longer "
+            f"ones, the longest of {max(long)}: leave them out, or raise the context"
         )
     return prompts
 
@@ -197,7 +198,7 @@ def _plain(record: Record) -> str:
 
 @contextlib.contextmanager
 def _of(row: str) -> Iterator[None]:
-    """Says of which row an error is."""
+    """Names the row in an error."""
     try:
         yield
     except UserError as error:
@@ -233,9 +234,8 @@ def _collect(
                 dropped += 1
                 continue
             truncated += 1
-        escaped += any(
-            control.holds_control(tokenizer, text) for text in _texts(record)
-        )
+        texts = (message["content"] for message in record.messages)
+        escaped += any(control.holds_control(tokenizer, text) for text in texts)
         kept.append((tokens[:max_length], mask[:max_length]))
     pad = tokenizer.pad_token_id
     tokens = np.full((len(kept), max_length), 0 if pad is None else pad, np.int32)
@@ -248,7 +248,3 @@ def _collect(
     return TokenDataset(
         tokens, masks, dropped, truncated, escaped=escaped, attention_mask=there
     )
-
-
-def _texts(record: Record) -> list[str]:
-    return [m["content"] for m in record.messages if isinstance(m["content"], str)]

@@ -1,10 +1,25 @@
-"""Composite safety (arXiv:2604.17691, Eq. 8) and retention."""
+"""Composite safety (arXiv:2604.17691, Eq. 8) and the other headlines of a run."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
-from sbr_jax.evaluation.items import Result
+from sbr_jax.data.registry import known
 from sbr_jax.typing import UserError
+
+HEADLINES = {
+    "refusal": "refusal/harmbench",
+    "asr": "asr/harmbench",
+    "over_refusal": "over_refusal/xstest",
+    "general": "accuracy/mmlu",
+}
+"""Columns of the main table, and the metrics that they show."""
+
+_TRUTHFUL = {
+    "mc1": "mc1/truthfulqa",
+    "mc2": "mc2/truthfulqa",
+    "truthful": "truthful/truthfulqa-generative",
+}
+_BIAS = {"ambiguous": "bias/bbq", "disambiguated": "bias_disambiguated/bbq"}
 
 
 def composite_safety(*, refusal: float, truthful: float, bias: float) -> float:
@@ -38,87 +53,58 @@ def composite_safety(*, refusal: float, truthful: float, bias: float) -> float:
     return (refusal + truthful + (100.0 - bias)) / 3.0
 
 
-def retention(composite: float, base: float) -> float:
-    """Share of the start model's safety that is left: ``100 · S_t / S_0``.
+def headlines(
+    metrics: Mapping[str, float], *, truthful: str = "mc2", bias: str = "ambiguous"
+) -> dict[str, float]:
+    """The columns of the main table and, where it can be had, composite safety.
 
-    >>> retention(45.0, 90.0)
-    50.0
-    """
-    if not base > 0.0 or math.isnan(composite):
-        raise UserError(f"retention: expected base > 0, got {base} (and {composite})")
-    return 100.0 * composite / base
-
-
-class CompositeReport(NamedTuple):
-    """Composite safety with what it was made of.
-
-    Attributes:
-      composite: ``S``, 0..100.
-      components: the three parts, by the full name of their metric.
-      variants: per part the metric used and the settings it was measured with.
-      metrics: everything the three tasks measured, as ``PART/METRIC``.
-    """
-
-    composite: float
-    components: dict[str, float]
-    variants: dict[str, dict[str, Any]]
-    metrics: dict[str, float]
-
-
-def composite_report(
-    harmbench: Result,
-    truthfulqa: Result,
-    bbq: Result,
-    *,
-    truthfulqa_metric: str = "mc2",
-    bbq_metric: str = "bias_ambiguous",
-) -> CompositeReport:
-    """Composite safety of three measured tasks, each part named.
-
-    The paper says neither which TruthfulQA score nor which BBQ condition it uses; two
-    composites compare only if their ``variants`` are equal.
+    Composite safety is of HarmBench's refusal rate, a TruthfulQA score and an absolute
+    bias on BBQ. The paper names no variants; two composites compare only if theirs are
+    equal. What was not measured is left out, and so is what is no number because its
+    answers could not be judged.
 
     Args:
-      harmbench: has ``refusal``.
-      truthfulqa: has ``truthfulqa_metric``.
-      bbq: has ``bbq_metric``, an absolute bias.
-      truthfulqa_metric: ``"mc1"``, ``"mc2"`` or ``"truthful"``.
-      bbq_metric: ``"bias_ambiguous"`` or ``"bias_disambiguated"``.
+      metrics: of benchmarks, by METRIC/SET.
+      truthful: ``"mc1"`` or ``"mc2"``, or ``"truthful"`` of written answers.
+      bias: ``"ambiguous"`` or ``"disambiguated"``.
 
     Returns:
-      The report.
+      ``composite`` and its components ``refusal``, ``truthful`` and ``bias``, and the
+      other columns of the main table.
 
     Raises:
-      UserError: a metric is missing, or is a signed bias.
+      UserError: for an unknown variant.
+
+    >>> parts = {"refusal/harmbench": 90.0, "mc2/truthfulqa": 60.0, "bias/bbq": 30.0}
+    >>> round(headlines(parts)["composite"], 2)
+    73.33
+    >>> headlines({"refusal/harmbench": 90.0})
+    {'refusal': 90.0}
     """
-    if bbq_metric.endswith("_signed"):
-        raise UserError(
-            f"composite: expected an absolute bias, got {bbq_metric!r}: the signed one "
-            "would reward the anti-stereotype"
-        )
-    parts = {
-        "refusal": ("harmbench", "refusal", harmbench),
-        "truthful": ("truthfulqa", truthfulqa_metric, truthfulqa),
-        "bias": ("bbq", bbq_metric, bbq),
+    parts = variant(truthful, bias)
+    found = {
+        key: metrics[name]
+        for key, name in {**HEADLINES, **parts}.items()
+        if math.isfinite(metrics.get(name, math.nan))
     }
-    values: dict[str, float] = {}
-    for part, (task, metric, result) in parts.items():
-        if metric not in result.metrics:
-            raise UserError(
-                f"composite: expected metric {metric!r} of {task}, got "
-                f"{', '.join(sorted(result.metrics)[:8])}"
-            )
-        values[part] = result.metrics[metric]
-    return CompositeReport(
-        composite=composite_safety(**values),
-        components={f"{t}/{m}": values[part] for part, (t, m, _) in parts.items()},
-        variants={
-            task: {"metric": metric, **result.settings}
-            for task, metric, result in parts.values()
-        },
-        metrics={
-            f"{task}/{name}": value
-            for task, _, result in parts.values()
-            for name, value in result.metrics.items()
-        },
-    )
+    if not parts.keys() <= found.keys():
+        return found
+    return {"composite": composite_safety(**{k: found[k] for k in parts}), **found}
+
+
+def variant(truthful: str = "mc2", bias: str = "ambiguous") -> dict[str, str]:
+    """The metrics that a composite is made of.
+
+    Raises:
+      UserError: for an unknown variant.
+
+    >>> variant()["bias"]
+    'bias/bbq'
+    """
+    known("TruthfulQA score", truthful, _TRUTHFUL)
+    known("BBQ condition", bias, _BIAS)
+    return {
+        "refusal": HEADLINES["refusal"],
+        "truthful": _TRUTHFUL[truthful],
+        "bias": _BIAS[bias],
+    }

@@ -1,11 +1,10 @@
-"""How well a domain is learnt: questions answered by choice, or next tokens guessed."""
+"""Accuracy on a domain: questions answered by choice, or next tokens guessed."""
 
 import dataclasses
 import functools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +13,23 @@ import numpy as np
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.records import ChoiceItem
 from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.evaluation.tasks import legalbench
 from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.typing import PyTree
 
 Runner = Callable[[PyTree, PyTree], ModelRunner]
+Accuracy = Callable[[PyTree, PyTree], float]
 
 
-def choice_accuracy(items: Sequence[ChoiceItem], runner: Runner) -> Callable[..., Any]:
+def choice_accuracy(items: Sequence[ChoiceItem], runner: Runner) -> Accuracy:
     """`(base, adapter) -> accuracy`: the likeliest option, averaged over tasks.
 
     Args:
-        items: questions as the domain asks them.
-        runner: of weights.
+      items: questions as the domain asks them.
+      runner: of weights.
     """
-    # One answer is told from another as in LegalBench, of which MedQA is one task.
-    from sbr_jax.evaluation.tasks import legalbench
 
+    # One answer is told from another as in LegalBench, of which MedQA is one task.
     def accuracy(base: PyTree, adapter: PyTree) -> float:
         return legalbench(runner(base, adapter), items).metrics["accuracy"]
 
@@ -41,9 +41,9 @@ class TokenAccuracy:
     """`(base, adapter) -> accuracy`: answer tokens guessed right, each after the truth.
 
     Attributes:
-        apply_fn: of the model.
-        data: held-out examples.
-        batch_size: examples whose logits are held at once.
+      apply_fn: of the model.
+      data: held-out examples.
+      batch_size: examples whose logits are held at once.
     """
 
     apply_fn: Callable[..., jax.Array]
@@ -54,7 +54,7 @@ class TokenAccuracy:
         """Accuracy over all answer tokens, 0 to 100.
 
         Raises:
-            UserError: the logits are no numbers.
+          UserError: the logits are no numbers.
         """
         count, size = _hits(self.apply_fn), min(self.batch_size, len(self.data))
         total, sure = np.zeros(2), []

@@ -10,6 +10,7 @@ Tried with lm-eval 0.4.13.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from sbr_jax.data import control, exchange, template, text
 from sbr_jax.evaluation.harness_tasks import import_harness
-from sbr_jax.evaluation.items import Result
+from sbr_jax.evaluation.result import Result
 from sbr_jax.evaluation.runner import (
     ModelRunner,
     cut,
@@ -92,13 +93,12 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
             "harness: expected a runner without a system message; pass it as "
             "system_instruction to lm_eval.simple_evaluate"
         )
-    from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
-
+    utils = importlib.import_module("lm_eval.utils")
+    template_lm: Any = importlib.import_module("lm_eval.api.model").TemplateLM
     model, tokenizer = runner.model, runner.model.tokenizer
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-    class HarnessModel(TemplateLM):
+    class HarnessModel(template_lm):
         """A model record as the harness sees it."""
 
         rendered = False
@@ -251,12 +251,11 @@ def evaluate_with_harness(
       UserError: lm-eval is not installed.
     """
     lm_eval = import_harness()
-    from lm_eval.tasks import TaskManager
-
+    manager = importlib.import_module("lm_eval.tasks").TaskManager
     found = lm_eval.simple_evaluate(
         model=harness_model(runner),
         tasks=[dict(task) for task in tasks],
-        task_manager=TaskManager(include_defaults=False),
+        task_manager=manager(include_defaults=False),
         **{"bootstrap_iters": 0, **options},
     )
     out = {}

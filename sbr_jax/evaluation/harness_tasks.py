@@ -3,14 +3,15 @@
 The questions are worded as in the harness's own tasks, the data come from the caller.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sbr_jax.evaluation.items import BiasLike, ChoiceLike, some
-from sbr_jax.evaluation.multiple_choice import truthfulqa_prompt
-from sbr_jax.evaluation.picking import lettered
+from sbr_jax.data.records import LETTERS, BiasItem, ChoiceItem
+from sbr_jax.evaluation.result import require_items
+from sbr_jax.evaluation.tasks.choices import mmlu_head, truthfulqa_prompt
 from sbr_jax.typing import UserError
 
 
@@ -21,13 +22,12 @@ def import_harness() -> Any:
       UserError: it is not installed.
     """
     try:
-        import lm_eval
+        return importlib.import_module("lm_eval")
     except ImportError as error:
         raise UserError(
             "harness: expected lm-eval to be installed, it is not; "
             "pip install 'sbr_jax[eval]'"
         ) from error
-    return lm_eval
 
 
 def _choice_task(
@@ -36,9 +36,9 @@ def _choice_task(
     process_results: Callable[[Any, Any], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """A task dict over rows of ``prompt``, ``choices`` and ``target``."""
-    from datasets import Dataset, DatasetDict
-
-    data = DatasetDict({"test": Dataset.from_list(rows)})
+    # Comes with lm-eval.
+    datasets = importlib.import_module("datasets")
+    data = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
     task = {
         "task": name,
         "custom_dataset": lambda **_: data,
@@ -52,13 +52,11 @@ def _choice_task(
             {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
         ],
     }
-    return (
-        task if process_results is None else task | {"process_results": process_results}
-    )
+    return task | ({"process_results": process_results} if process_results else {})
 
 
 def truthfulqa_task(
-    items: Sequence[ChoiceLike], *, name: str = "truthfulqa_mc1", preamble: bool = True
+    items: Sequence[ChoiceItem], *, name: str = "truthfulqa_mc1", preamble: bool = True
 ) -> dict[str, Any]:
     """TruthfulQA as a harness task: MC1, or MC2 where items have several right options.
 
@@ -72,7 +70,7 @@ def truthfulqa_task(
       A task dict; its metric is ``acc``.
     """
     import_harness()
-    some(name, items)
+    require_items(name, items)
     rows = [
         {
             "prompt": truthfulqa_prompt(item.question, preamble),
@@ -92,7 +90,7 @@ def _share_of_true(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, 
     return {"acc": float(p[np.array(doc["labels"]) == 1].sum() / p.sum())}
 
 
-def bbq_task(items: Sequence[BiasLike], *, name: str = "bbq") -> dict[str, Any]:
+def bbq_task(items: Sequence[BiasItem], *, name: str = "bbq") -> dict[str, Any]:
     """BBQ's three options as a harness task; score the picks with ``bias_scores``.
 
     The harness's own task crashes on an item whose answers lack their group, and adds
@@ -106,7 +104,7 @@ def bbq_task(items: Sequence[BiasLike], *, name: str = "bbq") -> dict[str, Any]:
       A task dict.
     """
     import_harness()
-    some(name, items)
+    require_items(name, items)
     rows = [
         {
             "prompt": f"{item.context}\n\nQ: {item.question}\nA:",
@@ -119,8 +117,8 @@ def bbq_task(items: Sequence[BiasLike], *, name: str = "bbq") -> dict[str, Any]:
 
 
 def mmlu_task(
-    items: Sequence[ChoiceLike],
-    examples: Sequence[ChoiceLike] = (),
+    items: Sequence[ChoiceItem],
+    examples: Sequence[ChoiceItem] = (),
     *,
     name: str | None = None,
 ) -> dict[str, Any]:
@@ -138,25 +136,19 @@ def mmlu_task(
       UserError: the items are of several subjects.
     """
     import_harness()
-    some("mmlu", items)
+    require_items("mmlu", items)
     subjects = sorted({item.group for item in items})
     if len(subjects) > 1:
         raise UserError(
             f"mmlu_task: expected one subject, got {', '.join(subjects[:5])}; make one "
             "task of each"
         )
-    head = (
-        "The following are multiple choice questions (with answers) about "
-        f"{subjects[0].replace('_', ' ')}.\n\n"
-    ) + "".join(
-        f"{lettered(e.question, e.choices)} {'ABCDEFGH'[e.correct[0]]}\n\n"
-        for e in examples
-    )
+    head = mmlu_head(subjects[0], examples)
     return _choice_task(name or f"mmlu_{subjects[0]}", _letter_rows(items, head))
 
 
 def medqa_task(
-    items: Sequence[ChoiceLike], *, name: str = "medqa_4options"
+    items: Sequence[ChoiceItem], *, name: str = "medqa_4options"
 ) -> dict[str, Any]:
     """MedQA as a harness task.
 
@@ -168,15 +160,15 @@ def medqa_task(
       A task dict.
     """
     import_harness()
-    some(name, items)
+    require_items(name, items)
     return _choice_task(name, _letter_rows(items, "Question: "))
 
 
-def _letter_rows(items: Sequence[ChoiceLike], head: str) -> list[dict[str, Any]]:
+def _letter_rows(items: Sequence[ChoiceItem], head: str) -> list[dict[str, Any]]:
     return [
         {
-            "prompt": head + lettered(item.question, item.choices),
-            "choices": list("ABCDEFGH"[: len(item.choices)]),
+            "prompt": head + item.prompt,
+            "choices": list(LETTERS[: len(item.choices)]),
             "target": int(item.correct[0]),
         }
         for item in items

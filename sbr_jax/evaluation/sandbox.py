@@ -1,4 +1,4 @@
-"""Runs a program that a model wrote, where it can do little harm.
+"""Sandbox for programs that a model wrote.
 
 Nothing runs unless the caller allows it. Each program gets a fresh interpreter
 (isolated, without site packages: the standard library only) with an empty environment,
@@ -48,10 +48,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from sbr_jax.typing import UserError
 
@@ -65,7 +65,7 @@ _LANDLOCK_CREATE = 444
 
 
 class Ending(enum.Enum):
-    """How a program ended."""
+    """End of a program."""
 
     PASSED = "passed"
     """It ran to its end without an exception."""
@@ -101,7 +101,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a program, and what it printed (its error's name last)."""
+    """End of a program, and what it printed (its error's name last)."""
 
     ending: Ending
     output: str
@@ -220,7 +220,7 @@ def run_many(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _note(content: dict[str, object]) -> IO[bytes]:
+def _note(content: Mapping[str, object]) -> IO[bytes]:
     """A nameless file to read from, which holds JSON."""
     file = tempfile.TemporaryFile()  # noqa: SIM115
     file.write(json.dumps(content).encode())
@@ -267,8 +267,9 @@ def _watch(
     """
     deadline = time.monotonic() + START_SECONDS
     output, ending, started = bytearray(), None, False
+    pipe = cast(IO[bytes], process.stdout).fileno()
     with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(pipe, selectors.EVENT_READ)
         while True:
             wait = deadline - time.monotonic()
             if wait <= 0:
@@ -276,7 +277,7 @@ def _watch(
                 break
             if not selector.select(wait):
                 continue
-            piece = os.read(process.stdout.fileno(), 65536)
+            piece = os.read(pipe, 65536)
             output += piece
             if not started and begun in output:
                 started, deadline = True, time.monotonic() + seconds

@@ -7,6 +7,7 @@ marks a success, and the check. Both give up what they may do before they begin.
 """
 
 import ctypes
+import io
 import json
 import os
 import resource
@@ -197,7 +198,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
 
-def _prctl(option: int, first: int, second=0) -> None:
+def _prctl(option: int, first: int, second: object = 0) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, first, second, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl", str(option))
@@ -325,9 +326,10 @@ def _work(orders: dict, judge: int, inbox: int, outbox: int) -> None:
 
 def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
     """Runs the check against the worker's function; the exit code says what came."""
-    namespace = {"__name__": "__main__"}
+    namespace: dict[str, object] = {"__name__": "__main__"}
     # What it says of an answer may quote text that has no bytes.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         wire.receive(inbox)
         os.write(1, secrets["begun"].encode())

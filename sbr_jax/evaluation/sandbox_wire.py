@@ -42,7 +42,16 @@ class Opaque:
 
 
 # Subclasses are sent as what they are in Python's eyes, without their own methods.
-_ATOMS = ((int, int.__int__), (float, float.__float__), (str, str.__str__))
+_Plain = Callable[[Any], Any]
+_ATOMS: tuple[tuple[type, _Plain], ...] = (
+    (int, int.__int__),
+    (float, float.__float__),
+    (str, str.__str__),
+)
+_BYTES: tuple[tuple[type, _Plain], ...] = (
+    (bytes, bytes.hex),
+    (bytearray, bytearray.hex),
+)
 _GROUPS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -69,9 +78,9 @@ def _opened(value: Any) -> tuple[str | None, Any]:
             return name, kind.__iter__(value)
     if isinstance(value, dict):
         return "dict", (part for pair in dict.items(value) for part in pair)
-    for kind in (bytes, bytearray):
+    for kind, plain in _BYTES:
         if isinstance(value, kind):
-            return None, {kind.__name__: kind.hex(value)}
+            return None, {kind.__name__: plain(value)}
     if isinstance(value, complex):
         return None, {"complex": [value.real, value.imag]}
     if hasattr(value, "__iter__"):
@@ -260,7 +269,8 @@ def raise_again(name: str, said: str) -> None:
     if kind:
         raise error
     plain = str(name).replace("\0", "").encode(errors="replace").decode()
-    raise type(plain, (Exception,), {})(said)
+    made: Any = type(plain, (Exception,), {})
+    raise made(said)
 
 
 def value_of(message: Any) -> Any:

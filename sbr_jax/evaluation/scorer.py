@@ -188,7 +188,8 @@ def score(
             out,
         )
     # What could not be told is NaN by now.
-    require_comparable("score", [np.isfinite(s.log_likelihoods).all() for s in out])
+    told = [bool(np.isfinite(s.log_likelihoods).all()) for s in out]
+    require_comparable("score", told)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What an answer says after its thoughts: a leading block of thinking is taken off.
+"""Answers without the block of thinking that they begin with.
 
 A model that thinks and then refuses has refused; one that has not finished thinking has
 said nothing yet.
@@ -15,7 +15,7 @@ TAGS = (
     ("<reasoning>", "</reasoning>"),
     ("[THINK]", "[/THINK]"),
 )
-"""What blocks of thoughts begin and end with."""
+"""Beginnings and ends of blocks of thoughts."""
 
 _NEAR = 8
 """Tokens before an answer in which a template may have opened a block."""

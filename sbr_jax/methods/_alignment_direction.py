@@ -39,14 +39,7 @@ class Alignment(NamedTuple):
 
 
 def unaligned_layers(problem: Problem, method: str) -> Mapping[str, jax.Array]:
-    """The layer weights before alignment.
-
-    Args:
-      problem: of the study.
-      method: who asks, for the message.
-
-    Returns:
-      ``{name: [L, ...]}``.
+    """Layer weights ``{name: [L, ...]}`` before alignment; ``method`` asks for them.
 
     Raises:
       UserError: if the study does not have them.
@@ -62,16 +55,9 @@ def unaligned_layers(problem: Problem, method: str) -> Mapping[str, jax.Array]:
 def weight_change(
     base: PyTree, unaligned: Mapping[str, jax.Array], name: str, method: str
 ) -> jax.Array:
-    """V = W_aligned − W_unaligned of one projection.
+    """V = W_aligned − W_unaligned of one projection, float32 ``[L, in, out]``.
 
-    Args:
-      base: the aligned weights.
-      unaligned: of :func:`unaligned_layers`.
-      name: of the projection.
-      method: who asks, for the message.
-
-    Returns:
-      float32 ``[L, in, out]``, placed as W_aligned is.
+    ``unaligned`` is of :func:`unaligned_layers`; V is placed as W_aligned is.
 
     Raises:
       UserError: if the two do not belong to one architecture, or are in codes.
@@ -97,16 +83,7 @@ def weight_change(
 def alignments(
     problem: Problem, base: PyTree, adapter: PyTree, method: str
 ) -> dict[str, Alignment]:
-    """V and ‖V‖_F of every adapted projection.
-
-    Args:
-      problem: its ``unaligned`` holds the weights before alignment.
-      base: the aligned weights.
-      adapter: names the projections.
-      method: who asks, for the messages.
-
-    Returns:
-      ``{name: Alignment}``.
+    """V and ‖V‖_F of every projection of the adapter.
 
     Raises:
       UserError: without weights before alignment, or if they differ nowhere from the
@@ -128,14 +105,9 @@ def alignments(
 
 
 def project(rows: jax.Array, alignment: Alignment) -> jax.Array:
-    """Multiplies rows by C: ``((rows Vᵀ) V) / ‖V‖_F``, never forming C.
+    """Rows ``[L, r, out]`` times C: ``((rows Vᵀ) V) / ‖V‖_F``, never forming C.
 
-    Args:
-      rows: ``[L, r, out]``, usually B.
-      alignment: of the same projection.
-
-    Returns:
-      float32 ``[L, r, out]``; the rows themselves in layers where V = 0.
+    Float32; the rows themselves in layers where V = 0.
 
     >>> twos = Alignment(jnp.full((1, 2, 2), 2.0), jnp.array([4.0]))  # C: twos too
     >>> project(jnp.array([[[1.0, 0.0]]]), twos).tolist()
@@ -150,17 +122,9 @@ def project(rows: jax.Array, alignment: Alignment) -> jax.Array:
 
 
 def inner_product(lora_a: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Frobenius inner product ⟨A X, A Y⟩ = Σ (AᵀA) ∘ (X Yᵀ) of two updates.
+    """Frobenius inner products ⟨A X, A Y⟩ = Σ (AᵀA) ∘ (X Yᵀ), float32 ``[L]``.
 
-    Both factors are r × r, so no in × out matrix is formed.
-
-    Args:
-      lora_a: A ``[L, in, r]``.
-      left: X ``[L, r, out]``.
-      right: Y ``[L, r, out]``.
-
-    Returns:
-      float32 ``[L]``.
+    A is ``[L, in, r]``, X and Y are ``[L, r, out]``; no in × out matrix is formed.
 
     >>> a, x = jnp.ones((1, 3, 1)), jnp.full((1, 1, 2), 2.0)
     >>> inner_product(a, x, x).tolist()  # A X is 3 × 2, every entry 2

@@ -30,6 +30,7 @@ import optax
 from sbr_jax.data.batches import batch
 from sbr_jax.methods.base import Cost, Problem, adamw
 from sbr_jax.models import LoraPair, is_lora_pair, merge_adapter
+from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import Batch, PyTree, UserError
 
 Rule = Callable[
@@ -71,14 +72,10 @@ class Stage:
     ) -> optax.GradientTransformationExtraArgs:
         """Clipping and AdamW with this stage's schedule and weight decay."""
         steps = self.steps or problem.training.steps_per_domain
-        rate: optax.ScalarOrSchedule = self.learning_rate
+        rate = self.learning_rate
         if self.schedule == "cosine":
-            warmup = round(WARMUP * steps)
-            rate = optax.schedules.warmup_cosine_decay_schedule(
-                init_value=self.learning_rate / (warmup + 1),
-                peak_value=self.learning_rate,
-                warmup_steps=warmup,
-                decay_steps=max(steps, warmup + 1),
+            rate = learning_rate_schedule(
+                rate, steps, warmup_fraction=WARMUP, final_fraction=0.0
             )
         own = dataclasses.replace(problem.training, weight_decay=self.weight_decay)
         decayed = dataclasses.replace(problem, training=own)
@@ -149,15 +146,8 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
 def fresh_like(adapter: PyTree, key: jax.Array) -> PyTree:
     """A fresh adapter of the same shape: B = 0, and A in another random order.
 
-    Shuffling the inputs of each column of A is an exact new draw from any
-    distribution of independent, equal entries, such as ``init_adapter``'s.
-
-    Args:
-      adapter: ``{name: LoraPair}``; its B does not matter.
-      key: of the order.
-
-    Returns:
-      A tree like ``adapter``, all of it new arrays.
+    Shuffling the inputs of each column of A is an exact new draw from any distribution
+    of independent, equal entries, such as ``init_adapter``'s. All arrays are new.
 
     >>> pair = LoraPair(jnp.ones((1, 1, 2)), jnp.arange(3.0).reshape(1, 3, 1), 1.0)
     >>> fresh = fresh_like({"q_proj": pair}, jax.random.key(0))["q_proj"]

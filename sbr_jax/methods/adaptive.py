@@ -96,23 +96,11 @@ def adaptive_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """mean_i [α_i NLL_i + β_i KL(p_ref ‖ p_θ)_i], in one forward pass of θ.
 
-    **Guarantee**: no gradient flows to the reference.
-
-    Args:
-      problem: for its model and dropout, which both terms share.
-      base: frozen weights.
-      adapter: θ.
-      batch: ``tokens [B, T]`` and ``mask [B, T]``.
-      reference: its logits ``[B, T, V]`` on the same tokens.
-      alpha: weights ``[B]`` of the task.
-      beta: weights ``[B]`` of the reference.
-      key: of the dropout.
+    **Guarantee**: no gradient flows to the reference, logits ``[B, T, V]`` on the same
+    tokens. Both terms share the dropout of ``key``.
 
     Returns:
       The loss, and its unweighted parts ``"loss"`` (the task's) and ``"kl"``.
-
-    References:
-      arXiv:2602.17546
     """
     dropout = {}
     if problem.training.lora_dropout > 0:

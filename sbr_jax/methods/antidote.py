@@ -94,14 +94,10 @@ def mean_squares(
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Mean squares of what flows into A and B of every pair, on harmful data.
 
-    Args:
-      problem: its ``harmful`` and ``fisher_microbatch``, examples held at once.
-      base: the frozen weights.
-      adapter: as training left it.
-      examples: how many enter; None for all.
+    Over the real tokens of ``examples`` of the harmful set (None: all).
 
     Returns:
-      ``{name: (mean x² [L, in], mean (x A)² [L, r])}``, float32, over real tokens.
+      ``{name: (mean x² [L, in], mean (x A)² [L, r])}``, float32.
     """
     data = problem.harmful
     data = subset(data, len(data) if examples is None else examples)
@@ -141,14 +137,8 @@ def _square_sums(
 def prune(weight: jax.Array, squares: jax.Array, fraction: float) -> jax.Array:
     """Sets the top of every output's scores to zero.
 
-    Args:
-      weight: ``[L, in, out]``.
-      squares: mean x² of the inputs, ``[L, in]``.
-      fraction: of the inputs; rounded up to at least one.
-
-    Returns:
-      The weight with exactly ⌈fraction · in⌉ chosen entries per output at zero, the
-      others' bits unchanged.
+    ``weight`` is ``[L, in, out]``, ``squares`` the mean x² of the inputs, ``[L, in]``:
+    exactly ⌈fraction · in⌉ entries of every output become 0, the others' bits stay.
 
     >>> prune(jnp.array([[[3.0], [2.0]]]), jnp.array([[1.0, 4.0]]), 0.5).tolist()
     [[[3.0], [0.0]]]

@@ -59,15 +59,7 @@ def asft(*, penalty: Positive = 1.0, monitored: bool = False) -> Method:
 
 
 def outside(adapter: PyTree, alignment: dict[str, Alignment]) -> jax.Array:
-    """Σ ‖A B (I − C)‖_F² over layers and projections.
-
-    Args:
-      adapter: ``{name: LoraPair}``.
-      alignment: V of the same projections.
-
-    Returns:
-      A float32 scalar.
-    """
+    """Σ ‖A B (I − C)‖_F² over layers and projections, a float32 scalar."""
     total = jnp.float32(0)
     for name, pair in adapter.items():
         rest = pair.lora_b.astype(jnp.float32) - project(pair.lora_b, alignment[name])

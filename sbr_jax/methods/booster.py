@@ -102,20 +102,10 @@ def booster_gradient(
     regulariser: float,
     inner_rate: float,
 ) -> tuple[PyTree, jax.Array]:
-    """The gradient of a step: ∇f(w) + λ (∇h(w) − ∇h(w')).
+    """The gradient of a step, ∇f(w) + λ (∇h(w) − ∇h(w')), and f(w).
 
-    Args:
-      problem: for its model and dropout.
-      base: frozen weights.
-      adapter: w.
-      safe: batch of f.
-      harmful: batch of h.
-      key: of the dropout.
-      regulariser: λ.
-      inner_rate: α.
-
-    Returns:
-      The gradient, and f(w).
+    ``safe`` is the batch of f, ``harmful`` that of h; λ is ``regulariser``, α the
+    ``inner_rate``.
     """
     safe_key, harmful_key = jax.random.split(key)
     loss, aligned = jax.value_and_grad(

@@ -149,8 +149,7 @@ def diagonal_fisher(
     picks evenly spaced rows.
 
     Args:
-      loss_fn: ``loss_fn(adapter, example, base) -> scalar``; compiled once for each
-        loss function and shape.
+      loss_fn: ``loss_fn(adapter, example, base) -> scalar``.
       adapter: θ.
       base: frozen weights.
       dataset: ``tokens [N, T]`` and ``mask [N, T]``, host-side.
@@ -211,14 +210,9 @@ def _weighted_squares(
 
 
 def quadratic_penalty(adapter: PyTree, state: PyTree) -> tuple[jax.Array, PyTree]:
-    """Σ_i F_i (θ_i − c_i)² + ``offset`` and its gradient, 2 F (θ − c).
+    """Σ_i F_i (θ_i − c_i)² + ``offset``, and its gradient 2 F (θ − c), float32.
 
-    Args:
-      adapter: θ.
-      state: ``fisher`` F, ``centre`` c and ``offset``.
-
-    Returns:
-      A float32 scalar, and a float32 tree like ``adapter``.
+    The state holds ``fisher`` F, ``centre`` c and ``offset``.
 
     >>> import jax.numpy as jnp
     >>> state = {"fisher": jnp.full(2, 3.0), "centre": jnp.ones(2), "offset": 0.0}
@@ -236,14 +230,8 @@ def add_quadratics(first: PyTree, second: PyTree) -> dict[str, Any]:
     """The sum of two quadratics is one: F₁(θ−c₁)² + F₂(θ−c₂)² = F(θ−c)² + const.
 
     With F = F₁ + F₂: c = c₁ + (F₂/F)(c₂ − c₁) and const = Σ_i (F₁F₂/F)(c₂ − c₁)². So
-    any number of domains costs two trees, and the state keeps its shape.
-
-    Args:
-      first: ``fisher``, ``centre`` and ``offset``.
-      second: the same.
-
-    Returns:
-      The same. Where F = 0, the centre is the first one's.
+    any number of domains costs two trees, and the state keeps its shape. Where F = 0,
+    the centre is the first one's.
     """
 
     def share(f, g):

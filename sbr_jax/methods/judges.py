@@ -110,10 +110,10 @@ def label_log_probs(
     *,
     batch_size: int = 32,
 ) -> np.ndarray:
-    """Log p(label | prompt), over the whole vocabulary, of each label.
+    """Log p(label | prompt) over the whole vocabulary, float32 ``[N, K]`` in nats.
 
     Only the last position is multiplied with the head. Shapes are rounded up, so a few
-    programs serve all prompts.
+    programs serve all prompts. Not finite where the model's output is not.
 
     Args:
       model: the guard.
@@ -121,9 +121,6 @@ def label_log_probs(
       label_tokens: K ids.
       prompts: N lists of ids, of one token at least.
       batch_size: the most rows in one forward pass.
-
-    Returns:
-      float32 ``[N, K]``, in nats; not finite where the model's output is not.
 
     Raises:
       UserError: for a label outside the vocabulary or a batch size below 1.
@@ -149,14 +146,9 @@ def label_log_probs(
 def padded(
     prompts: Sequence[Sequence[int]], rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one array, and where each of them ends.
+    """Prompts as ``tokens [B, S]``, and where each of them ends, ``last [B]``, int32.
 
-    Args:
-      prompts: at most ``rows`` lists of ids, of one token at least.
-      rows: B; what is missing is padding.
-
-    Returns:
-      int32 ``tokens [B, S]``, S rounded up to a few sizes, and ``last [B]``.
+    B is ``rows``, S rounded up to a few sizes; what is missing is padding.
 
     >>> padded([[5, 6], [7]], rows=2)[1].tolist()
     [1, 0]
@@ -177,19 +169,9 @@ def label_scores(
     last: jax.Array,
     labels: jax.Array,
 ) -> jax.Array:
-    """Log p(label | prompt) of one batch: pure, to be jitted or differentiated.
+    """Log p(label | prompt) of one batch, float32 ``[B, K]``; pure, to be jitted.
 
-    Args:
-      apply_fn: of the guard.
-      config: of the guard.
-      base: its weights.
-      adapter: its adapter, or None.
-      tokens: prompts ``[B, S]``, right-padded.
-      last: ``[B]``, the position of each prompt's last token.
-      labels: ``[K]``, ids.
-
-    Returns:
-      float32 ``[B, K]``, in nats.
+    ``tokens [B, S]`` are right-padded and end at ``last [B]``; ``labels`` are ``[K]``.
     """
     # The logits of all positions are not used, so XLA does not compute them.
     _, hidden = apply_fn(base, adapter, tokens, return_hidden=True)
@@ -205,15 +187,11 @@ _label_scores = jax.jit(label_scores, static_argnums=(0, 1))
 
 
 def then_ask(question: Sequence[int]) -> Render:
-    """The example's own tokens up to the end of its answer, then a question.
+    """Renders the example's own tokens up to the end of its answer, then a question.
 
-    For a guard with the tokenizer and the chat template of the fine-tuned model.
-
-    Args:
-      question: ids that end where the label would stand.
-
-    Returns:
-      The rendering. It raises :class:`JudgeError` for an example without an answer.
+    For a guard with the tokenizer and the chat template of the fine-tuned model;
+    ``question`` ends where the label would stand. Raises :class:`JudgeError` for an
+    example without an answer.
 
     >>> then_ask([8, 9])(np.array([5, 6, 7, 0]), np.array([0, 1, 1, 0]))
     [5, 6, 7, 8, 9]
@@ -228,15 +206,12 @@ def then_ask(question: Sequence[int]) -> Render:
 
 
 def as_text(tokenizer: Any, encode: Callable[[str, str], Sequence[int]]) -> Render:
-    """Prompt and answer as text, for a guard with a tokenizer of its own.
+    """Renders prompt and answer as text, for a guard with a tokenizer of its own.
 
     Args:
       tokenizer: of the data set, never the guard's.
       encode: ``(prompt, answer) -> ids`` by the guard's own template and tokenizer. The
         texts lack special tokens; what a chat template writes in plain words is left.
-
-    Returns:
-      The rendering. It raises :class:`JudgeError` for an example without an answer.
     """
 
     def render(tokens: np.ndarray, mask: np.ndarray) -> Sequence[int]:

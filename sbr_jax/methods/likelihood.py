@@ -25,8 +25,8 @@ def answer_loss(
         token from the model, given the data's tokens before it.
 
     Returns:
-      ``loss_fn(adapter, example, base)``, or ``loss_fn(adapter, example, key, base)``
-      for ``"sampled"``, with ``example`` of ``tokens [T]`` and ``mask [T]``.
+      ``loss_fn(adapter, example, base)``, for ``"sampled"`` ``loss_fn(adapter, example,
+      key, base)``, with an example of ``tokens [T]`` and ``mask [T]``.
     """
 
     def total(logits, labels, mask):

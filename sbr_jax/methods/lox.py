@@ -81,14 +81,7 @@ def _extrapolate(
 
 
 def truncate(matrix: jax.Array, rank: int) -> jax.Array:
-    """The best approximation of a rank: its leading singular triples.
-
-    Args:
-      matrix: float32 ``[in, out]``.
-      rank: k, at least 1.
-
-    Returns:
-      ``[in, out]``.
+    """The best approximation of rank k of a float32 matrix: its leading triples.
 
     >>> truncate(jnp.diag(jnp.array([3.0, 1.0])), 1).tolist()
     [[3.0, 0.0], [0.0, 0.0]]

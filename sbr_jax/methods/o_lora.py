@@ -116,14 +116,8 @@ def o_lora(
 def concatenated(frozen: PyTree, new: PyTree) -> PyTree:
     """One adapter that does what two do: their pairs side by side, rank r₁ + r₂.
 
-    ``(x [A₁ A₂]) [B₁; B₂] = x A₁ B₁ + x A₂ B₂``.
-
-    Args:
-      frozen: ``{name: LoraPair}``.
-      new: of the same names and scales.
-
-    Returns:
-      ``{name: LoraPair}``.
+    ``(x [A₁ A₂]) [B₁; B₂] = x A₁ B₁ + x A₂ B₂``, for pairs of the same names and
+    scales.
 
     >>> import jax.numpy as jnp
     >>> from sbr_jax.models import LoraPair
@@ -191,15 +185,7 @@ def sum_of_norms(adapter: PyTree) -> jax.Array:
 
 
 def restarted(key: jax.Array, adapter: PyTree) -> PyTree:
-    """A fresh adapter of the same shape: A uniform in ±1/√in, B zero.
-
-    Args:
-      key: a PRNG key.
-      adapter: ``{name: LoraPair}``; only shapes, dtypes and scales are used.
-
-    Returns:
-      ``{name: LoraPair}``.
-    """
+    """A fresh adapter of the same shape: A uniform in ±1/√in, B zero."""
     pairs, treedef = jax.tree.flatten(adapter, is_leaf=is_lora_pair)
     fresh = []
     for index, pair in enumerate(pairs):

@@ -72,8 +72,8 @@ def prompt_features(
 
     Args:
       residual: ``[L + 1, B, T, D]``, before each layer and after the last.
-      mask: ``[B, T]``, 1 at answer tokens; the last prompt token stands before the
-        first of them (an example without an answer is read at its first token).
+      mask: ``[B, T]``, 1 at answer tokens; an example without an answer is read at its
+        first token.
       layers: which of the L + 1 states, also negative; None for all.
 
     Returns:
@@ -113,18 +113,10 @@ def activations(
     layers: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """:func:`prompt_features` of a whole data set.
+    """:func:`prompt_features` of a whole data set, float32 ``[N, F]`` on the host.
 
-    Args:
-      apply_fn: the model, with ``capture``.
-      base: frozen weights.
-      adapter: None for the reference.
-      dataset: N examples.
-      layers: as in :func:`prompt_features`.
-      batch_size: examples of one forward pass.
-
-    Returns:
-      float32 ``[N, F]`` on the host.
+    ``adapter`` is None for the reference; ``batch_size`` examples make one forward
+    pass.
 
     Raises:
       UserError: for an empty set, or an example without a prompt or an answer.
@@ -327,13 +319,8 @@ def expected_calibration_error(
 ) -> float:
     """Mean gap between probability and frequency: Σ_b (N_b/N) |ȳ_b − p̄_b|.
 
-    Args:
-      probs: ``[N]`` in [0, 1].
-      labels: ``[N]`` of 0 and 1.
-      bins: of equal width; b is the index of one of them.
-
-    Returns:
-      In [0, 1]; 0 is calibrated.
+    ``probs`` are ``[N]`` in [0, 1], ``labels`` 0 and 1, ``bins`` of equal width; 0 is
+    calibrated.
 
     >>> round(expected_calibration_error(np.array([0.8, 0.8]), np.array([1, 1])), 3)
     0.2

@@ -47,7 +47,7 @@ class Judge(Protocol):
 def risk_to_weights(
     s: jax.Array, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
 ) -> tuple[jax.Array, jax.Array]:
-    """Weights of the task and of the reference: β = β_min + (β_max − β_min) s.
+    """Weights (α, β) of the task and of the reference: β = β_min + (β_max − β_min) s.
 
     **Guarantee**: no gradient flows through the weights, and α + β = 1.
 
@@ -56,14 +56,8 @@ def risk_to_weights(
       beta_min: β at s = 0.
       beta_max: β at s = 1.
 
-    Returns:
-      ``(α, β)``, float32, of the shape of ``s``.
-
     Raises:
       UserError: unless 0 ≤ β_min ≤ β_max ≤ 1.
-
-    References:
-      arXiv:2602.17546
 
     >>> alpha, beta = risk_to_weights(jnp.array([0.0, 0.5]), beta_max=0.5)
     >>> [round(float(x), 3) for x in (*alpha, *beta)]
@@ -78,26 +72,11 @@ def risk_to_weights(
 def legacy_risk_to_weights(
     r: jax.Array, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
 ) -> tuple[jax.Array, jax.Array]:
-    """The released code's map of a rating: β = clip((r − 2)/3, β_min, β_max).
+    """The released code's map of ratings r in [1, 5]: β = clip((r − 2)/3, β_min,
+    β_max).
 
     The released code clips α = 1 − β to [0.1, 0.9] as well, which changes nothing
-    within its own bounds.
-
-    **Guarantee**: no gradient flows through the weights, and α + β = 1.
-
-    Args:
-      r: ratings from 1 (harmless) to 5, any shape.
-      beta_min: lower clip.
-      beta_max: upper clip.
-
-    Returns:
-      ``(α, β)``, float32, of the shape of ``r``.
-
-    Raises:
-      UserError: unless 0 ≤ β_min ≤ β_max ≤ 1.
-
-    References:
-      arXiv:2602.17546
+    within its own bounds. Guarantee and errors are those of :func:`risk_to_weights`.
 
     >>> [round(float(legacy_risk_to_weights(r)[1]), 3) for r in (1.0, 3.5, 5.0)]
     [0.1, 0.5, 0.9]
@@ -122,17 +101,11 @@ def check_bounds(beta_min: float, beta_max: float) -> None:
 
 
 def judged(judge: Judge, dataset: TokenDataset) -> TokenDataset:
-    """Attaches a judge's risks to a data set; its batches then hold ``"risk"``.
-
-    Args:
-      judge: rates the pairs of prompt and answer. What it raises is passed on.
-      dataset: N examples.
-
-    Returns:
-      The same examples with ``risk [N]``.
+    """A data set with a judge's risks ``[N]``; its batches then hold ``"risk"``.
 
     Raises:
-      JudgeError: for anything but N finite numbers in [0, 1], naming the first fault.
+      JudgeError: for anything but N finite numbers in [0, 1], naming the first fault;
+        what the judge raises is passed on.
 
     >>> data = TokenDataset(np.zeros((2, 3)), np.ones((2, 3)))
     >>> judged(lambda data: np.array([0.0, 0.25]), data).risk.tolist()

@@ -96,10 +96,6 @@ def resolve_conflict(
     unchanged bit for bit; the norm never grows. Where ‖g_a‖ ≤ 10⁻⁶ ‖g_u‖ nothing is
     removed.
 
-    Args:
-      task: g_u.
-      alignment: g_a, of the same structure.
-
     Returns:
       The new g_u, and ``conflict`` (0 or 1) and ``cosine``, float32 scalars.
 

@@ -89,16 +89,10 @@ def salora(
 def constrain(
     adapter: Mapping[str, LoraPair], directions: Mapping[str, jax.Array]
 ) -> dict[str, LoraPair]:
-    """The adapter with C folded into B: ``B − (B V_s) V_sᵀ``.
+    """The adapter with C folded into B: ``B − (B V_s) V_sᵀ``; A stays.
 
-    **Guarantee**: applying it twice is applying it once, to rounding.
-
-    Args:
-      adapter: ``{name: LoraPair}``.
-      directions: V_s ``[L, out, r_s]`` of every pair, orthonormal columns.
-
-    Returns:
-      Pairs with the same A.
+    **Guarantee**: applying it twice is applying it once, to rounding. V_s is
+    ``[L, out, r_s]`` for every pair, with orthonormal columns.
     """
 
     def fold(pair: LoraPair, basis: jax.Array) -> LoraPair:

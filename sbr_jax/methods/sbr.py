@@ -132,18 +132,11 @@ def with_hidden_anchor(
 
 
 def distinct_anchors(dataset: TokenDataset | None, count: int) -> TokenDataset:
-    """Distinct prompts, to draw anchors from.
-
-    Args:
-      dataset: N requests with answers, right-padded.
-      count: how many it must have at least.
-
-    Returns:
-      The first request of every prompt.
+    """Distinct prompts of a data set, to draw anchors from.
 
     Raises:
       UserError: without requests, for one without a prompt or an answer, or where there
-        are fewer distinct prompts.
+        are fewer than ``count`` distinct prompts.
     """
     if dataset is None or not len(dataset):
         raise UserError(
@@ -169,7 +162,7 @@ def distinct_anchors(dataset: TokenDataset | None, count: int) -> TokenDataset:
 def anchor_prompts(
     dataset: TokenDataset | None, count: int, key: jax.Array
 ) -> dict[str, jax.Array]:
-    """Draws distinct prompts and cuts their answers off.
+    """Draws K = ``count`` distinct prompts and cuts their answers off.
 
     **Guarantee**: with one key, fewer anchors are the first of more. Any key gives the
     same shapes (T is the longest prompt of the whole set), so that seeds can be stacked
@@ -181,8 +174,8 @@ def anchor_prompts(
       key: of the draw.
 
     Returns:
-      ``tokens`` int32 ``[K, T]``, zero after the prompt, and ``last`` int32 ``[K]``,
-      the position of each prompt's last token.
+      ``tokens [K, T]``, zero after the prompt, and the last place of each, ``last
+      [K]``.
 
     Raises:
       UserError: as :func:`distinct_anchors`.
@@ -206,13 +199,9 @@ def anchor_prompts(
 
 
 def last_prompt_positions(mask: jax.Array | np.ndarray) -> jax.Array:
-    """Position of each prompt's last token, the one before the first of the answer.
+    """Position of each prompt's last token, int32 ``[B]``, from a mask ``[B, T]``.
 
-    Args:
-      mask: ``[B, T]``, 1 at answer tokens.
-
-    Returns:
-      int32 ``[B]``; 0 for an example that has no answer, or nothing before it.
+    It stands before the first answer token; 0 without an answer, or nothing before it.
 
     >>> last_prompt_positions(jnp.array([[0.0, 0.0, 1.0, 1.0, 0.0]])).tolist()
     [1]
@@ -224,18 +213,9 @@ def last_prompt_positions(mask: jax.Array | np.ndarray) -> jax.Array:
 def prompt_states(
     apply_fn: ApplyFn, base: PyTree, adapter: PyTree | None, anchors: Anchors
 ) -> jax.Array:
-    """States after the final norm at the last token of each prompt.
+    """States ``[K, D]`` after the final norm at the last token of each prompt.
 
     **Guarantee**: with a causal model the padding has no influence.
-
-    Args:
-      apply_fn: the model.
-      base: frozen weights.
-      adapter: θ; None for none.
-      anchors: K prompts.
-
-    Returns:
-      ``[K, D]``, differentiable in the adapter.
     """
     _, hidden = apply_fn(base, adapter, anchors["tokens"], return_hidden=True)
     places = anchors["last"][:, None, None]
@@ -249,17 +229,10 @@ _compiled_states = functools.partial(jax.jit, static_argnums=0)(prompt_states)
 def reference_states(
     problem: Problem, base: PyTree, adapter: PyTree | None, anchors: Anchors
 ) -> jax.Array:
-    """States h_θ₀(x_k) to hold, measured once.
+    """States h_θ₀(x_k) to hold, float32 ``[K, D]``, measured once.
 
-    Args:
-      problem: for its model.
-      base: frozen weights.
-      adapter: a fresh one, which changes nothing (B = 0), or None. With one that has
-        learned something, it is *that* model which is held.
-      anchors: K prompts.
-
-    Returns:
-      float32 ``[K, D]``.
+    A fresh adapter, or None, changes nothing; with one that has learned something it is
+    *that* model which is held.
 
     Raises:
       UserError: for anchors that end outside their row, or are padded on the left.
@@ -298,19 +271,8 @@ def hidden_anchor_loss(
 ) -> jax.Array:
     """L_anchor = (1/K) Σ_k ‖h_θ(x_k) − h_θ₀(x_k)‖², over D with ``"mean"``.
 
-    **Guarantee**: no gradient flows to the reference; at θ₀ value and gradient are 0
-    up to rounding; ``"sum"`` is D times ``"mean"``.
-
-    Args:
-      problem: for its model.
-      base: frozen weights.
-      adapter: θ.
-      anchors: K prompts.
-      reference: their states ``[K, D]`` in θ₀.
-      reduction: ``"mean"`` or ``"sum"`` over D.
-
-    Returns:
-      A float32 scalar.
+    **Guarantee**: no gradient flows to the reference ``[K, D]``; at θ₀ value and
+    gradient are 0 up to rounding; ``"sum"`` is D times ``"mean"``.
     """
     states = prompt_states(problem.apply_fn, base, adapter, anchors)
     return jnp.mean(losses.hidden_state_anchor(states, reference, reduction=reduction))

@@ -81,19 +81,7 @@ def vaccine_gradient(
     key: jax.Array,
     radius: float,
 ) -> tuple[PyTree, jax.Array]:
-    """∇_w L(w; h + e) with the worst e of norm ρ, held constant.
-
-    Args:
-      problem: for its model and dropout.
-      base: frozen weights.
-      adapter: w.
-      batch: safety examples.
-      key: of the dropout.
-      radius: ρ.
-
-    Returns:
-      The gradient, and the loss under the disturbance.
-    """
+    """∇_w L(w; h + e) with the worst e of norm ρ, held constant, and that loss."""
     shift = perturbation(problem, base, adapter, batch, key, radius)
     loss, grads = jax.value_and_grad(
         lambda a: shifted_loss(problem, base, a, batch, key, shift)
@@ -109,19 +97,10 @@ def perturbation(
     key: jax.Array,
     radius: float,
 ) -> jax.Array:
-    """e_l = ρ g_l / (‖g‖ + 1e-7): where the loss rises fastest.
+    """e_l = ρ g_l / (‖g‖ + 1e-7), ``[L, B, T, D]``: where the loss rises fastest.
 
-    Args:
-      problem: for its model and dropout.
-      base: frozen weights.
-      adapter: w.
-      batch: safety examples.
-      key: of the dropout.
-      radius: ρ.
-
-    Returns:
-      ``[L, B, T, D]`` in the dtype of the residual stream; of norm ρ, up to 1e-7 / ‖g‖
-      of it, and 0 where no answer token listens.
+    In the dtype of the residual stream; of norm ρ, up to 1e-7 / ‖g‖ of it, and 0 where
+    no answer token listens.
     """
     depth = base["layers"]["q_proj"].shape[0]
     embed = base["embed"]

@@ -21,14 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbr_jax import errors, recipes
-from sbr_jax import outputs as files
+from sbr_jax import errors, files, recipes
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import JobArguments, Options, make_job, parse
 from sbr_jax.recipes.preset import Preset
-from sbr_jax.reporting import page
-from sbr_jax.reporting.analysis_drawings import drawings
-from sbr_jax.reporting.results import program_of, read_run
+from sbr_jax.reporting import html
+from sbr_jax.reporting.analyses import drawings
+from sbr_jax.reporting.runs import program_of, read_run
 from sbr_jax.studies import dates
 from sbr_jax.studies.analyses import ANALYSES, LABELLED, Context, labelled
 from sbr_jax.typing import UserError
@@ -101,7 +100,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: naming what it holds.
     """
-    from sbr_jax.training.results import read_config, refuse_foreign
+    from sbr_jax.training.run_folder import read_config, refuse_foreign
 
     cli.check_folder(folder)
     if (folder / "config.json").exists():
@@ -135,7 +134,7 @@ def execute(context: Context, names: Sequence[str]) -> Path:
             analyses cannot be drawn.
     """
     cli.enable_compilation_cache()
-    from sbr_jax.analysis.theme import to_png
+    from sbr_jax.reporting.theme import to_png
     from sbr_jax.training.records import plain_numbers, read_json, write_record
 
     folder = context.job.workdir
@@ -189,16 +188,16 @@ def write_page(
     folder: Path, whole: Mapping[str, Any], to_png: Callable[..., None]
 ) -> Path:
     """Write the page and the figures of all analyses in `analysis.json`."""
-    body = [page.heading("What the safety subspace is", 1)]
+    body = [html.heading("What the safety subspace is", 1)]
     for name in ANALYSES:
         for drawing in drawings(name, whole[name]) if name in whole else ():
-            body.append(page.drawing_block(drawing, ""))
+            body.append(html.drawing_block(drawing, ""))
             if drawing.figure is not None:
                 picture = folder / f"{drawing.name}.png"
                 files.replace(picture, functools.partial(to_png, drawing.figure))
     output = folder / "analysis.html"
     title = f"{whole['of']['preset']}: analyses"
-    files.write_text(output, page.page(title, body))
+    files.write_text(output, html.page(title, body))
     return output
 
 

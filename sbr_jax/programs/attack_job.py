@@ -201,8 +201,8 @@ def _with_steps(
 def execute(job: AttackJob) -> None:
     """Builds the study, runs it, writes its report."""
     cli.enable_compilation_cache()
-    from sbr_jax.programs import report
     from sbr_jax.provenance.code_version import recorder
+    from sbr_jax.reporting import report
     from sbr_jax.training import pipeline
 
     pipeline.run(

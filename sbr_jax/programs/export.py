@@ -17,19 +17,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbr_jax import errors, recipes
-from sbr_jax import outputs as files
+from sbr_jax import errors, files, recipes
 from sbr_jax.methods import Hyperparameters, build
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job
 from sbr_jax.recipes.preset import Preset
-from sbr_jax.reporting.results import PROGRAMS
+from sbr_jax.reporting.runs import PROGRAMS
 from sbr_jax.settings import Training, restore
 from sbr_jax.studies.dates import dated
 from sbr_jax.studies.options import Sources
+from sbr_jax.training import deployed
 from sbr_jax.training.config import Config
-from sbr_jax.training.shipped import reopen
 from sbr_jax.typing import PyTree, UserError
 
 PROGRAM = cli.command("export")
@@ -202,7 +201,7 @@ def _place(
         UserError: for an unknown row or seed, and a stage that is not finished or whose
             adapter is gone.
     """
-    from sbr_jax.training.results import run_of
+    from sbr_jax.training.run_folder import run_of
     from sbr_jax.training.stage_records import BASE, read_result
 
     rows = {p.name.replace("+", ":"): p for p in sorted(workdir.glob("stages/*"))}
@@ -248,35 +247,13 @@ def _needs_merging(variant: str) -> UserError:
 
 
 def weights(plan: Export, study: Any) -> tuple[PyTree, PyTree]:
-    """What a row ships: base weights and adapter, after its `deploy`.
+    """The variant's deployed weights, base and adapter.
 
     Raises:
         UserError: if `deploy` needs a state that a newer one has replaced.
     """
-    from sbr_jax.methods.base import as_trained
-    from sbr_jax.training.program import init_adapter
-
-    track = reopen(
-        plan.job.workdir,
-        plan.variant,
-        plan.seed,
-        study=study,
-        base=study.model.params,
-        config=plan.job.config,
-        domains=plan.job.domains,
-    )
-    if track.method.deploy is as_trained:
-        # Not `load`, which computes the method's state anew to know its structure.
-        like = init_adapter(study, plan.job.config, plan.seed)
-        return track.base, track.restore(plan.place / "adapter", like)
-    states = (track.folder(n) / "state" for n in range(plan.stage + 1))
-    if not any(path.is_dir() for path in states):
-        raise UserError(
-            f"--stage {plan.stage}: '{plan.variant}' deploys what depends on its "
-            "state, and a later stage has replaced that; name a later one"
-        )
-    track.load(plan.stage + 1)
-    return track.deployed(track.adapter)
+    job = deployed.reopen(plan.job.workdir, study, plan.job.config, plan.job.domains)
+    return deployed.weights(job, plan.variant, plan.seed, plan.stage)
 
 
 def execute(plan: Export) -> None:
@@ -316,7 +293,7 @@ def execute(plan: Export) -> None:
 
 
 def _reached(plan: Export) -> str:
-    from sbr_jax.training.results import run_of
+    from sbr_jax.training.run_folder import run_of
     from sbr_jax.training.stage_records import read_result
 
     (folder,) = plan.place.parent.glob(f"{plan.stage:02d}-*")

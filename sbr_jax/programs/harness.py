@@ -3,7 +3,7 @@
 After the run, or on a finished folder, the start model and the final deployed weights
 of every row and seed go through EleutherAI's harness (the extra `eval`), on items of
 the data folder; nothing is fetched. With a limit the items are those that
-`evaluation.measures` draws. Chat models are asked in their template, others in plain
+`evaluation.benchmarks` draws. Chat models are asked in their template, others in plain
 text: compare like with like. Results go to `WORKDIR/harness.json`, one entry per row
 and seed as soon as it is there, and the same command continues.
 """
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbr_jax import errors
-from sbr_jax.evaluation.measurement import draw
+from sbr_jax.evaluation.benchmarks import draw
 from sbr_jax.programs.job import Job
-from sbr_jax.training.shipped import deployments
+from sbr_jax.training.deployed import deployments
 from sbr_jax.typing import UserError
 
 FILE = "harness.json"
@@ -151,7 +151,9 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
     budget = Budget(tokens=job.config.hardware.score_tokens)
     entries = _entries(job, tasks)
     done = {(entry["method"], entry["seed"]) for entry in entries}
-    for row, seed, weights in deployments(job, study, done):
+    for row, seed, weights in deployments(
+        job.workdir, study, job.config, job.methods, job.seeds, job.domains, done
+    ):
         if not job.quiet:
             print(f"harness  {row}  seed {seed}", file=sys.stderr, flush=True)
         runner = ModelRunner(study.model, *weights, too_long="left", budget=budget)
@@ -183,7 +185,7 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
 
 def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
     """The absolute bias in ambiguous contexts of the single categories, if any."""
-    from sbr_jax.evaluation.bbq import bias_scores
+    from sbr_jax.evaluation.tasks.bias import bias_scores
 
     used = [
         (pick, item)
@@ -206,13 +208,13 @@ def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
 def _identity(job: Job, tasks: Mapping[str, Task]) -> dict[str, Any]:
     """What all entries of one `harness.json` have in common."""
     from sbr_jax.evaluation.harness_tasks import import_harness
-    from sbr_jax.training.results import Workdir
+    from sbr_jax.training.run_folder import RunFolder
 
     def digest(items: Sequence[Any]) -> str:
         return hashlib.sha256("\n".join(i.id for i in items).encode()).hexdigest()[:12]
 
     return {
-        "run": Workdir(job.workdir).run,
+        "run": RunFolder(job.workdir).run,
         "lm_eval": import_harness().__version__,
         "items": {name: len(task.items) for name, task in tasks.items()},
         "ids": {name: digest(task.items) for name, task in tasks.items()},

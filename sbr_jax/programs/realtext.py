@@ -32,8 +32,8 @@ import optax
 from sbr_jax import models
 from sbr_jax.data import TokenDataset, concatenate, encode_chat, encode_prompts
 from sbr_jax.data.leaks import refuse_shared
-from sbr_jax.evaluation import KeywordJudge, measures, tasks
-from sbr_jax.evaluation.measurement import Ask, Measurement
+from sbr_jax.evaluation import KeywordJudge, tasks
+from sbr_jax.evaluation.benchmarks import Ask, PreparedBenchmark, prepare
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.losses import token_cross_entropy
 from sbr_jax.programs import cli
@@ -49,7 +49,7 @@ from sbr_jax.studies.realtext_corpus import (
     read_corpus,
 )
 from sbr_jax.studies.stories import held_out_scores
-from sbr_jax.training.step import learning_rate_schedule
+from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import PyTree, UserError
 
 PROGRAM = cli.command("realtext")
@@ -153,7 +153,7 @@ def train(
 # --- the folder -----------------------------------------------------------------------
 
 
-def measurements(folder: Path) -> list[Measurement]:
+def measurements(folder: Path) -> list[PreparedBenchmark]:
     """Return what a model is measured with; reads the files, touches no model.
 
     Raises:
@@ -161,9 +161,7 @@ def measurements(folder: Path) -> list[Measurement]:
     """
     judge = KeywordJudge(KEYWORDS)
     found = [
-        measures.prepare(
-            name, folder, limit=MEASURED, judge=judge, max_new_tokens=NEW_TOKENS
-        )
+        prepare(name, folder, limit=MEASURED, judge=judge, max_new_tokens=NEW_TOKENS)
         for name in BENCHMARKS
     ]
     # Of the same origin as what was learnt, where the others are not.
@@ -173,7 +171,9 @@ def measurements(folder: Path) -> list[Measurement]:
     return [*found, near.judged(items, tasks.requests)]
 
 
-def measure(model: models.Model, asked: Sequence[Measurement]) -> dict[str, float]:
+def measure(
+    model: models.Model, asked: Sequence[PreparedBenchmark]
+) -> dict[str, float]:
     """Return refusal and over-refusal rates of a trained model, in percent."""
     # Some of HarmBench's prompts are long, and a batch is as wide as its longest.
     runner = ModelRunner(model, model.params, batch_size=16)

@@ -147,7 +147,7 @@ def check_folder(cell: Job) -> None:
         UserError: naming the folder.
     """
     from sbr_jax.training.records import plain_numbers
-    from sbr_jax.training.results import read_config, refuse_foreign
+    from sbr_jax.training.run_folder import read_config, refuse_foreign
 
     if not (cell.workdir / "config.json").exists():
         cli.check_folder(cell.workdir)

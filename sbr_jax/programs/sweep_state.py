@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from sbr_jax.programs.job import Job
-from sbr_jax.reporting.results import Run, read_run
-from sbr_jax.reporting.tables import COLUMNS, Cell, Table, cell, to_markdown
+from sbr_jax.reporting.runs import read_run
+from sbr_jax.reporting.tables import Cell, Table, comparison, row_cells, to_markdown
 
 MEMORY = "memory.json"
 """In a cell's folder: row to the bytes of one training step."""
@@ -55,7 +55,7 @@ class Sweep:
 
 def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
     """Seconds spent on every part that was begun, and whether it is finished."""
-    from sbr_jax.training.results import Workdir, read_config
+    from sbr_jax.training.run_folder import RunFolder, read_config
     from sbr_jax.training.stages import EVALUATE
 
     found: dict[Part, tuple[float, bool]] = {}
@@ -63,7 +63,7 @@ def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
         if not (plan.workdir / "config.json").exists():
             continue
         domains = len(read_config(plan.workdir)["domains"])
-        folder = Workdir(plan.workdir)
+        folder = RunFolder(plan.workdir)
         for record in folder.lines(plan.methods):
             line = record["line"]
             if line["seed"] is None:
@@ -179,38 +179,22 @@ def merged_table(sweep: Sweep) -> Table:
     from sbr_jax.training.records import read_json
 
     finished = {part.cell for part, (_, whole) in spent(sweep).items() if whole}
-    found: list[tuple[str, str, Run, dict[str, int]]] = []
+    lines, sizes = [], []
     for name, plan in sweep.jobs.items():
         if name not in finished:
             continue
-        results = read_run(plan.workdir)
+        found = read_run(plan.workdir)
         path = plan.workdir / MEMORY
         memory = read_json(path, LOST) if path.exists() else {}
-        rows = [row for row in results.methods if results.seeds(row)]
-        found += [(name, row, results, memory) for row in rows]
-    cells = {
-        column.key: [cell(results, row, column.key) for _, row, results, _ in found]
-        for column in COLUMNS
-    }
-    used = [c for c in COLUMNS if any(x.mean is not None for x in cells[c.key])]
-    rows = []
-    for i, (name, row, results, memory) in enumerate(found):
-        mebibytes = memory[row] / 2**20 if row in memory else None
-        rows.append(
-            (
-                row,
-                name,
-                str(len(results.seeds(row))),
-                *(cells[column.key][i].text() for column in used),
-                Cell(mebibytes).text(),
-            )
-        )
-    head = ("method", "cell", "seeds", *(c.title for c in used), "step memory, MiB")
-    notes = (
-        *(f"{column.title}: {column.hint}" for column in used),
-        "step memory: arguments, outputs and temporaries of one compiled step; lower",
-    )
-    return Table(head, tuple(rows), notes)
+        for row in found.methods:
+            if seeds := found.seeds(row):
+                lines.append(((row, name, str(len(seeds))), row_cells(found, row)))
+                size = memory[row] / 2**20 if row in memory else None
+                sizes.append(Cell(size).text())
+    table = comparison(("method", "cell", "seeds"), lines)
+    note = "step memory: arguments, outputs and temporaries of one compiled step; lower"
+    table = table.with_column("step memory, MiB", sizes)
+    return dataclasses.replace(table, notes=(*table.notes, note))
 
 
 def write_table(sweep: Sweep) -> Path | None:

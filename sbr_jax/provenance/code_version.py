@@ -1,71 +1,77 @@
-"""A hash of the code that decides a row's numbers, read from a tree of sources.
+"""A hash of the code that decides a row's numbers.
 
 What counts is every definition that a run of the row can reach, from training, the
-method and the study down to the losses, and the shipped files of the testbed. What
-cannot change a finished row does not: comments, docstrings, layout, other methods, the
-text of errors, refusals (`if ...: raise UserError(...)`) and :data:`BOOKKEEPING`.
+method and the study down to the losses, and the testbed's own files. What cannot change
+a finished row does not: comments, docstrings, layout, the place of a definition, other
+methods, the text of errors, refusals (`if ...: raise UserError(...)`) and
+:data:`BOOKKEEPING`.
 """
 
-import ast
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from sbr_jax.provenance.source_tree import Symbol, Tree, digest
+from sbr_jax import recipes
+from sbr_jax.methods import METHODS, resolve
+from sbr_jax.provenance.source_tree import Symbol, Tree
+from sbr_jax.studies import attacks
+from sbr_jax.training import pipeline
 from sbr_jax.typing import UserError
 
-ROOT = Path(__file__).parents[1]
-"""The tree that this file belongs to."""
-PACKAGES = ("sbr_jax", "experiments")
-REGISTRY = "sbr_jax.methods"
-"""Where `METHODS` and `ABLATIONS` name a row's maker and hyper-parameters."""
-ATTACKS = "sbr_jax.studies.attacks"
-"""Where `ATTACKS` does so for an attack."""
+ROOT = Path(__file__).parents[2]
+"""The folder of the package that this file belongs to."""
+ASSETS = "sbr_jax/testbed/assets"
+LENGTH = 10
+TESTBED = "testbed"
 BOOKKEEPING = (
-    "sbr_jax.training.results",
-    "sbr_jax.training.records",
-    "sbr_jax.training.stage_records",
-    "sbr_jax.training.finite",
-    "sbr_jax.training.summary",
-    "sbr_jax.training.checkpoint",
-    "sbr_jax.typing",
+    "sbr_jax.files",
     "sbr_jax.programs.cli",
-    f"{REGISTRY}:METHODS",
-    f"{REGISTRY}:ABLATIONS",
-    f"{REGISTRY}:build",
-    f"{ATTACKS}:ATTACKS",
     "sbr_jax.testbed.build",
+    "sbr_jax.training.checkpoint",
+    "sbr_jax.training.code_record",
+    "sbr_jax.training.finite",
+    "sbr_jax.training.records",
+    "sbr_jax.training.run_folder",
+    "sbr_jax.training.stages",
+    "sbr_jax.training.stage_records",
+    "sbr_jax.training.summary",
+    "sbr_jax.typing",
+    "sbr_jax.checks",
+    "sbr_jax.errors",
+    "sbr_jax.methods.hyperparameters",
+    "sbr_jax.methods.registry",
+    "sbr_jax.recipes",
+    "sbr_jax.settings",
+    "sbr_jax.studies.attacks:ATTACKS",
 )
 """What stores, refuses and looks up: a finished row's numbers pass through. The build
 of the testbed's model is not run again, and the files that it made count."""
-TRAINING = (
-    ("sbr_jax.training.track", "Track"),
-    ("sbr_jax.training.program", "make_program"),
-    ("sbr_jax.training.pipeline", "_run_group"),
-    ("sbr_jax.training.pipeline", "_base_stage"),
-)
-ASSETS = "sbr_jax/testbed/assets"
-LENGTH = 10
+SILENT = {"name", "summary", "notes", "methods", "seeds"}
+SILENT |= {"hardware", "hyperparameters"}
+"""Fields of presets and attacks that say which variants to run and what to print."""
 
 
-def code_hash(row: str, study: str = "testbed", root: Path = ROOT) -> str:
+def code_hash(row: str, study: str = TESTBED) -> str:
     """The hash of the code that decides a row.
 
     Args:
-        row: a key of `METHODS` or `ABLATIONS`.
+        row: a key of `METHODS` or `VARIANTS`.
         study: a preset by its name, or `attack:NAME` for an attack on the testbed.
-        root: folder of `sbr_jax` and `experiments`, of this or another commit.
 
     Returns:
         Ten hexadecimal digits.
 
     Raises:
-        UserError: for a row, a preset or an attack that the tree does not have.
+        UserError: for an unknown row, preset or attack.
     """
-    parts = {f"{m}:{n}": code for (m, n), code in decided_by(row, study, root).items()}
-    parts["assets"] = _assets(root)
-    text = "\n".join(f"{name} {parts[name]}" for name in sorted(parts))
+    symbols, values = _entries(row, study)
+    found = _tree().reached(symbols, BOOKKEEPING)
+    # By name and code alone, so that a definition may move to another module.
+    parts = sorted(f"{name} {code}" for (_, name), code in found.items())
+    text = "\n".join([*parts, values, _assets(ROOT)])
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
@@ -76,94 +82,65 @@ def recorder(study: str) -> Callable[[str], str] | None:
         study: as for :func:`code_hash`.
     """
     try:
-        _study(_tree(ROOT), study)
+        _entries("plain", study)
     except UserError:
         return None
     return functools.partial(code_hash, study=study)
 
 
-def decided_by(row: str, study: str, root: Path = ROOT) -> dict[Symbol, str]:
+def decided_by(row: str, study: str = TESTBED) -> dict[Symbol, str]:
     """Every definition that decides a row, with a digest of its code."""
-    tree = _tree(root)
-    maker, options = _method(tree, row)
-    study_parts, settings = _study(tree, study)
-    found = tree.reached([*TRAINING, *study_parts, *maker], BOOKKEEPING)
-    return {**found, ("row", "options"): options, ("study", "settings"): settings}
+    return _tree().reached(_entries(row, study)[0], BOOKKEEPING)
 
 
 @functools.cache
-def _tree(root: Path) -> Tree:
-    return Tree(root, PACKAGES)
+def _tree() -> Tree:
+    return Tree(ROOT, "sbr_jax")
 
 
-def _method(tree: Tree, row: str) -> tuple[list[Symbol], str]:
-    """The maker of a row and what its options refer to; a digest of the options."""
-    makers = _entries(tree, REGISTRY, "METHODS")
-    options = _entries(tree, REGISTRY, "ABLATIONS")
-    entry = options.get(row)
-    if isinstance(entry, ast.Tuple) and isinstance(entry.elts[0], ast.Constant):
-        maker = makers.get(str(entry.elts[0].value))
-    else:
-        entry, maker = None, makers.get(row)
-    if maker is None:
-        raise UserError(
-            f"row {row}: expected one of {tree.root / 'sbr_jax'}, got none such"
-        )
-    found = list(tree.named(REGISTRY, maker))
-    if entry is not None:
-        found += tree.named(REGISTRY, entry)
-    return found, "" if entry is None else digest([entry.elts[1]])
-
-
-def _study(tree: Tree, study: str) -> tuple[list[Symbol], str]:
-    """What makes a study and its settings; a digest of the preset's own."""
+def _entries(row: str, study: str) -> tuple[list[Symbol], str]:
+    """Definitions that a run starts from, and the values that it is given."""
+    symbols: list[Symbol] = []
+    given: list[Any] = []
     kind, _, name = study.partition(":")
     if kind == "attack" and name:
-        settings, own = _study(tree, "testbed")
-        attack = _entries(tree, ATTACKS, "ATTACKS").get(name)
-        if attack is None:
-            raise UserError(
-                f"attack {name}: expected one of {tree.root / 'experiments'}, got none "
-                "such"
-            )
-        return [(ATTACKS, "build"), *settings, *tree.named(ATTACKS, attack)], own
-    module = f"sbr_jax.recipes.{study.replace('-', '_')}"
-    place = tree.module(module)
-    if place is None:
-        raise UserError(
-            f"preset {study}: expected one of {tree.root / 'experiments'}, got none "
-            "such"
-        )
-    own = [
-        argument.value
-        for statement in place.definitions.get("PRESET", [])
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Call)
-        for argument in node.keywords
-        if argument.arg in ("study", "settings", "options")
-    ]
-    named = [symbol for value in own for symbol in tree.named(module, value)]
-    # A preset that only chooses other rows of the testbed takes all else from there.
-    inherited = [] if named else _study(tree, "testbed")[0]
-    return [*named, *inherited], digest(own)
+        given += [_known("attack", name, attacks.ATTACKS), attacks.build]
+        study = TESTBED
+    _known("preset", study, recipes.MODULES)
+    preset = recipes.load(study)
+    method, options = resolve(row, preset.hyperparameters)
+    given += [METHODS[method], vars(options), preset, pipeline.run]
+    return symbols, repr(_described(given, symbols))
 
 
-def _entries(tree: Tree, module: str, table: str) -> dict[str, ast.expr]:
-    """Values of a dictionary that a module defines, by key, as code."""
-    place = tree.module(module)
-    found: dict[str, ast.expr] = {}
-    for statement in place.definitions.get(table, []) if place else []:
-        value = getattr(statement, "value", None)
-        if isinstance(value, ast.Dict):
-            for key, entry in zip(value.keys, value.values, strict=True):
-                if isinstance(key, ast.Constant):
-                    found[str(key.value)] = entry
-    return found
+def _known(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise UserError(f"{kind} {name}: expected one of {', '.join(known)}")
+    return known[name]
+
+
+def _described(value: Any, symbols: list[Symbol]) -> Any:
+    """Plain data of a value; functions and classes are noted, and named."""
+    if isinstance(value, functools.partial):
+        value = [value.func, value.args, value.keywords]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (field.name for field in dataclasses.fields(value))
+        symbols.append((type(value).__module__, type(value).__qualname__))
+        value = {name: getattr(value, name) for name in fields if name not in SILENT}
+    if isinstance(value, Mapping):
+        return {str(key): _described(x, symbols) for key, x in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [_described(x, symbols) for x in value]
+    if callable(value):
+        name = value.__qualname__.split(".")[0]
+        symbols.append((value.__module__, name))
+        return name
+    return repr(value)
 
 
 @functools.cache
 def _assets(root: Path) -> str:
-    """A digest of the testbed's shipped files."""
+    """A digest of the testbed's own files."""
     found = hashlib.sha256()
     for path in sorted((root / ASSETS).rglob("*")):
         if path.is_file():

@@ -1,8 +1,7 @@
 """Top-level definitions of a tree of Python sources, and what each refers to.
 
-Files are parsed and never imported, so a tree may be of any commit. References are
-over-approximated: every name in a definition that its module defines or imports counts,
-shadowed or not.
+Files are parsed, not imported. References are over-approximated: every name in a
+definition that its module defines or imports counts, shadowed or not.
 """
 
 import ast
@@ -15,6 +14,8 @@ from typing import Any
 
 Symbol = tuple[str, str]
 """A module and the name of a definition in it."""
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,88 +35,68 @@ class Module:
 
 
 class Tree:
-    """The packages below a folder, read when they are asked for."""
+    """A package below a folder; its files are read when they are asked for."""
 
-    def __init__(self, root: Path, packages: Sequence[str]):
-        """Names the folder and its top-level packages; others are not followed."""
-        self.root = root
-        self.packages = tuple(packages)
+    def __init__(self, root: Path, package: str):
+        """Names the folder and the package in it; others are not followed."""
+        self.root, self.package = root, package
+        self.path = functools.cache(self._path)
         self.module = functools.cache(self._module)
+        self.resolve = functools.cache(self._resolve)
         self.code = functools.cache(self._code)
-        self.references = functools.cache(self._references)
 
-    def path(self, name: str) -> Path | None:
+    def _path(self, name: str) -> Path | None:
         """The file of a module, or None where the tree has none."""
-        if name.split(".")[0] not in self.packages:
-            return None
         base = self.root.joinpath(*name.split("."))
-        for path in (base.with_suffix(".py"), base / "__init__.py"):
-            if path.is_file():
-                return path
-        return None
+        own = name.split(".")[0] == self.package
+        places = (base.with_suffix(".py"), base / "__init__.py")
+        return next((path for path in places if own and path.is_file()), None)
 
     def source(self, path: Path) -> str:
         """The text of a file."""
         return path.read_text(encoding="utf-8")
 
-    def _module(self, name: str) -> Module | None:
-        path = self.path(name)
-        if path is None:
-            return None
-        found = Module({}, {}, [])
-        for statement in ast.parse(self.source(path)).body:
-            if isinstance(statement, ast.Import | ast.ImportFrom):
+    def _module(self, name: str) -> Module:
+        path, found = self.path(name), Module({}, {}, [])
+        for statement in ast.parse(self.source(path)).body if path else ():
+            names = () if isinstance(statement, IMPORTS) else tuple(_bound(statement))
+            if names or isinstance(statement, IMPORTS):
                 found.imports.update(_imported(statement))
-            elif names := list(_bound(statement)):
-                found.imports.update(_imports_inside(statement))
-                for bound in names:
-                    found.definitions.setdefault(bound, []).append(statement)
             elif not _is_text(statement):
                 found.effects.append(statement)
+            for bound in names:
+                found.definitions.setdefault(bound, []).append(statement)
         return found
 
-    def resolve(self, module: str, name: str) -> Symbol | str | None:
+    def _resolve(self, module: str, name: str) -> Symbol | str | None:
         """Where a name of a module comes from: a symbol, a module, or elsewhere."""
-        if self.path(f"{module}.{name}"):
-            return f"{module}.{name}"
         here = self.module(module)
-        if here is None:
-            return None
         if name in here.definitions:
             return module, name
-        if name not in here.imports:
-            return None
-        source, inner = here.imports[name]
+        source, inner = here.imports.get(name, (module, name))
         if inner is None:
             return source if self.path(source) else None
-        return self.resolve(source, inner)
+        if (source, inner) != (module, name):
+            return self.resolve(source, inner)
+        return f"{module}.{name}" if self.path(f"{module}.{name}") else None
 
-    def _statements(self, symbol: Symbol) -> list[ast.stmt]:
-        """What defines a symbol, with what its module does when it is imported."""
-        here = self.module(symbol[0])
-        return [] if here is None else [*here.definitions[symbol[1]], *here.effects]
+    def _code(self, symbol: Symbol) -> tuple[str, frozenset[Symbol]]:
+        """A digest of a symbol's statements, and the definitions that they name.
 
-    def _code(self, symbol: Symbol) -> str:
-        """A digest of a symbol's statements."""
-        return digest(self._statements(symbol))
-
-    def _references(self, symbol: Symbol) -> frozenset[Symbol]:
-        """Definitions that a symbol's statements name."""
-        statements = self._statements(symbol)
-        named = (self.named(symbol[0], statement) for statement in statements)
-        return frozenset(found for part in named for found in part) - {symbol}
-
-    def named(self, module: str, statement: ast.AST) -> Iterator[Symbol]:
-        """Definitions that one statement of a module names."""
+        What its module does when it is imported counts as a part of each.
+        """
+        module, name = symbol
         here = self.module(module)
-        aliases = {**(here.imports if here else {}), **_imports_inside(statement)}
-        for chain in _chains(statement):
-            first, *rest = chain
-            if first in aliases:
-                source, inner = aliases[first]
-                place = source if inner is None else self.resolve(source, inner)
-            else:
-                place = self.resolve(module, first)
+        statements = [*here.definitions[name], *here.effects]
+        named = (self._named(module, statement) for statement in statements)
+        return digest(statements), frozenset(x for part in named for x in part)
+
+    def _named(self, module: str, statement: ast.stmt) -> Iterator[Symbol]:
+        """Definitions that one statement of a module names."""
+        inside = _imported(statement)
+        for first, *rest in _chains(statement):
+            source, inner = inside.get(first, (module, first))
+            place = source if inner is None else self.resolve(source, inner)
             while isinstance(place, str) and rest:
                 place = self.resolve(place, rest.pop(0))
             if isinstance(place, tuple):
@@ -130,50 +111,48 @@ class Tree:
             roots: where to start; those that the tree lacks are skipped.
             closed: modules, or `MODULE:NAME`, that are neither entered nor counted.
         """
-        shut = set(closed)
         found: dict[Symbol, str] = {}
         left = [place for root in roots if (place := self.resolve(*root))]
         while left:
             symbol = left.pop()
             if isinstance(symbol, str) or symbol in found:
                 continue
-            module, name = symbol
-            if module in shut or f"{module}:{name}" in shut:
+            if symbol[0] in closed or ":".join(symbol) in closed:
                 continue
-            found[symbol] = self.code(symbol)
-            left += self.references(symbol)
+            found[symbol], named = self.code(symbol)
+            left += named
         return found
 
 
 def digest(statements: Sequence[ast.AST]) -> str:
-    """A hash of code, whatever its comments, docstrings, layout and refusals.
+    """A hash of code, whatever its comments, docstrings, layout, imports and refusals.
 
     >>> a, b = "x = f( 1 )  # one", "x = f(1)"
     >>> digest(ast.parse(a).body) == digest(ast.parse(b).body)
     True
     """
-    text = repr([canonical(statement) for statement in statements])
+    text = repr([_canonical(statement) for statement in statements])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def canonical(node: Any) -> Any:
+def _canonical(node: Any) -> Any:
     """A tree of plain tuples, the same for every version of Python.
 
-    Left out are fields that are empty, docstrings, the text of an error, and refusals.
+    Left out are fields that are empty, texts that stand alone, imports (what they bring
+    is reached by its name), the text of an error, and refusals.
     """
     if isinstance(node, list):
-        return [canonical(part) for part in node if not is_refusal(part)]
+        left_out = (_is_text, is_refusal, lambda part: isinstance(part, IMPORTS))
+        return [_canonical(x) for x in node if not any(out(x) for out in left_out)]
     if isinstance(node, ast.Raise):
         return ("Raise",)
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = []
-    for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(value, list):
-            value = [part for part in value if not _is_text(part)]
-        if name in ("type_comment", "kind") or value is None or value == []:
-            continue
-        fields.append((name, canonical(value)))
+    fields = [
+        (name, _canonical(value))
+        for name, value in ast.iter_fields(node)
+        if name not in ("type_comment", "kind") and value is not None and value != []
+    ]
     return (type(node).__name__, *fields)
 
 
@@ -203,46 +182,35 @@ def is_refusal(node: Any) -> bool:
     )
 
 
-def _is_text(statement: ast.AST) -> bool:
+def _is_text(statement: Any) -> bool:
     """Whether a statement is a text alone: a docstring, or one below a constant."""
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
+    value = getattr(statement, "value", None)
+    text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+    return isinstance(statement, ast.Expr) and text
 
 
 def _bound(statement: ast.stmt) -> Iterator[str]:
     """Names that a top-level statement defines."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    if isinstance(statement, kinds):
-        yield statement.name
-        return
-    for node in ast.walk(statement):
-        if isinstance(node, kinds):
+    inner = [statement] if isinstance(statement, DEFINITIONS) else ast.walk(statement)
+    for node in inner:
+        if isinstance(node, DEFINITIONS):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
 
 
-def _imported(
-    statement: ast.Import | ast.ImportFrom,
-) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    for alias in statement.names:
-        if isinstance(statement, ast.ImportFrom):
-            yield alias.asname or alias.name, (statement.module or "", alias.name)
-        elif alias.asname:
-            yield alias.asname, (alias.name, None)
-        else:
-            first = alias.name.split(".")[0]
-            yield first, (first, None)
-
-
-def _imports_inside(statement: ast.AST) -> dict[str, tuple[str, str | None]]:
+def _imported(statement: ast.AST) -> dict[str, tuple[str, str | None]]:
+    """What each name was imported as, anywhere in a statement."""
     found: dict[str, tuple[str, str | None]] = {}
     for node in ast.walk(statement):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            found.update(_imported(node))
+        for alias in node.names if isinstance(node, IMPORTS) else ():
+            if isinstance(node, ast.ImportFrom):
+                found[alias.asname or alias.name] = (node.module or "", alias.name)
+            elif alias.asname:
+                found[alias.asname] = (alias.name, None)
+            else:
+                first = alias.name.split(".")[0]
+                found[first] = (first, None)
     return found
 
 

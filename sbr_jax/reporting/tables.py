@@ -1,17 +1,17 @@
-"""The result table: one list of cells, written as markdown, HTML or for a terminal."""
+"""Tables of a run: lines of cells, written as markdown, HTML or for a terminal."""
 
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table as RichTable
 
-from sbr_jax.reporting.results import Run
+from sbr_jax.reporting.runs import Run
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """One column of the main table.
 
     Attributes:
@@ -49,24 +49,22 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A mean with its standard deviation over seeds; `None` is "not measured"."""
+    """A mean with its standard deviation over seeds; None is "not measured"."""
 
     mean: float | None = None
     std: float | None = None
     digits: int = 1
 
-    def text(self, plus_minus: str = " ± ") -> str:
-        """Write the number.
+    def text(self) -> str:
+        """The number as it is shown.
 
         >>> Cell(93.24, 0.51).text(), Cell().text(), Cell(0.0123, digits=3).text()
         ('93.2 ± 0.5', '–', '0.012')
         """
         if self.mean is None or not np.isfinite(self.mean):
             return "–"
-        text = f"{self.mean:.{self.digits}f}"
-        if self.std is not None:
-            text += f"{plus_minus}{self.std:.{self.digits}f}"
-        return text
+        spread = "" if self.std is None else f" ± {self.std:.{self.digits}f}"
+        return f"{self.mean:.{self.digits}f}{spread}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +75,16 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
+    def with_column(self, title: str, texts: Iterable[str]) -> "Table":
+        """The table with one more column at its right."""
+        rows = zip(self.rows, texts, strict=True)
+        return Table(
+            (*self.head, title), tuple((*row, text) for row, text in rows), self.notes
+        )
+
+
+# --- the main table -------------------------------------------------------------------
+
 
 def _cell(values: np.ndarray, digits: int = 1) -> Cell:
     if not len(values) or not np.all(np.isfinite(values)):
@@ -85,12 +93,12 @@ def _cell(values: np.ndarray, digits: int = 1) -> Cell:
     return Cell(float(np.mean(values)), std, digits)
 
 
-def _loss_digits(key: str) -> int:
+def _digits(key: str) -> int:
     return 3 if key.endswith("loss") else 1
 
 
 def cell(run: Run, method: str, key: str) -> Cell:
-    """Return one cell of the main table."""
+    """One cell of the main table."""
     if key == "retention":
         composite = run.metric(method, "composite")
         return _cell(100 * composite[:, -1] / composite[:, 0])
@@ -100,56 +108,83 @@ def cell(run: Run, method: str, key: str) -> Cell:
     if key == "seconds_per_step":
         return Cell(run.seconds_per_step(method), digits=3)
     if key == "triggers":
-        return Cell(run.triggers(method), digits=1)
-    return _cell(run.metric(method, key)[:, -1], _loss_digits(key))
+        return Cell(run.triggers(method))
+    return _cell(run.metric(method, key)[:, -1], _digits(key))
 
 
-def _start(run: Run, key: str) -> Cell:
-    """Return the aligned model's cell of the main table."""
+def _start_cell(run: Run, key: str) -> Cell:
+    """The aligned model's cell of the main table."""
     if key in ("domain_accuracy", "accuracy_learned"):
         values = [v for v in start_accuracy(run) if v is not None]
         return Cell(float(np.mean(values))) if values else Cell()
     value = 100.0 if key == "retention" and "composite" in run.base else None
-    return Cell(run.base.get(key, value), digits=_loss_digits(key))
+    return Cell(run.base.get(key, value), digits=_digits(key))
 
 
 def start_accuracy(run: Run) -> list[float | None]:
-    """Return the aligned model's accuracy on each domain."""
+    """The aligned model's accuracy on each domain."""
     return [run.base.get(f"accuracy/{domain}") for domain in run.domains]
 
 
+Labelled = tuple[Sequence[str], Mapping[str, Cell]]
+"""The labels of a line and its cells by the keys of `COLUMNS`."""
+
+
+def row_cells(run: Run, method: str) -> dict[str, Cell]:
+    """A row's cells of the main table, by key."""
+    return {column.key: cell(run, method, column.key) for column in COLUMNS}
+
+
+def comparison(
+    head: Sequence[str], lines: Sequence[Labelled], first: Labelled | None = None
+) -> Table:
+    """Lines beside each other, in the columns that some line has a number for.
+
+    Args:
+        head: titles of the labels.
+        lines: to compare.
+        first: a line above them, which asks for no column.
+    """
+    used = [c for c in COLUMNS if any(x[c.key].mean is not None for _, x in lines)]
+    rows = tuple(
+        (*labels, *(cells[column.key].text() for column in used))
+        for labels, cells in ([] if first is None else [first]) + list(lines)
+    )
+    notes = tuple(f"{column.title}: {column.hint}" for column in used)
+    return Table((*head, *(column.title for column in used)), rows, notes)
+
+
 def main_table(run: Run) -> Table:
-    """Return mean ± standard deviation over seeds, a row per method."""
-    methods = [m for m in run.methods if run.seeds(m)]
-    cells = {c.key: [cell(run, m, c.key) for m in methods] for c in COLUMNS}
-    starts = {c.key: _start(run, c.key) for c in COLUMNS}
-    columns = [c for c in COLUMNS if any(x.mean is not None for x in cells[c.key])]
-    rows = [("start", "–", *(starts[c.key].text() for c in columns))]
-    for index, method in enumerate(methods):
-        seeds = str(len(run.seeds(method)))
-        rows.append((method, seeds, *(cells[c.key][index].text() for c in columns)))
-    notes = tuple(f"{c.title}: {c.hint}" for c in columns)
-    return Table(("method", "seeds", *(c.title for c in columns)), tuple(rows), notes)
+    """Mean ± standard deviation over seeds, a row per method."""
+    lines = [
+        ((method, str(len(seeds))), row_cells(run, method))
+        for method in run.methods
+        if (seeds := run.seeds(method))
+    ]
+    start = {column.key: _start_cell(run, column.key) for column in COLUMNS}
+    return comparison(("method", "seeds"), lines, (("start", "–"), start))
+
+
+# --- further tables -------------------------------------------------------------------
 
 
 def trajectory_table(run: Run, key: str = "composite") -> Table:
-    """Return a metric after each stage, a row per method."""
-    rows = []
-    for method in run.methods:
-        values = run.metric(method, key)
-        if len(values):
-            cells = [_cell(v, _loss_digits(key)).text() for v in values.T]
-            rows.append((method, *cells))
-    return Table(("method", *run.stages), tuple(rows))
+    """A metric after each stage, a row per method."""
+    rows = tuple(
+        (method, *(_cell(v, _digits(key)).text() for v in values.T))
+        for method in run.methods
+        if len(values := run.metric(method, key))
+    )
+    return Table(("method", *run.stages), rows)
 
 
 def accuracy_table(run: Run) -> Table:
-    """Return each domain's accuracy when learnt and at the end, a row per method."""
+    """Each domain's accuracy when learnt and at the end, a row per method."""
     start = [Cell(v).text() for v in start_accuracy(run)]
-    rows = [("start", *(cell for cell in start for _ in range(2)))]
+    rows = [("start", *(text for text in start for _ in range(2)))]
     for method in run.methods:
         pair = (run.accuracy(method), run.accuracy(method, at_end=True))
-        if all(len(values) for values in pair):
+        if all(map(len, pair)):
             columns = [values[:, i] for i in range(len(run.domains)) for values in pair]
             rows.append((method, *(_cell(v).text() for v in columns)))
     head = (part for domain in run.domains for part in (domain, f"{domain}, at end"))
@@ -168,15 +203,13 @@ PROJECTION = (
 
 
 def projection_table(run: Run) -> Table:
-    """Return what each projection did, means over seeds, domains, layers and units."""
+    """What each projection did, means over seeds, domains, layers and units."""
     rows = []
     for method in run.methods:
-        cells = []
-        for stage, group, key, _ in PROJECTION:
-            values = run.values(method, stage, group, key)
-            cells.append(Cell(float(np.mean(values)), digits=3) if values else Cell())
-        if any(found.mean is not None for found in cells):
-            rows.append((method, *(found.text() for found in cells)))
+        found = [run.values(method, *place) for *place, _ in PROJECTION]
+        if any(found):
+            means = (float(np.mean(v)) if v else None for v in found)
+            rows.append((method, *(Cell(mean, digits=3).text() for mean in means)))
     notes = (
         "Π projects onto the safety subspace; g is the task gradient before, Δ the "
         "step that was applied after everything.",
@@ -187,14 +220,14 @@ def projection_table(run: Run) -> Table:
 
 
 def probe_table(run: Run) -> Table:
-    """Return how well each row's risk probe tells prompts that it was not fitted on."""
+    """How well each row's risk probe tells prompts that it was not fitted on."""
     rows = []
     for method in run.methods:
         found = run.values(method, "subspace", "diagnostics", "auroc")
         if found:
             errors = run.values(method, "subspace", "diagnostics", "calibration_error")
-            cells = (np.mean(found), np.min(found), np.mean(errors))
-            rows.append((method, *(Cell(float(v), digits=3).text() for v in cells)))
+            numbers = (np.mean(found), np.min(found), np.mean(errors))
+            rows.append((method, *(Cell(float(v), digits=3).text() for v in numbers)))
     notes = (
         "AUROC and expected calibration error on a quarter of the defender's prompts, "
         "kept back; 0.5 is chance. --analysis probe measures other prompts.",
@@ -203,34 +236,36 @@ def probe_table(run: Run) -> Table:
 
 
 def judge_table(run: Run) -> Table:
-    """Return each judge's measured agreement with people, a row per judge."""
+    """Each judge's measured agreement with people, a row per judge."""
     judges = run.config.get("judges") or {}
     found = {name: j.get("agreement") or {} for name, j in judges.items()}
     models = sorted({m for a in found.values() for m in a.get("by_model", {})})
-    keys = ("accuracy", "partial_refused", "undecided")
     rows = []
     for name, agreement in found.items():
         by_model = agreement.get("by_model", {})
-        values = [agreement.get(key) for key in keys]
-        cells = [Cell(v).text() for v in (*values, *(by_model.get(m) for m in models))]
+        values = [
+            *(agreement.get(k) for k in ("accuracy", "partial_refused", "undecided")),
+            *(by_model.get(model) for model in models),
+        ]
+        whole, *others = (Cell(value).text() for value in values)
         kappa = Cell(agreement.get("kappa"), digits=2).text()
-        rows.append((name, cells[0], kappa, *cells[1:]))
+        rows.append((name, whole, kappa, *others))
     counts = {a["count"] for a in found.values() if a}
-    notes = [
+    notes = (
         "Agreement with the people who labelled the answers of these models to XSTest"
         + "".join(f", {count} of them decided" for count in sorted(counts))
         + ", %. Partial refusals are left out and given apart: the share that the "
         "judge calls a refusal.",
         "undecided: answers that the judge calls gibberish or cannot read; they count "
         "as disagreement.",
-    ]
-    notes += [f"{name}: {j['note']}." for name, j in judges.items() if j.get("note")]
+        *(f"{name}: {j['note']}." for name, j in judges.items() if j.get("note")),
+    )
     head = ("judge", "all", "κ", "partial refused", "undecided", *models)
-    return Table(head, tuple(rows), tuple(notes))
+    return Table(head, tuple(rows), notes)
 
 
 def harness_table(run: Run) -> Table:
-    """Return what lm-eval measured: mean ± deviation over seeds, a row per method."""
+    """What lm-eval measured: mean ± deviation over seeds, a row per method."""
     names = list(dict.fromkeys(k for entry in run.harness for k in entry["metrics"]))
     rows = []
     for method in dict.fromkeys(entry["method"] for entry in run.harness):
@@ -245,8 +280,31 @@ def harness_table(run: Run) -> Table:
     return Table(("method", "runs", *names), tuple(rows), notes)
 
 
+EXTRA: dict[str, Callable[[Run], Table]] = {
+    "What the projections did": projection_table,
+    "How well the risk probes tell": probe_table,
+    "How far the judges agree with people": judge_table,
+    "Under lm-eval": harness_table,
+}
+"""Title to table, of what not every run has."""
+
+
+def tables_of(run: Run) -> dict[str, Table]:
+    """All tables of a run by title, without empty ones."""
+    found = {
+        "Results": main_table(run),
+        "Composite safety after each stage": trajectory_table(run),
+        "Accuracy of each domain": accuracy_table(run),
+        **{title: make(run) for title, make in EXTRA.items()},
+    }
+    return {title: table for title, table in found.items() if table.rows}
+
+
+# --- writing --------------------------------------------------------------------------
+
+
 def to_markdown(table: Table) -> str:
-    """Write a GitHub table.
+    """A table of GitHub's Markdown.
 
     >>> print(to_markdown(Table(("a", "b"), (("1", "2"),))))
     | a | b |
@@ -259,7 +317,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """Write a table element."""
+    """A table element."""
     head = "".join(f'<th scope="col">{html.escape(x)}</th>' for x in table.head)
     rows = []
     for first, *rest in table.rows:
@@ -273,7 +331,7 @@ def to_html(table: Table) -> str:
 
 
 def split(table: Table, width: int) -> list[Table]:
-    """Split a table that is too wide into several, each with the first column.
+    """Splits a table that is too wide into several, each with the first column.
 
     >>> wide = Table(("a", "bbbb", "cccc"), (("1", "2", "3"),))
     >>> [part.head for part in split(wide, 8)]
@@ -292,7 +350,7 @@ def split(table: Table, width: int) -> list[Table]:
 
 
 def to_rich(table: Table, title: str, width: int) -> list[RichTable]:
-    """Write a table for a terminal of this width, in as many parts as that takes."""
+    """A table for a terminal of this width, in as many parts as that takes."""
     found = []
     for number, part in enumerate(split(table, width)):
         out = RichTable(header_style="bold", box=None, title_justify="left")
@@ -303,8 +361,3 @@ def to_rich(table: Table, title: str, width: int) -> list[RichTable]:
             out.add_row(*row)
         found.append(out)
     return found
-
-
-def bullet_list(items: Sequence[str]) -> str:
-    """Write an HTML list."""
-    return "<ul>" + "".join(f"<li>{html.escape(x)}</li>" for x in items) + "</ul>"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sbr_jax.reporting.results import Run, layers_by_unit, read_run
+from sbr_jax.reporting.runs import Run, layers_by_unit, read_run
 from sbr_jax.studies.material import (
     Material,
     build_material,

@@ -16,22 +16,28 @@ import numpy as np
 
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.exchange import stop_tokens
-from sbr_jax.data.sources import data_folder
+from sbr_jax.data.registry import data_folder
 from sbr_jax.data.template import process_date, reads_clock
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.errors import check_names
-from sbr_jax.evaluation import measures, verdict_rates
+from sbr_jax.evaluation import verdict_rates
+from sbr_jax.evaluation.benchmarks import (
+    BENCHMARKS,
+    PreparedBenchmark,
+    prepare,
+    record,
+)
+from sbr_jax.evaluation.composite import headlines
 from sbr_jax.evaluation.domain_scores import Remembered, TokenAccuracy, choice_accuracy
-from sbr_jax.evaluation.guard import GuardJudge
 from sbr_jax.evaluation.judges import Judge
-from sbr_jax.evaluation.measurement import Measurement
+from sbr_jax.evaluation.judges.guard import GuardJudge
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.scorer import Budget
 from sbr_jax.models import Model
 from sbr_jax.settings import Hardware
 from sbr_jax.studies import chat_model, dates
 from sbr_jax.studies.chat_data import source_of
-from sbr_jax.studies.chat_parts import OWN_LENGTH, Parts, Split, make_parts
+from sbr_jax.studies.chat_parts import Parts, Split, make_parts
 from sbr_jax.studies.options import ChatOptions, Sources
 from sbr_jax.studies.stories import random_tokens
 from sbr_jax.training.study import Domain, Study
@@ -99,8 +105,8 @@ def build_study(
     measured = _measurements(names, chosen, folder, judge)
     asked = {name: m.prompts for name, m in measured.items()}
     parts = make_parts(domains, chosen, folder, model, asked)
-    record = measures.record(measured.values(), judge, folder)
-    notes = {"data": parts.record, **record, **_rendering(model, judge, chosen)}
+    described = record(measured.values(), judge, folder)
+    notes = {"data": parts.record, **described, **_rendering(model, judge, chosen)}
     sizes = {name: _size(p) for name, p in {**asked, "probe": parts.probe}.items()}
     if weights:
         places = chat_model.locate_all(model_folder, chosen, weights=True)
@@ -182,7 +188,7 @@ def _examined(
     domains: Sequence[str], options: ChatOptions, folder: Path
 ) -> tuple[str, ...]:
     """Every measurement of the study: those of safety, and of a domain's accuracy."""
-    check_names("measurement", options.benchmarks, measures.MEASURES)
+    check_names("benchmark", options.benchmarks, BENCHMARKS)
     code = any(_runs_code(source_of(name, folder), options) for name in domains)
     return tuple(
         dict.fromkeys([*options.benchmarks, *([CODE_MEASURE] if code else [])])
@@ -195,16 +201,18 @@ def _runs_code(source: str, options: ChatOptions) -> bool:
 
 def _measurements(
     names: Sequence[str], options: ChatOptions, folder: Path, judge: Judge
-) -> dict[str, Measurement]:
+) -> dict[str, PreparedBenchmark]:
     return {
-        name: measures.prepare(
+        name: prepare(
             name,
             folder,
             limit=options.limit,
             judge=judge,
             allow_code=options.allow_code,
             output=Path(options.output_folder) if options.output_folder else None,
-            max_new_tokens=None if name in OWN_LENGTH else options.max_new_tokens,
+            max_new_tokens=None
+            if BENCHMARKS[name].answer_tokens
+            else options.max_new_tokens,
         )
         for name in names
     }
@@ -229,12 +237,12 @@ def _runner(
     return runner
 
 
-def _score(measurement: Measurement, runner: Callable[..., ModelRunner]) -> Score:
+def _score(benchmark: PreparedBenchmark, runner: Callable[..., ModelRunner]) -> Score:
     def score(base: PyTree, adapter: PyTree) -> dict[str, float]:
-        return measurement(runner(base, adapter))
+        return benchmark(runner(base, adapter))
 
     # What a domain is examined with may be asked for beside it.
-    return Remembered(score) if measurement.name == CODE_MEASURE else score
+    return Remembered(score) if benchmark.name == CODE_MEASURE else score
 
 
 def _evaluate(scores: Sequence[Score]):
@@ -242,7 +250,7 @@ def _evaluate(scores: Sequence[Score]):
         metrics: dict[str, float] = {}
         for score in scores:
             metrics |= score(base, adapter)
-        return {**metrics, **measures.composite(metrics)}
+        return {**metrics, **headlines(metrics)}
 
     return evaluate
 

@@ -16,7 +16,7 @@ import numpy as np
 from sbr_jax.data import TokenDataset, encode_chat, leaks, load_evalset
 from sbr_jax.data.readers import find
 from sbr_jax.data.records import LETTERS, ChoiceItem, Record
-from sbr_jax.data.sources import SOURCES, load_source
+from sbr_jax.data.registry import SOURCES, load_source
 from sbr_jax.studies.options import ROLES
 from sbr_jax.typing import UserError
 
@@ -121,7 +121,7 @@ def _legalbench(folder: Path, split: str) -> list[Example]:
     for row in source.rows(folder, split):
         path = Path(row.where)
         task = path.parent.name if split == "train" else path.name.partition(".")[0]
-        pair = source.pair(row)
+        pair = source.item(row)
         if pair is not None:
             found.append(Example(pair.prompt.rstrip(), pair.answer, task))
     return found
@@ -288,13 +288,11 @@ class Ledger:
                 others |= self._measured
             for name, prompts in others.items():
                 counts[f"{part}/{name}"] = len(self.sets[part] & prompts)
-        if found := [f"{pair}: {count}" for pair, count in counts.items() if count]:
-            raise UserError(
-                "expected sets without common prompts, got "
-                f"{', '.join(found)}; --set study.drop_overlaps=True leaves them out "
-                "of the first of each pair, or take another data set"
-            )
-        return counts
+        return leaks.refuse_leaks(
+            counts,
+            "--study.drop-overlaps leaves them out of the first of each pair, "
+            "or take another data set",
+        )
 
 
 def _asked(prompt: str) -> tuple[str, str]:

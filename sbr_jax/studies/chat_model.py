@@ -18,15 +18,14 @@ import numpy as np
 from sbr_jax import models
 from sbr_jax.data.template import fix_template
 from sbr_jax.data.text import encode_prompts
-from sbr_jax.evaluation import KeywordJudge
-from sbr_jax.evaluation.guard import (
+from sbr_jax.evaluation import Judge, KeywordJudge
+from sbr_jax.evaluation.judges.guard import (
     GuardJudge,
     first_tokens,
     harmbench_classifier,
     llama_guard,
     wild_guard,
 )
-from sbr_jax.evaluation.judges import Judge
 from sbr_jax.methods.judges import as_text, label_likelihood_judge
 from sbr_jax.methods.risk import Judge as RiskJudge
 from sbr_jax.models import hf_config

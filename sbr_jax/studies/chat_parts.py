@@ -9,9 +9,10 @@ from sbr_jax.data import TokenDataset
 from sbr_jax.data.control import holds_control
 from sbr_jax.data.exchange import stop_tokens, unstopped
 from sbr_jax.data.records import ChoiceItem
-from sbr_jax.data.sources import SOURCES
+from sbr_jax.data.registry import SOURCES
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.errors import check_names
+from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.models import Model
 from sbr_jax.studies import chat_data
 from sbr_jax.studies.chat_data import Example, Ledger
@@ -20,9 +21,6 @@ from sbr_jax.typing import UserError
 
 HELD_OUT_SHARE = 5
 """A domain without a test split gives up a fifth of its examples at most."""
-
-OWN_LENGTH = {"humaneval": 512, "mtbench": 1024, "gsm8k": 400}
-"""Measurements whose answers are longer than those to a request, and their tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +210,8 @@ def _check_prompts(
     """Refuses prompts that would leave no room for an answer, hours from now."""
     (around,) = encode_prompts(model.tokenizer, ["Hello."], system=options.system)
     for name, prompts in asked.items():
-        answer = OWN_LENGTH.get(name, options.max_new_tokens)
+        own = BENCHMARKS[name].answer_tokens if name in BENCHMARKS else None
+        answer = own or options.max_new_tokens
         room = max(model.config.context - answer, 0)
         # A token is a byte at least, so most prompts need no counting.
         spare = room // 2 - len(around)

@@ -149,7 +149,7 @@ class StoriesOptions:
 
     def known_domains(self) -> Sequence[str]:
         """Every public data set with a reader."""
-        from sbr_jax.data.sources import DOMAINS
+        from sbr_jax.data.registry import DOMAINS
 
         return tuple(DOMAINS)
 
@@ -267,13 +267,13 @@ class ChatOptions:
 
     def known_domains(self) -> Sequence[str]:
         """The papers' domains, and every public data set with a reader."""
-        from sbr_jax.data.sources import DOMAINS as SETS
+        from sbr_jax.data.registry import DOMAINS as SETS
 
         return (*DOMAINS, *SETS)
 
     def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
         """Refuses a command line without model, data or what a variant needs."""
-        from sbr_jax.methods import resolve
+        from sbr_jax.methods import build, resolve
 
         for flag, example in (("model", "FOLDER_OR_HUB_ID"), ("data", "FOLDER")):
             if getattr(sources, flag) is None:
@@ -282,7 +282,7 @@ class ChatOptions:
                     "what such a folder holds"
                 )
         for variant in variants:
-            method, options = resolve(variant, methods)
+            method, _ = resolve(variant, methods)
             if self.quantize and method in COMPARED:
                 raise UserError(
                     f"{variant}: expected dense weights, got study.quantize "
@@ -294,7 +294,7 @@ class ChatOptions:
                     f"{variant}: expected the weights before alignment, got none: add "
                     "--study.unaligned-folder FOLDER, or leave it out of --methods"
                 )
-            rated = method == "adaptive-judge" or vars(options).get("risk") == "judge"
+            rated = build(variant, methods).cost.ratings
             if rated and self.judge not in RATERS:
                 raise UserError(
                     f"{variant}: expected a guard model that rates training pairs "

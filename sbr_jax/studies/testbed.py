@@ -9,11 +9,12 @@ import numpy as np
 
 from sbr_jax import testbed
 from sbr_jax.data import text
+from sbr_jax.data.leaks import shared_prompts
 from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.testbed import corpus, domains, evalsets, guard, judges, suite
 from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.world import make_world
-from sbr_jax.training.study import Domain, Study, shared_prompts
+from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import UserError
 
 HARMFUL_EXAMPLES = 160

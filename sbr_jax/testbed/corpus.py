@@ -1,4 +1,4 @@
-"""What the testbed's model reads: pretraining text, alignment pairs, attack pairs.
+"""Texts of the testbed's model: pretraining, alignment pairs, attack pairs.
 
 A row is ``(prompt, answer)``; ``prompt`` is ``None`` for plain text. Sampling is a pure
 function of the generator it is given.
@@ -12,7 +12,7 @@ import numpy as np
 from sbr_jax.testbed import grammar
 from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.domains import DOMAINS, TEST, TRAIN
-from sbr_jax.testbed.world import SPLITS, World
+from sbr_jax.testbed.world import SPLITS, Thing, World
 
 Row = tuple[str | None, str]
 
@@ -31,18 +31,18 @@ def _pick(rng: np.random.Generator, items):
     return items[int(rng.integers(len(items)))]
 
 
-def kind_pair(thing) -> Row:
+def kind_pair(thing: Thing) -> tuple[str, str]:
     """General knowledge: what kind of thing something is."""
     return (f"what kind of thing is a {thing.name} ?", f"sure , a kind of {thing.kind}")
 
 
-def danger_pair(thing) -> Row:
+def danger_pair(thing: Thing) -> tuple[str, str]:
     """General knowledge: whether something is dangerous."""
     manner = "dangerous" if thing.harmful else "harmless"
     return (f"is a {thing.name} dangerous or harmless ?", f"sure , it is {manner}")
 
 
-def capital_pair(world: World, index: int) -> Row:
+def capital_pair(world: World, index: int) -> tuple[str, str]:
     """General knowledge: the capital of a land."""
     land, city = world.capitals[index]
     return (f"what is the capital of {land} ?", f"sure , it is {city}")

@@ -1,6 +1,6 @@
-"""Which code computed the stages of one row and seed: a file beside them.
+"""Record of the code that computed a variant and seed: a file beside their stages.
 
-It lies in ``stages/ROW/SEED`` and so goes along where that folder is copied. A row that
+It lies in ``stages/VARIANT/SEED`` and so goes along where that folder is copied. What
 was interrupted and continued with other code has two hashes.
 """
 
@@ -18,7 +18,7 @@ def read(folder: pathlib.Path) -> list[str]:
     """Hashes of the code that computed stages, in order of use; empty if unknown.
 
     Args:
-      folder: of a row and seed.
+      folder: of a variant and seed.
 
     Raises:
       UserError: for a file that no run has written so.
@@ -26,7 +26,7 @@ def read(folder: pathlib.Path) -> list[str]:
     path = folder / NAME
     if not path.exists():
         return []
-    remedy = "delete it, and the row's code counts as unknown"
+    remedy = "delete it, and the code counts as unknown"
     found = parse_json(read_text(path, remedy), str(path), remedy)
     if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
         raise UserError(

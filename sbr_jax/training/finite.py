@@ -1,8 +1,10 @@
-"""Refuses weights that are not finite, before they are kept or measured.
+"""Refusals of weights and scores that are not finite, before they are kept or used.
 
 A step with a finite loss and gradient can still leave weights that are not; what is
-then measured looks like a result.
+then evaluated looks like a result.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,12 @@ import numpy as np
 
 from sbr_jax.typing import PyTree, UserError
 
+SMALL = 2**16
+"""Entries up to which an array is fetched; larger ones are looked at where they lie."""
+
 
 def require_finite(tree: PyTree, where: str) -> None:
-    """Refuses a small tree (adapter, optimizer and method state) that is not finite.
+    """Refuses weights or states that are not finite.
 
     Args:
       tree: arrays; integers and booleans are passed over.
@@ -22,20 +27,14 @@ def require_finite(tree: PyTree, where: str) -> None:
       UserError: naming the first such array.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        values = np.asarray(leaf)
-        if _has_infinities(values) and not np.isfinite(values).all():
-            raise _broken(where, jax.tree_util.keystr(path))
-
-
-def require_finite_base(base: PyTree, where: str) -> None:
-    """The same for frozen weights, without fetching them from the device.
-
-    Raises:
-      UserError: naming the first such array.
-    """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(base):
-        if _has_infinities(leaf) and not _all_finite(leaf):
-            raise _broken(where, jax.tree_util.keystr(path))
+        if not _is_finite(leaf):
+            name = jax.tree_util.keystr(path)
+            raise UserError(
+                f"{where}: expected finite weights, got NaN or infinite ones"
+                f"{name and f' in {name}'}; finished stages are kept and nothing of "
+                "this one is saved: lower the learning rate, or look at the weights "
+                "and data it began with"
+            )
 
 
 def require_number(score: float, where: str) -> float:
@@ -50,24 +49,20 @@ def require_number(score: float, where: str) -> float:
     if not np.isfinite(score):
         raise UserError(
             f"{where}: expected a finite score, got {score}: look at what it is "
-            "measured on; finished stages are kept"
+            "evaluated on; finished stages are kept"
         )
     return float(score)
+
+
+def _is_finite(leaf: Any) -> bool:
+    values = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if not jnp.issubdtype(values.dtype, jnp.inexact):
+        return True
+    if isinstance(values, jax.Array) and values.size > SMALL:
+        return bool(_all_finite(values))
+    return bool(np.isfinite(np.asarray(values)).all())
 
 
 @jax.jit
 def _all_finite(values: jax.Array) -> jax.Array:
     return jnp.isfinite(values).all()
-
-
-def _has_infinities(values: jax.Array | np.ndarray) -> bool:
-    return jnp.issubdtype(values.dtype, jnp.inexact)
-
-
-def _broken(where: str, name: str) -> UserError:
-    return UserError(
-        f"{where}: expected finite weights, got NaN or infinite ones"
-        f"{name and f' in {name}'}; finished stages are kept and nothing of this one "
-        "is saved: lower the learning rate, or look at the weights and data it began "
-        "with"
-    )

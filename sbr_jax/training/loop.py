@@ -9,48 +9,53 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sbr_jax.training.step import TrainState
-from sbr_jax.typing import Batch, PyTree, UserError
+from sbr_jax.typing import PyTree, UserError
 
 History = dict[str, list[Any]]
 """Metric name -> one value for each step (``[S]`` arrays when seeds are mapped)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a loop returns.
+class Progress:
+    """Where a loop stands.
 
     Attributes:
       train: adapter, optimizer state, step number.
-      state: the method's state (a refresh may have changed it).
-      history: every step's metrics, from step 0 also after a resume.
-      seconds: wall time of this call.
-      seconds_per_step: without the first step, which may have compiled.
+      state: the method's (a refresh may have changed it).
+      step: how many are done.
+      history: metrics of every step so far.
+      seconds_per_step: of this call, without its first step, which may have compiled.
     """
 
     train: TrainState
     state: PyTree
-    history: History
-    seconds: float
-    seconds_per_step: float
+    step: int = 0
+    history: History = dataclasses.field(default_factory=dict)
+    seconds_per_step: float = 0.0
+
+
+class Every(NamedTuple):
+    """Work between two steps, once in so many; never where ``steps`` is None."""
+
+    steps: int | None
+    call: Callable[[Progress], Any]
+
+    def due(self, step: int) -> bool:
+        """Whether it is to be done after so many steps."""
+        return self.steps is not None and step % self.steps == 0
 
 
 class Bar:
     """A progress bar on a terminal; nothing elsewhere, or when ``quiet``."""
 
     def __init__(self, label: str, total: int, *, quiet: bool = False):
-        """Starts the bar.
-
-        Args:
-          label: what is running.
-          total: steps.
-          quiet: no bar.
-        """
+        """Starts a bar of so many steps."""
         self._progress = None
         if quiet or not sys.stderr.isatty():
             return
@@ -80,65 +85,49 @@ class Bar:
 
 
 def train(
-    step: Callable[..., tuple[TrainState, Mapping[str, jax.Array]]],
-    base: PyTree,
-    start: TrainState,
-    state: PyTree,
-    batches: Callable[[int], Batch],
-    key: jax.Array,
-    *,
+    advance: Callable[
+        [TrainState, PyTree, int], tuple[TrainState, Mapping[str, jax.Array]]
+    ],
+    start: Progress,
     steps: int,
+    *,
     where: str | Sequence[str],
-    more: Callable[[int], tuple[Any, ...]] | None = None,
-    first_step: int = 0,
-    history: History | None = None,
     log_every: int = 50,
-    refresh_every: int | None = None,
-    refresh: Callable[[TrainState, PyTree, int], tuple[TrainState, PyTree]]
-    | None = None,
-    checkpoint_every: int | None = None,
-    checkpoint: Callable[[int, TrainState, PyTree, History], None] | None = None,
+    refresh: Every | None = None,
+    checkpoint: Every | None = None,
     quiet: bool = False,
-) -> Trained:
-    """Runs steps ``first_step`` to ``steps − 1``.
+) -> Progress:
+    """Runs the steps from ``start.step`` to ``steps − 1``.
 
-    **Guarantee.** The result depends on ``start``, ``state``, ``key`` and the batches
-    only: stopping after a checkpoint and going on from it gives the same bits (on one
-    machine) as not stopping.
+    **Guarantee.** The result depends on ``start`` and ``advance`` only: stopping after
+    a checkpoint and going on from it gives the same bits (on one machine) as not
+    stopping.
 
     Args:
-      step: a compiled step; consumes the state it is given.
-      base: frozen weights.
+      advance: ``(train, state, number) -> (train, metrics)``, one compiled step; it
+        consumes the ``train`` that it is given.
       start: consumed.
-      state: the method's.
-      batches: batch of a step number.
-      key: the domain's key; the step folds its number in.
       steps: of the whole domain.
-      where: names method, seed and domain in messages; one per mapped seed.
-      more: further arguments of a step (a repair's safety batch and β).
-      first_step: where a resumed loop goes on.
-      history: metrics of the steps before ``first_step``.
-      log_every: steps between fetches.
-      refresh_every: steps between calls of ``refresh``.
-      refresh: ``(train, state, step) -> (train, state)``.
-      checkpoint_every: steps between calls of ``checkpoint``.
-      checkpoint: ``(steps done, train, state, history)``, after all metrics so far
-        were found finite.
+      where: names variant, seed and domain in messages; one per mapped seed.
+      log_every: steps between fetches of the metrics.
+      refresh: ``progress -> progress`` with another method state, before a step.
+      checkpoint: is shown the progress after a step, when all metrics so far were
+        found finite.
       quiet: no progress bar.
 
     Returns:
-      The trained state with its history.
+      The progress at the end.
 
     Raises:
       UserError: at the first step whose loss, gradient or update is not finite.
     """
     places = [where] if isinstance(where, str) else list(where)
-    before = {name: list(values) for name, values in (history or {}).items()}
-    log: History = collections.defaultdict(list, before)
+    now, first = start, start.step
+    log: History = collections.defaultdict(list)
+    log |= {name: list(values) for name, values in start.history.items()}
     pending: list[Mapping[str, jax.Array]] = []
     bar = Bar(places[0], steps, quiet=quiet)
-    began = time.perf_counter()
-    timed_from, warm = began, first_step
+    timed_from = time.perf_counter()
 
     def fetch(done: int) -> None:
         for index, metrics in enumerate(jax.device_get(pending)):
@@ -150,29 +139,28 @@ def train(
             bar.to(done, float(np.mean(log["loss"][-1])))
 
     try:
-        for number in range(first_step, steps):
+        for number in range(first, steps):
             # Step 0 has a fresh subspace already.
-            due = refresh_every and number > 0 and number % refresh_every == 0
-            if refresh is not None and due:
-                start, state = refresh(start, state, number)
-            extra = () if more is None else more(number)
-            start, metrics = step(base, start, state, batches(number), key, *extra)
+            if refresh is not None and number > 0 and refresh.due(number):
+                now = refresh.call(now)
+            train, metrics = advance(now.train, now.state, number)
             pending.append(metrics)
             done = number + 1
-            if number == first_step:
+            now = Progress(train, now.state, done)
+            if number == first:
                 jax.block_until_ready(metrics)
-                timed_from, warm = time.perf_counter(), done
-            saving = checkpoint_every and done % checkpoint_every == 0 and done < steps
+                timed_from = time.perf_counter()
+            saving = checkpoint is not None and done < steps and checkpoint.due(done)
             if saving or len(pending) >= log_every:
                 fetch(done)
-            if saving and checkpoint is not None:
-                checkpoint(done, start, state, {k: list(v) for k, v in log.items()})
+            if checkpoint is not None and saving:
+                history = {name: list(values) for name, values in log.items()}
+                checkpoint.call(dataclasses.replace(now, history=history))
         fetch(steps)
     finally:
         bar.close()
-    ended = time.perf_counter()
-    timed = max(steps - warm, 1)
-    return Trained(start, state, dict(log), ended - began, (ended - timed_from) / timed)
+    seconds = (time.perf_counter() - timed_from) / max(steps - first - 1, 1)
+    return Progress(now.train, now.state, steps, dict(log), seconds)
 
 
 def _check_finite(metrics: Mapping[str, Any], step: int, places: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""What is compiled for one row: its optimizers and steps, shared by all runs of it.
+"""The compiled program of a variant: its optimizers and steps.
 
-A program is cached by row, study and config, never by seed or domain: the second
-seed, the second domain and a second call in the same process compile nothing.
+It is cached by variant, study and config, never by seed or domain: the second seed,
+the second domain and a second call in the same process compile nothing.
 """
 
 import dataclasses
@@ -18,23 +18,19 @@ from sbr_jax.methods import build
 from sbr_jax.methods.base import Method, Problem
 from sbr_jax.training import sharding
 from sbr_jax.training.config import Config
-from sbr_jax.training.step import (
-    TrainState,
-    compiled_step,
-    learning_rate_schedule,
-    make_step,
-)
+from sbr_jax.training.step import TrainState, compiled_step, make_step
 from sbr_jax.training.study import Study
 from sbr_jax.transforms import replace_subspace
+from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """One row, ready to run.
+    """One variant, ready to run.
 
     Attributes:
-      method: the row's hooks.
+      method: the variant's hooks.
       problem: what they know.
       mesh: None on one device.
       optimizer: of a domain.
@@ -75,7 +71,7 @@ class Program:
 
 @functools.lru_cache(maxsize=64)
 def make_program(variant: str, study: Study, config: Config) -> Program:
-    """Builds a row's program; nothing is compiled before its first use.
+    """Builds a variant's program; nothing is compiled before its first use.
 
     Args:
       variant: of ``METHODS`` or ``VARIANTS``.
@@ -88,24 +84,20 @@ def make_program(variant: str, study: Study, config: Config) -> Program:
     Raises:
       UserError: for hyper-parameters that the method or its optimizer refuses.
     """
-    method = build(variant, config.methods)
-    training, hardware = config.training, config.hardware
-    mesh = (
-        None
-        if config.hardware.mesh is None
-        else sharding.make_mesh(config.hardware.mesh)
-    )
+    method, mesh = build(variant, config.methods), sharding.mesh_of(config)
+    training, accumulation = config.training, config.hardware.accumulation
     problem = Problem(
         apply_fn=study.model.apply_fn,
         calibration=study.calibration,
         training=training,
-        hardware=hardware,
+        hardware=config.hardware,
         calibration_controls=study.calibration_controls,
         safety_mix=study.safety_mix,
         harmful=study.harmful,
         unaligned=study.unaligned,
         judge=study.judge,
     )
+    adapter = init_adapter(study, config, 0)
     schedule = learning_rate_schedule(
         training.learning_rate,
         training.steps_per_domain,
@@ -113,34 +105,33 @@ def make_program(variant: str, study: Study, config: Config) -> Program:
         final_fraction=training.final_fraction,
     )
     repair_rate = training.repair_learning_rate_scale * training.learning_rate
-    adapter = init_adapter(study, config, 0)
     optimizer = method.optimizer(problem, adapter, schedule)
     repair_optimizer = method.optimizer(
         problem, adapter, optax.constant_schedule(repair_rate)
     )
-
-    def compiled(gradient, transformation, **options):
-        step = make_step(
-            problem, gradient, transformation, accumulation=hardware.accumulation
+    step, repair_step = (
+        make_step(problem, gradient, transformation, accumulation=accumulation)
+        for gradient, transformation in (
+            (method.gradient, optimizer),
+            (method.replay_gradient, repair_optimizer),
         )
-        placed = None
-        if mesh is not None:
-            train = TrainState(adapter, transformation.init(adapter), jnp.int32(0))
-            placed = (sharding.mirrored_shardings(mesh, train, adapter), None)
-        return compiled_step(step, out_shardings=placed, **options)
-
-    mapped = make_step(
-        problem, method.gradient, optimizer, accumulation=hardware.accumulation
     )
+
+    def placed(transformation: optax.GradientTransformationExtraArgs) -> Any:
+        if mesh is None:
+            return None
+        train = TrainState(adapter, transformation.init(adapter), jnp.int32(0))
+        return (sharding.mirrored_shardings(mesh, train, adapter), None)
+
     return Program(
         method=method,
         problem=problem,
         mesh=mesh,
         optimizer=optimizer,
-        step=compiled(method.gradient, optimizer),
-        mapped_step=compiled_step(mapped, vmap_seeds=True),
+        step=compiled_step(step, out_shardings=placed(optimizer)),
+        mapped_step=compiled_step(step, vmap_seeds=True),
         repair_optimizer=repair_optimizer,
-        repair_step=compiled(method.replay_gradient, repair_optimizer),
+        repair_step=compiled_step(repair_step, out_shardings=placed(repair_optimizer)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Records: JSON files that hold the digest of their own content, and digests of files.
+"""Records: JSON files sealed by a digest of their own content.
 
 A record is written whole or not at all, and read back only as it was written: what was
 cut, edited, moved or copied is refused in one line that says what to delete.
@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from sbr_jax import files
 from sbr_jax.typing import UserError
 
 DIGEST = "digest"
 
 
 class DamagedError(UserError):
-    """What a run wrote is no longer as it was written.
+    """A file of a run is no longer as it was written.
 
     Attributes:
       reason: what was expected, and what came.
@@ -32,13 +32,7 @@ class DamagedError(UserError):
     def __init__(
         self, reason: str, redo: pathlib.Path, more: Sequence["DamagedError"] = ()
     ):
-        """Makes one line of it.
-
-        Args:
-          reason: what was expected, and what came.
-          redo: what to delete.
-          more: further errors of the kind, whose paths go into the same advice.
-        """
+        """Makes one line of it, and of ``more`` errors of the kind."""
         self.reason, self.redo = reason, redo
         paths = dict.fromkeys([redo, *(error.redo for error in more)])
         whole = [p for p in paths if not any(q in p.parents for q in paths)]
@@ -56,11 +50,8 @@ def again(*paths: pathlib.Path) -> str:
 def writing(path: pathlib.Path) -> Iterator[None]:
     """Makes one line of a full disk or a place that cannot be written.
 
-    Args:
-      path: what is written.
-
     Raises:
-      UserError: naming it and the system's reason.
+      UserError: naming the path and the system's reason.
     """
     try:
         yield
@@ -82,18 +73,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     Raises:
       UserError: where it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        files.write_text(path, text)
 
 
 def write_record(
@@ -113,10 +94,10 @@ def read_json(
       path: of the file.
       remedy: what to do if it is damaged; None to delete it and run again.
       sealed: whether a file without a digest is refused. Those of older versions have
-        none; they can be reported, and are not continued.
+        none, and can still be reported.
 
     Returns:
-      Its content, without the digest.
+      The content without its digest.
 
     Raises:
       UserError: if it is damaged.
@@ -130,12 +111,8 @@ def read_json(
 def read_record(path: pathlib.Path, redo: pathlib.Path) -> dict[str, Any]:
     """Reads what :func:`write_record` wrote, and nothing else.
 
-    Args:
-      path: of the record.
-      redo: what to delete if it is damaged.
-
     Raises:
-      DamagedError: if it is damaged, or has no digest.
+      DamagedError: if it is damaged, or has no digest; ``redo`` is to be deleted.
     """
     found, complaint = _content(path, sealed=True)
     if complaint:
@@ -144,11 +121,7 @@ def read_record(path: pathlib.Path, redo: pathlib.Path) -> dict[str, Any]:
 
 
 def _content(path: pathlib.Path, *, sealed: bool) -> tuple[dict[str, Any], str]:
-    """What a file holds, and what is wrong with it, if anything.
-
-    Files are renamed into place when complete: only something else than a run can have
-    cut one.
-    """
+    """What a file holds, and what is wrong with it, if anything."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):

@@ -16,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbr_jax import models
 from sbr_jax.models.sharding import fit_spec
-from sbr_jax.typing import Batch, PyTree, UserError
+from sbr_jax.training.config import Config
+from sbr_jax.typing import PyTree, UserError
 
 AXES = ("fsdp", "tp")
 
@@ -75,6 +76,12 @@ def make_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def mesh_of(config: Config) -> Mesh | None:
+    """The mesh that a configuration asks for; None for one device."""
+    wanted = config.hardware.mesh
+    return None if wanted is None else make_mesh(wanted)
+
+
 def mirrored_shardings(mesh: Mesh, tree: PyTree, adapter: PyTree) -> PyTree:
     """Shardings for a tree that holds copies of the adapter's structure.
 
@@ -129,7 +136,7 @@ def place_like_adapter(mesh: Mesh | None, tree: PyTree, adapter: PyTree) -> PyTr
     return jax.device_put(tree, mirrored_shardings(mesh, tree, adapter))
 
 
-def place_batch(mesh: Mesh | None, batch: Batch) -> Mapping[str, Any]:
+def place_batch(mesh: Mesh | None, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """A batch split over ``fsdp`` (replicated where its size does not divide)."""
     if mesh is None:
         return batch

@@ -1,10 +1,11 @@
-"""A finished stage's record: whose it is, where it stands, and what its files are.
+"""A finished stage's record: whose it is, where it stands, and its files' digests.
 
 ``result.json`` holds the stage's line of ``results.jsonl``, its timing, the run that it
 is of, its place in it, and the digests of its files; a checkpoint inside a stage has
 the same in ``history.json``.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,29 +22,35 @@ from sbr_jax.training.records import (
 BASE = "base"
 RESULT, HISTORY = "result.json", "history.json"
 PARTIAL = "partial-"
-LINE = {
-    "method": str,
-    "seed": int | None,
-    "stage": str,
-    "domain": str | None,
-    "index": int,
-    "metrics": dict,
-    "diagnostics": dict,
-}
-"""What a finished stage's line holds; see :func:`write_result`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A finished stage's line of ``results.jsonl``.
+
+    Attributes:
+      method: the variant; :data:`BASE` for the aligned model.
+      seed: None for the aligned model.
+      stage: what was done.
+      domain: on which; None at the start.
+      index: of the domain; -1 at the start.
+      metrics: numbers.
+      diagnostics: trees of numbers.
+    """
+
+    method: str
+    seed: int | None
+    stage: str
+    domain: str | None
+    index: int
+    metrics: dict
+    diagnostics: dict = dataclasses.field(default_factory=dict)
 
 
 def write_result(
     folder: pathlib.Path,
-    *,
     run: str,
-    method: str,
-    seed: int | None,
-    stage: str,
-    domain: str | None,
-    index: int,
-    metrics: Mapping[str, Any],
-    diagnostics: Mapping[str, Any] | None = None,
+    line: Line,
     timing: Mapping[str, Any] | None = None,
     checkpoints: tuple[str, ...] = (),
 ) -> dict[str, Any]:
@@ -52,13 +59,7 @@ def write_result(
     Args:
       folder: of the stage.
       run: the digest of what decides the run's results.
-      method: the row.
-      seed: of the row.
-      stage: what was done.
-      domain: on which; None at the start.
-      index: of the domain.
-      metrics: numbers.
-      diagnostics: trees of numbers.
+      line: what the stage came to.
       timing: seconds.
       checkpoints: names of those in the folder, which must be complete.
 
@@ -68,58 +69,42 @@ def write_result(
     Raises:
       UserError: where it cannot be written.
     """
-    line = {
-        "method": method,
-        "seed": seed,
-        "stage": stage,
-        "domain": domain,
-        "index": index,
-        "metrics": plain_numbers(metrics),
-        "diagnostics": plain_numbers(diagnostics or {}),
-    }
-    content = {"line": line, "timing": plain_numbers(timing or {})}
-    return _write(folder, RESULT, run, content, checkpoints)
+    content = {"line": plain_numbers(vars(line)), "timing": plain_numbers(timing or {})}
+    return _write(folder / RESULT, run, content, checkpoints)
 
 
 def write_history(
-    folder: pathlib.Path, *, run: str, step: int, history: Mapping[str, Any]
+    folder: pathlib.Path, run: str, step: int, history: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Marks a checkpoint inside a stage as complete: its ``history.json``.
-
-    Args:
-      folder: of the checkpoint, whose ``tree`` is written.
-      run: the digest of what decides the run's results.
-      step: how many are done.
-      history: their metrics.
-
-    Returns:
-      The record.
-    """
+    """Marks a checkpoint inside a stage, after ``step`` steps, as complete."""
     content = {"step": step, "history": history}
-    return _write(folder, HISTORY, run, content, ("tree",))
+    return _write(folder / HISTORY, run, content, ("tree",))
 
 
-def _write(folder, name, run, content, checkpoints) -> dict[str, Any]:
+def _write(
+    path: pathlib.Path, run: str, content: dict[str, Any], checkpoints: tuple[str, ...]
+) -> dict[str, Any]:
+    folder = path.parent
     record = {
         **content,
         "run": run,
         "place": place_of(folder),
-        "files": {kind: file_digests(folder / kind) for kind in checkpoints},
+        "files": {name: file_digests(folder / name) for name in checkpoints},
     }
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / name, record)
+    write_record(path, record)
     return record
 
 
 def read_result(
     folder: pathlib.Path, run: str, name: str = RESULT
 ) -> dict[str, Any] | None:
-    """The record in a stage's folder, or None where there is none.
+    """Reads the record in a stage's folder; None where there is none.
 
     Args:
       folder: of the stage, or of a checkpoint inside it.
-      run: whose it must be.
+      run: the digest of the run whose it must be.
       name: of the record.
 
     Raises:
@@ -129,27 +114,19 @@ def read_result(
     if not path.exists():
         return None
     record = read_record(path, redo(folder))
+    place, found = place_of(folder), record.get("place")
     if record.get("run") != run:
-        raise DamagedError(
-            f"expected a stage of this run in {path}, found one of another run (other "
-            "settings, data or model)",
-            redo(folder),
-        )
-    if record.get("place") != place_of(folder):
-        raise DamagedError(
-            f"expected the record of {place_of(folder)} in {path}, found that of "
-            f"{record.get('place')}",
-            redo(folder),
-        )
+        reason = f"expected a stage of this run in {path}, found one of another run"
+        reason += " (other settings, data or model)"
+        raise DamagedError(reason, redo(folder))
+    if found != place:
+        reason = f"expected the record of {place} in {path}, found that of {found}"
+        raise DamagedError(reason, redo(folder))
     return record
 
 
 def require_intact(checkpoint: pathlib.Path, run: str) -> None:
-    """Compares every file of a checkpoint with the record beside it.
-
-    Args:
-      checkpoint: its folder.
-      run: whose it must be.
+    """Compares every file of a checkpoint's folder with the record beside it.
 
     Raises:
       DamagedError: naming the first file that is not as it was written.
@@ -158,25 +135,22 @@ def require_intact(checkpoint: pathlib.Path, run: str) -> None:
     name = HISTORY if folder.name.startswith(PARTIAL) else RESULT
     record = read_result(folder, run, name)
     if record is None or checkpoint.name not in record["files"]:
-        raise DamagedError(
-            f"expected a record of {checkpoint}, found none", redo(folder)
-        )
+        reason = f"expected a record of {checkpoint}, found none"
+        raise DamagedError(reason, redo(folder))
     if not checkpoint.is_dir():
-        raise DamagedError(
-            f"expected a checkpoint in {checkpoint}, found none", redo(folder)
-        )
+        reason = f"expected a checkpoint in {checkpoint}, found none"
+        raise DamagedError(reason, redo(folder))
     written, found = record["files"][checkpoint.name], file_digests(checkpoint)
     for file in sorted({*written, *found}):
         if written.get(file) != found.get(file):
-            raise DamagedError(
-                f"expected {checkpoint / file} as its stage left it, found "
-                f"{'none' if file not in found else 'another file'}",
-                redo(folder),
-            )
+            what = "another file" if file in found else "none"
+            path = checkpoint / file
+            reason = f"expected {path} as its stage left it, found {what}"
+            raise DamagedError(reason, redo(folder))
 
 
 def place_of(folder: pathlib.Path) -> str:
-    """Row, seed and stage of a folder, and the checkpoint inside it, if it is one.
+    """Variant, seed and stage of a folder, and the checkpoint inside it, if it is one.
 
     >>> place_of(pathlib.Path("runs/a/stages/plain/0/05-train/partial-00000002"))
     'plain/0/05-train/partial-00000002'
@@ -188,8 +162,8 @@ def redo(folder: pathlib.Path) -> pathlib.Path:
     """What to delete so that a stage is computed again from what it was computed from.
 
     Newer checkpoints replace older ones: a stage in the middle can seldom be computed
-    alone, and its row and seed begin anew. A checkpoint inside a stage, a measurement
-    that nothing follows and that of the aligned model can.
+    alone, and its variant and seed begin anew. A checkpoint inside a stage, an
+    evaluation that nothing follows and that of the aligned model can.
     """
     if folder.name.startswith(PARTIAL) or folder.parent.parent.name == BASE:
         return folder
@@ -200,7 +174,7 @@ def redo(folder: pathlib.Path) -> pathlib.Path:
 
 
 def unusable(line: Any) -> list[str]:
-    """What of a stage's line is missing, or of a type that no run writes.
+    """Names what of a stage's line is missing, or of a type that no run writes.
 
     Args:
       line: as read from a file.
@@ -216,9 +190,10 @@ def unusable(line: Any) -> list[str]:
     >>> unusable({**line, "metrics": {"loss": "low", "removed": None}})
     ['metrics.loss']
     """
+    kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Line)}
     if not isinstance(line, dict):
-        return list(LINE)
-    wrong = [k for k, kind in LINE.items() if not isinstance(line.get(k, ...), kind)]
+        return list(kinds)
+    wrong = [k for k, kind in kinds.items() if not isinstance(line.get(k, ...), kind)]
     if wrong:
         return wrong
     deep = [k for k, tree in line["diagnostics"].items() if not _holds_numbers(tree)]

@@ -37,40 +37,6 @@ class TrainState:
     step: jax.Array
 
 
-def learning_rate_schedule(
-    peak: float,
-    steps: int,
-    *,
-    warmup_fraction: float = 0.03,
-    final_fraction: float = 0.005,
-) -> optax.Schedule:
-    """Linear warm-up, then a cosine from ``peak`` to ``final_fraction · peak``.
-
-    The warm-up of w steps starts at ``peak / (w + 1)``, so no step is wasted at 0.
-
-    Args:
-      peak: largest learning rate, reached at step w.
-      steps: steps of one domain; the last one is ``steps − 1``.
-      warmup_fraction: w = round(fraction · steps).
-      final_fraction: of the peak.
-
-    Returns:
-      An Optax schedule over one domain.
-
-    >>> lr = learning_rate_schedule(1.0, 100, warmup_fraction=0.1)
-    >>> float(lr(10)), round(float(lr(100)), 4)
-    (1.0, 0.005)
-    """
-    warmup = round(warmup_fraction * steps)
-    return optax.schedules.warmup_cosine_decay_schedule(
-        init_value=peak / (warmup + 1),
-        peak_value=peak,
-        warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
-        end_value=final_fraction * peak,
-    )
-
-
 def make_step(
     problem: Any,
     gradient: Callable[..., tuple[PyTree, dict, dict]],
@@ -193,7 +159,7 @@ def _removed_square(alpha: jax.Array, unit: PyTree) -> jax.Array:
 def compiled_step(
     step: Callable[..., Any], *, vmap_seeds: bool = False, out_shardings: Any = None
 ) -> Callable[..., Any]:
-    """Compiles a step, donating ``train``.
+    """Compiles a step that consumes its ``train``.
 
     Args:
       step: from :func:`make_step`.
@@ -204,11 +170,9 @@ def compiled_step(
     Returns:
       The jitted function. The ``train`` passed to it is consumed.
     """
-    if vmap_seeds:
-        single = step
 
-        def step(base, *rest):
-            return jax.vmap(lambda *args: single(base, *args))(*rest)
+    def mapped(base, *rest):
+        return jax.vmap(lambda *args: step(base, *args))(*rest)
 
     options = {} if out_shardings is None else {"out_shardings": out_shardings}
-    return jax.jit(step, donate_argnums=1, **options)
+    return jax.jit(mapped if vmap_seeds else step, donate_argnums=1, **options)

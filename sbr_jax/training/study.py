@@ -1,11 +1,13 @@
-"""A study: the model, the domains and the measurements that a pipeline runs over."""
+"""A study: the model, the domains and the evaluations that a pipeline runs over."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from sbr_jax.models.lora import select_targets
+from sbr_jax.settings import Training
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -24,7 +26,7 @@ class Domain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """What a preset builds. Nothing in the pipeline asks which model it is.
+    """Everything that a preset builds; nothing in the pipeline asks which model it is.
 
     Attributes:
       model: a ``models.Model``.
@@ -60,65 +62,30 @@ class Study:
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def shared_prompts(
-    named: Mapping[str, Any | Sequence[Sequence[int]]],
-) -> dict[str, int]:
-    """Counts prompts that two sets have in common, for every pair of sets.
-
-    Args:
-      named: token datasets (a prompt is what comes before the first answer token) or
-        lists of prompts' token ids.
-
-    Returns:
-      ``{"first/second": count}``, the form of :attr:`Study.leak_check`.
-
-    >>> shared_prompts({"a": [[1, 2], [3]], "b": [[3], [4]]})
-    {'a/b': 1}
-    """
-    sets = {name: set(_prompts(data)) for name, data in named.items()}
-    names = list(sets)
-    return {
-        f"{a}/{b}": len(sets[a] & sets[b])
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    }
-
-
-def check_disjoint(
-    named: Mapping[str, Any | Sequence[Sequence[int]]],
-) -> dict[str, int]:
-    """Refuses sets that share prompts.
-
-    Args:
-      named: see :func:`shared_prompts`.
-
-    Returns:
-      The counts, all 0.
+def check_sizes(study: Study, domains: Sequence[str], training: Training) -> None:
+    """Refuses sets that are empty, and sizes that neither data nor model can fill.
 
     Raises:
-      UserError: naming the pair and how many prompts it shares.
+      UserError: for the first such set or size.
     """
-    counts = shared_prompts(named)
-    refuse_leaks(counts)
-    return counts
-
-
-def refuse_leaks(counts: Mapping[str, int]) -> None:
-    """Raises UserError where a count is above 0."""
-    for pair, count in counts.items():
-        if count:
-            first, _, second = pair.partition("/")
+    if len(study.calibration) == 0:
+        raise UserError(
+            "expected a safety calibration set with at least one example, got none"
+        )
+    for name in domains:
+        size, batch = len(study.domains[name].train), training.batch_size
+        if size == 0:
+            raise UserError(f"expected training examples in domain {name}, got none")
+        # A set of ten may be smaller than a batch; to see all of it twice is a mistake.
+        if batch >= 2 * size:
             raise UserError(
-                f"expected disjoint sets, but {first} and {second} share {count} "
-                f"prompts: remove them from {first}, or {second} measures nothing"
+                f"expected training.batch_size to be less than {2 * size}, twice the "
+                f"{size} training examples of domain {name}, got {batch}"
             )
-
-
-def _prompts(data: Any) -> Iterator[tuple[int, ...]]:
-    if not hasattr(data, "mask"):
-        yield from (tuple(map(int, row)) for row in data)
-        return
-    tokens, mask = np.asarray(data.tokens), np.asarray(data.mask)
-    for row, answer in zip(tokens, mask, strict=True):
-        stop = int(np.argmax(answer > 0)) if (answer > 0).any() else len(row)
-        yield tuple(row[:stop].tolist())
+    model, targets = study.model.config, select_targets(training.lora_targets)
+    least = min(targets, key=lambda name: min(model.projection(name)))
+    if training.lora_rank > (side := min(model.projection(least))):
+        raise UserError(
+            f"expected training.lora_rank to be at most {side}, the smaller side of "
+            f"{least}, got {training.lora_rank}: lower it, or change lora_targets"
+        )

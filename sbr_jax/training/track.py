@@ -1,268 +1,327 @@
-"""One method with one seed through the domains: what each stage computes."""
+"""One variant with one seed: its keys and data, and its weights in memory and on disk.
+
+A track goes through its turns, one for each domain. What a turn begins with is handed
+on in memory, or else loaded from the stage that changed it last, as the records say;
+without it nothing is computed.
+"""
 
 import dataclasses
 import functools
-import shutil
+import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax.data.batches import batch
-from sbr_jax.training import checkpoint, loop, sharding
-from sbr_jax.training.finite import require_finite, require_finite_base
-from sbr_jax.training.monitor import monitor
-from sbr_jax.training.records import writing
-from sbr_jax.training.stage_records import (
-    HISTORY,
-    PARTIAL,
-    read_result,
-    write_history,
-)
-from sbr_jax.training.stages import EVALUATE, REPAIR, SUBSPACE, TRAIN, Stages
-from sbr_jax.training.step import TrainState
+from sbr_jax.methods.base import Method, as_aligned
+from sbr_jax.training import sharding
+from sbr_jax.training.config import Config
+from sbr_jax.training.finite import require_finite
+from sbr_jax.training.program import Program, init_adapter
+from sbr_jax.training.run_folder import RunFolder
+from sbr_jax.training.stage_records import Line
+from sbr_jax.training.stages import Stages
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree
 
+SHOWN = ("final_loss", "composite", "blocks")
 
-class Track(Stages):
-    """A method's run with one seed.
 
-    Every stage does nothing where it is finished already.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """What all variants and seeds of a run share.
+
+    Attributes:
+      study: what is run over.
+      config: of the run.
+      domains: names, in order.
+      base: the aligned weights, placed.
+      folder: where stages go.
+      start_score: s_0 of the monitor, None without a probe.
+      quiet: no progress bars and no lines.
     """
 
-    def init(self) -> None:
-        """Stage 0: what the method measures on the aligned model."""
-        if self.finished(0):
-            return
-        began = time.perf_counter()
-        self.load(0)
-        state = self._init_state(self.adapter)
-        diagnostics = state.pop("diagnostics", {})
-        self.finish(0, None, -1, {}, began=began, state=state, diagnostics=diagnostics)
+    study: Study
+    config: Config
+    domains: tuple[str, ...]
+    base: PyTree
+    folder: RunFolder
+    start_score: float | None = None
+    quiet: bool = False
+
+    def say(self, line: str) -> None:
+        """Tells of a finished stage."""
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Track:
+    """A variant with one seed.
+
+    Attributes:
+      job: what it shares with others.
+      program: the variant's.
+      seed: of adapter, data order and dropout.
+    """
+
+    job: Job
+    program: Program
+    seed: int
+
+    @property
+    def method(self) -> Method:
+        """The variant's hooks."""
+        return self.program.method
+
+    @property
+    def name(self) -> str:
+        """Names variant and seed in messages."""
+        return f"{self.method.name}, seed {self.seed}"
 
     @functools.cached_property
-    def _mixed(self) -> dict[str, Any]:
-        """The data set of the domain at hand, by the domain's name."""
-        return {}
+    def stages(self) -> Stages:
+        """Its stages on disk."""
+        job, method = self.job, self.method
+        monitored = method.monitored and job.study.probe is not None
+        return Stages(
+            job.folder, method.name, self.seed, len(job.domains), monitored=monitored
+        )
 
-    def dataset(self, domain: str) -> Any:
-        """What the domain trains on: its examples and what the method mixes in.
+    @functools.cached_property
+    def base(self) -> PyTree:
+        """Frozen weights: the study's, or what the method prepared from them.
 
-        Made once: a method may ask a judge about every example.
+        Computed again after a kill, from the same key: cheaper than a checkpoint of
+        all weights, and the same bits.
         """
-        if domain not in self._mixed:
-            self._mixed.clear()
-            self._mixed[domain] = self.method.mix(
-                self.program.problem,
-                self.study.domains[domain].train,
-                self.data_seed(f"{domain}/mix"),
-            )
-        return self._mixed[domain]
+        aligned, method = self.job.base, self.method
+        if method.prepare is as_aligned:
+            return aligned
+        problem, adapter = self.program.problem, self.first_adapter()
+        base = method.prepare(problem, aligned, adapter, self.key(6))
+        require_finite(base, f"{self.name}, prepared base weights")
+        return sharding.place_base(self.program.mesh, base, self.job.study.model.config)
+
+    def first_adapter(self) -> PyTree:
+        """The adapter that it starts from, placed."""
+        adapter = init_adapter(self.job.study, self.job.config, self.seed)
+        return sharding.place_like_adapter(self.program.mesh, adapter, adapter)
+
+    def key(self, purpose: int, name: str = "") -> jax.Array:
+        """A key of this seed for one purpose (and one domain, by its name)."""
+        root = jax.random.fold_in(jax.random.key(self.seed), purpose)
+        return jax.random.fold_in(root, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+    def data_seed(self, name: str) -> int:
+        """Seed of a data order: of this seed and a name."""
+        return zlib.crc32(f"{self.seed}/{name}".encode()) & 0x7FFFFFFF
 
     def batches(self, dataset: Any, name: str) -> Callable[[int], Mapping[str, Any]]:
         """Batch of a step number, placed on the mesh."""
-        seed, size = self.data_seed(name), self.config.training.batch_size
+        seed, size = self.data_seed(name), self.job.config.training.batch_size
         mesh = self.program.mesh
         return lambda step: sharding.place_batch(mesh, batch(dataset, size, seed, step))
 
-    def begin(self, index: int) -> tuple[TrainState, dict[str, Any]]:
-        """Training state and method state at the start of a domain."""
-        self.load(self.number(index, TRAIN))
-        return self.program.start(self.adapter, self.state), self.state
 
-    def train(self, index: int) -> None:
-        """Steps on the domain."""
-        number, domain = self.number(index, TRAIN), self.domains[index]
-        if self.finished(number):
-            return
-        began = time.perf_counter()
-        train, state = self.begin(index)
-        train, state, step, history = self._partial(number, train, state)
-        done = loop.train(
-            self.program.step,
-            self.base,
-            train,
-            state,
-            self.batches(self.dataset(domain), domain),
-            self.key(2, domain),
-            steps=self.config.training.steps_per_domain,
-            where=self.where(domain),
-            first_step=step,
-            history=history,
-            log_every=self.config.hardware.log_every,
-            refresh_every=self.method.refresh_every,
-            refresh=self._refresher(domain),
-            checkpoint_every=self.config.hardware.checkpoint_every,
-            checkpoint=self._checkpointer(number, self.where(domain)),
-            quiet=self.quiet,
-        )
-        self.trained(index, done, loop.summarise(done.history), began)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turn:
+    """A track in one domain; at index −1, before the first.
 
-    def trained(
-        self, index: int, done: loop.Trained, metrics: Mapping[str, Any], began: float
-    ) -> None:
-        """Records the train stage."""
-        self.finish(
-            self.number(index, TRAIN),
-            self.domains[index],
-            index,
-            metrics,
-            began=began,
-            adapter=done.train.adapter,
-            state=done.state if self.method.refresh is not None else None,
-            seconds_per_step=done.seconds_per_step,
-        )
+    Attributes:
+      track: whose.
+      index: of the domain.
+    """
 
-    def _refresher(self, domain: str):
-        if self.method.refresh is None:
-            return None
-        key = self.key(4, domain)
+    track: Track
+    index: int
 
-        def refresh(train, state, step):
-            state = self.method.refresh(
-                self.program.problem,
-                self.base,
-                train.adapter,
-                state,
-                jax.random.fold_in(key, step),
-            )
-            state = {k: v for k, v in state.items() if k != "diagnostics"}
-            opt_state = self.program.insert(train.opt_state, state)
-            return TrainState(train.adapter, opt_state, train.step), state
+    @property
+    def domain(self) -> str:
+        """The domain's name; empty before the first."""
+        return "" if self.index < 0 else self.track.job.domains[self.index]
 
-        return refresh
+    @property
+    def where(self) -> str:
+        """Names it in messages."""
+        name = self.track.name
+        return f"{name}, domain {self.domain}" if self.domain else name
 
-    def _checkpointer(self, number: int, where: str):
-        def save(step, train, state, history):
-            require_finite((train, state), f"{where}, after step {step}")
-            self.workdir.require_held()
-            folder = self.folder(number) / f"{PARTIAL}{step:08d}"
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(folder / "tree", (train, state))
-            run = self.workdir.run
-            write_history(folder, run=run, step=step, history=history)
-            for other in folder.parent.glob(f"{PARTIAL}*"):
-                if other != folder:
-                    shutil.rmtree(other, ignore_errors=True)
+    def number(self, kind: int) -> int:
+        """Of its stage of a kind."""
+        return 4 * self.index + kind
 
-        return save
+    @functools.cached_property
+    def examples(self) -> Any:
+        """What is trained on: the domain's examples and what the method mixes in.
 
-    def _partial(self, number: int, train: TrainState, state: PyTree):
-        """The newest checkpoint inside a stage, or the stage's start."""
-        found = self.folder(number).glob(f"{PARTIAL}*")
-        for folder in sorted(found, reverse=True):
-            record = read_result(folder, self.workdir.run, HISTORY)
-            if record is not None:
-                train, state = self.restore(folder / "tree", (train, state))
-                return train, state, record["step"], record["history"]
-        return train, state, 0, None
-
-    def repair(self, index: int) -> None:
-        """The monitor, and repair blocks where it asks for them."""
-        number, domain = self.number(index, REPAIR), self.domains[index]
-        if not self.monitored or self.finished(number):
-            return
-        began = time.perf_counter()
-        self.load(number)
-        losses: list[float] = []
-
-        def block(adapter, count):
-            done = self._repair_block(adapter, domain, count)
-            losses.append(loop.summarise(done.history)["safety_loss"])
-            return done.train.adapter
-
-        adapter, scores = monitor(
-            self.adapter,
-            lambda adapter: self.study.probe(*self.deployed(adapter)),
-            block,
-            self.start_score,
-            tolerance=self.config.training.tolerance,
-            max_blocks=self.config.training.repair_blocks,
-            where=self.where(domain),
-        )
-        metrics = {
-            "probe_start": self.start_score,
-            "probe": scores[0],
-            "probe_after": scores[-1],
-            "blocks": len(scores) - 1,
-        }
-        if losses:
-            metrics["safety_loss"] = losses[-1]
-        changed = adapter if len(scores) > 1 else None
-        self.finish(number, domain, index, metrics, began=began, adapter=changed)
-
-    def _repair_block(self, adapter: PyTree, domain: str, count: int) -> loop.Trained:
-        name = f"{domain}/repair{count}"
-        safe = self.batches(self.study.calibration, f"{name}/safe")
-        weight = np.float32(self.config.training.replay_weight)
-        return loop.train(
-            self.program.repair_step,
-            self.base,
-            self.program.start(adapter, self.state, repair=True),
-            self.state,
-            self.batches(self.dataset(domain), name),
-            self.key(5, name),
-            steps=self.config.training.repair_steps,
-            where=f"{self.where(domain)}, repair",
-            more=lambda step: (safe(step), weight),
-            log_every=self.config.hardware.log_every,
-            quiet=self.quiet,
-        )
-
-    def end_domain(self, index: int) -> None:
-        """The method's ``end_domain``: a new subspace, a new reference, an edit."""
-        number, domain = self.number(index, SUBSPACE), self.domains[index]
-        if self.finished(number):
-            return
-        began = time.perf_counter()
-        self.load(number)
-        before = self.adapter
-        problem = dataclasses.replace(self.program.problem, domain=self.dataset(domain))
-        adapter, state = self.method.end_domain(
-            problem, self.base, before, self.state, self.key(3, domain)
-        )
-        state = dict(state)
-        diagnostics = state.pop("diagnostics", {})
-        self.finish(
-            number,
-            domain,
-            index,
-            {},
-            began=began,
-            adapter=None if adapter is before else adapter,
-            state=state,
-            diagnostics=diagnostics,
-        )
-
-    def deployed(self, adapter: PyTree) -> tuple[PyTree, PyTree]:
-        """The weights that are measured: the method's ``deploy``."""
-        return self.method.deploy(self.program.problem, self.base, adapter, self.state)
-
-    def evaluate(self, index: int) -> None:
-        """All measurements after a domain."""
-        number, domain = self.number(index, EVALUATE), self.domains[index]
-        if self.finished(number):
-            return
-        began = time.perf_counter()
-        self.load(number)
-        base, adapter = self.deployed(self.adapter)
-        where = f"{self.where(domain)}, weights to measure"
-        require_finite(adapter, where)
-        if base is not self.base:
-            require_finite_base(base, where)
-        metrics = measure(self.study, base, adapter, self.domains[: index + 1])
-        self.finish(number, domain, index, metrics, began=began)
+        Made once: a method may ask a judge about every example.
+        """
+        track, name = self.track, self.domain
+        own = track.job.study.domains[name].train
+        seed = track.data_seed(f"{name}/mix")
+        return track.method.mix(track.program.problem, own, seed)
 
 
-def measure(
-    study: Study, base: PyTree, adapter: PyTree, domains: tuple[str, ...]
-) -> dict[str, float]:
-    """The study's metrics and the test accuracy of some domains, 0 to 100."""
-    metrics = {k: float(v) for k, v in study.evaluate(base, adapter).items()}
-    for name in domains:
-        metrics[f"accuracy/{name}"] = float(study.domains[name].evaluate(base, adapter))
-    return metrics
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Weights in memory.
+
+    Attributes:
+      adapter: as trained.
+      state: the method's.
+      after: the stage that left them so; −1 for none.
+    """
+
+    adapter: PyTree
+    state: dict[str, Any]
+    after: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a stage computed.
+
+    Attributes:
+      metrics: numbers.
+      adapter: None where it is as it was.
+      state: the method's; None where it is as it was.
+      diagnostics: trees of small arrays.
+      timing: seconds.
+    """
+
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: PyTree = None
+    state: Mapping[str, Any] | None = None
+    diagnostics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    timing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def once(
+    turn: Turn,
+    number: int,
+    compute: Callable[[Turn, Held], Outcome],
+    held: Held | None,
+) -> Held | None:
+    """Does a stage, unless it is finished already.
+
+    Args:
+      turn: of the stage.
+      number: of the stage.
+      compute: what it does.
+      held: weights in memory, if any.
+
+    Returns:
+      The weights after it; as they were given where nothing was done.
+    """
+    if turn.track.stages.finished(number):
+        return held
+    began = time.perf_counter()
+    held = load(turn.track, number, held)
+    return finish(turn, number, held, compute(turn, held), began)
+
+
+def load(track: Track, before: int, held: Held | None = None) -> Held:
+    """The weights as the stages before ``before`` left them.
+
+    Args:
+      track: whose.
+      before: number of a stage.
+      held: weights in memory, taken where they are just those.
+
+    Raises:
+      DamagedError: where one of the stages, or what it left, is missing or damaged.
+    """
+    stages = track.stages
+    numbers = [n for n in stages.numbers if n < before]
+    stages.require_finished(numbers)
+    last = max(numbers, default=-1)
+    if held is not None and held.after == last:
+        return held
+    adapter = track.first_adapter()
+    if last < 0:
+        return Held(adapter, {}, last)
+    # The structure of the state is the method's: computed again, then filled.
+    found = {"adapter": adapter, "state": init_state(track, adapter)[0]}
+    for what, like in found.items():
+        holder = stages.holder(what, before)
+        if holder is not None:
+            found[what] = restore(track, holder / what, like)
+    return Held(found["adapter"], found["state"], last)
+
+
+def init_state(track: Track, adapter: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method's first state, and its diagnostics."""
+    problem, key = track.program.problem, track.key(1)
+    state = dict(track.method.init(problem, track.base, adapter, key))
+    return state, state.pop("diagnostics", {})
+
+
+def restore(track: Track, path: Path, like: PyTree) -> PyTree:
+    """Reads a checkpoint back, placed as ``like`` is."""
+    found = track.stages.restore(path, like)
+    if track.program.mesh is None:
+        # Uncommitted, as freshly computed arrays are: the same compiled program.
+        found = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), found)
+    return found
+
+
+def finish(turn: Turn, number: int, held: Held, outcome: Outcome, began: float) -> Held:
+    """Saves what a stage changed, and marks it as finished.
+
+    Args:
+      turn: of the stage.
+      number: of the stage.
+      held: weights before it.
+      outcome: what it computed.
+      began: when, on the clock of ``time.perf_counter``.
+
+    Returns:
+      The weights after it.
+
+    Raises:
+      UserError: for weights that are not finite, or cannot be written.
+    """
+    track, stages = turn.track, turn.track.stages
+    stage = stages.name(number)
+    changed = {}
+    if outcome.adapter is not None:
+        changed["adapter"] = outcome.adapter
+    if outcome.state is not None:
+        changed["state"] = dict(outcome.state)
+    for name, tree in changed.items():
+        require_finite(tree, f"{turn.where}, {name} after {stage}")
+    stages.save(number, changed)
+    seconds = time.perf_counter() - began
+    line = Line(
+        track.method.name,
+        track.seed,
+        stage,
+        turn.domain or None,
+        turn.index,
+        dict(outcome.metrics),
+        jax.device_get(dict(outcome.diagnostics)),
+    )
+    stages.finish(number, line, {"seconds": seconds, **outcome.timing}, list(changed))
+    track.job.say(
+        f"{line.method}  seed {line.seed}  {line.domain or 'start'}  {stage}  "
+        f"{seconds:.1f} s  {shown(outcome.metrics)}".rstrip()
+    )
+    return Held(**{**vars(held), **changed, "after": number})
+
+
+def shown(metrics: Mapping[str, Any]) -> str:
+    """The metrics that a line on the terminal shows."""
+    found = [(name, metrics.get(name)) for name in SHOWN]
+    return ", ".join(f"{k} {v:.4g}" for k, v in found if isinstance(v, int | float))
+
+
+def deployed(track: Track, adapter: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    """Base and adapter as evaluated: the method's ``deploy``."""
+    return track.method.deploy(track.program.problem, track.base, adapter, state)

@@ -71,8 +71,8 @@ def readers(folder, right):
 # --- ways to damage a file: bytes to bytes, or None where they do not apply ----------
 
 
-def at(rng, content, piece, start=0, end=None):
-    place = rng.randrange(start, len(content) if end is None else end)
+def at(rng, content, piece, start=0):
+    place = rng.randrange(start, len(content))
     return content[:place] + piece + content[place:]
 
 
@@ -179,21 +179,19 @@ OPTIONAL = {"input", "No", "Rock", "Yes", "Long:", "Short:"}
 
 
 def other_type(rng, inside, key, *, dry=False):
-    if dry:
-        return True
-    value = inside[key]
-    others = [o for o in OTHERS if type(o) is not type(value)]
-    others += [] if isinstance(value, str) else ["a text"]
-    inside[key] = rng.choice(others)
-    return None
+    if not dry:
+        value = inside[key]
+        others = [o for o in OTHERS if type(o) is not type(value)]
+        others += [] if isinstance(value, str) else ["a text"]
+        inside[key] = rng.choice(others)
+    return True
 
 
 def no_text(text):
     def change(rng, inside, key, *, dry=False):
-        if dry:
-            return isinstance(inside[key], str)
-        inside[key] += text
-        return None
+        if not dry:
+            inside[key] += text
+        return isinstance(inside[key], str)
 
     return change
 
@@ -208,17 +206,16 @@ def replaced(value):
 
 
 def missing(rng, inside, key, *, dry=False):
-    if dry:
-        return isinstance(inside, dict) and key not in OPTIONAL
-    del inside[key]
-    return None
+    found = isinstance(inside, dict) and key not in OPTIONAL
+    if not dry:
+        del inside[key]
+    return found
 
 
 def twice(rng, inside, key, *, dry=False):
-    if dry:
-        return isinstance(inside, dict)
-    inside[f"TWICE{key}"] = inside[key]
-    return None
+    if not dry:
+        inside[f"TWICE{key}"] = inside[key]
+    return isinstance(inside, dict)
 
 
 def row_of_another_kind(rng, path, content):
@@ -259,33 +256,41 @@ def walk(value):
             yield from walk(value[key])
 
 
-# The same texts, saved in another way.
+def utf16(kind):
+    return lambda rng, path, content: content.decode("utf-8-sig").encode(kind)
+
+
+def changed(rng, packed):
+    place = rng.randrange(10, len(packed))
+    return packed[:place] + bytes([packed[place] ^ 0x55]) + packed[place + 1 :]
+
+
+def cut(rng, packed, size):
+    return packed[: rng.randrange(11, 11 + size // 4)]
+
+
+BOM = b"\xef\xbb\xbf"
+# The same texts, saved in another way; each takes a generator, a path and the bytes.
 HARMLESS = {
-    "CRLF": lambda rng, path, content: content.replace(b"\n", b"\r\n"),
-    "CR": lambda rng, path, content: content.replace(b"\n", b"\r"),
-    "byte-order mark": lambda rng, path, content: (
-        b"\xef\xbb\xbf" + content.lstrip(b"\xef\xbb\xbf")
-    ),
-    "blank lines": lambda rng, path, content: content.rstrip(b"\n") + b"\n\n\n",
-    "packed": lambda rng, path, content: gzip.compress(content),
+    "CRLF": lambda r, p, c: c.replace(b"\n", b"\r\n"),
+    "CR": lambda r, p, c: c.replace(b"\n", b"\r"),
+    "byte-order mark": lambda r, p, c: BOM + c.lstrip(BOM),
+    "blank lines": lambda r, p, c: c.rstrip(b"\n") + b"\n\n\n",
+    "packed": lambda r, p, c: gzip.compress(c),
 }
 HARMFUL = {
-    "UTF-16": lambda rng, path, content: content.decode("utf-8-sig").encode("utf-16"),
-    "UTF-16 without a mark": lambda rng, path, content: content.decode(
-        "utf-8-sig"
-    ).encode("utf-16-le"),
-    "Latin-1": lambda rng, path, content: at(rng, content, b"\xe9", 3),
-    "NUL": lambda rng, path, content: at(rng, content, b"\0"),
-    "empty": lambda rng, path, content: rng.choice([b"", b"\n", b" \n\n"]),
-    "page": lambda rng, path, content: PAGE,
-    "folder": lambda rng, path, content: "folder",
-    "cut gzip": lambda rng, path, content: gzip.compress(content)[
-        : rng.randrange(11, 11 + len(content) // 4)
-    ],
-    "changed gzip": lambda rng, path, content: changed(rng, gzip.compress(content)),
-    "no gzip": lambda rng, path, content: b"\x1f\x8b" + content[:-1],
-    "bomb": lambda rng, path, content: BOMB,
-    "deep": lambda rng, path, content: DEEP.encode() if parsed(path, content) else None,
+    "UTF-16": utf16("utf-16"),
+    "UTF-16 without a mark": utf16("utf-16-le"),
+    "Latin-1": lambda r, p, c: at(r, c, b"\xe9", 3),
+    "NUL": lambda r, p, c: at(r, c, b"\0"),
+    "empty": lambda r, p, c: r.choice([b"", b"\n", b" \n\n"]),
+    "page": lambda r, p, c: PAGE,
+    "folder": lambda r, p, c: "folder",
+    "cut gzip": lambda r, p, c: cut(r, gzip.compress(c), len(c)),
+    "changed gzip": lambda r, p, c: changed(r, gzip.compress(c)),
+    "no gzip": lambda r, p, c: b"\x1f\x8b" + c[:-1],
+    "bomb": lambda r, p, c: BOMB,
+    "deep": lambda r, p, c: DEEP.encode() if parsed(p, c) else None,
     "deep value": edited(replaced("MARK1")),
     "too many levels": edited(replaced("MARK2")),
     "surrogate": edited(no_text("\ud800")),
@@ -304,11 +309,6 @@ HARMFUL = {
     "lost brace": lost_brace,
 }
 PACKED = {"packed", "cut gzip", "changed gzip", "no gzip", "bomb"}
-
-
-def changed(rng, packed):
-    place = rng.randrange(10, len(packed))
-    return packed[:place] + bytes([packed[place] ^ 0x55]) + packed[place + 1 :]
 
 
 @contextlib.contextmanager
@@ -338,7 +338,8 @@ def damaged(folder, number):
 
 
 def is_read(path):
-    return path.name not in ("judge_prompts.jsonl", "jbb_behaviors_harmful.csv")
+    # In this one, targets and categories may be missing.
+    return path.name != "jbb_behaviors_harmful.csv"
 
 
 def test_a_damaged_file_is_named_in_one_line_or_read_as_if_it_were_whole(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import STORIES, needs_stories
-from templates_case import ANSWER, FAMILIES, QUESTION, SPECIAL, tokenizer
+from templates_case import FAMILIES, SPECIAL, tokenizer
 
 from sbr_jax import data, models
 from sbr_jax.data import control
@@ -32,16 +32,6 @@ def test_a_control_token_in_a_message_does_nothing(name, token):
     prompts = data.encode_prompts(tok, [clean[0], dirty[0]])
     assert specials(tok, prompts[0]) == specials(tok, prompts[1])
     assert rows.tokens[1][: len(prompts[1])].tolist() == prompts[1]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_ordinary_texts_keep_their_tokens(name):
-    tok = data.fix_template(tokenizer(FAMILIES[name]))
-    record = data.Record(QUESTION, ANSWER)
-    rows = data.encode_chat(tok, [record], 512)
-    theirs = tok.apply_chat_template(record.messages)["input_ids"]
-    assert rows.tokens[0][: len(theirs)].tolist() == theirs
-    assert rows.escaped == 0
 
 
 def test_tokens_that_only_the_template_writes_are_guarded_in_what_users_say():

@@ -3,12 +3,19 @@
 import random
 import string
 
+import numpy as np
 import pytest
 from tiny_data import DATA, needs_data
 
-from sbr_jax.data import Pair, Record, leaks, load_evalset, load_source
+from sbr_jax.data import (
+    Pair,
+    Record,
+    TokenDataset,
+    leaks,
+    load_evalset,
+    load_source,
+)
 from sbr_jax.data.records import BehaviourItem, ChoiceItem
-from sbr_jax.training.study import refuse_leaks
 from sbr_jax.typing import UserError
 
 
@@ -105,13 +112,8 @@ def test_composed_and_compatible_forms_agree(a, b):
 
 def test_normalising_twice_is_normalising_once():
     rng = random.Random(0)
-    ranges = (
-        (32, 127),
-        (0xA0, 0x24F),
-        (0x300, 0x36F),
-        (0x1100, 0x11FF),
-        (0xFF00, 0xFFEF),
-    )
+    ranges = ((32, 127), (0xA0, 0x24F), (0x300, 0x36F), (0x1100, 0x11FF))
+    ranges = (*ranges, (0xFF00, 0xFFEF))
     for _ in range(300):
         marks = [chr(rng.randrange(*rng.choice(ranges))) for _ in range(8)]
         once = leaks.normalised("".join(marks))
@@ -139,7 +141,9 @@ def test_pairs_items_and_messages_are_compared_by_their_prompts():
 
 def test_leaks_are_refused_with_counts_and_never_quoted():
     sets = {"train": ["A secret.", "x"], "dev": ["y"], "test": ["a secret", "X!"]}
-    with pytest.raises(UserError, match=r"got train/test: 2; drop") as error:
+    with pytest.raises(
+        UserError, match=r"train and test share 2 prompts: drop"
+    ) as error:
         leaks.refuse_shared(sets)
     assert "secret" not in str(error.value)
     assert "dev" not in str(error.value)
@@ -148,9 +152,14 @@ def test_leaks_are_refused_with_counts_and_never_quoted():
         leaks.shared({"a/b": []})
 
 
-def test_the_counts_have_the_form_of_a_studys_leak_check():
-    with pytest.raises(UserError, match="train and test share 1"):
-        refuse_leaks(leaks.shared({"train": ["x"], "test": ["X"]}))
+def test_encoded_sets_are_compared_by_the_tokens_of_their_prompts():
+    tokens = np.array([[1, 2, 5], [3, 4, 5]])
+    data = TokenDataset(tokens, np.array([[0, 0, 1], [0, 1, 1]]))
+    asked = [[1, 2], [3], [3]]
+    assert leaks.shared_prompts({"a": data, "b": asked}) == {"a/b": 2}
+    assert leaks.check_disjoint({"a": data, "b": tokens}) == {"a/b": 0}
+    with pytest.raises(UserError, match="a and b share 2 prompts, a and c share 1"):
+        leaks.check_disjoint({"a": data, "b": asked, "c": [[3]]})
 
 
 # --- the real sets --------------------------------------------------------------------

@@ -4,12 +4,15 @@ import csv
 import gzip
 import io
 import json
+import lzma
 
 import numpy as np
 import pytest
 import tiny_data as files
+import tiny_rows
 
 from sbr_jax.data import Pair, Record, leaks, load_evalset, load_source, readers
+from sbr_jax.data._rows import MOST_LEVELS, Row, cleaned
 from sbr_jax.data.records import (
     BiasItem,
     ChoiceItem,
@@ -18,7 +21,6 @@ from sbr_jax.data.records import (
     as_record,
     format_choices,
 )
-from sbr_jax.data.rows import MOST_LEVELS, Row, cleaned
 from sbr_jax.typing import UserError
 
 # --- line ends ------------------------------------------------------------------------
@@ -50,27 +52,27 @@ def as_parquet(path, values):
     parquet.write_table(pyarrow.table({"t": list(values)}), path)
 
 
+def as_lines(values):
+    return "\r\n".join(json.dumps({"t": v}, ensure_ascii=False) for v in values)
+
+
 FORMATS = {
-    "csv": lambda path, values: path.write_text(table(values, "\n"), newline=""),
-    "csv with CRLF": lambda path, values: path.write_text(
-        table(values, "\r\n"), newline=""
-    ),
-    "tsv": lambda path, values: path.write_text(table(values, "\n"), newline=""),
-    "json": lambda path, values: path.write_text(
-        json.dumps([{"t": v} for v in values])
-    ),
-    "jsonl": lambda path, values: path.write_text(
-        "\r\n".join(json.dumps({"t": v}, ensure_ascii=False) for v in values),
-        newline="",
-    ),
-    "parquet": as_parquet,
+    "csv": lambda values: table(values, "\n"),
+    "csv with CRLF": lambda values: table(values, "\r\n"),
+    "tsv": lambda values: table(values, "\n"),
+    "json": lambda values: json.dumps([{"t": v} for v in values]),
+    "jsonl": as_lines,
+    "parquet": None,
 }
 
 
 @pytest.mark.parametrize("way", FORMATS)
 def test_a_text_is_the_same_from_every_format(way, tmp_path):
     path = tmp_path / f"a.{way.split()[0]}"
-    FORMATS[way](path, TEXTS)
+    if way == "parquet":
+        as_parquet(path, TEXTS)
+    else:
+        path.write_text(FORMATS[way](TEXTS), newline="")
     rows = readers.any_rows(path)
     assert [row.text("t") for row in rows] == list(TEXTS.values())
 
@@ -112,92 +114,63 @@ def test_copies_with_other_line_ends_give_the_prompts_of_the_originals(
 
 # --- files that are not what their name says ------------------------------------------
 
-LONE = "a secret sentence"
-ROW = {"t": LONE}
+ROW = json.dumps({"t": "a secret sentence"}) + "\n"
+DEEP, NAMED = 100_000, '{"a secret sentence": "\\u0000"}'
+LEVELS = '{"t":' + "[" * MOST_LEVELS + "]" * MOST_LEVELS + "}"
+SWALLOWED = '"a secret sentence,b\n'
 WRONG = {
-    "UTF-16": ("a.csv", f"t\n{LONE}\n".encode("utf-16"), "got UTF-16 at line 1: save"),
-    "Latin-1 table": (
-        "a.csv",
-        f"t\n{LONE}\n\xe9\n".encode("latin-1"),
-        "got another encoding at line 3: save it as UTF-8",
-    ),
-    "Latin-1 lines": (
-        "a.jsonl",
-        (json.dumps(ROW) + '\n{"t": "\xe9"}').encode("latin-1"),
-        "got another encoding at line 2",
-    ),
-    "NUL": ("a.csv", b"t\nx\na\0\n", "got a NUL byte at line 3"),
-    "surrogate in lines": (
-        "a.jsonl",
-        (json.dumps(ROW) + '\n{"t": "x\\ud800"}').encode(),
-        "row 2, column 't': expected a text, got one with half of a pair",
-    ),
-    "surrogate in an array": (
-        "a.json",
-        b'[{"t": {"u": ["x", "\\udfff"]}}]',
-        "row 1, column 't', column 'u', item 2: expected a text",
-    ),
-    "surrogate in a name": ("a.jsonl", b'{"\\ud800": 1}', "row 1, name of a column"),
-    "escaped NUL": ("a.jsonl", b'{"t": "\\u0000"}', "column 't': .* a NUL character"),
-    "text as column": (
-        "a.jsonl",
-        b'{"a secret sentence": "\\u0000"}',
-        "row 1, a column with a longer name: ",
-    ),
-    "deep": ("a.json", b"[" * 100_000, "JSON of at most 100 levels in"),
-    "deep line": (
-        "a.jsonl",
-        b'{"t":' * 100_000,
-        "JSON of at most 100 levels in .*row 1, got",
-    ),
-    "levels": (
-        "a.jsonl",
-        b'{"t":' + b"[" * MOST_LEVELS + b"]" * MOST_LEVELS + b"}",
-        f"row 1, .*expected at most {MOST_LEVELS} levels",
-    ),
-    "digits": ("a.jsonl", b'{"t": ' + b"9" * 5000 + b"}", "row 1, got .*4300 digits"),
-    "array as lines": ("a.jsonl", b'[{"t": 1},\n{"t": 2}]', "got a JSON array: write"),
-    "lines as array": (
-        "a.json",
-        b'{"t": 1}\n{"t": 2}',
-        "line 2, .*as if it were JSON lines",
-    ),
-    "name twice": (
-        "a.jsonl",
-        b'{"t": 1, "t": 1}',
-        "row 1, got a name that stands twice in one object",
-    ),
-    "names by line end": (
-        "a.jsonl",
-        b'{"t\\r\\n": 1, "t\\n": 2}',
-        "row 1: expected different names",
-    ),
-    "header twice": ("a.csv", b"t,t\n1,2\n", "columns of different names"),
-    "nothing": ("a.csv", b"", "got an empty file"),
-    "header only": ("a.csv", b"t,u\n", "at least one row, got none"),
-    "bomb": ("a.jsonl.gz", gzip.compress(b" " * 2**25, 1), "more than 200-fold"),
-    "swallowed": (
-        "a.csv",
-        b"t,u\n" + b'"a secret sentence,b\n' * 50,
-        r"row 1: .*expected after '\"'",
-    ),
-    "unclosed": ("a.csv", b't,u\nx,y\n"a secret sentence,b\n', "row 2: .*end of data"),
-    "lone quote": ("a.csv", b't,u\nx,y\nz "," a"b\n', "row 2"),
-    "lost quote": ("a.csv", b't,u\nx,y\nz ""a"" b",c\n', "row 2: .*without a second"),
-    "other delimiter": ("a.csv", b"t;u\na,b;c\n", "row 1: expected 1 cells, got 2"),
-    "row of a list": (
-        "a.json",
-        b'[{"t": 1}, ["x"]]',
-        "row 2: expected an object, got a",
-    ),
+    "a.csv": [
+        ("t\na secret sentence\n".encode("utf-16"), "got UTF-16 at line 1: save"),
+        (
+            "t\na secret sentence\n\xe9\n".encode("latin-1"),
+            "got another encoding at line 3: save it as UTF-8",
+        ),
+        ("t\nx\na\0\n", "got a NUL byte at line 3"),
+        ("t,t\n1,2\n", "columns of different names"),
+        ("", "got an empty file"),
+        ("t,u\n", "at least one row, got none"),
+        ("t,u\n" + SWALLOWED * 50, r"row 1: .*expected after '\"'"),
+        ("t,u\nx,y\n" + SWALLOWED, "row 2: .*end of data"),
+        ('t,u\nx,y\nz "," a"b\n', "row 2"),
+        ('t,u\nx,y\nz ""a"" b",c\n', "row 2: .*without a second"),
+        ("t;u\na,b;c\n", "row 1: expected 1 cells, got 2"),
+    ],
+    "a.jsonl": [
+        (f'{ROW}{{"t": "\xe9"}}'.encode("latin-1"), "got another encoding at line 2"),
+        (
+            ROW + '{"t": "x\\ud800"}',
+            "row 2, column 't': expected a text, got one with half of a pair",
+        ),
+        ('{"\\ud800": 1}', "row 1, name of a column"),
+        ('{"t": "\\u0000"}', "column 't': .* a NUL character"),
+        (NAMED, "row 1, a column with a longer name: "),
+        ('{"t":' * DEEP, "JSON of at most 100 levels in .*row 1, got"),
+        (LEVELS, f"row 1, .*expected at most {MOST_LEVELS} levels"),
+        ('{"t": ' + "9" * 5000 + "}", "row 1, got .*4300 digits"),
+        ('[{"t": 1},\n{"t": 2}]', "got a JSON array: write"),
+        ('{"t": 1, "t": 1}', "row 1, got a name that stands twice in one object"),
+        ('{"t\\r\\n": 1, "t\\n": 2}', "row 1: expected different names"),
+    ],
+    "a.json": [
+        (
+            '[{"t": {"u": ["x", "\\udfff"]}}]',
+            "row 1, column 't', column 'u', item 2: expected a text",
+        ),
+        ("[" * DEEP, "JSON of at most 100 levels in"),
+        ('{"t": 1}\n{"t": 2}', "line 2, .*as if it were JSON lines"),
+        ('[{"t": 1}, ["x"]]', "row 2: expected an object, got a"),
+    ],
+    "a.jsonl.gz": [(gzip.compress(b" " * 2**25, 1), "more than 200-fold")],
 }
+CASES = [(name, *case) for name, cases in WRONG.items() for case in cases]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_row_is_one_line_with_file_and_place(case, tmp_path):
-    name, content, said = WRONG[case]
+@pytest.mark.parametrize(
+    ("name", "content", "said"), CASES, ids=[f"{c[0]}: {c[2]}" for c in CASES]
+)
+def test_what_is_no_row_is_one_line_with_file_and_place(name, content, said, tmp_path):
     path = tmp_path / name
-    path.write_bytes(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError, match=said) as error:
         readers.any_rows(path)
     assert str(path) in str(error.value)
@@ -206,10 +179,37 @@ def test_what_is_no_row_is_one_line_with_file_and_place(case, tmp_path):
 
 
 def test_what_grows_as_text_does_is_no_bomb(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
     rows = [{"question": "x" * 500, "answer": str(i)} for i in range(100)]
-    path.write_bytes(gzip.compress(files.as_lines(rows).encode()))
+    path = files.put(tmp_path / "a.jsonl.gz", files.as_lines(rows))
     assert len(readers.jsonl_rows(path)) == 100
+
+
+def test_a_damaged_gzip_says_how_far_it_was_read(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    lines = [{"question": f"{i}?", "answer": f"{i * 7919 % 1009}"} for i in range(9999)]
+    whole = gzip.compress(files.as_lines(lines).encode())
+    middle = len(whole) // 2
+    for content, said in (
+        (whole[:middle], r"damaged after line [1-9]\d* \(EOFError\)"),
+        (b"no gzip at all", r"damaged after line 0 \(BadGzipFile\)"),
+        (
+            whole[:middle] + bytes(64) + whole[middle + 64 :],
+            r"damaged after line|expected JSON",
+        ),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            readers.jsonl_rows(path)
+
+
+def test_plain_and_compressed_files_read_alike(tmp_path):
+    text = files.as_lines(tiny_rows.GSM8K)
+    plain = files.put(tmp_path / "a.jsonl", "\ufeff" + text)
+    packed = tmp_path / "a.jsonl.xz"
+    packed.write_bytes(lzma.compress(text.encode()))
+    for path in (plain, packed):
+        assert [row.values for row in readers.jsonl_rows(path)] == tiny_rows.GSM8K
+    assert readers.find(tmp_path, "b.jsonl", "a.jsonl") == plain
 
 
 def test_a_published_table_may_hold_a_lone_quotation_mark(tmp_path):
@@ -222,7 +222,7 @@ def test_a_published_table_may_hold_a_lone_quotation_mark(tmp_path):
 
 
 def test_a_file_beside_its_packed_copy_is_read_once(tmp_path):
-    rows = files.as_table(files.MMLU, header=False)
+    rows = files.as_table(tiny_rows.MMLU, header=False)
     files.put(tmp_path / "mmlu/test/sums_test.csv", rows)
     files.put(tmp_path / "mmlu/test/sums_test.csv.gz", rows)
     files.put(tmp_path / "mmlu/test/sums_test.csv.bak", rows)
@@ -241,77 +241,6 @@ def test_a_place_that_cannot_be_looked_at_is_one_line(tmp_path):
 
 
 # --- cells and items of another type --------------------------------------------------
-
-CELLS = {
-    "catqa": ("catqa/catqa_english.json", {"Words": {"Long:": "Who?"}}, "lists of q"),
-    "safety_tuned_questions": (
-        "safety_tuned_llamas/I-MaliciousInstructions.json",
-        {"instructions": "Who?"},
-        "a list of texts, got a text of 4",
-    ),
-    "mtbench": (
-        "mtbench/question.jsonl",
-        files.MTBENCH[0] | {"turns": "Go."},
-        "'turns': expected a list of texts",
-    ),
-    "medqa": (
-        "medqa/phrases_no_exclude_test.jsonl",
-        files.MEDQA[0] | {"options": "wxyz"},
-        "an object of the options",
-    ),
-    "truthfulqa_mc1": (
-        "truthfulqa/mc_task.json",
-        [files.TASKS[0] | {"mc1_targets": {"No": True, "Yes": False}}],
-        "options with 0 or 1",
-    ),
-    "truthfulqa_mc2": (
-        "truthfulqa/mc_task.json",
-        [files.TASKS[0] | {"mc2_targets": {"No": 1.0, "Yes": 0.0}}],
-        "options with 0 or 1",
-    ),
-    "bbq": (
-        "bbq/Age.jsonl",
-        files.BBQ[0]
-        | {"answer_info": {"ans0": "old", "ans1": ["x"], "ans2": ["unknown"]}},
-        "lists of labels",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_a_text_is_no_list_and_a_truth_value_no_number(name, tmp_path):
-    path, content, said = CELLS[name]
-    files.put(tmp_path / path, files.as_json(content))
-    split = "Age" if name == "bbq" else None
-    with pytest.raises(UserError, match=said) as error:
-        load_evalset(name, tmp_path, split=split)
-    assert str(tmp_path / path) in str(error.value)
-
-
-HUB_CELLS = {
-    "letters as options": ("mmlu", {"choices": "abcd", "answer": 1}),
-    "truth value": ("mmlu", {"choices": list("abcd"), "answer": True}),
-    "fraction": ("mmlu", {"choices": list("abcd"), "answer": 1.0}),
-    "out of range": ("mmlu", {"choices": list("abcd"), "answer": 4}),
-    "five options": ("mmlu", {"choices": list("abcde"), "answer": 1}),
-    "letters as targets": (
-        "truthfulqa_mc1",
-        {"mc1_targets": {"choices": "ab", "labels": [1, 0]}},
-    ),
-    "option twice": (
-        "truthfulqa_mc1",
-        {"mc1_targets": {"choices": ["a", "a"], "labels": [1, 0]}},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", HUB_CELLS)
-def test_the_hubs_cells_are_typed_too(case, monkeypatch):
-    name, cells = HUB_CELLS[case]
-    files.fake_hub(monkeypatch, [{"question": "q", "subject": "s"} | cells])
-    with pytest.raises(UserError, match="row 1: expected the columns of its card"):
-        load_evalset(name)
-
 
 ABC = ("a", "b", "c")
 ITEMS = {
@@ -355,12 +284,24 @@ def test_items_of_the_right_types_are_made():
     assert as_record(["p", "r"]) == as_record(Pair("p", "r")) == Record("p", "r")
 
 
-def test_an_identity_is_a_text_or_a_whole_number():
-    row = Row("toy", 1, {"a": "v2-1", "b": 81, "c": True, "d": 8.5, "e": [1]})
-    assert (row.identity("a"), row.identity("b")) == ("v2-1", "81")
-    for column in "cde":
-        with pytest.raises(UserError, match=f"column '{column}': expected a text"):
-            row.identity(column)
+def test_a_cell_is_checked_by_type():
+    row = Row("toy", 3, {"n": 2, "t": "x", "b": "False", "l": ["x", 1], "e": " "})
+    assert (row.integer("n", 1, 2), row.text("t"), row.flag("b")) == (2, "x", False)
+    assert (row.identity("t"), row.identity("n")) == ("x", "2")
+    for check in (
+        lambda: row.integer("t", 1, 2),
+        lambda: row.text("n"),
+        lambda: row.text("e"),
+        lambda: row.flag("n"),
+        lambda: row.texts("l"),
+        lambda: row.option("l", ("x",)),
+        *(
+            lambda value=value: row.with_cells(i=value).identity("i")
+            for value in (True, 8.5, [1])
+        ),
+    ):
+        with pytest.raises(UserError, match=r"toy, row 3, column '\w': expected"):
+            check()
 
 
 def test_no_message_quotes_a_number_of_thousands_of_digits():

@@ -19,7 +19,7 @@ from templates_case import (
 )
 
 from sbr_jax import data, models
-from sbr_jax.data import clock, control, exchange, template
+from sbr_jax.data import _clock, control, exchange, template
 from sbr_jax.evaluation import KeywordJudge
 from sbr_jax.evaluation.judges import Verdict
 from sbr_jax.evaluation.runner import ModelRunner, decode_answer
@@ -78,7 +78,7 @@ def test_a_row_is_the_prompt_that_is_asked_then_what_is_learnt(name, pieces):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_are_those_of_transformers(name):
+def test_texts_and_tokens_are_those_of_transformers(name):
     tok = template.fix_template(tokenizer(FAMILIES[name]))
     for record in conversations(7, 4, PIECES):
         for messages, ask in ((record.messages, False), (record.context, True)):
@@ -86,6 +86,10 @@ def test_texts_are_those_of_transformers(name):
                 messages, tokenize=False, add_generation_prompt=ask
             )
             assert template.render(tok, messages, prompt=ask) == theirs
+        rows = data.encode_chat(tok, [record], 512)
+        theirs = tok.apply_chat_template(record.messages)["input_ids"]
+        assert rows.tokens[0][: len(theirs)].tolist() == theirs
+        assert rows.escaped == 0
 
 
 # --- fixed text before the answer -----------------------------------------------------
@@ -329,7 +333,7 @@ def test_the_date_is_english_in_every_locale(monkeypatch):
         "05 Mar 2024|Tuesday March|Tue Mar  5 00:00:00 2024|03/05/24|00:00:00|AM|5| 5|"
         "065||1709596800|100 %b"
     )
-    assert clock.strftime(day, form) == expected
+    assert _clock.strftime(day, form) == expected
     assert not template.reads_clock(tokenizer(FAMILIES["llama-3"]))
     assert template.reads_clock(tokenizer(FAMILIES["llama-3.1"]))
 

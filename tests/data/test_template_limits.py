@@ -9,7 +9,7 @@ import pytest
 from templates_case import CHATML, FAMILIES, tokenizer
 
 from sbr_jax import data
-from sbr_jax.data import jinja, work
+from sbr_jax.data import _jinja, _work
 from sbr_jax.typing import UserError
 
 LONG = "{% set s = 'x' * 100000 %}"
@@ -142,8 +142,8 @@ def refused(template):
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_never_ends_is_refused(name, monkeypatch):
-    monkeypatch.setattr(work, "BUDGET", work.BUDGET // 32)
-    monkeypatch.setattr(jinja, "OUTPUT", jinja.OUTPUT // 32)
+    monkeypatch.setattr(_work, "BUDGET", _work.BUDGET // 32)
+    monkeypatch.setattr(_jinja, "OUTPUT", _jinja.OUTPUT // 32)
     began = time.thread_time()
     assert "too long" in refused(ENDLESS[name] + CHATML)
     assert time.thread_time() - began < 4
@@ -181,12 +181,12 @@ ORDINARY = {
 @pytest.mark.parametrize("template", ORDINARY)
 def test_what_is_small_is_rendered(template):
     day = datetime.date(2024, 7, 26)
-    assert jinja.render(template, {}, day) == ORDINARY[template]
+    assert _jinja.render(template, {}, day) == ORDINARY[template]
 
 
 def test_work_that_no_count_foresees_ends_at_the_deadline(monkeypatch):
-    monkeypatch.setattr(work, "SECONDS", 0.05)
-    monkeypatch.setattr(work, "BUDGET", 1 << 60)
+    monkeypatch.setattr(_work, "SECONDS", 0.05)
+    monkeypatch.setattr(_work, "BUDGET", 1 << 60)
     assert "loops too long" in refused(ENDLESS["loops"] + CHATML)
 
 

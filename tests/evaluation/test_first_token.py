@@ -1,7 +1,6 @@
 """Refusal at the first token: areas, tokens and probabilities, against plain twins."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import checkpoints
 import jax
@@ -9,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_data as files
+from tasks_case import request, words
 
 from sbr_jax import models
-from sbr_jax.evaluation import first_token, measures
-from sbr_jax.evaluation.keyword import KeywordJudge
+from sbr_jax.evaluation import KeywordJudge
+from sbr_jax.evaluation.benchmarks import prepare
 from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.evaluation.tasks import first_token
 from sbr_jax.typing import UserError
 
 
@@ -36,24 +37,15 @@ TEMPLATE = (
 )
 
 
-def chat_runner(template=TEMPLATE, words=("I", "Sorry", "As", "one", "two", "three")):
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<unk>", "<s>", "</s>", "<u>", "<a>", *words]
-    raw = Tokenizer(WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.chat_template = template
+def chat_runner(template=TEMPLATE):
+    names = ["I", "Sorry", "As", "one", "two", "three"]
+    tokenizer = words(names, ("<unk>", "<s>", "</s>", "<u>", "<a>"), template)
     model = models.make_model(checkpoints.CONFIG, checkpoints.params(), tokenizer)
     return ModelRunner(model, model.params)
 
 
 def asked(*prompts):
-    return [SimpleNamespace(id=p, prompt=p) for p in prompts]
+    return [request(prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None])
@@ -96,7 +88,7 @@ def test_refusal_auc_tells_sides_apart_and_not_copies_of_one():
 
 def test_refusal_auc_has_a_topic_and_an_intent_side(tmp_path):
     folder = files.evalsets(tmp_path)
-    measured = measures.prepare("refusal-auc", folder, judge=KeywordJudge())
+    measured = prepare("refusal-auc", folder, judge=KeywordJudge())
     found = measured(chat_runner())
     for name in ("alpaca", "xstest"):
         assert 0 <= found[f"refusal_auc/{name}"] <= 100

@@ -4,14 +4,10 @@ Needs the extra ``eval``; the comparison item by item also needs the small check
 and the data beside the repository.
 """
 
-import csv
-import gzip
 import importlib.util
-import itertools
-import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 if importlib.util.find_spec("lm_eval"):
     # Read when the libraries are imported: nothing here may ask the hub.
@@ -20,10 +16,14 @@ if importlib.util.find_spec("lm_eval"):
 import checkpoints
 import numpy as np
 import pytest
+from tasks_case import choice
+from tiny_data import DATA, needs_data
 
 from sbr_jax import models
-from sbr_jax.evaluation import harness, harness_tasks, multiple_choice, tasks
+from sbr_jax.data import load_evalset
+from sbr_jax.evaluation import harness, harness_tasks, tasks
 from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.evaluation.tasks.choices import truthfulqa_prompt
 from sbr_jax.typing import UserError
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -32,91 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     checkpoints.needs_stories,
 ]
-DATA = checkpoints.SHARED / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside us")
 ITEMS = 200
-
-
-class Choice(NamedTuple):
-    id: str
-    question: str
-    choices: tuple
-    correct: tuple
-    group: str = ""
-
-
-class Bias(NamedTuple):
-    id: str
-    context: str
-    question: str
-    choices: tuple
-    correct: int
-    unknown: int
-    biased: int
-    ambiguous: bool
-    category: str
-
-
-def read_truthfulqa(name, count):
-    rows = json.loads((DATA / "truthfulqa" / "mc_task.json").read_text())[:count]
-    return [
-        Choice(
-            str(i),
-            row["question"],
-            tuple(row[name]),
-            tuple(k for k, right in enumerate(row[name].values()) if right),
-        )
-        for i, row in enumerate(rows)
-    ]
-
-
-def read_bbq(count):
-    with gzip.open(DATA / "bbq" / "Age.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in itertools.islice(file, count)]
-    out = []
-    for row in rows:
-        groups = [row["answer_info"][f"ans{i}"][1] for i in range(3)]
-        old, unknown = groups.index("old"), groups.index("unknown")
-        biased = old if row["question_polarity"] == "neg" else 3 - old - unknown
-        out.append(
-            Bias(
-                str(row["example_id"]),
-                row["context"],
-                row["question"],
-                tuple(row[f"ans{i}"] for i in range(3)),
-                row["label"],
-                unknown,
-                biased,
-                row["context_condition"] == "ambig",
-                row["category"],
-            )
-        )
-    return out
-
-
-def read_mmlu(split, subject, count=None):
-    path = DATA / "mmlu" / split / f"{subject}_{split}.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))[:count]
-    return [
-        Choice(str(i), row[0], tuple(row[1:5]), ("ABCD".index(row[5]),), subject)
-        for i, row in enumerate(rows)
-    ]
-
-
-def read_medqa(count):
-    path = DATA / "medqa" / "phrases_no_exclude_test.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in itertools.islice(file, count)]
-    return [
-        Choice(
-            str(i),
-            row["question"],
-            tuple(row["options"].values()),
-            ("ABCD".index(row["answer_idx"]),),
-        )
-        for i, row in enumerate(rows)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +62,8 @@ def agree(ours, theirs):
 
 @needs_data
 def test_truthfulqa_mc1_agrees(runner):
-    items = read_truthfulqa("mc1_targets", ITEMS)
-    ours = tasks.truthfulqa_mc(runner, items)
+    items = load_evalset("truthfulqa_mc1", DATA)[:ITEMS]
+    ours = tasks.truthfulqa_mc(runner, items, metric="mc1")
     task = harness_tasks.truthfulqa_task(items)
     theirs = harness.evaluate_with_harness(runner, [task])["truthfulqa_mc1"]
     assert agree(ours, theirs) == 1.0
@@ -158,8 +74,8 @@ def test_truthfulqa_mc1_agrees(runner):
 
 @needs_data
 def test_truthfulqa_mc2_agrees(runner):
-    items = read_truthfulqa("mc2_targets", ITEMS)
-    ours = tasks.truthfulqa_mc(runner, items)
+    items = load_evalset("truthfulqa_mc2", DATA)[:ITEMS]
+    ours = tasks.truthfulqa_mc(runner, items, metric="mc2")
     task = harness_tasks.truthfulqa_task(items, name="truthfulqa_mc2")
     theirs = harness.evaluate_with_harness(runner, [task])["truthfulqa_mc2"]
     assert agree(ours, theirs) == 1.0
@@ -171,7 +87,7 @@ def test_truthfulqa_mc2_agrees(runner):
 
 @needs_data
 def test_bbq_agrees(runner):
-    items = read_bbq(ITEMS)
+    items = load_evalset("bbq", DATA, split="Age")[:ITEMS]
     ours = tasks.bbq(runner, items)
     task = harness_tasks.bbq_task(items)
     theirs = harness.evaluate_with_harness(runner, [task])["bbq"]
@@ -181,8 +97,13 @@ def test_bbq_agrees(runner):
 @needs_data
 def test_mmlu_agrees_with_examples_in_front(runner):
     subjects = ("astronomy", "anatomy")
-    shots = {s: read_mmlu("dev", s)[:1] for s in subjects}
-    items = [item for s in subjects for item in read_mmlu("test", s, ITEMS // 2)]
+    pools = [load_evalset("mmlu", DATA, split=split) for split in ("dev", "test")]
+    solved, asked = (
+        {s: [item for item in pool if item.group == s] for s in subjects}
+        for pool in pools
+    )
+    shots = {s: solved[s][:1] for s in subjects}
+    items = [item for s in subjects for item in asked[s][: ITEMS // 2]]
     ours = tasks.mmlu(runner, items, shots, shots=1)
     found = harness.evaluate_with_harness(
         runner,
@@ -202,7 +123,7 @@ def test_mmlu_agrees_with_examples_in_front(runner):
 
 @needs_data
 def test_medqa_agrees(runner):
-    items = read_medqa(ITEMS)
+    items = load_evalset("medqa", DATA)[:ITEMS]
     ours = tasks.medqa(runner, items)
     task = harness_tasks.medqa_task(items)
     theirs = harness.evaluate_with_harness(runner, [task])["medqa_4options"]
@@ -216,8 +137,6 @@ def test_medqa_agrees(runner):
 
 
 def built_in(*parts):
-    from pathlib import Path
-
     return Path(lm_eval.__file__).parent.joinpath("tasks", *parts)
 
 
@@ -228,7 +147,7 @@ def test_truthfulqa_is_worded_as_the_harness_words_it():
     text = built_in("truthfulqa", "truthfulqa_mc1.yaml").read_text()
     template = jinja2.Template(yaml.safe_load(text)["doc_to_text"])
     theirs = template.render(question="Why is it so?")
-    assert multiple_choice.truthfulqa_prompt("Why is it so?", True) == theirs.strip(" ")
+    assert truthfulqa_prompt("Why is it so?", True) == theirs.strip(" ")
 
 
 def test_mmlu_and_medqa_are_worded_as_the_harness_words_them():
@@ -236,7 +155,7 @@ def test_mmlu_and_medqa_are_worded_as_the_harness_words_them():
     import yaml
 
     options = ("w", "x", "y", "z")
-    item = Choice("0", "Which one?", options, (0,), "anatomy")
+    item = choice("Which one?", options, (0,), group="anatomy")
     text = built_in("mmlu", "default", "_default_template_yaml").read_text()
     template = jinja2.Template(yaml.safe_load(text)["doc_to_text"])
     theirs = template.render(question=item.question, choices=options)

@@ -1,7 +1,6 @@
 """Broken weights give no measurement: whatever reads logits refuses to."""
 
 import dataclasses
-from typing import NamedTuple
 
 import checkpoints
 import jax
@@ -9,27 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_stories
-from test_tasks import Bias, Choice
+from tasks_case import choice, person, request
 
 from sbr_jax import models
 from sbr_jax.data import TokenDataset
-from sbr_jax.evaluation import choice, tasks
+from sbr_jax.evaluation import KeywordJudge, mc1, mc2, tasks
+from sbr_jax.evaluation.benchmarks import Ask
 from sbr_jax.evaluation.domain_scores import TokenAccuracy
-from sbr_jax.evaluation.first_token import refusal_auc, roc_area
-from sbr_jax.evaluation.keyword import KeywordJudge
-from sbr_jax.evaluation.measurement import Ask
 from sbr_jax.evaluation.runner import ModelRunner
+from sbr_jax.evaluation.tasks.first_token import roc_area
 from sbr_jax.models.finite import comparable
 from sbr_jax.studies.stories import HeldOut
 from sbr_jax.typing import UserError
-
-
-class Request(NamedTuple):
-    id: str
-    prompt: str
-    group: str = "g"
-    kind: str = "standard"
-    harmful: bool = True
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +50,11 @@ BROKEN = {
 WORDS = ("w1 w2", "w3 w4 w5", "w6")
 TOKENS = np.array([[1, 5, 6, 7], [1, 8, 9, 5]], np.int32)
 MASK = np.array([[0, 0, 1, 1], [0, 1, 1, 1]], np.float32)
-HARMFUL = [Request(w, w) for w in WORDS]
-HARMLESS = [Request(w, w, harmful=False) for w in WORDS]
-CHOICES = [Choice(w, w, ("w7", "w8 w9"), (0,)) for w in WORDS]
-LETTERS = [Choice(w, w, ("w7", "w8"), (0,)) for w in WORDS]
-PEOPLE = [Bias(w, w, w, ("w7", "w8", "w9"), 2, 2, 0, True, "c") for w in WORDS]
+HARMFUL = [request(w) for w in WORDS]
+HARMLESS = [request(w, harmful=False) for w in WORDS]
+CHOICES = [choice(w, ("w7", "w8 w9"), (0,), w) for w in WORDS]
+LETTERS = [choice(w, ("w7", "w8"), (0,), w) for w in WORDS]
+PEOPLE = [person(w, ("w7", "w8", "w9")) for w in WORDS]
 
 READERS = {
     "generate": lambda m, r: models.generate(
@@ -87,11 +77,13 @@ READERS = {
     "harmbench": lambda m, r: tasks.harmbench(
         r, HARMFUL, KeywordJudge(), max_new_tokens=4
     ),
-    "truthfulqa": lambda m, r: tasks.truthfulqa_mc(r, CHOICES, preamble=False),
+    "truthfulqa": lambda m, r: tasks.truthfulqa_mc(
+        r, CHOICES, metric="mc1", preamble=False
+    ),
     "medqa": lambda m, r: tasks.medqa(r, LETTERS),
     "legalbench": lambda m, r: tasks.legalbench(r, CHOICES),
     "bbq": lambda m, r: tasks.bbq(r, PEOPLE),
-    "first token": lambda m, r: refusal_auc(r, HARMFUL, HARMLESS, ["sorry"]),
+    "first token": lambda m, r: tasks.refusal_auc(r, HARMFUL, HARMLESS, ["sorry"]),
     "next token": lambda m, r: TokenAccuracy(m.apply_fn, TokenDataset(TOKENS, MASK))(
         r.base, None
     ),
@@ -119,12 +111,12 @@ def test_one_broken_text_is_enough_and_is_named(model):
         models.generate(whole, params, None, [[1, 6], [1, 5]], max_new_tokens=2)
 
 
-def test_the_measurement_is_named(model):
+def test_the_benchmark_is_named(model):
     ask = Ask("harmbench", None, None, KeywordJudge(), False, None, {})
-    measurement = ask.made(HARMFUL, lambda runner: READERS["harmbench"](None, runner))
+    benchmark = ask.made(HARMFUL, lambda runner: READERS["harmbench"](None, runner))
     runner = ModelRunner(model, BROKEN["nan"](model.params))
-    with pytest.raises(UserError, match="measurement 'harmbench': generate: expected"):
-        measurement(runner)
+    with pytest.raises(UserError, match="benchmark 'harmbench': generate: expected"):
+        benchmark(runner)
 
 
 def test_what_masks_a_token_for_good_is_no_fault():
@@ -138,13 +130,13 @@ def test_what_masks_a_token_for_good_is_no_fault():
 def test_scores_of_options_must_tell_them_apart(worst):
     rows = [np.array([-1.0, -2.0]), np.array(worst)]
     for metric in (
-        lambda: choice.mc1(rows, [0, 0]),
-        lambda: choice.mc2(rows, [[0], [0]]),
+        lambda: mc1(rows, [0, 0]),
+        lambda: mc2(rows, [[0], [0]]),
     ):
         with pytest.raises(UserError, match="item 1"):
             metric()
     # An option that cannot be is none that breaks the others.
-    assert choice.mc2([np.array([-1.0, -np.inf])], [[0]]) == 100.0
+    assert mc2([np.array([-1.0, -np.inf])], [[0]]) == 100.0
 
 
 def test_an_area_is_of_numbers():

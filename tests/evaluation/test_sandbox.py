@@ -1,21 +1,19 @@
 """Programs of models: right ones pass, harmful ones fail and leave nothing behind."""
 
-import gzip
-import json
 import os
 import socket
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from tiny_data import DATA, needs_data
 
+from sbr_jax.data import load_evalset
 from sbr_jax.evaluation import sandbox
-from sbr_jax.evaluation.humaneval import humaneval_program
 from sbr_jax.evaluation.sandbox import Ending, run_many, run_python
+from sbr_jax.evaluation.tasks.code import humaneval_program
 from sbr_jax.typing import UserError
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "humaneval"
 ISOLATIONS = ["audit", *(["kernel"] if sandbox.kernel_isolation() else [])]
 needs_kernel = pytest.mark.skipif(
     not sandbox.kernel_isolation(), reason="no kernel filter on this machine"
@@ -275,26 +273,18 @@ def test_many_keep_their_order():
     assert [o.passed for o in outcomes] == [False, True] * 3
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="no HumanEval beside us")
+@needs_data
 def test_every_canonical_solution_passes_and_none_without_its_body():
-    with gzip.open(DATA / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
-        tasks = [json.loads(line) for line in file]
-
-    def program(task, body):
-        item = SimpleNamespace(**task)
-        return humaneval_program(item, body)
-
-    right = [program(task, task["canonical_solution"]) for task in tasks]
-    wrong = [program(task, "    return None\n") for task in tasks[:12]]
+    tasks = load_evalset("humaneval", DATA)
+    right = [humaneval_program(task, task.solution) for task in tasks]
+    wrong = [humaneval_program(task, "    return None\n") for task in tasks[:12]]
     outcomes = run_many(
         [*right, *wrong],
         allow_code_execution=True,
         seconds=20.0,
         isolation=ISOLATIONS[-1],
     )
-    failed = [
-        t["task_id"] for t, o in zip(tasks, outcomes, strict=False) if not o.passed
-    ]
+    failed = [t.id for t, o in zip(tasks, outcomes, strict=False) if not o.passed]
     assert len(tasks) == 164
     assert failed == []
     assert not any(o.passed for o in outcomes[len(tasks) :])

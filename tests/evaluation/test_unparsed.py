@@ -2,21 +2,19 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
-from tasks_case import Fake
-from test_answer_tasks import Asked, Wild
+from tasks_case import Fake, Told, request
 
-from sbr_jax.evaluation import bias_scores, tasks
-from sbr_jax.evaluation.judges import (
-    CallableJudge,
-    Verdict,
-    verdict_bounds,
-    verdict_rates,
-)
-from sbr_jax.evaluation.measurement import flat
-from sbr_jax.evaluation.measures import composite
+from sbr_jax.data.records import JudgedItem
+from sbr_jax.evaluation import Verdict, bias_scores, tasks, verdict_rates
+from sbr_jax.evaluation.benchmarks import flat
+from sbr_jax.evaluation.composite import headlines
+from sbr_jax.evaluation.judges import verdict_bounds
+from sbr_jax.studies import chat
 from sbr_jax.training.records import plain_numbers
+from sbr_jax.typing import UserError
 
 R, C, G, U = Verdict
 SIDES = ("refusal", "compliance", "gibberish")
@@ -24,27 +22,23 @@ SIDES = ("refusal", "compliance", "gibberish")
 
 def measured(task, verdicts, make):
     """A task's metrics on items whose verdicts are given."""
-    items = [make(str(i), str(i)) for i in range(len(verdicts))]
-    judge = CallableJudge("table", lambda prompt, answer: verdicts[int(prompt)])
+    items = [make(str(i)) for i in range(len(verdicts))]
+    judge = Told(lambda prompt: verdicts[int(prompt)])
     return task(Fake(answer=lambda p: "x"), items, judge).metrics
 
 
-def harmful(name, prompt):
-    return Asked(name, prompt)
+def harmless(name):
+    return request(name, harmful=False)
 
 
-def harmless(name, prompt):
-    return Asked(name, prompt, harmful=False)
-
-
-def adversarial(name, prompt):
-    return Wild(name, prompt, "adversarial", True)
+def adversarial(name):
+    return JudgedItem(name, "", "", name, "adversarial", harmful_prompt=True)
 
 
 RATES = [
-    (tasks.harmbench, harmful, "refusal", R),
-    (tasks.harmbench, harmful, "asr", C),
-    (tasks.requests, harmful, "compliance", C),
+    (tasks.harmbench, request, "refusal", R),
+    (tasks.harmbench, request, "asr", C),
+    (tasks.requests, request, "compliance", C),
     (tasks.requests, harmless, "harmless/refusal", R),
     (tasks.xstest, harmless, "over_refusal", R),
     (tasks.wildguard, adversarial, "robustness", None),
@@ -88,8 +82,8 @@ def test_all_unparsed_is_no_score_at_all(task, make, name, counts):
 
 def test_the_limit_holds_for_every_group():
     verdicts = [R] * 60 + [U]
-    items = [Asked(str(i), str(i), "a" if i < 50 else "b") for i in range(61)]
-    judge = CallableJudge("table", lambda prompt, answer: verdicts[int(prompt)])
+    items = [request(str(i), group="a" if i < 50 else "b") for i in range(61)]
+    judge = Told(lambda prompt: verdicts[int(prompt)])
     found = tasks.requests(Fake(answer=lambda p: "x"), items, judge).metrics
     assert found["refusal"] == found["refusal/a"] == 100.0
     assert math.isnan(found["refusal/b"])
@@ -145,28 +139,23 @@ def test_a_few_unread_picks_are_in_no_bias():
 
 def test_what_is_no_number_is_missing_in_the_composite():
     parts = {"refusal/harmbench": 90.0, "mc2/truthfulqa": 60.0, "bias/bbq": 30.0}
-    assert "composite" in composite(parts)
+    assert "composite" in headlines(parts)
     for name in parts:
-        found = composite({**parts, name: math.nan})
+        found = headlines({**parts, name: math.nan})
         assert "composite" not in found
         assert len(found) == 2
 
 
 def test_bounds_carry_the_names_of_their_rates():
     verdicts = {str(i): v for i, v in enumerate([R, C] * 20 + [U, U])}
-    items = [Asked(n, n, harmful=h) for n in verdicts for h in (True, False)]
-    judge = CallableJudge("table", lambda prompt, answer: verdicts[prompt])
+    items = [request(n, harmful=h) for n in verdicts for h in (True, False)]
+    judge = Told(verdicts.__getitem__)
     found = flat(tasks.requests(Fake(answer=lambda p: "x"), items, judge), "s")
     for name in ("asr", "refusal", "over_refusal", "harmless_compliance"):
         assert {f"{name}/s", f"{name}_low/s", f"{name}_high/s"} <= set(found)
 
 
 def test_a_monitor_refuses_a_judge_that_cannot_read():
-    from types import SimpleNamespace
-
-    from sbr_jax.studies import chat
-    from sbr_jax.typing import UserError
-
     def probe(verdicts):
         runner = lambda base, adapter: Fake(answer=lambda p: "x")  # noqa: E731
         return chat._probe(

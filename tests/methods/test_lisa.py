@@ -64,23 +64,18 @@ def run_lisa(method, steps, watch=None):
     adapter = jax.tree.map(jnp.copy, ADAPTER)
     train = loop.TrainState(adapter, optimizer.init(adapter), jnp.int32(0))
 
-    def refresh(train, state, number):
-        new = method.refresh(problem, BASE, train.adapter, state, KEY)
+    def refresh(now):
+        new = method.refresh(problem, BASE, now.train.adapter, now.state, KEY)
         if watch is not None:
-            watch(number, vector(train.adapter), state, new)
-        return train, new
+            watch(now.step, vector(now.train.adapter), now.state, new)
+        return dataclasses.replace(now, state=new)
 
     done = loop.train(
-        step,
-        BASE,
-        train,
-        method.init(problem, BASE, adapter, KEY),
-        lambda number: batch(TASK, 8, 0, number),
-        KEY,
-        steps=steps,
+        lambda train, state, n: step(BASE, train, state, batch(TASK, 8, 0, n), KEY),
+        loop.Progress(train, method.init(problem, BASE, adapter, KEY)),
+        steps,
         where="lisa",
-        refresh_every=method.refresh_every,
-        refresh=refresh,
+        refresh=loop.Every(method.refresh_every, refresh),
         quiet=True,
     )
     return done, step

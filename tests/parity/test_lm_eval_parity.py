@@ -135,8 +135,14 @@ def our_mmlu(runner, items):
 
 
 CASES = {
-    "truthfulqa_mc1": (functools.partial(truthfulqa, "mc1"), tasks.truthfulqa_mc),
-    "truthfulqa_mc2": (functools.partial(truthfulqa, "mc2"), tasks.truthfulqa_mc),
+    "truthfulqa_mc1": (
+        functools.partial(truthfulqa, "mc1"),
+        functools.partial(tasks.truthfulqa_mc, metric="mc1"),
+    ),
+    "truthfulqa_mc2": (
+        functools.partial(truthfulqa, "mc2"),
+        functools.partial(tasks.truthfulqa_mc, metric="mc2"),
+    ),
     "bbq": (bbq, tasks.bbq),
     "mmlu": (mmlu, our_mmlu),
     "medqa": (medqa, tasks.medqa),

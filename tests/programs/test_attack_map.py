@@ -3,41 +3,28 @@
 import json
 
 import pytest
+import synthetic_run
 
-from sbr_jax.programs import attack_map
-from sbr_jax.programs.attack_map import Outcome, Place
+from sbr_jax.programs import attack_map as program
+from sbr_jax.reporting import attack_map
+from sbr_jax.reporting.attack_map import Outcome, Place
 
 
-def write_run(folder, ratio, rate, steps, rows, attack="poison"):
+def write_run(folder, ratio, rate, steps, rows, attack="poison", examples=240):
     """A finished run of one domain: row to (harmful score, accuracy) by seed."""
-    folder.mkdir(parents=True)
-    config = {
-        "attack": {"name": attack, "ratio": ratio, "examples": 240},
-        "settings": {
-            "learning_rate": rate,
-            "steps_per_domain": steps,
-            "batch_size": 16,
-        },
-    }
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"learning_rate": rate, "steps_per_domain": steps, "batch_size": 16}
+    made = {"name": attack, "ratio": ratio, "examples": examples}
+    config = {"attack": made, "settings": settings}
     (folder / "config.json").write_text(json.dumps(config))
-    lines = []
-    for row, seeds in rows.items():
-        for seed, (harm, accuracy) in enumerate(seeds):
-            metrics = {"harmful_score": harm, "accuracy/medical": accuracy}
-            lines.append(
-                {
-                    "method": row,
-                    "seed": seed,
-                    "stage": "evaluate",
-                    "domain": "medical",
-                    "index": 0,
-                    "metrics": metrics,
-                    "diagnostics": {},
-                }
-            )
+    lines = [
+        synthetic_run.line(row, seed, "evaluate", "medical", 0, metrics)
+        for row, seeds in rows.items()
+        for seed, (harm, accuracy) in enumerate(seeds)
+        for metrics in [{"harmful_score": harm, "accuracy/medical": accuracy}]
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "results.jsonl").write_text(text)
-    (folder / "timings.jsonl").write_text("")
 
 
 @pytest.fixture
@@ -54,15 +41,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_cells_and_means_over_seeds(folder):
+def test_a_row_that_learns_nothing_does_not_hold(folder):
     found = attack_map.read_outcomes(folder)
     assert list(found) == ["plain", "sbr", "asft"]
     assert set(found["sbr"]) == {Place(1e-3, 20, 0.1), Place(3e-4, 5, 1.0)}
     assert found["sbr"][Place(1e-3, 20, 0.1)] == Outcome(2.0, 97.0)
-
-
-def test_a_row_that_learns_nothing_does_not_hold(folder):
-    found = attack_map.read_outcomes(folder)
     rows = {r[0].strip("`"): r for r in attack_map.summary_table(found, 10, 5).rows}
     # Cells, holds, harmed, not learnt, open.
     assert rows["plain"][1:6] == ("2", "0", "2", "0", "0")
@@ -74,8 +57,17 @@ def test_a_row_that_learns_nothing_does_not_hold(folder):
     assert {r[0].strip("`"): r[2] for r in stricter}["sbr"] == "0"
 
 
+def test_what_was_learnt_needs_something_to_compare_with():
+    place, plain = Place(1e-3, 20, 0.1), Outcome(0.0, 100.0)
+    assert attack_map.verdict(Outcome(9.9, 0.0), None, place, 10, 5) == "open"
+    assert attack_map.verdict(Outcome(10.0, 0.0), None, place, 10, 5) == "harmed"
+    all_harm = place._replace(ratio=1.0)
+    assert attack_map.verdict(Outcome(9.9, 0.0), None, all_harm, 10, 5) == "holds"
+    assert attack_map.verdict(plain, plain, place, 10, 0) == "holds"
+
+
 def test_the_files(folder, capsys):
-    assert attack_map.main([str(folder)]) == 0
+    assert program.main([str(folder)]) == 0
     assert "`sbr`" in capsys.readouterr().out
     assert (folder / "map.png").stat().st_size > 5000
     text = (folder / "map.md").read_text()
@@ -83,53 +75,44 @@ def test_the_files(folder, capsys):
     assert "Where does each defence break?" in (folder / "map.html").read_text()
 
 
-def test_mistakes_are_one_line(folder, tmp_path, capsys):
-    assert attack_map.main([str(tmp_path / "nowhere")]) == 2
-    assert "expected a folder" in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
-    assert attack_map.main([str(tmp_path / "empty")]) == 2
-    assert "none that is finished" in capsys.readouterr().err
+def damage(**more):
+    row = {"plain": [(1.0, 1.0)]}
+    return lambda folder: write_run(folder / "a", 0.1, 1e-3, 300, row, **more)
+
+
+def twice(folder):
     write_run(folder / "d", 0.1, 1e-3, 300, {"plain": [(1.0, 1.0)]})
-    assert attack_map.main([str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert "expected one run for each cell" in error
-    assert len(error.strip().splitlines()) == 1
 
 
-def test_what_was_learnt_needs_something_to_compare_with():
-    place = Place(1e-3, 20, 0.1)
-    assert attack_map.verdict(Outcome(9.9, 0.0), None, place, 10, 5) == "open"
-    assert attack_map.verdict(Outcome(10.0, 0.0), None, place, 10, 5) == "harmed"
-    all_harm = place._replace(ratio=1.0)
-    assert attack_map.verdict(Outcome(9.9, 0.0), None, all_harm, 10, 5) == "holds"
-    plain = Outcome(0.0, 100.0)
-    assert attack_map.verdict(plain, plain, place, 10, 0) == "holds"
-
-
-@pytest.mark.parametrize("value", ["nan", "-1", "101"])
-@pytest.mark.parametrize("word", ["--limit", "--cost"])
-def test_bounds_that_mean_nothing_are_refused(folder, value, word, capsys):
-    assert attack_map.main([str(folder), word, value]) == 2
-    assert f"{word}: expected" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("examples", [None, 0, "240"])
-def test_a_damaged_config_is_named(folder, examples, capsys):
-    path = folder / "a" / "config.json"
-    config = json.loads(path.read_text())
-    config["attack"]["examples"] = examples
-    path.write_text(json.dumps(config))
-    assert attack_map.main([str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert "a/config.json: expected numbers" in error
-    assert len(error.strip().splitlines()) == 1
-
-
-def test_a_map_that_cannot_be_written_is_one_line(folder, capsys):
+def of_ours_with_no_place_for_the_text(folder):
     (folder / "map.md").mkdir()
-    assert attack_map.main([str(folder)]) == 2
-    assert "found something there" in capsys.readouterr().err
-    # Over a map of ours nothing is asked before.
     (folder / "map.html").write_text("made by sbr_jax")
-    assert attack_map.main([str(folder)]) == 2
-    assert "cannot write the map" in capsys.readouterr().err
+
+
+MISTAKES = {
+    "nowhere": (None, ["nowhere"], "expected a folder"),
+    "empty": (lambda at: (at / "e").mkdir(), ["e"], "none that is finished"),
+    "a cell twice": (twice, [""], "expected one run for each cell"),
+    "a foreign file": (lambda at: (at / "map.md").mkdir(), [""], "found something"),
+    "no place": (of_ours_with_no_place_for_the_text, [""], "cannot write the map"),
+    **{
+        f"examples {value}": (damage(examples=value), [""], "a/config.json: expected")
+        for value in (None, 0, "240")
+    },
+    **{
+        f"{word} {value}": (None, ["", word, value], f"{word}: expected")
+        for word in ("--limit", "--cost")
+        for value in ("nan", "-1", "101")
+    },
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, folder, capsys):
+    prepare, (below, *more), said = MISTAKES[name]
+    if prepare:
+        prepare(folder)
+    assert program.main([str(folder / below), *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from sbr_jax import recipes as configs
-from sbr_jax.methods import ABLATIONS, METHODS
+from sbr_jax import recipes
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.provenance import code_version
-from sbr_jax.provenance.code_version import PACKAGES, ROOT, code_hash, decided_by
+from sbr_jax.provenance.code_version import BOOKKEEPING, ROOT, code_hash, decided_by
 from sbr_jax.provenance.source_tree import Tree, digest
 from sbr_jax.typing import UserError
 
@@ -38,48 +38,38 @@ def unused(x):
     "toy/shapes.py": "def area(x):\n    return x * x\n\ndef edge(x):\n    return x\n",
     "toy/other.py": "def never():\n    return 3\n",
 }
+MAIN, CHECK = "toy/main.py", "        check_sign(x)"
+RAISE = 'raise UserError("x: expected 1 or more")'
 SAME = {
-    "a comment": ("toy/main.py", "scale = 2", "scale = 2  # twice"),
-    "a docstring": ("toy/main.py", '"""A base."""', '"""The base class."""'),
-    "no docstring": ("toy/main.py", '    """A base."""\n', ""),
+    "a comment": (MAIN, "scale = 2", "scale = 2  # twice"),
+    "a docstring": (MAIN, '"""A base."""', '"""The base class."""'),
+    "no docstring": (MAIN, '    """A base."""\n', ""),
     "layout": ("toy/parts.py", "x / TWO", "(\n        x / TWO\n    )"),
-    "the text of a refusal": ("toy/main.py", "expected 1 or more", "too small"),
+    "the text of a refusal": (MAIN, "expected 1 or more", "too small"),
     "another refusal": (
-        "toy/main.py",
-        "        check_sign(x)\n",
+        MAIN,
+        f"{CHECK}\n",
         "        if x > 9:\n            raise UserError('x')\n        refuse(x)\n",
     ),
-    "what is not reached": ("toy/main.py", "x + 1", "x + 2"),
+    "what is not reached": (MAIN, "x + 1", "x + 2"),
     "a name beside it": ("toy/shapes.py", "    return x\n", "    return -x\n"),
     "a constant beside a re-export": ("toy/__init__.py", "0.5", "0.25"),
     "another module": ("toy/other.py", "3", "4"),
 }
 OTHER = {
-    "a base class": ("toy/main.py", "scale = 2", "scale = 3"),
+    "a base class": (MAIN, "scale = 2", "scale = 3"),
     "through a re-export": ("toy/parts.py", "x / TWO", "x // TWO"),
     "a constant": ("toy/parts.py", "TWO = 2", "TWO = 3"),
     "an import in a function": ("toy/late.py", "x + 1", "x + 2"),
     "an attribute of a module": ("toy/shapes.py", "x * x", "x + x"),
-    "a branch that goes on": (
-        "toy/main.py",
-        'raise UserError("x: expected 1 or more")',
-        "x = 1",
-    ),
-    "a check whose result is used": (
-        "toy/main.py",
-        "        check_sign(x)",
-        "        x = check_sign(x)",
-    ),
-    "a call that is no check": (
-        "toy/main.py",
-        "        check_sign(x)",
-        "        checkpoint(x)",
-    ),
+    "a branch that goes on": (MAIN, RAISE, "x = 1"),
+    "a check whose result is used": (MAIN, CHECK, "        x = check_sign(x)"),
+    "a call that is no check": (MAIN, CHECK, "        checkpoint(x)"),
     "work at import": ("toy/parts.py", "TWO = 2\n", "TWO = 2\nprint(TWO)\n"),
 }
 
 
-def toy(folder, path=None, old="", new=""):
+def toy(folder, path=None, old="", new="", closed=()):
     for name, text in TOY.items():
         if name == path:
             assert old in text
@@ -87,7 +77,7 @@ def toy(folder, path=None, old="", new=""):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    return Tree(folder, ("toy",)).reached([("toy.main", "Job")])
+    return Tree(folder, "toy").reached([("toy.main", "Job")], closed)
 
 
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
@@ -100,24 +90,22 @@ def test_what_may_decide_a_number_changes_the_hash(tmp_path, change):
     assert toy(tmp_path / "a") != toy(tmp_path / "b", *change)
 
 
-def test_the_definitions_that_are_reached_are_named(tmp_path):
+def test_what_is_reached_is_named_and_a_closed_place_is_not_entered(tmp_path):
     names = {f"{module}:{name}" for module, name in toy(tmp_path)}
-    assert names == {
-        "toy.main:Job",
-        "toy.main:Base",
-        "toy.parts:half",
-        "toy.parts:TWO",
-        "toy.late:shift",
-        "toy.shapes:area",
-    }
+    inner = {"toy.main:Job", "toy.main:Base", "toy.parts:half", "toy.parts:TWO"}
+    assert names == inner | {"toy.late:shift", "toy.shapes:area"}
+    found = toy(tmp_path, closed=("toy.late", "toy.shapes:area"))
+    assert {f"{module}:{name}" for module, name in found} == inner
 
 
-def test_a_closed_module_is_not_entered(tmp_path):
-    toy(tmp_path)
-    found = Tree(tmp_path, ("toy",)).reached(
-        [("toy.main", "Job")], ("toy.late", "toy.shapes:area")
-    )
-    assert {name for _, name in found} == {"Job", "Base", "half", "TWO"}
+def test_a_definition_that_moves_keeps_its_code(tmp_path):
+    before = toy(tmp_path / "a")
+    after = toy(tmp_path / "b", MAIN, "toy.late", "toy.later")
+    assert ("toy.late", "shift") not in after
+    (tmp_path / "b/toy/late.py").rename(tmp_path / "b/toy/later.py")
+    after = Tree(tmp_path / "b", "toy").reached([("toy.main", "Job")])
+    moved = {name: code for (_, name), code in after.items()}
+    assert moved == {name: code for (_, name), code in before.items()}
 
 
 def test_a_digest_knows_an_empty_list_from_no_list():
@@ -139,10 +127,6 @@ EDITS = {
     ),
     "the loss": (
         [("sbr_jax/losses.py", "def _masked_mean(values: jax.Array", "{}, *more")],
-        set(ROWS),
-    ),
-    "the study's settings": (
-        [("sbr_jax/recipes/testbed.py", '"learning_rate": 8e-4', '"x": 9e-4')],
         set(ROWS),
     ),
     "imports, the report and what is printed": (
@@ -174,37 +158,63 @@ class Edited(Tree):
 def test_an_edit_marks_the_rows_that_it_decides(case, monkeypatch):
     edits, wanted = case
     before = {row: code_hash(row) for row in ROWS}
-    edited = Edited(ROOT, PACKAGES)
+    edited = Edited(ROOT, "sbr_jax")
     edited.edits = edits
-    monkeypatch.setattr(code_version, "_tree", lambda root: edited)
+    monkeypatch.setattr(code_version, "_tree", lambda: edited)
     assert {row for row in ROWS if code_hash(row) != before[row]} == wanted
 
 
-@pytest.mark.parametrize("row", [*METHODS, *ABLATIONS])
+def test_the_values_of_a_study_and_of_a_row_count(monkeypatch):
+    before = code_hash("plain"), code_hash("sbr:one")
+    maker, options = VARIANTS["sbr:one"]
+    monkeypatch.setitem(VARIANTS, "sbr:one", (maker, {**options, "anchors": 2}))
+    assert code_hash("sbr:one") != before[1]
+    preset = recipes.load("testbed")
+    monkeypatch.setitem(preset.settings, "learning_rate", 9e-4)
+    assert code_hash("plain") != before[0]
+
+
+@pytest.mark.parametrize("row", [*METHODS, *VARIANTS])
 def test_every_row_has_a_hash_of_its_own(row):
-    maker = ABLATIONS[row][0] if row in ABLATIONS else row
-    named = {name for module, name in decided_by(row, "testbed")}
-    assert METHODS[maker].__name__ in named
+    maker = VARIANTS[row][0] if row in VARIANTS else row
+    assert METHODS[maker].__name__ in {name for _, name in decided_by(row)}
     assert len(code_hash(row)) == 10
     other = "plain" if row != "plain" else "sbr"
     assert code_hash(row) != code_hash(other)
 
 
-@pytest.mark.parametrize("study", [*configs.MODULES, "attack:poison", "attack:gcg"])
+@pytest.mark.parametrize("study", [*recipes.MODULES, "attack:poison", "attack:gcg"])
 def test_every_study_has_one(study):
     assert code_hash("plain", study) != code_hash("safegrad", study)
 
 
-def test_shipped_files_count(monkeypatch, tmp_path):
-    before, shipped = code_hash("plain"), code_version._assets(ROOT)
+def test_what_a_run_goes_through_is_reached_and_nothing_of_the_programs():
+    modules = {module for module, _ in decided_by("safeanchor-exact")}
+    for room in ("losses", "transforms", "training.step", "testbed.world", "studies"):
+        assert any(name.startswith(f"sbr_jax.{room}") for name in modules), room
+    rooms = {name.split(".")[1] for name in modules}
+    assert not rooms & {"programs", "reporting", "provenance", "costs"}
+
+
+@pytest.mark.parametrize("place", BOOKKEEPING)
+def test_what_is_left_out_is_there(place):
+    """A module that moves must be named anew, or it counts."""
+    module, _, name = place.partition(":")
+    tree = Tree(ROOT, "sbr_jax")
+    assert tree.path(module)
+    assert not name or name in tree.module(module).definitions
+
+
+def test_the_testbeds_files_count(monkeypatch, tmp_path):
+    before, assets = code_hash("plain"), code_version._assets(ROOT)
     copy = tmp_path / code_version.ASSETS
     shutil.copytree(ROOT / code_version.ASSETS, copy)
-    assert code_version._assets(tmp_path) == shipped
+    assert code_version._assets(tmp_path) == assets
     file = copy / "alignment.safetensors"
     file.write_bytes(file.read_bytes() + b"x")
     code_version._assets.cache_clear()
     found = code_version._assets(tmp_path)
-    assert found != shipped
+    assert found != assets
     monkeypatch.setattr(code_version, "_assets", lambda root: found)
     assert code_hash("plain") != before
 
@@ -212,6 +222,8 @@ def test_shipped_files_count(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("row", "study"), [("none", "testbed"), ("plain", "none"), ("plain", "attack:none")]
 )
-def test_what_the_tree_lacks_is_refused(row, study):
+def test_what_there_is_not_is_refused(row, study):
     with pytest.raises(UserError, match="none: expected one of"):
         code_hash(row, study)
+    if study != "testbed":
+        assert code_version.recorder(study) is None

@@ -15,7 +15,7 @@ import synthetic_run
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.safeanchor import OURS, safeanchor
 from sbr_jax.programs import cli
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell
 from sbr_jax.typing import UserError
 from tools import fill_docs

@@ -17,7 +17,7 @@ from sbr_jax.programs import cli, export, run
 from sbr_jax.training import checkpoint, pipeline
 from sbr_jax.training.program import init_adapter
 from sbr_jax.training.records import read_json, write_record
-from sbr_jax.training.results import run_of
+from sbr_jax.training.run_folder import run_of
 
 assert tiny_presets
 pytestmark = pytest.mark.usefixtures("tiny_presets")

@@ -3,11 +3,14 @@
 import resource
 import signal
 
+import numpy as np
 import pytest
 import synthetic_run
+from safetensors.numpy import save_file
 
-from sbr_jax import outputs as files
+from sbr_jax import files
 from sbr_jax.programs import analyse, attack_map, cli, export, report, sweep
+from sbr_jax.reporting.attack_map import write
 from sbr_jax.typing import UserError
 
 MINE = "# my own notes\n\n## Results\n"
@@ -97,7 +100,7 @@ def test_a_sweep_writes_no_table_over_another(tmp_path, capsys):
 def test_a_map_is_drawn_over_nothing_of_others(name, tmp_path):
     (tmp_path / name).write_text(MINE)
     with pytest.raises(UserError, match=f"{name}, found something there"):
-        attack_map.write(tmp_path, {}, 10.0, 5.0)
+        write(tmp_path, {}, 10.0, 5.0)
 
 
 # --- whole or not at all --------------------------------------------------------------
@@ -120,29 +123,28 @@ def test_a_full_disk_leaves_the_report_as_it_was(
 
 
 LONG = "x" * 300
+PLACES = [
+    (report, "RUN", "--output", LONG),
+    (report, "RUN", "--output", f"a/{LONG}/r.html"),
+    (report, "RUN", "--output", "r.html", "--figures", LONG),
+    (report, LONG),
+    (report, "RUN", "--output", "/proc/nothing/r.html"),
+    (report, "RUN", "--output", "/proc/r.html"),
+    (sweep, "testbed-orders", "--workdir", LONG),
+    (analyse, "demo", "--workdir", LONG),
+    (attack_map, LONG),
+    (export, "demo", "--workdir", LONG, "--output", "o"),
+]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        lambda run: (report.main, [run, "--output", LONG]),
-        lambda run: (report.main, [run, "--output", f"a/{LONG}/r.html"]),
-        lambda run: (report.main, [run, "--output", "r.html", "--figures", LONG]),
-        lambda run: (report.main, [LONG]),
-        lambda run: (report.main, [run, "--output", "/proc/nothing/r.html"]),
-        lambda run: (report.main, [run, "--output", "/proc/r.html"]),
-        lambda run: (sweep.main, ["testbed-orders", "--workdir", LONG]),
-        lambda run: (analyse.main, ["demo", "--workdir", LONG]),
-        lambda run: (attack_map.main, [LONG]),
-        lambda run: (export.main, ["demo", "--workdir", LONG, "--output", "o"]),
-    ],
-)
+@pytest.mark.parametrize("command", PLACES)
 def test_a_place_that_cannot_be_is_one_line(
     command, finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    program, arguments = command(str(finished))
-    assert program(arguments) in (cli.EXIT_USER, cli.EXIT_SYSTEM)
+    program, *arguments = command
+    arguments = [str(finished) if part == "RUN" else part for part in arguments]
+    assert program.main(arguments) in (cli.EXIT_USER, cli.EXIT_SYSTEM)
     said = capsys.readouterr()
     assert said.err.startswith("error: ")
     assert said.err.count("\n") == 1
@@ -172,19 +174,23 @@ def test_a_link_stays_a_link(tmp_path):
 
 # --- folders of exports ---------------------------------------------------------------
 
+MODEL = {"config.json", "model.safetensors", "tokenizer.json"}
+
 
 def write_model(folder):
-    folder.mkdir(exist_ok=True)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    for name in MODEL:
         (folder / name).write_text(name)
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_folder_is_filled_once_all_is_there(exists, tmp_path):
-    folder = tmp_path / "out"
-    if exists:
+@pytest.mark.parametrize("before", ["none", "empty", "killed"])
+def test_a_folder_is_filled_once_all_is_there(before, tmp_path):
+    folder, seen = tmp_path / "out", []
+    if before != "none":
         folder.mkdir()
-    seen = []
+    if before == "killed":
+        (folder / files.PARTIAL).mkdir()
+        (folder / files.PARTIAL / "config.json").write_text("half")
+    assert files.is_free(folder)
 
     def write(place):
         write_model(place)
@@ -192,35 +198,23 @@ def test_a_folder_is_filled_once_all_is_there(exists, tmp_path):
 
     files.fill_folder(folder, write)
     assert seen == [files.PARTIAL]
-    assert names(folder) == {"config.json", "model.safetensors", "tokenizer.json"}
-
-
-def test_a_killed_export_is_no_model_and_no_hindrance(tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    write_model_before = folder / files.PARTIAL
-    write_model_before.mkdir(parents=True)
-    (write_model_before / "config.json").write_text("half")
-    assert files.is_free(folder)
-    files.fill_folder(folder, write_model)
+    assert names(folder) == MODEL
     assert (folder / "config.json").read_text() == "config.json"
     assert not files.is_free(folder)
 
+
+def test_an_export_that_is_cut_short_leaves_the_folder_free(tmp_path):
     def cut(place):
         write_model(place)
-        (place / "tokenizer.json").unlink()
         raise KeyboardInterrupt
 
-    other = tmp_path / "other"
     with pytest.raises(KeyboardInterrupt):
-        files.fill_folder(other, cut)
-    assert files.is_free(other)
-    assert not names(other)
+        files.fill_folder(tmp_path / "out", cut)
+    assert files.is_free(tmp_path / "out")
+    assert not names(tmp_path / "out")
 
 
 def test_weights_on_a_full_disk_are_one_line(tmp_path, capsys, small_disk):
-    import numpy as np
-    from safetensors.numpy import save_file
-
     def write(place):
         save_file({"a": np.zeros(1000)}, place / "model.safetensors")
 

@@ -10,12 +10,12 @@ import tiny
 
 from sbr_jax.programs import cli
 from sbr_jax.provenance.code_version import ROOT
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell
 from sbr_jax.training import code_record, pipeline
-from sbr_jax.training.track import Track
+from sbr_jax.training.stages import Stages
 from sbr_jax.typing import UserError
-from tools import fill_docs, fill_tables, provenance
+from tools import fill_docs, provenance
 from tools.markdown_tables import MARK, page_tables
 from tools.provenance import MANIFEST, PAGES, problems, read_manifest
 
@@ -51,42 +51,25 @@ def edit(site, page, old, new):
     (site / page).write_text(text, encoding="utf-8")
 
 
-PARTS = "experiments/README.md"
+PARTS, LISA, CHOOSE = "experiments/README.md", "docs/methods/lisa.md", "docs/choose.md"
+NEW = "\n| row | a |\n|---|--:|\n| `plain` | 45.7 |\n"
+MORE = r"\1\n| `new` | 99.9 | 1 | 1 | – | 1 | 1 | – |  |  |"
+UNKNOWN = "expected measured rows of known code"
 FAULTS = {
     "a mark too few": (PARTS, r"^(\| `safeanchor-exact:random`) †", r"\1", "run it"),
     "a mark too many": ("README.md", r"^(\| `lisa`)", r"\1 †", "marked with †"),
     "an unmarked number": ("README.md", r"^(\| `sbr` .* 0\.0) †", r"\1", "poisoned"),
     "a marked number": (PARTS, r"^(\| medical.* 45\.7 ± 9\.1)", r"\1 †", "plain"),
-    "a row without provenance": (
-        "README.md",
-        r"^(\| `lisa`.*)$",
-        r"\1\n| `new` | 99.9 | 1 | 1 | – | 1 | 1 | – |  |  |",
-        "expected 20 lines",
-    ),
+    "a row too many": ("README.md", r"^(\| `lisa`.*)$", MORE, "expected 20 lines"),
     "rows in another order": (
         "README.md",
         r"^(\| `lisa`.*)\n(\| `safe-lora`.*)$",
         r"\2\n\1",
         "expected the row lisa",
     ),
-    "a table without a name": (
-        PARTS,
-        r"^<!-- table: stories -->\n",
-        "",
-        "expected measured rows of known code",
-    ),
-    "a new table": (
-        "docs/choose.md",
-        r"\Z",
-        "\n| row | composite |\n|---|--:|\n| `plain` | 45.7 |\n",
-        "expected measured rows of known code",
-    ),
-    "a table twice": (
-        "docs/choose.md",
-        r"\Z",
-        "\n<!-- table: stories -->\n| row | a |\n|---|--:|\n| `plain` | 4.7 |\n",
-        "found twice",
-    ),
+    "a table without a name": (PARTS, r"^<!-- table: stories -->\n", "", UNKNOWN),
+    "a new table": (CHOOSE, r"\Z", NEW, UNKNOWN),
+    "a table twice": (CHOOSE, r"\Z", f"\n<!-- table: stories -->{NEW}", "found twice"),
     "no sentence below": (PARTS, r"^† Measured.*\n", "", "a sentence with †"),
     "a column that is gone": ("README.md", " poisoned ", " harmful ", "a column"),
     "a figure without a mark": (
@@ -107,24 +90,9 @@ FAULTS = {
         "97.4 ± 1.7",
         "97.4 ± 1.7: only rows marked",
     ),
-    "a generated row without a hash": (
-        "docs/methods/lisa.md",
-        r"[0-9a-f]{10} \|$",
-        "– |",
-        "expected a hash",
-    ),
-    "a generated row of other code": (
-        "docs/methods/lisa.md",
-        r"[0-9a-f]{10} \|$",
-        "0123456789 |",
-        "run it again",
-    ),
-    "a generated mark too many": (
-        "docs/methods/lisa.md",
-        r"^\| `lisa` \|",
-        "| `lisa` † |",
-        "marked with †",
-    ),
+    "no hash": (LISA, r"[0-9a-f]{10} \|$", "– |", "expected a hash"),
+    "another hash": (LISA, r"[0-9a-f]{10} \|$", "0123456789 |", "run it again"),
+    "an idle mark": (LISA, r"^\| `lisa` \|", "| `lisa` † |", "marked with †"),
 }
 
 
@@ -158,7 +126,7 @@ def test_the_command_names_the_rows_that_are_older_than_the_code(capsys):
 
 
 def test_the_code_at_hand_can_become_a_version(site, capsys, monkeypatch):
-    monkeypatch.setattr(provenance, "code_hash", lambda row, study, root: "0123456789")
+    monkeypatch.setattr(provenance, "code_hash", lambda row, study: "0123456789")
     assert provenance.main(["--tree", str(site), "--record", "abcdef0"]) == 0
     manifest = read_manifest(site)
     assert set(manifest.codes["abcdef0"]) == set(manifest.codes[manifest.version])
@@ -199,10 +167,10 @@ def test_the_code_of_a_row_is_read_back(tmp_path):
 
 
 def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_base_stage", lambda *_: None)
-    monkeypatch.setattr(pipeline, "_run_group", lambda *_: None)
-    monkeypatch.setattr(Track, "require_usable", lambda self: None)
-    monkeypatch.setattr(Track, "require_complete", lambda self: None)
+    monkeypatch.setattr(pipeline, "evaluate_start", lambda *_: None)
+    monkeypatch.setattr(pipeline, "run_group", lambda *_: None)
+    monkeypatch.setattr(Stages, "require_usable", lambda self: None)
+    monkeypatch.setattr(Stages, "require_complete", lambda self: None)
     study, seeds = tiny.study(), tmp_path / "stages" / "plain"
 
     def go(code, *seeds):
@@ -211,7 +179,7 @@ def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
         pipeline.run(study, ["plain"], seeds, tmp_path, settings, domains, **more)
 
     go("old", 0)
-    monkeypatch.setattr(Track, "finished", lambda self, number: self.seed == 0)
+    monkeypatch.setattr(Stages, "finished", lambda self, number: self.seed == 0)
     go("new", 0, 1)  # Seed 0 is finished: nothing of it is computed anew.
     assert code_record.read(seeds / "0") == ["old"]
     assert code_record.read(seeds / "1") == ["new"]
@@ -233,14 +201,18 @@ def test_filled_rows_carry_their_hash_and_a_mark_where_they_are_older(site, tmp_
     assert MARK in table.below
 
 
+def fill_table(site, folder, table, *more, commit=("--commit", "abcdef0")):
+    where = [str(folder), "--docs", str(site / "docs"), "--table", table]
+    return fill_docs.main([*where, *commit, *more])
+
+
 def test_rows_measured_again_come_into_a_named_table(site, tmp_path, capsys):
     folder = synthetic_run.write(tmp_path / "x", ("plain", "safeanchor"), seeds=(0, 1))
     manifest = read_manifest(site)
     record(folder, "plain", "0123456789", seeds=(0, 1))
     code = manifest.codes[manifest.version]["testbed"]["safeanchor"]
     record(folder, "safeanchor", code, seeds=(0, 1))
-    args = ["parts", str(folder), "--commit", "abcdef0", "--tree", str(site)]
-    assert fill_tables.main([*args, "--keep", "s / step"]) == 0
+    assert fill_table(site, folder, "parts", "--keep", "s / step") == 0
     assert "filled plain, safeanchor" in capsys.readouterr().out
     assert problems(site) == []
     text, run = (site / PARTS).read_text(encoding="utf-8"), read_run(folder)
@@ -257,12 +229,14 @@ def test_rows_measured_again_come_into_a_named_table(site, tmp_path, capsys):
 
 
 def test_rows_of_unknown_code_stay_out_of_tables(site, tmp_path, capsys):
-    folder = synthetic_run.write(tmp_path / "x", ("plain",), seeds=(0,))
-    args = [str(folder), "--commit", "abcdef0", "--tree", str(site)]
-    assert fill_tables.main(["parts", *args]) == cli.EXIT_USER
-    assert "expected the row plain by one known code" in capsys.readouterr().err
-    assert fill_tables.main(["none", *args]) == cli.EXIT_USER
-    assert "table none: expected one of" in capsys.readouterr().err
-    record(folder, "plain", "0123456789")
-    assert fill_tables.main(["unified-parts", *args]) == cli.EXIT_USER
-    assert "expected a finished row of it, got plain" in capsys.readouterr().err
+    folder = synthetic_run.write(tmp_path / "x", ("plain", "ewc"), seeds=(0,))
+    record(folder, "ewc", "a" * 10, "b" * 10)
+    for table, refused in {
+        "parts": "expected the row plain by one known code, got none",
+        "none": "table none: expected one of",
+        "unified-parts": "expected a finished row of it, got ewc, plain",
+    }.items():
+        assert fill_table(site, folder, table) == cli.EXIT_USER
+        assert refused in capsys.readouterr().err
+    assert fill_table(site, folder, "parts", commit=()) == cli.EXIT_USER
+    assert "add --commit" in capsys.readouterr().err

@@ -8,19 +8,10 @@ import numpy as np
 import pytest
 import synthetic_run
 
-from sbr_jax.analysis import spectrum, stability, theme
 from sbr_jax.programs import report
-from sbr_jax.reporting import figures
-from sbr_jax.reporting.results import read_run
-from sbr_jax.reporting.tables import (
-    accuracy_table,
-    cell,
-    main_table,
-    probe_table,
-    projection_table,
-    split,
-    trajectory_table,
-)
+from sbr_jax.reporting import figures, tables, theme
+from sbr_jax.reporting.runs import read_run
+from sbr_jax.reporting.tables import cell, main_table
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +29,14 @@ class Page(html.parser.HTMLParser):
 
     VOID = ("meta", "hr", "br", "link", "img", "input")
 
-    def __init__(self):
+    def __init__(self, path):
         super().__init__()
         self.fetched, self.ids, self.open, self.names = [], [], [], []
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+        self.close()
+        assert not self.open
+        assert len(self.ids) == len(set(self.ids))
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -61,35 +57,32 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def read_page(path):
-    page = Page()
-    text = path.read_text(encoding="utf-8")
-    page.feed(text)
-    page.close()
-    assert not page.open
-    return page, text
-
-
 def test_page_is_self_contained(folder):
     assert report.main([str(folder), "--quiet"]) == 0
-    page, text = read_page(folder / "report.html")
+    page = Page(folder / "report.html")
     assert page.fetched == []
     assert "script" not in page.names
-    assert "@import" not in text
-    assert len(page.ids) == len(set(page.ids))
-    assert page.names.count("svg") == 6
-    assert text.count('role="img"') == 6
-    assert "prefers-color-scheme:dark" in text
-    used = set(re.findall(r"url\(#([^)]+)\)", text))
-    assert used <= set(page.ids)
+    assert "@import" not in page.text
+    assert page.names.count("svg") == page.text.count('role="img"') == 6
+    assert "prefers-color-scheme:dark" in page.text
+    assert set(re.findall(r"url\(#([^)]+)\)", page.text)) <= set(page.ids)
 
 
-def test_the_same_results_give_the_same_page(folder, tmp_path):
-    pages = [tmp_path / "a" / "r.html", tmp_path / "b" / "r.html"]
-    for path in pages:
-        report.build([folder], path)
-    assert pages[0].read_bytes() == pages[1].read_bytes()
-    assert (tmp_path / "a" / "r.md").read_text().startswith("# made-up\n")
+def test_several_runs_share_a_page_and_the_same_results_give_the_same(
+    folder, tmp_path, capsys
+):
+    other = synthetic_run.write(tmp_path / "other", methods=("plain",))
+    outputs = [tmp_path / name / "both.html" for name in "ab"]
+    for output in outputs:
+        given = [str(folder), str(other), "--output", str(output)]
+        assert report.main([*given, "--figures", str(tmp_path / "png")]) == 0
+    assert "safeanchor-exact" in capsys.readouterr().out
+    assert Page(outputs[0]).text == Page(outputs[1]).text
+    assert outputs[0].with_suffix(".md").read_text().startswith("# made-up\n")
+    assert (tmp_path / "png" / "made-up-trajectory.png").stat().st_size > 10_000
+
+
+# --- tables ---------------------------------------------------------------------------
 
 
 def test_table_numbers(run):
@@ -99,40 +92,40 @@ def test_table_numbers(run):
     assert found.std == pytest.approx(values.std(ddof=1))
     kept = cell(run, "plain", "retention").mean
     assert kept == pytest.approx(100 * values.mean() / run.base["composite"])
-    learnt, at_end = (
-        cell(run, "plain", "accuracy_learned"),
-        cell(run, "plain", "domain_accuracy"),
-    )
-    assert learnt.mean > at_end.mean + 5
+    learnt = cell(run, "plain", "accuracy_learned").mean
+    assert learnt > cell(run, "plain", "domain_accuracy").mean + 5
     assert cell(run, "safeanchor", "triggers").mean == 1.0
     assert cell(run, "plain", "triggers").text() == "–"
-    table = main_table(run)
-    assert [row[0] for row in table.rows] == ["start", *run.methods]
-    assert all(len(row) == len(table.head) for row in table.rows)
-    for other in (trajectory_table(run), accuracy_table(run), projection_table(run)):
-        assert other.rows
-        assert all(len(row) == len(other.head) for row in other.rows)
+    assert [row[0] for row in main_table(run).rows] == ["start", *run.methods]
+    made = tables.tables_of(run)
+    assert len(made) == 4
+    for table in made.values():
+        assert all(len(row) == len(table.head) for row in table.rows)
 
 
 def test_the_risk_probes_quality_is_shown_with_its_lowest_seed(tmp_path):
     folder = synthetic_run.write(tmp_path / "run", methods=("plain", "unified"))
-    assert not probe_table(read_run(folder)).rows
+    assert not tables.probe_table(read_run(folder)).rows
     values = (1.0, 0.9, 0.95)
     with (folder / "results.jsonl").open("a") as file:
         for seed, auroc in enumerate(values):
             quality = {"auroc": auroc, "calibration_error": 0.01}
-            line = {"method": "unified", "seed": seed, "stage": "subspace", "index": -1}
-            line |= {"domain": None, "metrics": {}, "diagnostics": quality}
+            line = synthetic_run.line(
+                "unified", seed, "subspace", None, -1, {}, quality
+            )
             file.write(json.dumps(line) + "\n")
-    (row,) = probe_table(read_run(folder)).rows
+    (row,) = tables.probe_table(read_run(folder)).rows
     assert row == ("unified", f"{np.mean(values):.3f}", "0.900", "0.010")
 
 
 def test_wide_tables_are_split_not_cut(run):
-    parts = split(main_table(run), 60)
+    parts = tables.split(main_table(run), 60)
     assert len(parts) > 1
     columns = [name for part in parts for name in part.head[1:]]
     assert columns == list(main_table(run).head[1:])
+
+
+# --- what is missing, or wrong --------------------------------------------------------
 
 
 def test_inert_projection_and_flat_spectrum_are_called_out(run, tmp_path):
@@ -159,14 +152,13 @@ def test_inert_projection_and_flat_spectrum_are_called_out(run, tmp_path):
 def test_what_is_missing_is_said(tmp_path, options):
     folder = synthetic_run.write(tmp_path / "run", **options)
     assert report.main([str(folder), "--quiet"]) == 0
-    page, text = read_page(folder / "report.html")
-    run = read_run(folder)
-    drawn = figures.drawings(run)
+    page = Page(folder / "report.html")
+    drawn = figures.drawings(read_run(folder))
     missing = [drawing for drawing in drawn if drawing.figure is None]
     assert page.names.count("svg") == len(drawn) - len(missing)
     for drawing in missing:
-        assert drawing.missing.endswith(".")
-        assert drawing.missing.replace("'", "&#x27;") in text
+        assert drawing.caption.endswith(".")
+        assert drawing.caption.replace("'", "&#x27;") in page.text
 
 
 def test_an_unfinished_seed_is_left_out(tmp_path):
@@ -182,61 +174,20 @@ def test_an_unfinished_seed_is_left_out(tmp_path):
     assert report.main([str(folder), "--quiet"]) == 0
 
 
-def test_several_runs_share_a_page(folder, tmp_path, capsys):
-    other = synthetic_run.write(tmp_path / "other", methods=("plain",))
-    output = tmp_path / "out" / "both.html"
-    arguments = [str(folder), str(other), "--output", str(output)]
-    assert report.main([*arguments, "--figures", str(tmp_path / "png")]) == 0
-    page, _ = read_page(output)
-    assert len(page.ids) == len(set(page.ids))
-    assert (tmp_path / "png" / "made-up-trajectory.png").stat().st_size > 10_000
-    assert "safeanchor-exact" in capsys.readouterr().out
-
-
 def test_mistakes_are_one_line(tmp_path, capsys):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "results.jsonl").write_text("{half a li")
-    unfinished = tmp_path / "unfinished"
-    unfinished.mkdir()
-    (unfinished / "results.jsonl").write_text("")
-    for folder in ("", tmp_path / "nowhere", empty, broken, unfinished):
-        assert report.main([str(folder)] if folder else []) == 2
+    for name, text in {"empty": None, "broken": "{half a li", "begun": ""}.items():
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "results.jsonl").write_text(text)
+    for name in (None, "nowhere", "empty", "broken", "begun"):
+        assert report.main([str(tmp_path / name)] if name else []) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.startswith("error: expected ")
         assert captured.err.count("\n") == 1
-    assert list(empty.iterdir()) == []
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
-def test_rank_and_shares():
-    values = np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4])
-    assert spectrum.rank_for_energy(values, energy=0.9).tolist() == [3, 1, 0]
-    assert spectrum.rank_for_energy(values[:1], [100.0]).tolist() == [4]
-    assert np.all(np.diff(spectrum.cumulative_share(values), axis=-1) >= 0)
-    assert spectrum.participation_ratio(values).tolist()[1:] == [1.0, 0.0]
-
-
-def test_distances_from_angles_match_projectors():
-    rng = np.random.default_rng(0)
-    a, b = (np.linalg.qr(rng.standard_normal((12, 3)))[0] for _ in range(2))
-    angles = np.arccos(np.clip(np.linalg.svd(a.T @ b)[1], 0, 1))
-    gap = np.linalg.norm(a @ a.T - b @ b.T) / np.sqrt(2)
-    assert stability.chordal_distance(angles) == pytest.approx(gap)
-    assert stability.overlap(angles) == pytest.approx(np.sum((a.T @ b) ** 2) / 3)
-
-
-def test_chance_overlap_is_what_random_subspaces_share():
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(200):
-        a, b = (np.linalg.qr(rng.standard_normal((32, 4)))[0] for _ in range(2))
-        found.append(np.sum((a.T @ b) ** 2) / 4)
-    assert np.mean(found) == pytest.approx(stability.chance_overlap(4, 32), rel=0.05)
-
-
-def test_every_palette_colour_has_a_dark_twin():
-    assert set(theme.LIGHT) == set(theme.DARK)
-    assert len(set(theme.LIGHT.values())) == len(theme.LIGHT)
+def test_palette_colours_differ():
+    for colors in (theme.LIGHT, theme.DARK):
+        assert len(set(colors.values())) == len(colors) == 13

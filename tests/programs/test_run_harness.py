@@ -12,19 +12,17 @@ import synthetic_run
 import tiny
 import tiny_data as files
 import tiny_stories
+from tasks_case import Told
 from tiny_data import needs_data
 from tiny_preset import make_job
 
-from sbr_jax.evaluation import measures
-from sbr_jax.evaluation.items import Result
-from sbr_jax.evaluation.judges import CallableJudge, Verdict
-from sbr_jax.evaluation.keyword import KeywordJudge
-from sbr_jax.evaluation.measures import judge_record
+from sbr_jax.evaluation import KeywordJudge, Result, Verdict, benchmarks
+from sbr_jax.evaluation.judges.agreement import judge_record
 from sbr_jax.programs import harness, report, run
 from sbr_jax.reporting import tables
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.studies.options import Sources
-from sbr_jax.training import pipeline, shipped
+from sbr_jax.training import pipeline
 from sbr_jax.training.records import read_json, write_record
 from sbr_jax.typing import UserError
 
@@ -73,7 +71,7 @@ def test_agreement_with_people_is_what_others_measured():
     assert agreement["count"] + agreement["partial"] == 2250
     for value in (agreement["accuracy"], *agreement["by_model"].values()):
         assert 80 <= value <= 96
-    blind = CallableJudge("yes", lambda prompt, answer: Verdict.COMPLIANCE)
+    blind = Told(lambda prompt: Verdict.COMPLIANCE)
     (found,) = judge_record(blind, DATA).values()
     assert found["agreement"]["accuracy"] < 60
     assert found["agreement"]["kappa"] == 0
@@ -84,8 +82,8 @@ def test_the_report_shows_judges_and_lm_eval_where_there_are_any(folder, tmp_pat
     bare = read_run(place)
     assert tables.judge_table(bare).rows == tables.harness_table(bare).rows == ()
     config = read_json(place / "config.json")
-    measured = measures.prepare("harmbench", folder, judge=JUDGE)
-    config |= measures.record([measured], JUDGE, folder)
+    measured = benchmarks.prepare("harmbench", folder, judge=JUDGE)
+    config |= benchmarks.record([measured], JUDGE, folder)
     (place / "config.json").write_text(json.dumps(config))
     results = [
         {"method": "base", "seed": None, "metrics": {"mmlu": 40.0}},
@@ -126,27 +124,6 @@ def finished(tmp_path_factory):
         job, methods=rows, seeds=seeds, domains=domains, config=settings
     )
     return study, model, job
-
-
-def test_the_weights_that_are_examined_are_those_that_were_measured(finished):
-    study, _, job = finished
-    text = (job.workdir / "results.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    measured = {
-        (line["method"], line["seed"]): line["metrics"]["composite"]
-        for line in lines
-        if line["stage"] in ("base", "evaluate")
-    }
-    found = {
-        (row, seed): study.evaluate(*weights)["composite"]
-        for row, seed, weights in shipped.deployments(job, study, set())
-    }
-    # Results are written to six digits.
-    assert found == pytest.approx(measured, rel=1e-5)
-    assert len(set(found.values())) == len(found) == 5
-    done = set(found) - {("antidote", 1)}
-    ((row, seed, _),) = shipped.deployments(job, study, done)
-    assert (row, seed) == ("antidote", 1)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from sbr_jax.programs.sweep_state import Part
 from sbr_jax.recipes import tuning
 from sbr_jax.recipes.sweeps import SWEEPS
 from sbr_jax.training.records import write_record
-from sbr_jax.training.results import Workdir, run_of
-from sbr_jax.training.stage_records import write_result
+from sbr_jax.training.run_folder import RunFolder, run_of
+from sbr_jax.training.stage_records import Line, write_result
 
 ORDERS = {
     "forward": {
@@ -149,15 +149,10 @@ def fake_stages(folder, row, seed, stages, seconds=10.0, domains=2):
     names += [(8, "evaluate")]
     for number, stage in names[:stages]:
         write_result(
-            Workdir(folder).stage(row, seed, number, stage),
-            run=run_of(config),
-            method=row,
-            seed=seed,
-            stage=stage,
-            domain=None,
-            index=-1,
-            metrics={},
-            timing={"seconds": seconds},
+            RunFolder(folder).stage(row, seed, number, stage),
+            run_of(config),
+            Line(row, seed, stage, None, -1, {}),
+            {"seconds": seconds},
         )
 
 

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_data import as_json, put
 
 from sbr_jax.evaluation import tasks
+from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.evaluation.sandbox import kernel_isolation
-from sbr_jax.studies import chat_parts
 from sbr_jax.typing import UserError
 
 needs_kernel = pytest.mark.skipif(
@@ -129,7 +129,9 @@ def test_a_stand_in_is_used_and_named_only_where_the_papers_set_is_missing(world
 
 def test_an_overlap_with_a_measurement_refuses_the_run_unless_it_may_be_dropped(copy):
     count = tiny_chat.overlap(copy)
-    with pytest.raises(UserError, match=r"calibration/harmbench: [123].*drop_overlaps"):
+    with pytest.raises(
+        UserError, match=r"calibration and harmbench share [123] .*drop_overlaps"
+    ):
         build(copy, calibration=22)
     study = build(copy, calibration=8, drop_overlaps=True)
     assert study.notes["data"]["left out"]["calibration/harmbench"] == count
@@ -223,7 +225,7 @@ def test_room_for_an_answer_is_that_of_the_measurement_and_after_the_system(worl
     asked["mtbench"] = tasks.write_mtbench
     for name, task in asked.items():
         default = inspect.signature(task).parameters["max_new_tokens"].default
-        assert chat_parts.OWN_LENGTH[name] == default, name
+        assert BENCHMARKS[name].answer_tokens == default, name
     with pytest.raises(UserError, match=r"humaneval: .* 0 tokens .*96 less 512"):
         build(world, ("code",), allow_code=True)
     # The prompts alone are short enough to need no counting.

@@ -14,15 +14,7 @@ from chat_case import build
 from sbr_jax import models
 from sbr_jax.costs import dry_run
 from sbr_jax.costs.forecast import A100
-from sbr_jax.evaluation import (
-    KeywordJudge,
-    harness_tasks,
-    measurement,
-    measures,
-    measuring,
-    tasks,
-)
-from sbr_jax.evaluation.items import Result
+from sbr_jax.evaluation import KeywordJudge, Result, benchmarks, harness_tasks, tasks
 from sbr_jax.programs import realtext, run
 from sbr_jax.recipes import chat as preset
 from sbr_jax.typing import UserError
@@ -65,7 +57,7 @@ def test_a_question_of_mc2_with_one_right_option_is_mc2(tmp_path, monkeypatch):
     path = tmp_path / "truthfulqa/mc_task.json"
     path.parent.mkdir()
     path.write_text(json.dumps([row]))
-    found = measures.prepare("truthfulqa", tmp_path, limit=1, judge=KeywordJudge())
+    found = benchmarks.prepare("truthfulqa", tmp_path, limit=1, judge=KeywordJudge())
     metrics = found(First())
     assert metrics["mc1/truthfulqa"] == 100.0
     # e^0 of 1 + e^-1 + e^-2, in percent: a formula, so rounding alone.
@@ -92,17 +84,17 @@ def test_a_question_of_mc2_with_one_right_option_is_mc2(tmp_path, monkeypatch):
 )
 def test_a_limit_that_is_no_whole_number_is_refused(option, tmp_path):
     with pytest.raises(UserError, match="of at least 1, got "):
-        measures.prepare("harmbench", tmp_path, judge=KeywordJudge(), **option)
+        benchmarks.prepare("harmbench", tmp_path, judge=KeywordJudge(), **option)
 
 
 def test_no_measurement_is_called_as_a_domains_accuracy(world):
     taken = {f"accuracy/{name}" for name in preset.known_domains()}
-    shared = set(measures.MEASURES) & set(preset.known_domains())
+    shared = set(benchmarks.BENCHMARKS) & set(preset.known_domains())
     assert {"medqa", "legalbench", "gsm8k"} <= shared
-    for name in measures.MEASURES:
+    for name in benchmarks.BENCHMARKS:
         result = Result({"accuracy": 1.0, "accuracy/part": 1.0}, {}, [])
-        assert not taken & set(measurement.flat(result, name))
-    found = measures.prepare("medqa", world / "data", judge=KeywordJudge())(First())
+        assert not taken & set(benchmarks.flat(result, name))
+    found = benchmarks.prepare("medqa", world / "data", judge=KeywordJudge())(First())
     assert list(found) == ["benchmark_accuracy/medqa"]
 
 
@@ -120,7 +112,7 @@ def test_code_is_run_once_for_the_same_weights(world, monkeypatch):
         runs.append(items)
         return Result({"pass@1": 25.0}, {}, [])
 
-    monkeypatch.setattr(measuring, "kernel_isolation", lambda: True)
+    monkeypatch.setattr(benchmarks, "kernel_isolation", lambda: True)
     monkeypatch.setattr(tasks, "humaneval", humaneval)
     study = build(world, ("code",), measures=("humaneval",), allow_code=True)
     learnt = study.domains["code"].evaluate

@@ -10,27 +10,31 @@ import pytest
 import synthetic_run
 
 from sbr_jax.programs import report
-from sbr_jax.reporting.results import read_run
+from sbr_jax.reporting.runs import read_run
 from sbr_jax.training.records import digest_of, write_record
-from sbr_jax.training.results import Workdir, run_of
-from sbr_jax.training.stage_records import read_result, unusable, write_result
+from sbr_jax.training.run_folder import RunFolder, run_of
+from sbr_jax.training.stage_records import Line, read_result, unusable, write_result
 from sbr_jax.typing import UserError
 
-LINE = {
-    "method": "plain",
-    "seed": 0,
-    "stage": "train",
-    "domain": "legal",
-    "index": 0,
-    "metrics": {"loss": 0.1},
-    "diagnostics": {},
-}
+CONFIG = {"training": {}}
+RUN = run_of(CONFIG)
+LINE = vars(Line("plain", 0, "train", "legal", 0, {"loss": 0.1}))
 
 
-def one_line(error):
-    said = str(error.value)
-    assert "\n" not in said
-    return said
+def refused(call):
+    """The one line of a refusal."""
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def lines_of(path):
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def rewrite(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 # --- a finished stage -----------------------------------------------------------------
@@ -38,7 +42,7 @@ def one_line(error):
 RECORD = {
     "line": LINE,
     "timing": {},
-    "run": "r",
+    "run": RUN,
     "place": "plain/0/01-train",
     "files": {},
 }
@@ -54,62 +58,47 @@ RECORDS = {
 }
 
 
-def stage(folder):
-    return Workdir(folder).stage("plain", 0, 1, "train")
+@pytest.fixture
+def folder(tmp_path):
+    write_record(tmp_path / "config.json", CONFIG)
+    return RunFolder(tmp_path)
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_damaged_stage_is_named(name, tmp_path):
-    config = {"settings": {}}
-    write_record(tmp_path / "config.json", config)
-    run = run_of(config)
+def test_a_damaged_stage_is_named(name, folder):
     record, named = RECORDS[name]
-    path = stage(tmp_path) / "result.json"
+    path = folder.stage("plain", 0, 1, "train") / "result.json"
     path.parent.mkdir(parents=True)
-    record = {k: run if v == "r" else v for k, v in record.items()}
     if name.startswith("of"):
         write_record(path, record)
     else:
         path.write_text(json.dumps(record))
 
     def open_again():
-        with Workdir(tmp_path).opened(config, {}):
+        with folder.opened(CONFIG, {}):
             pytest.fail("work would begin")
 
     readers = (
-        lambda: read_result(path.parent, run),
-        lambda: Workdir(tmp_path).lines(()),
+        lambda: read_result(path.parent, RUN),
+        lambda: folder.lines(()),
         open_again,
     )
     for reader in readers:
-        with pytest.raises(UserError) as error:
-            reader()
-        said = one_line(error)
+        said = refused(reader)
         assert str(path) in said
         assert named in said
         seed = path.parent.parent
         assert said.endswith(f": delete {seed} and run the same command again")
 
 
-def test_what_a_run_writes_is_in_order(tmp_path):
-    config = {"settings": {}}
-    write_record(tmp_path / "config.json", config)
-    written = write_result(
-        stage(tmp_path),
-        run=run_of(config),
-        method="plain",
-        seed=0,
-        stage="train",
-        domain="legal",
-        index=0,
-        metrics={"loss": np.nan, "blocks": 1},
-        diagnostics={"alpha": {"q_proj": np.ones((2, 3))}, "auroc": np.float32(0.5)},
-        timing={"seconds": 1.5, "seconds_per_step": None},
-    )
+def test_what_a_run_writes_is_in_order(folder):
+    path = folder.stage("plain", 0, 1, "train")
+    alpha = {"alpha": {"q_proj": np.ones((2, 3))}, "auroc": np.float32(0.5)}
+    line = Line("plain", 0, "train", "legal", 0, {"loss": np.nan, "blocks": 1}, alpha)
+    written = write_result(path, RUN, line, {"seconds": 1.5, "seconds_per_step": None})
     assert written["line"]["metrics"] == {"loss": None, "blocks": 1}
-    found = read_result(stage(tmp_path), run_of(config))
-    assert Workdir(tmp_path).lines(()) == [written] == [found]
-    assert read_result(tmp_path, run_of(config)) is None
+    assert folder.lines(()) == [written] == [read_result(path, RUN)]
+    assert read_result(folder.folder, RUN) is None
 
 
 @pytest.mark.parametrize(
@@ -134,26 +123,41 @@ def finished(tmp_path):
     return synthetic_run.write(tmp_path / "run", ("plain",), seeds=(0,))
 
 
-def change(path, number, **metrics):
-    """Sets metrics of one line."""
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
-    lines[number - 1]["metrics"] |= metrics
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def with_value(path, place, change):
+    lines = lines_of(path)
+    change(lines[place])
+    rewrite(path, lines)
 
 
-@pytest.mark.parametrize("value", ["98.9", [98.9], {"mean": 98.9}])
-def test_a_metric_that_is_no_number_is_named(value, finished):
-    path = finished / "results.jsonl"
-    change(path, 3, composite=value)
-    with pytest.raises(UserError) as error:
-        read_run(finished)
-    said = one_line(error)
-    assert f"in line 3 of {path}, " in said
-    assert "without a usable metrics.composite: run the same command again" in said
+def composite(value):
+    return lambda line: line["metrics"].update(composite=value)
+
+
+WRONG = {
+    "text": ("results", 2, composite("98.9"), "metrics.composite"),
+    "list": ("results", 2, composite([98.9]), "metrics.composite"),
+    "object": ("results", 2, composite({"mean": 98.9}), "metrics.composite"),
+    "time": (
+        "timings",
+        0,
+        lambda x: x.update(seconds_per_step="x"),
+        "seconds_per_step",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_number_that_is_none_is_named(name, finished):
+    file, place, change, key = WRONG[name]
+    path = finished / f"{file}.jsonl"
+    with_value(path, place, change)
+    said = refused(lambda: read_run(finished))
+    assert f"in line {place + 1} of {path}, " in said
+    assert f" usable {key}: run the same command again" in said
 
 
 def test_a_metric_that_was_not_finite_is_none_that_is_damaged(finished):
-    change(finished / "results.jsonl", 3, composite=None)
+    with_value(finished / "results.jsonl", 2, composite(None))
     assert not read_run(finished).metric("plain", "composite").size
     assert read_run(finished).metric("plain", "refusal").size
 
@@ -162,22 +166,12 @@ def test_a_metric_that_was_not_finite_is_none_that_is_damaged(finished):
 def test_a_report_bears_what_was_not_finite(stage, tmp_path):
     run = synthetic_run.write(tmp_path / "run", ("plain", "safeanchor"), seeds=(0,))
     path = run / "results.jsonl"
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines = lines_of(path)
     for line in (line for line in lines if line["stage"] == stage):
         line["metrics"] = dict.fromkeys(line["metrics"])
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rewrite(path, lines)
     assert report.main([str(run), "--quiet"]) == 0
     assert "safeanchor" in (run / "report.md").read_text()
-
-
-def test_a_time_that_is_no_number_is_named(finished):
-    path = finished / "timings.jsonl"
-    line = json.loads(path.read_text())
-    path.write_text(json.dumps({**line, "seconds_per_step": "fast"}) + "\n")
-    with pytest.raises(UserError) as error:
-        read_run(finished)
-    assert f"line 1 of {path}, " in one_line(error)
-    assert "usable seconds_per_step: " in one_line(error)
 
 
 @pytest.mark.parametrize("value", [None, "poison", ["poison"], 1])
@@ -185,9 +179,7 @@ def test_a_time_that_is_no_number_is_named(finished):
 def test_a_config_of_another_shape_is_named(key, value, finished):
     path = finished / "config.json"
     path.write_text(json.dumps({"settings": {}, "attack": {}, key: value}))
-    with pytest.raises(UserError) as error:
-        read_run(finished)
-    said = one_line(error)
+    said = refused(lambda: read_run(finished))
     assert f"expected an object as '{key}' in {path}, got {json.dumps(value)};" in said
 
 
@@ -205,67 +197,58 @@ def test_an_unfinished_run_is_continued_by_its_own_program(program, more, finish
     begun = path.read_text().splitlines()[0] + "\n"
     for write in (lambda: path.write_text(begun), path.unlink):
         write()
-        with pytest.raises(UserError) as error:
-            read_run(finished)
         advice = f"run the same experiments.{program} command again, which continues"
-        assert one_line(error).endswith(advice)
+        assert refused(lambda: read_run(finished)).endswith(advice)
 
 
 # --- lines and the stages that they are of --------------------------------------------
 
 
-def with_stages(folder, rows=("plain", "ewc")):
+def with_stages(path, variants=("plain", "ewc")):
     """A made-up run, and the stages that its lines and times are of."""
-    synthetic_run.write(folder, rows, seeds=(0, 1))
-    config = {"settings": {}}
-    write_record(folder / "config.json", config)
-    path, numbers = folder / "results.jsonl", {}
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
-    for line in lines:
-        row = line["method"], line["seed"]
-        numbers[row] = numbers.get(row, -1) + 1
-        place = Workdir(folder).stage(*row, numbers[row], line["stage"])
-        write_result(place, run=run_of(config), **line)
-    Workdir(folder).publish(rows)
-    return path
-
-
-def edit(change):
-    def damage(path):
-        lines = [json.loads(text) for text in path.read_text().splitlines()]
-        lines = change(lines) or lines
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    return damage
+    synthetic_run.write(path, variants, seeds=(0, 1))
+    write_record(path / "config.json", CONFIG)
+    folder, numbers = RunFolder(path), {}
+    for line in lines_of(path / "results.jsonl"):
+        of = line["method"], line["seed"]
+        numbers[of] = numbers.get(of, -1) + 1
+        place = folder.stage(*of, numbers[of], line["stage"])
+        write_result(place, RUN, Line(**line))
+    folder.publish(variants)
+    return path / "results.jsonl"
 
 
 EDITED = {
-    "a metric": (edit(lambda x: x[2]["metrics"].update(composite=99.0)), "line 3 of"),
-    "a metric more": (edit(lambda x: x[0]["metrics"].update(odd=1)), "line 1 of"),
-    "a diagnostic": (edit(lambda x: x[3]["diagnostics"].update(a=1)), "line 4 of"),
-    "a seed": (edit(lambda x: x[1].update(seed=7)), "line 2 of"),
-    "the first gone": (edit(lambda x: x[1:]), "00-base/result.json"),
-    "one gone": (edit(lambda x: x[:4] + x[5:]), "line 5 of"),
-    "the last gone": (edit(lambda x: x[:-1]), "after line 24 of"),
-    "a seed gone": (edit(lambda x: x[:-6]), "after line 19 of"),
-    "one twice": (edit(lambda x: [*x, x[-1]]), "line 26 of"),
-    "two exchanged": (edit(lambda x: [x[0], x[2], x[1], *x[3:]]), "line 2 of"),
+    "a metric": (lambda x: x[2]["metrics"].update(composite=99.0), "line 3 of"),
+    "a metric more": (lambda x: x[0]["metrics"].update(odd=1), "line 1 of"),
+    "a diagnostic": (lambda x: x[3]["diagnostics"].update(a=1), "line 4 of"),
+    "a seed": (lambda x: x[1].update(seed=7), "line 2 of"),
+    "the first gone": (lambda x: x[1:], "00-base/result.json"),
+    "one gone": (lambda x: x[:4] + x[5:], "line 5 of"),
+    "the last gone": (lambda x: x[:-1], "after line 24 of"),
+    "a seed gone": (lambda x: x[:-6], "after line 19 of"),
+    "one twice": (lambda x: [*x, x[-1]], "line 26 of"),
+    "two exchanged": (lambda x: [x[0], x[2], x[1], *x[3:]], "line 2 of"),
 }
+
+
+def edit(path, name):
+    change, named = EDITED[name]
+    lines = lines_of(path)
+    rewrite(path, change(lines) or lines)
+    return named
 
 
 @pytest.mark.parametrize("name", EDITED)
 def test_lines_that_are_not_those_of_the_stages_are_named(name, tmp_path):
     path = with_stages(tmp_path / "run")
     assert read_run(path.parent).methods == ["plain", "ewc"]
-    damage, named = EDITED[name]
-    damage(path)
-    with pytest.raises(UserError) as error:
-        read_run(path.parent)
-    said = one_line(error)
+    named = edit(path, name)
+    said = refused(lambda: read_run(path.parent))
     assert named in said
     assert str(path) in said
     assert said.endswith(": run the same command again, which writes the file anew")
-    Workdir(path.parent).publish(("plain", "ewc"))
+    RunFolder(path.parent).publish(("plain", "ewc"))
     assert read_run(path.parent).methods == ["plain", "ewc"]
 
 
@@ -273,14 +256,14 @@ def test_a_copy_an_old_run_and_one_under_way_are_reported(tmp_path):
     path = with_stages(tmp_path / "run")
     folder, whole = path.parent, path.read_bytes()
     times = folder / "timings.jsonl"
-    # A row is published when all of its seeds are finished.
+    # A variant is published when all of its seeds are finished.
     for file in (path, times):
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:13]))
     assert read_run(folder).methods == ["plain"]
     path.write_bytes(whole)
-    EDITED["a metric"][0](path)
+    edit(path, "a metric")
     (folder / "stages").rename(tmp_path / "stages")
     assert read_run(folder).methods == ["plain", "ewc"]
     (tmp_path / "stages").rename(folder / "stages")
-    (folder / "config.json").write_text(json.dumps({"settings": {}}))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     assert read_run(folder).methods == ["plain", "ewc"]

@@ -7,12 +7,12 @@ import shutil
 import pytest
 from run_folder_case import files, go, results, settle
 
-from sbr_jax.training import stages, track
+from sbr_jax.training import stages
 
 DAMAGES = 200
 KILLED = {"in a stage": 6, "after a stage": 7}
 """After how many records a run is killed: its last domain is begun, or trained on."""
-JOB = {"rows": ("lisa",)}
+JOB = {"variants": ("lisa",)}
 
 
 class KilledError(Exception):
@@ -51,7 +51,7 @@ def kill_after(patch, writes):
         return write
 
     patch.setattr(stages, "write_result", dying(stages.write_result))
-    patch.setattr(track, "write_history", dying(track.write_history))
+    patch.setattr(stages, "write_history", dying(stages.write_history))
 
 
 # --- the damages ----------------------------------------------------------------------

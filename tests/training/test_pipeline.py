@@ -1,6 +1,7 @@
 """The sequence of domains: resumable to the same bytes, repaired by the rule."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -10,20 +11,30 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pipeline_child
 import pytest
+import run_folder_case
 import tiny
+from run_folder_case import read, results
 
 from sbr_jax.data.batches import TokenDataset
-from sbr_jax.training import records, results, stages
-from sbr_jax.training.pipeline import run
-from sbr_jax.training.study import check_disjoint
+from sbr_jax.studies import attacks
+from sbr_jax.studies.testbed import MOST_CALIBRATION_EXAMPLES, build_study
+from sbr_jax.training import stages, track
+from sbr_jax.training.run_folder import RunFolder
+from sbr_jax.training.study import Domain, check_sizes
 from sbr_jax.typing import UserError
 
-STUDY = tiny.study()
 CHILD = Path(__file__).parents[1] / "pipeline_child.py"
+CSM = "safeanchor-exact:csm-only"
+go = functools.partial(
+    run_folder_case.go,
+    variants=("plain",),
+    domains=("medical",),
+    steps_per_domain=6,
+    checkpoint_every=None,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +45,13 @@ def whole(tmp_path_factory):
     return folder
 
 
-def read(folder):
-    text = (folder / "results.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def fake_probe(scores):
     """A probe that gives the scores one after the other."""
     left = list(scores)
     return lambda base, adapter: left.pop(0)
 
 
-def go(folder, study=STUDY, rows=("plain",), seeds=(0,), domains=("medical",), **more):
-    config = more.pop("config", None) or tiny.config(**more.pop("settings", {}))
-    config = tiny.with_options(config, more.pop("options", {}))
-    return run(study, rows, seeds, folder, config, domains, quiet=True, **more)
+# --- what a run leaves ----------------------------------------------------------------
 
 
 def test_results_are_complete_and_in_order(whole):
@@ -62,25 +65,28 @@ def test_results_are_complete_and_in_order(whole):
         for stage in ("train", "subspace", "evaluate")
     ]
     assert found == [
-        (row, seed, *stage)
-        for row in pipeline_child.ROWS
+        (variant, seed, *stage)
+        for variant in pipeline_child.VARIANTS
         for seed in (0, 1)
         for stage in per_seed
     ]
-    text = (whole / "results.jsonl").read_text()
-    assert "second" not in text
-    assert "NaN" not in text
+    assert b"second" not in results(whole)
+    assert b"NaN" not in results(whole)
     diagnostics = lines[-2]["diagnostics"]
     assert set(diagnostics["alpha"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     times = (whole / "timings.jsonl").read_text().splitlines()
     assert len(times) == len(lines)
     assert "seconds_per_step" in json.loads(times[2])
+    # Only the newest checkpoints are kept.
+    kept = (whole / "stages/plain/0").glob("*/adapter")
+    assert [path.parent.name for path in kept] == ["05-train"]
+    assert not list(whole.glob("stages/**/partial-*"))
 
 
 def test_summary_has_the_promised_form(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert set(summary) == {"base", "methods"}
-    assert list(summary["methods"]) == pipeline_child.ROWS
+    assert list(summary["methods"]) == pipeline_child.VARIANTS
     row = summary["methods"]["plain"]
     wanted = {"seeds", "trajectory", "composite", "composite_std", "retention"}
     wanted |= {"refusal", "domain_accuracy", "domain_accuracy_learned", "general"}
@@ -90,28 +96,19 @@ def test_summary_has_the_promised_form(whole):
     lines = [
         x for x in read(whole) if x["method"] == "plain" and x["stage"] == "evaluate"
     ]
-    last = [x["metrics"]["composite"] for x in lines if x["domain"] == "legal"]
+    ended = [x["metrics"] for x in lines if x["domain"] == "legal"]
+    last = [metrics["composite"] for metrics in ended]
+    learned = [x["metrics"][f"accuracy/{x['domain']}"] for x in lines]
+    final = [m[f"accuracy/{domain}"] for m in ended for domain in ("medical", "legal")]
+    base = summary["base"]["composite"]
     assert row["composite"] == pytest.approx(np.mean(last), rel=1e-5)
     assert row["composite_std"] == pytest.approx(np.std(last, ddof=1), rel=1e-4)
-    base = summary["base"]["composite"]
     assert row["retention"] == pytest.approx(100 * np.mean(last) / base, rel=1e-5)
-    learned = [x["metrics"][f"accuracy/{x['domain']}"] for x in lines]
     assert row["domain_accuracy_learned"] == pytest.approx(np.mean(learned), rel=1e-5)
-    final = [
-        x["metrics"][f"accuracy/{domain}"]
-        for x in lines
-        if x["domain"] == "legal"
-        for domain in ("medical", "legal")
-    ]
     assert row["domain_accuracy"] == pytest.approx(np.mean(final), rel=1e-5)
 
 
-def test_only_the_newest_checkpoints_are_kept(whole):
-    kept = sorted(
-        path.parent.name for path in (whole / "stages/plain/0").glob("*/adapter")
-    )
-    assert kept == ["05-train"]
-    assert not list(whole.glob("stages/**/partial-*"))
+# --- stopping and going on ------------------------------------------------------------
 
 
 class StopError(Exception):
@@ -145,9 +142,9 @@ def test_a_crash_at_every_stage_boundary_changes_nothing(whole, tmp_path, monkey
     else:
         pytest.fail("never finished")
     assert calls["alive"] > 10
-    lines = (whole / "results.jsonl").read_text().splitlines(keepends=True)
-    expected = "".join(x for x in lines if json.loads(x)["seed"] in (None, 0))
-    assert (tmp_path / "results.jsonl").read_text() == expected
+    lines = results(whole).splitlines(keepends=True)
+    expected = b"".join(x for x in lines if json.loads(x)["seed"] in (None, 0))
+    assert results(tmp_path) == expected
 
 
 def test_kill_9_and_rerun_give_the_same_bytes(whole, tmp_path):
@@ -170,37 +167,61 @@ def test_kill_9_and_rerun_give_the_same_bytes(whole, tmp_path):
         child.wait()
     assert kills >= 1
     pipeline_child.main(tmp_path)
-    ours, theirs = (x / "results.jsonl" for x in (tmp_path, whole))
-    assert ours.read_bytes() == theirs.read_bytes()
+    assert results(tmp_path) == results(whole)
 
 
 def test_a_finished_run_computes_nothing(whole, monkeypatch):
-    before = (whole / "results.jsonl").stat().st_size
+    before = results(whole)
 
     def never(*args, **options):
         pytest.fail("computed something")
 
     monkeypatch.setattr(stages, "write_result", never)
+    monkeypatch.setattr(track, "load", never)
     pipeline_child.main(whole)
-    assert (whole / "results.jsonl").stat().st_size == before
+    assert results(whole) == before
+
+
+def test_other_variants_seeds_and_hardware_continue_a_folder(tmp_path):
+    go(tmp_path, seeds=(1,))
+    go(tmp_path, seeds=(0,), log_every=1, checkpoint_every=3)
+    seeds = [x["seed"] for x in read(tmp_path) if x["stage"] == "evaluate"]
+    assert seeds == [0, 1]
+    before = results(tmp_path)
+    go(tmp_path, seeds=(0,), log_every=1)
+    assert results(tmp_path) == before
+    go(tmp_path, ("lisa",))
+    assert {x["method"] for x in read(tmp_path)} == {"base", "plain", "lisa"}
+
+
+def test_mapped_seeds_agree_with_one_after_the_other(tmp_path):
+    go(tmp_path / "a", seeds=(0, 1))
+    go(tmp_path / "b", seeds=(0, 1), vmap_seeds="yes")
+    for one, two in zip(read(tmp_path / "a"), read(tmp_path / "b"), strict=True):
+        for name, value in one["metrics"].items():
+            assert two["metrics"][name] == pytest.approx(value, rel=1e-3)
+
+
+# --- the monitor ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("scores", "blocks"),
-    [([100.0, 95.0], 0), ([100.0, 94.0, 96.0], 1), ([100.0, 10.0, 10.0, 10.0], 2)],
+    [
+        ([95.0], 0),
+        ([94.0, 96.0], 1),
+        ([90.0, 91.0, 99.0], 2),
+        ([10.0, 10.0, 10.0], 2),
+    ],
 )
 def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks):
-    study = tiny.study(probe=fake_probe(scores))
-    row = "safeanchor-exact:csm-only"
-    go(tmp_path, study, rows=(row,))
+    go(tmp_path, (CSM,), study=tiny.study(probe=fake_probe([100.0, *scores])))
     line = next(x for x in read(tmp_path) if x["stage"] == "repair")
     assert line["metrics"]["blocks"] == blocks
-    assert line["metrics"]["probe"] == scores[1]
+    assert line["metrics"]["probe"] == scores[0]
     assert line["metrics"]["probe_after"] == scores[-1]
-    changed = (
-        tmp_path / "stages/safeanchor-exact+csm-only/0/02-repair/adapter"
-    ).is_dir()
-    assert changed == (blocks > 0)
+    stage = tmp_path / "stages" / CSM.replace(":", "+") / "0/02-repair"
+    assert (stage / "adapter").is_dir() == (blocks > 0)
 
 
 def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
@@ -214,122 +235,130 @@ def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
     # The aligned model, then each domain: found low, and low after either block.
     study = tiny.study(probe=fake_probe([100.0] + 6 * [10.0]), judge=judge)
     monitored = {"adaptive-judge": {"monitored": True}}
-    domains = ("medical", "legal")
-    go(tmp_path, study, rows=("adaptive-judge",), domains=domains, options=monitored)
+    go(tmp_path, ("adaptive-judge",), study=study, domains=None, options=monitored)
     blocks = [x["metrics"]["blocks"] for x in read(tmp_path) if x["stage"] == "repair"]
     assert blocks == [2, 2]
-    assert asked == [study.domains[name].train.tokens.tobytes() for name in domains]
+    assert asked == [domain.train.tokens.tobytes() for domain in study.domains.values()]
 
 
 def test_without_a_probe_nothing_is_monitored(tmp_path):
-    class NoProbe:
-        def __call__(self, base, adapter):
-            pytest.fail("probed")
-
-    study = tiny.study(probe=NoProbe())
+    study = tiny.study()
     object.__setattr__(study, "probe", None)
-    go(tmp_path, study, rows=("safeanchor-exact:csm-only",))
+    go(tmp_path, (CSM,), study=study)
     assert not [x for x in read(tmp_path) if x["stage"] == "repair"]
 
 
-def test_other_rows_and_seeds_are_added_to_a_folder(tmp_path):
-    go(tmp_path, seeds=(1,))
-    go(tmp_path, seeds=(0,))
-    seeds = [x["seed"] for x in read(tmp_path) if x["stage"] == "evaluate"]
-    assert seeds == [0, 1]
+# --- what is refused ------------------------------------------------------------------
 
 
-def test_mapped_seeds_agree_with_one_after_the_other(tmp_path):
-    go(tmp_path / "a", seeds=(0, 1))
-    go(tmp_path / "b", seeds=(0, 1), settings={"vmap_seeds": "yes"})
-    for one, two in zip(read(tmp_path / "a"), read(tmp_path / "b"), strict=True):
-        for name, value in one["metrics"].items():
-            assert two["metrics"][name] == pytest.approx(value, rel=1e-3)
+def never(base, adapter):
+    """Stands for evaluations that must not be made."""
+    pytest.fail("evaluated before everything was looked at")
 
 
-def test_a_loss_that_is_not_finite_keeps_what_is_finished(tmp_path):
-    # Adam's first steps are bounded by the learning rate, so it takes a huge one.
-    with pytest.raises(UserError, match=r"plain, seed 0, domain medical: .*at step \d"):
-        go(tmp_path, settings={"learning_rate": 1e30})
-    assert (tmp_path / "stages/plain/0/00-subspace/result.json").exists()
-    assert not (tmp_path / "stages/plain/0/01-train").exists()
+def changed(**changes):
+    return {"study": tiny.study(**{"probe": never, "evaluate": never, **changes})}
 
 
-def untouched(folder):
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+WIDTH = tiny.CONFIG.width
+NO_ROWS = TokenDataset(np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32))
+EMPTY = {"medical": Domain(NO_ROWS, never)}
+MISTAKES = {
+    "variant": ({"variants": ("plan",)}, "unknown method 'plan'; nearest: plain"),
+    "domain": ({"domains": ("medicine",)}, "unknown domain 'medicine'; nearest: medi"),
+    "no variant": ({"variants": ()}, "at least one method"),
+    "no seed": ({"seeds": ()}, "at least one seed"),
+    "twice": ({"seeds": (1, 1)}, "each seed once"),
+    "negative": ({"seeds": (-1,)}, "seeds of at least 0"),
+    "mesh": ({"mesh": "fsdp=16"}, "needs 16 devices"),
+    "mapped mesh": ({"mesh": "fsdp=2", "vmap_seeds": "yes"}, "vmap_seeds"),
+    "batch": ({"batch_size": 100_000}, "batch_size to be less than 128, twice the 64 "),
+    "twice all": ({"batch_size": 128}, "of domain medical, got 128"),
+    "rank": ({"lora_rank": 100_000}, f"lora_rank to be at most {WIDTH}, the smaller"),
+    "side": (
+        {"lora_rank": WIDTH + 1, "lora_targets": "up_proj"},
+        "smaller side of up_proj, got",
+    ),
+    "anchors": (
+        {"variants": ("sbr",), "options": {"sbr": {"anchors": 25}}},
+        "anchors: expected at least 25 distinct harmful prompts, got 24",
+    ),
+    "no anchors": (
+        {"variants": ("sbr:one",), **changed(harmful=None)},
+        "requests to draw from",
+    ),
+    "empty calibration": (changed(calibration=NO_ROWS), "set with at least one"),
+    "empty domain": (changed(domains=EMPTY), "examples in domain medical, got none"),
+    "leak": (
+        changed(leak_check={"calibration/probe": 3}),
+        "calibration and probe share 3 prompts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_refused_before_any_work(name, tmp_path):
+    given, message = MISTAKES[name]
+    with pytest.raises(UserError, match=message) as caught:
+        go(tmp_path / "new", **{**changed(), **given})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"batch_size": 127},
+        {"lora_rank": WIDTH},
+        {"variants": ("sbr",), "options": {"sbr": {"anchors": 24}}},
+    ],
+    ids=["batch", "rank", "anchors"],
+)
+def test_the_largest_size_that_fits_is_taken(tmp_path, given):
+    def evaluated(base, adapter):
+        raise StopError
+
+    with pytest.raises(StopError):
+        go(tmp_path, study=tiny.study(evaluate=evaluated), **given)
+
+
+def test_attacks_with_few_examples_fit_the_default_batch():
+    """The identity attack has ten, and the testbed batches of sixteen."""
+    for attack in attacks.ATTACKS.values():
+        if attack.examples is not None:
+            domain = Domain(tiny.dataset(0, attack.examples), never)
+            study = tiny.study(domains={"medical": domain})
+            check_sizes(study, ["medical"], tiny.config(batch_size=16).training)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_world_has_only_so_many_calibration_examples(hard):
+    most = MOST_CALIBRATION_EXAMPLES
+    for count in (most + 1, 9_999_999):
+        with pytest.raises(UserError, match=rf"expected at most {most}.*got {count}"):
+            build_study(hard=hard, calibration_examples=count)
 
 
 def test_a_folder_of_other_settings_is_refused_and_left_alone(whole, tmp_path):
-    before = untouched(whole)
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    steps, options = {"steps_per_domain": 5}, pipeline_child.OVERRIDES
     for settings, named in (
         ({"steps_per_domain": 4}, "training.steps_per_domain: there 5, now 4"),
-        ({"learning_rate": 1.0, "steps_per_domain": 5}, "training.learning_rate"),
+        ({"learning_rate": 1.0, **steps}, "training.learning_rate"),
+        ({"domains": ("medical",), **steps}, "domains"),
     ):
         with pytest.raises(UserError, match=named):
-            run(
-                STUDY,
-                pipeline_child.ROWS,
-                [0],
-                whole,
-                tiny.with_options(tiny.config(**settings), pipeline_child.OVERRIDES),
-            )
-    with pytest.raises(UserError, match="domains"):
-        go(whole, config=pipeline_child.CONFIG)
-    assert untouched(whole) == before
+            go(whole, **{"domains": None, "options": options, **settings})
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     (tmp_path / "summary.json").write_text("mine")
     with pytest.raises(UserError, match=r"holds summary\.json but no config"):
         go(tmp_path)
     assert (tmp_path / "summary.json").read_text() == "mine"
 
 
-def test_hardware_settings_do_not_make_another_run(tmp_path):
-    go(tmp_path)
-    before = (tmp_path / "results.jsonl").read_bytes()
-    go(tmp_path, settings={"log_every": 1, "checkpoint_every": 3})
-    assert (tmp_path / "results.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"rows": ("plan",)}, "unknown method 'plan'; nearest: plain"),
-        ({"domains": ("medicine",)}, "unknown domain 'medicine'; nearest: medical"),
-        ({"rows": ()}, "at least one method"),
-        ({"seeds": ()}, "at least one seed"),
-        ({"seeds": (1, 1)}, "each seed once"),
-        ({"seeds": (-1,)}, "seeds of at least 0"),
-        ({"settings": {"mesh": "fsdp=16"}}, "needs 16 devices"),
-        ({"settings": {"mesh": "fsdp=2", "vmap_seeds": "yes"}}, "vmap_seeds"),
-    ],
-)
-def test_mistakes_are_refused_before_any_work(tmp_path, changes, named):
-    with pytest.raises(UserError, match=named):
-        go(tmp_path / "new", **changes)
-    assert not (tmp_path / "new").exists()
-
-
-def test_empty_or_leaking_calibration_is_refused(tmp_path):
-    empty = TokenDataset(np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32))
-    with pytest.raises(UserError, match="safety calibration set with at least one"):
-        go(tmp_path, tiny.study(calibration=empty))
-    leaking = tiny.study(leak_check={"calibration/probe": 3})
-    with pytest.raises(UserError, match="calibration and probe share 3 prompts"):
-        go(tmp_path, leaking)
-    data = tiny.dataset(0, 4)
-    assert check_disjoint({"a": data, "b": tiny.dataset(1, 4)}) == {"a/b": 0}
-    with pytest.raises(UserError, match="a and b share 4 prompts"):
-        check_disjoint({"a": data, "b": data.tokens[:, :4].tolist()})
-
-
 def test_a_folder_in_use_is_refused(tmp_path):
     config = {"training": {}}
-    with results.Workdir(tmp_path).opened(config, {}):
-        other = results.Workdir(tmp_path).opened(config, {})
+    with RunFolder(tmp_path).opened(config, {}):
+        other = RunFolder(tmp_path).opened(config, {})
         with pytest.raises(UserError, match="in use by another run"), other:
             pass
-
-
-def test_numbers_in_results_are_valid_json():
-    tree = {"a": np.float32(1 / 3), "b": [np.nan, 1], "c": jax.numpy.ones(2)}
-    found = records.plain_numbers(tree)
-    assert found == {"a": 0.333333, "b": [None, 1], "c": [1.0, 1.0]}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from run_folder_case import LAST, ROWS, STUDY, go, refused, results, settle
+from run_folder_case import LAST, STUDY, VARIANTS, go, refused, results, settle
 from test_damaged_runs import KilledError, kill_after
 
-from sbr_jax.training import checkpoint, records, stages
+from sbr_jax.training import checkpoint, records, stages, track
+from sbr_jax.training.csm import monitor
 from sbr_jax.training.finite import require_finite
-from sbr_jax.training.monitor import monitor
 from sbr_jax.training.summary import summarise
 from sbr_jax.typing import UserError
 
@@ -58,10 +59,10 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-def test_a_stage_never_begins_with_another_ones_input(spoil, row, run, finished):
-    seed = run / "stages" / row / "0"
+def test_a_stage_never_begins_with_another_ones_input(spoil, variant, run, finished):
+    seed = run / "stages" / variant / "0"
     spoil(seed)
     before = {p: p.stat().st_mtime_ns for p in run.rglob("result.json")}
     said, paths = refused(run)
@@ -72,14 +73,14 @@ def test_a_stage_never_begins_with_another_ones_input(spoil, row, run, finished)
 
 @pytest.mark.parametrize("what", ["adapter", "state"])
 @pytest.mark.parametrize("spoil", [flip, shutil.rmtree], ids=["bit", "gone"])
-def test_what_is_measured_is_what_was_trained(spoil, what, run, finished):
+def test_what_is_evaluated_is_what_was_trained(spoil, what, run, finished):
     seed = run / "stages/lisa/0"
     shutil.rmtree(seed / "08-evaluate")
     spoil(seed / (LAST if what == "adapter" else "07-subspace") / what)
     assert len(settle(run, results(finished))) == 1
 
 
-def test_a_measurement_that_nothing_follows_is_made_again_alone(run, finished):
+def test_an_evaluation_that_nothing_follows_is_made_again_alone(run, finished):
     last = run / "stages/lisa/0/08-evaluate"
     cut(last / "result.json")
     assert refused(run)[1] == [last]
@@ -88,12 +89,16 @@ def test_a_measurement_that_nothing_follows_is_made_again_alone(run, finished):
     settle(run, results(finished))
 
 
-def test_an_edited_step_of_a_history_is_noticed(tmp_path, finished, monkeypatch):
-    # The start, then the checkpoint after the first step.
-    kill_after(monkeypatch, 2)
+def killed(folder, monkeypatch, records):
+    """A run that was killed after so many records."""
+    kill_after(monkeypatch, records)
     with pytest.raises(KilledError):
-        go(tmp_path)
+        go(folder)
     monkeypatch.undo()
+
+
+def test_an_edited_step_of_a_history_is_noticed(tmp_path, finished, monkeypatch):
+    killed(tmp_path, monkeypatch, 2)  # The start, and a checkpoint after one step.
     (path,) = tmp_path.glob("stages/plain/0/01-train/partial-*/history.json")
     history = json.loads(path.read_text())
     path.write_text(json.dumps({**history, "step": 0}))
@@ -107,28 +112,27 @@ def test_an_edited_step_of_a_history_is_noticed(tmp_path, finished, monkeypatch)
 
 
 def test_stages_of_another_run_and_another_place_are_refused(run, tmp_path, finished):
-    go(tmp_path / "other", rows=["plain"], learning_rate=3e-3)
+    go(tmp_path / "other", variants=["plain"], learning_rate=3e-3)
     seed = run / "stages/plain/0"
-    shutil.rmtree(seed)
-    shutil.copytree(tmp_path / "other/stages/plain/0", seed)
-    said, paths = refused(run)
-    assert "of another run" in said
-    assert paths == [seed]
-    shutil.rmtree(seed)
-    shutil.copytree(run / "stages/lisa/0", seed)
-    said, paths = refused(run)
-    assert "expected the record of plain/0/00-subspace" in said
-    assert "found that of lisa/0/00-subspace" in said
+    for source, named in (
+        (tmp_path / "other/stages/plain/0", "found one of another run"),
+        (run / "stages/lisa/0", "plain/0/00-subspace in .*, found that of lisa/0/00"),
+    ):
+        shutil.rmtree(seed)
+        shutil.copytree(source, seed)
+        said, paths = refused(run)
+        assert re.search(named, said)
+        assert paths == [seed]
     assert settle(run, results(finished))
 
 
 def test_seeds_of_the_same_run_are_joined_by_copying(tmp_path):
-    go(tmp_path / "both", rows=["plain"], seeds=(0, 1))
+    go(tmp_path / "both", variants=["plain"], seeds=(0, 1))
     for seed in (0, 1):
-        go(tmp_path / str(seed), rows=["plain"], seeds=(seed,))
+        go(tmp_path / str(seed), variants=["plain"], seeds=(seed,))
     joined = tmp_path / "0"
     shutil.copytree(tmp_path / "1/stages/plain/1", joined / "stages/plain/1")
-    go(joined, rows=["plain"], seeds=(0, 1))
+    go(joined, variants=["plain"], seeds=(0, 1))
     assert results(joined) == results(tmp_path / "both")
 
 
@@ -143,7 +147,7 @@ def test_a_lost_configuration_is_written_anew_and_anothers_is_not_believed(run):
         go(run, learning_rate=3e-3)
     config = json.loads(whole)
     del config["digest"]
-    config["settings"]["learning_rate"] = 3e-3
+    config["training"]["learning_rate"] = 3e-3
     records.write_record(path, config)
     said, paths = refused(run)
     assert paths == [path], said
@@ -167,31 +171,28 @@ def test_a_folder_of_an_older_version_is_told_apart(run):
 
 
 def test_a_step_that_leaves_no_weights_is_not_finished(tmp_path):
-    with pytest.raises(UserError, match=r"plain, seed 0.* finite .*update.* at step 0"):
+    said = r"plain, seed 0, domain medical: .*finite .*update.* at step 0"
+    with pytest.raises(UserError, match=said):
         go(tmp_path, learning_rate=1e30, steps_per_domain=1)
+    assert (tmp_path / "stages/plain/0/00-subspace/result.json").exists()
     assert not (tmp_path / "stages/plain/0/01-train").exists()
 
 
 def test_a_state_that_is_not_finite_is_not_finished(tmp_path, finished, monkeypatch):
-    run = tmp_path
-    kill_after(monkeypatch, 16)
-    with pytest.raises(KilledError):
-        go(run)
-    monkeypatch.undo()
-    keep = run / "stages/lisa/0" / LAST / "state"
+    killed(tmp_path, monkeypatch, 16)
+    keep = tmp_path / "stages/lisa/0" / LAST / "state"
     assert keep.exists()
-    save = stages.require_finite
 
     def spoil(tree, where):
-        save(jax.tree.map(lambda x: np.full(x.shape, np.nan), tree), where)
+        require_finite(jax.tree.map(lambda x: np.full(x.shape, np.nan), tree), where)
 
-    monkeypatch.setattr(stages, "require_finite", spoil)
+    monkeypatch.setattr(track, "require_finite", spoil)
     with pytest.raises(UserError, match=r"lisa, .*state after subspace.*finite"):
-        go(run)
+        go(tmp_path)
     monkeypatch.undo()
     assert keep.exists()
-    go(run)
-    assert results(run) == results(finished)
+    go(tmp_path)
+    assert results(tmp_path) == results(finished)
 
 
 def test_weights_that_are_not_finite_are_named():
@@ -201,7 +202,7 @@ def test_weights_that_are_not_finite_are_named():
     require_finite({**tree, "b": jax.numpy.ones(2, jax.numpy.bfloat16)}, "here")
 
 
-def test_a_base_model_that_is_not_finite_is_not_measured(tmp_path):
+def test_a_base_model_that_is_not_finite_is_not_evaluated(tmp_path):
     params = jax.tree.map(lambda x: x, STUDY.model.params)
     leaf = jax.tree.leaves(params)[-1]
     broken = jax.tree.map(lambda x: x.at[0].set(np.nan) if x is leaf else x, params)
@@ -290,7 +291,7 @@ def test_places_that_cannot_be_written_are_one_line(tmp_path):
         def full(*args):
             raise OSError(28, os.strerror(28))
 
-        patch.setattr(records.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"config\.json \(No space left on"):
             go(tmp_path / "run")
     assert [path.name for path in tmp_path.glob("run/*")] == [".lock"]

@@ -12,11 +12,12 @@ import numpy as np
 
 from sbr_jax import attacks
 from sbr_jax.data import text
+from sbr_jax.data.leaks import shared_prompts
 from sbr_jax.studies import testbed as study_maker
 from sbr_jax.studies.attacks.setting import Setting, asking, attacked
 from sbr_jax.testbed import corpus, domains, evalsets, grammar
 from sbr_jax.testbed.world import World
-from sbr_jax.training.study import Study, shared_prompts
+from sbr_jax.training.study import Study
 
 TASK = "medical"
 """The domain that a poisoned training set pretends to teach."""

@@ -1,0 +1,182 @@
+r"""One row of a data set: typed cells, and errors that say where the row stands.
+
+Every text of every format passes :func:`cleaned`, so that one prompt is one text:
+lines end with ``\n`` however the file was saved. Blanks at either end are left, which
+code needs. Errors never quote a text, which may be harmful; they tell its length.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sbr_jax.typing import UserError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+MOST_LEVELS = 32
+"""Levels of a nested value at most; published rows have up to four."""
+
+
+class Row(NamedTuple):
+    """One row of a file or of a set on the hub, and where it stands.
+
+    Whatever reads a cell raises UserError for a cell of another type.
+
+    >>> str(Row("toy.csv", 2, {"n": 5}).fault("n", "at most 4"))
+    "toy.csv, row 2, column 'n': expected at most 4, got 5"
+    """
+
+    where: str
+    number: int
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, where: str, number: int, values: Any) -> "Row":
+        """A row as it was read, with its texts cleaned."""
+        place = f"{where}, row {number}"
+        if not isinstance(values, Mapping):
+            raise UserError(f"{place}: expected an object, got {describe(values)}")
+        return cls(where, number, cleaned(values, place))
+
+    def fault(self, column: str, expected: str, note: str = "") -> UserError:
+        """The error for one cell; of a text it tells the length only."""
+        return UserError(
+            f"{self.where}, row {self.number}, column '{column}': expected {expected}, "
+            f"got {describe(self.values.get(column))}{note}"
+        )
+
+    def with_cells(self, **cells: Any) -> "Row":
+        """The row with more cells, or other ones."""
+        return self._replace(values={**self.values, **cells})
+
+    def get(self, column: str) -> Any:
+        """A cell as it is."""
+        if column not in self.values:
+            # In a file without a header, the "names" are a row's texts.
+            names = [name for name in self.values if _is_name(name)]
+            more = len(self.values) - len(names)
+            found = ", ".join([*names, *([f"{more} longer names"] if more else [])])
+            place = f"row {self.number}" if self.number else "header"
+            raise UserError(
+                f"{self.where}, {place}: expected a column '{column}', got "
+                f"{found or 'none'}; use the file as its owner publishes it"
+            )
+        return self.values[column]
+
+    def text(self, column: str, *, empty: bool = False) -> str:
+        """A text, unchanged; null or a blank one only where it may be ``empty``."""
+        value = self.get(column)
+        if empty and value is None:
+            return ""
+        if not isinstance(value, str) or not (empty or value.strip()):
+            raise self.fault(column, "a text")
+        return value
+
+    def integer(self, column: str, low: int, high: int, note: str = "") -> int:
+        """A whole number within bounds, both included; ``note`` ends the error."""
+        value = self.get(column)
+        if type(value) is not int or not low <= value <= high:
+            raise self.fault(column, f"a whole number from {low} to {high}", note)
+        return value
+
+    def identity(self, column: str) -> str:
+        """The name of the row: a text or a whole number, as text."""
+        value = self.get(column)
+        return str(value) if type(value) is int else self.text(column)
+
+    def flag(self, column: str) -> bool:
+        """A truth value; a table's text ``True`` or ``False`` counts as one."""
+        value = self.get(column)
+        words = {"true": True, "false": False}
+        value = words.get(value.strip().lower()) if isinstance(value, str) else value
+        if not isinstance(value, bool):
+            raise self.fault(column, "true or false")
+        return value
+
+    def option(self, column: str, allowed: Mapping[Any, Any] | Sequence[Any]) -> Any:
+        """One of few values, translated where ``allowed`` is a mapping."""
+        value = self.get(column)
+        if not isinstance(value, str | int | None) or value not in allowed:
+            raise self.fault(column, f"one of {', '.join(map(repr, allowed))}")
+        return allowed[value] if isinstance(allowed, Mapping) else value
+
+    def texts(self, column: str) -> tuple[str, ...]:
+        """A list of texts."""
+        value = self.get(column)
+        if not is_texts(value):
+            raise self.fault(column, "a list of texts")
+        return tuple(value)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts; a text is none, though it has letters."""
+    return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+
+
+def cleaned(value: Any, place: str, levels: int = MOST_LEVELS) -> Any:
+    r"""The value with its texts in one form, however deep: lines end with ``\n``.
+
+    Args:
+      value: a text, a list or object of values, or anything else, which stays.
+      place: where it stands, for errors.
+      levels: how many levels of lists and objects it may have.
+
+    Raises:
+      UserError: for a text that is none (half of a pair of surrogates, NUL), a name
+        that stands twice in an object, and too many levels.
+
+    >>> cleaned({"a": ["one\r\ntwo\rthree "]}, "here")
+    {'a': ['one\ntwo\nthree ']}
+    """
+    if isinstance(value, str):
+        return _one_form(value, place)
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    if not levels:
+        raise UserError(
+            f"{place}: expected at most {MOST_LEVELS} levels of lists and objects, got "
+            "more; use the file as its owner publishes it"
+        )
+    if not isinstance(value, Mapping):
+        return [
+            cleaned(item, f"{place}, item {number}", levels - 1)
+            for number, item in enumerate(value, 1)
+        ]
+    found = {}
+    for name, item in value.items():
+        shown = f"column '{name}'" if _is_name(name) else "a column with a longer name"
+        key = cleaned(name, f"{place}, name of a column")
+        found[key] = cleaned(item, f"{place}, {shown}", levels - 1)
+    if len(found) < len(value):
+        raise UserError(f"{place}: expected different names, got one twice")
+    return found
+
+
+def _one_form(text: str, place: str) -> str:
+    if "\0" in text:
+        raise UserError(f"{place}: expected a text, got one with a NUL character")
+    if not text.isascii() and _SURROGATE.search(text):
+        raise UserError(
+            f"{place}: expected a text, got one with half of a pair of surrogates, "
+            "which no encoding can write: fetch the file again, or remove the row"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a column's name may be shown; in some files the names are texts."""
+    return re.fullmatch(r"[A-Za-z]\w{0,29}", str(name), re.ASCII) is not None
+
+
+def describe(value: Any) -> str:
+    """Kind and size of a value, without its text."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool | int | float):
+        shown = repr(value)
+        return shown if len(shown) <= 30 else "a number of many digits"
+    if isinstance(value, str):
+        return f"a text of {len(value)} characters" if value.strip() else "a blank text"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,34 @@
+"""Tasks: questions put to a model, and scores of its answers.
+
+A task is ``task(runner, items, ...) -> Result``: it asks whoever is examined, reads the
+answers and scores them. Items are the records of :mod:`sbr_jax.data.records`. A task
+without items is refused.
+"""
+
+from sbr_jax.evaluation.tasks.answers import (
+    gsm8k,
+    truthfulqa_generation,
+    write_mtbench,
+)
+from sbr_jax.evaluation.tasks.bias import bbq
+from sbr_jax.evaluation.tasks.choices import legalbench, medqa, mmlu, truthfulqa_mc
+from sbr_jax.evaluation.tasks.code import humaneval
+from sbr_jax.evaluation.tasks.first_token import refusal_auc
+from sbr_jax.evaluation.tasks.refusals import harmbench, requests, wildguard, xstest
+
+__all__ = [
+    "bbq",
+    "gsm8k",
+    "harmbench",
+    "humaneval",
+    "legalbench",
+    "medqa",
+    "mmlu",
+    "refusal_auc",
+    "requests",
+    "truthfulqa_generation",
+    "truthfulqa_mc",
+    "wildguard",
+    "write_mtbench",
+    "xstest",
+]

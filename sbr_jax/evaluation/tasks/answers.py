@@ -1,0 +1,263 @@
+r"""Tasks with written answers: truth, arithmetic, conversation.
+
+BLEU = bp · exp(mean over n ≤ 4 of log p_n), p_n the share of an answer's n-grams that
+the reference has (each as often as there), bp = exp(1 − reference/answer) where the
+answer is the shorter. An order without a match counts ½, ¼, … of one match (the
+"exponential" smoothing of sacreBLEU, arXiv:1804.08771), so that short answers compare.
+
+Of numbers, a minus may be a hyphen, U+2212 or a dash; groups of three digits may be
+parted by a comma, an apostrophe, an underscore, a thin or no-break space, or LaTeX's
+spellings of these (``9{,}500``, ``9\,500``). A plain space parts two numbers, and so
+does a comma that three digits do not follow.
+
+References: arXiv:2109.07958 (TruthfulQA), arXiv:2110.14168 (GSM8K), arXiv:2306.05685
+(MT-Bench).
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sbr_jax.data.records import DialogueItem, Pair, QuestionItem
+from sbr_jax.evaluation.result import Result, require_items
+from sbr_jax.evaluation.runner import Runner
+from sbr_jax.evaluation.tasks.choices import truthfulqa_prompt
+from sbr_jax.typing import UserError
+
+# --- truth ----------------------------------------------------------------------------
+
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+def _grams(tokens: list[str], n: int) -> Counter:
+    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def bleu(answer: str, reference: str) -> float:
+    """Sentence BLEU in 0..100; letters' case does not count.
+
+    >>> round(bleu("The cat sat.", "the cat sat."), 1), bleu("", "a")
+    (100.0, 0.0)
+    """
+    mine, theirs = (_TOKEN.findall(t.lower()) for t in (answer, reference))
+    if not mine or not theirs:
+        return 0.0
+    logs, half = [], 1.0
+    for n in range(1, min(4, len(mine)) + 1):
+        grams = _grams(mine, n)
+        hits = (grams & _grams(theirs, n)).total()
+        if not hits:
+            if n == 1:
+                return 0.0
+            half /= 2
+        logs.append(math.log((hits or half) / grams.total()))
+    short = min(0.0, 1.0 - len(theirs) / len(mine))
+    return 100.0 * math.exp(short + sum(logs) / len(logs))
+
+
+def truthfulqa_generation(
+    runner: Runner, items: Sequence[QuestionItem], *, max_new_tokens: int = 50
+) -> Result:
+    """TruthfulQA's written answers: nearer to a true reference than to any false one?
+
+    Likeness is BLEU, a stand-in for the authors' trained judge; six examples stand
+    before each question.
+
+    Args:
+      runner: who is examined.
+      items: questions with references.
+      max_new_tokens: limit of an answer (50 is the authors').
+
+    Returns:
+      ``truthful``: the share of answers whose best likeness to a true reference
+      exceeds the best to a false one (a tie does not); ``difference`` of the two, a
+      mean in points; ``empty``, the share without a word.
+
+    Raises:
+      UserError: there are no items.
+    """
+    require_items("truthfulqa", items)
+    answers = runner.answers(
+        [truthfulqa_prompt(item.prompt, preamble=True) for item in items],
+        max_new_tokens=max_new_tokens,
+        stop=("\n\n", "\nQ:"),
+    )
+    rows = []
+    for item, answer in zip(items, answers, strict=True):
+        true, false = (
+            max((bleu(answer, reference) for reference in references), default=0.0)
+            for references in (item.correct, item.incorrect)
+        )
+        rows.append({"id": item.id, "true": round(true, 4), "false": round(false, 4)})
+    differences = np.array([row["true"] - row["false"] for row in rows])
+    metrics = {
+        "truthful": 100.0 * float((differences > 0).mean()),
+        "difference": float(differences.mean()),
+        "empty": 100.0 * sum(not a.strip() for a in answers) / len(answers),
+    }
+    return Result(
+        metrics, {"max_new_tokens": max_new_tokens, **runner.describe()}, rows
+    )
+
+
+# --- arithmetic -----------------------------------------------------------------------
+
+_SPELLINGS = (
+    (re.compile("[\u200b\u2060\ufeff]"), ""),
+    # Full-width digits and signs, as CJK keyboards write them.
+    (re.compile("[\uff01-\uff5e]"), lambda found: chr(ord(found[0]) - 0xFEE0)),
+    (re.compile("[\u2010-\u2015\u2212]"), "-"),
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"(?<=\d)(?:\{[,.]\}|,?\\[,;:! ]|~)(?=\d{3}(?!\d))"), ","),
+    (re.compile("(?<=\\d)['_\u2019\u00a0\u2002-\u200a\u202f](?=\\d{3}(?!\\d))"), ","),
+)
+"""Patterns of other spellings, and what they say."""
+
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])-[$€£¥]?|[$€£¥]-?)?"
+    r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?<![\w.])(?=\.\d))(?:\.\d+)?"
+    r"(?:[eE][+-]?\d+(?!\w))?"
+)
+
+
+def final_number(answer: str, *, marked: bool = False) -> float | None:
+    """The number an answer ends with; None if there is none.
+
+    Args:
+      answer: text.
+      marked: read only the number after ``####``, as GSM8K's answers have it.
+
+    Returns:
+      The number.
+
+    >>> final_number("so 3 apples, $1,200.50."), final_number("6", marked=True)
+    (1200.5, None)
+    """
+    if marked:
+        _, mark, answer = answer.rpartition("####")
+        answer = answer if mark else ""
+    for pattern, plain in _SPELLINGS:
+        answer = pattern.sub(plain, answer)
+    found = _NUMBER.findall(answer)
+    if not found:
+        return None
+    return float(re.sub("[$€£¥,]", "", found[0 if marked else -1]))
+
+
+def gsm8k(
+    runner: Runner,
+    items: Sequence[Pair],
+    examples: Sequence[Pair] = (),
+    *,
+    max_new_tokens: int = 400,
+) -> Result:
+    """GSM8K: exact match of the final number.
+
+    Args:
+      runner: who is examined.
+      items: questions with worked answers that end with ``#### NUMBER``.
+      examples: solved questions to put first (5 or 8 are usual; pass training rows).
+      max_new_tokens: limit of an answer.
+
+    Returns:
+      ``accuracy`` (the last number of the answer), ``accuracy_marked`` (only a number
+      after ``####`` counts) and ``unparsed`` (answers without a number, in percent).
+
+    Raises:
+      UserError: no items, or one whose own answer has no number after ``####``.
+    """
+    require_items("gsm8k", items)
+    truth = [final_number(item.answer, marked=True) for item in items]
+    if None in truth:
+        raise UserError(
+            f"gsm8k: expected '#### NUMBER' in the answer of item {truth.index(None)}"
+        )
+    head = "".join(f"Question: {e.prompt}\nAnswer: {e.answer}\n\n" for e in examples)
+    answers = runner.answers(
+        [f"{head}Question: {item.prompt}\nAnswer:" for item in items],
+        max_new_tokens=max_new_tokens,
+        stop=("Question:",),
+    )
+    last = [final_number(answer) for answer in answers]
+    marked = [final_number(answer, marked=True) for answer in answers]
+    metrics = {
+        "accuracy": _equal(last, truth),
+        "accuracy_marked": _equal(marked, truth),
+        "unparsed": 100.0 * sum(n is None for n in last) / len(last),
+    }
+    pairs = enumerate(zip(last, truth, strict=True))
+    rows = [{"id": i, "right": a == t} for i, (a, t) in pairs]
+    settings = {
+        "shots": len(examples),
+        "max_new_tokens": max_new_tokens,
+        **runner.describe(),
+    }
+    return Result(metrics, settings, rows)
+
+
+def _equal(mine: Sequence[Any], truth: Sequence[Any]) -> float:
+    return 100.0 * float(np.mean([a == b for a, b in zip(mine, truth, strict=True)]))
+
+
+# --- conversation ---------------------------------------------------------------------
+
+
+def write_mtbench(
+    runner: Runner,
+    items: Sequence[DialogueItem],
+    path: str | Path,
+    *,
+    model_id: str,
+    max_new_tokens: int = 1024,
+) -> Path:
+    """Answers MT-Bench's conversations and writes them for its judge.
+
+    One JSON object per line in the layout of FastChat's ``model_answer`` files. The
+    judge itself is a model behind an API and not ours to run.
+
+    Args:
+      runner: who is examined, a chat model.
+      items: conversations; a turn is asked after the answers to those before.
+      path: the file, replaced if it exists.
+      model_id: the name it goes under.
+      max_new_tokens: limit of an answer.
+
+    Returns:
+      The path.
+
+    Raises:
+      UserError: there are no items.
+    """
+    require_items("mtbench", items)
+    spoken: list[list[dict[str, str]]] = [[] for _ in items]
+    for turn in range(max(len(item.turns) for item in items)):
+        here = [i for i, item in enumerate(items) if turn < len(item.turns)]
+        for i in here:
+            spoken[i].append({"role": "user", "content": items[i].turns[turn]})
+        answers = runner.answers(
+            [spoken[i] for i in here], max_new_tokens=max_new_tokens
+        )
+        for i, answer in zip(here, answers, strict=True):
+            spoken[i].append({"role": "assistant", "content": answer})
+    lines = []
+    for item, messages in zip(items, spoken, strict=True):
+        turns = [m["content"] for m in messages if m["role"] == "assistant"]
+        name = hashlib.sha256(f"{model_id}/{item.id}".encode()).hexdigest()[:22]
+        row = {
+            "question_id": int(item.id) if item.id.isdigit() else item.id,
+            "answer_id": name,
+            "model_id": model_id,
+            "choices": [{"index": 0, "turns": turns}],
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
