@@ -216,7 +216,9 @@ def test_a_sweep_is_continued_after_a_kill(tiny_testbed, tmp_path, monkeypatch, 
     given = arguments("orders", tmp_path, "--seeds", "1")
     assert sweep.main([*given, "--dry-run"]) == 0
     assert not list(tmp_path.iterdir())
-    assert "2 of 2 rows and seeds left, time not known yet" in capsys.readouterr().out
+    assert (
+        "2 of 2 variants and seeds left, time not known yet" in capsys.readouterr().out
+    )
 
     assert sweep.main(given) == 130
     assert "the same command continues" in capsys.readouterr().err
@@ -236,7 +238,7 @@ def test_a_sweep_is_continued_after_a_kill(tiny_testbed, tmp_path, monkeypatch, 
     assert calls == ["backward"]
     captured = capsys.readouterr()
     assert "| forward | plain | 1 of 1 | – |" in captured.out
-    assert "1 of 2 rows and seeds left, about 1 min" in captured.out
+    assert "1 of 2 variants and seeds left, about 1 min" in captured.out
     assert "[2/2] backward  plain  seed 0" in captured.err
     calls.clear()
     assert sweep.main([*given, "--quiet"]) == 0
