@@ -22,8 +22,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def command(program: str) -> str:
     """How to call a program, as this process was called: installed, or in a clone."""
-    installed = Path(sys.argv[0]).name == "sbr-jax"
-    return f"sbr-jax {program}" if installed else f"python -m experiments.{program}"
+    if Path(sys.argv[0]).name == "sbr-jax":
+        return f"sbr-jax {program}"
+    return f"python -m experiments.{program.replace('-', '_')}"
 
 
 def check_folder(folder: Path) -> None:

@@ -83,7 +83,8 @@ def remaining(
 ) -> float | None:
     """Seconds that these parts will take, from those that are finished.
 
-    A part takes as long as the same variant in the same cell, else in other cells, else any part; what was spent on it already is taken off.
+    A part takes as long as the same variant in the same cell, else in other cells, else
+    any part; what was spent on it already is taken off.
 
     Returns:
         The estimate, or None where nothing is finished.
