@@ -61,7 +61,8 @@ def _mmlu(folder: Path, limit: int | None) -> Task:
 
     items = draw(load_evalset("mmlu", folder), limit, lambda item: item.group)
     solved: dict[str, list[Any]] = {}
-    for item in load_evalset("mmlu", folder, split="dev"):
+    examples: Any = load_evalset("mmlu", folder, split="dev")
+    for item in examples:
         solved.setdefault(item.group, []).append(item)
     subjects: dict[str, list[Any]] = {}
     for item in items:

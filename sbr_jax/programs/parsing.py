@@ -35,13 +35,14 @@ def parse(
     from tyro._errors import on_parse_error
 
     words = list(sys.argv[1:] if args is None else args)
+    start: Any = default
 
     def refuse(event: Any) -> None:
         raise UserError(f"{_complaint(event, kind, words)}; see {prog} --help")
 
     _refuse_unsaid(words)
     with on_parse_error(refuse):
-        return tyro.cli(kind, prog=prog, args=words, default=default)
+        return tyro.cli(kind, prog=prog, args=words, default=start)
 
 
 def _refuse_unsaid(words: Sequence[str]) -> None:
