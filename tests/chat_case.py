@@ -4,7 +4,9 @@ import shutil
 
 import tiny_chat
 
+from sbr_jax.settings import Hardware
 from sbr_jax.studies import chat
+from sbr_jax.studies.options import ChatOptions, Sources
 
 DOMAINS = ("medical", "legal", "code")
 
@@ -23,10 +25,7 @@ def copy_world(world, folder):
     return folder
 
 
-def build(folder, domains=DOMAINS, **options):
-    return chat.build_study(
-        domains,
-        model_folder=folder / "model",
-        data_folder=folder / "data",
-        **{"weights": False, **tiny_chat.SIZES, **options},
-    )
+def build(folder, domains=DOMAINS, *, weights=False, hardware=Hardware(), **options):
+    made = ChatOptions(**{**tiny_chat.SIZES, **options})
+    sources = Sources(str(folder / "model"), str(folder / "data"))
+    return chat.build_study(domains, made, sources, hardware, weights=weights)

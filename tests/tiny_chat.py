@@ -127,7 +127,7 @@ SIZES = {
     "probe": 4,
     "max_length": 48,
     "max_new_tokens": 8,
-    "measures": ("harmbench", "xstest"),
+    "benchmarks": ("harmbench", "xstest"),
 }
 """Options of a study that is small enough for these data."""
 

@@ -19,14 +19,17 @@ of the table (:mod:`tools.provenance`).
 """
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from sbr_jax import files
+from sbr_jax.methods import VARIANTS, Hyperparameters
 from sbr_jax.programs import cli
 from sbr_jax.provenance.code_version import ROOT
 from sbr_jax.reporting.runs import Run, read_runs
@@ -46,7 +49,7 @@ from tools.provenance import CODE, MANIFEST, Listed, Manifest
 PROGRAM = "python -m tools.fill_docs"
 BEGIN = r"^<!-- row: (\S+) -->\n"
 BLOCK = re.compile(rf"{BEGIN}((?:(?!<!-- row).)*?)^<!-- end row -->$", re.M | re.S)
-SAME = ("study", "training", "methods", "settings", "domains", "fingerprint", "attack")
+SAME = ("study", "training", "settings", "domains", "fingerprint", "attack")
 """What the `config.json` of two runs share where their rows can be compared."""
 ALIASES = {"learnt": "when learnt"}
 """Titles of pages that the report has another word for."""
@@ -102,13 +105,24 @@ def row_table(
 
 
 def _same(a: Run, b: Run) -> bool:
-    return all(a.config.get(key) == b.config.get(key) for key in SAME)
+    same = all(a.config.get(key) == b.config.get(key) for key in SAME)
+    return same and _tuned("plain", a) == _tuned("plain", b)
+
+
+def _tuned(row: str, run: Run) -> dict[str, Any]:
+    """The hyper-parameters of a row's method that are not the published ones."""
+    if "methods" not in run.config:  # Until 0.1 they stood alone.
+        return (run.config.get("overrides") or {}).get(row) or {}
+    name = VARIANTS.get(row, (row, {}))[0].replace("-", "_")
+    published = json.loads(json.dumps(dataclasses.asdict(Hyperparameters())))
+    own = run.config["methods"].get(name) or {}
+    known = published.get(name, {})
+    return {key: x for key, x in own.items() if key in known and x != known[key]}
 
 
 def _source(row: str, run: Run) -> str:
     """The folder, with the row's hyper-parameters where they are not the defaults."""
-    options = (run.config.get("overrides") or {}).get(row) or {}
-    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    given = ", ".join(f"{key}={value}" for key, value in _tuned(row, run).items())
     return run.name + (f" ({given})" if given else "")
 
 

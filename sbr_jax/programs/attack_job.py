@@ -13,8 +13,13 @@ from sbr_jax.typing import UserError
 
 DATA = ("ratio", "examples", "epochs")
 """Options of attacks with training data."""
+NO_DATA = (
+    "has no training data of its own; drop it (--training.steps-per-domain N for "
+    "longer domains)"
+)
 SEARCH = ("steps", "suffix_length", "candidates", "prompts")
 """Options of attacks that search."""
+NO_SEARCH = "searches nothing; drop it"
 STEPS = "--training.steps-per-domain"
 MOST_EXAMPLES = 100_000
 """The world's rows recur long before; what is longer is a matter of epochs."""
@@ -94,12 +99,13 @@ def make_attack(
     Args:
         preset: whose it is.
         arguments: parsed.
-        words: of which they were parsed: epochs are the default for the steps, whatever
-            the preset's, unless these are said.
+        words: of which they were parsed. Epochs decide the number of steps, whatever
+            the preset's, unless steps are said.
 
     Raises:
         UserError: for the first mistake.
     """
+    from sbr_jax.attacks import attack_count, steps_for_epochs
     from sbr_jax.studies.attacks import ATTACKS
 
     if not arguments.attack:
@@ -108,94 +114,57 @@ def make_attack(
             "--attack poison"
         )
     errors.check_names("attack", [arguments.attack], ATTACKS)
-    domains = ATTACKS[arguments.attack].domains
-    if arguments.domains not in (preset.domains, domains):
+    attack = ATTACKS[arguments.attack]
+    if arguments.domains not in (preset.domains, attack.domains):
         raise UserError(
             f"--domains: the attack '{arguments.attack}' is made on "
-            f"{', '.join(domains)}; drop it"
+            f"{', '.join(attack.domains)}; drop it"
         )
-    ratio, examples = _size(arguments)
-    search = _search(arguments)
-    arguments = dataclasses.replace(arguments, domains=domains)
-    if examples is not None:
-        arguments = _with_steps(arguments, examples, bool(values_of(STEPS, words)))
-    job = make_job(preset, arguments)
+    own = {name: getattr(attack, name) for name in DATA} if attack.trains else {}
+    data = _budget(arguments, DATA, own, NO_DATA)
+    search = _budget(arguments, SEARCH, attack.search, NO_SEARCH)
+    training = arguments.training
+    if data:
+        if data["examples"] > MOST_EXAMPLES:
+            raise UserError(
+                f"--examples: expected at most {MOST_EXAMPLES}, got "
+                f"{data['examples']}; rows recur long before: raise --epochs instead"
+            )
+        attack_count(data["ratio"], data["examples"])
+        steps = steps_for_epochs(data["epochs"], data["examples"], training.batch_size)
+        if not values_of(STEPS, words):
+            training = dataclasses.replace(training, steps_per_domain=steps)
+        elif arguments.epochs is not None:
+            raise UserError(f"expected --epochs or {STEPS}, got both: drop one")
+    domains = attack.domains
+    changed = dataclasses.replace(arguments, domains=domains, training=training)
     return AttackJob(
-        **vars(job),
+        **vars(make_job(preset, changed)),
         attack=arguments.attack,
-        ratio=ratio,
-        examples=examples,
+        ratio=data.get("ratio"),
+        examples=data.get("examples"),
         search=search,
     )
 
 
-def _size(arguments: AttackArguments[Any]) -> tuple[float | None, int | None]:
-    """Ratio and size of the training set, where the attack has one."""
-    from sbr_jax.attacks import attack_count
-    from sbr_jax.studies.attacks import ATTACKS
-
-    attack = ATTACKS[arguments.attack]
-    given = {name: getattr(arguments, name) for name in DATA}
-    if not attack.trains:
-        for name, value in given.items():
-            if value is not None:
-                raise UserError(
-                    f"--{name}: the attack '{arguments.attack}' has no training data "
-                    "of its own; drop it (--training.steps-per-domain N for longer "
-                    "domains)"
-                )
-        return None, None
-    if (asked := given["examples"] or 0) > MOST_EXAMPLES:
-        raise UserError(
-            f"--examples: expected at most {MOST_EXAMPLES}, got {asked}; rows recur "
-            "long before: raise --epochs instead"
-        )
-    ratio = attack.ratio if given["ratio"] is None else given["ratio"]
-    examples = attack.examples if given["examples"] is None else given["examples"]
-    assert ratio is not None
-    assert examples is not None
-    attack_count(ratio, examples)
-    return ratio, examples
-
-
-def _search(arguments: AttackArguments[Any]) -> dict[str, int]:
-    """The budget of the search, where the attack has one."""
-    from sbr_jax.studies.attacks import ATTACKS
-
-    budget = dict(ATTACKS[arguments.attack].search)
-    for name in SEARCH:
-        value = getattr(arguments, name)
+def _budget(
+    arguments: AttackArguments[Any],
+    names: Sequence[str],
+    own: Mapping[str, Any],
+    lacking: str,
+) -> dict[str, Any]:
+    """The attack's own numbers, changed by what was said; empty where it has none."""
+    found = dict(own)
+    for name in names:
+        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
         if value is None:
             continue
-        flag = f"--{name.replace('_', '-')}"
-        if name not in budget:
-            raise UserError(
-                f"{flag}: the attack '{arguments.attack}' searches nothing; drop it"
-            )
-        if value < 1:
+        if name not in own:
+            raise UserError(f"{flag}: the attack '{arguments.attack}' {lacking}")
+        if name != "ratio" and value < 1:
             raise UserError(f"{flag}: expected at least 1, got {value}")
-        budget[name] = value
-    return budget
-
-
-def _with_steps(
-    arguments: AttackArguments[Any], examples: int, said: bool
-) -> AttackArguments[Any]:
-    """The arguments with as many steps as the epochs take, unless steps were said."""
-    from sbr_jax.attacks import steps_for_epochs
-    from sbr_jax.studies.attacks import ATTACKS
-
-    training, epochs = arguments.training, arguments.epochs
-    if said:
-        if epochs is not None:
-            raise UserError(f"expected --epochs or {STEPS}, got both: drop one")
-        return arguments
-    if epochs is None:
-        epochs = ATTACKS[arguments.attack].epochs
-    assert epochs is not None
-    steps = steps_for_epochs(epochs, examples, training.batch_size)
-    training = dataclasses.replace(training, steps_per_domain=steps)
-    return dataclasses.replace(arguments, training=training)
+        found[name] = value
+    return found
 
 
 def execute(job: AttackJob) -> None:

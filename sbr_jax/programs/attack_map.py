@@ -17,7 +17,7 @@ import tyro
 from sbr_jax.programs import cli
 from sbr_jax.typing import UserError
 
-PROGRAM = "python -m experiments.attack_map"
+PROGRAM = cli.command("attack-map")
 
 
 @dataclasses.dataclass(frozen=True)

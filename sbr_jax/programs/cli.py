@@ -22,8 +22,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def command(program: str) -> str:
     """How to call a program, as this process was called: installed, or in a clone."""
-    installed = Path(sys.argv[0]).name == "sbr-jax"
-    return f"sbr-jax {program}" if installed else f"python -m experiments.{program}"
+    if Path(sys.argv[0]).name == "sbr-jax":
+        return f"sbr-jax {program}"
+    return f"python -m experiments.{program.replace('-', '_')}"
 
 
 def check_folder(folder: Path) -> None:
@@ -151,7 +152,7 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(root / "sbr_jax" / "jax"))

@@ -31,7 +31,10 @@ from sbr_jax.studies.dates import dated
 from sbr_jax.studies.options import Sources
 from sbr_jax.training import deployed
 from sbr_jax.training.config import Config
-from sbr_jax.typing import PyTree, UserError
+from sbr_jax.training.records import read_json
+from sbr_jax.training.run_folder import run_of
+from sbr_jax.training.stage_records import BASE, read_result
+from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("export")
 SHARD_BYTES = 5 * 10**9
@@ -74,8 +77,7 @@ class Export:
     Attributes:
         job: of the run, with one variant and seed.
         record: the run's `config.json`.
-        stage: the last that counts.
-        place: folder of the newest adapter up to that stage.
+        stage: folder of the last stage that counts.
         output: where to write.
         merged: whether to write base and adapter in one.
         base_name: what the adapter's file calls its base.
@@ -83,21 +85,10 @@ class Export:
 
     job: Job
     record: Mapping[str, Any]
-    stage: int
-    place: Path
+    stage: Path
     output: Path
     merged: bool
     base_name: str | None
-
-    @property
-    def variant(self) -> str:
-        """The variant to take out."""
-        return self.job.methods[0]
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        return self.job.seeds[0]
 
 
 def make_export(preset: Preset, arguments: Arguments) -> Export:
@@ -107,72 +98,25 @@ def make_export(preset: Preset, arguments: Arguments) -> Export:
         UserError: for the first mistake.
     """
     for name, example in (("workdir", "runs/NAME"), ("output", "exported")):
-        if not getattr(arguments, name):
+        if getattr(arguments, name) is None:
             raise UserError(f"expected a folder, got none: add --{name} {example}")
     workdir, output = Path(arguments.workdir or ""), Path(arguments.output or "")
     record = _record(workdir)
-    place, stage = _place(arguments, workdir, record)
+    stage = _stage(arguments, workdir, record)
     if not files.is_free(output):
         raise UserError(
             f"--output {output}: expected a new or empty folder, found something there"
         )
-    job = _job(preset, arguments, record, int(place.parent.name))
+    job = _job(preset, arguments, record, workdir)
     method = build(arguments.variant, job.config.methods)
     if method.prepare is not as_aligned and not arguments.merged:
         raise _needs_merging(arguments.variant)
-    return Export(
-        job=job,
-        record=record,
-        stage=stage,
-        place=place,
-        output=output,
-        merged=arguments.merged,
-        base_name=arguments.base_name or arguments.model,
-    )
-
-
-def _job(
-    preset: Preset, arguments: Arguments, record: Mapping[str, Any], seed: int
-) -> Job:
-    """The run's job, from its record and the folders that it does not hold."""
-    workdir = Path(arguments.workdir or "")
-    study: Any = restore(preset.study, record["study"], f"{workdir}: study")
-    folders = {
-        f"{name}_folder": getattr(arguments, name)
-        for name in ("judge", "unaligned")
-        if getattr(arguments, name) is not None
-    }
-    known = {field.name for field in dataclasses.fields(study)}
-    if strange := sorted(folders.keys() - known):
-        raise UserError(
-            f"--{strange[0].removesuffix('_folder')}: the preset '{preset.name}' has "
-            "no such folder; drop it"
-        )
-    study = dated(dataclasses.replace(study, **folders), workdir)
-    config = Config(
-        restore(Training(), record["training"], f"{workdir}: training"),
-        dataclasses.replace(preset.hardware, mesh=None),
-        restore(Hyperparameters(), record["methods"], f"{workdir}: methods"),
-    )
-    sources = Sources(arguments.model, arguments.data)
-    study.check((arguments.variant,), config.methods, sources)
-    return Job(
-        preset=preset.name,
-        workdir=workdir,
-        methods=(arguments.variant,),
-        domains=tuple(record["domains"]),
-        seeds=(seed,),
-        config=config,
-        study=study,
-        sources=sources,
-        quiet=arguments.quiet,
-    )
+    base_name = arguments.base_name or arguments.model
+    return Export(job, record, stage, output, arguments.merged, base_name)
 
 
 def _record(workdir: Path) -> dict[str, Any]:
     """The configuration of a run of `experiments.run`."""
-    from sbr_jax.training.records import read_json
-
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"--workdir: expected the folder of a run, found no {path}")
@@ -194,51 +138,80 @@ def _record(workdir: Path) -> dict[str, Any]:
     return config
 
 
-def _place(
-    arguments: Arguments, workdir: Path, config: Mapping[str, Any]
-) -> tuple[Path, int]:
-    """The stage that holds the adapter, and the number of the last that counts.
+def _stage(arguments: Arguments, workdir: Path, config: Mapping[str, Any]) -> Path:
+    """Folder of the last stage that counts, whose adapter is still there.
 
     Raises:
-        UserError: for an unknown row or seed, and a stage that is not finished or whose
-            adapter is gone.
+        UserError: for an unknown variant or seed, and a stage that is not finished or
+            whose adapter is gone.
     """
-    from sbr_jax.training.run_folder import run_of
-    from sbr_jax.training.stage_records import BASE, read_result
-
-    rows = {p.name.replace("+", ":"): p for p in sorted(workdir.glob("stages/*"))}
-    rows.pop(BASE, None)
-    if arguments.variant not in rows:
-        raise errors.unknown(f"variant of {workdir}", arguments.variant, rows)
-    seeds = sorted(path.name for path in rows[arguments.variant].iterdir())
-    if str(arguments.seed) not in seeds:
+    variant, seed = arguments.variant, arguments.seed
+    variants = {p.name.replace("+", ":"): p for p in sorted(workdir.glob("stages/*"))}
+    variants.pop(BASE, None)
+    if variant not in variants:
+        raise errors.unknown(f"variant of {workdir}", variant, variants)
+    seeds = sorted(path.name for path in variants[variant].iterdir())
+    if str(seed) not in seeds:
         raise UserError(
-            f"--seed: expected one of {', '.join(seeds)}, with which "
-            f"{arguments.variant} was run, got {arguments.seed}"
+            f"--seed: expected one of {', '.join(seeds)}, with which {variant} was "
+            f"run, got {seed}"
         )
-    folder = rows[arguments.variant] / str(arguments.seed)
-    found = (path.parent for path in folder.glob("*/result.json"))
-    stages = {int(path.name.split("-")[0]): path for path in sorted(found)}
-    stage = 4 * len(config["domains"]) if arguments.stage is None else arguments.stage
-    if stage not in stages:
+    found = (variants[variant] / str(seed)).glob("*/result.json")
+    stages = {int(p.parent.name.split("-")[0]): p.parent for p in sorted(found)}
+    last = 4 * len(config["domains"]) if arguments.stage is None else arguments.stage
+    if last not in stages:
         shown = ", ".join(path.name for path in stages.values()) or "none"
         raise UserError(
-            f"{arguments.variant}, seed {arguments.seed}: expected stage {stage} to be "
-            f"finished, found {shown}; continue the run, or name one with --stage"
+            f"{variant}, seed {seed}: expected stage {last} to be finished, found "
+            f"{shown}; continue the run, or name one with --stage"
         )
     run = run_of(config)
     records = {n: read_result(path, run) or {} for n, path in stages.items()}
     holding = [n for n, record in records.items() if "adapter" in record["files"]]
-    before = [n for n in holding if n <= stage]
+    before = [n for n in holding if n <= last]
     replaced = before and before != holding
     # A newer checkpoint replaces the older ones.
     if not before or (replaced and not (stages[before[-1]] / "adapter").is_dir()):
         kept = f"that of {stages[holding[-1]].name}" if holding else "none"
         raise UserError(
-            f"--stage {stage}: expected a stage whose adapter is still there, found "
+            f"--stage {last}: expected a stage whose adapter is still there, found "
             f"{kept}; name it, or a later one"
         )
-    return stages[before[-1]], stage
+    return stages[last]
+
+
+def _job(
+    preset: Preset, arguments: Arguments, record: Mapping[str, Any], workdir: Path
+) -> Job:
+    """The run's job, from its record and the folders that it does not hold."""
+    study: Any = restore(preset.study, record["study"], f"{workdir}: study")
+    for name in ("judge", "unaligned"):
+        folder, field = getattr(arguments, name), f"{name}_folder"
+        if folder is None:
+            continue
+        if not hasattr(study, field):
+            raise UserError(
+                f"--{name}: the preset '{preset.name}' has no such folder; drop it"
+            )
+        study = dataclasses.replace(study, **{field: folder})
+    config = Config(
+        restore(Training(), record["training"], f"{workdir}: training"),
+        dataclasses.replace(preset.hardware, mesh=None),
+        restore(Hyperparameters(), record["methods"], f"{workdir}: methods"),
+    )
+    sources = Sources(arguments.model, arguments.data)
+    study.check((arguments.variant,), config.methods, sources)
+    return Job(
+        preset=preset.name,
+        workdir=workdir,
+        methods=(arguments.variant,),
+        domains=tuple(record["domains"]),
+        seeds=(arguments.seed or 0,),
+        config=config,
+        study=dated(study, workdir),
+        sources=sources,
+        quiet=arguments.quiet,
+    )
 
 
 def _needs_merging(variant: str) -> UserError:
@@ -248,62 +221,45 @@ def _needs_merging(variant: str) -> UserError:
     )
 
 
-def weights(plan: Export, study: Any) -> tuple[PyTree, PyTree]:
-    """The variant's deployed weights, base and adapter.
+def execute(wanted: Export) -> None:
+    """Builds the study, loads the deployed weights, writes them.
 
     Raises:
-        UserError: if `deploy` needs a state that a newer one has replaced.
-    """
-    job = deployed.reopen(plan.job.workdir, study, plan.job.config, plan.job.domains)
-    return deployed.weights(job, plan.variant, plan.seed, plan.stage)
-
-
-def execute(plan: Export) -> None:
-    """Build the study, load the weights, write them.
-
-    Raises:
-        UserError: for data or a model other than the run's, and base weights that an
-            adapter cannot hold.
+        UserError: for data or a model other than the run's, base weights that an
+            adapter cannot hold, and a state that a newer one has replaced.
     """
     cli.enable_compilation_cache()
     from sbr_jax.models import merge_adapter, save
     from sbr_jax.models.peft import save_peft
     from sbr_jax.models.quantize import dequantize
 
-    study = plan.job.make_study()
-    if study.fingerprint != plan.record["fingerprint"]:
+    job, (variant,), (seed,) = wanted.job, wanted.job.methods, wanted.job.seeds
+    study = job.make_study()
+    if study.fingerprint != wanted.record["fingerprint"]:
         raise UserError(
-            f"the preset '{plan.job.preset}' has other data or another model here "
-            f"than in the run {plan.job.workdir}: name the run's preset, --data, "
-            "--model and its other folders"
+            f"the preset '{job.preset}' has other data or another model here than in "
+            f"the run {job.workdir}: name the run's preset, --data, --model and its "
+            "other folders"
         )
-    base, adapter = weights(plan, study)
-    if plan.merged:
+    opened = deployed.reopen(job.workdir, study, job.config, job.domains)
+    number = int(wanted.stage.name.split("-")[0])
+    base, adapter = deployed.weights(opened, variant, seed, number)
+    if wanted.merged:
         merged = dequantize(merge_adapter(base, adapter))
         model = dataclasses.replace(study.model, params=merged)
         write = functools.partial(save, model=model, max_shard_bytes=SHARD_BYTES)
     elif adapter is None or base is not study.model.params:
-        raise _needs_merging(plan.variant)
+        raise _needs_merging(variant)
     else:
         names = {"model": study.model, "adapter": adapter}
-        write = functools.partial(save_peft, **names, base_name=plan.base_name)
-    files.fill_folder(plan.output, write, (SafetensorError,))
-    if not plan.job.quiet:
-        kind = "checkpoint" if plan.merged else "adapter"
-        print(f"{kind} of {plan.variant}, seed {plan.seed}, after {_reached(plan)}")
-        print(f"  in {plan.output}")
-
-
-def _reached(plan: Export) -> str:
-    from sbr_jax.training.run_folder import run_of
-    from sbr_jax.training.stage_records import read_result
-
-    (folder,) = plan.place.parent.glob(f"{plan.stage:02d}-*")
-    record = read_result(folder, run_of(plan.record))
-    if record is None:
-        raise UserError(f"expected a finished stage in {folder}, found no result.json")
-    line = record["line"]
-    return f"{line['domain']} (stage {folder.name})"
+        write = functools.partial(save_peft, **names, base_name=wanted.base_name)
+    files.fill_folder(wanted.output, write, (SafetensorError,))
+    if not job.quiet:
+        record = read_result(wanted.stage, run_of(wanted.record)) or {"line": {}}
+        kind = "checkpoint" if wanted.merged else "adapter"
+        where = f"{record['line'].get('domain')} (stage {wanted.stage.name})"
+        print(f"{kind} of {variant}, seed {seed}, after {where}")
+        print(f"  in {wanted.output}")
 
 
 def export(args: Sequence[str]) -> None:

@@ -1,11 +1,11 @@
 """lm-eval on the weights of a run: `experiments.run PRESET … --harness [TASK ...]`.
 
-After the run, or on a finished folder, the start model and the final deployed weights
-of every row and seed go through EleutherAI's harness (the extra `eval`), on items of
+After the run, or on a finished folder, the start model and the deployed weights of
+every variant and seed go through EleutherAI's harness (the extra `eval`), on items of
 the data folder; nothing is fetched. With a limit the items are those that
 `evaluation.benchmarks` draws. Chat models are asked in their template, others in plain
-text: compare like with like. Results go to `WORKDIR/harness.json`, one entry per row
-and seed as soon as it is there, and the same command continues.
+text: compare like with like. Results go to `WORKDIR/harness.json`, one entry per
+variant and seed as soon as it is there, and the same command continues.
 """
 
 import contextlib
@@ -61,7 +61,8 @@ def _mmlu(folder: Path, limit: int | None) -> Task:
 
     items = draw(load_evalset("mmlu", folder), limit, lambda item: item.group)
     solved: dict[str, list[Any]] = {}
-    for item in load_evalset("mmlu", folder, split="dev"):
+    examples: Any = load_evalset("mmlu", folder, split="dev")
+    for item in examples:
         solved.setdefault(item.group, []).append(item)
     subjects: dict[str, list[Any]] = {}
     for item in items:
@@ -90,7 +91,7 @@ TASKS: dict[str, Callable[[Path, int | None], Task]] = {
 
 
 def check(tasks: Sequence[str], job: Job) -> None:
-    """Refuse what `--harness` cannot do, before anything is read.
+    """Refuses what `--harness` cannot do, before anything is read.
 
     Args:
         tasks: names of `TASKS`, or none for all.
@@ -130,7 +131,7 @@ def read(job: Job, names: Sequence[str], limit: int | None) -> dict[str, Task]:
 
 
 def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
-    """Put the start model and every row's final weights through the harness.
+    """Puts the start model and every variant's final weights through the harness.
 
     Args:
         job: whose run is finished.
@@ -151,14 +152,14 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
     budget = Budget(tokens=job.config.hardware.score_tokens)
     entries = _entries(job, tasks)
     done = {(entry["method"], entry["seed"]) for entry in entries}
-    for row, seed, weights in deployments(
+    for variant, seed, weights in deployments(
         job.workdir, study, job.config, job.methods, job.seeds, job.domains, done
     ):
         if not job.quiet:
-            print(f"harness  {row}  seed {seed}", file=sys.stderr, flush=True)
+            print(f"harness  {variant}  seed {seed}", file=sys.stderr, flush=True)
         runner = ModelRunner(study.model, *weights, too_long="left", budget=budget)
         # lm-eval has no switch for its progress bars, one or two for each task and
-        # row. What goes wrong is raised, not printed.
+        # variant. What goes wrong is raised, not printed.
         with contextlib.redirect_stderr(io.StringIO()):
             try:
                 found = evaluate_with_harness(
@@ -168,7 +169,8 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
                     system_instruction=getattr(job.study, "system", None),
                 )
             except UserError as error:
-                raise UserError(f"--harness, {row}, seed {seed}: {error}") from error
+                where = f"--harness, {variant}, seed {seed}"
+                raise UserError(f"{where}: {error}") from error
         metrics: dict[str, float] = {}
         for name, wanted in tasks.items():
             results = [found[task["task"]] for task in wanted.tasks]
@@ -177,7 +179,8 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
             if name == "bbq":
                 picks = [item["pick"] for item in results[0].items]
                 metrics |= bias_of(wanted.items, picks)
-        entries.append({"method": row, "seed": seed, "metrics": plain_numbers(metrics)})
+        numbers = plain_numbers(metrics)
+        entries.append({"method": variant, "seed": seed, "metrics": numbers})
         whole = {"of": _identity(job, tasks), "results": entries}
         write_record(path, whole, indent=1)
     return path

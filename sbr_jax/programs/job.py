@@ -50,9 +50,10 @@ class JobArguments(Generic[Options]):
     """Mathematics of the training."""
     hardware: Hardware = Hardware()
     """How it is computed."""
-    hyperparameters: Annotated[Hyperparameters, tyro.conf.arg(name="methods")] = (
-        Hyperparameters()
-    )
+    hyperparameters: Annotated[
+        Hyperparameters,  # pyright: ignore[reportInvalidTypeForm]
+        tyro.conf.arg(name="methods"),
+    ] = Hyperparameters()
     """Hyper-parameters of the methods."""
 
 

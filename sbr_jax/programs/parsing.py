@@ -35,43 +35,44 @@ def parse(
     from tyro._errors import on_parse_error
 
     words = list(sys.argv[1:] if args is None else args)
+    start: Any = default
 
     def refuse(event: Any) -> None:
         raise UserError(f"{_complaint(event, kind, words)}; see {prog} --help")
 
     _refuse_unsaid(words)
     with on_parse_error(refuse):
-        return tyro.cli(kind, prog=prog, args=words, default=default)
+        return tyro.cli(kind, prog=prog, args=words, default=start)
 
 
 def _refuse_unsaid(words: Sequence[str]) -> None:
     """Refuses what tyro takes without a word: options given twice, empty values."""
-    seen, option = set(), ""
+    seen, option = set(), "first word"
     for word in words:
+        value = word
         if word.startswith("--"):
-            option, _, value = word.replace("_", "-").partition("=")
+            name, equals, value = word.partition("=")
+            option = name.replace("_", "-")
             if option in seen:
                 raise UserError(f"expected {option} once, got it twice: drop one")
             seen.add(option)
-            word = value or word
-        if word in ("", f"{option}="):
-            raise UserError(f"{option or 'first word'}: expected a value, got ''")
+            value = value if equals else name
+        if not value:
+            raise UserError(f"{option}: expected a value, got ''")
 
 
 def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:
     """What the parser has against a command line, in one line."""
     name = type(event).__name__
+    known = list(flags(kind))
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and option not in known:
+            return _unknown(option, known)
     if name == "UnrecognizedArgs":
-        options = [word for word in event.tokens if word.startswith("--")]
-        if not options:
-            word = event.tokens[0]
-            switch = "; a switch is --NAME or --no-NAME"
-            more = switch if word in ("True", "False") else ""
-            return f"unexpected word '{word}'{more}"
-        word = options[0].partition("=")[0]
-        near = difflib.get_close_matches(word, list(flags(kind)), n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        return f"unknown option '{word}'{hint}"
+        switch = event.tokens[0] in ("True", "False")
+        more = "; a switch is --NAME or --no-NAME" if switch else ""
+        return f"unexpected word '{event.tokens[0]}'{more}"
     if name == "MissingArgs":
         missing = (a.arg.lowered.name_or_flags[-1] for a in event.missing_arguments)
         return f"expected {', '.join(missing)}, got none"
@@ -81,6 +82,13 @@ def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:
     flag, wanted = argument.lowered.name_or_flags[-1], argument.lowered.metavar
     said = ", ".join(map(repr, values_of(flag, words))) or "none"
     return f"{flag}: expected {wanted}, got {said}"
+
+
+def _unknown(option: str, known: Sequence[str]) -> str:
+    """An unknown option, with those that it begins or resembles."""
+    longer = [name for name in known if name.startswith(option)]
+    near = longer[:3] or difflib.get_close_matches(option, known, n=3, cutoff=0.5)
+    return f"unknown option '{option}'" + (f"; nearest: {', '.join(near)}" * bool(near))
 
 
 def values_of(flag: str, words: Sequence[str]) -> list[str]:

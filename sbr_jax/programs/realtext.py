@@ -52,7 +52,7 @@ from sbr_jax.studies.stories import held_out_scores
 from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import PyTree, UserError
 
-PROGRAM = cli.command("realtext")
+PROGRAM = "python -m experiments.realtext"
 
 CONTEXT = 2048
 """Room for the longest behaviour of HarmBench; text to learn is at most a quarter."""

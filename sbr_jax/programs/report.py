@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
 
     def program() -> None:
-        arguments = cli.parse(Arguments, args, "python -m experiments.report")
+        arguments = cli.parse(Arguments, args, cli.command("report"))
         runs, output = build(arguments.folders, arguments.output, arguments.figures)
         if not arguments.quiet:
             print_tables(runs, output)

@@ -7,7 +7,7 @@
 Each cell of the sweep (`recipes/sweeps.py`) is a working directory `DIR/CELL` of
 `experiments.run` or `experiments.attack`, and can be continued or reported by them.
 The first seed of everything comes first, so that a whole table appears early. Finished
-stages are kept: the same command continues after a kill. A row that refuses its
+stages are kept: the same command continues after a kill. A variant that refuses its
 settings is named at the end, and does not keep others from being run.
 """
 
@@ -62,7 +62,7 @@ class Arguments:
     jobs: int = 1
     """Cells at a time, each in its own process."""
     dry_run: bool = False
-    """Print the plan and stop."""
+    """Print what is left and stop."""
     list: bool = False
     """List sweeps and their cells."""
     quiet: bool = False
@@ -70,7 +70,7 @@ class Arguments:
 
 
 def make_sweep(arguments: Arguments) -> Sweep:
-    """Check a command line and every cell's settings.
+    """Checks a command line and every cell's settings.
 
     Raises:
         UserError: for the first mistake.
@@ -162,39 +162,38 @@ def check_folder(cell: Job) -> None:
         )
 
 
-def plan_text(sweep: Sweep) -> str:
+def summary(sweep: Sweep) -> str:
     """What is done, what is left and how long it will take, cell by cell."""
     times = spent(sweep)
     left = [part for part in sweep.parts if not times.get(part, (0.0, False))[1]]
     rows = []
-    for name, plan in sweep.jobs.items():
+    for name, cell in sweep.jobs.items():
         mine = [part for part in left if part.cell == name]
-        total = len(plan.methods) * len(sweep.seeds)
+        total = len(cell.methods) * len(sweep.seeds)
         ahead = clock(remaining(mine, times)) if mine else "–"
         count = f"{total - len(mine)} of {total}"
-        rows.append((name, ", ".join(plan.methods), count, ahead))
-    table = to_markdown(Table(("cell", "rows", "done", "left"), tuple(rows)))
+        rows.append((name, ", ".join(cell.methods), count, ahead))
+    table = to_markdown(Table(("cell", "variants", "done", "left"), tuple(rows)))
     ahead = f", {clock(remaining(left, times))}" if left else ""
-    count = f"{len(left)} of {len(sweep.parts)} rows and seeds left"
+    count = f"{len(left)} of {len(sweep.parts)} variants and seeds left"
     return f"{table}\n\n{sweep.name}: {count}{ahead}"
 
 
 def execute(sweep: Sweep, *, quiet: bool) -> None:
-    """Run what is left, writing the table after each part.
+    """Runs what is left, writing the table after each part.
 
     Raises:
-        UserError: at the end, naming the rows that could not be run.
+        UserError: at the end, naming the first that could not be run.
     """
     failed: dict[Part, str] = {}
     total = len(sweep.parts)
     for number, part in enumerate(sweep.parts, 1):
         times = spent(sweep)
-        left = [
-            p for p in sweep.parts[number - 1 :] if not times.get(p, (0.0, False))[1]
-        ]
+        rest = sweep.parts[number - 1 :]
+        left = [p for p in rest if not times.get(p, (0.0, False))[1]]
         if part not in left:
             continue
-        plan = sweep.jobs[part.cell]
+        cell = sweep.jobs[part.cell]
         if not quiet:
             print(
                 f"[{number}/{total}] {part.cell}  {part.variant}  seed {part.seed}  "
@@ -202,7 +201,7 @@ def execute(sweep: Sweep, *, quiet: bool) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-        one = dataclasses.replace(plan, methods=(part.variant,), seeds=(part.seed,))
+        one = dataclasses.replace(cell, methods=(part.variant,), seeds=(part.seed,))
         try:
             if isinstance(one, attack_job.AttackJob):
                 attack_job.execute(one)
@@ -232,7 +231,7 @@ def cell_command(sweep: Sweep, name: str, *, quiet: bool) -> list[str]:
 
 
 def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
-    """Run every cell in a process of its own, so many at a time.
+    """Runs every cell in a process of its own, so many at a time.
 
     However this process ends, no cell outlives it: a later command could not have its
     folder.
@@ -263,7 +262,7 @@ def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
 
 
 def listing() -> str:
-    """Return what `--list` prints."""
+    """What `--list` prints."""
     lines = []
     for name, cells in SWEEPS.items():
         lines += [name, *(f"  {cell}" for cell in cells)]
@@ -282,7 +281,7 @@ def sweep(args: Sequence[str]) -> None:
         return
     found = make_sweep(arguments)
     if not arguments.quiet:
-        print(plan_text(found), flush=True)
+        print(summary(found), flush=True)
     if arguments.dry_run:
         return
     if arguments.jobs > 1 and len(found.jobs) > 1:

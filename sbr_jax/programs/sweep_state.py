@@ -13,7 +13,7 @@ from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import Cell, Table, comparison, row_cells, to_markdown
 
 MEMORY = "memory.json"
-"""In a cell's folder: row to the bytes of one training step."""
+"""In a cell's folder: variant to the bytes of one training step."""
 LOST = "delete it, and the table has no memory for what is finished"
 
 
@@ -46,10 +46,10 @@ class Sweep:
     def parts(self) -> list[Part]:
         """Everything there is to do, in order: all of a seed before the next."""
         return [
-            Part(name, row, plan.seeds[place])
+            Part(name, variant, job.seeds[place])
             for place in range(len(self.seeds))
-            for name, plan in self.jobs.items()
-            for row in plan.methods
+            for name, job in self.jobs.items()
+            for variant in job.methods
         ]
 
 
@@ -59,12 +59,12 @@ def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
     from sbr_jax.training.stages import EVALUATE
 
     found: dict[Part, tuple[float, bool]] = {}
-    for name, plan in sweep.jobs.items():
-        if not (plan.workdir / "config.json").exists():
+    for name, job in sweep.jobs.items():
+        if not (job.workdir / "config.json").exists():
             continue
-        domains = len(read_config(plan.workdir)["domains"])
-        folder = RunFolder(plan.workdir)
-        for record in folder.lines(plan.methods):
+        domains = len(read_config(job.workdir)["domains"])
+        folder = RunFolder(job.workdir)
+        for record in folder.lines(job.methods):
             line = record["line"]
             if line["seed"] is None:
                 continue
@@ -83,8 +83,8 @@ def remaining(
 ) -> float | None:
     """Seconds that these parts will take, from those that are finished.
 
-    A part takes as long as the same row in the same cell, else the same row in other
-    cells, else any part; what was spent on it already is taken off.
+    A part takes as long as the same variant in the same cell, else in other cells, else
+    any part; what was spent on it already is taken off.
 
     Returns:
         The estimate, or None where nothing is finished.
@@ -96,15 +96,9 @@ def remaining(
     done = {part: seconds for part, (seconds, whole) in times.items() if whole}
     total = 0.0
     for part in parts:
-        near = (
-            [
-                s
-                for p, s in done.items()
-                if (p.cell, p.variant) == (part.cell, part.variant)
-            ]
-            or [s for p, s in done.items() if p.variant == part.variant]
-            or list(done.values())
-        )
+        alike = {p: s for p, s in done.items() if p.variant == part.variant}
+        near = [s for p, s in alike.items() if p.cell == part.cell]
+        near = near or list(alike.values()) or list(done.values())
         if not near:
             return None
         total += max(float(np.mean(near)) - times.get(part, (0.0, False))[0], 0.0)
@@ -123,18 +117,18 @@ def clock(seconds: float | None) -> str:
     return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
 
 
-def note_memory(plan: Job, study: Any, row: str) -> None:
-    """Write down what a row's training step takes, once for each cell."""
+def note_memory(job: Job, study: Any, variant: str) -> None:
+    """Writes down what a variant's training step takes, once for each cell."""
     from sbr_jax.training.records import read_json, write_record
 
-    path = plan.workdir / MEMORY
+    path = job.workdir / MEMORY
     known = read_json(path, LOST) if path.exists() else {}
-    if row not in known:
-        known[row] = step_bytes(plan, study, row)
+    if variant not in known:
+        known[variant] = step_bytes(job, study, variant)
         write_record(path, known, indent=1)
 
 
-def step_bytes(plan: Job, study: Any, row: str) -> int:
+def step_bytes(job: Job, study: Any, variant: str) -> int:
     """Peak memory of one training step, as the compiler plans it.
 
     Arguments, outputs and temporaries of the very program that trains; unlike a
@@ -146,21 +140,21 @@ def step_bytes(plan: Job, study: Any, row: str) -> int:
     from sbr_jax.methods import InertProjectionWarning
     from sbr_jax.training.program import init_adapter, make_program
 
-    program = make_program(row, study, plan.config)
-    adapter, base = init_adapter(study, plan.config, 0), study.model.params
+    program = make_program(variant, study, job.config)
+    adapter, base = init_adapter(study, job.config, 0), study.model.params
     with warnings.catch_warnings():
         # The run itself has said so.
         warnings.simplefilter("ignore", InertProjectionWarning)
         state = program.method.init(program.problem, base, adapter, jax.random.key(0))
     state = {name: value for name, value in state.items() if name != "diagnostics"}
-    domain = study.domains[plan.domains[0]].train
+    domain = study.domains[job.domains[0]].train
     data = program.method.mix(program.problem, domain, 0)
     memory = (
         program.step.lower(
             base,
             program.start(adapter, state),
             state,
-            batch(data, plan.config.training.batch_size, 0, 0),
+            batch(data, job.config.training.batch_size, 0, 0),
             jax.random.key(0),
         )
         .compile()
@@ -175,21 +169,22 @@ def step_bytes(plan: Job, study: Any, row: str) -> int:
 
 
 def merged_table(sweep: Sweep) -> Table:
-    """Mean ± standard deviation over seeds, a row for each row of each cell."""
+    """Mean ± standard deviation over seeds, a line for each variant of each cell."""
     from sbr_jax.training.records import read_json
 
     finished = {part.cell for part, (_, whole) in spent(sweep).items() if whole}
     lines, sizes = [], []
-    for name, plan in sweep.jobs.items():
+    for name, job in sweep.jobs.items():
         if name not in finished:
             continue
-        found = read_run(plan.workdir)
-        path = plan.workdir / MEMORY
+        found = read_run(job.workdir)
+        path = job.workdir / MEMORY
         memory = read_json(path, LOST) if path.exists() else {}
-        for row in found.methods:
-            if seeds := found.seeds(row):
-                lines.append(((row, name, str(len(seeds))), row_cells(found, row)))
-                size = memory[row] / 2**20 if row in memory else None
+        for variant in found.methods:
+            if seeds := found.seeds(variant):
+                head = (variant, name, str(len(seeds)))
+                lines.append((head, row_cells(found, variant)))
+                size = memory[variant] / 2**20 if variant in memory else None
                 sizes.append(Cell(size).text())
     table = comparison(("method", "cell", "seeds"), lines)
     note = "step memory: arguments, outputs and temporaries of one compiled step; lower"

@@ -11,6 +11,7 @@ a first domain between 77 and 94. Three seeds at least, since one misleads here.
 import dataclasses
 
 from sbr_jax.recipes.testbed import PRESET as TESTBED
+from sbr_jax.studies.options import TestbedOptions
 
 DOMAINS = (
     "medical",
@@ -29,7 +30,9 @@ PRESET = dataclasses.replace(
     TESTBED,
     name="testbed-hard",
     summary="ten domains, larger learning rate, held-out harm categories; 3 seeds",
-    study=dataclasses.replace(TESTBED.study, hard=True),
+    study=TestbedOptions(
+        hard=True, split="test", calibration_examples=480, judge="exact"
+    ),
     domains=DOMAINS,
     methods=(
         "plain",

@@ -10,14 +10,23 @@ from chat_case import build, copy_world, save_world
 from tiny_chat import MARK
 from tiny_data import as_json, as_table, put
 
-from sbr_jax import recipes as configs
 from sbr_jax.programs import run
 from sbr_jax.studies import chat_model
 
-SMALL = [f"study.{key}={value!r}" for key, value in tiny_chat.SIZES.items()]
-QUICK = ["steps_per_domain=2", "batch_size=4", "repair_steps=1", "lora_rank=2"]
-QUICK += ["repair_blocks=1", "fisher_examples=4", "fisher_microbatch=4"]
-CAPPED = ["safeanchor.max_rank=4"]
+
+def said(key, value):
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--study.{key.replace('_', '-')}", *map(str, values)]
+
+
+SMALL = [word for option in tiny_chat.SIZES.items() for word in said(*option)]
+QUICK = [
+    *("--training.steps-per-domain=2", "--training.batch-size=4"),
+    *("--training.repair-steps=1", "--training.lora-rank=2"),
+    *("--training.repair-blocks=1", "--training.fisher-examples=4"),
+    *("--hardware.fisher-microbatch=4", "--hardware.accumulation=1"),
+]
+CAPPED = ["--methods.safeanchor.max-rank=4"]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +42,13 @@ def copy(world, tmp_path):
 # --- runs -----------------------------------------------------------------------------
 
 
-def command(world, workdir, *more, sets=(*QUICK, *SMALL, *CAPPED)):
+def command(world, workdir, *more):
     return [
         "llama2-7b",
         *("--model", str(world / "model"), "--data", str(world / "data")),
         *("--workdir", str(workdir), "--methods", "plain", "safeanchor"),
-        *("--domains", "medical", "code", "--seed", "42", "--quiet", *more),
-        *("--set", *sets),
+        *("--domains", "medical", "code", "--seed", "42", "--quiet"),
+        *(*QUICK, *SMALL, *CAPPED, *more),
     ]
 
 
@@ -62,7 +71,7 @@ def test_a_preset_runs_end_to_end_and_says_what_it_was_made_of(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["data"]["sources"] == {"medical": "medqa", "code": "codealpaca"}
     assert config["study"]["dtype"] == "bfloat16"
-    assert not {"model_folder", "remat", "mesh"} & set(config["study"])
+    assert not [name for name in config["study"] if "folder" in name]
     assert set(config["measurements"]) == {"harmbench", "xstest"}
     lines = (finished / "results.jsonl").read_text().splitlines()
     stages = [(r["method"], r["stage"]) for r in map(json.loads, lines)]
@@ -78,8 +87,8 @@ def test_no_text_of_the_data_reaches_the_results(finished):
 def test_the_same_command_has_nothing_left_to_do(world, finished):
     before = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*")}
     # Hardware is free to change, data are not.
-    sets = (*QUICK, *SMALL, *CAPPED, "study.generation_batch=3")
-    assert run.main(command(world, finished, sets=sets)) == 0
+    again = command(world, finished, "--hardware.generation-batch=3")
+    assert run.main(again) == 0
     assert {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*")} == before
 
 
@@ -101,14 +110,15 @@ def test_a_quantised_base_gives_a_study_that_can_be_measured(world):
 # --- the dry run, and bad input -------------------------------------------------------
 
 
-def dry(folder, *more, sets=SMALL):
-    return run.main(
-        [
-            "llama2-7b",
-            *("--model", str(folder / "model"), "--data", str(folder / "data")),
-            *("--dry-run", *more, "--set", *sets),
-        ]
-    )
+def dry(folder, *more, sizes=SMALL):
+    """A dry run; what is said in `more` replaces a size."""
+    said = {word.partition("=")[0] for word in more}
+    kept, inside = [], True
+    for word in sizes:
+        inside = word not in said if word.startswith("--") else inside
+        kept += [word] if inside else []
+    start = ["llama2-7b", "--model", str(folder / "model")]
+    return run.main([*start, "--data", str(folder / "data"), "--dry-run", *kept, *more])
 
 
 def test_a_dry_run_checks_and_forecasts_and_touches_nothing(
@@ -119,15 +129,15 @@ def test_a_dry_run_checks_and_forecasts_and_touches_nothing(
 
     monkeypatch.setattr(chat_model, "load_model", refuse)
     monkeypatch.chdir(tmp_path)
-    every = [s for s in SMALL if "measures" not in s]
-    # What a tiny model cannot hold is refused, as the run would refuse it.
-    assert dry(world, sets=[*every, "lora_rank=2"]) == 2
-    assert "max_rank: expected at most the 48" in capsys.readouterr().err
+    every = SMALL[: SMALL.index("--study.benchmarks")]
     ranked = ("safeanchor", "safeanchor-exact", "unified")
-    capped = [f"{row}.max_rank=4" for row in ranked]
-    capped += ["sbr.anchors=4", "unified.anchors=4"]
-    sets = [*every, *capped, "lora_rank=2", "device.memory_gb=24"]
-    assert dry(world, sets=sets) == 0
+    capped = [f"--methods.{name}.max-rank=4" for name in ranked]
+    capped += ["--methods.sbr.anchors=4", "--methods.unified.anchors=4"]
+    rank = "--training.lora-rank=2"
+    # What a tiny model cannot hold is refused, as the run would refuse it.
+    assert dry(world, rank, sizes=every) == 2
+    assert "max_rank: expected at most the 48" in capsys.readouterr().err
+    assert dry(world, *capped, rank, "--device.memory-gb=24", sizes=every) == 0
     out = capsys.readouterr().out
     for text in (
         "medical: medqa, legal: legalbench, code: codealpaca",
@@ -206,33 +216,27 @@ BAD = {
     "long prompt": (long_prompt, (), "harmbench: expected prompts of at most 88"),
     "overlap": (
         tiny_chat.overlap,
-        ("study.calibration=26", "study.safety_mix=1"),
+        ("--study.calibration=26", "--study.safety-mix=1"),
         "calibration/harmbench: 3",
     ),
-    "length": (None, ("study.max_length=97",), "the model's context of 96"),
-    "short": (None, ("study.max_length=4",), "leave no room for an answer"),
-    "size": (None, ("study.train=0",), "study.train: expected at least 1"),
-    "dtype": (None, ("study.dtype=int4",), "study.dtype: expected one of bfloat16"),
-    "measure": (None, ("study.measures=['harmbnch']",), "nearest: harmbench"),
-    "judge": (None, ("study.judge=llama-guard",), "expected a folder with the judge"),
-    "words": (None, ("study.judge=keyword:x",), "expected keywords among"),
-    "device": (None, ("device.memory=1",), "expected one of memory_gb, tflops"),
-    "device value": (None, ("device.tflops=fast",), "or 'measured'"),
-    "devices": (None, ("device.count=0.5",), "expected a whole number above 0"),
-    "batch": (None, ("study.train=2", "batch_size=4"), "expected less than 4"),
-    "rank": (None, ("lora_rank=999",), "lora_rank: expected at most"),
+    "length": (None, ("--study.max-length=97",), "the model's context of 96"),
+    "short": (None, ("--study.max-length=4",), "leave no room for an answer"),
+    "benchmark": (None, ("--study.benchmarks=harmbnch",), "nearest: harmbench"),
+    "words": (None, ("--study.judge=keyword:x",), "expected keywords among"),
+    "batch": (None, ("--study.train=2",), "batch_size to be less than 4"),
+    "rank": (None, ("--training.lora-rank=999",), "lora_rank to be at most"),
 }
 
 
-@pytest.mark.parametrize(("damage", "sets", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("damage", "words", "message"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line_before_anything_is_loaded(
-    world, request, damage, sets, message, capsys
+    world, request, damage, words, message, capsys
 ):
     folder = world
     if damage is not None:
         folder = request.getfixturevalue("copy")
         damage(folder)
-    assert dry(folder, sets=[*SMALL, *sets]) == 2
+    assert dry(folder, *words) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
@@ -243,26 +247,15 @@ def test_bad_input_is_one_line_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected --model FOLDER_OR_HUB_ID"),
-        (["--model", "m"], "expected --data FOLDER"),
         (["--model", "no where", "--data", "D"], "a checkpoint folder or a hub id"),
         (["--model", "M", "--data", "nowhere"], "a folder with data sets"),
-        (["--model", "M", "--data", "D", "--domains", "medcal"], "nearest: medical"),
         (
-            [
-                *("--model", "M", "--data", "D", "--domains", "medical", "medqa"),
-                *("--set", *SMALL),
-            ],
+            ["--model", "M", "--data", "D", *SMALL, "--domains", "medical", "medqa"],
             "data set once, got 'medqa' twice",
         ),
-        (
-            ["--model", "M", "--data", "D", "--methods", "safe-lora"],
-            "study.unaligned_folder=FOLDER",
-        ),
-        (["--model", "M", "--data", "D", "--set", "device.tflops=1"], "--dry-run"),
     ],
 )
-def test_a_wrong_command_line_is_one_line(world, arguments, message, tmp_path, capsys):
+def test_a_wrong_folder_is_one_line(world, arguments, message, tmp_path, capsys):
     places = {"M": str(world / "model"), "D": str(world / "data")}
     workdir = tmp_path / "run"
     given = [places.get(a, a) for a in arguments]
@@ -271,21 +264,3 @@ def test_a_wrong_command_line_is_one_line(world, arguments, message, tmp_path, c
     assert message in error
     assert error.count("\n") == 1
     assert not workdir.exists()
-
-
-@pytest.mark.parametrize("name", ["llama2-7b", "mistral-7b"])
-def test_the_presets_say_what_the_paper_says(name):
-    preset = configs.load(name)
-    settings = preset.settings
-    assert settings["batch_size"] == 16
-    assert settings["accumulation"] == 2
-    assert settings["steps_per_domain"] * 16 == pytest.approx(5000 * 3, abs=16)
-    assert (settings["lora_rank"], settings["lora_alpha"]) == (16, 32.0)
-    assert settings["lora_dropout"] == 0.05
-    assert settings["learning_rate"] * settings["final_fraction"] == pytest.approx(1e-6)
-    assert preset.seeds == (42, 123, 456, 789, 1234)
-    assert preset.domains == ("medical", "legal", "code")
-    options = preset.options
-    assert (options["train"], options["calibration"]) == (5000, 500)
-    assert (options["probe"], options["max_new_tokens"]) == (200, 256)
-    assert options["max_length"] == 512

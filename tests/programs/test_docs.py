@@ -1,6 +1,7 @@
 """The documents follow the code: pages, options, links, commands, measured rows."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
@@ -12,11 +13,12 @@ from unittest import mock
 import pytest
 import synthetic_run
 
-from sbr_jax.methods import METHODS, VARIANTS
+from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters
 from sbr_jax.methods.safeanchor import OURS, safeanchor
 from sbr_jax.programs import cli
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell
+from sbr_jax.training.records import read_json
 from sbr_jax.typing import UserError
 from tools import fill_docs
 
@@ -264,8 +266,10 @@ def test_rows_are_filled_with_the_reports_cells_and_filling_again_changes_nothin
 def test_rows_of_several_runs_stand_together_with_their_options(site):
     pages, folder = site
     tuned = synthetic_run.write(folder.parent / "tuned", ("ewc",), seeds=(0,))
-    settings = {"learning_rate": 0.001}
-    config = {"settings": settings, "overrides": {"ewc": {"penalty": 9}}}
+    methods = dataclasses.asdict(Hyperparameters())
+    config = read_json(folder / "config.json") | {"methods": methods}
+    (folder / "config.json").write_text(json.dumps(config))
+    config["methods"]["ewc"]["penalty"] = 9
     (tuned / "config.json").write_text(json.dumps(config))
     hard = synthetic_run.write(folder.parent / "hard", ("plain", "ewc"), seeds=(0,))
     (hard / "config.json").write_text('{"settings": {"learning_rate": 0.5}}')

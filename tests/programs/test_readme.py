@@ -35,11 +35,11 @@ def _commands():
 
 def test_every_preset_that_the_readme_runs_exists():
     pytest.importorskip("tyro")
-    from sbr_jax import recipes as configs
+    from sbr_jax import recipes
 
     presets = [name for module, name in _commands() if module == "experiments.run"]
     assert presets
-    assert set(presets) - {"--list"} <= set(configs.MODULES)
+    assert set(presets) - {"--list"} <= set(recipes.MODULES)
 
 
 def test_every_file_of_the_map_exists():

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import tiny_data as files
 from realtext_case import everything, save_data
-from sbr_jax.training.settings import Settings
 
 from sbr_jax import models
 from sbr_jax.data import encode_prompts
-from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import realtext
 from sbr_jax.recipes.realtext import PRESET
 from sbr_jax.studies import realtext_corpus as corpus
@@ -34,7 +32,7 @@ def tiny():
             "MEASURED": 4,
             "NEW_TOKENS": 4,
             "CONTEXT": 128,
-            "MEASURES": ("harmbench", "xstest"),
+            "BENCHMARKS": ("harmbench", "xstest"),
         }.items():
             patch.setattr(realtext, name, value)
         patch.setattr(realtext, "LENGTHS", (64,))
@@ -123,7 +121,6 @@ def test_a_prompt_without_room_is_refused_before_training(tiny, data, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"--steps": "0"}, "--steps: expected at least 1, got 0"),
         ({"--seed": "-1"}, "expected seeds from 0"),
         ({"--output": "taken"}, "expected a folder that is not there yet"),
         ({"--output": "taken/file/model"}, "cannot make"),
@@ -150,14 +147,5 @@ def test_a_mistake_is_one_line(tiny, data, tmp_path, capsys, changes, line):
 
 def test_the_preset_names_what_exists():
     assert PRESET.domains == ("medmcqa", "legalbench", "codealpaca")
-    assert set(PRESET.methods) <= {*METHODS, *VARIANTS}
-    assert PRESET.options["judge"] == f"keyword:{corpus.KEYWORDS}"
-    assert set(realtext.MEASURES) <= {*PRESET.options["measures"]}
-    Settings(**PRESET.settings)
-
-
-def test_without_a_model_the_preset_says_how_to_make_one():
-    with pytest.raises(UserError, match=r"python -m experiments\.realtext --data"):
-        PRESET.check(PRESET.methods, {**PRESET.options, "data_folder": "data"})
-    with pytest.raises(UserError, match="expected --data FOLDER"):
-        PRESET.check(PRESET.methods, {**PRESET.options, "model_folder": "model"})
+    assert PRESET.study.judge == f"keyword:{corpus.KEYWORDS}"
+    assert set(realtext.BENCHMARKS) <= {*PRESET.study.benchmarks}

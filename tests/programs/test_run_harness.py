@@ -14,13 +14,14 @@ import tiny_data as files
 import tiny_stories
 from tasks_case import Told
 from tiny_data import needs_data
+from tiny_preset import make_job
 
-from sbr_jax import recipes as configs
 from sbr_jax.evaluation import KeywordJudge, Result, Verdict, benchmarks
 from sbr_jax.evaluation.judges.agreement import judge_record
 from sbr_jax.programs import harness, report, run
 from sbr_jax.reporting import tables
 from sbr_jax.reporting.runs import read_run
+from sbr_jax.studies.options import Sources
 from sbr_jax.training import pipeline
 from sbr_jax.training.records import read_json, write_record
 from sbr_jax.typing import UserError
@@ -118,19 +119,11 @@ def finished(tmp_path_factory):
     pipeline.run(study, rows, seeds, workdir, settings, domains, quiet=True)
     tokenizer = SimpleNamespace(chat_template=None)
     model = dataclasses.replace(study.model, tokenizer=tokenizer)
-    plan = run.Plan(
-        preset=configs.load("demo"),
-        workdir=workdir,
-        methods=rows,
-        domains=domains,
-        seeds=seeds,
-        settings=settings,
-        study_options={"data_folder": None},
-        row_options={},
-        quiet=True,
-        harness=(),
+    job = make_job("--workdir", str(workdir), "--quiet")
+    job = dataclasses.replace(
+        job, methods=rows, seeds=seeds, domains=domains, config=settings
     )
-    return study, model, plan
+    return study, model, job
 
 
 @pytest.fixture
@@ -157,13 +150,13 @@ def bias_items():
 
 
 def test_every_row_is_put_through_the_harness_once(finished, fake_harness, capsys):
-    study, model, plan = finished
+    study, model, job = finished
     study = dataclasses.replace(study, model=model)
     tasks = {
         "mmlu": harness.Task([], [{"task": "mmlu_a"}, {"task": "mmlu_b"}]),
         "bbq": harness.Task(bias_items(), [{"task": "bbq"}]),
     }
-    path = harness.evaluate(plan, study, tasks)
+    path = harness.evaluate(job, study, tasks)
     # Quiet, and lm-eval's progress bars are not ours to print.
     assert capsys.readouterr().err == ""
     whole = read_json(path)
@@ -181,39 +174,36 @@ def test_every_row_is_put_through_the_harness_once(finished, fake_harness, capsy
     assert len(fake_harness) == 5
     assert fake_harness[0][1]["apply_chat_template"] is False
     # Another call finds everything done; one entry less is one evaluation more.
-    harness.evaluate(plan, study, tasks)
+    harness.evaluate(job, study, tasks)
     assert len(fake_harness) == 5
     write_record(path, {**whole, "results": whole["results"][:-1]})
-    harness.evaluate(plan, study, tasks)
+    harness.evaluate(job, study, tasks)
     assert len(fake_harness) == 6
     assert read_json(path) == whole
     with pytest.raises(UserError, match="holds other tasks"):
-        harness.evaluate(plan, study, {"bbq": tasks["bbq"]})
+        harness.evaluate(job, study, {"bbq": tasks["bbq"]})
     # Neither an edited score nor the file of another run is gone on from.
     path.write_text(path.read_text().replace("25.0", "26.0"))
     with pytest.raises(UserError, match=r"delete .* and run the same command again"):
-        harness.evaluate(plan, study, tasks)
+        harness.evaluate(job, study, tasks)
     write_record(path, {**whole, "of": {**whole["of"], "run": "another"}})
     with pytest.raises(UserError, match="holds other tasks, items or weights"):
-        harness.evaluate(plan, study, tasks)
+        harness.evaluate(job, study, tasks)
 
 
-def plan_of(*more, data=None):
+def ran(*more, data=None):
     data = [] if data is None else ["--data", str(data)]
     return run.main(["stories", "--workdir", "w", *data, "--quiet", *more])
 
 
-def test_mistakes_of_the_flag_are_one_line(folder, monkeypatch, capsys, tmp_path):
+def test_without_lm_eval_the_flag_is_refused(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def refused(*more, **options):
-        assert plan_of(*more, **options) == 2
+        assert ran(*more, **options) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "nearest: bbq" in refused("--harness", "bqq", data=folder)
-    assert "add --data FOLDER" in refused("--harness")
-    assert "--harness-limit" in refused("--harness-limit", "3", data=folder)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install 'sbr_jax[eval]'" in refused("--harness", data=folder)
     assert list(tmp_path.iterdir()) == []
@@ -222,10 +212,9 @@ def test_mistakes_of_the_flag_are_one_line(folder, monkeypatch, capsys, tmp_path
 def test_the_tasks_of_the_flag_are_read_from_the_data_folder(folder, finished):
     pytest.importorskip("datasets")
     pytest.importorskip("lm_eval")
-    plan = dataclasses.replace(
-        finished[2], study_options={"data_folder": folder}, harness_limit=1
-    )
-    found = harness.read(dataclasses.replace(plan, workdir=folder / "none"))
+    sources = Sources(data=str(folder))
+    job = dataclasses.replace(finished[2], sources=sources, workdir=folder / "none")
+    found = harness.read(job, (), 1)
     assert list(found) == list(harness.TASKS)
     assert {len(task.items) for task in found.values()} == {1}
 
@@ -241,8 +230,8 @@ def test_a_run_with_the_flag_ends_in_a_table_of_lm_evals(tmp_path, capsys):
         *("stories", "--data", str(data), "--workdir", str(tmp_path / "run")),
         *("--model", str(checkpoints.STORIES / "hf")),
         *("--methods", "plain", "--seed", "0", "--domains", "gsm8k", "--quiet"),
-        *("--set", "steps_per_domain=2", "lora_rank=2"),
-        *(f"study.{key}={value}" for key, value in sizes.items()),
+        *("--training.steps-per-domain=2", "--training.lora-rank=2"),
+        *(f"--study.{key.replace('_', '-')}={x}" for key, x in sizes.items()),
         *("--harness", "--harness-limit", "1"),
     ]
     assert run.main(command) == 0

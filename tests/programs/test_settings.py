@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from sbr_jax.methods.hyperparameters import attribute
 from tiny_preset import CONFIG, PRESET, STUDY, make_job, tiny_presets
 
 from sbr_jax import recipes
@@ -131,6 +130,7 @@ def test_list_names_everything(capsys):
 
 # --- spelling -------------------------------------------------------------------------
 
+PROBE = "--methods.adaptive-probe.probe-layers"
 SPELT = {
     "value behind =": (["--training.learning-rate=1e-3"], "learning_rate", 1e-3),
     "value behind a blank": (["--training.lora-rank", "4"], "lora_rank", 4),
@@ -139,8 +139,8 @@ SPELT = {
     "number or none": (["--training.fisher-examples", "7"], "fisher_examples", 7),
     "switch on": (["--hardware.remat"], "remat", True),
     "switch off": (["--hardware.no-remat"], "remat", False),
-    "tuple": (["--methods.adaptive-probe.layers", "0", "1"], "layers", (0, 1)),
-    "tuple or none": (["--methods.adaptive-probe.layers", "None"], "layers", None),
+    "tuple": ([PROBE, "0", "1"], "probe_layers", (0, 1)),
+    "tuple or none": ([PROBE, "None"], "probe_layers", None),
     "method's switch": (["--methods.safeanchor.no-relax"], "relax", False),
     "hyphen in a method": (["--methods.safe-lora.threshold", "0.6"], "threshold", 0.6),
     "word": (["--hardware.vmap-seeds=no"], "vmap_seeds", "no"),
@@ -156,7 +156,7 @@ def test_a_setting_is_spelt_in_the_usual_ways(words):
     own = [config.training, config.hardware]
     if given[0].startswith("--methods."):
         method = given[0].split(".")[1]
-        own = [getattr(config.methods, attribute(method))]
+        own = [getattr(config.methods, method.replace("-", "_"))]
     (found,) = (getattr(record, name) for record in own if hasattr(record, name))
     assert (type(found), found) == (type(wanted), wanted)
     # And nothing else has changed.
@@ -229,7 +229,7 @@ def test_a_setting_reaches_the_study():
 @pytest.mark.usefixtures("tiny_presets")
 def test_the_folder_holds_every_number_and_gives_the_same_objects_back(tmp_path):
     words = ["--training.lora-rank", "3", "--methods.sbr.anchors", "4"]
-    words += ["--methods.adaptive-probe.layers", "0", "1", "--domains", "legal"]
+    words += ["--methods.adaptive-probe.probe-layers", "0", "1", "--domains", "legal"]
     words += ["--study.size", "2"]
     start = ["run", "tiny", "--workdir", str(tmp_path / "w"), "--quiet"]
     assert main([*start, *words]) == 0

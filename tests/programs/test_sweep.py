@@ -7,7 +7,6 @@ import json
 
 import jax
 import pytest
-from sbr_jax.methods.hyperparameters import attribute
 from tiny_preset import PRESET, STUDY
 
 from sbr_jax import recipes
@@ -80,7 +79,7 @@ def test_the_named_sweeps_cover_what_they_promise(tmp_path):
         tuned = sweep.make_cell(table["tuned"], tmp_path, (0,))
         assert set(tuned.methods) == set(tuning.BEST)
         for row, value in tuning.BEST.items():
-            own = getattr(tuned.config.methods, attribute(row))
+            own = getattr(tuned.config.methods, row.replace("-", "_"))
             assert getattr(own, tuning.GRID[row][0]) == value
     orders = {cell["domains"] for cell in SWEEPS["testbed-orders"].values()}
     assert orders == set(itertools.permutations(("medical", "legal", "code")))
@@ -217,7 +216,9 @@ def test_a_sweep_is_continued_after_a_kill(tiny_testbed, tmp_path, monkeypatch, 
     given = arguments("orders", tmp_path, "--seeds", "1")
     assert sweep.main([*given, "--dry-run"]) == 0
     assert not list(tmp_path.iterdir())
-    assert "2 of 2 rows and seeds left, time not known yet" in capsys.readouterr().out
+    assert (
+        "2 of 2 variants and seeds left, time not known yet" in capsys.readouterr().out
+    )
 
     assert sweep.main(given) == 130
     assert "the same command continues" in capsys.readouterr().err
@@ -237,7 +238,7 @@ def test_a_sweep_is_continued_after_a_kill(tiny_testbed, tmp_path, monkeypatch, 
     assert calls == ["backward"]
     captured = capsys.readouterr()
     assert "| forward | plain | 1 of 1 | – |" in captured.out
-    assert "1 of 2 rows and seeds left, about 1 min" in captured.out
+    assert "1 of 2 variants and seeds left, about 1 min" in captured.out
     assert "[2/2] backward  plain  seed 0" in captured.err
     calls.clear()
     assert sweep.main([*given, "--quiet"]) == 0
