@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import tiny
-import tyro
 
 from sbr_jax import recipes
 from sbr_jax.methods import Hyperparameters
@@ -24,13 +23,11 @@ class TinyOptions:
         size: of nothing.
         hard: neither.
         judge_folder: that a run does not remember.
-        study: what is built.
     """
 
     size: int = 1
     hard: bool = False
     judge_folder: str | None = None
-    study: tyro.conf.Suppress[Any] = None
 
     def known_domains(self) -> Sequence[str]:
         return ("medical", "legal")
@@ -39,7 +36,7 @@ class TinyOptions:
         pass
 
     def build(self, domains, sources, hardware, *, weights=True) -> Any:
-        return STUDY if self.study is None else self.study
+        return STUDY
 
 
 CONFIG = tiny.config(steps_per_domain=2)

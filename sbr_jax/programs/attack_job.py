@@ -92,7 +92,7 @@ class AttackJob(Job):
 
 
 def make_attack(
-    preset: Preset, arguments: AttackArguments[Any], words: Sequence[str]
+    preset: Preset, arguments: AttackArguments[Any], words: Sequence[str] = ()
 ) -> AttackJob:
     """Checks a command line, the cheap questions first.
 

@@ -26,7 +26,7 @@ import tyro
 from sbr_jax import errors, recipes
 from sbr_jax.methods import METHODS
 from sbr_jax.programs import attack_job, cli, job, terminal
-from sbr_jax.programs.job import Job, JobArguments, make_job, parse_preset
+from sbr_jax.programs.job import Job, JobArguments, make_job
 from sbr_jax.programs.sweep_state import (
     Part,
     Sweep,
@@ -38,6 +38,7 @@ from sbr_jax.programs.sweep_state import (
 )
 from sbr_jax.recipes.sweeps import SWEEPS
 from sbr_jax.reporting.tables import Table, to_markdown
+from sbr_jax.settings import restore
 from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("sweep")
@@ -110,25 +111,32 @@ def make_sweep(arguments: Arguments) -> Sweep:
 
 def make_cell(fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]) -> Job:
     """The job of a cell, checked as its program checks it."""
-    known = ("preset", "methods", "domains", "options", "attack", "first_seed")
+    known = ("preset", "methods", "domains", "changes", "attack", "first_seed")
     errors.check_names("field of a cell", fields, known)
-    first = fields.get("first_seed", 0)
-    preset = recipes.load(fields["preset"])
-    changes: dict[str, Any] = {
+    preset, first = recipes.load(fields["preset"]), fields.get("first_seed", 0)
+    own = {
+        "study": preset.study,
+        "training": preset.training,
+        "methods": preset.hyperparameters,
+    }
+    changes = fields.get("changes", {})
+    errors.check_names("change of a cell", changes, own)
+    made = {name: restore(own[name], changes.get(name, {}), name) for name in own}
+    arguments: dict[str, Any] = {
+        "study": made["study"],
+        "training": made["training"],
+        "hardware": preset.hardware,
+        "hyperparameters": made["methods"],
         "workdir": folder,
         "methods": tuple(fields.get("methods") or METHODS),
         "seed": tuple(first + seed for seed in seeds),
         "domains": tuple(fields.get("domains", preset.domains)),
         "quiet": True,
-        **fields.get("attack", {}),
     }
-    options = fields.get("options", ())
     if "attack" in fields:
-        kind = attack_job.AttackArguments
-        parsed = parse_preset(kind, preset, options, PROGRAM, **changes)
-        return attack_job.make_attack(preset, parsed, options)
-    arguments = parse_preset(JobArguments, preset, options, PROGRAM, **changes)
-    return make_job(preset, arguments)
+        attack = attack_job.AttackArguments(**arguments, **fields["attack"])
+        return attack_job.make_attack(preset, attack)
+    return make_job(preset, JobArguments(**arguments))
 
 
 @functools.lru_cache(maxsize=8)

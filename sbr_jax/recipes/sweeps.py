@@ -3,18 +3,18 @@
     python -m experiments.sweep testbed-table --workdir runs/table --seeds 5
 
 A cell is one working directory: one preset with one sequence of domains and one set of
-options. Its fields, all but the first optional:
+settings. Its fields, all but the first optional:
 
     preset    of experiments.run
-    methods   rows; None for every defence at its published defaults
+    methods   variants; None for every defence at its published defaults
     domains   sequence; default: the preset's
-    options   of experiments.run, as --training.learning-rate=1e-3
+    changes   of the preset's study, training and methods, as config.json has them
     attack    fields of experiments.attack (attack, ratio, examples, epochs): the cell
               is then an attack
     first_seed  the first of its seeds; default: 0
 
-A tuned variant of a row is a cell of its own, named after it: the folder of the
-published defaults has no place for it.
+Tuned methods are a cell of their own: the folder of the published defaults has no
+place for them.
 """
 
 import itertools
@@ -37,7 +37,7 @@ PAPERS = (
     "adaptive-judge",
     "adaptive-probe",
 )
-BASELINES = tuple(row for row in tuning.GRID if row not in PAPERS)
+BASELINES = tuple(name for name in tuning.GRID if name not in PAPERS)
 ORDERS = tuple(itertools.permutations(DOMAINS[:3]))
 SAMPLED = 6
 """Orders of a longer sequence, of which the first is the default one."""
@@ -83,7 +83,7 @@ def _poisoned(ratio: float, rate: float, epochs: int) -> Mapping[str, Any]:
     return {
         "preset": "testbed",
         "methods": ("plain", "safeanchor-exact", "sbr", "sbr:one", "unified"),
-        "options": (f"--training.learning-rate={rate}",),
+        "changes": {"training": {"learning_rate": rate}},
         "attack": {"attack": "poison", "ratio": ratio, "epochs": epochs},
     }
 

@@ -30,7 +30,7 @@ GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
     "booster": ("regulariser", (5.0, 1.0, 20.0)),
     "lisa": ("proximal", (1.0, 0.01, 0.1, 10.0, 100.0)),
 }
-"""Row to its hyper-parameter and values, the published one first."""
+"""Method to its hyper-parameter and values, the published one first."""
 
 
 BEST: dict[str, Any] = {
@@ -46,37 +46,41 @@ BEST: dict[str, Any] = {
     "vaccine": 5.0,
     "lisa": 0.1,
 }
-"""Row to the chosen value, where it is not the published one."""
+"""Method to the chosen value, where it is not the published one."""
 
 
 def best() -> Mapping[str, Any]:
-    """Return the cell of the tuned rows; a row whose published value won has none."""
-    chosen = {row: _option(row, value) for row, value in BEST.items()}
+    """The cell of the tuned methods; one whose published value won is not in it."""
+    chosen = [_changes(name, value) for name, value in BEST.items()]
+    methods = {key: options for each in chosen for key, options in each.items()}
     return {
         "preset": "testbed",
-        "methods": tuple(chosen),
-        "options": tuple(chosen.values()),
+        "methods": tuple(BEST),
+        "changes": {"methods": methods},
     }
 
 
-def _option(row: str, value: Any) -> str:
-    """The command line's option for a value of a row's hyper-parameter."""
-    return f"--methods.{row}.{GRID[row][0].replace('_', '-')}={value}"
+def _changes(name: str, value: Any) -> dict[str, dict[str, Any]]:
+    """A value of a method's hyper-parameter, as the settings hold it."""
+    return {name.replace("-", "_"): {GRID[name][0]: value}}
 
 
 def cells() -> dict[str, Mapping[str, Any]]:
-    """Return the sweep's cells: one for each row and value.
+    """The sweep's cells: one for each method and value.
 
-    >>> sorted(cells()["sbr-5"]["options"])
-    ['--methods.sbr.anchor-weight=5.0', '--study.split=validation']
+    >>> cells()["sbr-5"]["changes"]["methods"]
+    {'sbr': {'anchor_weight': 5.0}}
     """
     return {
-        f"{row}-{value:g}": {
+        f"{name}-{value:g}": {
             "preset": "testbed",
-            "methods": (row,),
+            "methods": (name,),
             "first_seed": FIRST_SEED,
-            "options": ("--study.split=validation", _option(row, value)),
+            "changes": {
+                "study": {"split": "validation"},
+                "methods": _changes(name, value),
+            },
         }
-        for row, (_, values) in GRID.items()
+        for name, (_, values) in GRID.items()
         for value in values
     }

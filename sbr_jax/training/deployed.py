@@ -29,7 +29,7 @@ def reopen(
       config: of the run.
       domains: the run's, in order.
     """
-    model, mesh = study.model, sharding.mesh_of(config)
+    model, mesh = study.model, sharding.mesh_of(config.hardware)
     base = sharding.place_base(mesh, model.params, model.config)
     return Job(study, config, tuple(domains), base, RunFolder(folder), quiet=True)
 

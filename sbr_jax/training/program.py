@@ -84,7 +84,7 @@ def make_program(variant: str, study: Study, config: Config) -> Program:
     Raises:
       UserError: for hyper-parameters that the method or its optimizer refuses.
     """
-    method, mesh = build(variant, config.methods), sharding.mesh_of(config)
+    method, mesh = build(variant, config.methods), sharding.mesh_of(config.hardware)
     training, accumulation = config.training, config.hardware.accumulation
     problem = Problem(
         apply_fn=study.model.apply_fn,

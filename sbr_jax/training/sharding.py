@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbr_jax import models
 from sbr_jax.models.sharding import fit_spec
-from sbr_jax.training.config import Config
+from sbr_jax.settings import Hardware
 from sbr_jax.typing import PyTree, UserError
 
 AXES = ("fsdp", "tp")
@@ -76,9 +76,9 @@ def make_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_of(config: Config) -> Mesh | None:
-    """The mesh that a configuration asks for; None for one device."""
-    wanted = config.hardware.mesh
+def mesh_of(hardware: Hardware) -> Mesh | None:
+    """The mesh that is asked for; None for one device."""
+    wanted = hardware.mesh
     return None if wanted is None else make_mesh(wanted)
 
 

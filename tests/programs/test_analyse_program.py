@@ -9,7 +9,7 @@ import pytest
 import synthetic_run
 import tiny
 from analyses_case import MATERIAL, REQUESTS, STEPS
-from tiny_preset import make_job
+from tiny_preset import TinyOptions, make_job
 
 from sbr_jax import recipes
 from sbr_jax.analysis import exhaustion
@@ -35,8 +35,8 @@ def tiny_context(workdir: Path, **changes):
         *("--methods", "plain", "safeanchor-exact:projection-only"),
         *(f"--training.{key}={value}" for key, value in changes.items()),
     )
-    made = dataclasses.replace(job.study, study=study)
-    context = analyses.Context(dataclasses.replace(job, study=made))
+    made = type("Made", (TinyOptions,), {"build": lambda *_, **__: study})
+    context = analyses.Context(dataclasses.replace(job, study=made()))
     context.__dict__["material"] = MATERIAL
     return context
 

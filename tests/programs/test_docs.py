@@ -136,7 +136,9 @@ def slugs(text):
     return found
 
 
-ROOT_PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+ROOT_PAGES = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")
+]
 LINKS = [
     (path.relative_to(ROOT), target)
     for path in (*sorted(DOCS.rglob("*.md")), *ROOT_PAGES)
@@ -159,8 +161,8 @@ def test_every_relative_link_leads_somewhere(page, target):
 
 
 def commands():
-    """Every `python -m experiments.X ...` in a code block of docs/."""
-    for path in sorted(DOCS.rglob("*.md")):
+    """Every `python -m experiments.X ...` in a code block of a document."""
+    for path in (*sorted(DOCS.rglob("*.md")), *ROOT_PAGES):
         for block in re.findall(r"^```\n(.*?)^```", read(path), re.M | re.S):
             joined = re.sub(r"\\\n\s*", "", block)
             for line in re.findall(r"^python -m (experiments\..+)$", joined, re.M):

@@ -42,7 +42,7 @@ def tiny_testbed(monkeypatch):
     refused = {
         "preset": "testbed",
         "methods": ("safeanchor-exact",),
-        "options": ("--methods.safeanchor-exact.max-rank=1000",),
+        "changes": {"methods": {"safeanchor_exact": {"max_rank": 1000}}},
     }
     monkeypatch.setitem(SWEEPS, "refusing", {"bad": refused, "good": ORDERS["forward"]})
 
@@ -122,7 +122,8 @@ def test_all_of_a_seed_comes_before_the_next(tmp_path):
         ({"preset": "testbed", "method": ()}, "unknown field of a cell 'method'"),
         ({"preset": "tesbed", "methods": ("plain",)}, "unknown preset"),
         ({"preset": "testbed", "methods": ("plan",)}, "unknown method"),
-        ({"preset": "testbed", "methods": ("plain",), "options": ("--x=1",)}, "--x"),
+        ({"preset": "testbed", "changes": {"x": {}}}, "unknown change of a cell 'x'"),
+        ({"preset": "testbed", "changes": {"training": {"x": 1}}}, "not know x"),
     ],
 )
 def test_a_cell_that_cannot_be_meant_is_refused(fields, message, tmp_path):

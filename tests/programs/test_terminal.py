@@ -299,19 +299,3 @@ def test_no_cell_outlives_a_sweep(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().err == "kept\n"
     assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
     assert not (tmp_path / "c").exists()
-
-
-def test_a_cell_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):
-    from sbr_jax.programs import sweep
-    from sbr_jax.programs.sweep_state import Sweep
-
-    def command(made, name, *, quiet):
-        return [sys.executable, "-S", "-c", f"raise SystemExit({int(name == 'b')})"]
-
-    tables = []
-    monkeypatch.setattr(sweep, "cell_command", command)
-    monkeypatch.setattr(sweep, "write_table", tables.append)
-    made = Sweep("s", tmp_path, dict.fromkeys("abc"), (0,))
-    with pytest.raises(UserError, match="could not finish b;"):
-        sweep.execute_cells(made, 2, quiet=True)
-    assert len(tables) == 3
