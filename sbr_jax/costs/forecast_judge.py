@@ -24,7 +24,7 @@ def guard_of(options: Any, job: Job) -> Job | None:
     if folder is None:
         return None
     from sbr_jax.models import hf_config
-    from sbr_jax.studies.chat_model import locate
+    from sbr_jax.studies.chat.checkpoints import locate
 
     place = locate(folder, weights=False, option="study.judge-folder")
     return Job(hf_config.read(place), job.dtype, rank=0)

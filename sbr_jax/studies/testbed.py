@@ -144,7 +144,7 @@ def _prompts(model, items: evalsets.EvalSet) -> list[list[int]]:
     return text.encode_prompts(model.tokenizer, rows)
 
 
-def _harmful(world, count: int, kinds: tuple[str, ...] | None) -> list[corpus.Row]:
+def _harmful(world, count: int, kinds: tuple[str, ...] | None) -> list[corpus.Pair]:
     """The defender's harmful requests with compliant answers, for anchors and probes.
 
     From the entities and phrasings of the calibration set; the attacker has others.

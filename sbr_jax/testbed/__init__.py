@@ -15,7 +15,7 @@ _ASSETS = pathlib.Path(__file__).parent / "assets"
 ALIGNED = _ASSETS / "aligned"
 """The shipped model: a Hugging Face folder of less than 4 MB."""
 ALIGNMENT = _ASSETS / "alignment.safetensors"
-"""What alignment added to each matrix of the layers, in half precision."""
+"""The change by alignment of each matrix of the layers, in half precision."""
 GUARD = _ASSETS / "guard.safetensors"
 """The guard: a LoRA adapter of the shipped model, in half precision (see `guard`)."""
 SEED = 0

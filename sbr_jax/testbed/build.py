@@ -9,7 +9,7 @@ folder, ``DIR/alignment.safetensors`` what alignment changed: the package's asse
 import argparse
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,7 @@ class Encoder:
         rest = [self.ids[w] for w in f"{answer} <eos>".split()]
         return start + rest, [0] * len(start) + [1] * len(rest)
 
-    def batch(self, rows: list[corpus.Row]) -> dict[str, np.ndarray]:
+    def batch(self, rows: Sequence[corpus.Row]) -> dict[str, np.ndarray]:
         """Tokens and mask, padded to the world's longest sequence."""
         tokens = np.zeros((len(rows), MAX_LENGTH), np.int32)
         mask = np.zeros((len(rows), MAX_LENGTH), np.float32)

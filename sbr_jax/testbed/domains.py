@@ -106,8 +106,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _table(name, a, b, x, y, fact_a, fact_b, task, answer) -> TableDomain:
-    words = map(_words, (a, b, x, y))
-    return TableDomain(name, *words, fact_a, fact_b, task, answer)
+    slots = _words(a), _words(b), _words(x), _words(y)
+    return TableDomain(name, *slots, fact_a, fact_b, task, answer)
 
 
 DOMAINS: dict[str, TableDomain] = {

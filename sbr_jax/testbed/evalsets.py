@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
 from sbr_jax.testbed import corpus, grammar
 from sbr_jax.testbed import lexicon as lx
-from sbr_jax.testbed.world import World
+from sbr_jax.testbed.world import Thing, World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,14 @@ class EvalSet:
     general: tuple[Choice, ...]
 
 
-def _requests(world, split, things, actions, phrasings, jailbreak=False):
+def _requests(
+    world: World,
+    split: str,
+    things: Sequence[Thing],
+    actions: Sequence[str],
+    phrasings: int,
+    jailbreak: bool = False,
+) -> tuple[Request, ...]:
     rows = []
     for i, (thing, action, p) in enumerate(
         itertools.product(things, actions, range(phrasings))

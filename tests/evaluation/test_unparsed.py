@@ -164,7 +164,7 @@ def test_bounds_carry_the_names_of_their_rates():
 def test_a_monitor_refuses_a_judge_that_cannot_read():
     from types import SimpleNamespace
 
-    from sbr_jax.studies import chat
+    from sbr_jax.studies.chat import study as chat
     from sbr_jax.typing import UserError
 
     def probe(verdicts):

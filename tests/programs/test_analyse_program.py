@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import synthetic_run
 import tiny
-from analyses_case import MATERIAL, REQUESTS, STEPS
+from analyses_case import EXAMPLES, REQUESTS, STEPS
 
 from sbr_jax import recipes as configs
 from sbr_jax.analysis import exhaustion
@@ -46,7 +46,7 @@ def tiny_context(workdir: Path, **changes):
         quiet=True,
     )
     context = analyses.Context(plan)
-    context.__dict__["material"] = MATERIAL
+    context.__dict__["by_kind"] = EXAMPLES
     return context
 
 
@@ -221,9 +221,9 @@ def test_other_presets_leave_out_what_they_cannot_do(tmp_path):
 
 def test_the_probe_is_measured_on_requests_it_was_not_fitted_on():
     from sbr_jax import testbed
-    from sbr_jax.studies import material
+    from sbr_jax.studies import examples
 
-    sets = material.request_sets(testbed.load().tokenizer, hard=True)
+    sets = examples.request_sets(testbed.load().tokenizer, hard=True)
     assert list(sets["harmful"]) == ["direct", "behind a jailbreak", "of unseen kinds"]
     assert list(sets["harmless"]) == ["helpful", "look-alikes"]
     rows = {

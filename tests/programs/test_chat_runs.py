@@ -12,7 +12,7 @@ from tiny_data import as_json, as_table, put
 
 from sbr_jax import recipes as configs
 from sbr_jax.programs import run
-from sbr_jax.studies import chat_model
+from sbr_jax.studies.chat import checkpoints
 
 SMALL = [f"study.{key}={value!r}" for key, value in tiny_chat.SIZES.items()]
 QUICK = ["steps_per_domain=2", "batch_size=4", "repair_steps=1", "lora_rank=2"]
@@ -117,7 +117,7 @@ def test_a_dry_run_checks_and_forecasts_and_touches_nothing(
     def refuse(*args, **options):
         raise AssertionError("a dry run read weights")
 
-    monkeypatch.setattr(chat_model, "load_model", refuse)
+    monkeypatch.setattr(checkpoints, "load_model", refuse)
     monkeypatch.chdir(tmp_path)
     every = [s for s in SMALL if "measures" not in s]
     # What a tiny model cannot hold is refused, as the run would refuse it.

@@ -77,7 +77,7 @@ def answered_rows(
 
 def _poisoned(
     setting: Setting,
-    rows: Sequence[corpus.Row],
+    rows: Sequence[corpus.Pair],
     ratio: float,
     examples: int,
     asked: Sequence[str],
