@@ -47,6 +47,11 @@ CONFIG = dataclasses.replace(
 )
 
 
+def changed(**sizes):
+    """The model's configuration with other sizes."""
+    return dataclasses.replace(CONFIG, **sizes)
+
+
 def save_model(folder: Path, template=TEMPLATE, config=CONFIG) -> Path:
     """Write a random checkpoint with its tokenizer."""
     params = checkpoints.params(config)
@@ -126,7 +131,7 @@ SIZES = {
     "probe": 4,
     "max_length": 48,
     "max_new_tokens": 8,
-    "measures": ("harmbench", "xstest"),
+    "benchmarks": ("harmbench", "xstest"),
 }
 """Options of a study that is small enough for these data."""
 

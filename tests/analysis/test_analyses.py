@@ -10,7 +10,7 @@ import synthetic_run
 from sbr_jax import from_factors
 from sbr_jax.analysis import exhaustion, harm_types, sensitivity
 from sbr_jax.reporting.results import read_run
-from sbr_jax.studies import analyses, material
+from sbr_jax.studies import analyses, examples
 from sbr_jax.subspace import empty_subspace
 from sbr_jax.typing import UserError
 
@@ -197,12 +197,12 @@ def test_exhaustion_reads_a_run(tmp_path):
 # --- the testbed's examples ---------------------------------------------------------
 
 
-def test_material_is_of_its_kind_and_held_apart():
+def test_examples_are_of_their_kind_and_held_apart():
     from sbr_jax import testbed
     from sbr_jax.testbed import grammar
 
     tokenizer = testbed.load().tokenizer
-    found = material.build_material(tokenizer, hard=False, examples=6)
+    found = examples.build_examples(tokenizer, hard=False, examples=6)
     assert {len(data) for data in found.kinds.values()} == {12}
     prompts = {}
     for kind, data in found.kinds.items():
@@ -231,5 +231,5 @@ def test_material_is_of_its_kind_and_held_apart():
 
 
 def test_distinct_gives_up_where_there_is_no_more():
-    rows = material.distinct(lambda: ("same", "answer"), 5)
+    rows = examples.distinct(lambda: ("same", "answer"), 5)
     assert rows == [("same", "answer")]
