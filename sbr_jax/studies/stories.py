@@ -99,33 +99,23 @@ def build_study(
     control_pairs = load_source(options.control_source, folder)
     language_model = models.load(sources.model or MODEL)
     encode = Encoder(language_model.tokenizer, options.max_length)
-    parts = {
-        name: encode.parts(
-            name, pairs, {"held-out": options.held_out, "training": options.train}
-        )
-        for name, pairs in read.items()
-    }
-    safe = encode.parts(
-        options.calibration_source,
-        safe_pairs,
-        {
-            "calibration": options.calibration,
-            "held-out": options.held_out,
-            "mixing": 500,
-        },
-    )
+    size, held_out = options.calibration, options.held_out
+    sizes = {"held-out": held_out, "training": options.train}
+    parts = {name: encode.parts(name, pairs, sizes) for name, pairs in read.items()}
+    sizes = {"calibration": size, "held-out": held_out, "mixing": 500}
+    safe = encode.parts(options.calibration_source, safe_pairs, sizes)
     # The control sits at the end of its file's order, past any domain's own parts.
-    control = encode.parts(
-        options.control_source, control_pairs[::-1], {"control": options.calibration}
-    )
+    backwards = control_pairs[::-1]
+    control = encode.parts(options.control_source, backwards, {"control": size})
     sets = {
         "calibration": safe["calibration"],
         "held-out safe answers": safe["held-out"],
         **{f"held-out {name}": part["held-out"] for name, part in parts.items()},
     }
     leaks = {}
-    for name in [name for name in sets if name != "calibration"]:
-        leaks |= check_disjoint({"calibration": sets["calibration"], name: sets[name]})
+    for name, data in sets.items():
+        if name != "calibration":
+            leaks |= check_disjoint({"calibration": safe["calibration"], name: data})
 
     safety = HeldOut(language_model, safe["held-out"])
     tests = {n: HeldOut(language_model, p["held-out"]) for n, p in parts.items()}
@@ -139,6 +129,7 @@ def build_study(
     def accuracy_of(name: str) -> Callable[[PyTree, PyTree], float]:
         return lambda base, adapter: tests[name](base, adapter)[1]
 
+    noise = random_tokens(safe["calibration"], language_model.config.vocab_size, seed=0)
     used = {**sets, **{f"train {n}": p["training"] for n, p in parts.items()}}
     return Study(
         model=language_model,
@@ -147,12 +138,7 @@ def build_study(
             for name in domains
         },
         calibration=safe["calibration"],
-        calibration_controls={
-            "benign": control["control"],
-            "random": random_tokens(
-                safe["calibration"], language_model.config.vocab_size, seed=0
-            ),
-        },
+        calibration_controls={"benign": control["control"], "random": noise},
         safety_mix=safe["mixing"],
         evaluate=evaluate,
         probe=None,

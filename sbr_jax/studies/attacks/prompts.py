@@ -45,18 +45,10 @@ def jailbreak_study(setting: Setting) -> Study:
 
 
 def gcg_study(
-    setting: Setting,
-    *,
-    steps: int,
-    suffix_length: int,
-    candidates: int,
-    prompts: int,
-    quiet: bool = True,
+    setting: Setting, *, prompts: int, quiet: bool = True, **budget: int
 ) -> Study:
     """No training data: every harmful request with a suffix searched for it."""
-    search = SuffixSearch(
-        setting, steps, suffix_length, candidates, prompts, quiet=quiet
-    )
+    search = SuffixSearch(setting, prompts=prompts, quiet=quiet, **budget)
     return attacked(setting, search, "refusal_gcg")
 
 

@@ -6,7 +6,6 @@ is printed or copied.
 """
 
 import contextlib
-import functools
 import json
 import math
 import tempfile
@@ -25,7 +24,6 @@ from sbr_jax.data.leaks import refuse_shared
 from sbr_jax.evaluation import KeywordJudge, measures, tasks
 from sbr_jax.evaluation.measurement import Ask, Measurement
 from sbr_jax.evaluation.runner import ModelRunner
-from sbr_jax.losses import token_cross_entropy
 from sbr_jax.studies._held_out import held_out_scores
 from sbr_jax.studies.realtext.corpus import (
     KEYWORDS,
@@ -37,6 +35,7 @@ from sbr_jax.studies.realtext.corpus import (
     make_tokenizer,
     read_corpus,
 )
+from sbr_jax.testbed.build import full_step
 from sbr_jax.training.step import learning_rate_schedule
 from sbr_jax.typing import PyTree, UserError
 
@@ -61,20 +60,6 @@ def model_config(tokenizer: Any) -> models.ModelConfig:
         eos=(tokenizer.eos_token_id,),
         pad=tokenizer.pad_token_id,
     )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(apply_fn, optimizer, base, opt_state, batch):
-    def loss(base):
-        logits = apply_fn(base, None, batch["tokens"])
-        losses = token_cross_entropy(logits, batch["tokens"], batch["mask"])
-        return jnp.mean(losses)
-
-    value, gradient = jax.value_and_grad(loss)(base)
-    # Optax counts in integers and promotes them: let it, also in strict mode.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(gradient, opt_state, base)
-    return optax.apply_updates(base, updates), opt_state, value
 
 
 def train(
@@ -119,7 +104,7 @@ def train(
     with Progress(disable=quiet) as progress:
         task = progress.add_task("training", total=steps)
         for step in range(1, steps + 1):
-            base, opt_state, _ = _step(
+            base, opt_state, _ = full_step(
                 model.apply_fn, optimizer, base, opt_state, next(drawn)
             )
             progress.advance(task)
