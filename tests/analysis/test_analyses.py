@@ -184,11 +184,10 @@ def test_exhaustion_reads_a_run(tmp_path):
     row = found["safeanchor-exact"]
     assert row["cap"] == 64
     assert row["removed"] == pytest.approx([0.4] * 3)
+    text = (tmp_path / "run" / "results.jsonl").read_text()
     (ranks,) = (
         x["diagnostics"]["effective_rank"]
-        for x in map(
-            json.loads, (tmp_path / "run" / "results.jsonl").read_text().splitlines()
-        )
+        for x in map(json.loads, text.splitlines())
         if (x["method"], x["seed"], x["index"]) == ("safeanchor-exact", 0, -1)
     )
     assert row["rank"][0] == pytest.approx(np.mean(list(ranks.values())))
@@ -204,27 +203,22 @@ def test_examples_are_of_their_kind_and_held_apart():
     tokenizer = testbed.load().tokenizer
     found = examples.build_examples(tokenizer, hard=False, examples=6)
     assert {len(data) for data in found.kinds.values()} == {12}
-    prompts = {}
-    for kind, data in found.kinds.items():
+
+    def prompts(data):
         stops = data.mask.argmax(1)
-        rows = [tuple(t[:s]) for t, s in zip(data.tokens, stops, strict=True)]
+        return [tuple(t[:s]) for t, s in zip(data.tokens, stops, strict=True)]
+
+    for kind, data in found.kinds.items():
+        rows = prompts(data)
         assert len(set(rows)) == len(rows), kind  # the halves share no prompt
-        prompts[kind] = set(rows)
-    answers = [
+    refusals = found.kinds["refusal"]
+    answers = {
         tokenizer.decode(t[m > 0], skip_special_tokens=True).strip()
-        for t, m in zip(
-            found.kinds["refusal"].tokens, found.kinds["refusal"].mask, strict=True
-        )
-    ]
-    assert set(answers) <= set(grammar.REFUSALS)
-    assert len(found.refusing) == len(found.complying) > 0
-    held_out = {
-        tuple(t[:s])
-        for t, s in zip(
-            found.refusing.tokens, found.refusing.mask.argmax(1), strict=True
-        )
+        for t, m in zip(refusals.tokens, refusals.mask, strict=True)
     }
-    assert not held_out & prompts["refusal"]
+    assert answers <= set(grammar.REFUSALS)
+    assert len(found.refusing) == len(found.complying) > 0
+    assert not set(prompts(found.refusing)) & set(prompts(refusals))
     np.testing.assert_array_equal(
         found.refusing.mask.argmax(1), found.complying.mask.argmax(1)
     )

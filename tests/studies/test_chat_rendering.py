@@ -16,7 +16,7 @@ from sbr_jax.data import template
 from sbr_jax.programs import analyse, export, run
 from sbr_jax.settings import Training
 from sbr_jax.studies.dates import dated
-from sbr_jax.studies.options import ChatOptions, TestbedOptions, recorded
+from sbr_jax.studies.options import ChatOptions, StoriesOptions, recorded
 from sbr_jax.typing import UserError
 
 DATED = tiny_chat.TEMPLATE.replace(
@@ -121,7 +121,7 @@ def test_a_template_without_a_date_records_none(copy):
     assert build(copy, ("code",), date="2024-07-26").fingerprint == study.fingerprint
     assert dated(ChatOptions(), copy).date == template.process_date()
     assert "date" not in recorded(ChatOptions(date="2024-07-26"))
-    assert dated(TestbedOptions(), copy) == TestbedOptions()
+    assert dated(StoriesOptions(), copy) == StoriesOptions()
 
 
 @pytest.mark.parametrize("name", ["config.json", "analysis.json"])
