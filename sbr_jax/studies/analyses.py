@@ -36,8 +36,6 @@ from sbr_jax.studies.examples import (
 )
 from sbr_jax.studies.options import StudyOptions, TestbedOptions
 from sbr_jax.subspace import Subspace
-from sbr_jax.training import pipeline
-from sbr_jax.training.program import init_adapter
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree, UserError
 
@@ -95,6 +93,8 @@ class Context:
     @functools.cached_property
     def adapter(self) -> PyTree:
         """A fresh adapter of the settings."""
+        from sbr_jax.training.program import init_adapter
+
         return init_adapter(self.study, self.job.config, 0)
 
     def subspace(
@@ -123,6 +123,8 @@ class Context:
 
     def run(self, study: Study, domains: Sequence[str], name: str) -> Run:
         """Runs the variants through domains, in a folder below the job's."""
+        from sbr_jax.training import pipeline
+
         job, folder = self.job, self.job.workdir / name
         pipeline.run(
             study,
