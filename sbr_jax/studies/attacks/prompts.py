@@ -30,7 +30,7 @@ from sbr_jax.typing import PyTree, UserError
 PLACEHOLDER = "."
 """The word that a suffix is made of before the search."""
 TARGET_WORDS = 6
-"""How much of a request's compliant answer is the target: its first step, as in "sure ,
+"""Words of a request's compliant answer that are the target: its first step, as "sure ,
 first heat the basin". On plain LoRA the opening alone, three words, broke off into
 gibberish twice as often."""
 

@@ -121,7 +121,7 @@ SHAPE = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
 
 
 def check_unaligned(places: Mapping[str, Path], config: models.ModelConfig) -> None:
-    """Refuse another model in the place of the one before its alignment.
+    """Refuses another model in the place of the one before its alignment.
 
     Args:
         places: of `locate_all`.

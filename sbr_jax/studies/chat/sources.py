@@ -68,7 +68,7 @@ def source_of(role: str, folder: Path) -> str:
 
 
 def families(name: str) -> frozenset[str]:
-    """The origins of a data set or measurement.
+    """The origins of a data set or benchmark.
 
     >>> families("hh_rlhf") == families("beavertails_unsafe_qa")
     True

@@ -170,7 +170,7 @@ def build(
         quiet: no progress bar.
 
     Returns:
-        The model, and what `training.json` is to hold: counts, hashes and measurements.
+        The model, and what `training.json` is to hold: counts, hashes, rates.
 
     Raises:
         UserError: for missing files, prompts that leave no room for an answer, and a
