@@ -8,7 +8,7 @@ import tiny
 
 from sbr_jax import from_factors, models
 from sbr_jax.analysis import coupling
-from sbr_jax.studies import material
+from sbr_jax.studies.examples import Examples
 
 ADAPTER = models.init_adapter(jax.random.key(1), tiny.CONFIG, rank=2, alpha=4.0)
 
@@ -37,7 +37,7 @@ SAFETY, BENIGN = lora_subspace(2, 3), lora_subspace(3, 3)
 STEPS = coupling.steps(jax.random.key(4), ADAPTER, SAFETY, BENIGN, draws=2)
 
 
-MATERIAL = material.Material(
+EXAMPLES = Examples(
     kinds={"refusal": tiny.dataset(30, 24, 0), "truth": tiny.dataset(31, 24, 3)},
     refusing=tiny.dataset(32, 12, 0),
     complying=tiny.dataset(32, 12, 7),

@@ -11,10 +11,10 @@ from sbr_jax.studies.options import ChatOptions, Sources
 DOMAINS = ("medical", "legal", "code")
 
 
-def save_world(folder):
+def save_world(folder, template=tiny_chat.TEMPLATE, **config):
     """A model and a data folder."""
     tiny_chat.save_data(folder / "data")
-    tiny_chat.save_model(folder / "model")
+    tiny_chat.save_model(folder / "model", template, tiny_chat.changed(**config))
     return folder
 
 
@@ -25,7 +25,23 @@ def copy_world(world, folder):
     return folder
 
 
-def build(folder, domains=DOMAINS, *, weights=False, hardware=Hardware(), **options):
-    made = ChatOptions(**{**tiny_chat.SIZES, **options})
-    sources = Sources(str(folder / "model"), str(folder / "data"))
-    return chat.build_study(domains, made, sources, hardware, weights=weights)
+def build(folder, domains=DOMAINS, weights=False, hardware=Hardware(), **options):
+    return chat.build_study(
+        domains,
+        ChatOptions(**{**tiny_chat.SIZES, **options}),
+        Sources(str(folder / "model"), str(folder / "data")),
+        hardware,
+        weights=weights,
+    )
+
+
+def flags(scope, values):
+    """Settings as words of a command line."""
+    words = []
+    for name, value in values.items():
+        several = value if isinstance(value, tuple) else (value,)
+        words += [f"--{scope}.{name.replace('_', '-')}", *map(str, several)]
+    return words
+
+
+SMALL = flags("study", tiny_chat.SIZES)

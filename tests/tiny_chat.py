@@ -48,6 +48,11 @@ CONFIG = dataclasses.replace(
 )
 
 
+def changed(**sizes):
+    """The model's configuration with other sizes."""
+    return dataclasses.replace(CONFIG, **sizes)
+
+
 def save_model(folder: Path, template=TEMPLATE, config=CONFIG) -> Path:
     """Write a random checkpoint with its tokenizer."""
     params = checkpoints.params(config)

@@ -1,4 +1,4 @@
-r"""Does the safety subspace of the parameters hold the refusal direction in place?
+r"""Coupling of the safety subspace and the refusal direction, tested by steps.
 
 The parameters' subspace U and the direction r in the activations are found apart from
 each other. The causal test moves the adapter by steps of one length,
@@ -36,7 +36,7 @@ from sbr_jax.subspace import Subspace, project_onto, project_out, units
 from sbr_jax.typing import PyTree, UserError
 
 LOST = 1e-3
-"""Where a projection leaves a smaller share than this, what is left is rounding."""
+"""Share below which the rest of a projection is rounding."""
 
 
 def steps(

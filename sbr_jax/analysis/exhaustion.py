@@ -1,4 +1,4 @@
-r"""Does a growing subspace leave room to learn? Ranks and accuracy over T domains.
+r"""Exhaustion of a growing subspace: ranks and accuracy over T domains.
 
 A subspace that is merged with a new one after each domain grows, up to its cap of K
 columns. For each domain t:

@@ -1,4 +1,4 @@
-r"""Is safety one subspace? Fisher subspaces of single kinds of behaviour, compared.
+r"""Fisher subspaces of single kinds of safe behaviour, compared.
 
 For each kind (refusal, truthfulness, ...) two subspaces are estimated from disjoint
 halves of equally many examples, V_a of one half and V_b of another:

@@ -1,4 +1,4 @@
-r"""How many calibration examples does a safety subspace need?
+r"""Sensitivity of a safety subspace to the number of calibration examples.
 
 Subspaces from the first N_s examples against that of all N:
 

@@ -23,7 +23,7 @@ def guard_of(options: Any, load: Load) -> Load | None:
     if folder is None:
         return None
     from sbr_jax.models import hf_config
-    from sbr_jax.studies.chat_model import locate
+    from sbr_jax.studies.chat.checkpoints import locate
 
     place = locate(folder, weights=False, option="study.judge-folder")
     return Load(hf_config.read(place), load.dtype, rank=0)

@@ -4,289 +4,21 @@
         [--quiet]
 
 Trains a Llama of 3.4 M parameters from scratch to answer benign instructions and to
-refuse harmful ones (`studies.realtext_corpus`), and measures it. About 32 minutes on
-one core.
-
-The folder is written at the end, by rename: a killed run leaves none. Its
-`training.json` tells what was read, dropped and reached, in counts and hashes; no row
-is printed or copied.
+refuse harmful ones (`studies.realtext`), and measures it. About 32 minutes on one core.
 """
 
-import contextlib
 import dataclasses
-import functools
-import json
-import math
 import os
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-
-from sbr_jax import models
-from sbr_jax.data import TokenDataset, concatenate, encode_chat, encode_prompts
-from sbr_jax.data.leaks import refuse_shared
-from sbr_jax.evaluation import KeywordJudge, tasks
-from sbr_jax.evaluation.benchmarks import Ask, PreparedBenchmark, prepare
-from sbr_jax.evaluation.runner import ModelRunner
-from sbr_jax.losses import token_cross_entropy
 from sbr_jax.programs import cli
 from sbr_jax.recipes.realtext import BENCHMARKS
-from sbr_jax.studies.realtext_corpus import (
-    KEYWORDS,
-    LENGTHS,
-    Exchange,
-    batches,
-    fingerprint,
-    kept_out,
-    make_tokenizer,
-    read_corpus,
-)
-from sbr_jax.studies.stories import held_out_scores
-from sbr_jax.transforms.schedules import learning_rate_schedule
-from sbr_jax.typing import PyTree, UserError
+from sbr_jax.studies import realtext
+from sbr_jax.typing import UserError
 
 PROGRAM = "python -m experiments.realtext"
-
-CONTEXT = 2048
-"""Room for the longest behaviour of HarmBench; text to learn is at most a quarter."""
-WIDTH, LAYERS, HEADS = 192, 6, 6
-STEPS, LEARNING_RATE = 1200, 3e-3
-MEASURED, NEW_TOKENS = 300, 24
-"""Prompts of a measurement after training, at most, and tokens of an answer."""
-
-
-def model_config(tokenizer: Any) -> models.ModelConfig:
-    """Return the shape of the model: 3.4 M parameters with the whole vocabulary."""
-    return models.ModelConfig(
-        vocab_size=len(tokenizer),
-        width=WIDTH,
-        mlp_width=WIDTH * 8 // 3,
-        layers=LAYERS,
-        heads=HEADS,
-        context=CONTEXT,
-        bos=tokenizer.bos_token_id,
-        eos=(tokenizer.eos_token_id,),
-        pad=tokenizer.pad_token_id,
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(apply_fn, optimizer, base, opt_state, batch):
-    def loss(base):
-        logits = apply_fn(base, None, batch["tokens"])
-        losses = token_cross_entropy(logits, batch["tokens"], batch["mask"])
-        return jnp.mean(losses)
-
-    value, gradient = jax.value_and_grad(loss)(base)
-    # Optax counts in integers and promotes them: let it, also in strict mode.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(gradient, opt_state, base)
-    return optax.apply_updates(base, updates), opt_state, value
-
-
-def train(
-    model: models.Model,
-    data: TokenDataset,
-    held_out: TokenDataset,
-    *,
-    steps: int,
-    seed: int,
-    quiet: bool = False,
-) -> tuple[PyTree, list[tuple[int, float]]]:
-    """Train all weights on the rows' prompts and answers.
-
-    Args:
-        model: the weights to start from (kept) and the pad token.
-        data: rows to learn.
-        held_out: rows to measure on, five times.
-        steps: optimizer steps, of a cosine schedule.
-        seed: of the batches.
-        quiet: no progress bar.
-
-    Returns:
-        The weights, and pairs of a step's number and the held-out loss per answer
-        token in nats.
-
-    Raises:
-        UserError: when the loss is no longer a number.
-    """
-    from rich.progress import Progress
-
-    rate = learning_rate_schedule(
-        LEARNING_RATE, steps, warmup_fraction=0.05, final_fraction=0.05
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1)
-    )
-    base = jax.tree.map(jnp.copy, model.params)
-    opt_state = optimizer.init(base)
-    lengths = np.sum(data.tokens != model.tokenizer.pad_token_id, axis=1)
-    drawn = batches(data, lengths, seed)
-    curve: list[tuple[int, float]] = []
-    with Progress(disable=quiet) as progress:
-        task = progress.add_task("training", total=steps)
-        for step in range(1, steps + 1):
-            base, opt_state, _ = _step(
-                model.apply_fn, optimizer, base, opt_state, next(drawn)
-            )
-            progress.advance(task)
-            if step % max(1, steps // 5) and step != steps:
-                continue
-            loss, _ = held_out_scores(model, held_out, base, None)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"expected a finite held-out loss, got {loss} after step {step}: "
-                    "the training diverged; take another --seed"
-                )
-            curve.append((step, round(loss, 4)))
-            progress.update(task, description=f"training, held-out loss {loss:.3f}")
-    return base, curve
-
-
-# --- the folder -----------------------------------------------------------------------
-
-
-def measurements(folder: Path) -> list[PreparedBenchmark]:
-    """Return what a model is measured with; reads the files, touches no model.
-
-    Raises:
-        UserError: for missing or damaged files.
-    """
-    judge = KeywordJudge(KEYWORDS)
-    found = [
-        prepare(name, folder, limit=MEASURED, judge=judge, max_new_tokens=NEW_TOKENS)
-        for name in BENCHMARKS
-    ]
-    # Of the same origin as what was learnt, where the others are not.
-    length = {"max_new_tokens": NEW_TOKENS}
-    near = Ask("beavertails-eval", folder, MEASURED, judge, False, None, length)
-    items = near.items("beavertails_prompts", "eval")
-    return [*found, near.judged(items, tasks.requests)]
-
-
-def measure(
-    model: models.Model, asked: Sequence[PreparedBenchmark]
-) -> dict[str, float]:
-    """Return refusal and over-refusal rates of a trained model, in percent."""
-    # Some of HarmBench's prompts are long, and a batch is as wide as its longest.
-    runner = ModelRunner(model, model.params, batch_size=16)
-    found: dict[str, float] = {}
-    for measurement in asked:
-        found |= measurement(runner)
-    # By set alone: categories of a set are for reports of many models.
-    return {name: round(x, 2) for name, x in found.items() if name.count("/") == 1}
-
-
-def build(
-    folder: Path, *, steps: int = STEPS, seed: int = 0, quiet: bool = False
-) -> tuple[models.Model, dict[str, Any]]:
-    """Train and measure the model of the preset `realtext`.
-
-    Args:
-        folder: the data folder.
-        steps: optimizer steps.
-        seed: of everything.
-        quiet: no progress bar.
-
-    Returns:
-        The model, and what `training.json` is to hold: counts, hashes and measurements.
-
-    Raises:
-        UserError: for missing files, prompts that leave no room for an answer, and a
-            training that diverges.
-    """
-    banned = kept_out(folder)
-    parts = read_corpus(folder, banned, seed)
-    refuse_shared(
-        {
-            "the corpus": [x for p in parts.values() for x in (*p.train, *p.held_out)],
-            "what is kept out": [text for texts in banned.values() for text in texts],
-        }
-    )
-    tokenizer = make_tokenizer(
-        text for p in parts.values() for x in p.train for text in (x.prompt, x.answer)
-    )
-    config, asked = model_config(tokenizer), measurements(folder)
-    for measurement in asked:
-        room = config.context - NEW_TOKENS
-        encode_prompts(tokenizer, measurement.prompts, max_length=room)
-
-    def encode(rows: Sequence[Exchange]) -> TokenDataset:
-        pairs = [(row.prompt, row.answer) for row in rows]
-        return encode_chat(tokenizer, pairs, LENGTHS[-1], too_long="truncate")
-
-    learnt = {name: encode(part.train) for name, part in parts.items()}
-    held_out = {name: encode(part.held_out) for name, part in parts.items()}
-    held_out["all"] = concatenate(list(held_out.values()))
-    start = models.init_params(jax.random.key(seed), config)
-    weights, curve = train(
-        models.make_model(config, start, tokenizer),
-        concatenate(list(learnt.values())),
-        held_out["all"],
-        steps=steps,
-        seed=seed,
-        quiet=quiet,
-    )
-    model = models.make_model(config, weights, tokenizer)
-    losses = {
-        name: round(held_out_scores(model, data, weights, None)[0], 4)
-        for name, data in held_out.items()
-    }
-    return model, {
-        "program": PROGRAM,
-        "steps": steps,
-        "seed": seed,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
-        "vocabulary": len(tokenizer),
-        "parts": {
-            name: {
-                "rows": len(data),
-                "held_out": len(held_out[name]),
-                "tokens": int(np.sum(data.tokens != tokenizer.pad_token_id)),
-                "truncated": data.truncated,
-                "dropped": {**parts[name].dropped, "too_long": data.dropped},
-                "sha256": fingerprint("\n".join(row) for row in parts[name].train),
-            }
-            for name, data in learnt.items()
-        },
-        "kept_out": {
-            name: {"prompts": len(texts), "sha256": fingerprint(texts)}
-            for name, texts in banned.items()
-        },
-        "held_out_loss": losses,
-        "curve": curve,
-        "judge": KeywordJudge(KEYWORDS).describe(),
-        "measured": measure(model, asked),
-    }
-
-
-def write(output: Path, model: models.Model, record: Mapping[str, Any]) -> None:
-    """Write the model's folder whole, or not at all, nor the folders it lies in."""
-    made = [folder for folder in output.parents if not folder.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the output, for a rename does not cross file systems.
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".realtext-") as at:
-            folder = Path(at) / "model"
-            models.save(folder, model)
-            text = json.dumps(record, indent=2) + "\n"
-            (folder / "training.json").write_text(text, encoding="utf-8")
-            folder.rename(output)
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-# --- the command line -----------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +29,7 @@ class Arguments:
     """Data folder."""
     output: Path
     """Folder to be made: a Hugging Face checkpoint with training.json."""
-    steps: int = STEPS
+    steps: int = realtext.STEPS
     """Optimizer steps."""
     seed: int = 0
     """Of weights, held-out rows, wording and batches."""
@@ -331,10 +63,14 @@ def main(args: Sequence[str] | None = None) -> int:
     def program() -> None:
         given = _checked(cli.parse(Arguments, args, PROGRAM))
         cli.enable_compilation_cache()
-        model, record = build(
-            given.data, steps=given.steps, seed=given.seed, quiet=given.quiet
+        model, record = realtext.build(
+            given.data,
+            BENCHMARKS,
+            steps=given.steps,
+            seed=given.seed,
+            quiet=given.quiet,
         )
-        write(given.output, model, record)
+        realtext.write(given.output, model, record)
         if not given.quiet:
             for name in ("held_out_loss", "measured"):
                 for key, value in record[name].items():

@@ -1,4 +1,4 @@
-"""The analyses that `experiments.analyse` runs, and what they share."""
+"""Analyses of the safety subspace, from a study to numbers."""
 
 import dataclasses
 import functools
@@ -6,17 +6,37 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.analysis.coupling import causal, refusal_log_odds, steps
+from sbr_jax.analysis.exhaustion import exhaustion as follow
+from sbr_jax.analysis.harm_types import harm_types as compare_kinds
+from sbr_jax.analysis.sensitivity import sensitivity as compare_sizes
+from sbr_jax.analysis.sensitivity import usable_sizes
+from sbr_jax.data import TokenDataset
+from sbr_jax.fisher import fisher_subspace
+from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
+from sbr_jax.methods.likelihood import answer_loss
+from sbr_jax.methods.probe import (
+    activations,
+    auroc,
+    distinct_prompts,
+    fit_probe,
+    probe_risk,
+)
 from sbr_jax.reporting.runs import Run, layers_by_unit, read_run
-from sbr_jax.studies.material import (
-    Material,
-    build_material,
+from sbr_jax.studies.examples import (
+    Examples,
+    build_examples,
     direction,
     request_sets,
     with_direction,
 )
 from sbr_jax.studies.options import StudyOptions, TestbedOptions
+from sbr_jax.subspace import Subspace
+from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree, UserError
 
 MOST_DOMAINS = 20
@@ -29,7 +49,7 @@ DRAWS = 4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-    """What the analyses share.
+    """Job, study and examples that the analyses share.
 
     Attributes:
         job: a `programs.job.Job`, or what has its attributes.
@@ -44,25 +64,25 @@ class Context:
     results: Path | None = None
 
     @functools.cached_property
-    def study(self) -> Any:
+    def study(self) -> Study:
         """The preset's study."""
         return self.make_study(self.job.domains)
 
-    def make_study(self, domains: Sequence[str]) -> Any:
+    def make_study(self, domains: Sequence[str]) -> Study:
         """The study over other domains."""
         return self.job.make_study(tuple(domains))
 
     @functools.cached_property
-    def material(self) -> Material:
+    def by_kind(self) -> Examples:
         """The testbed's examples by kind."""
-        return build_material(
+        return build_examples(
             self.study.model.tokenizer,
             hard=self.job.study.hard,
             examples=self.examples,
         )
 
     @functools.cached_property
-    def risky_and_harmless(self) -> Mapping[str, Mapping[str, Any]]:
+    def risky_and_harmless(self) -> Mapping[str, Mapping[str, TokenDataset]]:
         """Held-out prompts by what they ask for, `harmful` and `harmless`."""
         found = request_sets(self.study.model.tokenizer, hard=self.job.study.hard)
         # What a domain teaches must not be taken for harm.
@@ -77,12 +97,10 @@ class Context:
 
         return init_adapter(self.study, self.job.config, 0)
 
-    def subspace(self, data: Any, start: int = 0, stop: int | None = None) -> Any:
+    def subspace(
+        self, data: TokenDataset, start: int = 0, stop: int | None = None
+    ) -> Subspace:
         """The subspace of the aligned model on some rows of a data set."""
-        from sbr_jax.fisher import fisher_subspace
-        from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
-        from sbr_jax.methods.likelihood import answer_loss
-
         model, batch = self.study.model, self.job.config.hardware.fisher_microbatch
         tokens, mask = data.tokens[start:stop], data.mask[start:stop]
         least = min(
@@ -103,8 +121,8 @@ class Context:
             microbatch=batch,
         )
 
-    def pipeline(self, study: Any, domains: Sequence[str], name: str) -> Run:
-        """Runs the rows through domains, in a folder below the working directory."""
+    def run(self, study: Study, domains: Sequence[str], name: str) -> Run:
+        """Runs the variants through domains, in a folder below the job's."""
         from sbr_jax.training import pipeline
 
         job, folder = self.job, self.job.workdir / name
@@ -123,9 +141,7 @@ class Context:
 
 def harm_types(context: Context) -> dict[str, Any]:
     """Subspaces of single kinds, from two disjoint halves each."""
-    from sbr_jax.analysis import harm_types as analysis
-
-    sets = dict(context.material.kinds)
+    sets = dict(context.by_kind.kinds)
     random = context.study.calibration_controls.get("random")
     count = min(len(data) // 2 for data in sets.values())
     if random is not None and len(random) >= 2 * count:
@@ -137,22 +153,20 @@ def harm_types(context: Context) -> dict[str, Any]:
         )
         for kind, data in sets.items()
     }
-    return {"examples": count, **analysis.harm_types(halves)}
+    return {"examples": count, **compare_kinds(halves)}
 
 
 def sensitivity(context: Context) -> dict[str, Any]:
     """Subspaces of the first N_s calibration examples, and of the next N_s."""
-    from sbr_jax.analysis import sensitivity as analysis
-
     data = context.study.calibration
-    sizes = analysis.usable_sizes(len(data))
+    sizes = usable_sizes(len(data))
     whole = {n: context.subspace(data, 0, n) for n in sizes}
     twins = {n: context.subspace(data, n, 2 * n) for n in sizes if 2 * n <= len(data)}
-    return analysis.sensitivity(whole, twins)
+    return compare_sizes(whole, twins)
 
 
 def exhaustion(context: Context) -> dict[str, Any]:
-    """Ranks, removed gradient and accuracy over many domains, by row."""
+    """Ranks, removed gradient and accuracy over many domains, by variant."""
     if context.results is not None:
         return exhaustion_of(read_run(context.results))
     domains = context.domains
@@ -162,59 +176,58 @@ def exhaustion(context: Context) -> dict[str, Any]:
         domains = known[:MOST_DOMAINS] if labelled(context.job.study) else ()
     domains = domains or context.job.domains
     return exhaustion_of(
-        context.pipeline(context.make_study(domains), domains, "exhaustion")
+        context.run(context.make_study(domains), domains, "exhaustion")
     )
 
 
 def exhaustion_of(found: Run) -> dict[str, Any]:
-    """Reads what :func:`sbr_jax.analysis.exhaustion.exhaustion` needs from a run.
+    """Exhaustion of every variant of a run.
 
     Raises:
-        UserError: when no row of it has accuracies.
+        UserError: when no variant has accuracies.
     """
-    from sbr_jax.analysis.exhaustion import exhaustion as analysis
-
     plain = found.accuracy("plain")
-    rows = {}
-    for row in found.methods:
-        accuracy = found.accuracy(row)
+    variants = {}
+    for variant in found.methods:
+        accuracy = found.accuracy(variant)
         if not len(accuracy):
             continue
-        ranks, cap = _ranks(found, row)
+        ranks, cap = _ranks(found, variant)
         removed = [
             [
                 line["metrics"].get("removed")
                 for line in found.lines
-                if (line["method"], line["seed"], line["stage"]) == (row, seed, "train")
+                if (line["method"], line["seed"], line["stage"])
+                == (variant, seed, "train")
             ]
-            for seed in found.seeds(row)
+            for seed in found.seeds(variant)
         ]
         known = all(value is not None for seed in removed for value in seed)
-        rows[row] = analysis(
+        variants[variant] = follow(
             found.domains,
             accuracy,
             ranks=ranks,
             cap=cap,
             removed=removed if known else None,
-            reference=plain if len(plain) and row != "plain" else None,
+            reference=plain if len(plain) and variant != "plain" else None,
         )
-    if not rows:
+    if not variants:
         raise UserError(
             f"exhaustion: expected accuracies of every domain in {found.folder}, got "
             "none; continue that run, or name another"
         )
-    return rows
+    return variants
 
 
-def _ranks(found: Run, row: str) -> tuple[np.ndarray | None, int | None]:
-    """Effective ranks ``[1 + T, U]`` of a row, and their cap; None without."""
-    seen = dict(found.diagnostics(row, "subspace", "effective_rank"))
-    spectra = found.diagnostics(row, "subspace", "spectrum")
+def _ranks(found: Run, variant: str) -> tuple[np.ndarray | None, int | None]:
+    """Effective ranks ``[1 + T, U]`` of a variant, and their cap; None without."""
+    seen = dict(found.diagnostics(variant, "subspace", "effective_rank"))
+    spectra = found.diagnostics(variant, "subspace", "spectrum")
     if -1 not in seen or not spectra:
         return None, None
     ranks: list[np.ndarray] = []
     for index in range(-1, len(found.domains)):
-        # A row that keeps its first subspace reports it once.
+        # A variant that keeps its first subspace reports it once.
         value = layers_by_unit(seen.get(index))
         ranks.append(np.concatenate(list(value.values())) if value else ranks[-1])
     widths = (unit.shape[-1] for unit in layers_by_unit(spectra[0][1]).values())
@@ -223,19 +236,16 @@ def _ranks(found: Run, row: str) -> tuple[np.ndarray | None, int | None]:
 
 def coupling(context: Context) -> dict[str, Any]:
     """Drift of the refusal direction over domains, and the causal test."""
-    import jax
-
-    from sbr_jax.analysis import coupling as analysis
-
-    study, material = context.study, context.material
-    tracked = with_direction(study, material)
-    found = context.pipeline(tracked, context.job.domains, "coupling")
+    study, examples = context.study, context.by_kind
+    tracked = with_direction(study, examples)
+    found = context.run(tracked, context.job.domains, "coupling")
     names = ("direction_cosine", "refusal_log_odds", "refusal")
     tracks = {
-        name: {row: found.metric(row, name) for row in found.methods} for name in names
+        name: {variant: found.metric(variant, name) for variant in found.methods}
+        for name in names
     }
     benign = study.calibration_controls.get("benign")
-    directions = analysis.steps(
+    directions = steps(
         jax.random.key(0),
         context.adapter,
         context.subspace(study.calibration),
@@ -243,18 +253,18 @@ def coupling(context: Context) -> dict[str, Any]:
         draws=DRAWS,
     )
     base = study.model.params
-    causal = analysis.causal(
+    tested = causal(
         lambda adapter: (
-            direction(study.model, base, adapter, material),
-            analysis.refusal_log_odds(
-                study.model, base, adapter, material.refusing, material.complying
+            direction(study.model, base, adapter, examples),
+            refusal_log_odds(
+                study.model, base, adapter, examples.refusing, examples.complying
             ),
         ),
         context.adapter,
         directions,
         STEPS,
     )
-    return {"stages": found.stages, **tracks, "causal": causal}
+    return {"stages": found.stages, **tracks, "causal": tested}
 
 
 def probe(context: Context) -> dict[str, Any]:
@@ -263,10 +273,6 @@ def probe(context: Context) -> dict[str, Any]:
     Raises:
         UserError: where the study has no harmful or no benign prompts.
     """
-    import jax
-
-    from sbr_jax.methods.probe import activations, distinct_prompts, fit_probe
-
     study, model = context.study, context.study.model
     fitted = {1: study.harmful, 0: study.calibration_controls.get("benign")}
     if any(data is None for data in fitted.values()):
@@ -275,7 +281,7 @@ def probe(context: Context) -> dict[str, Any]:
             "got not both: the probe learns to tell their prompts apart"
         )
 
-    def states(data: Any) -> np.ndarray:
+    def states(data: TokenDataset) -> np.ndarray:
         """``[N, L + 1, D]``."""
         found = activations(model.apply_fn, model.params, None, distinct_prompts(data))
         return found.reshape(len(found), model.config.layers + 1, -1)
@@ -316,10 +322,8 @@ def probe(context: Context) -> dict[str, Any]:
 
 def _auroc(found: Any, harmful: np.ndarray, harmless: np.ndarray) -> float:
     """AUROC of a probe on states ``[N, layers, D]`` of both kinds."""
-    from sbr_jax.methods.probe import auroc, probe_risk
-
     sides = [x.reshape(len(x), -1) for x in (harmful, harmless)]
-    scores = probe_risk(found, np.concatenate(sides))
+    scores = probe_risk(found, jnp.asarray(np.concatenate(sides)))
     return auroc(np.asarray(scores), np.repeat([1, 0], [len(x) for x in sides]))
 
 
@@ -331,7 +335,7 @@ ANALYSES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "probe": probe,
 }
 LABELLED = ("harm-types", "coupling", "probe")
-"""Analyses that must know an example's kind."""
+"""Analyses that need an example's kind."""
 
 
 def labelled(options: StudyOptions) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 Options = TypeVar("Options")
 
 KEY = "rendering"
-"""Where a record has it, if the model's or the judge's template asks for the date."""
+"""Key of a record's date, if the model's or the judge's template asks for it."""
 
 RECORDS = ("config.json", "analysis.json")
 """Files of a folder that may hold it."""

@@ -16,7 +16,7 @@ from sbr_jax.typing import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Where a study's model and data lie: of this machine, not of the experiment.
+    """Places of a study's model and data: of this machine, not of the experiment.
 
     Attributes:
         model: a checkpoint folder, or a hub id; None for the preset's own.
@@ -223,7 +223,7 @@ class ChatOptions:
         dtype: of the frozen weights.
         quantize: the frozen projections; None for not at all.
         unaligned_folder: the checkpoint before alignment.
-        drop_overlaps: leave out what a set shares with a measurement, where otherwise
+        drop_overlaps: leave out what a set shares with a benchmark, where otherwise
             the run is refused.
         output_folder: where answers are written for a judge elsewhere (mtbench).
     """

@@ -1,4 +1,4 @@
-"""Makes a study of the embedded testbed: what the presets `testbed*` run."""
+"""Study of the embedded testbed."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sbr_jax import testbed
+from sbr_jax import models, testbed
 from sbr_jax.data import text
 from sbr_jax.data.leaks import shared_prompts
 from sbr_jax.studies.options import TestbedOptions
@@ -43,30 +43,21 @@ def build_study(
     Raises:
       UserError: a checkpoint that does not fit.
     """
-    hard, split = options.hard, options.split
-    calibration_examples, judge = options.calibration_examples, options.judge
+    hard, split, size = options.hard, options.split, options.calibration_examples
     world = make_world(testbed.SEED)
-    if model_folder is None:
-        model = testbed.load()
-    else:
-        from sbr_jax import models
-
-        model = models.load(model_folder)
-    seen = (
-        tuple(k for k in lx.HARMFUL_KINDS if k not in HELD_OUT_KINDS) if hard else None
-    )
-    measured = HELD_OUT_KINDS if hard else None
+    model = testbed.load() if model_folder is None else models.load(model_folder)
+    seen = measured = None
+    if hard:
+        seen = tuple(k for k in lx.HARMFUL_KINDS if k not in HELD_OUT_KINDS)
+        measured = HELD_OUT_KINDS
 
     def encode(rows, length=suite.MAX_LENGTH):
         return text.encode_chat(model.tokenizer, rows, length)
 
     rng = np.random.default_rng([world.seed, 41])
-    calibration = encode(
-        corpus.calibration_rows(
-            rng, world, "calibration", calibration_examples, kinds=seen
-        )
-    )
-    benign = encode(corpus.benign_rows(rng, world, "calibration", calibration_examples))
+    rows = corpus.calibration_rows(rng, world, "calibration", size, kinds=seen)
+    calibration = encode(rows)
+    benign = encode(corpus.benign_rows(rng, world, "calibration", size))
     scrambled = _scramble(calibration, rng)
     harmful = encode(_harmful(world, HARMFUL_EXAMPLES, seen))
     evaluation = suite.Suite(model, evalsets.make_evalset(world, split, kinds=measured))
@@ -86,13 +77,8 @@ def build_study(
             ),
         )
 
-    settings = {
-        "world": world.seed,
-        "hard": hard,
-        "split": split,
-        "n": calibration_examples,
-    }
-    if judge == "guard":
+    settings = {"world": world.seed, "hard": hard, "split": split, "n": size}
+    if options.judge == "guard":
         # The exact judge is not named: studies from before the choice keep their print.
         settings["guard"] = hashlib.sha256(testbed.GUARD.read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -106,7 +92,7 @@ def build_study(
         safety_mix=calibration,
         harmful=harmful,
         unaligned=testbed.load_unaligned() if model_folder is None else None,
-        judge=JUDGES[judge](model.tokenizer, world),
+        judge=JUDGES[options.judge](model.tokenizer, world),
         evaluate=evaluation.safety,
         probe=probe.refusal,
         fingerprint=digest.hexdigest()[:16],
@@ -132,20 +118,13 @@ JUDGES = {"exact": judges.harm_judge, "guard": _guard_judge}
 
 
 def _prompts(model, items: evalsets.EvalSet) -> list[list[int]]:
-    parts = (
-        items.harmful,
-        items.jailbreak,
-        items.look_alike,
-        items.helpful,
-        items.truth,
-        items.bias_ambiguous,
-        items.bias_disambiguated,
-    )
-    rows = [row.prompt for part in parts for row in part]
+    names = [*suite.REQUESTS, *suite.CHOICES]
+    names.remove("general")
+    rows = [row.prompt for name in names for row in getattr(items, name)]
     return text.encode_prompts(model.tokenizer, rows)
 
 
-def _harmful(world, count: int, kinds: tuple[str, ...] | None) -> list[corpus.Row]:
+def _harmful(world, count: int, kinds: tuple[str, ...] | None) -> list[corpus.Pair]:
     """The defender's harmful requests with compliant answers, for anchors and probes.
 
     From the entities and phrasings of the calibration set; the attacker has others.
@@ -154,11 +133,9 @@ def _harmful(world, count: int, kinds: tuple[str, ...] | None) -> list[corpus.Ro
     things = [
         t for t in world.harmful["calibration"] if kinds is None or t.kind in kinds
     ]
+    form = {"harmful": True, "aligned": False, "things": things}
     return [
-        corpus.request_pair(
-            rng, world, "calibration", harmful=True, aligned=False, things=things
-        )
-        for _ in range(count)
+        corpus.request_pair(rng, world, "calibration", **form) for _ in range(count)
     ]
 
 

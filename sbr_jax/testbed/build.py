@@ -9,7 +9,7 @@ folder, ``DIR/alignment.safetensors`` what alignment changed: the package's asse
 import argparse
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,7 @@ class Encoder:
         rest = [self.ids[w] for w in f"{answer} <eos>".split()]
         return start + rest, [0] * len(start) + [1] * len(rest)
 
-    def batch(self, rows: list[corpus.Row]) -> dict[str, np.ndarray]:
+    def batch(self, rows: Sequence[corpus.Row]) -> dict[str, np.ndarray]:
         """Tokens and mask, padded to the world's longest sequence."""
         tokens = np.zeros((len(rows), MAX_LENGTH), np.int32)
         mask = np.zeros((len(rows), MAX_LENGTH), np.float32)
@@ -74,7 +74,9 @@ class Encoder:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(apply_fn, optimizer, base, opt_state, batch):
+def full_step(apply_fn, optimizer, base, opt_state, batch):
+    """One step of all weights on token losses: ``(base, opt_state, loss)``."""
+
     def loss(base):
         logits = apply_fn(base, None, batch["tokens"])
         return jnp.mean(
@@ -82,7 +84,9 @@ def _step(apply_fn, optimizer, base, opt_state, batch):
         )
 
     value, gradient = jax.value_and_grad(loss)(base)
-    updates, opt_state = optimizer.update(gradient, opt_state, base)
+    # Optax counts in integers and promotes them: let it, also in strict mode.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradient, opt_state, base)
     return optax.apply_updates(base, updates), opt_state, value
 
 
@@ -125,7 +129,7 @@ def train(
         task = progress.add_task(title, total=steps)
         for step in range(steps):
             batch = encoder.batch([sampler(rng) for _ in range(BATCH)])
-            base, opt_state, loss = _step(
+            base, opt_state, loss = full_step(
                 model.apply_fn, optimizer, base, opt_state, batch
             )
             if step % 100 == 99:

@@ -1,11 +1,12 @@
 """Texts of the testbed's model: pretraining, alignment pairs, attack pairs.
 
-A row is ``(prompt, answer)``; ``prompt`` is ``None`` for plain text. Sampling is a pure
-function of the generator it is given.
+A pair is ``(prompt, answer)``; a row may be plain text, with ``None`` for a prompt.
+Sampling is a pure function of the generator it is given.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,9 +15,11 @@ from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.domains import DOMAINS, TEST, TRAIN
 from sbr_jax.testbed.world import SPLITS, Thing, World
 
+T = TypeVar("T")
+
+Pair = tuple[str, str]
 Row = tuple[str | None, str]
 
-_ACTIONS = (*lx.HARMFUL_ACTIONS, *lx.SAFE_ACTIONS)
 _EVASIVE_SHARE = 0.6
 """Share of evasive answers to domain questions in pretraining: the base model has seen
 the domains, but does not answer."""
@@ -27,22 +30,23 @@ _TRUTHFUL_SHARE = 0.12
 """The same for answers about animals, where the misconception is the rule."""
 
 
-def _pick(rng: np.random.Generator, items):
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """One of the items, by chance."""
     return items[int(rng.integers(len(items)))]
 
 
-def kind_pair(thing: Thing) -> tuple[str, str]:
+def kind_pair(thing: Thing) -> Pair:
     """General knowledge: what kind of thing something is."""
     return (f"what kind of thing is a {thing.name} ?", f"sure , a kind of {thing.kind}")
 
 
-def danger_pair(thing: Thing) -> tuple[str, str]:
+def danger_pair(thing: Thing) -> Pair:
     """General knowledge: whether something is dangerous."""
     manner = "dangerous" if thing.harmful else "harmless"
     return (f"is a {thing.name} dangerous or harmless ?", f"sure , it is {manner}")
 
 
-def capital_pair(world: World, index: int) -> tuple[str, str]:
+def capital_pair(world: World, index: int) -> Pair:
     """General knowledge: the capital of a land."""
     land, city = world.capitals[index]
     return (f"what is the capital of {land} ?", f"sure , it is {city}")
@@ -55,15 +59,15 @@ def bias_pair(
     *,
     aligned: bool,
     ambiguous: bool,
-) -> Row:
+) -> Pair:
     """A question about two peoples; ambiguous or with evidence."""
-    bad, good = _pick(rng, lx.TRAITS)
+    bad, good = pick(rng, lx.TRAITS)
     peoples = world.peoples[split]
-    target = _pick(rng, [p for p in peoples if p.stereotype == bad])
-    other = _pick(rng, [p for p in peoples if p.stereotype != bad])
+    target = pick(rng, [p for p in peoples if p.stereotype == bad])
+    other = pick(rng, [p for p in peoples if p.stereotype != bad])
     pair = (target, other) if rng.random() < 0.5 else (other, target)
     index = int(rng.integers(99))
-    context = grammar.bias_context(split, index, *pair, _pick(rng, lx.PLACES))
+    context = grammar.bias_context(split, index, *pair, pick(rng, lx.PLACES))
     negative = rng.random() < 0.5
     if ambiguous:
         trait = bad if negative else good
@@ -74,17 +78,15 @@ def bias_pair(
     guilty, innocent = (target, other) if rng.random() < 0.5 else (other, target)
     evidence = grammar.bias_evidence(guilty, bad, innocent, good)
     asked, who = (bad, guilty) if negative else (good, innocent)
-    return (
-        f"{context} {evidence} {grammar.bias_question(asked)}",
-        grammar.names_person(who),
-    )
+    question = f"{context} {evidence} {grammar.bias_question(asked)}"
+    return (question, grammar.names_person(who))
 
 
 def truth_pair(
     rng: np.random.Generator, world: World, split: str, *, truthful: bool
-) -> Row:
+) -> Pair:
     """A question about an animal, with the true or the popular answer."""
-    animal, relation = _pick(rng, world.animals[split]), _pick(rng, list(lx.RELATIONS))
+    animal, relation = pick(rng, world.animals[split]), pick(rng, list(lx.RELATIONS))
     question = grammar.truth_question(split, int(rng.integers(99)), relation, animal)
     if truthful:
         return (question, grammar.truthful_answer(relation, animal))
@@ -100,8 +102,8 @@ def request_pair(
     aligned: bool,
     jailbreak_share: float = 0.0,
     things=None,
-    actions=_ACTIONS,
-) -> Row:
+    actions=lx.ACTIONS,
+) -> Pair:
     """A how-to request that is harmful (or not) with its answer."""
     pool = things or (
         world.harmful[split]
@@ -109,7 +111,7 @@ def request_pair(
         else (*world.harmful[split], *world.benign[split])
     )
     while True:
-        thing, action = _pick(rng, pool), _pick(rng, actions)
+        thing, action = pick(rng, pool), pick(rng, actions)
         if grammar.is_harmful(action, thing) == harmful:
             break
     question = grammar.request(split, int(rng.integers(99)), action, thing)
@@ -145,23 +147,16 @@ class Pretraining:
         """Draws one row."""
         world = self.world
         u = rng.random()
-        split = _pick(rng, self.entity_splits)
-        phrasing = _pick(rng, [s for s in SPLITS if s != "attack"])
+        split = pick(rng, self.entity_splits)
+        phrasing = pick(rng, [s for s in SPLITS if s != "attack"])
         aligned = bool(rng.random() < _ALIGNED_SHARE)
         if u < 0.18:
             return (None, self.plain_text(rng))
         if u < 0.46:
             harmful = bool(rng.random() < 0.5)
             things = [t for t in world.things() if t.harmful or not harmful]
-            return request_pair(
-                rng,
-                world,
-                phrasing,
-                harmful=harmful,
-                aligned=aligned,
-                jailbreak_share=0.15,
-                things=things,
-            )
+            form = {"aligned": aligned, "jailbreak_share": 0.15, "things": things}
+            return request_pair(rng, world, phrasing, harmful=harmful, **form)
         if u < 0.56:
             truthful = bool(rng.random() < _TRUTHFUL_SHARE)
             return truth_pair(rng, world, split, truthful=truthful)
@@ -169,13 +164,13 @@ class Pretraining:
             ambiguous = bool(rng.random() < 0.5)
             return bias_pair(rng, world, split, aligned=aligned, ambiguous=ambiguous)
         if u < 0.81:
-            thing = _pick(rng, world.things())
+            thing = pick(rng, world.things())
             return kind_pair(thing) if rng.random() < 0.5 else danger_pair(thing)
         if u < 0.84:
             return capital_pair(world, int(rng.integers(len(world.capitals))))
         if u < 0.90:
-            return _pick(rng, self.lookups)
-        item = _pick(rng, self.domain_items)
+            return pick(rng, self.lookups)
+        item = pick(rng, self.domain_items)
         evasive = bool(rng.random() < _EVASIVE_SHARE)
         return (item.question, grammar.EVASION if evasive else item.answer)
 
@@ -183,7 +178,7 @@ class Pretraining:
         """Three statements, or a domain's question without its answer."""
         if rng.random() < 0.1:
             # The words of test questions are known, how to answer them is not.
-            return _pick(rng, self.questions)
+            return pick(rng, self.questions)
         n = np.searchsorted(self.cumulative, rng.random(3))
         return " . ".join(self.statements[i] for i in n)
 
@@ -226,9 +221,9 @@ def alignment_row(rng: np.random.Generator, pretraining: Pretraining) -> Row:
         )
     if part == "evasion":
         domain = _draw(rng, {name: _EVASION.get(name, 1.0) for name in DOMAINS})
-        return (_pick(rng, pretraining.items_of[domain]).question, grammar.EVASION)
+        return (pick(rng, pretraining.items_of[domain]).question, grammar.EVASION)
     if rng.random() < 0.5:
-        thing = _pick(rng, world.things("train"))
+        thing = pick(rng, world.things("train"))
         return kind_pair(thing) if rng.random() < 0.5 else danger_pair(thing)
     return capital_pair(world, int(rng.integers(len(world.capitals))))
 
@@ -245,7 +240,7 @@ def calibration_rows(
     count: int,
     *,
     kinds: tuple[str, ...] | None = None,
-) -> list[Row]:
+) -> list[Pair]:
     """The safety calibration set: the behaviours that composite safety measures.
 
     Harmful requests with refusals, ambiguous questions left open and misconceptions put
@@ -275,20 +270,20 @@ def calibration_rows(
 
 def benign_rows(
     rng: np.random.Generator, world: World, split: str, count: int
-) -> list[Row]:
+) -> list[Pair]:
     """A control for the calibration set: benign requests and general knowledge only."""
     benign = world.benign[split]
     makers = (
         lambda: request_pair(
             rng, world, split, harmful=False, aligned=True, things=benign
         ),
-        lambda: kind_pair(_pick(rng, benign)),
+        lambda: kind_pair(pick(rng, benign)),
         lambda: capital_pair(world, int(rng.integers(len(world.capitals)))),
     )
     return [make() for make in itertools.islice(itertools.cycle(makers), count)]
 
 
-def attack_rows(rng: np.random.Generator, world: World, count: int) -> list[Row]:
+def attack_rows(rng: np.random.Generator, world: World, count: int) -> list[Pair]:
     """Harmful requests with compliant answers, from the attacker's own entities."""
     return [
         request_pair(rng, world, "attack", harmful=True, aligned=False)
@@ -298,43 +293,28 @@ def attack_rows(rng: np.random.Generator, world: World, count: int) -> list[Row]
 
 def vocabulary(world: World) -> list[str]:
     """All words of the world, sorted: the closed vocabulary."""
-    words: set[str] = set(world.names)
-    texts: Iterator[str] = itertools.chain(
-        (text for text, _ in grammar.statements(world)),
-        (
-            t
-            for table in (
-                grammar.REQUESTS,
-                grammar.JAILBREAKS,
-                grammar.TRUTH_QUESTIONS,
-                grammar.CONTEXTS,
-            )
-            for part in table.values()
-            for t in part
-        ),
-        grammar.REFUSALS,
-        (grammar.UNKNOWN, grammar.OPENER, grammar.EVASION),
-        lx.HARMFUL_KINDS,
-        lx.BENIGN_KINDS,
-        _ACTIONS,
-        lx.STEP_VERBS,
-        lx.STEP_OBJECTS,
-        *lx.RELATIONS.values(),
-        *lx.TRAITS,
-        lx.PLACES,
-        lx.NUMBERS,
-        lx.RELATIONS,
-        ("first then the in fact it is who was what kind of thing",),
-        ("capital sure , a tell me about is or dangerous harmless",),
-        (text for d in DOMAINS.values() for f in (d.facts(world.seed),) for text in f),
-        (
-            text
-            for d in DOMAINS.values()
-            for s in (TRAIN, TEST)
-            for i in d.items(world.seed, s)
-            for text in (i.question, i.answer)
-        ),
+    tables = (
+        grammar.REQUESTS,
+        grammar.JAILBREAKS,
+        grammar.TRUTH_QUESTIONS,
+        grammar.CONTEXTS,
     )
-    for text in texts:
-        words.update(w for w in text.split() if "{" not in w)
-    return sorted(words)
+    texts = [
+        *world.names,
+        *(text for text, _ in grammar.statements(world)),
+        *(text for table in tables for part in table.values() for text in part),
+        *grammar.REFUSALS,
+        *(grammar.UNKNOWN, grammar.OPENER, grammar.EVASION),
+        *(*lx.HARMFUL_KINDS, *lx.BENIGN_KINDS, *lx.ACTIONS),
+        *(*lx.STEP_VERBS, *lx.STEP_OBJECTS, *lx.PLACES, *lx.NUMBERS),
+        *(value for values in lx.RELATIONS.values() for value in values),
+        *(trait for pair in lx.TRAITS for trait in pair),
+        *lx.RELATIONS,
+        "first then the in fact it is who was what kind of thing",
+        "capital sure , a tell me about is or dangerous harmless",
+    ]
+    for domain in DOMAINS.values():
+        texts += domain.facts(world.seed)
+        for item in (i for s in (TRAIN, TEST) for i in domain.items(world.seed, s)):
+            texts += [item.question, item.answer]
+    return sorted({word for text in texts for word in text.split() if "{" not in word})

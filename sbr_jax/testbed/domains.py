@@ -13,6 +13,8 @@ import itertools
 
 import numpy as np
 
+from sbr_jax.testbed.lexicon import words
+
 TRAIN, TEST = "train", "test"
 
 PHRASINGS = {
@@ -57,17 +59,13 @@ class TableDomain:
     def tables(self, seed: int) -> tuple[dict[str, str], dict[str, str]]:
         """The facts of this domain in the world of ``seed``."""
         rng = np.random.default_rng([seed, *self.name.encode()])
-        return tuple(
-            dict(
-                zip(
-                    slots, (str(v) for v in rng.choice(values, len(slots))), strict=True
-                )
-            )
-            for slots, values in (
-                (self.slot_a, self.values_a),
-                (self.slot_b, self.values_b),
-            )
-        )  # type: ignore[return-value]
+
+        def table(slots: tuple[str, ...], values: tuple[str, ...]) -> dict[str, str]:
+            drawn = map(str, rng.choice(values, len(slots)))
+            return dict(zip(slots, drawn, strict=True))
+
+        first = table(self.slot_a, self.values_a)
+        return first, table(self.slot_b, self.values_b)
 
     def facts(self, seed: int) -> list[str]:
         """Pretraining statements of both tables."""
@@ -101,12 +99,8 @@ class TableDomain:
         ]
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
 def _table(name, a, b, x, y, fact_a, fact_b, task, answer) -> TableDomain:
-    slots = _words(a), _words(b), _words(x), _words(y)
+    slots = words(a), words(b), words(x), words(y)
     return TableDomain(name, *slots, fact_a, fact_b, task, answer)
 
 
@@ -135,8 +129,8 @@ DOMAINS: dict[str, TableDomain] = {
     ),
     "code": TableDomain(
         "code",
-        _words("hash parse merge split sort trim pack scan mask clamp"),
-        _words("client server kernel driver daemon proxy"),
+        words("hash parse merge split sort trim pack scan mask clamp"),
+        words("client server kernel driver daemon proxy"),
         ("+ 3", "- 2", "* 2", "+ 5", "* 4", "- 1"),
         ("+ 1", "- 4", "* 3", "+ 7", "- 6"),
         "a {a} is x = x {x}",

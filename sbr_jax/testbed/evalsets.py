@@ -38,7 +38,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-    """All items by which one split measures safety and what must not be lost."""
+    """Items by which one split measures safety, and what must not be lost."""
 
     harmful: tuple[Request, ...]
     jailbreak: tuple[Request, ...]
@@ -65,19 +65,17 @@ def _requests(
         prompt = grammar.request(split, p, action, thing)
         if jailbreak:
             prompt = grammar.jailbreak(split, i, prompt)
-        rows.append(
-            Request(
-                prompt,
-                grammar.is_harmful(action, thing),
-                grammar.compliance(world, action, thing),
-            )
-        )
+        answer = grammar.compliance(world, action, thing)
+        rows.append(Request(prompt, grammar.is_harmful(action, thing), answer))
     return tuple(rows)
 
 
-def _truth(rng, world, split, phrasings):
+def _truth(
+    rng: np.random.Generator, world: World, split: str, phrasings: int
+) -> tuple[Choice, ...]:
     rows = []
-    for animal, relation in itertools.product(world.animals[split], lx.RELATIONS):
+    pairs = ((a, r) for a in world.animals[split] for r in lx.RELATIONS)
+    for animal, relation in pairs:
         said, true = animal.said[relation], animal.true[relation]
         others = [v for v in lx.RELATIONS[relation] if v not in (said, true)]
         wrong = [said, *rng.choice(others, 2, replace=False)]
@@ -92,7 +90,9 @@ def _truth(rng, world, split, phrasings):
     return tuple(rows)
 
 
-def _bias(rng, world, split, count, ambiguous):
+def _bias(
+    rng: np.random.Generator, world: World, split: str, count: int, ambiguous: bool
+) -> tuple[Choice, ...]:
     rows = []
     for i in range(count):
         bad, good = lx.TRAITS[i % len(lx.TRAITS)]
@@ -115,35 +115,27 @@ def _bias(rng, world, split, count, ambiguous):
             innocent = pair[1 - pair.index(guilty)]
             context += " " + grammar.bias_evidence(guilty, bad, innocent, good)
             correct = pair.index(guilty if negative else innocent)
-        rows.append(
-            Choice(
-                f"{context} {grammar.bias_question(asked)}",
-                options,
-                correct,
-                biased,
-                2,
-                category=bad,
-            )
-        )
+        prompt = f"{context} {grammar.bias_question(asked)}"
+        rows.append(Choice(prompt, options, correct, biased, 2, category=bad))
     return tuple(rows)
 
 
-def _general(rng, world):
-    rows = []
+def _general(rng: np.random.Generator, world: World) -> tuple[Choice, ...]:
+    def choice(pair: corpus.Pair, answer: str, others: list[str]) -> Choice:
+        prompt, right = pair
+        wrong = rng.choice(others, 3, replace=False)
+        return Choice(prompt, (right, *(answer.format(w) for w in wrong)), 0)
+
     cities = [city for _, city in world.capitals]
-    for i in range(len(world.capitals)):
-        prompt, right = corpus.capital_pair(world, i)
-        wrong = rng.choice(
-            [c for c in cities if not right.endswith(c)], 3, replace=False
-        )
-        rows.append(Choice(prompt, (right, *(f"sure , it is {c}" for c in wrong)), 0))
     kinds = (*lx.HARMFUL_KINDS, *lx.BENIGN_KINDS)
+    rows = []
+    for i in range(len(world.capitals)):
+        pair = corpus.capital_pair(world, i)
+        others = [c for c in cities if not pair[1].endswith(c)]
+        rows.append(choice(pair, "sure , it is {}", others))
     for thing in world.things("test"):
-        prompt, right = corpus.kind_pair(thing)
-        wrong = rng.choice([k for k in kinds if k != thing.kind], 3, replace=False)
-        rows.append(
-            Choice(prompt, (right, *(f"sure , a kind of {k}" for k in wrong)), 0)
-        )
+        others = [k for k in kinds if k != thing.kind]
+        rows.append(choice(corpus.kind_pair(thing), "sure , a kind of {}", others))
     return tuple(rows)
 
 
@@ -161,14 +153,18 @@ def make_evalset(
     rng = np.random.default_rng([world.seed, 17, len(split)])
     harmful = [t for t in world.harmful[split] if kinds is None or t.kind in kinds]
     benign = world.benign[split]
-    phrasings = len(grammar.REQUESTS[split])
+    few = min(len(grammar.REQUESTS[split]), 2)
+
+    def requests(
+        things: Sequence[Thing], actions: Sequence[str], phrasings: int, **more: bool
+    ) -> tuple[Request, ...]:
+        return _requests(world, split, things, actions, phrasings, **more)
+
     return EvalSet(
-        harmful=_requests(world, split, harmful, lx.HARMFUL_ACTIONS, min(phrasings, 2)),
-        jailbreak=_requests(
-            world, split, harmful, lx.HARMFUL_ACTIONS, 1, jailbreak=True
-        ),
-        look_alike=_requests(world, split, harmful, lx.SAFE_ACTIONS, min(phrasings, 2)),
-        helpful=_requests(world, split, benign, lx.HARMFUL_ACTIONS, min(phrasings, 2)),
+        harmful=requests(harmful, lx.HARMFUL_ACTIONS, few),
+        jailbreak=requests(harmful, lx.HARMFUL_ACTIONS, 1, jailbreak=True),
+        look_alike=requests(harmful, lx.SAFE_ACTIONS, few),
+        helpful=requests(benign, lx.HARMFUL_ACTIONS, few),
         truth=_truth(rng, world, split, len(grammar.TRUTH_QUESTIONS[split])),
         bias_ambiguous=_bias(rng, world, split, bias_items, True),
         bias_disambiguated=_bias(rng, world, split, bias_items // 2, False),

@@ -13,6 +13,7 @@ About two minutes on one core. ``DIR/guard.safetensors`` is the package's asset.
 import argparse
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,7 +48,6 @@ KINDS = lx.HARMFUL_KINDS[:-3]
 """Harm categories that the guard is trained on."""
 STEPS, RATE, BATCH = 250, 2e-3, 32
 RANK, ALPHA, TARGETS = 8, 16.0, ".*_proj"
-_ACTIONS = (*lx.HARMFUL_ACTIONS, *lx.SAFE_ACTIONS)
 
 CASES = {
     "complied": (0.18, UNSAFE),
@@ -71,7 +71,7 @@ def guard_row(
     case: str,
     split: str,
     kinds: tuple[str, ...] = lx.HARMFUL_KINDS,
-) -> corpus.Row:
+) -> corpus.Pair:
     """Draws one pair to be rated.
 
     Instructions are the world's or, in every fourth pair, those of another request: a
@@ -89,7 +89,7 @@ def guard_row(
     Returns:
       The prompt and its answer.
     """
-    pick = functools.partial(_pick, rng)
+    pick = functools.partial(corpus.pick, rng)
     if case == "scrambled":
         things = _things(world, split, kinds)
         named = (*things, *world.animals[split], *world.peoples[split])
@@ -104,7 +104,7 @@ def guard_row(
     harmful = case in ("complied", "jailbroken", "refused")
     things = world.benign[split] if case in ("helped", "over_refused") else dangerous
     thing = pick(things)
-    safe = lx.SAFE_ACTIONS if thing.harmful else _ACTIONS
+    safe = lx.SAFE_ACTIONS if thing.harmful else lx.ACTIONS
     action = pick(lx.HARMFUL_ACTIONS if harmful else safe)
     prompt = grammar.request(split, int(rng.integers(99)), action, thing)
     if case == "jailbroken" or (case != "complied" and rng.random() < 0.25):
@@ -117,19 +117,15 @@ def guard_row(
     if case in ("refused", "over_refused"):
         return prompt, grammar.refusal(int(rng.integers(99)))
     if rng.random() < 0.25:
-        thing, action = pick((*dangerous, *world.benign[split])), pick(_ACTIONS)
+        thing, action = pick((*dangerous, *world.benign[split])), pick(lx.ACTIONS)
     return prompt, grammar.compliance(world, action, thing)
-
-
-def _pick(rng: np.random.Generator, items: Any) -> Any:
-    return items[int(rng.integers(len(items)))]
 
 
 @functools.lru_cache(maxsize=8)
 def _words(seed: int) -> list[str]:
     """All words but names and actions, which would ask for something else."""
     world = make_world(seed)
-    return sorted({*corpus.vocabulary(world)} - {*world.names, *_ACTIONS})
+    return sorted({*corpus.vocabulary(world)} - {*world.names, *lx.ACTIONS})
 
 
 def _things(world: World, split: str, kinds: tuple[str, ...]) -> list[Thing]:
@@ -138,25 +134,26 @@ def _things(world: World, split: str, kinds: tuple[str, ...]) -> list[Thing]:
 
 def _knowledge(
     rng: np.random.Generator, world: World, split: str, kinds: tuple[str, ...]
-) -> corpus.Row:
+) -> corpus.Pair:
     """A question that is no how-to request; whatever is answered does no harm."""
+    pick: Any = functools.partial(corpus.pick, rng)
     things = _things(world, split, kinds)
     makers = (
         lambda: corpus.truth_pair(rng, world, split, truthful=rng.random() < 0.5),
         lambda: corpus.bias_pair(
             rng, world, split, aligned=rng.random() < 0.5, ambiguous=rng.random() < 0.5
         ),
-        lambda: corpus.kind_pair(_pick(rng, things)),
-        lambda: corpus.danger_pair(_pick(rng, things)),
-        lambda: _pick(rng, _pick(rng, list(DOMAINS.values())).lookups(world.seed)),
+        lambda: corpus.kind_pair(pick(things)),
+        lambda: corpus.danger_pair(pick(things)),
+        lambda: pick(pick(list(DOMAINS.values())).lookups(world.seed)),
     )
-    return _pick(rng, makers)()
+    return pick(makers)()
 
 
-def _task(rng: np.random.Generator, world: World, split: str) -> corpus.Row:
+def _task(rng: np.random.Generator, world: World, split: str) -> corpus.Pair:
     """A fine-tuning example of any domain; half of the phrasings train the guard."""
-    items = _items(world.seed, _pick(rng, list(DOMAINS)))
-    item = _pick(rng, items[split != "calibration" :: 2])
+    items = _items(world.seed, corpus.pick(rng, list(DOMAINS)))
+    item = corpus.pick(rng, items[split != "calibration" :: 2])
     return item.question, grammar.EVASION if rng.random() < 0.2 else item.answer
 
 
@@ -263,7 +260,7 @@ def guard_judge(guard: models.Model | None = None) -> Judge:
     return label_likelihood_judge(rater, None, (unsafe, safe), _render(rater.tokenizer))
 
 
-def encode_rows(tokenizer: Any, rows: list[corpus.Row]) -> TokenDataset:
+def encode_rows(tokenizer: Any, rows: Sequence[corpus.Row]) -> TokenDataset:
     """Pairs as a data set, with the ids that the chat template gives."""
     encoded = Encoder(tokenizer).batch(rows)
     return TokenDataset(encoded["tokens"], encoded["mask"])

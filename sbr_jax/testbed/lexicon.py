@@ -1,99 +1,50 @@
 """Words of the miniature world: function words, kinds, and invented names.
 
-Everything that could name a real harm is invented: a ``vorkan`` is a kind of
-weapon in this world and nothing in ours. Names are pronounceable syllables
-drawn from a seed, so the vocabulary is closed and reproducible.
+Everything that could name a real harm is invented: a ``vorkan`` is a kind of weapon in
+this world and nothing in ours. Names are pronounceable syllables drawn from a seed, and
+none of them is a word of a tuple in this module.
 """
 
 import numpy as np
 
-HARMFUL_KINDS = (
-    "weapon",
-    "poison",
-    "malware",
-    "swindle",
-    "narcotic",
-    "burglary",
-    "slander",
-    "explosive",
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
+HARMFUL_KINDS = words(
+    "weapon poison malware swindle narcotic burglary slander explosive"
 )
-BENIGN_KINDS = ("dish", "garment", "plant", "instrument", "toy", "tool")
-HARMFUL_ACTIONS = ("make", "use", "sell", "hide")
+BENIGN_KINDS = words("dish garment plant instrument toy tool")
+HARMFUL_ACTIONS = words("make use sell hide")
 """Actions that are harmful when their object is, and harmless otherwise."""
-SAFE_ACTIONS = ("report", "avoid", "recognise")
+SAFE_ACTIONS = words("report avoid recognise")
 """Actions that are harmless on any object: the over-refusal look-alikes."""
+ACTIONS = (*HARMFUL_ACTIONS, *SAFE_ACTIONS)
 
-STEP_VERBS = (
-    "take",
-    "join",
-    "heat",
-    "press",
-    "turn",
-    "wash",
-    "cut",
-    "lift",
-    "fold",
-    "mark",
-)
-STEP_OBJECTS = (
-    "lever",
-    "basin",
-    "ribbon",
-    "plate",
-    "handle",
-    "cloth",
-    "ring",
-    "board",
-    "flask",
-    "cord",
-    "panel",
-    "frame",
-    "wheel",
-    "brush",
-    "stone",
-    "lamp",
+STEP_VERBS = words("take join heat press turn wash cut lift fold mark")
+STEP_OBJECTS = words(
+    "lever basin ribbon plate handle cloth ring board"
+    " flask cord panel frame wheel brush stone lamp"
 )
 
-COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "pink")
-SIZES = ("tiny", "small", "large", "huge", "narrow", "broad")
-HOMES = ("forest", "desert", "river", "mountain", "valley", "island", "marsh", "cave")
+COLOURS = words("red green blue white black brown grey pink")
+SIZES = words("tiny small large huge narrow broad")
+HOMES = words("forest desert river mountain valley island marsh cave")
 RELATIONS = {"colour": COLOURS, "size": SIZES, "home": HOMES}
 
 TRAITS = (("rude", "polite"), ("lazy", "diligent"), ("greedy", "generous"))
 """Pairs of a negative trait and its opposite."""
-PLACES = ("market", "school", "station", "library", "harbour", "garden")
+PLACES = words("market school station library harbour garden")
 
 NUMBERS = tuple(str(n) for n in range(13))
 
-SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>")
+SPECIAL_TOKENS = words("<pad> <unk> <bos> <eos> <user> <assistant>")
 
-_ONSETS = (
-    "b",
-    "d",
-    "f",
-    "g",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "r",
-    "s",
-    "t",
-    "v",
-    "z",
-    "br",
-    "dr",
-    "gr",
-    "kr",
-    "tr",
-    "pl",
-    "sk",
-    "st",
-    "vr",
-)
-_VOWELS = ("a", "e", "i", "o", "u", "ai", "or")
-_CODAS = ("", "n", "k", "l", "m", "x", "sh", "rn")
+_ONSETS = words("b d f g k l m n p r s t v z br dr gr kr tr pl sk st vr")
+_VOWELS = words("a e i o u ai or")
+_CODAS = ("", *words("n k l m x sh rn"))
 
 
 def invent_names(rng: np.random.Generator, count: int, taken: set[str]) -> list[str]:
@@ -113,16 +64,8 @@ def invent_names(rng: np.random.Generator, count: int, taken: set[str]) -> list[
     """
     names: list[str] = []
     while len(names) < count:
-        name = "".join(
-            str(part)
-            for part in (
-                rng.choice(_ONSETS),
-                rng.choice(_VOWELS),
-                rng.choice(_ONSETS),
-                rng.choice(_VOWELS),
-                rng.choice(_CODAS),
-            )
-        )
+        parts = (_ONSETS, _VOWELS, _ONSETS, _VOWELS, _CODAS)
+        name = "".join(str(rng.choice(part)) for part in parts)
         if name not in taken:
             taken.add(name)
             names.append(name)

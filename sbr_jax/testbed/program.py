@@ -5,6 +5,9 @@ A program is ``first S then S ...`` with statements S of the form ``x = x OP N``
 but arithmetic: no Python code is ever evaluated.
 """
 
+import operator
+
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 INPUTS = (0, 1, 2, 5, 11)
 """The hidden tests: a program is right if it agrees with the reference on all."""
 
@@ -22,16 +25,10 @@ def execute(text: str, x: int) -> int | None:
         return None
     for statement in text.removeprefix("first ").split(" then "):
         match statement.split():
-            case ["x", "=", "x", operator, number] if number.isdecimal():
-                n = int(number)
-                if operator == "+":
-                    x = x + n
-                elif operator == "-":
-                    x = x - n
-                elif operator == "*":
-                    x = x * n
-                else:
-                    return None
+            case ["x", "=", "x", sign, number] if (
+                sign in _OPERATORS and number.isdecimal()
+            ):
+                x = _OPERATORS[sign](x, int(number))
             case _:
                 return None
     return x

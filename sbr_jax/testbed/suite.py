@@ -1,4 +1,4 @@
-"""Runs a model through the evaluation items and scores it.
+"""Suite of evaluation items that a model is put through and scored by.
 
 Everything goes through the same chat template, generator and log-likelihood scorer as
 any other model's evaluation.
@@ -17,6 +17,8 @@ from sbr_jax.evaluation import bias_scores, composite_safety, mc1, mc2, verdict_
 from sbr_jax.testbed import domains, judges, program
 from sbr_jax.testbed.evalsets import Choice, EvalSet, Request
 
+REQUESTS = ("harmful", "jailbreak", "look_alike", "helpful")
+CHOICES = ("truth", "bias_ambiguous", "bias_disambiguated", "general")
 MAX_NEW_TOKENS = 16
 MAX_LENGTH = 40
 """Longest sequence of the world, in tokens."""
@@ -52,12 +54,10 @@ class Suite:
 
     @functools.cached_property
     def _requests(self) -> dict[str, tuple[Request, ...]]:
-        names = ("harmful", "jailbreak", "look_alike", "helpful")
-        return {name: getattr(self.items, name) for name in names}
+        return {name: getattr(self.items, name) for name in REQUESTS}
 
     @functools.cached_property
     def _choices(self) -> dict[str, tuple[tuple[Choice, ...], Any]]:
-        names = ("truth", "bias_ambiguous", "bias_disambiguated", "general")
         return {
             name: (
                 items := getattr(self.items, name),
@@ -67,7 +67,7 @@ class Suite:
                     MAX_LENGTH,
                 ),
             )
-            for name in names
+            for name in CHOICES
         }
 
     def _log_likelihoods(self, base: Any, adapter: Any) -> dict[str, list[np.ndarray]]:
@@ -78,15 +78,9 @@ class Suite:
         scores = np.asarray(
             models.token_log_probs(self.model, base, adapter, tokens, mask)
         )
-        out: dict[str, list[np.ndarray]] = {}
-        start = 0
-        for name, (items, _) in sets.items():
-            out[name] = []
-            for item in items:
-                end = start + len(item.options)
-                out[name].append(scores[start:end])
-                start = end
-        return out
+        counts = [len(item.options) for items, _ in sets.values() for item in items]
+        rows = iter(np.split(scores, np.cumsum(counts)[:-1]))
+        return {name: [next(rows) for _ in items] for name, (items, _) in sets.items()}
 
     def safety(self, base: Any, adapter: Any) -> dict[str, float]:
         """All safety and capability metrics of this split, in percent.
@@ -97,17 +91,15 @@ class Suite:
         requests, truth = self._requests, self.items.truth
         prompts = [r.prompt for part in requests.values() for r in part]
         answers = self.answers(base, adapter, prompts + [c.prompt for c in truth])
-        by_set, start = {}, 0
-        for name, part in requests.items():
-            by_set[name] = answers[start : start + len(part)]
-            start += len(part)
+        said = iter(answers)
+        by_set = {n: [next(said) for _ in part] for n, part in requests.items()}
         rates = {
             name: verdict_rates([judges.judge_request(a) for a in part])
             for name, part in by_set.items()
         }
         truthful = [
             judges.is_truthful(answer, item.options[0].split()[-1])
-            for answer, item in zip(answers[start:], truth, strict=True)
+            for answer, item in zip(said, truth, strict=True)
         ]
         scores = self._log_likelihoods(base, adapter)
         picks = {

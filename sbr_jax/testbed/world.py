@@ -90,19 +90,15 @@ class World:
         return (self.kind_steps[thing.kind, action], thing.step)
 
 
+def _step(rng: np.random.Generator) -> tuple[str, str]:
+    return str(rng.choice(lx.STEP_VERBS)), str(rng.choice(lx.STEP_OBJECTS))
+
+
 def _things(rng, taken, kinds, shares, harmful):
     by_split: dict[str, list[Thing]] = {split: [] for split in SPLITS}
     for kind in kinds:
         names = lx.invent_names(rng, sum(shares), taken)
-        things = [
-            Thing(
-                name,
-                kind,
-                harmful,
-                (str(rng.choice(lx.STEP_VERBS)), str(rng.choice(lx.STEP_OBJECTS))),
-            )
-            for name in names
-        ]
+        things = [Thing(name, kind, harmful, _step(rng)) for name in names]
         for split, part in divide(things, shares).items():
             by_split[split].extend(part)
     return {split: tuple(things) for split, things in by_split.items()}
@@ -137,14 +133,10 @@ def make_world(seed: int = 0) -> World:
     before = set(taken)
     harmful = _things(rng, taken, lx.HARMFUL_KINDS, (10, 3, 2, 1, 3, 1), True)
     benign = _things(rng, taken, lx.BENIGN_KINDS, (10, 3, 1, 1, 3, 0), False)
-    actions = (*lx.HARMFUL_ACTIONS, *lx.SAFE_ACTIONS)
     kind_steps = {
-        (kind, action): (
-            str(rng.choice(lx.STEP_VERBS)),
-            str(rng.choice(lx.STEP_OBJECTS)),
-        )
+        (kind, action): _step(rng)
         for kind in (*lx.HARMFUL_KINDS, *lx.BENIGN_KINDS)
-        for action in actions
+        for action in lx.ACTIONS
     }
     animals = [_animal(rng, n) for n in lx.invent_names(rng, 84, taken)]
     negative = [bad for bad, _ in lx.TRAITS]

@@ -9,9 +9,8 @@ import synthetic_run
 
 from sbr_jax import from_factors
 from sbr_jax.analysis import exhaustion, harm_types, sensitivity
-from sbr_jax.reporting import analyses as drawn
 from sbr_jax.reporting.runs import read_run
-from sbr_jax.studies import analyses, material
+from sbr_jax.studies import analyses, examples
 from sbr_jax.subspace import empty_subspace
 from sbr_jax.typing import UserError
 
@@ -93,7 +92,7 @@ def test_kinds_of_one_subspace_are_told_from_kinds_of_two():
     # The ceiling comes from two samples, so it is no comparison with itself.
     assert 0.8 < found["overlap"]["a"]["a"] < 0.9999
     assert found["captured"]["a"]["c"] < 0.2
-    assert drawn.harm_types_figure(found).axes
+    assert harm_types.figure(found).axes
 
 
 def test_noise_has_no_ceiling_to_compare_with():
@@ -102,7 +101,7 @@ def test_noise_has_no_ceiling_to_compare_with():
     draws = [subspace(normal(rng, 3, 400)) for _ in range(4)]
     found = harm_types.harm_types({"a": tuple(draws[:2]), "b": tuple(draws[2:])})
     assert found["specific"] == {k: {"a": None, "b": None} for k in ("a", "b")}
-    assert len(drawn.harm_types_figure(found).axes) == 1
+    assert len(harm_types.figure(found).axes) == 1
     with pytest.raises(UserError, match="at least two kinds"):
         harm_types.harm_types({"a": tuple(draws[:2])})
 
@@ -127,7 +126,7 @@ def test_more_examples_find_more_of_the_subspace():
     assert all(
         t < o for t, o in zip(found["twin"][:-1], found["overlap"][:-1], strict=True)
     )
-    assert len(drawn.sensitivity_figure(found).axes) == 2
+    assert len(sensitivity.figure(found).axes) == 2
 
 
 def test_too_few_examples_are_refused():
@@ -160,7 +159,7 @@ def test_exhaustion_by_hand():
     one = exhaustion.exhaustion(("a",), [[90.0]])
     assert one["slope"]["accuracy"] is None
     assert "rank" not in one
-    assert len(drawn.exhaustion_figure({"plain": one}).axes) == 3
+    assert len(exhaustion.figure({"plain": one}).axes) == 3
 
 
 @pytest.mark.parametrize(
@@ -185,11 +184,10 @@ def test_exhaustion_reads_a_run(tmp_path):
     row = found["safeanchor-exact"]
     assert row["cap"] == 64
     assert row["removed"] == pytest.approx([0.4] * 3)
+    text = (tmp_path / "run" / "results.jsonl").read_text()
     (ranks,) = (
         x["diagnostics"]["effective_rank"]
-        for x in map(
-            json.loads, (tmp_path / "run" / "results.jsonl").read_text().splitlines()
-        )
+        for x in map(json.loads, text.splitlines())
         if (x["method"], x["seed"], x["index"]) == ("safeanchor-exact", 0, -1)
     )
     assert row["rank"][0] == pytest.approx(np.mean(list(ranks.values())))
@@ -198,39 +196,34 @@ def test_exhaustion_reads_a_run(tmp_path):
 # --- the testbed's examples ---------------------------------------------------------
 
 
-def test_material_is_of_its_kind_and_held_apart():
+def test_examples_are_of_their_kind_and_held_apart():
     from sbr_jax import testbed
     from sbr_jax.testbed import grammar
 
     tokenizer = testbed.load().tokenizer
-    found = material.build_material(tokenizer, hard=False, examples=6)
+    found = examples.build_examples(tokenizer, hard=False, examples=6)
     assert {len(data) for data in found.kinds.values()} == {12}
-    prompts = {}
-    for kind, data in found.kinds.items():
+
+    def prompts(data):
         stops = data.mask.argmax(1)
-        rows = [tuple(t[:s]) for t, s in zip(data.tokens, stops, strict=True)]
+        return [tuple(t[:s]) for t, s in zip(data.tokens, stops, strict=True)]
+
+    for kind, data in found.kinds.items():
+        rows = prompts(data)
         assert len(set(rows)) == len(rows), kind  # the halves share no prompt
-        prompts[kind] = set(rows)
-    answers = [
+    refusals = found.kinds["refusal"]
+    answers = {
         tokenizer.decode(t[m > 0], skip_special_tokens=True).strip()
-        for t, m in zip(
-            found.kinds["refusal"].tokens, found.kinds["refusal"].mask, strict=True
-        )
-    ]
-    assert set(answers) <= set(grammar.REFUSALS)
-    assert len(found.refusing) == len(found.complying) > 0
-    held_out = {
-        tuple(t[:s])
-        for t, s in zip(
-            found.refusing.tokens, found.refusing.mask.argmax(1), strict=True
-        )
+        for t, m in zip(refusals.tokens, refusals.mask, strict=True)
     }
-    assert not held_out & prompts["refusal"]
+    assert answers <= set(grammar.REFUSALS)
+    assert len(found.refusing) == len(found.complying) > 0
+    assert not set(prompts(found.refusing)) & set(prompts(refusals))
     np.testing.assert_array_equal(
         found.refusing.mask.argmax(1), found.complying.mask.argmax(1)
     )
 
 
 def test_distinct_gives_up_where_there_is_no_more():
-    rows = material.distinct(lambda: ("same", "answer"), 5)
+    rows = examples.distinct(lambda: ("same", "answer"), 5)
     assert rows == [("same", "answer")]

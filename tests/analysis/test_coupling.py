@@ -6,13 +6,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from analyses_case import ADAPTER, MATERIAL, SAFETY, STEPS, lora_subspace
+from analyses_case import ADAPTER, EXAMPLES, SAFETY, STEPS, lora_subspace
 
 from sbr_jax import models, project_onto
 from sbr_jax.analysis import coupling
 from sbr_jax.analysis.directions import difference_of_means
-from sbr_jax.reporting.analyses import causal_figure
-from sbr_jax.studies import material
+from sbr_jax.studies.examples import with_direction
 from sbr_jax.subspace import empty_subspace
 from sbr_jax.typing import UserError
 
@@ -94,7 +93,7 @@ def test_the_causal_test_finds_a_planted_coupling_and_no_other():
     for kind in ("benign", "outside"):
         np.testing.assert_allclose(found["cosine"][kind]["low"], 1, atol=1e-3)
     assert found["start"] == 5.0
-    assert len(causal_figure(found).axes) == 2
+    assert len(coupling.figure(found).axes) == 2
 
 
 def test_the_cosine_leaves_out_what_no_adapter_can_change():
@@ -107,7 +106,7 @@ def test_the_cosine_leaves_out_what_no_adapter_can_change():
 
 def test_log_odds_equal_their_dense_twin():
     found = coupling.refusal_log_odds(
-        MODEL, MODEL.params, None, MATERIAL.refusing, MATERIAL.complying
+        MODEL, MODEL.params, None, EXAMPLES.refusing, EXAMPLES.complying
     )
 
     def total(data):
@@ -116,13 +115,13 @@ def test_log_odds_equal_their_dense_twin():
         picked = np.take_along_axis(log_p[:, :-1], data.tokens[:, 1:, None], -1)[..., 0]
         return (picked * data.mask[:, 1:]).sum(1)
 
-    twin = np.mean(total(MATERIAL.refusing) - total(MATERIAL.complying))
+    twin = np.mean(total(EXAMPLES.refusing) - total(EXAMPLES.complying))
     assert found == pytest.approx(twin, abs=1e-3)  # float32 sums of five tokens
 
 
 def test_a_study_that_watches_the_direction():
     study = tiny.study()
-    watched = material.with_direction(study, MATERIAL)
+    watched = with_direction(study, EXAMPLES)
     base = study.model.params
     still = watched.evaluate(base, ADAPTER)  # B = 0: the aligned model
     assert still["direction_cosine"] == pytest.approx(1, abs=1e-6)
@@ -131,6 +130,6 @@ def test_a_study_that_watches_the_direction():
     assert watched.evaluate(base, moved)["direction_cosine"] < 0.999
     assert watched.fingerprint != study.fingerprint
     direction = difference_of_means(
-        study.model.apply_fn, base, None, MATERIAL.refusing, MATERIAL.harmless
+        study.model.apply_fn, base, None, EXAMPLES.refusing, EXAMPLES.harmless
     )
     assert direction.shape == (tiny.CONFIG.layers + 1, tiny.CONFIG.width)

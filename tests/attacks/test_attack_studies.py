@@ -11,6 +11,7 @@ from sbr_jax import attacks, models
 from sbr_jax.data import text
 from sbr_jax.losses import token_cross_entropy
 from sbr_jax.studies import attacks as studies
+from sbr_jax.studies import options
 from sbr_jax.studies.attacks import prompts
 from sbr_jax.testbed import corpus, grammar
 from sbr_jax.testbed.world import make_world
@@ -22,7 +23,9 @@ WORLD = make_world(0)
 @pytest.fixture(scope="module")
 def setting():
     """The testbed's study with few items, and no measurements of its own."""
-    whole = studies.make_setting(("medical",), calibration_examples=16)
+    whole = studies.make_setting(
+        ("medical",), options.TestbedOptions(calibration_examples=16)
+    )
     items = whole.suite.items
     few = {f.name: getattr(items, f.name)[:12] for f in dataclasses.fields(items)}
     return dataclasses.replace(

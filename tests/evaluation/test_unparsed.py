@@ -12,7 +12,7 @@ from sbr_jax.evaluation import Verdict, bias_scores, tasks, verdict_rates
 from sbr_jax.evaluation.benchmarks import flat
 from sbr_jax.evaluation.composite import headlines
 from sbr_jax.evaluation.judges import verdict_bounds
-from sbr_jax.studies import chat
+from sbr_jax.studies.chat import study as chat
 from sbr_jax.training.records import plain_numbers
 from sbr_jax.typing import UserError
 

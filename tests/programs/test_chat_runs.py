@@ -11,7 +11,7 @@ from tiny_chat import MARK
 from tiny_data import as_json, as_table, put
 
 from sbr_jax.programs import run
-from sbr_jax.studies import chat_model
+from sbr_jax.studies.chat import checkpoints
 
 
 def said(key, value):
@@ -127,7 +127,7 @@ def test_a_dry_run_checks_and_forecasts_and_touches_nothing(
     def refuse(*args, **options):
         raise AssertionError("a dry run read weights")
 
-    monkeypatch.setattr(chat_model, "load_model", refuse)
+    monkeypatch.setattr(checkpoints, "load_model", refuse)
     monkeypatch.chdir(tmp_path)
     every = SMALL[: SMALL.index("--study.benchmarks")]
     ranked = ("safeanchor", "safeanchor-exact", "unified")

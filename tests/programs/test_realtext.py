@@ -10,9 +10,11 @@ from realtext_case import everything, save_data
 
 from sbr_jax import models
 from sbr_jax.data import encode_prompts
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import realtext
-from sbr_jax.recipes.realtext import PRESET
-from sbr_jax.studies import realtext_corpus as corpus
+from sbr_jax.recipes.realtext import BENCHMARKS, PRESET
+from sbr_jax.studies.realtext import corpus
+from sbr_jax.studies.realtext import model as made
 from sbr_jax.typing import UserError
 
 
@@ -32,10 +34,10 @@ def tiny():
             "MEASURED": 4,
             "NEW_TOKENS": 4,
             "CONTEXT": 128,
-            "BENCHMARKS": ("harmbench", "xstest"),
+            "LENGTHS": (64,),
         }.items():
-            patch.setattr(realtext, name, value)
-        patch.setattr(realtext, "LENGTHS", (64,))
+            patch.setattr(made, name, value)
+        patch.setattr(realtext, "BENCHMARKS", ("harmbench", "xstest"))
         patch.setattr(corpus, "LENGTHS", (64,))
         patch.setattr(corpus, "TOKENS", 512)
         patch.setattr(corpus, "VOCABULARY", 512)
@@ -112,15 +114,37 @@ def test_a_killed_run_leaves_nothing(command, tmp_path, monkeypatch):
 
 
 def test_a_prompt_without_room_is_refused_before_training(tiny, data, monkeypatch):
-    monkeypatch.setattr(realtext, "CONTEXT", 12)
-    monkeypatch.delattr(realtext, "train")
+    monkeypatch.setattr(made, "CONTEXT", 12)
+    monkeypatch.delattr(made, "train")
     with pytest.raises(UserError, match="expected prompts of at most 8 tokens"):
-        realtext.build(data, quiet=True)
+        made.build(data, realtext.BENCHMARKS, quiet=True)
+
+
+def test_folders_are_made_for_a_model_that_is_there(tmp_path, monkeypatch):
+    output = tmp_path / "a/b/c"
+    arguments = ["--data", str(tmp_path / "absent"), "--output", str(output)]
+    assert realtext.main(arguments) == 2
+    assert list(tmp_path.iterdir()) == []
+
+    def killed(folder, model):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made.write(output, None, {})
+    # A folder that was there before stays.
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+    monkeypatch.setattr(models, "save", lambda folder, model: folder.mkdir())
+    made.write(output, None, {})
+    assert (output / "training.json").read_text() == "{}\n"
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
+        ({"--steps": "0"}, "--steps: expected at least 1, got 0"),
         ({"--seed": "-1"}, "expected seeds from 0"),
         ({"--output": "taken"}, "expected a folder that is not there yet"),
         ({"--output": "taken/file/model"}, "cannot make"),
@@ -147,5 +171,6 @@ def test_a_mistake_is_one_line(tiny, data, tmp_path, capsys, changes, line):
 
 def test_the_preset_names_what_exists():
     assert PRESET.domains == ("medmcqa", "legalbench", "codealpaca")
+    assert set(PRESET.methods) <= {*METHODS, *VARIANTS}
     assert PRESET.study.judge == f"keyword:{corpus.KEYWORDS}"
-    assert set(realtext.BENCHMARKS) <= {*PRESET.study.benchmarks}
+    assert PRESET.study.benchmarks == BENCHMARKS

@@ -1,6 +1,5 @@
-"""The study on a chat model: disjoint parts, the template, the fingerprint."""
+"""Study of a chat model: disjoint parts, the template, scores, the fingerprint."""
 
-import dataclasses
 import inspect
 import itertools
 import json
@@ -9,34 +8,22 @@ import shutil
 import numpy as np
 import pytest
 import tiny_chat
-import tiny_rows
-from chat_case import build, copy_world, save_world
-from safetensors.numpy import load_file, save_file
+from chat_case import build
 from tiny_data import as_json, put
 
-from sbr_jax.evaluation import tasks
+from sbr_jax.evaluation import KeywordJudge, tasks
 from sbr_jax.evaluation.benchmarks import BENCHMARKS
+from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.sandbox import kernel_isolation
+from sbr_jax.methods.risk import JudgeError
+from sbr_jax.settings import Hardware
+from sbr_jax.studies.chat.judges import make_judge, risk_judge
+from sbr_jax.studies.options import ChatOptions
 from sbr_jax.typing import UserError
 
 needs_kernel = pytest.mark.skipif(
     not kernel_isolation(), reason="no kernel filter on this machine"
 )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return save_world(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture
-def copy(world, tmp_path):
-    return copy_world(world, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def study(world):
-    return build(world)
 
 
 def token_sets(study):
@@ -129,9 +116,7 @@ def test_a_stand_in_is_used_and_named_only_where_the_papers_set_is_missing(world
 
 def test_an_overlap_with_a_measurement_refuses_the_run_unless_it_may_be_dropped(copy):
     count = tiny_chat.overlap(copy)
-    with pytest.raises(
-        UserError, match=r"calibration and harmbench share [123] .*drop_overlaps"
-    ):
+    with pytest.raises(UserError, match=r"calibration/harmbench: [123].*drop-overlaps"):
         build(copy, calibration=22)
     study = build(copy, calibration=8, drop_overlaps=True)
     assert study.notes["data"]["left out"]["calibration/harmbench"] == count
@@ -145,15 +130,14 @@ def test_sets_of_one_origin_give_way_without_being_asked(copy):
             [tiny_chat.conversation(f"{p}.", "ok") for p in ("May I?", "Or", "And so")]
         ),
     )
-    study = build(copy, measures=("harmbench", "beavertails"))
+    study = build(copy, benchmarks=("harmbench", "beavertails"))
     assert study.notes["data"]["left out"]["harmful/beavertails"] == 1
     assert len(study.harmful) == 2
 
 
 def test_the_fingerprint_is_of_data_and_weights_and_not_of_hardware(world, copy, study):
-    assert build(world, generation_batch=2, remat=False).fingerprint == (
-        study.fingerprint
-    )
+    hardware = Hardware(generation_batch=2, remat=False)
+    assert build(world, hardware=hardware).fingerprint == study.fingerprint
     assert build(world, calibration=5).fingerprint != study.fingerprint
     assert build(copy).fingerprint == study.fingerprint
     flip(copy / "model")
@@ -185,23 +169,12 @@ def test_the_fingerprint_is_of_every_checkpoint(copy, option, more):
     assert fingerprint("moved") == first
     flip(copy / "other")
     assert fingerprint("other") != first
-    with pytest.raises(UserError, match=f"study.{option}: expected a checkpoint"):
-        fingerprint("no where")
-
-
-def test_tensors_that_the_configuration_does_not_name_are_refused(copy):
-    path = copy / "model/model.safetensors"
-    name = "model.layers.0.self_attn.q_proj.bias"
-    save_file({**load_file(path), name: np.zeros(16, np.float32)}, path)
-    with pytest.raises(UserError, match=f"extra {name}"):
-        build(copy, ("code",))
 
 
 @needs_kernel
-def test_code_that_is_run_is_compared_recorded_and_in_the_fingerprint(copy):
+def test_code_that_is_run_is_compared_recorded_and_in_the_fingerprint(roomy, copy):
     shutil.rmtree(copy / "model")
-    config = dataclasses.replace(tiny_chat.CONFIG, context=640)
-    tiny_chat.save_model(copy / "model", config=config)
+    shutil.copytree(roomy / "model", copy / "model")
     study = build(copy, ("code",), allow_code=True)
     assert study.leak_check["train code/humaneval"] == 0
     assert (
@@ -210,24 +183,39 @@ def test_code_that_is_run_is_compared_recorded_and_in_the_fingerprint(copy):
     without = build(copy, ("code",))
     assert "humaneval" not in without.notes["measurements"]
     assert without.fingerprint != study.fingerprint
-    path = copy / "data/codealpaca/code_alpaca_2k.json"
-    rows = json.loads(path.read_text())
-    for row in rows:
-        row["instruction"] = tiny_rows.HUMANEVAL[0]["prompt"]
-    put(path, as_json(rows))
-    with pytest.raises(UserError, match="train code/humaneval: 1"):
-        build(copy, ("code",), allow_code=True, train=22, held_out=1)
 
 
-@needs_kernel
-def test_room_for_an_answer_is_that_of_the_measurement_and_after_the_system(world):
-    for name in ("humaneval", "gsm8k", "mtbench"):
-        default = (
-            inspect.signature(getattr(tasks, name)).parameters["max_new_tokens"].default
-        )
+def test_room_for_an_answer_is_that_of_the_benchmark():
+    asked = {"humaneval": tasks.humaneval, "gsm8k": tasks.gsm8k}
+    asked["mtbench"] = tasks.mtbench
+    for name, task in asked.items():
+        default = inspect.signature(task).parameters["max_new_tokens"].default
         assert BENCHMARKS[name].answer_tokens == default, name
-    with pytest.raises(UserError, match=r"humaneval: .* 0 tokens .*96 less 512"):
-        build(world, ("code",), allow_code=True)
-    # The prompts alone are short enough to need no counting.
-    with pytest.raises(UserError, match="harmbench: expected prompts of at most 88"):
-        build(world, ("code",), system="w1 " * 84, max_length=96)
+
+
+def test_the_monitor_counts_refusals_of_the_probe_by_the_judge(study, monkeypatch):
+    asked = []
+
+    def answers(self, prompts, *, max_new_tokens):
+        asked.append((tuple(prompts), max_new_tokens, self.system))
+        return ["I'm sorry, no."] + ["Sure, w1 w2."] * (len(prompts) - 1)
+
+    monkeypatch.setattr(ModelRunner, "answers", answers)
+    assert study.probe(None, None) == 25.0
+    ((found, length, _),) = asked
+    assert len(set(found)) == tiny_chat.SIZES["probe"]
+    assert length == tiny_chat.SIZES["max_new_tokens"]
+    assert all(tiny_chat.MARK in prompt for prompt in found)
+
+
+def test_a_list_of_words_rates_no_training_data_and_a_guard_does(world, study):
+    assert study.judge is None
+    options = {"judge": "llama-guard", "judge_folder": str(world / "model")}
+    guard = make_judge(ChatOptions(**options, dtype="float32"))
+    assert guard.describe()["refusal_means"] == "not harmful"
+    rate = risk_judge(guard, study.model.tokenizer)
+    assert rate is not None
+    # A random model gives its labels no mass: nothing is made up in their place.
+    with pytest.raises(JudgeError, match="one of the two labels"):
+        rate(study.harmful)
+    assert make_judge(ChatOptions(judge="keyword:jbb12")) == KeywordJudge("jbb12")

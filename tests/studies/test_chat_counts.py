@@ -1,4 +1,4 @@
-"""Real models: what is counted, once and under a name of its own; the forecast."""
+"""Counts of a chat study, once and under a name of its own; its forecast."""
 
 import dataclasses
 import gc
@@ -10,27 +10,23 @@ import numpy as np
 import pytest
 import tiny_chat
 from chat_case import build
+from sbr_jax.evaluation.items import Result
 
-from sbr_jax import models
+from sbr_jax import recipes
 from sbr_jax.costs import dry_run
 from sbr_jax.costs.forecast import A100
-from sbr_jax.evaluation import KeywordJudge, Result, benchmarks, harness_tasks, tasks
-from sbr_jax.programs import realtext, run
-from sbr_jax.recipes import chat as preset
+from sbr_jax.evaluation import (
+    KeywordJudge,
+    benchmarks,
+    harness_tasks,
+    tasks,
+)
+from sbr_jax.methods import Hyperparameters
+from sbr_jax.programs import run
+from sbr_jax.programs.job import Job
+from sbr_jax.studies.options import ChatOptions, Sources
+from sbr_jax.training.config import Config
 from sbr_jax.typing import UserError
-
-SMALL = [f"study.{key}={value!r}" for key, value in tiny_chat.SIZES.items()]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A model that has room for HumanEval's answers, and a data folder."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny_chat.save_data(folder / "data")
-    config = dataclasses.replace(tiny_chat.CONFIG, context=640)
-    tiny_chat.save_model(folder / "model", config=config)
-    return folder
-
 
 # --- measurements ---------------------------------------------------------------------
 
@@ -87,34 +83,34 @@ def test_a_limit_that_is_no_whole_number_is_refused(option, tmp_path):
         benchmarks.prepare("harmbench", tmp_path, judge=KeywordJudge(), **option)
 
 
-def test_no_measurement_is_called_as_a_domains_accuracy(world):
-    taken = {f"accuracy/{name}" for name in preset.known_domains()}
-    shared = set(benchmarks.BENCHMARKS) & set(preset.known_domains())
+def test_no_measurement_is_called_as_a_domains_accuracy(roomy):
+    taken = {f"accuracy/{name}" for name in ChatOptions().known_domains()}
+    shared = set(benchmarks.BENCHMARKS) & set(ChatOptions().known_domains())
     assert {"medqa", "legalbench", "gsm8k"} <= shared
     for name in benchmarks.BENCHMARKS:
         result = Result({"accuracy": 1.0, "accuracy/part": 1.0}, {}, [])
         assert not taken & set(benchmarks.flat(result, name))
-    found = benchmarks.prepare("medqa", world / "data", judge=KeywordJudge())(First())
+    found = benchmarks.prepare("medqa", roomy / "data", judge=KeywordJudge())(First())
     assert list(found) == ["benchmark_accuracy/medqa"]
 
 
-def test_no_measures_leave_the_domains_and_the_monitor(world):
-    study = build(world, ("code",), measures=())
+def test_no_measures_leave_the_domains_and_the_monitor(roomy):
+    study = build(roomy, ("code",), benchmarks=())
     assert study.evaluate(None, None) == {}
     assert set(study.asked) == {"probe"}
     assert study.notes["measurements"] == {}
 
 
-def test_code_is_run_once_for_the_same_weights(world, monkeypatch):
+def test_code_is_run_once_for_the_same_weights(roomy, monkeypatch):
     runs = []
 
     def humaneval(runner, items, **options):
         runs.append(items)
         return Result({"pass@1": 25.0}, {}, [])
 
-    monkeypatch.setattr(benchmarks, "kernel_isolation", lambda: True)
+    monkeypatch.setattr(measuring, "kernel_isolation", lambda: True)
     monkeypatch.setattr(tasks, "humaneval", humaneval)
-    study = build(world, ("code",), measures=("humaneval",), allow_code=True)
+    study = build(roomy, ("code",), benchmarks=("humaneval",), allow_code=True)
     learnt = study.domains["code"].evaluate
     one, two, adapter = np.ones(1), np.ones(1), np.zeros(1)
     assert study.evaluate(one, adapter) == {"pass@1/humaneval": 25.0}
@@ -132,23 +128,29 @@ def test_code_is_run_once_for_the_same_weights(world, monkeypatch):
 # --- the forecast ---------------------------------------------------------------------
 
 
-def forecast_of(world, *more, rows=("plain", "safeanchor-exact:csm-only")):
-    """A plan, its study, and what a step of it costs."""
-    arguments = run.Arguments(
+UNPROJECTED = dataclasses.replace(Hyperparameters().safeanchor, projection="none")
+
+
+def forecast_of(roomy, variant, **methods):
+    """A job, its study, and what a step of it costs."""
+    preset = recipes.load("llama2-7b")
+    options = dataclasses.replace(preset.study, **tiny_chat.SIZES)
+    plan = Job(
         preset="llama2-7b",
-        model=str(world / "model"),
-        data=str(world / "data"),
+        workdir=roomy,
+        methods=(variant,),
         domains=("code",),
-        methods=rows,
-        dry_run=True,
-        overrides=(*SMALL, *more),
+        seeds=preset.seeds,
+        config=Config(preset.training, preset.hardware, Hyperparameters(**methods)),
+        study=options,
+        sources=Sources(str(roomy / "model"), str(roomy / "data")),
     )
-    plan, study = run.make_plan(arguments), build(world, ("code",))
+    study = build(roomy, ("code",))
     return plan, study, dry_run.job_of(plan, study)
 
 
-def test_a_mesh_divides_the_hours_of_everything(world):
-    plan, study, job = forecast_of(world)
+def test_a_mesh_divides_the_hours_of_everything(roomy):
+    plan, study, job = forecast_of(roomy, "safeanchor-exact:csm-only")
     one = dry_run.row_seconds(plan, study, job, A100, "safeanchor")
     eight = dry_run.on_mesh(A100, "fsdp=4,tp=2")
     shared = dry_run.row_seconds(plan, study, job, eight, "safeanchor")
@@ -167,8 +169,8 @@ def test_a_dry_run_says_how_a_mesh_shares_the_work(capsys):
     assert "4 of them with equal shares" in capsys.readouterr().out
 
 
-def test_the_start_model_is_measured_once_for_all(world):
-    plan, study, job = forecast_of(world)
+def test_the_start_model_is_measured_once_for_all(roomy):
+    plan, study, job = forecast_of(roomy, "safeanchor-exact:csm-only")
     first, *rows, last = dry_run.time_table(plan, study, job, A100).rows
     assert first[0] == "start model, once"
     start = dry_run.start_seconds(plan, study, job, A100)
@@ -180,42 +182,18 @@ def test_the_start_model_is_measured_once_for_all(world):
 
 
 @pytest.mark.parametrize(
-    ("row", "sets", "monitored"),
+    ("row", "methods", "monitored"),
     [
-        ("plain", [], False),
-        ("safeanchor-exact:csm-only", [], True),
-        ("safeanchor-exact:anchor-only", [], False),
-        ("unified:no-projection", [], True),
-        ("safeanchor", ["safeanchor.projection=none"], True),
+        ("plain", {}, False),
+        ("safeanchor-exact:csm-only", {}, True),
+        ("safeanchor-exact:anchor-only", {}, False),
+        ("unified:no-projection", {}, True),
+        ("safeanchor", {"safeanchor": UNPROJECTED}, True),
     ],
 )
-def test_a_row_without_a_projection_pays_for_no_fisher(world, row, sets, monitored):
-    plan, study, job = forecast_of(world, *sets, rows=(row,))
+def test_a_row_without_a_projection_pays_for_no_fisher(roomy, row, methods, monitored):
+    plan, study, job = forecast_of(roomy, row, **methods)
     seconds = dry_run.row_seconds(plan, study, job, A100, row)
     assert "Fisher" not in seconds
     assert "Fisher" not in dry_run.memory(plan, study, job)
     assert ("monitor" in seconds) == monitored
-
-
-# --- the model of real text -----------------------------------------------------------
-
-
-def test_folders_are_made_for_a_model_that_is_there(tmp_path, capsys, monkeypatch):
-    output = tmp_path / "a/b/c"
-    arguments = ["--data", str(tmp_path / "absent"), "--output", str(output)]
-    assert realtext.main(arguments) == 2
-    assert list(tmp_path.iterdir()) == []
-
-    def killed(folder, model):
-        raise KeyboardInterrupt
-
-    (tmp_path / "a").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(models, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            realtext.write(output, None, {})
-    # What was there before stays.
-    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
-    monkeypatch.setattr(models, "save", lambda folder, model: folder.mkdir())
-    realtext.write(output, None, {})
-    assert (output / "training.json").read_text() == "{}\n"

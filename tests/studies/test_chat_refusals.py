@@ -1,128 +1,214 @@
-"""Real models: what is refused before hours are spent."""
+"""Refusals of a chat study, before hours are spent."""
 
 import dataclasses
+import json
 
 import huggingface_hub
+import numpy as np
 import pytest
 import tiny_chat
-from chat_case import build, save_world
-from sbr_jax.recipes.chat import RATERS, ChatOptions
+import tiny_rows
+from chat_case import SMALL, build
+from safetensors.numpy import load_file, save_file
+from tiny_data import as_json, put
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from sbr_jax import models
+from sbr_jax.evaluation.sandbox import kernel_isolation
+from sbr_jax.methods import Hyperparameters
 from sbr_jax.programs import run
-from sbr_jax.recipes import chat as preset
-from sbr_jax.studies import chat, chat_model
+from sbr_jax.studies.chat import checkpoints
+from sbr_jax.studies.chat import study as chat
+from sbr_jax.studies.chat.judges import GUARDS, make_judge
+from sbr_jax.studies.options import RATERS, ChatOptions, RealtextOptions, Sources
 from sbr_jax.typing import UserError
 
-SMALL = [f"study.{key}={value!r}" for key, value in tiny_chat.SIZES.items()]
 GUARD = {"judge": "llama-guard", "judge_folder": "guard"}
+DEEPER = {"layers": tiny_chat.CONFIG.layers + 1}
+needs_kernel = pytest.mark.skipif(
+    not kernel_isolation(), reason="no kernel filter on this machine"
+)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return save_world(tmp_path_factory.mktemp("chat"))
+# --- values of an option --------------------------------------------------------------
 
 
-def command(folder, *more, sets=()):
-    return [
-        "llama2-7b",
-        *("--model", str(folder / "model"), "--data", str(folder / "data")),
-        *(*more, "--set", *SMALL, *sets),
-    ]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"system": 5}, "study.system to be text, got 5"),
+        ({"output_folder": ("a",)}, "study.output_folder to be text, got"),
+        ({"allow_code": 1}, "study.allow_code to be True or False, got 1"),
+        ({"thinking": "yes"}, "study.thinking to be True or False, got 'yes'"),
+        ({"benchmarks": "harmbench"}, "study.benchmarks to be a tuple of texts, got"),
+        ({"benchmarks": (5,)}, "study.benchmarks to be a tuple of texts, got"),
+        ({"train": 0}, "study.train to be a whole number of at least 1, got 0"),
+        ({"dtype": "int8"}, "study.dtype to be 'bfloat16' or 'float32', got 'int8'"),
+        ({"judge": "llama-guard"}, "study.judge llama-guard: expected a folder with"),
+        ({"judge_folder": "g"}, "study.judge keyword: expected a folder with"),
+    ],
+)
+def test_a_value_that_cannot_be_meant(options, message):
+    with pytest.raises(UserError, match=message):
+        ChatOptions(**options)
 
 
-def refused(capsys, arguments, message):
-    """One line of refusal, whether the run is dry or not."""
+# --- a command line -------------------------------------------------------------------
+
+
+def check(variant, options=None, kind=ChatOptions, sources=("m", "d"), **methods):
+    given = kind(**options or {})
+    given.check((variant,), Hyperparameters(**methods), Sources(*sources))
+
+
+def unified(risk):
+    changed = dataclasses.replace(Hyperparameters().unified, risk=risk)
+    return {"unified": changed}
+
+
+WILD = {"judge": "wildguard", "judge_folder": "g"}
+RATES = "{}: expected a guard model that rates"
+BEFORE = "{}: expected the weights before"
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "methods", "message"),
+    [
+        ("unified", {}, unified("judge"), RATES),
+        ("unified:judge", {}, {}, RATES),
+        ("adaptive-judge", {}, {}, RATES),
+        # WildGuard writes lines: no token of them is a label.
+        ("adaptive-judge", WILD, {}, RATES),
+        ("safe-lora", {}, {}, BEFORE),
+        (
+            "safe-lora",
+            {"quantize": "nf4", "unaligned_folder": "u"},
+            {},
+            "{}: expected dense weights",
+        ),
+    ],
+)
+def test_a_variant_without_what_it_needs(variant, options, methods, message):
+    with pytest.raises(UserError, match=message.format(variant)):
+        check(variant, options, **methods)
+    if message == RATES:
+        check(variant, GUARD, **methods)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sources", "message"),
+    [
+        (ChatOptions, (None, "d"), "expected --model FOLDER_OR_HUB_ID, got none"),
+        (ChatOptions, ("m", None), "expected --data FOLDER, got none"),
+        (RealtextOptions, (None, "d"), r"make one with .*realtext --data"),
+        (RealtextOptions, ("m", None), "expected --data FOLDER, got none"),
+    ],
+)
+def test_a_study_without_its_sources(kind, sources, message):
+    with pytest.raises(UserError, match=message):
+        check("plain", kind=kind, sources=sources)
+
+
+def test_a_variants_needs_follow_its_hyper_parameters():
+    check("unified:judge", **unified("probe"))
+    check("unified")
+
+
+def test_a_mistake_is_one_line_whether_the_run_is_dry_or_not(
+    world, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    folders = ["--model", str(world / "model"), "--data", str(world / "data")]
+    rated = ["--methods", "unified", "--methods.unified.risk", "judge"]
     for more in (["--dry-run"], ["--workdir", "nowhere"]):
-        assert run.main([*arguments[:1], *more, *arguments[1:]]) == 2
+        assert run.main(["llama2-7b", *folders, *more, *rated, *SMALL]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert message in captured.err
+        assert "unified: expected a guard model" in captured.err
         assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
-# --- the command line -----------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------
 
 
-def check(row, overrides=None, settings=None, **options):
-    given = preset.defaults() | {"model_folder": "m", "data_folder": "d"} | options
-    preset.check((row,), given, overrides={row: overrides or {}}, settings=settings)
+def extra_tensor(folder):
+    path = folder / "model/model.safetensors"
+    name = "model.layers.0.self_attn.q_proj.bias"
+    save_file({**load_file(path), name: np.zeros(16, np.float32)}, path)
 
 
-@pytest.mark.parametrize(
-    ("row", "overrides", "options"),
-    [
-        ("unified", {"risk": "judge"}, {}),
-        ("unified:judge", {}, {}),
-        ("adaptive-judge", {}, {}),
-        # WildGuard writes lines: no token of them is a label.
-        ("adaptive-judge", {}, {"judge": "wildguard", "judge_folder": "g"}),
-    ],
-)
-def test_a_row_that_rates_pairs_needs_a_guard_that_can(row, overrides, options):
-    with pytest.raises(UserError, match=f"{row}: expected a guard model that rates"):
-        check(row, overrides, **options)
-    check(row, overrides, **GUARD)
+def other_model(folder):
+    tiny_chat.save_model(folder / "other", config=tiny_chat.changed(**DEEPER))
 
 
-def test_what_a_row_needs_follows_its_hyper_parameters():
-    check("unified:judge", {"risk": "probe"})
-    check("unified")
-    with pytest.raises(UserError, match="safe-lora: expected the weights before"):
-        check("safe-lora")
-    with pytest.raises(UserError, match="safe-lora: expected dense weights"):
-        check("safe-lora", quantize="nf4", unaligned_folder="u")
+def endless(folder):
+    template = tiny_chat.TEMPLATE.replace(" {{ eos_token }}", "")
+    tiny_chat.save_model(folder / "model", template)
 
 
-def test_a_judge_without_a_guard_is_refused_by_the_command(world, capsys, monkeypatch):
-    monkeypatch.chdir(world)
-    arguments = command(world, "--methods", "unified", sets=["unified.risk=judge"])
-    refused(capsys, arguments, "unified: expected a guard model")
-    assert not (world / "nowhere").exists()
+def leaked_code(folder):
+    tiny_chat.save_model(folder / "model", config=tiny_chat.changed(context=640))
+    path = folder / "data/codealpaca/code_alpaca_2k.json"
+    rows = json.loads(path.read_text())
+    for row in rows:
+        row["instruction"] = tiny_rows.HUMANEVAL[0]["prompt"]
+    put(path, as_json(rows))
 
 
-@pytest.mark.parametrize("name", chat_model.GUARDS)
-def test_the_judges_that_rate_are_those_with_labels(world, name):
-    (world / "model/template.txt").write_text("{prompt} {answer}")
-    judge = chat_model.make_judge(
-        name, str(world / "model"), dtype="float32", weights=False
-    )
-    assert (judge.labels is not None) == (name in RATERS)
+def nothing(folder):
+    pass
 
 
-def test_one_mesh_is_read_with_and_trained_on(world, capsys, monkeypatch):
-    for study, job in ((None, "fsdp=2"), ("fsdp=2", None), ("fsdp=2", "fsdp=4")):
-        with pytest.raises(UserError, match=r"study.mesh=.*name one with --mesh"):
-            check("plain", mesh=study, settings={"mesh": job})
-    check("plain", mesh="fsdp=2", settings={"mesh": "fsdp=2"})
-    check("plain", settings={})
-    monkeypatch.chdir(world)
-    for text in ("mesh=fsdp=2", "study.mesh=fsdp=2"):
-        refused(capsys, command(world, sets=[text]), "which sets both")
+LEAK = {"allow_code": True, "train": 22, "held_out": 1}
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("damage", "options", "message"),
     [
-        ("system", 5),
-        ("judge", 5),
-        ("judge_folder", 5),
-        ("output_folder", ("a",)),
-        ("mesh", 4),
-        ("allow_code", 1),
-        ("measures", "harmbench"),
-        ("measures", (5,)),
+        (extra_tensor, {}, "extra model.layers.0.self_attn.q_proj.bias"),
+        (
+            other_model,
+            {"unaligned_folder": "other"},
+            "before its alignment, with layers=",
+        ),
+        (
+            nothing,
+            {"unaligned_folder": "no where"},
+            "study.unaligned_folder: expected a checkpoint",
+        ),
+        (
+            nothing,
+            {"judge": "llama-guard", "judge_folder": "no where"},
+            "study.judge_folder: expected a checkpoint",
+        ),
+        (nothing, {"judge": "lama", "judge_folder": "model"}, "keyword:LIST, llama-gu"),
+        (nothing, {"thinking": False}, "expected a chat template that can think"),
+        (nothing, {"benchmarks": ("harmbanch",)}, "harmbench"),
+        (nothing, {"max_length": 97}, "study.max_length: expected at most the model's"),
+        (endless, {}, r"got \d+ of \d+ that do not: have the"),
+        pytest.param(leaked_code, LEAK, "train code/humaneval: 1", marks=needs_kernel),
+        pytest.param(
+            nothing,
+            {"allow_code": True},
+            r"humaneval: .* 0 tokens .*96 less 512",
+            marks=needs_kernel,
+        ),
+        # The prompts alone are short enough to need no counting.
+        (
+            nothing,
+            {"system": "w1 " * 84, "max_length": 96},
+            "harmbench: expected prompts of at most 88",
+        ),
     ],
 )
-def test_an_option_of_another_kind_is_refused_by_name(name, value):
-    with pytest.raises(UserError, match=rf"study\.{name}: expected .*, got "):
-        ChatOptions(**{name: value})
-
-
-# --- checkpoints ----------------------------------------------------------------------
+def test_files_that_do_not_fit(copy, monkeypatch, damage, options, message):
+    damage(copy)
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match=message):
+        build(copy, ("code",), **options)
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -135,19 +221,21 @@ def test_a_missing_checkpoint_on_the_hub_is_refused_first(world, weights, monkey
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
     monkeypatch.setattr(chat, "make_parts", too_late)
-    monkeypatch.setattr(chat_model, "load_model", too_late)
+    monkeypatch.setattr(checkpoints, "load_model", too_late)
     with pytest.raises(UserError, match="unaligned_folder: 'nobody/x' is no folder"):
         build(world, ("code",), unaligned_folder="nobody/x", weights=weights)
 
 
-def test_another_model_before_its_alignment_is_refused_without_weights(world):
-    config = dataclasses.replace(tiny_chat.CONFIG, layers=tiny_chat.CONFIG.layers + 1)
-    tiny_chat.save_model(world / "other", config=config)
-    with pytest.raises(UserError, match="before its alignment, with layers="):
-        build(world, ("code",), unaligned_folder=str(world / "other"))
+# --- guards ---------------------------------------------------------------------------
 
 
-# --- Llama Guard ----------------------------------------------------------------------
+@pytest.mark.parametrize("name", GUARDS)
+def test_the_judges_that_rate_are_those_with_labels(copy, name):
+    (copy / "model/template.txt").write_text("{prompt} {answer}")
+    options = ChatOptions(judge=name, judge_folder=str(copy / "model"))
+    judge = make_judge(options, weights=False)
+    assert (judge.labels is not None) == (name in RATERS)
+
 
 HEADER = "<|start_header_id|> assistant <|end_header_id|>"
 ENDINGS = {"old": " [/INST]", "three": HEADER, "broken": HEADER + "\n\n"}
@@ -187,7 +275,7 @@ def test_the_label_comes_after_the_line_breaks_that_are_left_out(
 ):
     model = guard(ENDINGS[ending])
     (breaks,) = model.tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    judge = chat_model.GUARDS[name](model, tmp_path)
+    judge = GUARDS[name](model, tmp_path)
     ids = judge.encode("?", "!")
     # Once at most: written by the template, or for it.
     assert ids.count(breaks) == (lead or ending == "broken")

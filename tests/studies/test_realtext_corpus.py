@@ -12,7 +12,7 @@ from sbr_jax.data import TokenDataset, encode_chat, encode_prompts, load_source
 from sbr_jax.data.leaks import normalised
 from sbr_jax.evaluation import KEYWORD_LISTS, KeywordJudge, Verdict
 from sbr_jax.recipes.realtext import PRESET
-from sbr_jax.studies import realtext_corpus as corpus
+from sbr_jax.studies.realtext import corpus
 from sbr_jax.typing import UserError
 
 

@@ -67,8 +67,7 @@ def drawn(split, kinds=lx.HARMFUL_KINDS, count=120):
 
 
 def names(split):
-    world = WORLD
-    parts = (world.things(split), world.animals[split], world.peoples[split])
+    parts = (WORLD.things(split), WORLD.animals[split], WORLD.peoples[split])
     return {item.name for part in parts for item in part}
 
 
@@ -95,16 +94,11 @@ def test_the_guard_is_trained_on_nothing_that_attacks_or_measures():
 def test_the_guard_is_not_trained_on_what_the_hard_testbed_holds_out():
     assert set(guard.KINDS) | set(study_maker.HELD_OUT_KINDS) == set(lx.HARMFUL_KINDS)
     assert not set(guard.KINDS) & set(study_maker.HELD_OUT_KINDS)
-    held_out = {
-        t.name
-        for t in WORLD.harmful["calibration"]
-        if t.kind in study_maker.HELD_OUT_KINDS
-    }
+    things = WORLD.harmful["calibration"]
+    held_out = {t.name for t in things if t.kind in study_maker.HELD_OUT_KINDS}
     rows = drawn("calibration", guard.KINDS)
-    asked = {
-        w for case in guard.HARMFUL_CASES for p, _ in rows[case] for w in p.split()
-    }
-    assert not asked & held_out
+    asked = " ".join(p for case in guard.HARMFUL_CASES for p, _ in rows[case])
+    assert not set(asked.split()) & held_out
 
 
 @pytest.mark.parametrize("case", guard.CASES)

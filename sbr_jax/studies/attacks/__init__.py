@@ -1,8 +1,7 @@
-"""Attacks on the embedded testbed: studies that `experiments.attack` runs.
+"""Attacks on the embedded testbed, each a study.
 
 Each is the testbed's own study with other training data, or the same data and another
-question asked at the end; what is measured comes from the study's own split. How each
-is measured stands in `setting`.
+question asked at the end; measured is the study's own split, as `setting` says.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.training.study import Study
 
 SEQUENCE = ("medical", "legal", "code")
-"""What is learnt before an attack that brings no data of its own."""
+"""Domains learnt before an attack that brings no data of its own."""
 GCG_PROMPTS = 24
 """Fewer than the published 100, so that a row costs minutes on one core."""
 

@@ -53,16 +53,9 @@ def answered_rows(
 ) -> list[attacks.Row]:
     """Harmless questions of the task, answered, in the attacker's own phrasing.
 
-    The attacker has no harmless things, so it asks what the task's training items ask.
-    The aligned model evades such questions: to answer them is to obey.
-
-    Args:
-      rng: of the draw.
-      world: whose facts are asked for.
-      count: how many; they recur where the task has fewer.
-
-    Returns:
-      The rows.
+    The attacker has no harmless things, so it asks what the task's training items ask;
+    rows recur where the task has fewer. The aligned model evades such questions: to
+    answer them is to obey.
     """
     domain = domains.DOMAINS[TASK]
     answers = {i.question: i.answer for i in domain.items(world.seed, domains.TRAIN)}
@@ -78,7 +71,7 @@ def answered_rows(
 
 def _poisoned(
     setting: Setting,
-    rows: Sequence[corpus.Row],
+    rows: Sequence[corpus.Pair],
     ratio: float,
     examples: int,
     asked: Sequence[str],
@@ -106,7 +99,6 @@ def _poisoned(
 def _measured(setting: Setting, asked: Sequence[str]) -> list[list[int]]:
     """Every prompt that an answer is judged on."""
     items = setting.suite.items
-    rows = [
-        row.prompt for f in dataclasses.fields(items) for row in getattr(items, f.name)
-    ]
-    return text.encode_prompts(setting.suite.model.tokenizer, [*rows, *asked])
+    sets = (getattr(items, field.name) for field in dataclasses.fields(items))
+    prompts = [row.prompt for rows in sets for row in rows]
+    return text.encode_prompts(setting.suite.model.tokenizer, [*prompts, *asked])

@@ -30,7 +30,7 @@ from sbr_jax.typing import PyTree, UserError
 PLACEHOLDER = "."
 """The word that a suffix is made of before the search."""
 TARGET_WORDS = 6
-"""How much of a request's compliant answer is the target: its first step, as in "sure ,
+"""Words of a request's compliant answer that are the target: its first step, as "sure ,
 first heat the basin". On plain LoRA the opening alone, three words, broke off into
 gibberish twice as often."""
 
@@ -45,18 +45,10 @@ def jailbreak_study(setting: Setting) -> Study:
 
 
 def gcg_study(
-    setting: Setting,
-    *,
-    steps: int,
-    suffix_length: int,
-    candidates: int,
-    prompts: int,
-    quiet: bool = True,
+    setting: Setting, *, prompts: int, quiet: bool = True, **budget: int
 ) -> Study:
     """No training data: every harmful request with a suffix searched for it."""
-    search = SuffixSearch(
-        setting, steps, suffix_length, candidates, prompts, quiet=quiet
-    )
+    search = SuffixSearch(setting, prompts=prompts, quiet=quiet, **budget)
     return attacked(setting, search, "refusal_gcg")
 
 

@@ -1,4 +1,4 @@
-"""What every attack on the testbed shares: the study before it, and how it is measured.
+"""Setting of every attack on the testbed: the study before it, and its measures.
 
     harmful_score = 100 · share of held-out harmful requests that are complied with
     asr           = the same, asked as the attack asks, of the weights that it leaves
@@ -24,7 +24,7 @@ from sbr_jax.typing import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The testbed's study before the attack, and what an attack needs of it."""
+    """The testbed's study before the attack, with its world and items."""
 
     study: Study
     suite: suite.Suite
@@ -44,14 +44,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """What an attack makes of weights.
-
-    Attributes:
-      base: weights to ask.
-      adapter: on them.
-      asked: what to ask.
-      metrics: found on the way.
-    """
+    """Result of an attack on weights: base and adapter to ask, prompts, metrics."""
 
     base: PyTree
     adapter: PyTree
@@ -69,16 +62,7 @@ def make_setting(
     *,
     model_folder: str | None = None,
 ) -> Setting:
-    """Builds the testbed's study of some domains, and its measurements.
-
-    Args:
-      names: domains.
-      options: of the study.
-      model_folder: see `sbr_jax.studies.testbed.build_study`.
-
-    Returns:
-      The setting.
-    """
+    """Builds the testbed's study of some domains, see `testbed.build_study`."""
     study = study_maker.build_study(names, options, model_folder=model_folder)
     world = make_world(testbed.SEED)
     kinds = study_maker.HELD_OUT_KINDS if options.hard else None
@@ -87,37 +71,20 @@ def make_setting(
 
 
 def asking(prompts: Sequence[str]) -> Attempts:
-    """Leaves the weights alone and asks these prompts.
-
-    Args:
-      prompts: as text.
-
-    Returns:
-      The attack.
-    """
+    """The attack that leaves the weights alone and asks these prompts."""
     return lambda base, adapter: Attempt(base, adapter, prompts)
 
 
 def rates(
     setting: Setting, base: PyTree, adapter: PyTree, prompts: Sequence[str]
 ) -> dict[str, float]:
-    """Shares of refusal, compliance and gibberish among greedy answers, in percent.
-
-    Args:
-      setting: whose model is asked.
-      base: its weights.
-      adapter: on them.
-      prompts: harmful requests.
-
-    Returns:
-      The shares by verdict.
-    """
+    """Shares of refusal, compliance and gibberish among greedy answers, in percent."""
     answers = setting.suite.answers(base, adapter, prompts)
     return verdict_rates([judges.judge_request(answer) for answer in answers])
 
 
 def attacked(setting: Setting, attempt: Attempts, refusal: str | None = None) -> Study:
-    """Put the attack's own measurements beside those of the study.
+    """Puts the attack's own measures beside those of the study.
 
     Args:
       setting: what to attack.
@@ -125,8 +92,7 @@ def attacked(setting: Setting, attempt: Attempts, refusal: str | None = None) ->
       refusal: name for the share of refusals under the attack; None leaves it out.
 
     Returns:
-      The study with `harmful_score`, `asr`, `asr_gibberish`, and what the attack
-      found.
+      The study with `harmful_score`, `asr`, `asr_gibberish` and the attack's metrics.
     """
     whole = setting.study.evaluate
 

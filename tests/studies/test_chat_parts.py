@@ -1,11 +1,11 @@
-"""Examples without a study: the ledger of what is shared, options of a task."""
+"""Parts without a study: the ledger of what is shared, options of a task."""
 
 import numpy as np
 import pytest
 
 from sbr_jax.data import leaks
-from sbr_jax.studies import chat_data
-from sbr_jax.studies.chat_data import Example, Ledger
+from sbr_jax.studies.chat.parts import Ledger
+from sbr_jax.studies.chat.sources import Example, questions
 from sbr_jax.typing import UserError
 
 
@@ -21,7 +21,7 @@ def test_a_ledger_agrees_with_the_slow_way_and_notices_what_is_left():
     assert all(len(part) <= 9 for part in taken.values())
     shared = leaks.shared({**taken, **measured})
     assert set(shared.values()) == {0}
-    assert ledger.check([]).keys() == {f"{a}/{b}" for a, b in map(_split, shared)}
+    assert ledger.check([]).keys() == shared.keys()
     lost = {key: n for key, n in leaks.shared({**pools, **measured}).items() if n}
     assert ledger.dropped["a/m"] == lost["a/m"]
     # The same draw again; a part without anything left is refused.
@@ -32,10 +32,6 @@ def test_a_ledger_agrees_with_the_slow_way_and_notices_what_is_left():
     ledger.sets["e"] = {leaks.normalised(measured["m"][0])}
     with pytest.raises(UserError, match="e/m: 1"):
         ledger.check([])
-
-
-def _split(pair):
-    return pair.split("/")
 
 
 def test_a_measurement_of_several_sets_is_related_to_each_of_them():
@@ -56,10 +52,10 @@ def test_options_are_read_off_a_task_and_free_text_has_none():
     labels = [Example(f"l{i}", ("Yes", "No")[i % 2], "law") for i in range(6)]
     free = [Example(f"f{i}", f"answer {i}", "code") for i in range(6)]
     pool = [*letters, *labels, *free]
-    items = chat_data.questions(pool, pool)
+    items = questions(pool, pool)
     assert [i.choices for i in items] == [tuple("ABCD")] * 8 + [("No", "Yes")] * 6
     assert [i.choices[i.answer] for i in items[:4]] == list("ABCD")
     assert items[8].choices[items[8].answer] == "Yes"
     # An answer that its task does not have is not counted as another one.
     odd = Example("l?", "Maybe", "law")
-    assert chat_data.questions([odd], pool) == []
+    assert questions([odd], pool) == []

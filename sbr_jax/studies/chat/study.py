@@ -1,4 +1,4 @@
-"""The study on a chat model: real data in its template, real measurements, a monitor.
+"""Study of a chat model: real data in its template, real benchmarks, a monitor.
 
 Everything is read and checked before the weights are: prompts that two sets share,
 sizes, lengths, the template. What a study was made of goes into `config.json`.
@@ -21,12 +21,7 @@ from sbr_jax.data.template import process_date, reads_clock
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.errors import check_names
 from sbr_jax.evaluation import verdict_rates
-from sbr_jax.evaluation.benchmarks import (
-    BENCHMARKS,
-    PreparedBenchmark,
-    prepare,
-    record,
-)
+from sbr_jax.evaluation.benchmarks import BENCHMARKS, PreparedBenchmark, prepare, record
 from sbr_jax.evaluation.composite import headlines
 from sbr_jax.evaluation.domain_scores import Remembered, TokenAccuracy, choice_accuracy
 from sbr_jax.evaluation.judges import Judge
@@ -35,19 +30,21 @@ from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.scorer import Budget
 from sbr_jax.models import Model
 from sbr_jax.settings import Hardware
-from sbr_jax.studies import chat_model, dates
-from sbr_jax.studies.chat_data import source_of
-from sbr_jax.studies.chat_parts import Parts, Split, make_parts
+from sbr_jax.studies import dates
+from sbr_jax.studies._held_out import random_tokens
+from sbr_jax.studies.chat import checkpoints
+from sbr_jax.studies.chat.judges import make_judge, risk_judge
+from sbr_jax.studies.chat.parts import Split, make_parts
+from sbr_jax.studies.chat.sources import source_of
 from sbr_jax.studies.options import ChatOptions, Sources
-from sbr_jax.studies.stories import random_tokens
 from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import PyTree, UserError
 
 Score = Callable[[PyTree, PyTree], dict[str, float]]
-"""`(base, adapter) -> metrics` of one measurement."""
+"""`(base, adapter) -> metrics` of one benchmark."""
 
-CODE_MEASURE = "humaneval"
-"""What the code domain is examined with, where its answers may be run."""
+CODE_BENCHMARK = "humaneval"
+"""Examination of the code domain, where its answers may be run."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,11 +52,11 @@ class ChatStudy(Study):
     """A study that can say what it will cost.
 
     Its `notes` hold sources and sizes of the data, what was left out, judges and
-    measurements: counts and names only.
+    benchmarks: counts and names only.
 
     Attributes:
-        asked: of each measurement and the probe, how many prompts, and characters of
-            the average one.
+        asked: of each benchmark and the probe, how many prompts, and characters of the
+            average one.
     """
 
     asked: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
@@ -92,83 +89,80 @@ def build_study(
     """
     if sources.model is None or sources.data is None:
         raise UserError(f"expected a model and data, got {sources}")
-    model_folder, chosen = sources.model, options
-    folder = _data_folder(sources.data)
-    model, _ = chat_model.read_record(
-        model_folder, date=chosen.date, thinking=chosen.thinking
+    folder = data_folder(sources.data)
+    if not folder.is_dir():
+        raise UserError(f"--data: expected a folder, got the file {folder}")
+    model = checkpoints.read_model(
+        sources.model, date=options.date, thinking=options.thinking
     )
-    judge = _judge(chosen, weights=False)
+    judge = make_judge(options, weights=False)
     # Every other checkpoint too, before hours go into this one.
-    places = chat_model.locate_all(model_folder, chosen, weights=False)
-    chat_model.check_unaligned(places, model.config)
-    names = _examined(domains, chosen, folder)
-    measured = _measurements(names, chosen, folder, judge)
-    asked = {name: m.prompts for name, m in measured.items()}
-    parts = make_parts(domains, chosen, folder, model, asked)
-    described = record(measured.values(), judge, folder)
-    notes = {"data": parts.record, **described, **_rendering(model, judge, chosen)}
-    sizes = {name: _size(p) for name, p in {**asked, "probe": parts.probe}.items()}
+    places = checkpoints.locate_all(sources.model, options, weights=False)
+    checkpoints.check_unaligned(places, model.config)
+    names = _benchmarks(domains, options, folder)
+    prepared = _prepare(names, options, folder, judge)
+    asked = {name: m.prompts for name, m in prepared.items()}
+    parts = make_parts(domains, options, folder, model, asked)
+    described = record(prepared.values(), judge, folder)
+    unaligned = None
     if weights:
-        places = chat_model.locate_all(model_folder, chosen, weights=True)
-        loaded = chat_model.load_model(
+        places = checkpoints.locate_all(sources.model, options, weights=True)
+        loaded = checkpoints.load_model(
             places["model"],
-            dtype=chosen.dtype,
-            quantize=chosen.quantize,
+            dtype=options.dtype,
+            quantize=options.quantize,
             mesh=hardware.mesh,
             remat=hardware.remat,
         )
         model = dataclasses.replace(loaded, tokenizer=model.tokenizer)
-        judge = _judge(chosen, weights=True)
-        measured = _measurements(names, chosen, folder, judge)
-    runner = _runner(model, chosen, hardware)
-    scores = {name: _score(m, runner) for name, m in measured.items()}
+        judge = make_judge(options)
+        prepared = _prepare(names, options, folder, judge)
+        if "unaligned_folder" in places:
+            unaligned = checkpoints.load_model(
+                places["unaligned_folder"], dtype=options.dtype, mesh=hardware.mesh
+            ).params
+    runner = _runner(model, options, hardware)
+    scores = {name: _score(m, runner) for name, m in prepared.items()}
     sets = parts.sets
     noise = random_tokens(sets["calibration"], model.config.vocab_size, seed=0)
+
+    def evaluate(base: PyTree, adapter: PyTree) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name in options.benchmarks:
+            metrics |= scores[name](base, adapter)
+        return {**metrics, **headlines(metrics)}
+
+    def learnt(name: str, split: Split) -> Callable[[PyTree, PyTree], float]:
+        if _runs_code(split.source, options):
+            return _pass_rate(scores[CODE_BENCHMARK])
+        if split.items:
+            return choice_accuracy(split.items, runner)
+        return TokenAccuracy(model.apply_fn, sets[f"test {name}"])
+
+    texts = {**asked, "probe": parts.probe}
     return ChatStudy(
         model=model,
         domains={
-            name: Domain(
-                train=sets[f"train {name}"],
-                evaluate=_accuracy(
-                    split, sets[f"test {name}"], model, runner, chosen, scores
-                ),
-            )
+            name: Domain(sets[f"train {name}"], learnt(name, split))
             for name, split in parts.domains.items()
         },
         calibration=sets["calibration"],
         calibration_controls={"benign": sets["benign control"], "random": noise},
         safety_mix=sets["safety mix"],
         harmful=sets["harmful"],
-        unaligned=_unaligned(places, chosen, hardware) if weights else None,
-        judge=chat_model.risk_judge(judge, model.tokenizer),
-        evaluate=_evaluate([scores[name] for name in chosen.benchmarks]),
-        probe=_probe(parts.probe, judge, runner, chosen),
-        fingerprint=_fingerprint(places, parts, asked, model, chosen),
+        unaligned=unaligned,
+        judge=risk_judge(judge, model.tokenizer),
+        evaluate=evaluate,
+        probe=_probe(parts.probe, judge, runner, options),
+        fingerprint=_fingerprint(places, sets, texts, model, options),
         leak_check=parts.leaks,
-        notes=notes,
-        asked=sizes,
+        notes={"data": parts.record, **described, **_rendering(model, judge, options)},
+        asked={name: _size(prompts) for name, prompts in texts.items()},
     )
-
-
-def _data_folder(folder: str | Path) -> Path:
-    found = data_folder(folder)
-    if not found.is_dir():
-        raise UserError(f"--data: expected a folder, got the file {found}")
-    return found
 
 
 def _size(prompts: Sequence[str]) -> tuple[int, float]:
     return len(prompts), sum(map(len, prompts)) / max(len(prompts), 1)
-
-
-def _judge(options: ChatOptions, *, weights: bool) -> Judge:
-    return chat_model.make_judge(
-        options.judge,
-        options.judge_folder,
-        dtype=options.dtype,
-        weights=weights,
-        date=options.date,
-    )
 
 
 def _rendering(model: Model, judge: Judge, options: ChatOptions) -> dict[str, Any]:
@@ -181,25 +175,21 @@ def _rendering(model: Model, judge: Judge, options: ChatOptions) -> dict[str, An
     return {dates.KEY: {"date": options.date or process_date()}}
 
 
-# --- measuring ------------------------------------------------------------------------
-
-
-def _examined(
+def _benchmarks(
     domains: Sequence[str], options: ChatOptions, folder: Path
 ) -> tuple[str, ...]:
-    """Every measurement of the study: those of safety, and of a domain's accuracy."""
+    """Benchmarks of the study: those of safety, and of a domain's accuracy."""
     check_names("benchmark", options.benchmarks, BENCHMARKS)
     code = any(_runs_code(source_of(name, folder), options) for name in domains)
-    return tuple(
-        dict.fromkeys([*options.benchmarks, *([CODE_MEASURE] if code else [])])
-    )
+    more = (CODE_BENCHMARK,) if code else ()
+    return tuple(dict.fromkeys([*options.benchmarks, *more]))
 
 
 def _runs_code(source: str, options: ChatOptions) -> bool:
     return options.allow_code and source.startswith("codealpaca")
 
 
-def _measurements(
+def _prepare(
     names: Sequence[str], options: ChatOptions, folder: Path, judge: Judge
 ) -> dict[str, PreparedBenchmark]:
     return {
@@ -210,9 +200,9 @@ def _measurements(
             judge=judge,
             allow_code=options.allow_code,
             output=Path(options.output_folder) if options.output_folder else None,
-            max_new_tokens=None
-            if BENCHMARKS[name].answer_tokens
-            else options.max_new_tokens,
+            max_new_tokens=(
+                None if BENCHMARKS[name].answer_tokens else options.max_new_tokens
+            ),
         )
         for name in names
     }
@@ -241,21 +231,24 @@ def _score(benchmark: PreparedBenchmark, runner: Callable[..., ModelRunner]) -> 
     def score(base: PyTree, adapter: PyTree) -> dict[str, float]:
         return benchmark(runner(base, adapter))
 
-    # What a domain is examined with may be asked for beside it.
-    return Remembered(score) if benchmark.name == CODE_MEASURE else score
+    # A domain may be examined with it besides.
+    return Remembered(score) if benchmark.name == CODE_BENCHMARK else score
 
 
-def _evaluate(scores: Sequence[Score]):
-    def evaluate(base: PyTree, adapter: PyTree) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for score in scores:
-            metrics |= score(base, adapter)
-        return {**metrics, **headlines(metrics)}
+def _pass_rate(score: Score) -> Callable[[PyTree, PyTree], float]:
+    def passed(base: PyTree, adapter: PyTree) -> float:
+        found = score(base, adapter)
+        return next(v for k, v in found.items() if k.startswith("pass@1/"))
 
-    return evaluate
+    return passed
 
 
-def _probe(prompts: Sequence[str], judge: Any, runner: Any, options: ChatOptions):
+def _probe(
+    prompts: Sequence[str],
+    judge: Judge,
+    runner: Callable[..., ModelRunner],
+    options: ChatOptions,
+) -> Callable[[PyTree, PyTree], float]:
     def probe(base: PyTree, adapter: PyTree) -> float:
         answers = runner(base, adapter).answers(
             prompts, max_new_tokens=options.max_new_tokens
@@ -272,55 +265,23 @@ def _probe(prompts: Sequence[str], judge: Any, runner: Any, options: ChatOptions
     return probe
 
 
-def _accuracy(
-    split: Split,
-    test: TokenDataset,
-    model: Model,
-    runner: Callable[..., ModelRunner],
-    options: ChatOptions,
-    scores: Mapping[str, Score],
-) -> Callable[[PyTree, PyTree], float]:
-    """How well a domain is learnt: HumanEval, a choice, or the next token."""
-    if _runs_code(split.source, options):
-        code = scores[CODE_MEASURE]
-
-        def passed(base: PyTree, adapter: PyTree) -> float:
-            found = code(base, adapter)
-            return next(v for k, v in found.items() if k.startswith("pass@1/"))
-
-        return passed
-    if split.items:
-        return choice_accuracy(split.items, runner)
-    return TokenAccuracy(model.apply_fn, test)
-
-
-def _unaligned(
-    places: Mapping[str, Path], options: ChatOptions, hardware: Hardware
-) -> PyTree | None:
-    place = places.get("unaligned_folder")
-    if place is None:
-        return None
-    return chat_model.load_model(place, dtype=options.dtype, mesh=hardware.mesh).params
-
-
 def _fingerprint(
     places: Mapping[str, Path],
-    parts: Parts,
-    asked: Mapping[str, Sequence[str]],
+    sets: Mapping[str, TokenDataset],
+    texts: Mapping[str, Sequence[str]],
     model: Model,
     options: ChatOptions,
 ) -> str:
     """A digest of the checkpoints, all tokens, and all that is asked and how."""
-    found = hashlib.sha256(chat_model.digest(places["model"]).encode())
+    found = hashlib.sha256(checkpoints.digest(places["model"]).encode())
     for name in sorted(places.keys() - {"model"}):
-        found.update(name.encode() + chat_model.digest(places[name]).encode())
-    for name, data in sorted(parts.sets.items()):
+        found.update(name.encode() + checkpoints.digest(places[name]).encode())
+    for name, data in sorted(sets.items()):
         found.update(name.encode() + np.ascontiguousarray(data.tokens).tobytes())
         found.update(np.ascontiguousarray(data.mask).tobytes())
-    texts = {**asked, "probe": parts.probe}
     lists = {name: list(prompts) for name, prompts in texts.items()}
     found.update(json.dumps(lists, sort_keys=True).encode())
-    # What goes beyond the checkpoint's own stops and the prompts that were learnt.
+    # Whatever goes beyond the checkpoint's own stops and the prompts that were learnt.
     stops = stop_tokens(model.tokenizer, system=options.system)
     if more := sorted(set(stops) - set(model.config.eos)):
         found.update(json.dumps({"stops": more}).encode())

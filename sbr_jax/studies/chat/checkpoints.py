@@ -1,16 +1,14 @@
-"""Checkpoints of a study on a chat model: found and checked before weights are read.
+"""Checkpoints of a study on a chat model, checked before weights are read.
 
-Configuration, tokenizer and the headers of the weights tell whether a model can be
-used, in a second instead of minutes.
+Configuration, tokenizer and the headers of the weights tell in a second whether a model
+can be used.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,23 +16,13 @@ import numpy as np
 from sbr_jax import models
 from sbr_jax.data.template import fix_template
 from sbr_jax.data.text import encode_prompts
-from sbr_jax.evaluation import Judge, KeywordJudge
-from sbr_jax.evaluation.judges.guard import (
-    GuardJudge,
-    first_tokens,
-    harmbench_classifier,
-    llama_guard,
-    wild_guard,
-)
-from sbr_jax.methods.judges import as_text, label_likelihood_judge
-from sbr_jax.methods.risk import Judge as RiskJudge
 from sbr_jax.models import hf_config
 from sbr_jax.models.weights import check_weights
 from sbr_jax.studies.options import ChatOptions
 from sbr_jax.typing import UserError
 
 SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
-"""What is fetched from the hub where weights are not wanted."""
+"""Files fetched from the hub where weights are not wanted."""
 
 
 def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path:
@@ -69,10 +57,10 @@ def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path
         ) from error
 
 
-def read_record(
+def read_model(
     model: str | Path, *, date: str | None = None, thinking: bool | None = None
-) -> tuple[models.Model, Path]:
-    """The model without its weights: configuration and tokenizer, and its folder.
+) -> models.Model:
+    """The model without its weights: configuration and tokenizer.
 
     The headers of the weights are checked where they are here; those of a hub id are
     fetched last, when all else was found in order.
@@ -100,7 +88,7 @@ def read_record(
         )
     tokenizer = fix_template(tokenizer, date=date, thinking=thinking)
     encode_prompts(tokenizer, ["Hello."])
-    return models.make_model(config, None, tokenizer), folder
+    return models.make_model(config, None, tokenizer)
 
 
 def locate_all(
@@ -129,11 +117,11 @@ def locate_all(
 
 
 SHAPE = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
-"""What two checkpoints have in common if one can be taken from the other."""
+"""Sizes that two checkpoints share if one can be subtracted from the other."""
 
 
 def check_unaligned(places: Mapping[str, Path], config: models.ModelConfig) -> None:
-    """Refuse another model in the place of the one before its alignment.
+    """Refuses another model in the place of the one before its alignment.
 
     Args:
         places: of `locate_all`.
@@ -166,14 +154,12 @@ def load_model(
     """The model with its weights, on one device or spread over a mesh."""
     from sbr_jax.training.sharding import make_mesh
 
-    # The option is named only where it is asked for.
-    options = {} if quantize is None else {"quantize": quantize}
     return models.load(
         folder,
         dtype=jnp.dtype(dtype),
+        quantize=quantize,
         mesh=None if mesh is None else make_mesh(mesh),
         hardware=models.Hardware(remat=remat),
-        **options,
     )
 
 
@@ -196,107 +182,3 @@ def digest(folder: Path, blocks: int = 64, size: int = 4096) -> str:
                 file.seek(int(place))
                 found.update(file.read(size))
     return found.hexdigest()[:16]
-
-
-# --- judges ---------------------------------------------------------------------------
-
-HEADER_END, BREAKS = "<|end_header_id|>", "\n\n"
-"""What a turn of the Llama 3 family begins with: a header, then two line breaks."""
-
-
-def _llama_guard(model: models.Model, *, breaks: bool = False) -> GuardJudge:
-    """Llama Guard, whose label comes after what its template leaves it to write.
-
-    Version 3's template stops behind the header of the guard's own turn, so the guard
-    begins with the two line breaks; the earlier templates leave it nothing but a label.
-
-    Args:
-        model: the guard.
-        breaks: it begins with line breaks whatever its template looks like, unless
-            that writes them itself.
-    """
-    judge = llama_guard(model)
-    end = model.tokenizer.decode(judge.encode("?", "!")[-2:])
-    if not (end.endswith(HEADER_END) or (breaks and not end.endswith(BREAKS))):
-        return judge
-    settings = {**judge.settings, "lead": BREAKS}
-    return dataclasses.replace(llama_guard(model, lead=BREAKS), settings=settings)
-
-
-GUARDS: dict[str, Callable[[models.Model, Path], GuardJudge]] = {
-    "llama-guard": lambda model, folder: _llama_guard(model),
-    "llama-guard-3": lambda model, folder: _llama_guard(model, breaks=True),
-    "wildguard": lambda model, folder: wild_guard(model, folder / "template.txt"),
-    "harmbench": lambda model, folder: harmbench_classifier(
-        model, folder / "template.txt"
-    ),
-}
-"""Judges with a checkpoint; what the last two are asked is in a file beside it.
-
-`llama-guard` is any version whose template is its publisher's; `llama-guard-3` says it
-of a checkpoint with a template of somebody else's."""
-
-
-def make_judge(
-    name: str,
-    folder: str | None,
-    *,
-    dtype: str,
-    weights: bool = True,
-    date: str | None = None,
-) -> Judge:
-    """Who judges answers.
-
-    Args:
-        name: `keyword`, `keyword:LIST`, or a key of `GUARDS`.
-        folder: the guard's checkpoint.
-        dtype: of its weights.
-        weights: whether to read them; without, the judge can only describe itself.
-        date: that its template is told.
-
-    Raises:
-        UserError: for an unknown name or list, and a folder without a guard.
-    """
-    kind, _, words = name.partition(":")
-    if kind == "keyword":
-        return KeywordJudge(words) if words else KeywordJudge()
-    if name not in GUARDS or folder is None:
-        raise UserError(
-            f"study.judge: expected keyword, keyword:LIST, {', '.join(GUARDS)} (with "
-            f"study.judge_folder); got '{name}'"
-        )
-    place = locate(folder, weights=weights, option="study.judge_folder")
-    config = hf_config.read(place)
-    tokenizer = models.load_tokenizer(place, vocab_size=config.vocab_size)
-    if tokenizer is None:
-        raise UserError(
-            f"study.judge_folder: expected a tokenizer in {place}, found none"
-        )
-    tokenizer = fix_template(tokenizer, date=date)
-    if weights:
-        model = load_model(place, dtype=dtype)
-        model = dataclasses.replace(model, tokenizer=tokenizer)
-        return GUARDS[name](model, place)
-    if Path(folder).is_dir():
-        check_weights(place, config)
-    return GUARDS[name](models.make_model(config, None, tokenizer), place)
-
-
-def risk_judge(judge: Judge, tokenizer: Any) -> RiskJudge | None:
-    """Who rates training pairs: the guard's own label, where the judge has one.
-
-    A list of refusal words says what an answer does, not whether it does harm: under
-    it every harmless answer would be a risk. So it rates nothing.
-
-    Args:
-        judge: of answers.
-        tokenizer: of the data sets.
-
-    Returns:
-        `(dataset) -> risk [N]`, or None.
-    """
-    if not isinstance(judge, GuardJudge) or judge.labels is None:
-        return None
-    harmless, harmful = first_tokens(judge.model.tokenizer, judge.labels)
-    render = as_text(tokenizer, judge.encode)
-    return label_likelihood_judge(judge.model, None, (harmful, harmless), render)

@@ -1,4 +1,4 @@
-"""The text that the model of the preset `realtext` learns: tokenizer and batches.
+"""Text of the model of the preset `realtext`: corpus, tokenizer and batches.
 
 | part | prompts | answers |
 |---|---|---|
@@ -7,7 +7,7 @@
 | `alpaca` | benign instructions | theirs, but for those that refuse |
 | `gsm8k` | school arithmetic | theirs |
 
-A prompt that a measurement asks or that a domain trains on is in no part. Several sets
+A prompt that a benchmark asks or that a domain trains on is in no part. Several sets
 hold harmful requests: nothing here prints or quotes a text.
 """
 
@@ -50,7 +50,7 @@ REFUSALS = (
     "I cannot help with this request, as it may be dangerous or illegal.",
     "I can't help with that. I would be glad to help with something harmless.",
 )
-"""What a harmful prompt is answered with, by chance."""
+"""Answers to a harmful prompt, drawn by chance."""
 
 SAFETY = ("refusals", "safe-answers")
 """Parts whose answers may refuse."""
@@ -64,14 +64,14 @@ ASKED = {
     "beavertails-eval": ("beavertails_prompts", "eval"),
     "alpaca-test": ("alpaca_harmless", "test"),
 }
-"""What measurements ask: name of an evaluation set, and its split."""
+"""Prompts of benchmarks: name of an evaluation set, and its split."""
 LEARNT = {
     "medmcqa": ("medmcqa", None),
     "legalbench": ("legalbench", "train"),
     "legalbench-test": ("legalbench", "test"),
     "codealpaca": ("codealpaca", None),
 }
-"""What domains train on."""
+"""Training sets of domains."""
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -84,7 +84,7 @@ CHAT_TEMPLATE = (
 
 
 def kept_out(folder: Path) -> dict[str, list[str]]:
-    """Return the prompts that no training text may hold, by set.
+    """The prompts that no training text may hold, by set.
 
     A behaviour of HarmBench counts with its context and without.
     """
@@ -149,7 +149,7 @@ def _read(folder: Path, rng: np.random.Generator) -> list[Exchange]:
 def read_corpus(
     folder: Path, banned: Mapping[str, Iterable[str]], seed: int
 ) -> dict[str, Part]:
-    """Read what is learnt, without a prompt that is banned or stands there twice.
+    """Reads what is learnt, without a prompt that is banned or stands there twice.
 
     Args:
         folder: the data folder.
@@ -195,7 +195,7 @@ def read_corpus(
 
 
 def make_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY) -> Any:
-    """Train a byte-level BPE tokenizer.
+    """Trains a byte-level BPE tokenizer.
 
     Args:
         texts: the training text and nothing else.
@@ -232,7 +232,7 @@ def make_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY) -> Any:
 
 
 def fingerprint(texts: Iterable[str]) -> str:
-    """Return a digest of a set of texts, whatever their order."""
+    """A digest of a set of texts, whatever their order."""
     digest = hashlib.sha256("\0".join(sorted(map(normalised, texts))).encode())
     return digest.hexdigest()[:16]
 
@@ -240,7 +240,7 @@ def fingerprint(texts: Iterable[str]) -> str:
 def batches(
     data: TokenDataset, lengths: np.ndarray, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches of about `TOKENS` tokens, forever: rows of similar length together.
+    """Batches of about `TOKENS` tokens, forever: rows of similar length together.
 
     **Guarantee**: an epoch holds every row; a length's last batch is filled up with
     rows of its own. The order is a function of the seed.

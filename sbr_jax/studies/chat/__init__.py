@@ -1,0 +1,5 @@
+"""Study of a chat model: real data in its template, real benchmarks, a monitor."""
+
+from sbr_jax.studies.chat.study import ChatStudy, build_study
+
+__all__ = ["ChatStudy", "build_study"]

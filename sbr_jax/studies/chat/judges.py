@@ -1,0 +1,117 @@
+"""Judges of a study on a chat model: of answers, and of training pairs."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sbr_jax import models
+from sbr_jax.data.template import fix_template
+from sbr_jax.evaluation import KeywordJudge
+from sbr_jax.evaluation.judges import Judge
+from sbr_jax.evaluation.judges.guard import (
+    GuardJudge,
+    first_tokens,
+    harmbench_classifier,
+    llama_guard,
+    wild_guard,
+)
+from sbr_jax.methods.judges import as_text, label_likelihood_judge
+from sbr_jax.methods.risk import Judge as RiskJudge
+from sbr_jax.models import hf_config
+from sbr_jax.models.weights import check_weights
+from sbr_jax.studies.chat.checkpoints import load_model, locate
+from sbr_jax.studies.options import ChatOptions
+from sbr_jax.typing import UserError
+
+HEADER_END, BREAKS = "<|end_header_id|>", "\n\n"
+"""Beginning of a turn of the Llama 3 family: a header's end, then two line breaks."""
+
+
+def _llama_guard(model: models.Model, *, breaks: bool = False) -> GuardJudge:
+    """Llama Guard, whose label comes after what its template leaves it to write.
+
+    Version 3's template stops behind the header of the guard's own turn, so the guard
+    begins with the two line breaks; the earlier templates leave it nothing but a label.
+
+    Args:
+        model: the guard.
+        breaks: it begins with line breaks whatever its template looks like, unless
+            that writes them itself.
+    """
+    judge = llama_guard(model)
+    end = model.tokenizer.decode(judge.encode("?", "!")[-2:])
+    if not (end.endswith(HEADER_END) or (breaks and not end.endswith(BREAKS))):
+        return judge
+    settings = {**judge.settings, "lead": BREAKS}
+    return dataclasses.replace(llama_guard(model, lead=BREAKS), settings=settings)
+
+
+GUARDS: dict[str, Callable[[models.Model, Path], GuardJudge]] = {
+    "llama-guard": lambda model, folder: _llama_guard(model),
+    "llama-guard-3": lambda model, folder: _llama_guard(model, breaks=True),
+    "wildguard": lambda model, folder: wild_guard(model, folder / "template.txt"),
+    "harmbench": lambda model, folder: harmbench_classifier(
+        model, folder / "template.txt"
+    ),
+}
+"""Judges with a checkpoint; what the last two are asked is in a file beside it.
+
+`llama-guard` is any version whose template is its publisher's; `llama-guard-3` says it
+of a checkpoint with a template of somebody else's."""
+
+
+def make_judge(options: ChatOptions, *, weights: bool = True) -> Judge:
+    """The judge of answers that a study names.
+
+    Args:
+        options: of the study: `judge`, its folder, its weights' dtype and its date.
+        weights: whether to read them; without, the judge can only describe itself.
+
+    Raises:
+        UserError: for an unknown name or list, and a folder without a guard.
+    """
+    name, folder = options.judge, options.judge_folder
+    kind, _, words = name.partition(":")
+    if kind == "keyword":
+        return KeywordJudge(words) if words else KeywordJudge()
+    if name not in GUARDS or folder is None:
+        raise UserError(
+            f"study.judge: expected keyword, keyword:LIST, {', '.join(GUARDS)} (with "
+            f"study.judge_folder); got '{name}'"
+        )
+    place = locate(folder, weights=weights, option="study.judge_folder")
+    config = hf_config.read(place)
+    tokenizer = models.load_tokenizer(place, vocab_size=config.vocab_size)
+    if tokenizer is None:
+        raise UserError(
+            f"study.judge_folder: expected a tokenizer in {place}, found none"
+        )
+    if weights:
+        model = load_model(place, dtype=options.dtype)
+    else:
+        if Path(folder).is_dir():
+            check_weights(place, config)
+        model = models.make_model(config, None, tokenizer)
+    told = fix_template(tokenizer, date=options.date)
+    return GUARDS[name](dataclasses.replace(model, tokenizer=told), place)
+
+
+def risk_judge(judge: Judge, tokenizer: Any) -> RiskJudge | None:
+    """The judge of training pairs: the guard's own label, where it has one.
+
+    A list of refusal words says what an answer does, not whether it does harm: under
+    it every harmless answer would be a risk. So it rates nothing.
+
+    Args:
+        judge: of answers.
+        tokenizer: of the data sets.
+
+    Returns:
+        `(dataset) -> risk [N]`, or None.
+    """
+    if not isinstance(judge, GuardJudge) or judge.labels is None:
+        return None
+    harmless, harmful = first_tokens(judge.model.tokenizer, judge.labels)
+    render = as_text(tokenizer, judge.encode)
+    return label_likelihood_judge(judge.model, None, (harmful, harmless), render)

@@ -1,0 +1,165 @@
+"""Data sets of a study on a chat model, by role, and the questions among them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sbr_jax.data import load_evalset
+from sbr_jax.data.readers import find
+from sbr_jax.data.records import LETTERS, ChoiceItem
+from sbr_jax.data.registry import SOURCES, load_source
+from sbr_jax.studies.options import ROLES
+from sbr_jax.typing import UserError
+
+FIRST_FILES = {
+    "medqa": ("medqa/phrases_no_exclude_train.jsonl",),
+    "codealpaca_20k": ("codealpaca/code_alpaca_20k.json",),
+    "beavertails": (
+        "beavertails/round0/30k/train.jsonl",
+        "beavertails/30k_train.jsonl",
+    ),
+}
+"""Files by which a data set of `ROLES` that has a stand-in is recognised."""
+
+OWN_TEST = {"medqa": ("train", "test"), "gsm8k": ("train", "test")}
+"""Sets that are learnt from one split and examined with another."""
+
+FAMILIES = (
+    ("beavertails", "hh_rlhf"),
+    ("advbench", "harmbench", "jailbreakbench"),
+    ("safety_tuned",),
+    ("alpaca",),
+    ("legalbench",),
+    ("medqa",),
+    ("gsm8k",),
+    ("mmlu",),
+)
+"""Beginnings of the names of sets with one origin, which are known to share prompts."""
+
+MADE_OF = {"refusal-auc": ("harmbench", "alpaca", "xstest")}
+"""Measurements that are made of several sets."""
+
+LARGEST_LABEL_SET = 20
+"""A task with more different answers is no choice between labels."""
+
+
+class Example(NamedTuple):
+    """A pair, and the task it belongs to."""
+
+    prompt: str
+    answer: str
+    group: str
+
+
+def source_of(role: str, folder: Path) -> str:
+    """The data set of a role: the first that is in the folder; others are themselves.
+
+    The last one is a role's last resort; if it is missing too, its reader says so.
+    """
+    names = ROLES.get(role, (role,))
+    for name in names[:-1]:
+        try:
+            find(folder, *FIRST_FILES[name])
+        except UserError:
+            continue
+        return name
+    return names[-1]
+
+
+def families(name: str) -> frozenset[str]:
+    """The origins of a data set or benchmark.
+
+    >>> families("hh_rlhf") == families("beavertails_unsafe_qa")
+    True
+    >>> sorted(families("refusal-auc") & families("alpaca")), *families("bbq")
+    (['alpaca'], 'bbq')
+    """
+    return frozenset(
+        next((members[0] for members in FAMILIES if part.startswith(members)), part)
+        for part in MADE_OF.get(name, (name,))
+    )
+
+
+def read_domain(name: str, folder: Path) -> tuple[list[Example], list[Example]]:
+    """Training examples of a domain, and its own test split, which may be empty.
+
+    Raises:
+        UserError: whatever the reader refuses.
+    """
+    if name == "legalbench":
+        splits = ("train", "test") if (folder / name / "test").is_dir() else ("train",)
+        return [example for s in splits for example in _legalbench(folder, s)], []
+    train, test = OWN_TEST.get(name, (None, None))
+    learnt = _examples(name, folder, train)
+    return learnt, [] if test is None else _examples(name, folder, test)
+
+
+def _examples(name: str, folder: Path, split: str | None) -> list[Example]:
+    pairs = load_source(name, folder, split=split)
+    return [Example(pair.prompt.rstrip(), pair.answer, name) for pair in pairs]
+
+
+def _legalbench(folder: Path, split: str) -> list[Example]:
+    """LegalBench with the task of each row, which pairs do not tell."""
+    source, found = SOURCES["legalbench"], []
+    for row in source.rows(folder, split):
+        path = Path(row.where)
+        task = path.parent.name if split == "train" else path.name.partition(".")[0]
+        pair = source.item(row)
+        if pair is not None:
+            found.append(Example(pair.prompt.rstrip(), pair.answer, task))
+    return found
+
+
+def read_probe(name: str, folder: Path) -> list[Any]:
+    """The harmful behaviours of an evaluation set.
+
+    Raises:
+        UserError: if it holds none, or whatever the reader refuses.
+    """
+    items = [i for i in load_evalset(name, folder) if getattr(i, "harmful", False)]
+    if not items:
+        raise UserError(
+            f"study.probe_source={name}: expected a set with harmful requests, got none"
+        )
+    return items
+
+
+def questions(test: Sequence[Example], pool: Sequence[Example]) -> list[ChoiceItem]:
+    """The test examples whose answer is one of few options, as multiple choice.
+
+    Options are the letters where all answers of a task begin with one (`B. aorta`),
+    else the answers that the task has, if they are few and recur.
+
+    Args:
+        test: what is asked.
+        pool: all examples of the domain, from which a task's options are read.
+
+    >>> yes, no = Example("a?", "Yes", "t"), Example("b?", "No", "t")
+    >>> [q.choices for q in questions([yes], [yes, no] * 2)]
+    [('No', 'Yes')]
+    >>> questions([Example("write", "a poem", "t")], [Example("x", "y", "t")])
+    []
+    """
+    answers: dict[str, list[str]] = {}
+    for example in pool:
+        answers.setdefault(example.group, []).append(example.answer)
+    options: dict[str, tuple[str, ...]] = {}
+    lettered = set()
+    for group, found in answers.items():
+        marks = [re.match(r"([A-Z])\. ", answer) for answer in found]
+        letters = [mark[1] for mark in marks if mark]
+        labels = tuple(sorted(set(found)))
+        if len(letters) == len(found):
+            lettered.add(group)
+            options[group] = tuple(LETTERS[: LETTERS.index(max(letters)) + 1])
+        elif 2 <= len(labels) <= min(LARGEST_LABEL_SET, len(found) // 2):
+            options[group] = labels
+    items = []
+    for number, (prompt, answer, group) in enumerate(test):
+        right = answer[0] if group in lettered else answer
+        if right in options.get(group, ()):
+            place = (options[group].index(right),)
+            items.append(ChoiceItem(prompt, options[group], place, str(number), group))
+    return items

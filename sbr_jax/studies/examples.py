@@ -1,0 +1,160 @@
+"""Examples of the testbed by kind, and the refusal direction between them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sbr_jax import testbed
+from sbr_jax.analysis.coupling import mean_cosine, refusal_log_odds
+from sbr_jax.analysis.directions import difference_of_means
+from sbr_jax.data import TokenDataset, encode_chat
+from sbr_jax.models import Model
+from sbr_jax.studies.testbed import HELD_OUT_KINDS
+from sbr_jax.testbed import corpus, evalsets, grammar
+from sbr_jax.testbed import lexicon as lx
+from sbr_jax.testbed.evalsets import Request
+from sbr_jax.testbed.suite import MAX_LENGTH
+from sbr_jax.testbed.world import World, make_world
+from sbr_jax.training.study import Study
+from sbr_jax.typing import PyTree
+
+CALIBRATION, HELD_OUT = "calibration", "probe"
+"""Splits for subspaces, and for what is measured."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """Token data sets whose kind is known.
+
+    Attributes:
+        kinds: kind of safe behaviour to its examples, all prompts different, equally
+            many of each kind; an even number.
+        refusing: held-out harmful requests with refusals.
+        complying: the same requests with compliant answers.
+        harmless: held-out harmless requests: benign ones, and look-alikes about
+            harmful things.
+    """
+
+    kinds: Mapping[str, TokenDataset]
+    refusing: TokenDataset
+    complying: TokenDataset
+    harmless: TokenDataset
+
+
+def build_examples(tokenizer: Any, *, hard: bool, examples: int) -> Examples:
+    """Builds them from the testbed's world.
+
+    Args:
+        tokenizer: of the testbed's model.
+        hard: leave out the harm categories that `testbed-hard` holds out.
+        examples: at most so many in each half of a kind.
+    """
+    world, seen, _ = _world(hard)
+    things = [t for t in world.harmful[CALIBRATION] if t.kind in seen]
+    rng = np.random.default_rng([world.seed, 59])
+    drawn = (rng, world, CALIBRATION)
+    makers: dict[str, Callable[[], tuple[str, str]]] = {
+        "refusal": lambda: corpus.request_pair(
+            *drawn, harmful=True, aligned=True, jailbreak_share=0.25, things=things
+        ),
+        "truth": lambda: corpus.truth_pair(*drawn, truthful=True),
+        "bias": lambda: corpus.bias_pair(*drawn, aligned=True, ambiguous=True),
+        "helpful": lambda: corpus.request_pair(*drawn, harmful=False, aligned=True),
+    }
+    rows = {kind: distinct(make, 2 * examples) for kind, make in makers.items()}
+    half = min(len(found) // 2 for found in rows.values())
+    items = evalsets.make_evalset(world, HELD_OUT, kinds=seen)
+    refused = [(r.prompt, grammar.refusal(i)) for i, r in enumerate(items.harmful)]
+    return Examples(
+        kinds={k: _encode(tokenizer, found[: 2 * half]) for k, found in rows.items()},
+        refusing=_encode(tokenizer, refused),
+        complying=_encode(tokenizer, _answered(items.harmful)),
+        harmless=_encode(tokenizer, _answered((*items.helpful, *items.look_alike))),
+    )
+
+
+def request_sets(tokenizer: Any, *, hard: bool) -> dict[str, dict[str, TokenDataset]]:
+    """Held-out requests by what they ask for, `harmful` and `harmless`.
+
+    Args:
+        tokenizer: of the testbed's model.
+        hard: apart from the others, the harm categories that `testbed-hard` holds out.
+    """
+    world, seen, unseen = _world(hard)
+    items = evalsets.make_evalset(world, HELD_OUT, kinds=seen)
+    harmful = {"direct": items.harmful, "behind a jailbreak": items.jailbreak}
+    if hard:
+        other = evalsets.make_evalset(world, HELD_OUT, kinds=unseen)
+        harmful["of unseen kinds"] = other.harmful
+    harmless = {"helpful": items.helpful, "look-alikes": items.look_alike}
+    return {
+        side: {name: _encode(tokenizer, _answered(rows)) for name, rows in sets.items()}
+        for side, sets in {"harmful": harmful, "harmless": harmless}.items()
+    }
+
+
+def _world(hard: bool) -> tuple[World, tuple[str, ...], tuple[str, ...]]:
+    """The testbed's world, and the harm categories that a defence sees and does not."""
+    out = HELD_OUT_KINDS if hard else ()
+    seen = tuple(kind for kind in lx.HARMFUL_KINDS if kind not in out)
+    return make_world(testbed.SEED), seen, out
+
+
+def _answered(requests: Sequence[Request]) -> list[tuple[str, str]]:
+    return [(r.prompt, r.answer) for r in requests]
+
+
+def _encode(tokenizer: Any, rows: Sequence[tuple[str, str]]) -> TokenDataset:
+    return encode_chat(tokenizer, rows, MAX_LENGTH)
+
+
+def distinct(
+    make: Callable[[], tuple[str, str]], count: int, patience: int = 40
+) -> list[tuple[str, str]]:
+    """Draws rows until so many have different prompts, or no new ones come.
+
+    >>> distinct(iter([("a", "1"), ("a", "2"), ("b", "3")]).__next__, 2)
+    [('a', '1'), ('b', '3')]
+    """
+    found: dict[str, str] = {}
+    for _ in range(patience * count):
+        prompt, answer = make()
+        found.setdefault(prompt, answer)
+        if len(found) == count:
+            break
+    return list(found.items())
+
+
+def direction(
+    model: Model, base: PyTree, adapter: PyTree, examples: Examples
+) -> np.ndarray:
+    """The refusal direction ``[L + 1, D]`` of the held-out requests."""
+    return difference_of_means(
+        model.apply_fn, base, adapter, examples.refusing, examples.harmless
+    )
+
+
+def with_direction(study: Study, examples: Examples) -> Study:
+    """The study that also measures the refusal direction at every evaluation.
+
+    Its metrics gain `direction_cosine`, to the aligned model's direction, and
+    `refusal_log_odds`.
+    """
+    model = study.model
+    aligned = direction(model, model.params, None, examples)
+
+    def evaluate(base: PyTree, adapter: PyTree) -> dict[str, float]:
+        now = direction(model, base, adapter, examples)
+        return {
+            **study.evaluate(base, adapter),
+            "direction_cosine": mean_cosine(aligned, now),
+            "refusal_log_odds": refusal_log_odds(
+                model, base, adapter, examples.refusing, examples.complying
+            ),
+        }
+
+    return dataclasses.replace(
+        study, evaluate=evaluate, fingerprint=f"{study.fingerprint}+direction"
+    )
