@@ -108,7 +108,7 @@ def test_code_is_run_once_for_the_same_weights(roomy, monkeypatch):
         runs.append(items)
         return Result({"pass@1": 25.0}, {}, [])
 
-    monkeypatch.setattr(measuring, "kernel_isolation", lambda: True)
+    monkeypatch.setattr(benchmarks, "kernel_isolation", lambda: True)
     monkeypatch.setattr(tasks, "humaneval", humaneval)
     study = build(roomy, ("code",), benchmarks=("humaneval",), allow_code=True)
     learnt = study.domains["code"].evaluate
