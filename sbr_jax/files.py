@@ -197,18 +197,21 @@ def is_free(folder: pathlib.Path) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= {PARTIAL}
 
 
-def fill_folder(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+def fill_folder(
+    folder: pathlib.Path,
+    write: Callable[[pathlib.Path], object],
+    refusals: tuple[type[Exception], ...] = (),
+) -> None:
     """Has a folder's files written apart, and puts them there once all are whole.
 
     Args:
       folder: new or empty.
       write: writes all files into the folder it is given.
+      refusals: what a full disk is to the libraries that write.
 
     Raises:
       OSError: if they cannot be written; the folder is as it was, or new and empty.
     """
-    from safetensors import SafetensorError
-
     partial = folder / PARTIAL
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(partial)
@@ -217,7 +220,7 @@ def fill_folder(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -
         write(partial)
         for path in sorted(partial.iterdir(), key=lambda path: path.name in LAST):
             path.replace(folder / path.name)
-    except SafetensorError as error:  # What a full disk is to that library.
+    except refusals as error:
         raise OSError(errno.EIO, str(error), str(folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

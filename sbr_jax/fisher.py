@@ -297,7 +297,7 @@ def _check_batches(batches: Any) -> None:
 
 @contextlib.contextmanager
 def _parts_explained(batches: Any) -> Iterator[None]:
-    """Where a loss fails on ``x`` of a batch ``(x, y)``, say that it is in no list."""
+    """Explain a loss that fails on ``x`` of a batch ``(x, y)``: it is in no list."""
     try:
         yield
     except UserError:

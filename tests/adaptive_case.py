@@ -3,9 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tiny
+from trees import jitter
 
 from sbr_jax.data import TokenDataset, batch
 from sbr_jax.methods.adaptive import adaptive_loss, adaptive_probe
@@ -42,19 +42,7 @@ PROBLEM = tiny.problem(
 )
 
 
-def moved(seed=1, scale=0.3):
-    """An adapter that changes the model: no gradient of it is zero."""
-    leaves, structure = jax.tree.flatten(FRESH)
-    rng = np.random.default_rng(seed)
-    noise = [jnp.asarray(rng.normal(0, scale, x.shape), x.dtype) for x in leaves]
-    return jax.tree.unflatten(structure, list(map(jnp.add, leaves, noise)))
-
-
-MOVED = moved()
-
-
-def vector(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+MOVED = jitter(FRESH, 1, 0.3)  # No gradient is zero there.
 
 
 def eight(risk=None):

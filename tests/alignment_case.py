@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from trees import jitter, vector
 
 from sbr_jax import losses, models
 from sbr_jax.methods.booster import booster_gradient
@@ -51,15 +52,7 @@ def arrays(data):
 
 def moved(seed=0, adapter=ADAPTER):
     """An adapter somewhere else than at B = 0, where half of a gradient vanishes."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: x + jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), adapter
-    )
-
-
-def vector(tree):
-    leaves = jax.tree.leaves(tree)
-    return np.concatenate([np.ravel(x).astype(np.float64) for x in leaves])
+    return jitter(adapter, seed, 0.2)
 
 
 def like(tree, flat):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from trees import jitter
 
 from sbr_jax import models
 from sbr_jax.data.batches import batch
@@ -40,20 +41,7 @@ plain_gradient = jax.jit(
 )
 
 
-def jitter(adapter, seed, size=0.1):
-    """The adapter with noise on every factor, so that B is not zero."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: x + rng.normal(0, size, x.shape).astype(np.float32), adapter
-    )
-
-
 MOVED, OTHER = jitter(FRESH, 1), jitter(FRESH, 2)
-
-
-def vector(tree):
-    leaves = jax.tree.leaves(tree)
-    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in leaves])
 
 
 @functools.cache

@@ -1,16 +1,19 @@
-"""Every row on the tiny study, learned once for all tests that look at it."""
+"""Every variant on the tiny study, learned once for all tests that look at it."""
 
 import dataclasses
 import functools
+import re
+import types
+from pathlib import Path
 
 import jax
-import numpy as np
+import pytest
 import tiny
 
 from sbr_jax import models
 from sbr_jax.data.batches import batch
-from sbr_jax.methods import VARIANTS
-from sbr_jax.training.program import init_adapter
+from sbr_jax.methods import METHODS, VARIANTS
+from sbr_jax.training.program import init_adapter, make_program
 
 STUDY = tiny.study()
 SETTINGS = tiny.config(steps_per_domain=3)
@@ -29,21 +32,44 @@ TINY = {
 """Options for a model of width 16 and domains of three steps."""
 
 
-def program(row):
+CONTRIBUTED = "noise"
+"""The example of CONTRIBUTING.md, which answers what every method is asked."""
+
+
+@functools.cache
+def contributed():
+    """That example as a module."""
+    text = Path(__file__).parent.with_name("CONTRIBUTING.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    module = types.ModuleType("contributed")
+    exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture(scope="module")
+def registered():
+    """What the page asks for: one line in `METHODS`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, CONTRIBUTED, contributed().noise)
+        yield
+    make_program.cache_clear()
+
+
+def program(row, settings=SETTINGS, **options):
     method = VARIANTS.get(row, (row, {}))[0]
-    options = dict(TINY.get(method, {}))
+    options = {**TINY.get(method, {}), **options}
     if row == "safeanchor-exact:refresh":  # Its own interval is beyond three steps.
         row, options["refresh_every"] = method, 2
-    return tiny.program(row, SETTINGS, STUDY, **options)
+    return tiny.program(row, settings, STUDY, **options)
 
 
 def without_diagnostics(state):
     return {k: v for k, v in state.items() if k != "diagnostics"}
 
 
-def learn(row, seed=0):
+def learn(row, seed=0, **changes):
     """Two domains of three steps, by hand: what the pipeline does with the hooks."""
-    found = program(row)
+    found = program(row, **changes)
     method, problem = found.method, found.problem
     key = jax.random.key(seed)
     adapter = init_adapter(STUDY, SETTINGS, seed)
@@ -77,7 +103,3 @@ def learn(row, seed=0):
 
 
 learned = functools.cache(learn)
-
-
-def vector(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])

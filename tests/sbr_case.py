@@ -3,9 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tiny
+from trees import jitter
 
 from sbr_jax import models
 from sbr_jax.data.batches import TokenDataset
@@ -47,15 +47,7 @@ PROBLEM = tiny.problem(
 FRESH = models.init_adapter(KEY, tiny.CONFIG, rank=2, alpha=4.0, targets="(q|v)_proj")
 
 
-def jitter(seed, size=0.1):
-    """An adapter with noise on every factor, so that B is not zero."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype), FRESH
-    )
-
-
-MOVED = jitter(1)
+MOVED = jitter(FRESH, 1)
 ANCHORS = anchor_prompts(HARMFUL, 8, KEY)
 REFERENCE = reference_states(PROBLEM, BASE, FRESH, ANCHORS)
 STATE = {"anchor": {"prompts": ANCHORS, "reference": REFERENCE}}
@@ -69,11 +61,6 @@ def loss_and_gradient(adapter, reference, reduction="mean"):
         lambda a, r: hidden_anchor_loss(PROBLEM, BASE, a, ANCHORS, r, reduction),
         argnums=(0, 1),
     )(adapter, reference)
-
-
-def vector(tree):
-    leaves = jax.tree.leaves(tree)
-    return np.concatenate([np.ravel(x).astype(np.float64) for x in leaves])
 
 
 def prompts_of(found):

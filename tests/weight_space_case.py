@@ -64,10 +64,6 @@ def dense(x):
     return np.asarray(x, np.float64)
 
 
-def leaves(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-
-
 def equal(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 

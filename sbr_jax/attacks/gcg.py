@@ -46,7 +46,7 @@ _BACKWARD = 8  # sequences forward that need about the memory of one backward
 
 
 class GcgResult(NamedTuple):
-    """What an attack found; NumPy arrays."""
+    """Result of an attack; NumPy arrays."""
 
     suffixes: np.ndarray
     """int32 ``[N, S]``, where the search ended."""

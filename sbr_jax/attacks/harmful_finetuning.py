@@ -24,7 +24,7 @@ Row = tuple[str, str]
 
 
 def attack_count(ratio: float, examples: int) -> int:
-    """How many of the examples are the attacker's: ``round(p N)``.
+    """Number of the attacker's examples: ``round(p N)``.
 
     Args:
       ratio: p in [0, 1].

@@ -1,4 +1,4 @@
-"""Where an adversarial suffix stands in a prompt; which tokens and suffixes are real.
+"""Place of an adversarial suffix in a prompt; real tokens and suffixes.
 
 A sequence is ``[before][suffix][after][target]``: what the template and the question
 put before the suffix, the S tokens that an attack may choose, the rest of the template
@@ -181,7 +181,7 @@ def _runs(tokens: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def ascii_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """Which tokens a suffix may hold: printable ASCII, none of them special.
+    """Marks the tokens of a suffix: printable ASCII, none of them special.
 
     Args:
       tokenizer: of transformers.
@@ -228,7 +228,7 @@ def round_trips(tokenizer: Any) -> RoundTrip:
 def survivors(
     layout: Layout, round_trip: RoundTrip, suffixes: np.ndarray
 ) -> np.ndarray:
-    """Which suffixes, each in its whole prompt, survive as text.
+    """Marks the suffixes that, each in its whole prompt, survive as text.
 
     Args:
       layout: of N prompts.

@@ -17,7 +17,6 @@ and kinds of context, LegalBench's tasks) give an equal number of items from eac
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -431,25 +430,9 @@ def _mtbench(ask: Ask) -> PreparedBenchmark:
             "benchmark 'mtbench': it writes answers for a judge elsewhere; name the "
             "folder for them (study.output_folder, or output=), or drop the benchmark"
         )
-    folder, items = ask.output, ask.items("mtbench")
-
-    def task(runner: Runner) -> dict[str, float]:
-        path = folder / ".mtbench.jsonl"
-        tasks.write_mtbench(runner, items, path, model_id="model", **ask.length)
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        path.unlink()
-        turns = [turn for row in rows for turn in row["choices"][0]["turns"]]
-        # Named by its content: the caller does not say which weights these are, and a
-        # run that is continued must not write the same answers under another name.
-        number = int(hashlib.sha256("\0".join(turns).encode()).hexdigest(), 16) % 10**6
-        name = f"mtbench-{number:06d}"
-        lines = [json.dumps({**r, "model_id": name}, ensure_ascii=False) for r in rows]
-        text = "\n".join(lines) + "\n"
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        answered = 100.0 * sum(bool(turn.strip()) for turn in turns) / len(turns)
-        return {"answered/mtbench": answered, "file/mtbench": float(number)}
-
-    return ask.made(items, task)
+    items = ask.items("mtbench")
+    task = functools.partial(tasks.mtbench, items=items, folder=ask.output)
+    return ask.made(items, functools.partial(task, **ask.length))
 
 
 def _refusal_auc(ask: Ask) -> PreparedBenchmark:

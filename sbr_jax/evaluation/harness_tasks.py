@@ -36,6 +36,8 @@ def _choice_task(
     process_results: Callable[[Any, Any], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """A task dict over rows of ``prompt``, ``choices`` and ``target``."""
+    import_harness()
+    require_items(name, rows)
     # Comes with lm-eval.
     datasets = importlib.import_module("datasets")
     data = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
@@ -69,8 +71,6 @@ def truthfulqa_task(
     Returns:
       A task dict; its metric is ``acc``.
     """
-    import_harness()
-    require_items(name, items)
     rows = [
         {
             "prompt": truthfulqa_prompt(item.question, preamble),
@@ -95,16 +95,7 @@ def bbq_task(items: Sequence[BiasItem], *, name: str = "bbq") -> dict[str, Any]:
 
     The harness's own task crashes on an item whose answers lack their group, and adds
     nine more wordings of "unknown" to the options; this one compares the three.
-
-    Args:
-      items: the questions.
-      name: of the task.
-
-    Returns:
-      A task dict.
     """
-    import_harness()
-    require_items(name, items)
     rows = [
         {
             "prompt": f"{item.context}\n\nQ: {item.question}\nA:",
@@ -135,7 +126,6 @@ def mmlu_task(
     Raises:
       UserError: the items are of several subjects.
     """
-    import_harness()
     require_items("mmlu", items)
     subjects = sorted({item.group for item in items})
     if len(subjects) > 1:
@@ -150,17 +140,7 @@ def mmlu_task(
 def medqa_task(
     items: Sequence[ChoiceItem], *, name: str = "medqa_4options"
 ) -> dict[str, Any]:
-    """MedQA as a harness task.
-
-    Args:
-      items: the questions.
-      name: of the task.
-
-    Returns:
-      A task dict.
-    """
-    import_harness()
-    require_items(name, items)
+    """MedQA as a harness task."""
     return _choice_task(name, _letter_rows(items, "Question: "))
 
 

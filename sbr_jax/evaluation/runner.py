@@ -1,4 +1,4 @@
-"""Puts text to a model under given weights: what every task asks of it.
+"""Model under given weights, as tasks put text to it.
 
 A task formats questions and reads answers; it never sees a tokenizer. Plain models get
 ``BOS prompt option``, encoded in one piece; chat models get the prompt as a user's turn
@@ -20,11 +20,11 @@ from sbr_jax.models import Model
 from sbr_jax.typing import PyTree, UserError
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""What a user says, or the messages up to there (chat models only)."""
+"""A user's words, or the messages up to there (chat models only)."""
 
 
 class Runner(Protocol):
-    """Whoever can be examined."""
+    """Interface of a model under evaluation."""
 
     def log_likelihoods(
         self, prompts: Sequence[str], options: Sequence[Sequence[str]]
@@ -297,7 +297,7 @@ def encode_options(
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
+    """Number of tokens that two texts have in common at their beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

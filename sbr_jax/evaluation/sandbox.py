@@ -56,7 +56,7 @@ from typing import IO, cast
 from sbr_jax.typing import UserError
 
 START_SECONDS = 60.0
-"""How long an interpreter may take to start."""
+"""Time that an interpreter may take to start."""
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _MEMORY, _SIGNALLED = 3, 128

@@ -104,11 +104,11 @@ _READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 """Version of Landlock to how many rights it knows; 16 from the fifth on."""
 _WAIT = {"wait4": 61}
-"""What the judge may do beyond the worker: learn how that ended."""
+"""Rights of the judge beyond the worker's: learn how that ended."""
 
 
 def _readable() -> list[str]:
-    """What the standard library is made of, and the empty working folder."""
+    """Folders of the standard library, and the empty working folder."""
     base = sys.base_prefix
     found = [*sys.path, f"{base}/lib", f"{base}/lib64", os.getcwd()]
     found += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]

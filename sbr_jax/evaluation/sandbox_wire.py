@@ -4,6 +4,7 @@ Standard library only: both sides of the sandbox import this file.
 """
 
 import builtins
+import contextlib
 import json
 import os
 import struct
@@ -130,7 +131,7 @@ def encode(value: Any) -> list[Any]:
 
 
 def decode(tokens: Any) -> Any:
-    """What :func:`encode` wrote, made of Python's own types only.
+    """The value that :func:`encode` wrote, made of Python's own types only.
 
     Raises:
       ValueError: for anything else.
@@ -259,18 +260,16 @@ def raise_again(name: str, said: str) -> None:
       said: its message.
     """
     kind = getattr(builtins, str(name), None)
+    error: Exception | None = None
+    # Nothing that would end this process, SystemExit least of all.
     if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
+        # UnicodeDecodeError and its like need more than a message.
+        with contextlib.suppress(TypeError):
             error = kind(said)
-        except TypeError:  # UnicodeDecodeError and its like need more than a message.
-            kind = None
-    else:  # Nothing that would end this process, SystemExit least of all.
-        kind = None
-    if kind:
-        raise error
-    plain = str(name).replace("\0", "").encode(errors="replace").decode()
-    made: Any = type(plain, (Exception,), {})
-    raise made(said)
+    if error is None:
+        plain = str(name).replace("\0", "").encode(errors="replace").decode()
+        error = type(plain, (Exception,), {})(said)
+    raise error
 
 
 def value_of(message: Any) -> Any:

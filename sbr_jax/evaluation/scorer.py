@@ -111,7 +111,7 @@ def _end(
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How much goes through the model at once; changes no result.
+    """Limits of what goes through the model at once; changes no result.
 
     Attributes:
       tokens: keys and values held at once, in tokens.

@@ -97,10 +97,10 @@ def with_pull(
 
         return gradient
 
-    method = with_state(method, name, init)
+    held = with_state(method, name, init)
     if repairs:
-        return with_gradients(method, pulled)
-    return dataclasses.replace(method, gradient=pulled(method.gradient))
+        return with_gradients(held, pulled)
+    return dataclasses.replace(held, gradient=pulled(held.gradient))
 
 
 def with_risk(
@@ -147,9 +147,9 @@ def with_risk(
 
         return gradient
 
-    method = dataclasses.replace(with_state(method, "risk", rater.init), mix=mix)
-    method = with_gradients(method, weighted)
-    return with_cost(method, forward=1.0, backward=1.0, ratings=rater.ratings)
+    rated = dataclasses.replace(with_state(method, "risk", rater.init), mix=mix)
+    rated = with_gradients(rated, weighted)
+    return with_cost(rated, forward=1.0, backward=1.0, ratings=rater.ratings)
 
 
 def with_state(method: Method, name: str, init: Init) -> Method:

@@ -51,7 +51,7 @@ PERTURBATION = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Ssi:
-    """How subspaces are identified, merged and relaxed: options, no arrays.
+    """Identification, merging and relaxation of subspaces: options, no arrays.
 
     Attributes are the keywords of :func:`sbr_jax.methods.safeanchor.safeanchor`.
     """
@@ -138,7 +138,7 @@ class Ssi:
         )
 
     def active(self, stored: Subspace, key: jax.Array) -> Subspace:
-        """What is projected away: the subspace itself, or a control of equal rank."""
+        """Subspace that is projected away: this one, or a control of equal rank."""
         if self.basis == "random":
             return random_subspace(key, stored)
         if self.basis == "shuffled":
@@ -241,7 +241,7 @@ def describe(subspace: Subspace, alpha: PyTree, trace: PyTree) -> dict[str, PyTr
 
 
 def describe_change(old: Subspace, fresh: Subspace, new: Subspace) -> dict[str, PyTree]:
-    """How a subspace moved over a domain.
+    """Movement of a subspace over a domain.
 
     Args:
       old: before the domain.

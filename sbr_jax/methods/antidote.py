@@ -11,11 +11,11 @@ to the last answer token of an example; padding does not count.
 
 ``weights="merged"`` prunes W + scale · A B and deploys no adapter. The released code
 prunes the adapter's factors instead, each as a matrix of its own with its own inputs (x
-for A, x A for B), and leaves W alone: ``weights="adapter"``. The merged row cuts into
-what the model knew before fine-tuning, so expect it to cost more of everything.
+for A, x A for B), and leaves W alone: ``weights="adapter"``. The merged variant cuts
+into what the model knew before fine-tuning, so expect it to cost more of everything.
 
 One-shot: it edits what is *deployed*. Training goes on from the undisturbed weights, so
-a later domain does not see the zeros, and every measurement prunes afresh.
+a later domain does not see the zeros, and every evaluation prunes afresh.
 """
 
 import dataclasses

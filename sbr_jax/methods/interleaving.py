@@ -4,9 +4,9 @@ The simplest defence, a baseline of SafeAnchor (Guo, Wu, Yiu, arXiv:2604.17691):
 N training examples of a domain, round(f N) come from the safety mix and the rest from
 the domain, f = 0.1. The loss and the optimizer are those of plain fine-tuning.
 
-As the paper writes, examples are *replaced*, so that every row trains on as many. Its
-code instead adds max(1, n f / (1 − f)) safe rows to a batch of n: the same share, but
-longer batches and no domain example left out.
+As the paper writes, examples are *replaced*, so that every method trains on as many.
+Its code instead adds max(1, n f / (1 − f)) safe examples to a batch of n: the same
+share, but longer batches and no domain example left out.
 
 Symbols: f ``fraction``, N examples of a domain.
 """

@@ -247,7 +247,7 @@ def label_ids(tokenizer: Any, words: Sequence[str]) -> tuple[int, ...]:
 
 
 def _answer(mask: np.ndarray) -> tuple[int, int]:
-    """Where the answer begins and ends."""
+    """First place of the answer, and the one after its last."""
     places = np.flatnonzero(mask)
     if not len(places):
         raise JudgeError("expected an answer to rate, got an empty mask")
@@ -257,7 +257,7 @@ def _answer(mask: np.ndarray) -> tuple[int, int]:
 def _rendered(
     model: Model, render: Render, index: int, tokens: np.ndarray, mask: np.ndarray
 ) -> list[int]:
-    """What the guard reads of one example; checked, for JAX would clamp silently."""
+    """Rendering of one example; checked, for JAX would clamp silently."""
     try:
         ids = [int(i) for i in render(tokens, mask)]
     except JudgeError as error:

@@ -72,8 +72,9 @@ def risk_to_weights(
 def legacy_risk_to_weights(
     r: jax.Array, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
 ) -> tuple[jax.Array, jax.Array]:
-    """The released code's map of ratings r in [1, 5]: β = clip((r − 2)/3, β_min,
-    β_max).
+    """The released code's map of a rating r in [1, 5] to weights (α, β).
+
+    β = clip((r − 2)/3, β_min, β_max) and α = 1 − β.
 
     The released code clips α = 1 − β to [0.1, 0.9] as well, which changes nothing
     within its own bounds. Guarantee and errors are those of :func:`risk_to_weights`.

@@ -15,7 +15,7 @@ nothing along its safety directions. Only V_s is kept, ``[L, out, r_s]``, never 
 Left out: the original starts A and B from an SVD of W filtered by task outputs, and
 shifts W by −A B C so that step 0 equals the aligned model. No hook sees a domain's data
 before its first step, and one adapter continues through all domains. Here A and B start
-as every other row's do, with B = 0, so step 0 equals the aligned model as well.
+as every other method's do, with B = 0, so step 0 equals the aligned model as well.
 """
 
 import dataclasses

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sbr_jax import errors, files, recipes
 from sbr_jax.methods import Hyperparameters, build
 from sbr_jax.methods.base import as_aligned
@@ -251,7 +253,7 @@ def execute(wanted: Export) -> None:
     else:
         names = {"model": study.model, "adapter": adapter}
         write = functools.partial(save_peft, **names, base_name=wanted.base_name)
-    files.fill_folder(wanted.output, write)
+    files.fill_folder(wanted.output, write, (SafetensorError,))
     if not job.quiet:
         record = read_result(wanted.stage, run_of(wanted.record)) or {"line": {}}
         kind = "checkpoint" if wanted.merged else "adapter"

@@ -27,7 +27,6 @@ ASSETS = "sbr_jax/testbed/assets"
 LENGTH = 10
 TESTBED = "testbed"
 BOOKKEEPING = (
-    "sbr_jax.files",
     "sbr_jax.programs.cli",
     "sbr_jax.testbed.build",
     "sbr_jax.training.checkpoint",

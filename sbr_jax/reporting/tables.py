@@ -112,15 +112,6 @@ def cell(run: Run, method: str, key: str) -> Cell:
     return _cell(run.metric(method, key)[:, -1], _digits(key))
 
 
-def _start_cell(run: Run, key: str) -> Cell:
-    """The aligned model's cell of the main table."""
-    if key in ("domain_accuracy", "accuracy_learned"):
-        values = [v for v in start_accuracy(run) if v is not None]
-        return Cell(float(np.mean(values))) if values else Cell()
-    value = 100.0 if key == "retention" and "composite" in run.base else None
-    return Cell(run.base.get(key, value), digits=_digits(key))
-
-
 def start_accuracy(run: Run) -> list[float | None]:
     """The aligned model's accuracy on each domain."""
     return [run.base.get(f"accuracy/{domain}") for domain in run.domains]
@@ -161,7 +152,11 @@ def main_table(run: Run) -> Table:
         for method in run.methods
         if (seeds := run.seeds(method))
     ]
-    start = {column.key: _start_cell(run, column.key) for column in COLUMNS}
+    known = [value for value in start_accuracy(run) if value is not None]
+    accuracy = float(np.mean(known)) if known else None
+    base = {"retention": 100.0} if "composite" in run.base else {}
+    base |= {**run.base, "domain_accuracy": accuracy, "accuracy_learned": accuracy}
+    start = {c.key: Cell(base.get(c.key), digits=_digits(c.key)) for c in COLUMNS}
     return comparison(("method", "seeds"), lines, (("start", "–"), start))
 
 

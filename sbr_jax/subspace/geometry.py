@@ -1,4 +1,4 @@
-"""What subspaces do to vectors and to each other.
+"""Geometry of subspaces: projections, angles and overlaps.
 
 Symbols: V basis [P, K], Π = V Vᵀ, θ principal angles, k effective rank,
 L layers, P parameters of a unit, K columns.

@@ -236,7 +236,7 @@ def unit_eigenpairs(
 
 
 def effective_rank(subspace: Subspace) -> PyTree:
-    """How many columns are in use, per unit and layer.
+    """Number of columns in use, per unit and layer.
 
     Args:
         subspace: any `Subspace`.

@@ -68,7 +68,7 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def used_columns(basis: jax.Array) -> jax.Array:
-    """Which columns of ``basis [P, K]`` are in use: bool ``[K]``."""
+    """Marks the columns of ``basis [P, K]`` in use: bool ``[K]``."""
     return jnp.any(basis != 0, axis=-2)
 
 
@@ -136,7 +136,7 @@ def kept(
     energy: float,
     start: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Which leading eigenvalues reach ``ρ · total``: bool mask ``[K]``.
+    """Marks the leading eigenvalues that reach ``ρ · total``: bool ``[K]``.
 
     Keeps the smallest k with ``start + Σ_{j≤k} λ_j ≥ ρ · total``: one column more
     than the cumulative fractions strictly below ρ, which is the published rule. Two

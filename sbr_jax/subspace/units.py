@@ -32,7 +32,7 @@ _ADVICE = (
 
 @dataclasses.dataclass(frozen=True)
 class UnitSpec:
-    """What one unit looks like: where it is, and the names and shapes of its leaves."""
+    """Description of a unit: its place, and the names and shapes of its leaves."""
 
     path: str
     key: Names

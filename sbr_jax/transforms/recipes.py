@@ -278,7 +278,7 @@ def _mixed(together: PyTree, apart: PyTree, projection: RelaxedState) -> PyTree:
 
 
 def _share(basis: jax.Array | None, alpha: jax.Array) -> jax.Array:
-    """How far a unit's parts are applied together: α, or 1 if nothing is projected."""
+    """Share of a unit's parts applied together: α, or 1 if nothing is projected."""
     if basis is None:
         return jnp.ones_like(alpha)
     # Used columns come first: one of them says whether there are any.
@@ -309,7 +309,7 @@ def _f32(x: jax.Array) -> jax.Array:
 def _clip_factor(
     task: PyTree, bypass: PyTree, max_norm: float | None
 ) -> jax.Array | float:
-    """What both gradients are scaled by so that their sum has at most ``max_norm``."""
+    """Scale of both gradients that clips their sum to ``max_norm``."""
     if max_norm is None:
         return 1.0
     total = jax.tree.map(jnp.add, task, bypass)

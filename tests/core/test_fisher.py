@@ -212,16 +212,8 @@ def test_mistakes_are_named():
     run = lambda batches, **more: fisher_subspace(  # noqa: E731
         pair_loss, PARAMS, batches, **(settings | more)
     )
-    with pytest.raises(UserError, match="at least one batch"):
-        run([])
-    with pytest.raises(UserError, match="'sampled', got 'true'"):
-        run(cut(11), fisher="true")
     with pytest.raises(UserError, match="random key"):
         run(cut(11), fisher="sampled")
-    with pytest.raises(UserError, match="buffer_rank"):
-        run(cut(11), buffer_rank=2)
-    with pytest.raises(UserError, match="energy"):
-        run(cut(11), energy=0.0)
     with pytest.raises(UserError, match="leading example axis"):
         run([{"x": jnp.zeros((2, 4)), "y": jnp.zeros((3, 4))}])
     bad = cut(11)[0]

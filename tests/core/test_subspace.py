@@ -50,16 +50,6 @@ def test_columns_are_orthonormal_however_eigenvalues_are_scaled(decades):
     assert rank(v) == 24 if decades <= 4 else 8 <= rank(v) <= 24
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_very_small_and_large_gradients_keep_their_directions(scale):
-    g = normal(2, 5, 30)
-    np.testing.assert_allclose(  # a power of ten is not exact in float32: 1e-5
-        reference.projector(plain(g * np.float32(scale)).basis["w"]),
-        reference.projector(plain(g).basis["w"]),
-        atol=1e-5,
-    )
-
-
 def test_small_directions_beside_a_large_one_survive():
     # 1e-6 of the largest eigenvalue: a Gram matrix alone would lose it in float32.
     g = np.diag([1.0, 1e-3, 1e-3]).astype(np.float32) @ normal(3, 3, 40)
@@ -207,8 +197,3 @@ def test_a_cap_below_the_protected_rank_is_refused():
     s = from_factors({"w": jnp.eye(6)[:3]}, max_rank=4, energy=1.0)
     with pytest.raises(UserError, match="max_rank of at least 3"):
         merge(s, s, max_rank=2, protected=s)
-
-
-def test_factors_that_overflow_are_refused():
-    with pytest.raises(UserError, match="finite"):
-        from_factors({"w": jnp.full((2, 4), 1e30)}, max_rank=1)

@@ -267,19 +267,6 @@ def test_steps_stay_in_bounds_right_after_the_projection_changed(before, after):
     assert norm(step) > 1e-4
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
-def test_coefficients_outside_their_range_are_refused(alpha):
-    """Above 1 the safety part of a step would be magnified."""
-    message = r"coefficients from 0 to 1"
-    for make in (
-        lambda: update_projection(S, 1e-2, coefficients=alpha).init(PARAMS),
-        lambda: gradient_projection(S, optax.sgd(1.0), coefficients=alpha).init(PARAMS),
-        lambda: replace_subspace(update_projection(S, 1e-2).init(PARAMS), S, alpha),
-    ):
-        with pytest.raises(UserError, match=message):
-            make()
-
-
 def test_update_projection_holds_right_after_a_new_subspace():
     tx = update_projection(S, 1e-2)
     state = tx.init(PARAMS)

@@ -354,7 +354,9 @@ def test_gsm8k_is_an_exact_match():
 def test_mtbench_answers_follow_each_other(tmp_path):
     items = [DialogueItem(("first", "second"), "81"), DialogueItem(("only",), "82")]
     runner = Fake(answer=lambda messages: f"to {messages[-1]['content']}")
-    path = tasks.write_mtbench(runner, items, tmp_path / "a" / "m.jsonl", model_id="m")
+    result = tasks.mtbench(runner, items, tmp_path / "a")
+    (path,) = (tmp_path / "a").iterdir()
+    assert path.name == f"mtbench-{int(result.metrics['file']):06d}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["question_id"] for row in rows] == [81, 82]
     assert rows[0]["choices"] == [{"index": 0, "turns": ["to first", "to second"]}]
@@ -362,8 +364,9 @@ def test_mtbench_answers_follow_each_other(tmp_path):
     # The second turn sees the first answer; whoever has no second turn is not asked.
     assert len(runner.asked) == 3
     assert [m["content"] for m in runner.asked[2]] == ["first", "to first", "second"]
-    again = tasks.write_mtbench(runner, items, tmp_path / "b.jsonl", model_id="m")
-    assert again.read_bytes() == path.read_bytes()
+    before = path.read_bytes()
+    assert tasks.mtbench(runner, items, tmp_path / "a") == result
+    assert path.read_bytes() == before
 
 
 # --- code -----------------------------------------------------------------------------

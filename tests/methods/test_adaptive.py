@@ -23,10 +23,10 @@ from adaptive_case import (
     plain_gradient,
     probe_state,
     slow_parts,
-    vector,
     weighted,
     with_prompts,
 )
+from trees import vector
 
 from sbr_jax.data import TokenDataset, batch
 from sbr_jax.methods.adaptive import Weighting, adaptive_judge, adaptive_probe

@@ -23,8 +23,8 @@ from alignment_case import (
     moved,
     toy_gradient,
     toy_loss,
-    vector,
 )
+from trees import vector
 
 from sbr_jax.methods.vaccine import perturbation, vaccine_gradient
 

@@ -26,9 +26,9 @@ from alignment_case import (
     toy,
     toy_gradient,
     toy_loss,
-    vector,
     weights,
 )
+from trees import vector
 
 from sbr_jax import models
 from sbr_jax.methods._alignment_stage import Stage, fresh_like, make_realign

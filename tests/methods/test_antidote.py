@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from trees import vector
 from weight_space_case import (
     BASE,
     PROBLEM,
@@ -13,7 +14,6 @@ from weight_space_case import (
     capture,
     dense,
     equal,
-    leaves,
     trained,
 )
 
@@ -89,7 +89,7 @@ def test_antidote_ignores_padding():
         )
         for tokens in (data.tokens, noise)
     ]
-    np.testing.assert_allclose(leaves(found[0]), leaves(found[1]), rtol=1e-5)
+    np.testing.assert_allclose(vector(found[0]), vector(found[1]), rtol=1e-5)
     wanted = dense_inputs(TUNED, TokenDataset(data.tokens, mask))["v_proj"]
     ours = found[0]["v_proj"][0]
     np.testing.assert_allclose(ours, np.mean(wanted**2, axis=1), rtol=1e-4)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import vector
 from weight_space_case import (
     BASE,
     FRESH,
@@ -16,7 +17,6 @@ from weight_space_case import (
     gradient,
     jitted_gradient,
     layers_of,
-    leaves,
     paper_update,
     random_adapter,
     repair_gradients,
@@ -46,7 +46,7 @@ def test_asft_penalty_is_the_papers():
 
 
 def test_asft_adds_lambda_times_the_gradient_of_the_penalty():
-    difference = leaves(gradient("asft", TUNED)[0]) - leaves(
+    difference = vector(gradient("asft", TUNED)[0]) - vector(
         gradient("plain", TUNED)[0]
     )
 
@@ -71,10 +71,10 @@ def test_asft_starts_without_penalty_and_then_shrinks_what_is_outside():
 
 def test_asft_penalises_a_repair_too():
     ours, theirs = repair_gradients("asft", TUNED, TUNED)
-    wanted = leaves(gradient("asft", TUNED)[0]) - leaves(gradient("plain", TUNED)[0])
+    wanted = vector(gradient("asft", TUNED)[0]) - vector(gradient("plain", TUNED)[0])
     # Differences of gradients of order one: absolute, some of their roundings.
     np.testing.assert_allclose(
-        leaves(ours[0]) - leaves(theirs[0]), wanted, atol=1e-5, rtol=1e-4
+        vector(ours[0]) - vector(theirs[0]), wanted, atol=1e-5, rtol=1e-4
     )
 
 
@@ -88,7 +88,7 @@ def test_gradients_accumulate_and_map_over_seeds(row):
     ]
     first, second = (gradient(row, TUNED, half)[0] for half in halves)
     mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
-    np.testing.assert_allclose(leaves(mean), leaves(alone), atol=1e-5)
+    np.testing.assert_allclose(vector(mean), vector(alone), atol=1e-5)
     adapters, states = [TUNED, random_adapter(1)], [start(row)[1]] * 2
     pairs = zip(adapters, states, strict=True)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *pairs)
@@ -97,5 +97,5 @@ def test_gradients_accumulate_and_map_over_seeds(row):
     for i, adapter in enumerate(adapters):
         mine = jax.tree.map(lambda x, i=i: x[i], together)
         np.testing.assert_allclose(
-            leaves(mine), leaves(gradient(row, adapter)[0]), atol=1e-5
+            vector(mine), vector(gradient(row, adapter)[0]), atol=1e-5
         )

@@ -21,8 +21,8 @@ from continual_case import (
     hook,
     plain_gradient,
     run,
-    vector,
 )
+from trees import vector
 
 from sbr_jax.data.batches import take
 from sbr_jax.methods.ewc import add_quadratics, diagonal_fisher, ewc, quadratic_penalty

@@ -19,8 +19,8 @@ from alignment_case import (
     arrays,
     moved,
     toy_loss,
-    vector,
 )
+from trees import stack, vector
 
 from sbr_jax.data.batches import batch
 from sbr_jax.methods.base import adamw, draw_rows
@@ -142,9 +142,6 @@ def test_lisas_microbatches_add_up(phase):
 def test_lisas_seeds_may_be_in_different_phases_when_mapped():
     adapters = [moved(1), moved(2)]
     states = [started(phase, 1) for phase in (USER, ALIGNMENT)]
-
-    def stack(trees):
-        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
     gradient = functools.partial(LISA.gradient, PROBLEM)
     mapped = jax.jit(jax.vmap(gradient, in_axes=(None, 0, 0, None, None)))

@@ -1,6 +1,7 @@
 """The same questions to every row: does it act, is it deterministic, does it refuse?"""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +9,27 @@ import numpy as np
 import pytest
 import tiny
 from methods_case import (
+    CONTRIBUTED,
     SETTINGS,
     STUDY,
     learn,
     learned,
     program,
-    vector,
+    registered,
     without_diagnostics,
 )
+from trees import stack, vector
 
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS, build
 from sbr_jax.methods._ssi import perturb_b
+from sbr_jax.methods.base import task_gradient
 from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
 
-ROWS = [*METHODS, *VARIANTS]
+pytestmark = pytest.mark.usefixtures(registered.__name__)
+ASKED = [*METHODS, CONTRIBUTED]
+ROWS = [*ASKED, *VARIANTS]
 # Rows that differ from their method in the monitor or the repair only.
 SAME_STEPS = {
     "safeanchor-exact:csm-only": "plain",
@@ -59,14 +65,14 @@ def test_ablation_differs_from_its_method(row):
     assert np.abs(difference).max() > 1e-6
 
 
-@pytest.mark.parametrize("row", METHODS)
+@pytest.mark.parametrize("row", ASKED)
 def test_row_is_deterministic_and_seeds_differ(row):
     first = vector(learned(row)[0])
     np.testing.assert_array_equal(first, vector(learn(row)[0]))
     assert np.abs(first - vector(learn(row, seed=1)[0])).max() > 1e-3
 
 
-@pytest.mark.parametrize("row", METHODS)
+@pytest.mark.parametrize("row", ASKED)
 def test_row_works_with_mapped_seeds(row):
     found = program(row)
     base, seeds = STUDY.model.params, (0, 1)
@@ -90,9 +96,6 @@ def test_row_works_with_mapped_seeds(row):
         # The step gives its arguments away.
         copies = jax.tree.map(jnp.copy, moved)
         return [found.start(a, s) for a, s in zip(copies, states, strict=True)]
-
-    def stack(trees):
-        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
     together, metrics = found.mapped_step(
         base, stack(starts()), stack(states), stack(batches), jnp.stack(keys)
@@ -150,3 +153,32 @@ def test_a_small_fisher_buffer_keeps_the_trace_and_approaches_from_below():
     ratios = np.concatenate([np.ravel(a / np.maximum(b, 1e-30)) for a, b in pairs])
     assert np.all(ratios <= 1 + 1e-5)
     assert np.any(ratios < 0.999)
+
+
+# --- what a step costs --------------------------------------------------------------
+
+
+def products(function, *args):
+    """FLOPs of a function, as the compiler counts them before it optimises."""
+    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("row", ASKED)
+def test_a_step_costs_what_the_record_says(row):
+    found, base = program(row), STUDY.model.params
+    adapter, key = init_adapter(STUDY, SETTINGS, 0), jax.random.key(0)
+    state = without_diagnostics(found.method.init(found.problem, base, adapter, key))
+    data = found.method.mix(found.problem, STUDY.domains["medical"].train, 0)
+    drawn = {**batch(data, 8, 0, 0), "row": np.arange(8, dtype=np.int32)}
+
+    def gradient(hook, a, s):
+        return hook(found.problem, base, a, s, drawn, key)
+
+    ours, whole = (
+        products(functools.partial(gradient, hook), adapter, held)
+        for hook, held in ((found.method.gradient, state), (task_gradient, {}))
+    )
+    one = products(found.problem.apply_fn, base, adapter, drawn["tokens"])
+    cost = found.method.cost
+    promised = (1 + cost.backward) * whole + cost.forward * one
+    print("COST", row, ours / whole, promised / whole)

@@ -25,8 +25,8 @@ from continual_case import (
     plain_gradient,
     run,
     step_of,
-    vector,
 )
+from trees import vector
 
 from sbr_jax import models
 from sbr_jax.methods.o_lora import concatenated, o_lora, overlap, sum_of_norms

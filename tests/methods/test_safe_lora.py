@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import vector
 from weight_space_case import (
     BASE,
     FRESH,
@@ -16,7 +17,6 @@ from weight_space_case import (
     TUNED,
     dense_c,
     layers_of,
-    leaves,
     paper_update,
 )
 
@@ -76,7 +76,7 @@ def test_safe_lora_leaves_an_aligned_update_alone():
     same, diagnostics = edited(safe_lora(threshold=0.999), problem=problem)
     assert same is TUNED
     assert diagnostics["projected"] == 0
-    np.testing.assert_allclose(leaves(diagnostics["cosine"]), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(vector(diagnostics["cosine"]), 1.0, rtol=1e-5)
     # Negative control: with τ = 1 the same pairs are multiplied by C.
     assert edited(safe_lora(threshold=1.0), problem=problem)[1]["projected"] > 0
 
@@ -84,7 +84,7 @@ def test_safe_lora_leaves_an_aligned_update_alone():
 def test_safe_lora_with_no_update_or_an_orthogonal_one():
     same, diagnostics = edited(safe_lora(), FRESH)
     assert same is FRESH
-    np.testing.assert_array_equal(leaves(diagnostics["cosine"]), 1.0)
+    np.testing.assert_array_equal(vector(diagnostics["cosine"]), 1.0)
     # V reaches two outputs only; B lies in the others: C B = 0, so B goes to zero.
     layers = dict(STUDY.unaligned["layers"])
     for name in TUNED:
@@ -95,7 +95,7 @@ def test_safe_lora_with_no_update_or_an_orthogonal_one():
         for name, pair in TUNED.items()
     }
     new, diagnostics = edited(safe_lora(), adapter, problem)
-    np.testing.assert_array_equal(leaves(diagnostics["cosine"]), 0.0)
+    np.testing.assert_array_equal(vector(diagnostics["cosine"]), 0.0)
     assert not any(np.any(pair.lora_b) for pair in new.values())
 
 
@@ -103,8 +103,8 @@ def test_safe_lora_cosine_survives_tiny_updates():
     # Squares of 1e-14 leave float32's range when two of them are multiplied.
     small = jax.tree.map(lambda x: x * 1e-7, TUNED)
     np.testing.assert_allclose(
-        leaves(edited(safe_lora(), small)[1]["cosine"]),
-        leaves(edited(safe_lora())[1]["cosine"]),
+        vector(edited(safe_lora(), small)[1]["cosine"]),
+        vector(edited(safe_lora())[1]["cosine"]),
         rtol=1e-4,
     )
 

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from methods_case import SETTINGS, STUDY, learned, program, vector, without_diagnostics
+from methods_case import SETTINGS, STUDY, learned, program, without_diagnostics
+from trees import vector
 
 from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.methods import InertProjectionWarning, build

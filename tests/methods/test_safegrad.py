@@ -19,8 +19,8 @@ from continual_case import (
     logits_of,
     plain_gradient,
     run,
-    vector,
 )
+from trees import vector
 
 from sbr_jax.methods._anchor import anchor_loss
 from sbr_jax.methods.base import draw_rows

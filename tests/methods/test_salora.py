@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from trees import vector
 from weight_space_case import (
     BASE,
     FRESH,
@@ -16,7 +17,6 @@ from weight_space_case import (
     dense,
     gradient,
     layers_of,
-    leaves,
     method,
     repair_gradients,
     start,
@@ -88,7 +88,7 @@ def test_salora_trains_the_model_it_deploys():
             grads[name].lora_a[layer], theirs.lora_a[layer], atol=1e-5
         )
     twice = constrain(folded, state["directions"])
-    np.testing.assert_allclose(leaves(twice), leaves(folded), atol=1e-6)
+    np.testing.assert_allclose(vector(twice), vector(folded), atol=1e-6)
 
 
 def test_salora_repairs_the_model_it_deploys():
@@ -106,7 +106,7 @@ def test_statistics_do_not_depend_on_the_microbatch():
     small = tiny.changed(PROBLEM, fisher_microbatch=5)  # 5, 5, 5, 5 and 4
     one = {"v_proj": TUNED["v_proj"]}
     squares = [mean_squares(problem, BASE, one) for problem in (PROBLEM, small)]
-    np.testing.assert_allclose(leaves(squares[0]), leaves(squares[1]), rtol=1e-4)
+    np.testing.assert_allclose(vector(squares[0]), vector(squares[1]), rtol=1e-4)
     directions = MAKERS["salora"]().init(small, BASE, one, KEY)["directions"]["v_proj"]
     wanted = start("salora")[1]["directions"]["v_proj"]
     for ours, theirs in zip(dense(directions), dense(wanted), strict=True):

@@ -26,8 +26,8 @@ from sbr_case import (
     prompts_of,
     requests,
     states_of,
-    vector,
 )
+from trees import vector
 
 from sbr_jax.data.batches import TokenDataset, concatenate, take
 from sbr_jax.methods.sbr import (

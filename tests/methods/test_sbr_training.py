@@ -19,13 +19,12 @@ from sbr_case import (
     REFERENCE,
     STATE,
     WIDTH,
-    jitter,
     loss_and_gradient,
     prompts_of,
     requests,
     states_of,
-    vector,
 )
+from trees import jitter, stack, vector
 
 from sbr_jax.data.batches import batch
 from sbr_jax.methods.base import replay_gradient, task_gradient
@@ -138,15 +137,12 @@ def test_microbatches_count_the_anchors_once():
 
 def test_seeds_with_other_anchors_share_a_program_and_may_be_mapped():
     keys = [jax.random.key(seed) for seed in (0, 1)]
-    adapters = [jitter(1), jitter(2)]
+    adapters = [jitter(FRESH, 1), jitter(FRESH, 2)]
     states = [sbr().init(PROBLEM, BASE, FRESH, key) for key in keys]
     assert prompts_of(states[0]["anchor"]["prompts"]) != prompts_of(
         states[1]["anchor"]["prompts"]
     )
     optimizer, mapped = stepper(seeds=True)
-
-    def stack(trees):
-        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
     trains = [TrainState(a, optimizer.init(a), jnp.int32(0)) for a in adapters]
     drawn = batch(MEDICAL, 8, 0, 0)

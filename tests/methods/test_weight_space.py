@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import vector
 from weight_space_case import (
     BASE,
     FRESH,
@@ -20,7 +21,6 @@ from weight_space_case import (
     dense_c,
     equal,
     layers_of,
-    leaves,
     method,
     random_adapter,
     trained,
@@ -44,7 +44,7 @@ def test_the_row_changes_what_is_shipped_and_nothing_frozen(row):
     before = jax.tree.map(np.array, (BASE, STUDY.unaligned, FRESH))
     base, _, shipped, metrics = trained(row)
     assert metrics["finite"] == 1
-    assert np.abs(leaves(shipped) - leaves(trained("plain")[2])).max() > 1e-3
+    assert np.abs(vector(shipped) - vector(trained("plain")[2])).max() > 1e-3
     if row != "lox":
         assert base is BASE
     for name in ("embed", "final_norm"):
@@ -156,9 +156,9 @@ def test_lox_truncation_matters_and_the_dtype_stays():
     def prepared(rank, problem=PROBLEM, base=BASE):
         return lox(rank=rank).prepare(problem, base, FRESH, KEY)
 
-    full = leaves(prepared(0)["layers"])
-    np.testing.assert_allclose(leaves(prepared(2)["layers"]), full, atol=1e-5)
-    assert np.abs(leaves(prepared(1)["layers"]) - full).max() > 0.01
+    full = vector(prepared(0)["layers"])
+    np.testing.assert_allclose(vector(prepared(2)["layers"]), full, atol=1e-5)
+    assert np.abs(vector(prepared(1)["layers"]) - full).max() > 0.01
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
     found = prepared(1, base=half)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found))

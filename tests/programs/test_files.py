@@ -1,11 +1,13 @@
 """Files of programs: whole or not at all, and never over somebody else's."""
 
+import functools
 import resource
 import signal
 
 import numpy as np
 import pytest
 import synthetic_run
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sbr_jax import files
@@ -219,7 +221,8 @@ def test_weights_on_a_full_disk_are_one_line(tmp_path, capsys, small_disk):
         save_file({"a": np.zeros(1000)}, place / "model.safetensors")
 
     folder = tmp_path / "out"
-    code = cli.guarded(lambda: files.fill_folder(folder, write), interrupted="")
+    fill = functools.partial(files.fill_folder, folder, write, (SafetensorError,))
+    code = cli.guarded(fill, interrupted="")
     assert code == cli.EXIT_SYSTEM
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -221,10 +221,10 @@ def test_code_that_is_run_is_compared_recorded_and_in_the_fingerprint(copy):
 
 @needs_kernel
 def test_room_for_an_answer_is_that_of_the_measurement_and_after_the_system(world):
-    asked = {"humaneval": tasks.humaneval, "gsm8k": tasks.gsm8k}
-    asked["mtbench"] = tasks.write_mtbench
-    for name, task in asked.items():
-        default = inspect.signature(task).parameters["max_new_tokens"].default
+    for name in ("humaneval", "gsm8k", "mtbench"):
+        default = (
+            inspect.signature(getattr(tasks, name)).parameters["max_new_tokens"].default
+        )
         assert BENCHMARKS[name].answer_tokens == default, name
     with pytest.raises(UserError, match=r"humaneval: .* 0 tokens .*96 less 512"):
         build(world, ("code",), allow_code=True)

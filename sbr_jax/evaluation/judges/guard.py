@@ -312,7 +312,7 @@ def chat_encoder(tokenizer: Any, template: str | None = None) -> Encode:
 
 
 def _cleaner(tokenizer: Any) -> Callable[[str], str]:
-    """What takes the tokenizer's control tokens out of a text."""
+    """Function that takes the tokenizer's control tokens out of a text."""
     added = tokenizer.added_tokens_decoder.values()
     names = {str(t) for t in added if t.special} | set(tokenizer.all_special_tokens)
     specials = sorted(names, key=lambda name: (-len(name), name))

@@ -5,11 +5,7 @@ answers and scores them. Items are the records of :mod:`sbr_jax.data.records`. A
 without items is refused.
 """
 
-from sbr_jax.evaluation.tasks.answers import (
-    gsm8k,
-    truthfulqa_generation,
-    write_mtbench,
-)
+from sbr_jax.evaluation.tasks.answers import gsm8k, mtbench, truthfulqa_generation
 from sbr_jax.evaluation.tasks.bias import bbq
 from sbr_jax.evaluation.tasks.choices import legalbench, medqa, mmlu, truthfulqa_mc
 from sbr_jax.evaluation.tasks.code import humaneval
@@ -24,11 +20,11 @@ __all__ = [
     "legalbench",
     "medqa",
     "mmlu",
+    "mtbench",
     "refusal_auc",
     "requests",
     "truthfulqa_generation",
     "truthfulqa_mc",
     "wildguard",
-    "write_mtbench",
     "xstest",
 ]

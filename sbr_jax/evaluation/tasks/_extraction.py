@@ -23,7 +23,7 @@ _STOPS = (
     "\n```",
     "\n~~~",
 )
-"""Where a continuation ends: the next statement at the margin (arXiv:2107.03374)."""
+"""Ends of a continuation: the next statement at the margin (arXiv:2107.03374)."""
 
 _STARTS = re.compile(r"(?:from|import|def|class|async def)\b|@|[A-Za-z_]\w*\s*=[^=]")
 

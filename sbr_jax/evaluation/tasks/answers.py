@@ -209,28 +209,28 @@ def _equal(mine: Sequence[Any], truth: Sequence[Any]) -> float:
 # --- conversation ---------------------------------------------------------------------
 
 
-def write_mtbench(
+def mtbench(
     runner: Runner,
     items: Sequence[DialogueItem],
-    path: str | Path,
+    folder: str | Path,
     *,
-    model_id: str,
     max_new_tokens: int = 1024,
-) -> Path:
-    """Answers MT-Bench's conversations and writes them for its judge.
+) -> Result:
+    """MT-Bench: answers its conversations and writes them for a judge elsewhere.
 
     One JSON object per line in the layout of FastChat's ``model_answer`` files. The
-    judge itself is a model behind an API and not ours to run.
+    file ``mtbench-NUMBER.jsonl`` is named by its content: the caller does not say which
+    weights these are, and a run that is continued must not write the same answers under
+    another name.
 
     Args:
       runner: who is examined, a chat model.
       items: conversations; a turn is asked after the answers to those before.
-      path: the file, replaced if it exists.
-      model_id: the name it goes under.
+      folder: where to write.
       max_new_tokens: limit of an answer.
 
     Returns:
-      The path.
+      ``answered`` (answers that are not blank, in percent) and ``file``, the number.
 
     Raises:
       UserError: there are no items.
@@ -246,18 +246,31 @@ def write_mtbench(
         )
         for i, answer in zip(here, answers, strict=True):
             spoken[i].append({"role": "assistant", "content": answer})
-    lines = []
-    for item, messages in zip(items, spoken, strict=True):
-        turns = [m["content"] for m in messages if m["role"] == "assistant"]
-        name = hashlib.sha256(f"{model_id}/{item.id}".encode()).hexdigest()[:22]
-        row = {
-            "question_id": int(item.id) if item.id.isdigit() else item.id,
-            "answer_id": name,
-            "model_id": model_id,
-            "choices": [{"index": 0, "turns": turns}],
-        }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+    said = [[m["content"] for m in talk if m["role"] == "assistant"] for talk in spoken]
+    turns = [turn for mine in said for turn in mine]
+    number = int(_digest("\0".join(turns)), 16) % 10**6
+    name = f"mtbench-{number:06d}"
+    lines = [
+        json.dumps(
+            {
+                "question_id": int(item.id) if item.id.isdigit() else item.id,
+                "answer_id": _digest(f"model/{item.id}")[:22],
+                "model_id": name,
+                "choices": [{"index": 0, "turns": mine}],
+            },
+            ensure_ascii=False,
+        )
+        for item, mine in zip(items, said, strict=True)
+    ]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    answered = 100.0 * sum(bool(turn.strip()) for turn in turns) / len(turns)
+    metrics = {"answered": answered, "file": float(number)}
+    settings = {"max_new_tokens": max_new_tokens, **runner.describe()}
+    return Result(metrics, settings, [{"id": item.id} for item in items])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sbr_jax.data.records import LETTERS, BiasItem, ChoiceItem, format_choices
+from sbr_jax.data.records import LETTERS, BiasItem, ChoiceItem
 from sbr_jax.evaluation.result import Result, require_items
 from sbr_jax.evaluation.runner import Runner
 from sbr_jax.typing import UserError
@@ -278,10 +278,7 @@ def mmlu_head(subject: str, solved: Sequence[ChoiceItem]) -> str:
         "The following are multiple choice questions (with answers) about "
         f"{subject.replace('_', ' ')}."
     )
-    parts = [
-        f"{format_choices(e.question, e.choices)} {LETTERS[e.correct[0]]}"
-        for e in solved
-    ]
+    parts = [f"{item.prompt} {LETTERS[item.correct[0]]}" for item in solved]
     return "\n\n".join([about, *parts, ""])
 
 
