@@ -95,7 +95,7 @@ def make_context(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder for the analyses that holds something else.
+    """Refuses a folder for the analyses that holds something else.
 
     Raises:
         UserError: naming what it holds.
@@ -124,7 +124,7 @@ def identity(context: Context) -> dict[str, Any]:
 
 
 def execute(context: Context, names: Sequence[str]) -> Path:
-    """Run the analyses and write everything.
+    """Runs the analyses and writes everything.
 
     Returns:
         The page.
@@ -162,7 +162,7 @@ def execute(context: Context, names: Sequence[str]) -> Path:
 
 
 def check_drawable(path: Path, whole: Mapping[str, Any]) -> None:
-    """Refuse stored analyses that the page could not show, before others are made.
+    """Refuses stored analyses that the page could not show, before others are made.
 
     Args:
         path: where they were read.
@@ -187,7 +187,7 @@ def check_drawable(path: Path, whole: Mapping[str, Any]) -> None:
 def write_page(
     folder: Path, whole: Mapping[str, Any], to_png: Callable[..., None]
 ) -> Path:
-    """Write the page and the figures of all analyses in `analysis.json`."""
+    """Writes the page and the figures of all analyses in `analysis.json`."""
     body = [html.heading("What the safety subspace is", 1)]
     for name in ANALYSES:
         for drawing in drawings(name, whole[name]) if name in whole else ():

@@ -28,7 +28,7 @@ def command(program: str) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a place for results that is a file, or lies below one.
+    """Refuses a place for results that is a file, or lies below one.
 
     Raises:
         UserError: naming the file.
@@ -48,7 +48,7 @@ SEEDS = 2**32
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuse seeds that are out of range, or given twice.
+    """Refuses seeds that are out of range, or given twice.
 
     Raises:
         UserError: naming the first.
@@ -61,7 +61,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def guarded(program: Callable[[], None], *, interrupted: str) -> int:
-    """Run a program and return its exit code.
+    """Runs a program and returns its exit code.
 
     A `UserError` becomes one line on stderr and code 2; what the system refuses (a full
     disk, a stream that is closed) one line and code 1; an interrupt the line
@@ -134,19 +134,19 @@ def system_line(error: OSError) -> str:
 
 
 def show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """Print a warning as one line, without the place in our code that it came from."""
+    """Prints a warning as one line, without the place in our code that it came from."""
     del where, more
     terminal.complain(f"warning: {message}")
 
 
 def quiet_libraries() -> None:
-    """Keep the advice of libraries off the terminal; call it before importing them."""
+    """Keeps the advice of libraries off the terminal; call it before importing them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, in the user's cache folder.
+    """Keeps compiled programs between runs, in the user's cache folder.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder; empty switches it off.
     """

@@ -106,7 +106,7 @@ def remaining(
 
 
 def clock(seconds: float | None) -> str:
-    """Write a duration.
+    """A duration in words.
 
     >>> clock(59.0), clock(3700.0), clock(None)
     ('about 1 min', 'about 1 h 2 min', 'time not known yet')

@@ -3,7 +3,7 @@
     python -m experiments.run mistral-7b --workdir runs/mistral-7b
         --model FOLDER_OR_HUB_ID --data FOLDER [--dry-run]
 
-What the paper reports for it differs in the model and in the rows only: O-LoRA and
+What the paper reports for it differs in the model and in the methods only: O-LoRA and
 Vaccine are missing. Safe LoRA needs the weights before alignment as well:
 `--methods safe-lora --study.unaligned-folder FOLDER`.
 
@@ -19,6 +19,6 @@ from sbr_jax.recipes.llama2_7b import PRESET as LLAMA2
 PRESET = dataclasses.replace(
     LLAMA2,
     name="mistral-7b",
-    summary="the same on Mistral-7B-Instruct (--model, --data), rows as published",
+    summary="the same on Mistral-7B-Instruct (--model, --data), methods as published",
     methods=tuple(m for m in LLAMA2.methods if m not in ("o-lora", "vaccine")),
 )

@@ -16,7 +16,7 @@ harmful topics rather than harmful intent, and its curves are reported as they a
 (docs/realtext.md). A refusal is a phrase of the list `jbb12`, which no answer of the
 three domains holds. Learning rate, steps and rank were set on plain LoRA alone.
 
-Cost: 4 to 12 minutes per seed and row on one core; `--seed 0` for a first look.
+Cost: 4 to 12 minutes per seed and variant on one core; `--seed 0` for a first look.
 Expected: docs/realtext.md has the measured table; erosion need not be monotone.
 """
 

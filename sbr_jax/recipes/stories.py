@@ -7,7 +7,7 @@ Proof that nothing is bound to the testbed: the same pipeline, with losses inste
 judges. The model is no chat model, so there is no refusal to measure or to monitor; the
 Fisher comes from pairs of unsafe instructions and safe answers.
 
-Cost: about 2 minutes per seed and row on two cores; `--seed 0` for a first look.
+Cost: about 2 minutes per seed and variant on two cores; `--seed 0` for a first look.
 Expected: each domain's loss falls by 0.6 to 3.5 nats while it is learnt, and under
 plain LoRA the loss on held-out safe answers ends higher than it started (3.55 against
 3.14), under both recipes no higher. Without `--data` and `--model` the folder `shared`

@@ -6,8 +6,8 @@
 Cost: see `experiments/README.md`. Expected: over five seeds plain LoRA falls
 from a composite of 100 to 45.7, `safeanchor-exact` retains 99.9 %. Learning rate,
 steps and rank were chosen on plain LoRA alone, before any defence was run, and are
-shared by all rows; a defence's own hyper-parameters are the published ones unless its
-row says otherwise.
+shared by all variants; a defence's own hyper-parameters are the published ones unless
+its variant says otherwise.
 """
 
 from sbr_jax.recipes.preset import Preset

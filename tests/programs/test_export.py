@@ -186,7 +186,7 @@ def test_mistakes_are_one_line_before_anything_is_built(
         (start[:-2], "--output"),
         ([*start[:3], "--variant", "plane", *start[5:]], "nearest: plain"),
         ([*start[:6], "4", *start[7:]], "expected one of 3"),
-        ([*start, "--stage", "3"], "expected stage 3 to be finished"),
+        ([*start, "--stage", "2"], "expected stage 2 to be finished"),
         ([*start[:2], str(tmp_path), *start[3:]], "found no"),
         ([*start, "--unaligned", "here"], "has no such folder; drop it"),
         ([*start[:-1], str(whole)], "new or empty folder"),

@@ -1,4 +1,4 @@
-"""The README's example and its map of files; test_docs has its commands and links."""
+"""The README's example; test_docs has its commands and links."""
 
 import pathlib
 import re
@@ -25,13 +25,3 @@ def test_the_example_runs_without_flax_and_keeps_its_promise():
     share = float(done.stdout.rsplit(":", 1)[1])
     # The documented guarantee of update_projection.
     assert share <= 1e-5
-
-
-def test_every_file_of_the_map_exists():
-    (block,) = re.findall(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)
-    folder = ""
-    names = re.findall(r"^( *)([\w.]+/?) ", block, re.MULTILINE)
-    names += [("", "sbr_jax/")]
-    for indent, name in names:
-        folder = "sbr_jax/" if indent else ""
-        assert (ROOT / (folder + name)).exists(), folder + name

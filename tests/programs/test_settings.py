@@ -93,6 +93,7 @@ def test_help_names_every_setting_with_the_presets_value(name, monkeypatch, caps
     assert stop.value.code == 0
     lines = (x.strip("│╭╮╰╯─ ") for x in capsys.readouterr().out.splitlines())
     text = "".join(f"{' ' if line[:2] != '--' else chr(10)}{line}" for line in lines)
+    text = text.replace(",\n--", ", --")  # Both names of a switch.
     count = 0
     for scope, tree in trees(PRESETS[name]).items():
         for option, value in options(tree, f"{scope}."):
