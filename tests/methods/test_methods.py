@@ -1,7 +1,6 @@
 """The same questions to every row: does it act, is it deterministic, does it refuse?"""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from trees import stack, vector
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS, build
 from sbr_jax.methods._ssi import perturb_b
-from sbr_jax.methods.base import task_gradient
 from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
 
@@ -153,32 +151,3 @@ def test_a_small_fisher_buffer_keeps_the_trace_and_approaches_from_below():
     ratios = np.concatenate([np.ravel(a / np.maximum(b, 1e-30)) for a, b in pairs])
     assert np.all(ratios <= 1 + 1e-5)
     assert np.any(ratios < 0.999)
-
-
-# --- what a step costs --------------------------------------------------------------
-
-
-def products(function, *args):
-    """FLOPs of a function, as the compiler counts them before it optimises."""
-    return jax.jit(function).lower(*args).cost_analysis()["flops"]
-
-
-@pytest.mark.parametrize("row", ASKED)
-def test_a_step_costs_what_the_record_says(row):
-    found, base = program(row), STUDY.model.params
-    adapter, key = init_adapter(STUDY, SETTINGS, 0), jax.random.key(0)
-    state = without_diagnostics(found.method.init(found.problem, base, adapter, key))
-    data = found.method.mix(found.problem, STUDY.domains["medical"].train, 0)
-    drawn = {**batch(data, 8, 0, 0), "row": np.arange(8, dtype=np.int32)}
-
-    def gradient(hook, a, s):
-        return hook(found.problem, base, a, s, drawn, key)
-
-    ours, whole = (
-        products(functools.partial(gradient, hook), adapter, held)
-        for hook, held in ((found.method.gradient, state), (task_gradient, {}))
-    )
-    one = products(found.problem.apply_fn, base, adapter, drawn["tokens"])
-    cost = found.method.cost
-    promised = (1 + cost.backward) * whole + cost.forward * one
-    print("COST", row, ours / whole, promised / whole)

@@ -58,7 +58,7 @@ def test_bounds_that_are_no_weights_are_refused(bounds):
         adaptive_judge,
         adaptive_probe,
     ):
-        with pytest.raises(UserError, match="beta_min, beta_max"):
+        with pytest.raises(UserError, match="beta_min"):
             make(beta_min=bounds[0], beta_max=bounds[1])
 
 
