@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny_chat
 from chat_case import build
-from sbr_jax.evaluation.items import Result
 
 from sbr_jax import recipes
 from sbr_jax.costs import dry_run
@@ -21,6 +20,7 @@ from sbr_jax.evaluation import (
     harness_tasks,
     tasks,
 )
+from sbr_jax.evaluation.result import Result
 from sbr_jax.methods import Hyperparameters
 from sbr_jax.programs import run
 from sbr_jax.programs.job import Job

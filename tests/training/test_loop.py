@@ -10,12 +10,12 @@ import pytest
 import tiny
 
 from sbr_jax.data.batches import batch
+from sbr_jax.data.leaks import check_disjoint
 from sbr_jax.methods.base import adamw, task_gradient
 from sbr_jax.training import checkpoint, loop
 from sbr_jax.training.program import init_adapter
 from sbr_jax.training.records import plain_numbers
 from sbr_jax.training.step import TrainState, compiled_step, make_step
-from sbr_jax.training.study import check_disjoint
 from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import UserError
 
