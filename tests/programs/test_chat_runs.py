@@ -217,7 +217,7 @@ BAD = {
     "overlap": (
         tiny_chat.overlap,
         ("--study.calibration=26", "--study.safety-mix=1"),
-        "calibration/harmbench: 3",
+        "calibration and harmbench share 3 prompts",
     ),
     "length": (None, ("--study.max-length=97",), "the model's context of 96"),
     "short": (None, ("--study.max-length=4",), "leave no room for an answer"),
