@@ -112,8 +112,10 @@ def test_a_study_without_its_sources(kind, sources, message):
 
 
 def test_a_variants_needs_follow_its_hyper_parameters():
-    check("unified:judge", **unified("probe"))
-    check("unified")
+    check("unified", **unified("probe"))
+    # What a variant changes is changed whatever its method says.
+    with pytest.raises(UserError, match=RATES.format("unified:judge")):
+        check("unified:judge", **unified("probe"))
 
 
 def test_a_mistake_is_one_line_whether_the_run_is_dry_or_not(
