@@ -11,10 +11,11 @@ import numpy as np
 
 from sbr_jax import models
 from sbr_jax.data import TokenDataset, encode_text, take
+from sbr_jax.data.leaks import check_disjoint
 from sbr_jax.data.registry import Pair, load_source
 from sbr_jax.studies._held_out import HeldOut, random_tokens
 from sbr_jax.studies.options import Sources, StoriesOptions
-from sbr_jax.training.study import Domain, Study, check_disjoint
+from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import PyTree, UserError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
