@@ -7,9 +7,9 @@ WORKERS ?= 2
 DEMO ?= runs/demo
 
 BIN := .venv/bin
-# The stamp's name carries a checksum of pyproject.toml, so that a change of the
-# dependencies installs again and nothing else does.
-STAMP := .venv/.installed-$(shell { cat pyproject.toml; echo "$(EXTRAS)"; } | cksum | cut -d ' ' -f 1)
+# The stamp's name carries a checksum of pyproject.toml and of the Python asked for, so
+# that a change of the dependencies, or make test PYTHON=python3.12, installs again.
+STAMP := .venv/.installed-$(shell { cat pyproject.toml; echo "$(EXTRAS) $(PYTHON)"; } | cksum | cut -d ' ' -f 1)
 SOURCES := sbr_jax experiments tools tests $(wildcard benchmarks)
 PAGES := $(filter-out docs/reference,$(wildcard *.md docs/*.md docs/methods)) experiments/README.md $(wildcard tests/*.md tests/*/README.md)
 # What needs no language model: the mathematics, in under a minute.
@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml
 	  echo "error: expected Python 3.11 or newer, found neither '$(PYTHON)' nor a recent enough 'python3'; install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
 	  exit 1; \
 	fi; \
-	if ! "$(BIN)/python" -c "$$newer" >/dev/null 2>&1; then \
+	if [ "$$("$(BIN)/python" --version 2>/dev/null)" != "$$("$$python" --version)" ]; then \
 	  echo "==> making .venv with $$("$$python" --version)"; \
 	  "$$python" -m venv --clear .venv || { \
 	    echo "error: '$$python -m venv' failed; on Debian and Ubuntu install the package python3-venv (or python3.11-venv) first" >&2; \

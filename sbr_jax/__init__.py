@@ -2,7 +2,7 @@
 
 The core knows pytrees and losses only: a `Subspace` of directions that matter for
 safety, an estimate of it (`fisher_subspace`), and transformations that keep an
-optimizer's steps out of it. Importing it loads jax, optax and chex.
+optimizer's steps out of it. Importing it loads jax and optax.
 """
 
 from sbr_jax import losses

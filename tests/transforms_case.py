@@ -1,6 +1,6 @@
 """A tree of parameters, a subspace of it, and a few steps."""
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +27,4 @@ S = space(10)
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):
-    chex_tree = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    for x, y in chex_tree:
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+    chex.assert_trees_all_close(a, b, rtol=rtol, atol=atol)

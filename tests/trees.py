@@ -1,15 +1,14 @@
 """Trees of arrays: compared leaf by leaf, as one vector, moved and stacked."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
 def same(one, two):
-    assert jax.tree.structure(one) == jax.tree.structure(two)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal_dtypes(one, two)
+    chex.assert_trees_all_equal(one, two)
 
 
 def vector(tree):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-CORE_MAY_IMPORT = {"jax", "numpy", "optax", "chex"}
+CORE_MAY_IMPORT = {"jax", "numpy", "optax"}
 
 
 def read_table():
@@ -118,7 +118,7 @@ def core_files():
 
 
 @pytest.mark.parametrize("path", core_files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_core_needs_nothing_but_jax_optax_chex(path):
+def test_the_core_needs_nothing_but_jax_and_optax(path):
     for name in imports(path):
         first = name.partition(".")[0]
         known = CORE_MAY_IMPORT | {"sbr_jax"} | sys.stdlib_module_names
