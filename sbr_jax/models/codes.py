@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import statistics
 from typing import Any
 
@@ -179,7 +180,7 @@ def as_dense(weight: jax.Array | QuantisedWeight, dtype: Any = None) -> jax.Arra
     Returns:
       The array. Codes are decoded; arrays are only converted.
     """
-    if is_quantised(weight):
+    if isinstance(weight, QuantisedWeight):
         return weight.dense(dtype)
     return weight if dtype is None else weight.astype(dtype)
 
@@ -243,7 +244,8 @@ def _encode_nf4(wide: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     scales = jnp.max(jnp.abs(blocks), axis=1)
     unit = blocks / jnp.where(scales > 0, scales, 1.0)[:, None]
     # The level below every midpoint that is passed; one fused loop, no search.
-    codes = sum((unit > middle).astype(jnp.uint8) for middle in _MIDPOINTS)
+    passed = ((unit > middle).astype(jnp.uint8) for middle in _MIDPOINTS)
+    codes = functools.reduce(operator.add, passed)
     codes = codes.reshape(-1, 2, outputs)
     return codes[:, 0] << 4 | codes[:, 1], scales
 

@@ -6,6 +6,7 @@ Reading and writing Hugging Face's ``config.json`` is in ``hf_config``.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from sbr_jax.models.fields import Field, wrong_fields
 from sbr_jax.typing import UserError
@@ -23,6 +24,9 @@ TARGETS = (
 
 BIASED = ("q_proj", "k_proj", "v_proj")
 """The projections that have a bias where ``qkv_bias`` is set."""
+
+AttentionKernel = Literal["xla", "cudnn"]
+"""A way of ``jax.nn.dot_product_attention`` to compute attention."""
 
 _TOKENS = 2**31 - 1
 _MANY = Field(int, 1, 2**24)
@@ -215,5 +219,5 @@ class Hardware:
     """Recompute each layer in the backward pass instead of storing it."""
     unroll: int = 0
     """Layers unrolled in one step of the scan; 0 lets the backend decide."""
-    attention: str | None = None
+    attention: AttentionKernel | None = None
     """``"xla"``, ``"cudnn"``, or None: what ``dot_product_attention`` prefers."""

@@ -128,7 +128,8 @@ def _generate(
     adapter = check_adapter(config, adapter)
     rows, prompt = tokens.shape
     shape = (config.layers, rows, prompt + slots, config.kv_heads, config.head_dim)
-    cache = (jnp.zeros(shape, base["embed"].dtype),) * 2
+    empty = jnp.zeros(shape, base["embed"].dtype)
+    cache = empty, empty
     eos = jnp.asarray(config.eos, jnp.int32)
     first = prompt - lengths  # first real slot of each row
 
@@ -248,7 +249,7 @@ def generate(
         rows = min(bucket(len(chosen), 1), batch_size)
         tokens, lengths = _left_pad([prompts[i] for i in chosen], rows)
         keys = None
-        if temperature > 0:
+        if temperature > 0 and key is not None:
             places = np.zeros(rows, np.uint32)
             places[: len(chosen)] = chosen
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)

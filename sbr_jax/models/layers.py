@@ -11,8 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.models.codes import QuantisedWeight, is_quantised
-from sbr_jax.models.config import RopeScaling
+from sbr_jax.models.codes import QuantisedWeight
+from sbr_jax.models.config import AttentionKernel, RopeScaling
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -40,7 +40,8 @@ def project(
     Returns:
       ``[..., out]``.
     """
-    y = _decode_and_multiply(x, weight) if is_quantised(weight) else x @ weight
+    coded = isinstance(weight, QuantisedWeight)
+    y = _decode_and_multiply(x, weight) if coded else x @ weight
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -177,7 +178,7 @@ def attend(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: AttentionKernel | None = None,
     *,
     window: int | None = None,
     scale: float | None = None,

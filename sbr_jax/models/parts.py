@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.models.config import ModelConfig
+from sbr_jax.models.config import AttentionKernel, ModelConfig
 from sbr_jax.models.layers import attend, rms_norm, rope_table, soft_cap
 from sbr_jax.typing import PyTree
 
@@ -76,7 +76,7 @@ def attend_as(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
-    implementation: str | None,
+    implementation: AttentionKernel | None,
 ) -> jax.Array:
     """``attend`` with the window, scale and cap of the model."""
     return attend(
@@ -112,4 +112,9 @@ def layer_mask(
         only = mask(config.window)
         return lambda slides: only
     near, full = mask(config.window), mask(None)
-    return lambda slides: jnp.where(slides, near, full)
+
+    def chosen(slides: jax.Array | None) -> jax.Array:
+        assert slides is not None  # ``sliding_layers`` of a model that alternates.
+        return jnp.where(slides, near, full)
+
+    return chosen

@@ -7,8 +7,7 @@ size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,9 @@ from sbr_jax.models.parts import (
 )
 from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
 from sbr_jax.typing import PyTree
+
+ExtendFn = Callable[..., tuple[jax.Array, Cache]]
+"""``extend_fn(base, adapter, tokens, past, length) -> logits, (keys, values)``."""
 
 
 def extend(
@@ -94,7 +96,7 @@ def extend(
 
 
 @functools.lru_cache(maxsize=64)
-def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Any:  # noqa: B008
+def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> ExtendFn:  # noqa: B008
     """The pure ``extend_fn(base, adapter, tokens, past, length)`` of a model.
 
     **Guarantee**: equal settings give the very same function object, as with

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from sbr_jax.models.codes import (
     BLOCK,
@@ -26,6 +27,14 @@ from sbr_jax.models.codes import (
 from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.parameters import base_shapes, is_shape, select_targets
 from sbr_jax.typing import PyTree, UserError
+
+
+@runtime_checkable
+class _Record(Protocol):
+    """A dataclass that holds base weights, such as ``Model``."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    params: PyTree
 
 
 def quantize(
@@ -87,7 +96,7 @@ def dequantize(model: Any) -> Any:
     Returns:
       The same without codes; arrays are shared, not copied.
     """
-    if dataclasses.is_dataclass(model) and hasattr(model, "params"):
+    if isinstance(model, _Record):
         return dataclasses.replace(model, params=dequantize(model.params))
     return jax.tree.map(as_dense, model, is_leaf=is_quantised)
 
@@ -128,7 +137,7 @@ def check_finite(name: str, weight: QuantisedWeight) -> None:
       UserError: naming the weight (outside of a trace only).
     """
     scales = [x for x in jax.tree.leaves(weight.scales) if x.dtype == jnp.float32]
-    if any(isinstance(x, jax.core.Tracer) for x in scales):
+    if any(isinstance(x, Tracer) for x in scales):
         return
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in scales):
         raise UserError(

@@ -6,12 +6,11 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sbr_jax.models.codes import is_quantised
 from sbr_jax.models.config import BIASED, ModelConfig
-from sbr_jax.models.lora import LoraPair, is_lora_pair
 from sbr_jax.models.parameters import base_shapes, bias_of
 from sbr_jax.typing import PyTree
 
@@ -66,14 +65,10 @@ def adapter_partition_specs(adapter: PyTree) -> PyTree:
     Returns:
       The tree of specifications.
     """
-
-    def one(pair: LoraPair) -> LoraPair:
-        return LoraPair(P("fsdp", None, None), P("fsdp", None, None), pair.scale)
-
-    return jax.tree.map(one, adapter, is_leaf=is_lora_pair)
+    return jax.tree.map(lambda factor: P("fsdp", None, None), adapter)
 
 
-def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The specification without the axes that do not divide or do not exist.
 
     Args:
@@ -91,7 +86,7 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*axes)
 
 
-def named_shardings(specs: PyTree, tree: PyTree, mesh: Mesh) -> PyTree:
+def named_shardings(specs: PyTree, tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """``NamedSharding`` for each array of a tree; see ``fit_spec``.
 
     Codes and scales of a quantised weight follow the weight's specification, without

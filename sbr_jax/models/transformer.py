@@ -47,6 +47,13 @@ Dropout = tuple[jax.Array, float] | None
 class Block(nnx.Module):
     """One decoder layer: attention and a gated MLP, each with a residual."""
 
+    input_norm: nnx.Param
+    q_norm: nnx.Param
+    k_norm: nnx.Param
+    attention_out_norm: nnx.Param
+    mlp_norm: nnx.Param
+    mlp_out_norm: nnx.Param
+
     def __init__(self, config: ModelConfig):
         self.config = config
         for name, shape in base_shapes(config)["layers"].items():
@@ -197,8 +204,9 @@ def forward(
     adapter = check_adapter(config, adapter)
     positions = jnp.arange(tokens.shape[1])[None]
     rope = rope_of(config, positions)
-    dropping = dropout_key is not None and dropout_rate > 0.0
-    keys = jax.random.split(dropout_key, config.layers) if dropping else None
+    keys = None
+    if dropout_key is not None and dropout_rate > 0.0:
+        keys = jax.random.split(dropout_key, config.layers)
 
     # A kernel knows causal windows by itself; only a choice between two needs a mask.
     pick = functools.partial(sees, positions, positions)
@@ -211,7 +219,7 @@ def forward(
             mask, kernel = pick(slides), hardware.attention
             return attend_as(config, query, keys, values, mask, kernel), None
 
-        dropout = (key, dropout_rate) if dropping else None
+        dropout = None if key is None else (key, dropout_rate)
         block = build_block(config, weights)
         inputs: dict[str, jax.Array] = {}
         tap = inputs.__setitem__ if capture else None
@@ -224,13 +232,13 @@ def forward(
     layers = (base["layers"], adapter, keys, attention_shift, sliding_layers(config))
     x, seen = scan_layers(config, hardware, body, x, layers)
     hidden = final_norm(config, base, x)
-    out: tuple[Any, ...] = (output_logits(config, base, hidden),)
+    out: list[Any] = [output_logits(config, base, hidden)]
     if return_hidden:
-        out += (hidden,)
+        out.append(hidden)
     if capture:
         residual = jnp.concatenate([seen[0], x[None]])
-        out += ({"residual": residual, "inputs": seen[1]},)
-    return out if len(out) > 1 else out[0]
+        out.append({"residual": residual, "inputs": seen[1]})
+    return tuple(out) if len(out) > 1 else out[0]
 
 
 def check_adapter(
