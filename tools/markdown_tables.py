@@ -7,6 +7,7 @@ from collections.abc import Iterator
 MARK = "†"
 """Stands by rows and numbers that were measured with older code."""
 NAMED = re.compile(r"^<!-- table: (\S+) -->$")
+RULE = re.compile(r"^\|[ :]*-+[ :]*\|")
 EXEMPT = "<!-- no measurement -->"
 FIRST = ("row", "method", "order")
 """How the first column of a table of measured rows is called."""
@@ -42,9 +43,9 @@ class PageTable:
 
 
 def page_tables(text: str) -> Iterator[PageTable]:
-    r"""Every table of a page.
+    r"""Every table of a page; its name stands above, blank lines aside.
 
-    >>> [t.head for t in page_tables("| a | b |\n|---|--:|\n| 1 | 2 |\n")]
+    >>> [t.head for t in page_tables("| a | b |\n| -- | -: |\n| 1 | 2 |\n")]
     [('a', 'b')]
     """
     lines = [*text.splitlines(), "#"]
@@ -55,9 +56,9 @@ def page_tables(text: str) -> Iterator[PageTable]:
         return next(i for i in places if lines[i].startswith(marks) == stop)
 
     for rule in range(1, len(lines)):
-        if lines[rule].startswith("|---") and lines[rule - 1].startswith("|"):
+        if RULE.match(lines[rule]) and lines[rule - 1].startswith("|"):
             end = until(rule, False, "|")
-            above = lines[rule - 2] if rule > 1 else ""
+            above = next(filter(None, reversed(lines[: rule - 1])), "")
             name = NAMED.match(above)
             yield PageTable(
                 rule,

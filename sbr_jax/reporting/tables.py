@@ -303,10 +303,10 @@ def to_markdown(table: Table) -> str:
 
     >>> print(to_markdown(Table(("a", "b"), (("1", "2"),))))
     | a | b |
-    |---|--:|
+    | -- | -: |
     | 1 | 2 |
     """
-    rule = "|---|" + "--:|" * (len(table.head) - 1)
+    rule = "| -- |" + " -: |" * (len(table.head) - 1)
     rows = [f"| {' | '.join(row)} |" for row in (table.head, *table.rows)]
     return "\n".join([rows[0], rule, *rows[1:]])
 

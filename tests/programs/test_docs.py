@@ -96,7 +96,7 @@ def defaults(maker):
 def stated(text):
     """The rows of a page's `| option | default | meaning |`, values as literals."""
     (table,) = re.findall(
-        r"^\| option \| default \| meaning \|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M
+        r"^\| option \| default \| meaning \|\n\|[ :|-]+\|\n((?:\|.*\n)+)", text, re.M
     )
     rows = [re.match(r"\| `(\w+)` \| `(.+?)` \| .+ \|$", x) for x in table.splitlines()]
     assert all(rows), "a row is not | `option` | `default` | meaning |"

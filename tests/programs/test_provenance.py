@@ -52,17 +52,18 @@ def edit(site, page, old, new):
 
 
 PARTS, LISA, CHOOSE = "experiments/README.md", "docs/methods/lisa.md", "docs/choose.md"
-NEW = "\n| row | a |\n|---|--:|\n| `plain` | 45.7 |\n"
+RESULTS = "docs/results.md"
+NEW = "\n| row | a |\n| -- | -: |\n| `plain` | 45.7 |\n"
 MORE = r"\1\n| `new` | 99.9 | 1 | 1 | – | 1 | 1 | – |  |  |"
 UNKNOWN = "expected measured rows of known code"
 FAULTS = {
     "a mark too few": (PARTS, r"^(\| `safeanchor-exact:random`) †", r"\1", "run it"),
-    "a mark too many": ("README.md", r"^(\| `lisa`)", r"\1 †", "marked with †"),
-    "an unmarked number": ("README.md", r"^(\| `sbr` .* 0\.0) †", r"\1", "poisoned"),
+    "a mark too many": (RESULTS, r"^(\| `lisa`)", r"\1 †", "marked with †"),
+    "an unmarked number": (RESULTS, r"^(\| `sbr` .* 0\.0) †", r"\1", "poisoned"),
     "a marked number": (PARTS, r"^(\| medical.* 45\.7 ± 9\.1)", r"\1 †", "plain"),
-    "a row too many": ("README.md", r"^(\| `lisa`.*)$", MORE, "expected 20 lines"),
+    "a row too many": (RESULTS, r"^(\| `lisa`.*)$", MORE, "expected 20 lines"),
     "rows in another order": (
-        "README.md",
+        RESULTS,
         r"^(\| `lisa`.*)\n(\| `safe-lora`.*)$",
         r"\2\n\1",
         "expected the row lisa",
@@ -71,7 +72,7 @@ FAULTS = {
     "a new table": (CHOOSE, r"\Z", NEW, UNKNOWN),
     "a table twice": (CHOOSE, r"\Z", f"\n<!-- table: stories -->{NEW}", "found twice"),
     "no sentence below": (PARTS, r"^† Measured.*\n", "", "a sentence with †"),
-    "a column that is gone": ("README.md", " poisoned ", " harmful ", "a column"),
+    "a column that is gone": (RESULTS, " poisoned ", " harmful ", "a column"),
     "a figure without a mark": (
         "README.md",
         r"^† Drawn from",
