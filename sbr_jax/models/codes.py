@@ -36,7 +36,7 @@ import numpy as np
 from sbr_jax.typing import UserError
 
 KINDS = ("nf4", "nf4-double", "int8")
-"""How a weight can be written in codes."""
+"""The kinds of codes."""
 
 BLOCK = 64
 GROUP = 256
@@ -106,17 +106,17 @@ class QuantisedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array it stands for."""
+        """Shape of the array it stands for."""
         return (*self.codes.shape[:-2], self.inputs, self.codes.shape[-1])
 
     @property
     def ndim(self) -> int:
-        """Of the array it stands for."""
+        """Number of axes of the array it stands for."""
         return self.codes.ndim
 
     @property
     def nbytes(self) -> int:
-        """What codes and scales take together."""
+        """Bytes of codes and scales together."""
         return sum(
             math.prod(leaf.shape) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(self)
@@ -124,7 +124,7 @@ class QuantisedWeight:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """``shape``, counting what a shard has to hold whole: one block of inputs.
+        """``shape`` with the inputs counted in blocks, which no shard may split.
 
         A padded weight counts as one block, as only the last of its shards would be
         short.
@@ -139,7 +139,7 @@ class QuantisedWeight:
         return self if index is ... else jax.tree.map(lambda x: x[index], self)
 
     def dense(self, dtype: Any = None) -> jax.Array:
-        """The weights that the codes stand for, computed in float32, rounded once.
+        """The decoded weights, computed in float32 and rounded once.
 
         No gradient flows to codes or scales.
 
@@ -162,7 +162,7 @@ class QuantisedWeight:
 
 
 def is_quantised(node: Any) -> bool:
-    """Whether a node of a tree is a weight in codes; used like ``is_leaf``.
+    """True for a weight in codes; used like ``is_leaf``.
 
     >>> is_quantised(None)
     False
@@ -171,7 +171,7 @@ def is_quantised(node: Any) -> bool:
 
 
 def as_dense(weight: jax.Array | QuantisedWeight, dtype: Any = None) -> jax.Array:
-    """A weight as an array, whether it is one or is in codes.
+    """A weight as an array, decoded if it is in codes.
 
     Args:
       weight: ``[..., in, out]``.
@@ -186,7 +186,7 @@ def as_dense(weight: jax.Array | QuantisedWeight, dtype: Any = None) -> jax.Arra
 
 
 def check_kind(kind: str, block: int = BLOCK) -> None:
-    """Refuses what is no kind of codes.
+    """Refuses an unknown kind of codes or an odd block.
 
     Raises:
       UserError: naming the kinds, or the block that cannot be packed.
@@ -199,7 +199,7 @@ def check_kind(kind: str, block: int = BLOCK) -> None:
 
 @functools.partial(jax.jit, static_argnames=("kind", "block"))
 def encode(weight: jax.Array, kind: str, block: int = BLOCK) -> QuantisedWeight:
-    """The codes of one matrix, by its nearest levels.
+    """Writes one matrix in codes, each weight as its nearest level.
 
     **Guarantee**: with a the largest absolute weight of a block (of an output for
     int8), ``|W - dense|`` is at most ``0.152 a`` for nf4, half the widest gap between
@@ -227,13 +227,13 @@ def encode(weight: jax.Array, kind: str, block: int = BLOCK) -> QuantisedWeight:
 
 
 def encode_stack(weight: jax.Array, kind: str, block: int = BLOCK) -> QuantisedWeight:
-    """``encode`` for ``[L, in, out]``, layer by layer."""
+    """Encodes ``[L, in, out]`` layer by layer."""
     layers = range(weight.shape[0])
     return stack_layers([encode(weight[i], kind, block) for i in layers])
 
 
 def stack_layers(layers: list[QuantisedWeight]) -> QuantisedWeight:
-    """One weight ``[L, in, out]`` in codes from those of its layers."""
+    """Stacks the codes of single layers to one weight ``[L, in, out]``."""
     return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
 
 
@@ -267,7 +267,7 @@ def _double(scales: jax.Array) -> DoubleScales:
 
 
 def _scales(scales: jax.Array | DoubleScales) -> jax.Array:
-    """float32 scales, decoded where they are in codes."""
+    """Scales in float32, decoded where they are in codes."""
     if not isinstance(scales, DoubleScales):
         return scales
     steps = jnp.repeat(scales.steps, GROUP, axis=-1)[..., : scales.codes.shape[-1]]

@@ -1,4 +1,4 @@
-"""The settings of a decoder: its mathematics, and how it is carried out.
+"""Settings of a decoder: its mathematics and its execution.
 
 Reading and writing Hugging Face's ``config.json`` is in ``hf_config``.
 """
@@ -36,7 +36,7 @@ ROPE_FIELDS = {
     "high": Field(float, 1e-6, 1e6),
     "original": Field(int, 1, _TOKENS),
 }
-"""What the numbers of ``RopeScaling`` may be."""
+"""Ranges of the numbers of ``RopeScaling``."""
 FIELDS = {
     "vocab_size": _MANY,
     "width": _MANY,
@@ -59,12 +59,12 @@ FIELDS = {
     "attention_cap": Field(float, 1e-6, 1e6, none=True),
     "logit_cap": Field(float, 1e-6, 1e6, none=True),
 }
-"""What the fields of ``ModelConfig`` may hold."""
+"""Types and ranges of the fields of ``ModelConfig``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of RoPE are stretched over a longer context.
+    """Stretching of RoPE's frequencies over a longer context.
 
     ``"linear"`` divides every frequency f by ``factor``. ``"llama3"`` keeps those that
     turn more than ``high`` times within the original context, divides those that turn
@@ -92,7 +92,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The mathematics of one decoder; hashable, so it can be a static argument.
+    """The mathematics of one decoder, hashable to be a static argument.
 
     >>> config = ModelConfig(vocab_size=32, width=8, mlp_width=16, layers=2, heads=2)
     >>> config.kv_heads, config.head_dim, config.projection("down_proj")
@@ -122,9 +122,9 @@ class ModelConfig:
     model_type: str = "llama"
     rope_scaling: RopeScaling | None = None
     window: int | None = None
-    """How many tokens a sliding layer sees, itself included; None: no layer slides."""
+    """Tokens that a sliding layer sees, itself included; None: no layer slides."""
     sliding: tuple[bool, ...] = ()
-    """Which layers slide; empty means all where there is a window."""
+    """True for the layers that slide; empty means all where there is a window."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
     qk_norm: bool = False
@@ -170,7 +170,7 @@ class ModelConfig:
         self._settle_windows()
 
     def _settle_windows(self) -> None:
-        """One spelling for each pattern, so equal mathematics compare equal."""
+        """Spells each pattern in one way, so equal mathematics compare equal."""
         sliding = tuple(map(bool, self.sliding))
         if self.window is not None and not sliding:
             sliding = (True,) * self.layers
@@ -188,12 +188,12 @@ class ModelConfig:
 
     @property
     def alternates(self) -> bool:
-        """Whether some layers slide and others see everything."""
+        """True if some layers slide and others see everything."""
         return any(self.sliding) and not all(self.sliding)
 
     @property
     def attention_scale(self) -> float | None:
-        """What scores are multiplied by; None means ``head_dim ** -0.5``."""
+        """Factor of the scores; None means ``head_dim ** -0.5``."""
         return None if self.query_scalar is None else self.query_scalar**-0.5
 
     def projection(self, target: str) -> tuple[int, int]:
@@ -213,11 +213,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """How the same mathematics is carried out; no setting here changes a result."""
+    """Settings of the execution, none of which changes a result."""
 
     remat: bool = False
     """Recompute each layer in the backward pass instead of storing it."""
     unroll: int = 0
     """Layers unrolled in one step of the scan; 0 lets the backend decide."""
     attention: AttentionKernel | None = None
-    """``"xla"``, ``"cudnn"``, or None: what ``dot_product_attention`` prefers."""
+    """``"xla"``, ``"cudnn"``, or None, which leaves the choice to JAX."""

@@ -1,4 +1,4 @@
-"""The model families: what each fixes, what it reads, and what it can honour.
+"""Model families: their traits, settings and supported values.
 
 Adding a family is adding an entry to ``FAMILIES``; where it computes something new,
 that is a field of ``ModelConfig`` first.
@@ -31,7 +31,7 @@ COMMON: dict[str, tuple] = {
     "use_mrope": (None, False),
     "use_bidirectional_attention": (None, False),
 }
-"""Settings that change the mathematics, with the values that every family has."""
+"""Settings that change the mathematics, with the values common to all families."""
 _SILU = {"hidden_act": ("silu", "swish")}
 # Gemma's first files say "gelu" and mean its tanh form, as transformers reads them.
 _TANH = {
@@ -42,7 +42,7 @@ _TANH = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one ``model_type`` maps to ``ModelConfig``."""
+    """Mapping from one ``model_type`` to ``ModelConfig``."""
 
     architecture: str
     allowed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
@@ -50,13 +50,13 @@ class Family:
     free: tuple[str, ...] = ()
     """Common settings that this family reads, so that they are not refused."""
     defaults: Raw = dataclasses.field(default_factory=dict)
-    """What transformers assumes where the file is silent."""
+    """Values that transformers assumes where the file is silent."""
     traits: Raw = dataclasses.field(default_factory=dict)
     """Fields of ``ModelConfig`` that are the same in the whole family."""
     numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Further fields and the settings they come from."""
     slides: Callable[[int, Raw], bool] = lambda i, raw: False
-    """Which layers slide where the file gives a window and no ``layer_types``."""
+    """True for a layer that slides, where a window comes without ``layer_types``."""
     layer_types: bool = False
     """Whether ``layer_types`` decides; elsewhere it must agree with ``slides``."""
 
@@ -142,4 +142,4 @@ FAMILIES: dict[str, Family] = {
         layer_types=True,
     ),
 }
-"""``model_type`` -> how it is read and written."""
+"""Families by ``model_type``."""

@@ -24,7 +24,7 @@ _TYPES: dict[type, tuple[str, type]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What a setting may hold.
+    """Type and range of a setting.
 
     >>> count = Field(int, 1, 8)
     >>> [count.holds(x) for x in (1, 9, True, 1.0, "1", None, [1])]
@@ -42,10 +42,10 @@ class Field:
     lists: str = "no"
     """Whether it is a list of such values: ``"no"``, ``"or"`` or ``"only"``."""
     default: Any = REQUIRED
-    """What a file means that is silent about it."""
+    """The value where a file is silent."""
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is of the type and in the range."""
+        """True if a value is of the type and in the range."""
         if value is None:
             return self.none
         if isinstance(value, list | tuple):
@@ -72,7 +72,7 @@ class Field:
 
 
 def wrong_fields(values: Mapping[str, Any], fields: Mapping[str, Field]) -> list[str]:
-    """What is wrong with the values of fields that are there.
+    """Describes each value that its field does not allow.
 
     >>> wrong_fields({"layers": "two", "odd": 1}, {"layers": Field(int, 1, 8)})
     ["layers='two' (expected a whole number from 1 to 8)"]
@@ -87,7 +87,7 @@ def wrong_fields(values: Mapping[str, Any], fields: Mapping[str, Field]) -> list
 def read_fields(
     raw: Mapping[str, Any], fields: Mapping[str, Field], where: str
 ) -> dict[str, Any]:
-    """The values of fields, with defaults where the file is silent.
+    """Reads the values of fields, with defaults where the file is silent.
 
     Args:
       raw: the content of the file; what is no field is passed over.

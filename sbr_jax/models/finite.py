@@ -1,4 +1,4 @@
-"""Refuses to take for a measurement what is computed from broken weights.
+"""Refusal of logits that broken weights give.
 
 The likeliest of logits that are NaN is token 0, an answer like any other: greedy text,
 picked options and hit rates of such weights look like results. So does what weights
@@ -16,7 +16,7 @@ from sbr_jax.typing import UserError
 
 
 def comparable(logits: jax.Array) -> jax.Array:
-    """Whether a likeliest of the last axis can be told: no NaN, finite, not all equal.
+    """True where logits have a likeliest: no NaN, finite, not all equal.
 
     >>> rows = [[0.0, -jnp.inf], [0.0, jnp.nan], [0.0, jnp.inf], [3.0, 3.0]]
     >>> comparable(jnp.array(rows)).tolist()
@@ -28,11 +28,11 @@ def comparable(logits: jax.Array) -> jax.Array:
 
 
 def require_comparable(what: str, found: Sequence[bool] | np.ndarray) -> None:
-    """Refuses logits of which none can be told to be the likeliest.
+    """Refuses logits without a likeliest entry.
 
     Args:
-      what: was measured.
-      found: whether they can be compared, for each text.
+      what: names the computation, for the message.
+      found: the result of ``comparable`` for each text.
 
     Raises:
       UserError: naming how many texts have others, and the first.

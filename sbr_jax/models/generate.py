@@ -37,7 +37,7 @@ Cache = tuple[jax.Array, jax.Array]
 
 
 def bucket(size: int, smallest: int = 8) -> int:
-    """Rounds up to 1, 1.5 times a power of two; at most a half is wasted.
+    """Rounds up to 1 or 1.5 times a power of two; wastes at most half.
 
     >>> [bucket(n) for n in (1, 9, 13, 40, 64)]
     [8, 12, 16, 48, 64]
@@ -121,9 +121,11 @@ def _generate(
     keys: jax.Array | None,
     temperature: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """New tokens ``[B, slots]``, how many count ``[B]``, whether all were told ``[B]``.
+    """Continues one batch until every row has stopped.
 
     ``tokens [B, P]`` is left-padded; a row of length 0 is filling and starts finished.
+    Returns the new tokens ``[B, slots]``, how many of them count ``[B]``, and whether
+    the logits of all could be compared ``[B]``.
     """
     adapter = check_adapter(config, adapter)
     rows, prompt = tokens.shape

@@ -29,7 +29,7 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
 
 
 def _refuse(settings: Raw, allowed: Mapping[str, tuple], where: str) -> None:
-    """Raises for every setting that is present with a value we do not implement."""
+    """Refuses settings that are present with an unsupported value."""
     wrong = [
         f"{name}={settings[name]!r} (supported: {', '.join(repr(v) for v in values)})"
         for name, values in allowed.items()
@@ -88,7 +88,7 @@ def _rope(raw: Raw, where: str) -> tuple[float, RopeScaling | None]:
 def _windows(
     family: Family, raw: Raw, where: str
 ) -> tuple[int | None, tuple[bool, ...]]:
-    """The window and which layers slide."""
+    """The window and the flags of sliding layers."""
     depth, window = raw["num_hidden_layers"], raw["sliding_window"]
     if not raw["use_sliding_window"]:
         window = None
@@ -152,7 +152,7 @@ def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
 
 
 def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
-    """The settings of a family from fields that each are of their type and range."""
+    """The settings of a family from fields of checked type and range."""
     family = FAMILIES[kind]
     ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
     _check_ids(ids, raw["vocab_size"], where)
@@ -184,7 +184,7 @@ def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
 
 
 def _check_ids(ids: Mapping[str, Any], vocab_size: int, where: str) -> None:
-    """Refuses tokens that the embedding has no row for: a gather would clamp them.
+    """Refuses tokens without a row of the embedding: a gather would clamp them.
 
     Padding is masked, so that of many chat models, one beyond the rest, does no harm.
     """
@@ -239,7 +239,7 @@ def _attention_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def generation_dict(config: ModelConfig) -> dict[str, Any]:
-    """The content of ``generation_config.json``: where a text begins and ends.
+    """The content of ``generation_config.json``: tokens that begin and end a text.
 
     >>> generation_dict(ModelConfig(vocab_size=32, width=8, mlp_width=16, layers=1,
     ...     heads=2, eos=(2, 7)))

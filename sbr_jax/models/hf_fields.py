@@ -1,4 +1,4 @@
-"""The fields of a Hugging Face ``config.json`` that are read, with type and range."""
+"""Fields of a Hugging Face ``config.json`` with type and range."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CONFIG: dict[str, Field] = {
     "attn_logit_softcapping": _of(FIELDS["attention_cap"], default=None),
     "final_logit_softcapping": _of(FIELDS["logit_cap"], default=None),
 }
-"""What every family reads; a family's own defaults come before those given here."""
+"""Fields that every family reads; a family's own defaults come before those here."""
 
 ROPE: dict[str, Field] = {
     "rope_type": Field(str, default=None),

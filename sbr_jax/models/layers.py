@@ -1,4 +1,4 @@
-"""The pure functions a decoder layer is made of.
+"""Pure functions of a decoder layer.
 
 Legend: B batch, T queries, S keys, N heads, K key-value heads, H head size.
 """
@@ -18,7 +18,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-"""What a gate may be passed through, by the name in ``ModelConfig``."""
+"""Activations of a gate by their name in ``ModelConfig``."""
 
 
 def project(
@@ -147,7 +147,7 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def sees(queries: jax.Array, keys: jax.Array, window: int | None = None) -> jax.Array:
-    """Which keys a query may look at: those not after it, within the window.
+    """Mask of the keys a query may look at: not after it, within the window.
 
     ``query - window < key <= query``.
 

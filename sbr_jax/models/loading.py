@@ -37,7 +37,7 @@ class Model:
     config: ModelConfig
     """The mathematics, hashable."""
     hardware: Hardware = Hardware()  # noqa: RUF009
-    """How it is carried out."""
+    """Settings of the execution."""
 
 
 def make_model(

@@ -23,9 +23,9 @@ from sbr_jax.models.tensors import read_tensors
 from sbr_jax.typing import PyTree, UserError
 
 SCALE = Field(float, -1e9, 1e9)
-"""What the scale of an adapter may be, and α."""
+"""Range of an adapter's scale, and of α."""
 RANK = Field(int, 1, 2**16)
-"""What its rank may be."""
+"""Range of its rank."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +49,7 @@ class LoraPair:
 
 
 def is_lora_pair(node: Any) -> bool:
-    """Whether a node of a tree is a pair; used like ``is_leaf``, or as ``unit``.
+    """True for a pair; used like ``is_leaf``, or as ``unit``.
 
     >>> is_lora_pair(None)
     False

@@ -1,4 +1,4 @@
-"""The tree of the base weights: what is in it, and of which shape."""
+"""The tree of base weights: names and shapes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bias_of(name: str) -> str:
 
 
 def is_shape(node: Any) -> bool:
-    """Whether a node of the tree of shapes is a shape."""
+    """True for a shape in the tree of shapes."""
     return isinstance(node, tuple)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds the layers of a decoder, as pure functions of its settings.
+"""Pure functions around the layers of a decoder: embedding, masks, head.
 
 Training, generation and cached prefixes walk through the layers in their own ways, but
 share these parts, so that no family is half supported.
@@ -25,7 +25,7 @@ def embed_tokens(
     tokens: jax.Array,
     rows: jax.Array | None = None,
 ) -> jax.Array:
-    """What enters the first layer, ``[B, T, D]``: embeddings, scaled where that is due.
+    """Input of the first layer, ``[B, T, D]``: embeddings, scaled where that is due.
 
     Args:
       config: of the model.
@@ -92,7 +92,7 @@ def attend_as(
 
 
 def sliding_layers(config: ModelConfig) -> jax.Array | None:
-    """Which layers slide, bool ``[L]``, to be scanned over; None if all are alike."""
+    """Flags of sliding layers, bool ``[L]``, to scan over; None if all are alike."""
     return jnp.asarray(config.sliding) if config.alternates else None
 
 

@@ -197,7 +197,7 @@ def _places(
 
 
 def _rank_and_scale(adapter: Mapping[str, LoraPair]) -> tuple[int, float]:
-    """What all pairs of an adapter share.
+    """Rank and scale that all pairs of an adapter share.
 
     Raises:
       UserError: if they do not, or there are none.
@@ -219,7 +219,7 @@ def _rank_and_scale(adapter: Mapping[str, LoraPair]) -> tuple[int, float]:
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """The α for which ``α / rank`` is the scale again, bit for bit where there is one.
+    """The α of a scale: ``α / rank`` gives it back, bit for bit if possible.
 
     >>> _alpha(32 / 16, 16), _alpha(1 / 49, 49), _alpha(0.3, 2)
     (32, 1, 0.6)
@@ -258,7 +258,7 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _supported(name: str, value: Any) -> bool:
-    """Whether a setting leaves the update what its tensors, α and r say."""
+    """True if a setting leaves the update to its tensors, α and r."""
     if name in _ALLOWED:
         return value in _ALLOWED[name]
     empty = isinstance(value, str | list | dict) and not value

@@ -1,4 +1,4 @@
-"""Many endings of one beginning: logits of tokens that follow cached keys and values.
+"""Many endings of one beginning, whose keys and values are cached.
 
 Legend: B sequences, T new tokens, P cached slots, L layers, K key-value heads, H head
 size, V vocabulary.
@@ -41,7 +41,7 @@ def extend(
     past: Cache | None = None,
     length: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Logits of tokens that follow a beginning whose keys and values are known.
+    """Logits of tokens that follow cached keys and values.
 
     Many endings of one prompt cost its beginning once: run it without ``past``, and
     every ending with what that returned.

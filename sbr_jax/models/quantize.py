@@ -106,7 +106,7 @@ def require_dense(
     who: str,
     remedy: str = "load without quantize=, or pass models.dequantize(base)",
 ) -> None:
-    """Refuses weights in codes where they are to be computed with.
+    """Refuses weights in codes.
 
     Args:
       base: a tree of weights.
@@ -149,7 +149,7 @@ def check_finite(name: str, weight: QuantisedWeight) -> None:
 def weight_bytes(
     config: ModelConfig, dtype: Any = jnp.bfloat16, quantize: str | None = None
 ) -> int:
-    """What the base weights of a model take; nothing is allocated.
+    """Bytes of the base weights of a model; nothing is allocated.
 
     **Guarantee**: equals the summed ``nbytes`` of the tree that ``load`` gives with
     this ``dtype`` and ``quantize`` on one device.

@@ -1,4 +1,4 @@
-"""Where each weight lives on a mesh with the axes ``("fsdp", "tp")``."""
+"""Placement of weights on a mesh with the axes ``("fsdp", "tp")``."""
 
 from __future__ import annotations
 

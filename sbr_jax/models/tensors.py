@@ -35,7 +35,7 @@ def open_tensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
 
 
 def not_floats(kinds: Mapping[str, str]) -> list[str]:
-    """What is wrong with tensors that hold no floating-point numbers.
+    """Describes the tensors that hold no floating-point numbers.
 
     >>> not_floats({"norm": "F32", "q_proj": "U8"})
     ['q_proj holds U8, expected F16, BF16, F32 or F64']
@@ -122,7 +122,7 @@ def float_dtype(dtype: Any) -> np.dtype:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether every number is finite: none has an exponent of ones.
+    """True if every number is finite: none has an exponent of ones.
 
     By bits, as NumPy has no fast loop for bfloat16, and in blocks, so that no second
     array of that size is held.

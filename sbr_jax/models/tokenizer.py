@@ -130,7 +130,7 @@ def _check_ids(
 
 
 class _Reading(contextlib.AbstractContextManager):
-    """Makes one line of what transformers and tokenizers raise for files they dislike.
+    """Turns errors of transformers and tokenizers about files into one line.
 
     Neither looks at types first, so a list where a text belongs ends as any of Python's
     own errors; tokenizers raises ``Exception`` itself, or panics.

@@ -69,7 +69,7 @@ class Source:
 
 
 def sources(config: ModelConfig) -> dict[str, Any]:
-    """A tree like ``base`` that says which tensors of the file make each array.
+    """A tree like ``base`` with the file's tensors for each array.
 
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
     >>> sources(config)["layers"]["up_proj"].names[1]
@@ -139,7 +139,7 @@ class Checkpoint:
 
 
 def _listing(index: pathlib.Path) -> dict[str, str]:
-    """Which shard holds a tensor, by the index.
+    """The shard of each tensor, by the index.
 
     Raises:
       UserError: if the index is damaged, or names what is no file of its folder.
