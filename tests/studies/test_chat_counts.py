@@ -12,7 +12,7 @@ import tiny_chat
 from chat_case import build
 
 from sbr_jax import recipes
-from sbr_jax.costs import dry_run
+from sbr_jax.costs import dry_run, estimates
 from sbr_jax.costs.forecast import A100
 from sbr_jax.evaluation import (
     KeywordJudge,
@@ -146,21 +146,21 @@ def forecast_of(roomy, variant, **methods):
         sources=Sources(str(roomy / "model"), str(roomy / "data")),
     )
     study = build(roomy, ("code",))
-    return plan, study, dry_run.job_of(plan, study)
+    return plan, study, estimates.load_of(plan, study)
 
 
 def test_a_mesh_divides_the_hours_of_everything(roomy):
     plan, study, job = forecast_of(roomy, "safeanchor-exact:csm-only")
-    one = dry_run.row_seconds(plan, study, job, A100, "safeanchor")
+    one = estimates.variant_seconds(plan, study, job, A100, "safeanchor")
     eight = dry_run.on_mesh(A100, "fsdp=4,tp=2")
-    shared = dry_run.row_seconds(plan, study, job, eight, "safeanchor")
+    shared = estimates.variant_seconds(plan, study, job, eight, "safeanchor")
     assert {"training", "Fisher", "measuring", "monitor"} < set(one)
     for part, seconds in one.items():
         # Products and bytes both go to eight devices: only rounding is left.
         assert shared[part] == pytest.approx(seconds / 8, rel=1e-9), part
     assert dry_run.on_mesh(eight, "fsdp=8") == eight
     assert dry_run.on_mesh(eight, None) == eight
-    with pytest.raises(UserError, match=r"device\.count=8: expected 4, the devices"):
+    with pytest.raises(UserError, match=r"device\.count 8: expected 4, the devices"):
         dry_run.on_mesh(eight, "fsdp=4")
 
 
@@ -173,7 +173,7 @@ def test_the_start_model_is_measured_once_for_all(roomy):
     plan, study, job = forecast_of(roomy, "safeanchor-exact:csm-only")
     first, *rows, last = dry_run.time_table(plan, study, job, A100).rows
     assert first[0] == "start model, once"
-    start = dry_run.start_seconds(plan, study, job, A100)
+    start = estimates.start_seconds(plan, study, job, A100)
     assert min(start["measuring"], start["monitor"]) > 0
     # Tables show three digits.
     assert float(first[-1]) == pytest.approx(sum(start.values()) / 3600, rel=5e-3)
@@ -193,7 +193,7 @@ def test_the_start_model_is_measured_once_for_all(roomy):
 )
 def test_a_row_without_a_projection_pays_for_no_fisher(roomy, row, methods, monitored):
     plan, study, job = forecast_of(roomy, row, **methods)
-    seconds = dry_run.row_seconds(plan, study, job, A100, row)
+    seconds = estimates.variant_seconds(plan, study, job, A100, row)
     assert "Fisher" not in seconds
-    assert "Fisher" not in dry_run.memory(plan, study, job)
+    assert "Fisher" not in estimates.memory(plan, study, job)
     assert ("monitor" in seconds) == monitored
