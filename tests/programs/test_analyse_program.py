@@ -100,9 +100,9 @@ BAD = {
     "kinds": (["stories", "--analysis", "coupling"], "a preset of the testbed"),
     "examples": (["demo", "--examples", "1"], "expected from 2 to 500, got 1"),
     "too many": (["demo", "--examples", "9999999"], "to 500, got 9999999"),
-    "no preset": ([], "): python -m experiments.analyse testbed"),
+    "no preset": ([], "expected a preset first, got --workdir"),
     "results": (["demo", "--results", "nowhere"], "expected the results of a run"),
-    "set": (["demo", "--set", "step=2"], "unknown option of --set 'step'"),
+    "set": (["demo", "--set", "step=2"], "unknown option '--set'"),
     "domain": (["demo", "--domains", "medcal"], "unknown domain 'medcal'"),
 }
 
