@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sbr_jax import recipes
+from sbr_jax import errors, recipes
 from sbr_jax.methods import METHODS, resolve
 from sbr_jax.provenance.source_tree import Symbol, Tree
 from sbr_jax.studies import attacks
@@ -40,7 +40,7 @@ BOOKKEEPING = (
     "sbr_jax.typing",
     "sbr_jax.checks",
     "sbr_jax.errors",
-    "sbr_jax.methods.hyperparameters",
+    "sbr_jax.methods._hyperparameters",
     "sbr_jax.methods.registry",
     "sbr_jax.recipes",
     "sbr_jax.settings",
@@ -114,7 +114,7 @@ def _entries(row: str, study: str) -> tuple[list[Symbol], str]:
 
 def _known(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     if name not in known:
-        raise UserError(f"{kind} {name}: expected one of {', '.join(known)}")
+        raise errors.unknown(kind, name, known)
     return known[name]
 
 
