@@ -1,4 +1,7 @@
-"""The learning-rate schedule: linear warm-up, then a cosine."""
+"""Learning-rate schedule: linear warm-up, then a cosine.
+
+Symbols: w steps of warm-up.
+"""
 
 import optax
 

@@ -9,6 +9,7 @@ import synthetic_run
 
 from sbr_jax import from_factors
 from sbr_jax.analysis import exhaustion, harm_types, sensitivity
+from sbr_jax.reporting import analyses as drawn
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.studies import analyses, examples
 from sbr_jax.subspace import empty_subspace
@@ -92,7 +93,7 @@ def test_kinds_of_one_subspace_are_told_from_kinds_of_two():
     # The ceiling comes from two samples, so it is no comparison with itself.
     assert 0.8 < found["overlap"]["a"]["a"] < 0.9999
     assert found["captured"]["a"]["c"] < 0.2
-    assert harm_types.figure(found).axes
+    assert drawn.harm_types_figure(found).axes
 
 
 def test_noise_has_no_ceiling_to_compare_with():
@@ -101,7 +102,7 @@ def test_noise_has_no_ceiling_to_compare_with():
     draws = [subspace(normal(rng, 3, 400)) for _ in range(4)]
     found = harm_types.harm_types({"a": tuple(draws[:2]), "b": tuple(draws[2:])})
     assert found["specific"] == {k: {"a": None, "b": None} for k in ("a", "b")}
-    assert len(harm_types.figure(found).axes) == 1
+    assert len(drawn.harm_types_figure(found).axes) == 1
     with pytest.raises(UserError, match="at least two kinds"):
         harm_types.harm_types({"a": tuple(draws[:2])})
 
@@ -126,7 +127,7 @@ def test_more_examples_find_more_of_the_subspace():
     assert all(
         t < o for t, o in zip(found["twin"][:-1], found["overlap"][:-1], strict=True)
     )
-    assert len(sensitivity.figure(found).axes) == 2
+    assert len(drawn.sensitivity_figure(found).axes) == 2
 
 
 def test_too_few_examples_are_refused():
@@ -159,7 +160,7 @@ def test_exhaustion_by_hand():
     one = exhaustion.exhaustion(("a",), [[90.0]])
     assert one["slope"]["accuracy"] is None
     assert "rank" not in one
-    assert len(exhaustion.figure({"plain": one}).axes) == 3
+    assert len(drawn.exhaustion_figure({"plain": one}).axes) == 3
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from analyses_case import ADAPTER, EXAMPLES, SAFETY, STEPS, lora_subspace
 from sbr_jax import models, project_onto
 from sbr_jax.analysis import coupling
 from sbr_jax.analysis.directions import difference_of_means
+from sbr_jax.reporting.analyses import causal_figure
 from sbr_jax.studies.examples import with_direction
 from sbr_jax.subspace import empty_subspace
 from sbr_jax.typing import UserError
@@ -93,7 +94,7 @@ def test_the_causal_test_finds_a_planted_coupling_and_no_other():
     for kind in ("benign", "outside"):
         np.testing.assert_allclose(found["cosine"][kind]["low"], 1, atol=1e-3)
     assert found["start"] == 5.0
-    assert len(coupling.figure(found).axes) == 2
+    assert len(causal_figure(found).axes) == 2
 
 
 def test_the_cosine_leaves_out_what_no_adapter_can_change():

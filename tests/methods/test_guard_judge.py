@@ -14,6 +14,7 @@ from sbr_jax.methods.adaptive import adaptive_judge
 from sbr_jax.methods.judges import label_likelihood_judge, label_log_probs, then_ask
 from sbr_jax.methods.risk import JudgeError, judged
 from sbr_jax.studies import testbed as study_maker
+from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.testbed.world import make_world
 from sbr_jax.training import pipeline
 from sbr_jax.typing import UserError
@@ -223,7 +224,9 @@ def problem_of(study):
 
 def test_the_testbeds_study_takes_the_guard_and_says_so():
     default, exact, asked = (
-        study_maker.build_study(("medical",), calibration_examples=8, **options)
+        study_maker.build_study(
+            ("medical",), TestbedOptions(calibration_examples=8, **options)
+        )
         for options in ({}, {"judge": "exact"}, {"judge": "guard"})
     )
     assert default.fingerprint == exact.fingerprint != asked.fingerprint

@@ -105,7 +105,7 @@ def test_published_relaxation_is_inert_on_a_confident_model_and_warns():
 
 
 def test_protect_a_gives_the_first_subspace_an_a_block():
-    size = tiny.CONFIG.width * SETTINGS.lora_rank  # B comes first in a unit.
+    size = tiny.CONFIG.width * SETTINGS.training.lora_rank  # B comes first in a unit.
     base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
     blocks = {}
     for protect_a in ("none", "perturb"):

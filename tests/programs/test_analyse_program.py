@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import synthetic_run
 import tiny
-from analyses_case import EXAMPLES, REQUESTS, STEPS
+from analyses_case import MATERIAL, REQUESTS, STEPS
+from tiny_preset import TinyOptions, make_job
 
-from sbr_jax import recipes as configs
+from sbr_jax import recipes
 from sbr_jax.analysis import exhaustion
-from sbr_jax.programs import analyse, run
+from sbr_jax.programs import analyse
+from sbr_jax.programs.job import parse_preset
 from sbr_jax.studies import analyses
 from sbr_jax.subspace import effective_rank
 from sbr_jax.training.records import plain_numbers, read_json, write_record
@@ -28,25 +30,14 @@ def tiny_context(workdir: Path, **changes):
             "random": tiny.dataset(9, 60, 11),
         },
     )
-    preset = dataclasses.replace(
-        configs.load("testbed"),
-        name="tiny",
-        study=lambda domains, **options: study,
-        known_domains=lambda: ("medical", "legal"),
+    job = make_job(
+        *("--workdir", str(workdir), "--quiet", "--seed", "0"),
+        *("--methods", "plain", "safeanchor-exact:projection-only"),
+        *(f"--training.{key}={value}" for key, value in changes.items()),
     )
-    plan = run.Plan(
-        preset=preset,
-        workdir=workdir,
-        methods=("plain", "safeanchor-exact:projection-only"),
-        domains=("medical", "legal"),
-        seeds=(0,),
-        settings=tiny.config(**{"steps_per_domain": 2, **changes}),
-        study_options={"hard": False},
-        row_options={},
-        quiet=True,
-    )
-    context = analyses.Context(plan)
-    context.__dict__["by_kind"] = EXAMPLES
+    made = type("Made", (TinyOptions,), {"build": lambda *_, **__: study})
+    context = analyses.Context(dataclasses.replace(job, study=made()))
+    context.__dict__["material"] = MATERIAL
     return context
 
 
@@ -94,41 +85,11 @@ def test_the_subspace_of_an_analysis_is_that_of_the_defence():
     assert not np.any(found.basis["q_proj"][:, size:])  # B = 0 hides A
 
 
-BAD = {
-    "analysis": (["demo", "--analysis", "harm"], "nearest: harm-types"),
-    "preset": (["demmo"], "unknown preset 'demmo'; nearest: demo"),
-    "kinds": (["stories", "--analysis", "coupling"], "a preset of the testbed"),
-    "examples": (["demo", "--examples", "1"], "expected from 2 to 500, got 1"),
-    "too many": (["demo", "--examples", "9999999"], "to 500, got 9999999"),
-    "no preset": ([], "expected a preset first, got --workdir"),
-    "results": (["demo", "--results", "nowhere"], "expected the results of a run"),
-    "set": (["demo", "--set", "step=2"], "unknown option '--set'"),
-    "domain": (["demo", "--domains", "medcal"], "unknown domain 'medcal'"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
-def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
-    workdir = tmp_path / "w"
-    assert analyse.main([*arguments, "--workdir", str(workdir)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
-    assert not workdir.exists()
-
-
-def test_without_a_folder_the_advice_is_one_of_its_own(capsys):
-    assert analyse.main(["demo"]) == 2
-    assert "add --workdir runs/demo-analysis" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("program", ["run", "attack"])
 def test_the_folder_of_another_program_is_refused_by_name(program, tmp_path, capsys):
     folder = synthetic_run.write(tmp_path / program, ("plain",), seeds=(0,))
     if program == "attack":
-        config = {"settings": {}, "attack": {"name": "poison"}}
+        config = {"training": {}, "attack": {"name": "poison"}}
         (folder / "config.json").write_text(json.dumps(config))
     before = sorted(folder.iterdir())
     for more in ([], ["--results", str(folder)]):
@@ -207,23 +168,24 @@ def test_list_names_analyses_and_the_presets_that_they_fit(capsys):
     lines = {
         line.split()[0]: line for line in text.splitlines() if line.startswith(" ")
     }
-    assert set(lines) == {*analyses.ANALYSES, *configs.MODULES}
+    assert set(lines) == {*analyses.ANALYSES, *recipes.MODULES}
     assert all(name in lines["testbed"] for name in analyses.ANALYSES)
     assert "exhaustion" in lines["stories"]
     assert not any(name in lines["stories"] for name in analyses.LABELLED)
 
 
 def test_other_presets_leave_out_what_they_cannot_do(tmp_path):
-    arguments = analyse.Arguments("stories", str(tmp_path))
-    _, names = analyse.make_context(arguments)
+    kind, preset = analyse.AnalyseArguments, recipes.load("stories")
+    words = ("--workdir", str(tmp_path))
+    _, names = analyse.make_context(preset, parse_preset(kind, preset, words, ""))
     assert names == ["sensitivity", "exhaustion"]
 
 
 def test_the_probe_is_measured_on_requests_it_was_not_fitted_on():
     from sbr_jax import testbed
-    from sbr_jax.studies import examples
+    from sbr_jax.studies import material
 
-    sets = examples.request_sets(testbed.load().tokenizer, hard=True)
+    sets = material.request_sets(testbed.load().tokenizer, hard=True)
     assert list(sets["harmful"]) == ["direct", "behind a jailbreak", "of unseen kinds"]
     assert list(sets["harmless"]) == ["helpful", "look-alikes"]
     rows = {

@@ -149,7 +149,7 @@ def test_folders_are_made_for_a_model_that_is_there(tmp_path, monkeypatch):
         ({"--output": "taken"}, "expected a folder that is not there yet"),
         ({"--output": "taken/file/model"}, "cannot make"),
         ({"--data": "absent"}, "absent, found none: name it with --data"),
-        ({"--data": "taken"}, "harmbench_targets_text.json"),
+        ({"--data": "taken"}, "expected the data file harmbench/"),
     ],
 )
 def test_a_mistake_is_one_line(tiny, data, tmp_path, capsys, changes, line):

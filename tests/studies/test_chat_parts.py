@@ -30,7 +30,7 @@ def test_a_ledger_agrees_with_the_slow_way_and_notices_what_is_left():
     with pytest.raises(UserError, match="all of them in other sets"):
         ledger.take("d", "d", [Example(p, "a", "g") for p in measured["m"]], 5)
     ledger.sets["e"] = {leaks.normalised(measured["m"][0])}
-    with pytest.raises(UserError, match="e/m: 1"):
+    with pytest.raises(UserError, match="e and m share 1"):
         ledger.check([])
 
 
@@ -42,7 +42,7 @@ def test_a_measurement_of_several_sets_is_related_to_each_of_them():
     assert {row.prompt for row in control} == {"three", "four"}
     assert ledger.dropped == {"benign control/refusal-auc": 1}
     # What only happens to share a prompt does not give way: the run is refused.
-    with pytest.raises(UserError, match="benign control/bbq: 1"):
+    with pytest.raises(UserError, match="benign control and bbq share 1"):
         ledger.check([])
     assert len(Ledger(measured).take("train code", "codealpaca", rows, 5)) == 3
 

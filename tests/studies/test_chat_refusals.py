@@ -191,7 +191,9 @@ LEAK = {"allow_code": True, "train": 22, "held_out": 1}
         (nothing, {"benchmarks": ("harmbanch",)}, "harmbench"),
         (nothing, {"max_length": 97}, "study.max_length: expected at most the model's"),
         (endless, {}, r"got \d+ of \d+ that do not: have the"),
-        pytest.param(leaked_code, LEAK, "train code/humaneval: 1", marks=needs_kernel),
+        pytest.param(
+            leaked_code, LEAK, "train code and humaneval share 1", marks=needs_kernel
+        ),
         pytest.param(
             nothing,
             {"allow_code": True},

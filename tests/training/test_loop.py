@@ -98,7 +98,7 @@ def test_accumulation_equals_one_big_batch():
         state = begun(found, adapter, key)
         # A reference elsewhere, so that the anchor has a gradient.
         moved = jax.tree.map(lambda x: x + jnp.asarray(0.05, x.dtype), adapter)
-        state["reference"] = moved
+        state["anchor"]["reference"] = moved
         train = found.start(adapter, state)
         train, metrics = found.step(BASE, train, state, batch(DATA, 8, 0, 0), key)
         results.append((vector(train.adapter), jax.device_get(metrics)))
