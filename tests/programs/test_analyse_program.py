@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import synthetic_run
 import tiny
-from analyses_case import MATERIAL, REQUESTS, STEPS
+from analyses_case import EXAMPLES, REQUESTS, STEPS
 from tiny_preset import TinyOptions, make_job
 
 from sbr_jax import recipes
@@ -37,7 +37,7 @@ def tiny_context(workdir: Path, **changes):
     )
     made = type("Made", (TinyOptions,), {"build": lambda *_, **__: study})
     context = analyses.Context(dataclasses.replace(job, study=made()))
-    context.__dict__["material"] = MATERIAL
+    context.__dict__["by_kind"] = EXAMPLES
     return context
 
 
@@ -183,9 +183,9 @@ def test_other_presets_leave_out_what_they_cannot_do(tmp_path):
 
 def test_the_probe_is_measured_on_requests_it_was_not_fitted_on():
     from sbr_jax import testbed
-    from sbr_jax.studies import material
+    from sbr_jax.studies import examples
 
-    sets = material.request_sets(testbed.load().tokenizer, hard=True)
+    sets = examples.request_sets(testbed.load().tokenizer, hard=True)
     assert list(sets["harmful"]) == ["direct", "behind a jailbreak", "of unseen kinds"]
     assert list(sets["harmless"]) == ["helpful", "look-alikes"]
     rows = {

@@ -30,7 +30,6 @@ THINKING = tiny_chat.TEMPLATE.replace(
 QUICK = [
     *flags("training", {"steps_per_domain": 1, "batch_size": 2, "lora_rank": 1}),
     *("--hardware.accumulation", "1", "--study.dtype", "float32"),
-    "--study.benchmarks",
 ]
 
 
