@@ -190,7 +190,7 @@ def test_other_variants_seeds_and_hardware_continue_a_folder(tmp_path):
     before = results(tmp_path)
     go(tmp_path, seeds=(0,), log_every=1)
     assert results(tmp_path) == before
-    go(tmp_path, ("lisa",))
+    go(tmp_path, variants=("lisa",))
     assert {x["method"] for x in read(tmp_path)} == {"base", "plain", "lisa"}
 
 
@@ -215,7 +215,7 @@ def test_mapped_seeds_agree_with_one_after_the_other(tmp_path):
     ],
 )
 def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks):
-    go(tmp_path, (CSM,), study=tiny.study(probe=fake_probe([100.0, *scores])))
+    go(tmp_path, variants=(CSM,), study=tiny.study(probe=fake_probe([100.0, *scores])))
     line = next(x for x in read(tmp_path) if x["stage"] == "repair")
     assert line["metrics"]["blocks"] == blocks
     assert line["metrics"]["probe"] == scores[0]
@@ -235,7 +235,13 @@ def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
     # The aligned model, then each domain: found low, and low after either block.
     study = tiny.study(probe=fake_probe([100.0] + 6 * [10.0]), judge=judge)
     monitored = {"adaptive-judge": {"monitored": True}}
-    go(tmp_path, ("adaptive-judge",), study=study, domains=None, options=monitored)
+    go(
+        tmp_path,
+        variants=("adaptive-judge",),
+        study=study,
+        domains=None,
+        options=monitored,
+    )
     blocks = [x["metrics"]["blocks"] for x in read(tmp_path) if x["stage"] == "repair"]
     assert blocks == [2, 2]
     assert asked == [domain.train.tokens.tobytes() for domain in study.domains.values()]
@@ -244,7 +250,7 @@ def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
 def test_without_a_probe_nothing_is_monitored(tmp_path):
     study = tiny.study()
     object.__setattr__(study, "probe", None)
-    go(tmp_path, (CSM,), study=study)
+    go(tmp_path, variants=(CSM,), study=study)
     assert not [x for x in read(tmp_path) if x["stage"] == "repair"]
 
 
