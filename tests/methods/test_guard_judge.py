@@ -234,7 +234,7 @@ def test_the_testbeds_study_takes_the_guard_and_says_so():
     assert default.judge(few).tolist() == [0.0] * 5
     risk = asked.judge(few)
     assert ((risk > 0) & (risk < 0.5)).all()
-    with pytest.raises(UserError, match="judge to be .exact. or .guard."):
+    with pytest.raises(UserError, match=r"judge to be .exact. or .guard."):
         TestbedOptions(judge="keywords")
 
 
