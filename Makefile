@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(shell { cat pyproject.toml; echo "$(EXTRAS) $(PYTHON)"; } | cksum | cut -d ' ' -f 1)
 SOURCES := sbr_jax experiments tools tests $(wildcard benchmarks)
 PAGES := $(filter-out docs/reference,$(wildcard *.md docs/*.md docs/methods)) experiments/README.md $(wildcard tests/*.md tests/*/README.md)
-# What needs no language model: the mathematics, in under a minute.
+# What needs no language model: the mathematics, in about a minute.
 CORE := sbr_jax/subspace sbr_jax/transforms sbr_jax/fisher.py sbr_jax/losses.py $(addprefix tests/core/test_,subspace.py subspace_geometry.py transforms.py losses.py)
 
 .DEFAULT_GOAL := help
