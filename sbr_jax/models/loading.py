@@ -36,7 +36,7 @@ class Model:
     """A transformers tokenizer, or None for a folder without one."""
     config: ModelConfig
     """The mathematics, hashable."""
-    hardware: Hardware = Hardware()  # noqa: RUF009
+    hardware: Hardware = Hardware()
     """Settings of the execution."""
 
 

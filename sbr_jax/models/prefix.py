@@ -96,7 +96,7 @@ def extend(
 
 
 @functools.lru_cache(maxsize=64)
-def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> ExtendFn:  # noqa: B008
+def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> ExtendFn:
     """The pure ``extend_fn(base, adapter, tokens, past, length)`` of a model.
 
     **Guarantee**: equal settings give the very same function object, as with

@@ -268,7 +268,7 @@ def check_adapter(
 
 
 @functools.lru_cache(maxsize=64)
-def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> ApplyFn:  # noqa: B008
+def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> ApplyFn:
     """The pure ``apply_fn(base, adapter, tokens, ...)`` of a model.
 
     **Guarantee**: equal settings give the very same function object, so a jitted
