@@ -177,10 +177,13 @@ def fisher_subspace(
     _check_batches(batches)
     blocks: list[list[jax.Array]] = [[] for _ in mark.units]
     traces: list[Any] = [None] * len(mark.units)
-    held = seen = size = 0
+    held = seen = 0
+    sizes: dict[Any, int] = {}
     for batch in batches:
         count = units.examples(batch, what="batch")
-        size = max(size, count)
+        # Batches of one kind, such as sequences of one length, share a program.
+        kind = tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
+        size = sizes[kind] = max(sizes.get(kind, 0), count)
         with _parts_explained(batches):
             rows, norms = _rows(
                 params,

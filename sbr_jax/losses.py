@@ -76,8 +76,13 @@ def token_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def _log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """``[B, T]``: the log-likelihood of the next token; the last column is filling."""
     _check("logits", logits, tokens=tokens)
+    return target_scores(logits, _next(tokens))
+
+
+def target_scores(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """``log p(target)`` of each row of logits ``[..., V]``, float32 ``[...]``."""
     scores = logits.astype(jnp.float32)
-    targets = _next(tokens)[..., None].astype(jnp.int32)
+    targets = targets[..., None].astype(jnp.int32)
     # Comparing beats gathering: its gradient is no scatter, and XLA fuses it.
     columns = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     picked = jnp.sum(jnp.where(columns == targets, scores, 0.0), axis=-1)
@@ -159,13 +164,21 @@ def kl_to_reference(
             f"{ref_logits.shape} and {logits.shape}"
         )
     ref_logits = jax.lax.stop_gradient(ref_logits)
-    p = jax.nn.log_softmax(ref_logits.astype(jnp.float32))
+    gap = kl_of_logits(ref_logits, logits, direction)
+    return _masked_mean(gap, _next(mask))
+
+
+def kl_of_logits(
+    reference: jax.Array, logits: jax.Array, direction: str = "forward"
+) -> jax.Array:
+    """KL(reference ‖ model) of each row of logits ``[..., V]``, float32 ``[...]``."""
+    p = jax.nn.log_softmax(reference.astype(jnp.float32))
     q = jax.nn.log_softmax(logits.astype(jnp.float32))
     if direction == "reverse":
         p, q = q, p
     # exp(-inf) * (-inf - x) is NaN where p rules a token out.
     gap = jnp.where(jnp.isneginf(p), 0.0, p - q)
-    return _masked_mean(jnp.sum(jnp.exp(p) * gap, axis=-1), _next(mask))
+    return jnp.sum(jnp.exp(p) * gap, axis=-1)
 
 
 def hidden_state_anchor(

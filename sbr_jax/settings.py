@@ -91,6 +91,8 @@ class Hardware:
       vmap_seeds: seeds mapped into one program: ``"auto"`` does so on accelerators.
       fisher_microbatch: per-example gradients held at once.
       log_every: steps between fetches of the metrics.
+      packing: several examples in a row of a step: ``"auto"`` does so where it saves a
+        fifth of the places.
       remat: recompute layers in the backward pass (chat models).
       generation_batch: answers written at once (chat models).
       score_tokens: tokens whose keys and values a scorer holds at once (chat models).
@@ -105,6 +107,7 @@ class Hardware:
     vmap_seeds: Literal["auto", "yes", "no"] = "auto"
     fisher_microbatch: Count = 32
     log_every: Count = 50
+    packing: Literal["auto", "yes", "no"] = "auto"
     remat: bool = True
     generation_batch: Count = 16
     score_tokens: Count = 16_384

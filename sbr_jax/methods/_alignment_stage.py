@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 from sbr_jax.data.batches import batch
+from sbr_jax.data.layout import arrange, choose
 from sbr_jax.methods.base import Cost, Problem, adamw
 from sbr_jax.models import LoraPair, is_lora_pair, merge_adapter
 from sbr_jax.transforms.schedules import learning_rate_schedule
@@ -124,11 +125,15 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
             jax.random.randint(order_key, (len(data),), 0, np.iinfo(np.int32).max)
         )
         size, loss = stage.batch_size or problem.training.batch_size, jnp.float32(0)
+        layouts = {
+            name: choose(examples, size, packing=problem.hardware.packing)
+            for name, examples in data.items()
+        }
         for number in range(stage.steps or problem.training.steps_per_domain):
             batches = {}
             for order, (name, examples) in zip(orders, data.items(), strict=True):
                 drawn = batch(examples, size, int(order), number)
-                batches[name] = {k: drawn[k] for k in ("tokens", "mask")}
+                batches[name] = arrange([drawn], layouts[name])[0]
             adapter, opt_state, loss = step(
                 problem, base, adapter, opt_state, batches, step_key, np.int32(number)
             )

@@ -5,18 +5,26 @@
 SafeAnchor's L_anchor (arXiv:2604.17691), and the alignment loss of SafeGrad
 (arXiv:2508.07172).
 
-Symbols: θ adapter, γ the weight, τ temperature, B examples, T tokens, V vocabulary.
+The reference meets the same examples again and again, so its states are computed once
+for the whole set; the head is run on both, a chunk of places at a time.
+
+Symbols: θ adapter, γ the weight, τ temperature, N examples of the set, A answer tokens
+of the longest answer, D width.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from sbr_jax import losses
 from sbr_jax.methods._compose import with_cost, with_pull, with_state
 from sbr_jax.methods.base import Method, Problem, device_dataset, draw_rows, task_loss
+from sbr_jax.models import answers
 from sbr_jax.typing import Batch, PyTree, UserError
+
+ROWS = ("tokens", "mask", "places", "targets", "shares")
+"""Arrays of a set that its states are computed from."""
 
 
 def with_kl_anchor(
@@ -45,14 +53,12 @@ def with_kl_anchor(
     """
 
     def init(problem, base, adapter, key):
-        del base, key
-        held = jax.tree.map(jnp.copy, adapter)
-        return {"safe": device_dataset(problem.calibration), "reference": held}
+        del key
+        return anchored_set(problem, base, adapter)
 
     def anchor(problem, base, adapter, state, batch, key):
-        safe = safe_batch(problem, state["safe"], batch, key, batch_size)
-        held = problem.apply_fn(base, state["reference"], safe["tokens"])
-        return anchor_loss(problem, base, adapter, held, safe, direction)
+        safe = safe_batch(problem, state, batch, key, batch_size)
+        return anchor_loss(problem, base, adapter, safe, direction)
 
     def joint_gradient(problem, base, adapter, state, batch, key):
         def joint(a):
@@ -65,7 +71,7 @@ def with_kl_anchor(
 
     def end_domain(problem, base, adapter, state, key):
         adapter, state = method.end_domain(problem, base, adapter, state, key)
-        held = jax.tree.map(jnp.copy, adapter)
+        held = reference_states(problem, base, adapter, state["anchor"])
         return adapter, {**state, "anchor": {**state["anchor"], "reference": held}}
 
     if projecting:
@@ -77,23 +83,62 @@ def with_kl_anchor(
         anchored = dataclasses.replace(anchored, gradient=joint_gradient)
     if reference == "previous":
         anchored = dataclasses.replace(anchored, end_domain=end_domain)
-    return with_cost(anchored, forward=0.5, backward=0.5)
+    return with_cost(anchored, backward=0.5)
+
+
+def anchored_set(
+    problem: Problem, base: PyTree, adapter: PyTree | None
+) -> dict[str, jax.Array]:
+    """The calibration set on the device, and the reference's states on it.
+
+    Args:
+      problem: gives the set.
+      base: frozen weights.
+      adapter: of the reference; None for the aligned model.
+
+    Returns:
+      ``device_dataset``'s arrays and ``"reference" [N, A, D]``.
+    """
+    safe = device_dataset(problem.calibration)
+    return {**safe, "reference": reference_states(problem, base, adapter, safe)}
+
+
+def reference_states(
+    problem: Problem, base: PyTree, adapter: PyTree | None, safe: Batch
+) -> jax.Array:
+    """States ``[N, A, D]`` where a set's answers are predicted: one pass over the set.
+
+    The set never changes, so no step has to run the reference again.
+    """
+    rows = {name: safe[name] for name in ROWS}
+    return _set_states(
+        problem.apply_fn, problem.hardware.fisher_microbatch, base, adapter, rows
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _set_states(apply_fn, size, base, adapter, rows):
+    def one(row):
+        batch = {name: value[None] for name, value in row.items()}
+        return answers.states(apply_fn, base, adapter, batch)
+
+    return jax.lax.map(one, rows, batch_size=size)
 
 
 def safe_batch(
-    problem: Problem, safe: Batch, batch: Batch, key: jax.Array, size: int | None
+    problem: Problem, state: Batch, batch: Batch, key: jax.Array, size: int | None
 ) -> Batch:
     """Draws a microbatch's share of the safety examples of one step.
 
     Args:
       problem: for its sizes.
-      safe: the calibration set.
+      state: of :func:`anchored_set`.
       batch: the task microbatch.
       key: of the step.
       size: examples of the whole step; None for half the task batch.
 
     Returns:
-      ``tokens`` and ``mask``.
+      The drawn rows of every array of the state.
 
     Raises:
       UserError: for a size that cannot be divided over the microbatches.
@@ -105,14 +150,13 @@ def safe_batch(
         raise UserError(
             f"kl_batch_size: expected a multiple of accumulation ({parts}), got {size}"
         )
-    return draw_rows(problem, safe, batch, jax.random.fold_in(key, 1), size)
+    return draw_rows(problem, state, batch, jax.random.fold_in(key, 1), size)
 
 
 def anchor_loss(
     problem: Problem,
     base: PyTree,
     adapter: PyTree,
-    reference: jax.Array,
     safe: Batch,
     direction: str = "forward",
     temperature: float = 1.0,
@@ -123,19 +167,30 @@ def anchor_loss(
       problem: for its model.
       base: frozen weights.
       adapter: θ.
-      reference: logits ``[B, T, V]`` on the same tokens; constant.
-      safe: the safety minibatch.
+      safe: the safety minibatch, with the reference's states.
       direction: of the divergence; ``"forward"`` is published.
       temperature: τ of both.
 
     Returns:
       A float32 scalar in nats: 0 with zero gradient where θ is the reference.
     """
-    logits = problem.apply_fn(base, adapter, safe["tokens"])
-    if temperature != 1.0:
-        reference, logits = reference / temperature, logits / temperature
-    kl = losses.kl_to_reference(reference, logits, safe["mask"], direction=direction)
+    hidden = answers.states(problem.apply_fn, base, adapter, safe)
+    kl = answers.kl_to_reference(
+        problem.apply_fn,
+        base,
+        safe["reference"].reshape(hidden.shape),
+        hidden,
+        answers.find(safe),
+        direction=direction,
+        temperature=temperature,
+    )
     return jnp.mean(kl)
 
 
-__all__ = ["anchor_loss", "safe_batch", "with_kl_anchor"]
+__all__ = [
+    "anchor_loss",
+    "anchored_set",
+    "reference_states",
+    "safe_batch",
+    "with_kl_anchor",
+]

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sbr_jax import losses
 from sbr_jax.methods.base import Found, Init, Method, Mix, Problem
+from sbr_jax.models import answers
 from sbr_jax.typing import Batch, PyTree
 
 Penalty = Callable[[Problem, PyTree, PyTree, Any, Batch, jax.Array], jax.Array]
@@ -31,7 +31,7 @@ class Rater:
     Attributes:
       init: ``(problem, base, adapter, key) -> state``; ``"diagnostics"`` is reported.
       mix: ``(problem, domain, seed) -> TokenDataset``, before each domain.
-      assess: ``(problem, base, state, batch) -> (reference logits [B, T, V], risk
+      assess: ``(problem, base, state, batch) -> (reference states [K, D], risk
         [B])`` in one pass of the aligned model; ``state`` is what ``init`` returned.
       ratings: how often the study's judge rates every example of a domain.
     """
@@ -136,8 +136,10 @@ def with_risk(
             found = hook(problem, base, adapter, state, heavy, *rest)
 
             def kl(a):
-                logits = problem.apply_fn(base, a, batch["tokens"])
-                each = losses.kl_to_reference(reference, logits, batch["mask"])
+                hidden = answers.states(problem.apply_fn, base, a, batch)
+                each = answers.kl_to_reference(
+                    problem.apply_fn, base, reference, hidden, answers.find(batch)
+                )
                 return jnp.mean(beta * each)
 
             value, pull = jax.value_and_grad(kl)(adapter)

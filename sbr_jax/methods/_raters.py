@@ -1,6 +1,6 @@
 """Raters of how risky an example is to learn: a judge of pairs, a probe of prompts.
 
-Goel, Maji, Mazumder, arXiv:2602.17546. Both give, with the reference's logits, a risk
+Goel, Maji, Mazumder, arXiv:2602.17546. Both give, with the reference's states, a risk
 per example, in one forward pass of the aligned model.
 """
 
@@ -14,9 +14,10 @@ from sbr_jax.methods.probe import (
     distinct_prompts,
     fit_probe,
     probe_risk,
-    prompt_features,
+    stream_at,
 )
 from sbr_jax.methods.risk import Judge, judged
+from sbr_jax.models import answers
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -54,7 +55,7 @@ def judge_rater(*, name: str) -> Rater:
                 f'{name}: expected "risk" in the batch, got {", ".join(batch)}: draw '
                 "batches from what the method's mix returns"
             )
-        return problem.apply_fn(base, None, batch["tokens"]), batch["risk"]
+        return answers.states(problem.apply_fn, base, None, batch), batch["risk"]
 
     return Rater(init, mix, assess, ratings=1)
 
@@ -95,8 +96,9 @@ def probe_rater(
         return {"probe": probe, "diagnostics": quality}
 
     def assess(problem, base, state, batch):
-        reference, seen = problem.apply_fn(base, None, batch["tokens"], capture=True)
-        features = prompt_features(seen["residual"], batch["mask"], layers)
+        reference, seen = answers.captured(problem.apply_fn, base, None, batch)
+        last = answers.last_prompt(batch)
+        features = stream_at(seen["residual"], last, layers)
         return reference, probe_risk(state["probe"], features)
 
     return Rater(init, unmixed, assess)

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.data.batches import take
+from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
 from sbr_jax.methods.base import (
     LAYER_AXES,
@@ -210,22 +212,14 @@ def _with_trace(subspace: Subspace, trace: PyTree) -> Subspace:
 
 
 def _batches(problem: Problem, adapter: PyTree, dataset: Any) -> Iterator[dict]:
-    """The dataset in as few batches as :data:`GRADIENT_BYTES` allows."""
-    tokens, mask = np.asarray(dataset.tokens), np.asarray(dataset.mask)
-    total = len(tokens)
-    most = problem.training.fisher_examples
+    """The dataset by length, in as few batches as :data:`GRADIENT_BYTES` allows."""
+    total, most = len(dataset), problem.training.fisher_examples
     if most is not None and most < total:
-        rows = np.linspace(0, total - 1, most).round().astype(int)
-        tokens, mask = tokens[rows], mask[rows]
+        dataset = take(dataset, np.linspace(0, total - 1, most).round().astype(int))
     per_example = 4 * sum(x.size for x in jax.tree.leaves(adapter))
     size = min(GRADIENT_BYTES // per_example, problem.training.fisher_buffer)
     size = max(size, problem.hardware.fisher_microbatch)
-    for start in range(0, len(tokens), size):
-        stop = start + size
-        yield {
-            "tokens": np.asarray(tokens[start:stop], np.int32),
-            "mask": np.asarray(mask[start:stop], np.float32),
-        }
+    yield from by_length(dataset, size, least=problem.hardware.fisher_microbatch)
 
 
 # --- diagnostics --------------------------------------------------------------------

@@ -29,11 +29,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sbr_jax import losses
 from sbr_jax.checks import checked, one_of
 from sbr_jax.methods._compose import Rater
 from sbr_jax.methods._raters import judge_rater, probe_rater
-from sbr_jax.methods.base import Cost, Method, Problem, task_loss
+from sbr_jax.methods.base import Cost, Method, Problem, dropout, task_loss
 from sbr_jax.methods.risk import (
     BETA_MAX,
     BETA_MIN,
@@ -41,6 +40,7 @@ from sbr_jax.methods.risk import (
     legacy_risk_to_weights,
     risk_to_weights,
 )
+from sbr_jax.models import answers
 from sbr_jax.settings import Positive
 from sbr_jax.typing import Batch, PyTree
 
@@ -96,18 +96,16 @@ def adaptive_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """mean_i [α_i NLL_i + β_i KL(p_ref ‖ p_θ)_i], in one forward pass of θ.
 
-    **Guarantee**: no gradient flows to the reference, logits ``[B, T, V]`` on the same
-    tokens. Both terms share the dropout of ``key``.
+    **Guarantee**: no gradient flows to the reference, states ``[K, D]`` where the same
+    answers are predicted. Both terms share the dropout of ``key``.
 
     Returns:
       The loss, and its unweighted parts ``"loss"`` (the task's) and ``"kl"``.
     """
-    dropout = {}
-    if problem.training.lora_dropout > 0:
-        dropout = {"dropout_key": key, "dropout_rate": problem.training.lora_dropout}
-    logits = problem.apply_fn(base, adapter, batch["tokens"], **dropout)
-    nll = losses.token_cross_entropy(logits, batch["tokens"], batch["mask"])
-    kl = losses.kl_to_reference(reference, logits, batch["mask"])
+    apply_fn, found = problem.apply_fn, answers.find(batch)
+    hidden = answers.states(apply_fn, base, adapter, batch, **dropout(problem, key))
+    nll = answers.cross_entropy(apply_fn, base, hidden, found)
+    kl = answers.kl_to_reference(apply_fn, base, reference, hidden, found)
     parts = {"loss": jnp.mean(nll), "kl": jnp.mean(kl)}
     return jnp.mean(alpha * nll + beta * kl), parts
 

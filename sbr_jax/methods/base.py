@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbr_jax import losses
+from sbr_jax.data.layout import answer_places, lengths_of
 from sbr_jax.methods.risk import Judge
-from sbr_jax.models import is_lora_pair
+from sbr_jax.models import answers, is_lora_pair
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.typing import ApplyFn, Batch, PyTree
 
@@ -37,7 +37,8 @@ class Problem:
     the method's state, never in a closure.
 
     Attributes:
-      apply_fn: ``apply_fn(base, adapter, tokens, ...) -> logits [B, T, V]``.
+      apply_fn: the model, ``apply_fn(base, adapter, tokens, ...) -> logits [B, T, V]``;
+        losses ask it for its states and its head apart (:mod:`sbr_jax.models.answers`).
       calibration: the safety calibration set D_safe.
       training: the job's mathematics.
       hardware: how it is computed; ``accumulation`` is what a hook may need of it.
@@ -73,13 +74,19 @@ def task_loss(
     Where the batch has ``"weight" [B]``, of the weighted losses (see
     :func:`sbr_jax.methods._compose.with_risk`).
     """
-    dropout = {}
-    if problem.training.lora_dropout > 0:
-        dropout = {"dropout_key": key, "dropout_rate": problem.training.lora_dropout}
-    logits = problem.apply_fn(base, adapter, batch["tokens"], **dropout)
-    example = losses.token_cross_entropy(logits, batch["tokens"], batch["mask"])
-    example = example.astype(jnp.float32)
+    hidden = answers.states(
+        problem.apply_fn, base, adapter, batch, **dropout(problem, key)
+    )
+    found = answers.find(batch)
+    example = answers.cross_entropy(problem.apply_fn, base, hidden, found)
     return jnp.mean(example if "weight" not in batch else batch["weight"] * example)
+
+
+def dropout(problem: Problem, key: jax.Array) -> dict[str, Any]:
+    """Options of a forward pass that is trained through."""
+    if problem.training.lora_dropout > 0:
+        return {"dropout_key": key, "dropout_rate": problem.training.lora_dropout}
+    return {}
 
 
 Found = tuple[PyTree, dict, dict]
@@ -242,9 +249,10 @@ class Method:
         must have the same shape in every domain, so that one program serves all.
       mix: ``(problem, domain, seed) -> TokenDataset``, before each domain.
       gradient: ``(problem, base, adapter, state, batch, key) -> (grads, extra_args,
-        metrics)``. ``batch["row"]`` holds each example's row in the whole batch of
-        the step; the key is the same for all microbatches of a step. All results are
-        averaged over microbatches.
+        metrics)``. ``batch`` comes in a layout of :mod:`sbr_jax.models.answers`, and
+        ``batch["row"]`` holds each example's number in the whole step; the key is the
+        same for all microbatches of a step. All results are averaged over
+        microbatches.
       replay_gradient: the same with ``safe`` and ``weight`` after ``batch``: the
         gradient of the repair, L_task + β L_safe.
       refresh: ``(problem, base, adapter, state, key) -> state``, every
@@ -275,10 +283,16 @@ class Method:
 
 
 def device_dataset(dataset: Any) -> dict[str, jax.Array]:
-    """A host dataset as the arrays that a method keeps in its state."""
+    """A host dataset and its answer places as arrays that a method keeps."""
+    tokens, mask = np.asarray(dataset.tokens), np.asarray(dataset.mask)
+    # Only what comes before the end of the longest answer is ever read.
+    length = int(lengths_of(tokens, mask).max(initial=1))
+    tokens, mask = tokens[:, :length], mask[:, :length]
+    rows = {"tokens": tokens, "mask": mask, **answer_places(tokens, mask)}
+    kinds = {"mask": np.float32, "shares": np.float32}
     return {
-        "tokens": jnp.asarray(np.asarray(dataset.tokens), jnp.int32),
-        "mask": jnp.asarray(np.asarray(dataset.mask), jnp.float32),
+        name: jnp.asarray(value, kinds.get(name, np.int32))
+        for name, value in rows.items()
     }
 
 
@@ -296,13 +310,13 @@ def draw_rows(
 
     Args:
       problem: its ``accumulation`` is the number A of microbatches.
-      data: ``tokens [N, T]`` and ``mask [N, T]``.
+      data: arrays ``[N, ...]``, such as :func:`device_dataset`'s.
       batch: the task microbatch.
       key: the step's key.
       total: examples of the whole step, a multiple of A.
 
     Returns:
-      ``tokens [total/A, T]`` and ``mask [total/A, T]``.
+      The same of the drawn rows, ``[total/A, ...]``.
     """
     rows = jax.random.randint(key, (total,), 0, data["tokens"].shape[0])
     if problem.hardware.accumulation > 1:
@@ -327,6 +341,7 @@ __all__ = [
     "as_trained",
     "device_dataset",
     "draw_rows",
+    "dropout",
     "is_lora_pair",
     "replay_gradient",
     "task_gradient",

@@ -26,6 +26,8 @@ import numpy as np
 import optax
 
 from sbr_jax.checks import checked, one_of
+from sbr_jax.data.batches import take
+from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import per_example_gradients
 from sbr_jax.methods._compose import with_gradients
 from sbr_jax.methods.base import Cost, Method, Problem
@@ -167,16 +169,18 @@ def diagonal_fisher(
         raise UserError("ewc: expected at least one example for the Fisher, got none")
     count = min(total, max_examples or total)
     rows = np.linspace(0, total - 1, count).round().astype(int)
-    size = min(microbatch, count)
-    # Repeats the last row up to whole groups; the weight of a repeat is zero.
-    padded = np.pad(rows, (0, -count % size), mode="edge").reshape(-1, size)
-    real = (np.arange(padded.size) < count).reshape(padded.shape)
-    examples = {
-        "tokens": np.asarray(dataset.tokens, np.int32)[padded],
-        "mask": np.asarray(dataset.mask, np.float32)[padded],
-    }
-    weights = real.astype(np.float32) / np.float32(count)
-    found = _weighted_squares(adapter, base, examples, weights, loss_fn=loss_fn)
+    found = jax.tree.map(_zeros, adapter)
+    for part in by_length(take(dataset, rows), count, least=microbatch):
+        held = len(part["tokens"])
+        size = min(microbatch, held)
+        # Repeats the last row up to whole groups; the weight of a repeat is zero.
+        order = np.pad(np.arange(held), (0, -held % size), mode="edge")
+        groups = {k: x[order].reshape(-1, size, *x.shape[1:]) for k, x in part.items()}
+        real = (np.arange(order.size) < held).reshape(-1, size)
+        weights = real.astype(np.float32) / np.float32(count)
+        found = _weighted_squares(
+            adapter, base, groups, weights, found, loss_fn=loss_fn
+        )
     if not np.isfinite(np.asarray(optax.tree.sum(found))):
         raise UserError(
             "ewc: expected finite gradients, got a Fisher that is not; the loss or "
@@ -187,9 +191,15 @@ def diagonal_fisher(
 
 @functools.partial(jax.jit, static_argnames=("loss_fn",))
 def _weighted_squares(
-    adapter: PyTree, base: PyTree, examples: PyTree, weights: jax.Array, *, loss_fn
+    adapter: PyTree,
+    base: PyTree,
+    examples: PyTree,
+    weights: jax.Array,
+    start: PyTree,
+    *,
+    loss_fn: LossFn,
 ) -> PyTree:
-    """Σ w_n g_n² over groups of examples; ``weights`` is ``[groups, microbatch]``."""
+    """Adds Σ w_n g_n² over groups of examples, of weights ``[groups, microbatch]``."""
 
     def body(total, item):
         group, weight = item
@@ -202,7 +212,6 @@ def _weighted_squares(
 
         return jax.tree.map(add, total, grads), None
 
-    start = jax.tree.map(_zeros, adapter)
     return jax.lax.scan(body, start, (examples, weights))[0]
 
 

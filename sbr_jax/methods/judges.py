@@ -174,7 +174,7 @@ def label_scores(
     ``tokens [B, S]`` are right-padded and end at ``last [B]``; ``labels`` are ``[K]``.
     """
     # The logits of all positions are not used, so XLA does not compute them.
-    _, hidden = apply_fn(base, adapter, tokens, return_hidden=True)
+    hidden = answers.hidden(apply_fn, base, adapter, {"tokens": tokens})
     at_label = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     logits = output_logits(config, base, at_label)[:, 0]
     return jnp.take(jax.nn.log_softmax(logits), labels, axis=-1)

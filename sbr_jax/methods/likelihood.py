@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sbr_jax import losses
+from sbr_jax.models import answers, vocabulary
 from sbr_jax.typing import ApplyFn
 
 
@@ -26,23 +26,31 @@ def answer_loss(
 
     Returns:
       ``loss_fn(adapter, example, base)``, for ``"sampled"`` ``loss_fn(adapter, example,
-      key, base)``, with an example of ``tokens [T]`` and ``mask [T]``.
+      key, base)``, with an example of ``tokens [T]`` and ``mask [T]`` (and its places,
+      where they are known).
     """
+    head = answers.head_of(apply_fn)
 
-    def total(logits, labels, mask):
-        loss = losses.token_cross_entropy(logits, labels, mask)[0]
+    def total(base, hidden, found, mask):
+        loss = answers.cross_entropy(apply_fn, base, hidden, found)[0]
         return loss * jnp.sum(mask[:, 1:]) if reduction == "sum" else loss
 
+    def states(adapter, example, base):
+        batch = {name: value[None] for name, value in example.items()}
+        hidden = answers.states(apply_fn, base, adapter, batch)
+        return hidden, answers.find(batch), batch["mask"]
+
     def empirical(adapter, example, base):
-        tokens, mask = example["tokens"][None], example["mask"][None]
-        return total(apply_fn(base, adapter, tokens), tokens, mask)
+        return total(base, *states(adapter, example, base))
 
     def sampled(adapter, example, key, base):
-        tokens, mask = example["tokens"][None], example["mask"][None]
-        logits = apply_fn(base, adapter, tokens)
-        drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits[:, :-1]))
-        labels = jnp.concatenate([tokens[:, :1], drawn.astype(tokens.dtype)], axis=1)
-        return total(logits, labels, mask)
+        hidden, found, mask = states(adapter, example, base)
+        keys = jax.random.split(key, len(found.targets))
+        still = jax.lax.stop_gradient(hidden)
+        draw = jax.vmap(lambda logits, k: jax.random.categorical(k, logits))
+        drawn = vocabulary.read(head, base, still, draw, keys)
+        labels = found._replace(targets=drawn.astype(found.targets.dtype))
+        return total(base, hidden, labels, mask)
 
     return sampled if fisher == "sampled" else empirical
 

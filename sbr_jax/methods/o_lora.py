@@ -30,6 +30,7 @@ import optax
 from sbr_jax.checks import checked
 from sbr_jax.methods._compose import with_gradients
 from sbr_jax.methods.base import Method, Problem, is_lora_pair
+from sbr_jax.models import answers
 from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import PyTree, UserError
 
@@ -201,11 +202,9 @@ def restarted(key: jax.Array, adapter: PyTree) -> PyTree:
 
 def _beside(problem: Problem, frozen: PyTree) -> Any:
     """The model of ``problem`` with the frozen pairs beside any adapter."""
-
-    def apply_fn(base, adapter, tokens, **options):
-        return problem.apply_fn(base, concatenated(frozen, adapter), tokens, **options)
-
-    return apply_fn
+    return answers.Changed(
+        problem.apply_fn, adapter=lambda own: concatenated(frozen, own)
+    )
 
 
 def _map_pairs(fn: Any, *adapters: PyTree) -> PyTree:

@@ -28,6 +28,7 @@ import numpy as np
 
 from sbr_jax import checks
 from sbr_jax.data import TokenDataset, take
+from sbr_jax.models import answers
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 NEWTON_STEPS = 30
@@ -66,14 +67,22 @@ class Probe:
 def prompt_features(
     residual: jax.Array, mask: jax.Array, layers: Sequence[int] | None = None
 ) -> jax.Array:
-    """The residual stream at the last prompt token, layers side by side.
+    """:func:`stream_at` the last prompt token of every row of a mask ``[B, T]``.
 
-    **Guarantee**: with a causal model the answer has no influence.
+    **Guarantee**: with a causal model the answer has no influence. An example without
+    an answer is read at its first token.
+    """
+    return stream_at(residual, answers.last_prompt({"mask": mask}), layers)
+
+
+def stream_at(
+    residual: jax.Array, last: jax.Array, layers: Sequence[int] | None = None
+) -> jax.Array:
+    """The residual stream at one place for each example, layers side by side.
 
     Args:
-      residual: ``[L + 1, B, T, D]``, before each layer and after the last.
-      mask: ``[B, T]``, 1 at answer tokens; an example without an answer is read at its
-        first token.
+      residual: ``[L + 1, R, T, D]``, before each layer and after the last.
+      last: int32 ``[B]``, flat over rows and tokens.
       layers: which of the L + 1 states, also negative; None for all.
 
     Returns:
@@ -82,17 +91,17 @@ def prompt_features(
     Raises:
       UserError: for a layer that the model does not have.
     """
-    count, size = residual.shape[:2]
+    count = residual.shape[0]
     layers = tuple(range(count)) if layers is None else tuple(layers)
     if not layers or not all(-count <= layer < count for layer in layers):
         raise UserError(
             f"layers: expected some of 0 to {count - 1} (the embedding, then the state "
             f"after each layer), got {layers}"
         )
-    last = jnp.maximum(jnp.argmax(mask > 0, axis=1) - 1, 0)
-    states = jnp.take_along_axis(residual, last[None, :, None, None], axis=2)[:, :, 0]
-    states = jnp.moveaxis(states[np.asarray(layers)], 0, 1)
-    return states.reshape(size, -1).astype(jnp.float32)
+    # One example at a time would be a gather for each; flat, they are one.
+    states = residual.reshape(count, -1, residual.shape[-1])[np.asarray(layers)]
+    states = jnp.moveaxis(jnp.take(states, last, axis=1, mode="clip"), 0, 1)
+    return states.reshape(len(last), -1).astype(jnp.float32)
 
 
 @functools.lru_cache(maxsize=16)

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from sbr_jax.checks import checked
-from sbr_jax.methods._anchor import anchor_loss, safe_batch
-from sbr_jax.methods.base import Cost, Method, device_dataset, task_gradient
+from sbr_jax.methods._anchor import anchor_loss, anchored_set, safe_batch
+from sbr_jax.methods.base import Cost, Method, task_gradient
 from sbr_jax.settings import Count, NonNegative, Positive
 from sbr_jax.typing import PyTree
 
@@ -58,18 +58,15 @@ def safegrad(
     """
 
     def init(problem, base, adapter, key):
-        del base, adapter, key
-        return {"safe": device_dataset(problem.calibration)}
+        del adapter, key
+        return {"safe": anchored_set(problem, base, None)}
 
     def gradient(problem, base, adapter, state, batch, key):
         task, extra, metrics = task_gradient(problem, base, adapter, state, batch, key)
         safe = safe_batch(problem, state["safe"], batch, key, kl_batch_size)
 
         def divergence(a: PyTree) -> jax.Array:
-            reference = problem.apply_fn(base, None, safe["tokens"])
-            return anchor_loss(
-                problem, base, a, reference, safe, temperature=temperature
-            )
+            return anchor_loss(problem, base, a, safe, temperature=temperature)
 
         value, alignment = jax.value_and_grad(divergence)(adapter)
         kept, found = resolve_conflict(task, alignment)
@@ -79,7 +76,7 @@ def safegrad(
     return Method(
         "safegrad",
         monitored,
-        Cost(forward=0.5, backward=0.5),
+        Cost(backward=0.5),
         init=init,
         gradient=gradient,
     )

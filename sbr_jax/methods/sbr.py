@@ -35,6 +35,7 @@ from sbr_jax.data.batches import refuse_left_padding
 from sbr_jax.methods._compose import with_cost, with_pull
 from sbr_jax.methods.base import Method, Problem
 from sbr_jax.methods.probe import distinct_prompts
+from sbr_jax.models import answers
 from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
@@ -217,7 +218,7 @@ def prompt_states(
 
     **Guarantee**: with a causal model the padding has no influence.
     """
-    _, hidden = apply_fn(base, adapter, anchors["tokens"], return_hidden=True)
+    hidden = answers.hidden(apply_fn, base, adapter, anchors)
     places = anchors["last"][:, None, None]
     return jnp.take_along_axis(hidden, places, axis=1)[:, 0]
 

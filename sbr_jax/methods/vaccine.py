@@ -20,7 +20,6 @@ Symbols: L layers, B examples, T tokens, D width, w the adapter.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 from sbr_jax.checks import checked
 from sbr_jax.methods._alignment_stage import Stage, make_realign
 from sbr_jax.methods.base import Method, Problem, task_loss
+from sbr_jax.models import answers
 from sbr_jax.settings import Count, NonNegative, Positive
 from sbr_jax.typing import Batch, PyTree
 
@@ -121,7 +121,7 @@ def shifted_loss(
     shift: jax.Array,
 ) -> jax.Array:
     """L_task with ``shift [L, B, T, D]`` added to the attention outputs."""
-    apply_fn = functools.partial(problem.apply_fn, attention_shift=shift)
+    apply_fn = answers.Changed(problem.apply_fn, attention_shift=shift)
     shifted = dataclasses.replace(problem, apply_fn=apply_fn)
     return task_loss(shifted, base, adapter, batch, key)
 

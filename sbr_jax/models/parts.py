@@ -52,13 +52,13 @@ def output_logits(config: ModelConfig, base: PyTree, hidden: jax.Array) -> jax.A
     Args:
       config: of the model.
       base: its weights.
-      hidden: ``[B, T, D]``.
+      hidden: ``[..., D]``.
 
     Returns:
-      float32 ``[B, T, V]``.
+      float32 ``[..., V]``.
     """
     head = base["embed"] if config.tied else base["head"]
-    spec = "btd,vd->btv" if config.tied else "btd,dv->btv"
+    spec = "...d,vd->...v" if config.tied else "...d,dv->...v"
     logits = jnp.einsum(spec, hidden, head, preferred_element_type=jnp.float32)
     return soft_cap(logits, config.logit_cap)
 

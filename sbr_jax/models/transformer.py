@@ -10,6 +10,7 @@ Legend: B batch, T tokens, D width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +39,7 @@ from sbr_jax.models.parts import (
     rope_of,
     sliding_layers,
 )
-from sbr_jax.typing import ApplyFn, PyTree, UserError
+from sbr_jax.typing import PyTree, UserError
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Dropout = tuple[jax.Array, float] | None
@@ -158,24 +159,25 @@ def scan_layers(
     return jax.lax.scan(body, carry, xs, unroll=min(unroll, config.layers))
 
 
-def forward(
+def hidden_states(
     config: ModelConfig,
     hardware: Hardware,
     base: PyTree,
     adapter: Mapping[str, LoraPair] | None,
     tokens: jax.Array,
     *,
+    segments: jax.Array | None = None,
+    positions: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     dropout_rate: float = 0.0,
-    return_hidden: bool = False,
     embeddings: jax.Array | None = None,
     attention_shift: jax.Array | None = None,
     capture: bool = False,
 ) -> Any:
-    """Logits of every position of right-padded sequences.
+    """States after the final norm at every position: what the head reads.
 
-    **Guarantee**: the logits at position t depend on ``tokens[:, :t + 1]`` only, so
-    right-padding needs no mask.
+    **Guarantee**: the state at position t depends on ``tokens[:, :t + 1]`` only, so
+    right-padding needs no mask; with ``segments``, on those of its own segment only.
 
     Args:
       config: the mathematics.
@@ -183,9 +185,12 @@ def forward(
       base: the frozen weights.
       adapter: ``{name: LoraPair}``, or None.
       tokens: integers ``[B, T]``.
+      segments: integers ``[B, T]``, for rows that hold several sequences: which of them
+        a token belongs to. None where a row is one sequence.
+      positions: integers ``[B, T]``, each token's place in its sequence; None for its
+        place in the row.
       dropout_key: a PRNG key; None switches dropout off.
       dropout_rate: probability of zeroing an input of the adapter; a Python float.
-      return_hidden: also return the hidden states after the final norm.
       embeddings: ``[B, T, D]`` in the place of the tokens' rows of the embedding
         (before a family's scale), or None.
       attention_shift: ``[L, B, T, D]`` added to each layer's attention output (after
@@ -195,22 +200,25 @@ def forward(
         ``[L, B, T, ...]`` of every projection by name.
 
     Returns:
-      float32 logits ``[B, T, V]``; with ``return_hidden`` or ``capture`` a tuple of
-      the logits, the hidden states ``[B, T, D]`` and the captured dict, in this order.
+      ``[B, T, D]``; with ``capture`` a tuple of it and the captured dict.
 
     Raises:
       UserError: if the adapter adapts something the model does not have.
     """
     adapter = check_adapter(config, adapter)
-    positions = jnp.arange(tokens.shape[1])[None]
-    rope = rope_of(config, positions)
+    places = jnp.arange(tokens.shape[1])[None]
+    rope = rope_of(config, places if positions is None else positions)
     keys = None
     if dropout_key is not None and dropout_rate > 0.0:
         keys = jax.random.split(dropout_key, config.layers)
 
     # A kernel knows causal windows by itself; only a choice between two needs a mask.
-    pick = functools.partial(sees, positions, positions)
-    pick = layer_mask(config, pick) if config.alternates else lambda slides: None
+    pick = functools.partial(sees, places, places)
+    if segments is not None:
+        own = segments[:, None, :, None] == segments[:, None, None, :]
+        pick = layer_mask(config, lambda window: sees(places, places, window) & own)
+    else:
+        pick = layer_mask(config, pick) if config.alternates else lambda slides: None
 
     def body(x, layer):
         weights, pairs, key, shift, slides = layer
@@ -232,13 +240,80 @@ def forward(
     layers = (base["layers"], adapter, keys, attention_shift, sliding_layers(config))
     x, seen = scan_layers(config, hardware, body, x, layers)
     hidden = final_norm(config, base, x)
-    out: list[Any] = [output_logits(config, base, hidden)]
-    if return_hidden:
-        out.append(hidden)
-    if capture:
-        residual = jnp.concatenate([seen[0], x[None]])
-        out.append({"residual": residual, "inputs": seen[1]})
-    return tuple(out) if len(out) > 1 else out[0]
+    if not capture:
+        return hidden
+    residual = jnp.concatenate([seen[0], x[None]])
+    return hidden, {"residual": residual, "inputs": seen[1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A decoder as a pure function of its weights: states, head and logits.
+
+    **Guarantee**: equal settings are equal and hash alike, so a jitted caller that
+    takes one as a static argument does not retrace.
+
+    >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
+    >>> Transformer(config) == Transformer(config)
+    True
+    """
+
+    config: ModelConfig
+    """The mathematics."""
+    hardware: Hardware = Hardware()
+    """How it is carried out."""
+
+    def hidden(
+        self, base: PyTree, adapter: PyTree | None, tokens: jax.Array, **options: Any
+    ) -> Any:
+        """:func:`hidden_states` of this model."""
+        return hidden_states(
+            self.config, self.hardware, base, adapter, tokens, **options
+        )
+
+    def head(self, base: PyTree, hidden: jax.Array) -> jax.Array:
+        """float32 logits ``[..., V]`` of states ``[..., D]``."""
+        return output_logits(self.config, base, hidden)
+
+    def __call__(
+        self,
+        base: PyTree,
+        adapter: PyTree | None,
+        tokens: jax.Array,
+        *,
+        return_hidden: bool = False,
+        capture: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Logits of every position of right-padded sequences.
+
+        What needs the logits of some positions only takes ``hidden`` and gives the head
+        those (:mod:`sbr_jax.models.answers`): the vocabulary is the widest array there
+        is.
+
+        Args:
+          base: the frozen weights.
+          adapter: ``{name: LoraPair}``, or None.
+          tokens: integers ``[B, T]``.
+          return_hidden: also return the states.
+          capture: also return what flows inside, see :func:`hidden_states`.
+          **options: of :func:`hidden_states`.
+
+        Returns:
+          float32 logits ``[B, T, V]``; with ``return_hidden`` or ``capture`` a tuple of
+          the logits, the states ``[B, T, D]`` and the captured dict, in this order.
+
+        Raises:
+          UserError: if the adapter adapts something the model does not have.
+        """
+        found = self.hidden(base, adapter, tokens, capture=capture, **options)
+        hidden = found[0] if capture else found
+        out = [self.head(base, hidden)]
+        if return_hidden:
+            out.append(hidden)
+        if capture:
+            out.append(found[1])
+        return tuple(out) if len(out) > 1 else out[0]
 
 
 def check_adapter(
@@ -267,29 +342,28 @@ def check_adapter(
     return dict(adapter or {})
 
 
-@functools.lru_cache(maxsize=64)
-def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> ApplyFn:
+def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Transformer:
     """The pure ``apply_fn(base, adapter, tokens, ...)`` of a model.
-
-    **Guarantee**: equal settings give the very same function object, so a jitted
-    caller that takes it as a static argument does not retrace.
 
     Args:
       config: the mathematics.
       hardware: how to carry it out.
 
     Returns:
-      ``forward`` with the first two arguments bound.
+      The function; equal settings give equal ones.
+
+    Raises:
+      UserError: for an unknown attention kernel.
 
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
-    >>> make_apply_fn(config) is make_apply_fn(config)
+    >>> make_apply_fn(config) == make_apply_fn(config)
     True
     """
     if hardware.attention not in (None, "xla", "cudnn"):
         raise UserError(
             f"expected attention 'xla', 'cudnn' or None, got {hardware.attention!r}"
         )
-    return functools.partial(forward, config, hardware)
+    return Transformer(config, hardware)
 
 
 def init_params(

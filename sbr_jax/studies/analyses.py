@@ -16,6 +16,8 @@ from sbr_jax.analysis.harm_types import harm_types as compare_kinds
 from sbr_jax.analysis.sensitivity import sensitivity as compare_sizes
 from sbr_jax.analysis.sensitivity import usable_sizes
 from sbr_jax.data import TokenDataset
+from sbr_jax.data.batches import take
+from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
 from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
 from sbr_jax.methods.likelihood import answer_loss
@@ -102,17 +104,14 @@ class Context:
     ) -> Subspace:
         """The subspace of the aligned model on some rows of a data set."""
         model, batch = self.study.model, self.job.config.hardware.fisher_microbatch
-        tokens, mask = data.tokens[start:stop], data.mask[start:stop]
+        chosen = take(data, range(len(data))[start:stop])
         least = min(
             pair.lora_a[0].size + pair.lora_b[0].size for pair in self.adapter.values()
         )
         return fisher_subspace(
             answer_loss(model.apply_fn, "sum"),
             self.adapter,
-            (
-                {"tokens": tokens[i : i + batch], "mask": mask[i : i + batch]}
-                for i in range(0, len(tokens), batch)
-            ),
+            by_length(chosen, batch, least=batch),
             max_rank=min(MAX_RANK, least),
             energy=ENERGY,
             unit=is_lora_pair,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.data.layout import arrange, widest
 from sbr_jax.training import loop
 from sbr_jax.training.config import Config
 from sbr_jax.training.stages import TRAIN
@@ -44,13 +45,19 @@ def train_mapped(
     first, domain = turns[0].track, turns[0].domain
     before = [load(t.track, number, held[i]) for t, i in zip(turns, left, strict=True)]
     starts = [first.program.start(one.adapter, one.state) for one in before]
-    sources = [turn.track.batches(turn.examples, domain) for turn in turns]
+    sources = [turn.track.draws(turn.examples, domain) for turn in turns]
+    layout = widest([turn.track.layout(turn.examples) for turn in turns])
     keys = jnp.stack([turn.track.key(2, domain) for turn in turns])
     config = first.job.config
+
+    def advance(train: Any, state: PyTree, step: int) -> Any:
+        batches = arrange([draw(step) for draw in sources], layout)
+        return first.program.mapped_step(
+            first.base, train, state, _stack(batches, np), keys
+        )
+
     done = loop.train(
-        lambda train, state, step: first.program.mapped_step(
-            first.base, train, state, _stack([x(step) for x in sources], np), keys
-        ),
+        advance,
         loop.Progress(_stack(starts, jnp), _stack([one.state for one in before], jnp)),
         config.training.steps_per_domain,
         where=[turn.where for turn in turns],

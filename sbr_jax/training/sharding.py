@@ -140,7 +140,9 @@ def place_batch(mesh: Mesh | None, batch: Mapping[str, Any]) -> Mapping[str, Any
     """A batch split over ``fsdp`` (replicated where its size does not divide)."""
     if mesh is None:
         return batch
-    spec = PartitionSpec("fsdp")
+    # Packed microbatches have an axis before that of the rows.
+    stacked = np.ndim(batch["tokens"]) > 2
+    spec = PartitionSpec(None, "fsdp") if stacked else PartitionSpec("fsdp")
     return {
         name: jax.device_put(x, NamedSharding(mesh, fit_spec(spec, np.shape(x), mesh)))
         for name, x in batch.items()

@@ -100,8 +100,11 @@ def make_step(
 
 def _accumulated(hook, batch, more, accumulation):
     """Mean of the hook's results over microbatches, by a scan."""
-    size = batch["tokens"].shape[0]
-    batch = {**batch, "row": jnp.arange(size, dtype=jnp.int32)}
+    # What is packed numbers its examples itself, and comes in microbatches.
+    packed = "segments" in batch
+    if not packed:
+        size = batch["tokens"].shape[0]
+        batch = {**batch, "row": jnp.arange(size, dtype=jnp.int32)}
     if accumulation == 1:
         return hook(batch, more)
 
@@ -112,7 +115,7 @@ def _accumulated(hook, batch, more, accumulation):
         # Row i of the batch goes to microbatch i // (B / A): contiguous, as "row" says.
         return x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])
 
-    micro = jax.tree.map(split, (batch, more))
+    micro = (batch if packed else jax.tree.map(split, batch), jax.tree.map(split, more))
     first = jax.tree.map(lambda x: x[0], micro)
     shapes = jax.eval_shape(hook, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

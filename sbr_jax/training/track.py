@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax.data.batches import batch
+from sbr_jax.data.layout import Layout, arrange, choose
 from sbr_jax.methods.base import Method, as_aligned
 from sbr_jax.training import sharding
 from sbr_jax.training.config import Config
@@ -123,11 +124,33 @@ class Track:
         """Seed of a data order: of this seed and a name."""
         return zlib.crc32(f"{self.seed}/{name}".encode()) & 0x7FFFFFFF
 
-    def batches(self, dataset: Any, name: str) -> Callable[[int], Mapping[str, Any]]:
-        """Batch of a step number, placed on the mesh."""
-        seed, size = self.data_seed(name), self.job.config.training.batch_size
+    def batches(
+        self, dataset: Any, name: str, *, packed: bool = True
+    ) -> Callable[[int], Mapping[str, Any]]:
+        """Batch of a step number, laid out and placed on the mesh."""
+        draw, layout = self.draws(dataset, name), self.layout(dataset, packed)
         mesh = self.program.mesh
-        return lambda step: sharding.place_batch(mesh, batch(dataset, size, seed, step))
+
+        def at(step: int) -> Mapping[str, Any]:
+            return sharding.place_batch(mesh, arrange([draw(step)], layout)[0])
+
+        return at
+
+    def draws(self, dataset: Any, name: str) -> Callable[[int], Mapping[str, Any]]:
+        """Examples of a step number, on the host."""
+        seed, size = self.data_seed(name), self.job.config.training.batch_size
+        return lambda step: batch(dataset, size, seed, step)
+
+    def layout(self, dataset: Any, packed: bool = True) -> Layout:
+        """How the steps of a data set are laid out."""
+        hardware, mesh = self.job.config.hardware, self.program.mesh
+        return choose(
+            dataset,
+            self.job.config.training.batch_size,
+            packing=hardware.packing if packed else "no",
+            parts=hardware.accumulation,
+            multiple=1 if mesh is None else mesh.shape["fsdp"],
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,264 @@
+"""The places of answer tokens, and losses that look at these alone.
+
+A batch comes in one of three layouts, and :func:`find` makes one thing of them:
+
+- *bare*: ``tokens [B, T]`` and ``mask [B, T]``; every place counts as one of an answer;
+- *rows*: besides, where the answers are: ``places``, ``targets`` and ``shares [B, A]``;
+- *packed*: several examples to a row, with ``segments`` and ``positions [R, T]``, flat
+  ``places``, ``targets``, ``shares`` and ``owners [K]``, and ``last [B]``.
+
+The state at place t − 1 predicts token t, so a place is where an answer token is
+predicted. A share is a token's weight in its example's mean, ``m_t / max(Σ m, 1)``.
+
+Legend: B examples, R rows, T tokens of a row, A answer tokens of a row, K places, D
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sbr_jax.models import vocabulary
+from sbr_jax.typing import PyTree
+
+LAYOUT = ("segments", "positions")
+"""Entries of a batch that the model is given beside its tokens."""
+
+
+class Answers(NamedTuple):
+    """Where answers are predicted, flat over the rows of a batch.
+
+    Attributes:
+      places: int32 ``[K]``, in ``tokens.ravel()``.
+      targets: int32 ``[K]``, the tokens that are predicted there.
+      shares: float32 ``[K]``; 0 at filling.
+      owners: int32 ``[K]``, the example of each; None where K is B rows of A.
+      examples: B.
+    """
+
+    places: jax.Array
+    targets: jax.Array
+    shares: jax.Array
+    owners: jax.Array | None
+    examples: int
+
+    def mean(self, values: jax.Array) -> jax.Array:
+        """Each example's mean over its answer tokens, ``[B]``, of values ``[K]``."""
+        # where() on the values too: 0 * inf would be NaN at filling.
+        kept = jnp.where(self.shares > 0, values * self.shares, 0.0)
+        if self.owners is None:
+            return jnp.sum(kept.reshape(self.examples, -1), axis=-1)
+        # No scatter: an accelerator adds those in any order.
+        example = jnp.arange(self.examples, dtype=jnp.int32)[:, None]
+        return jnp.sum(jnp.where(self.owners == example, kept, 0.0), axis=-1)
+
+
+def find(batch: Mapping[str, jax.Array]) -> Answers:
+    """The places of a batch in any layout.
+
+    >>> import jax.numpy as jnp
+    >>> batch = {"tokens": jnp.array([[5, 6, 7]]), "mask": jnp.array([[0.0, 1.0, 1.0]])}
+    >>> answers = find(batch)
+    >>> answers.targets.tolist(), answers.shares.tolist()
+    ([6, 7, 0], [0.5, 0.5, 0.0])
+    """
+    rows, length = batch["tokens"].shape
+    if "owners" in batch:
+        found = (batch[name] for name in ("places", "targets", "shares", "owners"))
+        return Answers(*found, examples=batch["last"].shape[0])
+    if "places" in batch:
+        offset = jnp.arange(rows, dtype=jnp.int32)[:, None] * length
+        places = (batch["places"] + offset).reshape(-1)
+        flat = (batch[name].reshape(-1) for name in ("targets", "shares"))
+        return Answers(places, *flat, owners=None, examples=rows)
+    weights = _next(batch["mask"]).astype(jnp.float32)
+    shares = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1.0)
+    targets = _next(batch["tokens"]).reshape(-1)
+    places = jnp.arange(rows * length, dtype=jnp.int32)
+    return Answers(places, targets, shares.reshape(-1), None, rows)
+
+
+def last_prompt(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Flat place of the last token before each example's answer, int32 ``[B]``."""
+    if "last" in batch:
+        return batch["last"]
+    rows, length = batch["mask"].shape
+    inside = jnp.maximum(jnp.argmax(batch["mask"] > 0, axis=1) - 1, 0)
+    return inside + jnp.arange(rows) * length
+
+
+def _next(values: jax.Array) -> jax.Array:
+    """Every column at the place that predicts it; the last place predicts nothing."""
+    return jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=-1)
+
+
+def states(
+    apply_fn: Any,
+    base: PyTree,
+    adapter: PyTree | None,
+    batch: Mapping[str, jax.Array],
+    **options: Any,
+) -> jax.Array:
+    """The model's states where the answers of a batch are predicted.
+
+    Args:
+      apply_fn: of a model; a function of ``(base, adapter, tokens)`` that has no
+        ``hidden`` and ``head`` counts as the former, its output as logits.
+      base: frozen weights.
+      adapter: θ, or None.
+      batch: in any layout.
+      **options: of ``apply_fn.hidden``.
+
+    Returns:
+      ``[K, D]``.
+    """
+    every = hidden(apply_fn, base, adapter, batch, **options)
+    return at_places(every, find(batch).places)
+
+
+def captured(
+    apply_fn: Any, base: PyTree, adapter: PyTree | None, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, Mapping[str, Any]]:
+    """:func:`states`, and what flows inside (see ``transformer.hidden_states``)."""
+    every, seen = hidden(apply_fn, base, adapter, batch, capture=True)
+    return at_places(every, find(batch).places), seen
+
+
+class Changed:
+    """A model with an option bound, or with something done to its adapter first.
+
+    A ``functools.partial`` that has the model's states and head too.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Any,
+        *,
+        adapter: Callable[[PyTree], PyTree] = lambda own: own,
+        **options: Any,
+    ):
+        """Binds options of ``hidden``, and what is done to the adapter."""
+        self._apply_fn, self._adapter, self._options = apply_fn, adapter, options
+        self.head = head_of(apply_fn)
+
+    def hidden(self, base, adapter, tokens, **options):
+        """The states of the changed model."""
+        run = getattr(self._apply_fn, "hidden", self._apply_fn)
+        return run(base, self._adapter(adapter), tokens, **self._options, **options)
+
+    def __call__(self, base, adapter, tokens, **options):
+        """The logits of the changed model."""
+        return self._apply_fn(
+            base, self._adapter(adapter), tokens, **self._options, **options
+        )
+
+
+def hidden(
+    apply_fn: Any,
+    base: PyTree,
+    adapter: PyTree | None,
+    batch: Mapping[str, jax.Array],
+    **options: Any,
+) -> Any:
+    """The states of every place of a batch in any layout, ``[R, T, D]``."""
+    layout = {name: batch[name] for name in LAYOUT if name in batch}
+    run = getattr(apply_fn, "hidden", apply_fn)
+    return run(base, adapter, batch["tokens"], **layout, **options)
+
+
+def at_places(hidden: jax.Array, places: jax.Array) -> jax.Array:
+    """``[K, D]`` of states ``[R, T, D]`` at flat places."""
+    return jnp.take(hidden.reshape(-1, hidden.shape[-1]), places, axis=0, mode="clip")
+
+
+def head_of(apply_fn: Any) -> vocabulary.Head:
+    """The map from states to logits; the identity where the model has none."""
+    return getattr(apply_fn, "head", _logits_themselves)
+
+
+def _logits_themselves(base: PyTree, logits: jax.Array) -> jax.Array:
+    del base
+    return logits
+
+
+def cross_entropy(
+    apply_fn: Any, base: PyTree, hidden: jax.Array, answers: Answers
+) -> jax.Array:
+    """Mean cross-entropy over the answer tokens of each example.
+
+    ``−(1 / |A|) Σ_{t in A} log p(tokens[t])``: ``losses.token_cross_entropy`` without
+    the logits.
+
+    **Guarantee**: an example without an answer yields 0 and a zero gradient.
+
+    Args:
+      apply_fn: of the model; its head is used.
+      base: frozen weights.
+      hidden: :func:`states`.
+      answers: of the batch.
+
+    Returns:
+      float32 ``[B]``, in nats.
+    """
+    scores = vocabulary.log_likelihood(head_of(apply_fn), base, hidden, answers.targets)
+    # 0 - x rather than -x, so that an empty example is 0 and not -0.
+    return 0.0 - answers.mean(scores)
+
+
+def kl_to_reference(
+    apply_fn: Any,
+    base: PyTree,
+    reference: jax.Array,
+    hidden: jax.Array,
+    answers: Answers,
+    *,
+    direction: str = "forward",
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Mean divergence KL(reference ‖ model) at the answers of each example.
+
+    ``losses.kl_to_reference`` of the two heads' logits over τ, a chunk of both at a
+    time.
+
+    **Guarantee**: no gradient flows to the reference; an empty example yields 0.
+
+    Args:
+      apply_fn: of the model; both share its head and ``base``.
+      base: frozen weights.
+      reference: :func:`states` of the reference.
+      hidden: :func:`states` of the model.
+      answers: of the batch.
+      direction: ``"forward"``, or ``"reverse"`` for KL(model ‖ reference).
+      temperature: τ of both.
+
+    Returns:
+      float32 ``[B]``, in nats.
+    """
+    values = vocabulary.divergence(
+        head_of(apply_fn),
+        base,
+        reference,
+        hidden,
+        direction=direction,
+        temperature=temperature,
+    )
+    return answers.mean(values)
+
+
+__all__ = [
+    "Answers",
+    "Changed",
+    "at_places",
+    "captured",
+    "cross_entropy",
+    "find",
+    "head_of",
+    "hidden",
+    "kl_to_reference",
+    "last_prompt",
+    "states",
+]

@@ -1,0 +1,231 @@
+"""What is read off the vocabulary, a few places at a time: logits are never whole.
+
+Logits are the widest array of a step: at 16 · 512 places and 128 k tokens, 4 GB. Here a
+head meets C places at once, and what is kept of them is one number a place. Under
+differentiation the slope of that number in the state, ``∂ value / ∂ h [D]``, is taken
+in the same pass, so that the backward pass has no logits either.
+
+Legend: K places, D width, V vocabulary, C places of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sbr_jax.losses import kl_of_logits, target_scores
+from sbr_jax.typing import PyTree
+
+Head = Callable[[PyTree, jax.Array], jax.Array]
+"""``head(base, hidden [..., D]) -> logits [..., V]``; it holds no arrays of its own."""
+
+Place = Callable[..., jax.Array]
+"""``(base, hidden [C, D], *others [C, ...]) -> [C]``, each of its own row only."""
+
+
+def log_likelihood(
+    head: Head,
+    base: PyTree,
+    hidden: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int | None = None,
+) -> jax.Array:
+    """``log p(target)`` at every place, its logits ``head(base, hidden)``.
+
+    Args:
+      head: of the model.
+      base: its weights.
+      hidden: ``[K, D]``.
+      targets: integers ``[K]``.
+      chunk: C; None for what suits the machine.
+
+    Returns:
+      float32 ``[K]``, in nats; differentiable in ``hidden`` and ``base``.
+
+    >>> import jax.numpy as jnp
+    >>> double = lambda base, hidden: base * hidden
+    >>> states, targets = jnp.zeros((3, 4)), jnp.array([0, 1, 2])
+    >>> log_likelihood(double, jnp.float32(2.0), states, targets, chunk=2).round(3)
+    Array([-1.386, -1.386, -1.386], dtype=float32)
+    """
+
+    def place(base, hidden, targets):
+        return target_scores(head(base, hidden), targets)
+
+    size = chunk or chunk_size(head, base, hidden)
+    return by_place(place, size, base, hidden, targets)
+
+
+def divergence(
+    head: Head,
+    base: PyTree,
+    reference: jax.Array,
+    hidden: jax.Array,
+    *,
+    direction: str = "forward",
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> jax.Array:
+    """``KL(reference ‖ model)`` at every place, or ``"reverse"`` the other way.
+
+    ``Σ_v p_ref(v) (log p_ref(v) − log p(v))`` with ``p = softmax(head(h) / τ)``. The
+    reference's logits are one chunk beside the model's.
+
+    **Guarantee**: no gradient flows to the reference.
+
+    Args:
+      head: of both.
+      base: its weights.
+      reference: states of the reference, ``[K, D]``.
+      hidden: states of the model, ``[K, D]``.
+      direction: ``"forward"``, which asks the model for all that the reference does, or
+        ``"reverse"``, which asks it for nothing that the reference does not.
+      temperature: τ.
+      chunk: C; None for what suits the machine.
+
+    Returns:
+      float32 ``[K]``, in nats.
+    """
+
+    def place(base, hidden, reference):
+        told = jax.lax.stop_gradient(head(base, reference))
+        logits = head(base, hidden)
+        if temperature != 1.0:
+            told, logits = told / temperature, logits / temperature
+        return kl_of_logits(told, logits, direction)
+
+    size = chunk or max(chunk_size(head, base, hidden) // 2, 1)
+    return by_place(place, size, base, hidden, jax.lax.stop_gradient(reference))
+
+
+def read(
+    head: Head,
+    base: PyTree,
+    hidden: jax.Array,
+    what: Callable[..., PyTree],
+    *others: PyTree,
+    chunk: int | None = None,
+) -> PyTree:
+    """Anything that is told from the logits of each place alone; no gradients.
+
+    Args:
+      head: of the model.
+      base: its weights.
+      hidden: ``[K, D]``.
+      what: ``(logits [C, V], *others [C, ...]) -> values [C, ...]``.
+      *others: ``[K, ...]`` each.
+      chunk: C; None for what suits the machine.
+
+    Returns:
+      What ``what`` returns, ``[K, ...]``.
+
+    >>> import jax.numpy as jnp
+    >>> states = jnp.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+    >>> double = lambda base, hidden: base * hidden
+    >>> read(double, jnp.float32(2.0), states, lambda x: x.max(-1), chunk=2).tolist()
+    [4.0, 6.0, 2.0]
+    """
+    size = chunk or chunk_size(head, base, hidden)
+    return _mapped(lambda h, *rest: what(head(base, h), *rest), size, hidden, *others)
+
+
+# --- the machinery -----------------------------------------------------------------
+
+
+def by_place(
+    place: Place, size: int, base: PyTree, hidden: jax.Array, *others: PyTree
+) -> jax.Array:
+    """One number for each place, in chunks, with its gradient.
+
+    **Guarantee**: no array of K · V numbers exists, forwards or backwards. A value
+    depends on its own state only, so its slope ``[D]`` is all that the backward pass
+    needs; it is taken in the forward pass, where the chunk's logits are. Only where the
+    weights are differentiated too (full fine-tuning) they are computed again.
+    ``others`` are constants.
+
+    >>> import jax.numpy as jnp
+    >>> states = jnp.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+    >>> place = lambda base, hidden: (base * hidden).max(-1)
+    >>> loss = lambda h: by_place(place, 2, jnp.float32(2.0), h).sum()
+    >>> jax.grad(loss)(states).tolist()
+    [[0.0, 2.0], [2.0, 0.0], [0.0, 2.0]]
+    """
+    return _values(place, size, base, hidden, others)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _values(place, size, base, hidden, others):
+    return _mapped(functools.partial(place, base), size, hidden, *others)
+
+
+def _values_and_slopes(place, size, base, hidden, others):
+    frozen = not any(leaf.perturbed for leaf in jax.tree.leaves(base))
+    base, hidden, others = jax.tree.map(lambda x: x.value, (base, hidden, others))
+    if not frozen:
+        found = _values(place, size, base, hidden, others)
+        return found, (base, hidden, others, None)
+
+    def both(h, *rest):
+        values, pull = jax.vjp(lambda h: place(base, h, *rest), h)
+        return values, pull(jnp.ones_like(values))[0]
+
+    values, slopes = _mapped(both, size, hidden, *others)
+    return values, (None, None, None, slopes)
+
+
+def _backward(place, size, kept, cotangent):
+    base, hidden, others, slopes = kept
+    if slopes is not None:
+        return None, cotangent[:, None].astype(slopes.dtype) * slopes, None
+
+    def again(base, hidden):
+        return _mapped(
+            jax.checkpoint(functools.partial(place, base)), size, hidden, *others
+        )
+
+    return (*jax.vjp(again, base, hidden)[1](cotangent), None)
+
+
+_values.defvjp(_values_and_slopes, _backward, symbolic_zeros=True)
+
+
+def _mapped(function: Callable[..., PyTree], size: int, *arrays: PyTree) -> PyTree:
+    """``function`` of chunks of ``size`` rows, in a loop; the last one is filled up."""
+    count = jax.tree.leaves(arrays)[0].shape[0]
+    if count <= size:
+        return function(*arrays)
+    parts = math.ceil(count / size)
+    # Even chunks: 260 places are two of 130, not one of 256 and filling.
+    size = math.ceil(count / parts)
+
+    def split(x):
+        filled = jnp.pad(x, [(0, parts * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return filled.reshape(parts, size, *x.shape[1:])
+
+    found = jax.lax.map(lambda part: function(*part), jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: x.reshape(parts * size, *x.shape[2:])[:count], found)
+
+
+def chunk_size(head: Head, base: PyTree, hidden: Any) -> int:
+    """C: as many places as 32 MiB of float32 logits hold, 256 MiB on an accelerator."""
+    place = jax.ShapeDtypeStruct((1, hidden.shape[-1]), hidden.dtype)
+    vocabulary = jax.eval_shape(head, base, place).shape[-1]
+    budget = 2**25 if jax.default_backend() == "cpu" else 2**28
+    return max(budget // (4 * vocabulary), 16)
+
+
+__all__ = [
+    "Head",
+    "Place",
+    "by_place",
+    "chunk_size",
+    "divergence",
+    "log_likelihood",
+    "read",
+]

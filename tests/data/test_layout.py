@@ -1,0 +1,174 @@
+"""Rows that hold several examples: nothing is lost, moved between examples, or cut."""
+
+import numpy as np
+import pytest
+
+from sbr_jax.data import TokenDataset
+from sbr_jax.data.batches import batch
+from sbr_jax.data.layout import (
+    Layout,
+    answer_places,
+    arrange,
+    by_length,
+    choose,
+    needed,
+    pack,
+    used_lengths,
+    widest,
+)
+from sbr_jax.typing import UserError
+
+
+def ragged(seed, size=40, longest=30, answers=6):
+    """Examples of many lengths; a few have gaps in their answer, or none at all."""
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((size, longest), np.int32)
+    mask = np.zeros((size, longest), np.float32)
+    for row in range(size):
+        length = int(rng.integers(4, longest + 1))
+        tokens[row, :length] = rng.integers(1, 50, length)
+        first = max(1, length - int(rng.integers(1, answers + 1)))
+        mask[row, first:length] = 1
+        if row % 5 == 3:
+            mask[row, first] = 0
+        if row % 11 == 7:
+            mask[row] = 0
+    return TokenDataset(tokens, mask, attention_mask=np.ones_like(tokens))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_keeps_every_example_whole_and_apart(seed):
+    data = ragged(seed)
+    drawn = batch(data, 16, seed, 0)
+    layout = choose(data, 16, packing="yes")
+    (found,) = arrange([drawn], layout)
+    rows, length = found["tokens"].shape
+    assert rows, found["places"].size == needed(drawn, layout)
+    flat = {name: found[name].ravel() for name in ("tokens", "segments", "positions")}
+    lengths = used_lengths(TokenDataset(drawn["tokens"], drawn["mask"]))
+    for i, size in enumerate(lengths):
+        at = np.flatnonzero(flat["segments"] == i + 1)
+        # One run inside one row, in order, from position 0.
+        assert at.tolist() == list(range(at[0], at[0] + size))
+        assert at[0] // length == at[-1] // length
+        assert flat["tokens"][at].tolist() == drawn["tokens"][i, :size].tolist()
+        assert flat["positions"][at].tolist() == list(range(size))
+        marked = np.flatnonzero(drawn["mask"][i])
+        mine = found["owners"] == i
+        assert found["places"][mine].tolist() == (at[0] + marked - 1).tolist()
+        assert found["targets"][mine].tolist() == drawn["tokens"][i, marked].tolist()
+        np.testing.assert_allclose(found["shares"][mine].sum(), float(marked.size > 0))
+        prompt = marked[0] - 1 if marked.size else 0
+        assert found["last"][i] == at[0] + prompt
+    assert (flat["segments"] == 0).sum() == rows * length - lengths.sum()
+    assert (found["shares"][found["owners"] == 16] == 0).all()
+    assert found["row"].tolist() == list(range(16))
+
+
+def test_microbatches_are_packed_apart_and_several_seeds_share_a_shape():
+    data = ragged(0)
+    layout = choose(data, 16, packing="yes", parts=4, multiple=2)
+    drawn = [batch(data, 16, seed, 0) for seed in range(3)]
+    found = arrange(drawn, layout)
+    shapes = {tuple((k, v.shape) for k, v in sorted(one.items())) for one in found}
+    assert len(shapes) == 1
+    assert found[0]["tokens"].shape[0] == 4
+    assert found[0]["tokens"].shape[1] % 2 == 0
+    assert found[0]["row"].tolist() == np.arange(16).reshape(4, 4).tolist()
+    for part in range(4):
+        rows = slice(4 * part, 4 * part + 4)
+        answered = drawn[0]["tokens"][rows][drawn[0]["mask"][rows] > 0]
+        real = found[0]["owners"][part] < 4
+        assert found[0]["targets"][part][real].tolist() == answered.tolist()
+
+
+def test_layout_is_a_function_of_data_and_sizes_and_shapes_are_few():
+    data = ragged(3, size=200, longest=64)
+    layout = choose(data, 16)
+    assert layout.packed
+    assert layout == choose(data, 16)
+    shapes = {
+        needed(batch(data, 16, seed, step), layout)
+        for seed in range(4)
+        for step in range(50)
+    }
+    assert len(shapes) <= 8
+    # Random lengths fill two thirds of the places of the rows that the grid allows.
+    rows = np.mean([needed(batch(data, 16, 0, step), layout)[0] for step in range(50)])
+    text = 16 * used_lengths(data).mean()
+    assert text / (rows * layout.length) > 0.8
+
+
+def test_rows_of_one_length_are_not_packed():
+    tokens = np.arange(1, 41, dtype=np.int32).reshape(4, 10)
+    data = TokenDataset(tokens, np.arange(10) > 5 + np.zeros((4, 1)))
+    layout = choose(data, 4)
+    assert layout == Layout(10, False, 4)
+    (found,) = arrange([batch(data, 4, 0, 0)], layout)
+    assert found["tokens"].shape == (4, 10)
+    assert "segments" not in found
+
+
+def test_padded_rows_end_with_the_longest_answer_of_the_set():
+    data = ragged(1, longest=20)
+    wide = TokenDataset(
+        np.pad(data.tokens, ((0, 0), (0, 9))),
+        np.pad(data.mask, ((0, 0), (0, 9))),
+        attention_mask=np.ones((40, 29)),
+    )
+    layout = choose(wide, 8, packing="no")
+    assert layout.length == used_lengths(data).max()
+    (found,) = arrange([batch(wide, 8, 0, 0)], layout)
+    (same,) = arrange([batch(data, 8, 0, 0)], widest([layout, layout]))
+    for name in found:
+        np.testing.assert_array_equal(found[name], same[name])
+
+
+def test_mixed_layouts_become_the_one_that_all_fit():
+    packed, rows = Layout(20, True, 64), Layout(30, False, 5)
+    assert widest([packed, rows]) == Layout(30, False, 5)
+    assert widest([packed, Layout(24, True, 72)]) == Layout(24, True, 72)
+
+
+def test_answer_places_of_rows_with_gaps_and_without_answers():
+    data = ragged(2)
+    found = answer_places(data.tokens, data.mask)
+    for row in range(len(data)):
+        marked = np.flatnonzero(data.mask[row])
+        real = found["shares"][row] > 0
+        assert found["places"][row][real].tolist() == (marked - 1).tolist()
+        assert found["targets"][row][real].tolist() == data.tokens[row, marked].tolist()
+
+
+@pytest.mark.parametrize("least", [1, 8])
+def test_batches_by_length_hold_every_example_once(least):
+    data = ragged(4, size=60, longest=100)
+    seen, shapes = [], set()
+    for part in by_length(data, 16, least=least):
+        lengths = used_lengths(
+            TokenDataset(
+                part["tokens"],
+                part["mask"],
+                attention_mask=np.ones_like(part["tokens"]),
+            )
+        )
+        shapes.add(part["tokens"].shape[1])
+        if least == 1:
+            assert part["tokens"].shape[1] < 2 * max(lengths.min(), 4)
+        seen += [tuple(t[:n]) for t, n in zip(part["tokens"], lengths, strict=True)]
+    lengths = used_lengths(data)
+    expected = [tuple(t[:n]) for t, n in zip(data.tokens, lengths, strict=True)]
+    assert sorted(seen) == sorted(expected)
+    assert len(shapes) > 1
+
+
+def test_an_example_longer_than_a_row_is_named():
+    drawn = batch(ragged(5), 16, 0, 0)
+    with pytest.raises(UserError, match=r"at most 10 tokens, got \d+ in example \d+"):
+        arrange([drawn], Layout(10, True, 8))
+
+
+@pytest.mark.parametrize(("rows", "places"), [(1, 99), (16, 3)])
+def test_a_batch_beyond_its_budget_is_refused(rows, places):
+    with pytest.raises(UserError, match=f"fit {rows} rows and {places} answer places"):
+        pack(batch(ragged(6), 16, 0, 0), 30, rows, places)

@@ -1,0 +1,93 @@
+"""Packed steps give the numbers of padded ones, for every method."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from methods_case import SETTINGS, STUDY, TINY, without_diagnostics
+from trees import vector
+
+from sbr_jax.data import TokenDataset
+from sbr_jax.data.batches import batch
+from sbr_jax.data.layout import arrange, choose
+from sbr_jax.methods import METHODS
+from sbr_jax.methods._ssi import perturb_b
+from sbr_jax.training.program import init_adapter
+
+# Sums in another order, in float32: of losses and gradients of order 1.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def shorter(data, seed):
+    """The same prompts with answers of many lengths."""
+    kept = np.random.default_rng(seed).integers(5, tiny.LENGTH, len(data))
+    inside = np.arange(data.length) < kept[:, None]
+    return TokenDataset(
+        np.where(inside, data.tokens, 0), np.where(inside, data.mask, 0)
+    )
+
+
+@pytest.fixture(scope="module")
+def ragged():
+    study = STUDY
+    data = {n: shorter(d.train, i) for i, (n, d) in enumerate(study.domains.items())}
+    domains = {
+        n: dataclasses.replace(d, train=data[n]) for n, d in study.domains.items()
+    }
+    return dataclasses.replace(
+        study, domains=domains, calibration=shorter(study.calibration, 9)
+    )
+
+
+def started(row, study, settings=SETTINGS):
+    """A method in mid-training: its state, and an adapter off B = 0."""
+    found = tiny.program(row, settings, study, **TINY.get(row, {}))
+    method, problem, key = found.method, found.problem, jax.random.key(0)
+    adapter = init_adapter(study, settings, 0)
+    base = method.prepare(problem, study.model.params, adapter, key)
+    state = without_diagnostics(method.init(problem, base, adapter, key))
+    data = method.mix(problem, study.domains["medical"].train, 0)
+    return found, base, perturb_b(key, adapter, 1.0), state, data
+
+
+@pytest.mark.parametrize("row", METHODS)
+def test_gradients_of_packed_steps_are_those_of_padded_ones(row, ragged):
+    found, base, adapter, state, data = started(row, ragged)
+    drawn, key = batch(data, 8, 0, 0), jax.random.key(1)
+    packed, padded = (
+        arrange([drawn], choose(data, 8, packing=packing))[0]
+        for packing in ("yes", "no")
+    )
+    assert packed["tokens"].size < padded["tokens"].size
+    hook = jax.jit(
+        lambda b: found.method.gradient(found.problem, base, adapter, state, b, key)
+    )
+    rows = {"row": jnp.arange(8)}
+    bare = hook({**drawn, **rows})
+    for laid in (packed, {**padded, **rows}):
+        for ours, theirs in zip(hook(laid), bare, strict=True):
+            assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+            if jax.tree.leaves(ours):
+                np.testing.assert_allclose(vector(ours), vector(theirs), **CLOSE)
+
+
+@pytest.mark.parametrize("row", ["plain", "safeanchor", "adaptive-judge", "unified"])
+def test_packed_microbatches_give_the_step_of_one_batch(row, ragged):
+    drawn = None
+    seen = []
+    for parts in (1, 4):
+        settings = tiny.changed(SETTINGS, accumulation=parts)
+        found, base, adapter, state, data = started(row, ragged, settings)
+        drawn = batch(data, 8, 0, 0) if drawn is None else drawn
+        layout = choose(data, 8, packing="yes", parts=parts)
+        train = found.start(adapter, state)
+        _, metrics = found.step(
+            base, train, state, arrange([drawn], layout)[0], jax.random.key(1)
+        )
+        seen.append(jax.device_get(metrics))
+    assert seen[0].keys() == seen[1].keys()
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(seen[0][name], seen[1][name], **CLOSE)

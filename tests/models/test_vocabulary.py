@@ -1,0 +1,169 @@
+"""Losses of states against those of whole logits; nothing as wide as these exists."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sbr_jax import losses, models
+from sbr_jax.data.layout import answer_places
+from sbr_jax.models import answers, vocabulary
+
+SHAPES = {
+    "tied": {},
+    "untied": {"tied": False},
+    "capped": {"logit_cap": 3.0},
+}
+
+
+def made(vocab=203, **changes):
+    config = models.ModelConfig(
+        vocab_size=vocab,
+        width=16,
+        mlp_width=24,
+        layers=2,
+        heads=2,
+        init_scale=0.3,
+        **changes,
+    )
+    return models.make_model(config, models.init_params(jax.random.key(0), config))
+
+
+def states(count=23, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    hidden, reference = (jax.random.normal(k, (count, 16)) for k in keys[:2])
+    return hidden, reference, jax.random.randint(keys[2], (count,), 0, 203)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 23, 64])
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("loss", ["likelihood", "forward", "reverse", "cooled"])
+def test_values_and_gradients_equal_those_of_whole_logits(kind, chunk, loss):
+    model = made(**SHAPES[kind])
+    head, base = model.apply_fn.head, model.params
+    hidden, reference, targets = states()
+    weights = jnp.linspace(-1.0, 2.0, 23)
+    told = {
+        "forward": {},
+        "reverse": {"direction": "reverse"},
+        "cooled": {"temperature": 0.5},
+    }
+
+    def ours(base, hidden):
+        if loss == "likelihood":
+            values = vocabulary.log_likelihood(head, base, hidden, targets, chunk=chunk)
+        else:
+            values = vocabulary.divergence(
+                head, base, reference, hidden, chunk=chunk, **told[loss]
+            )
+        return jnp.sum(weights * values), values
+
+    def dense(base, hidden):
+        logits = head(base, hidden)
+        if loss == "likelihood":
+            values = jnp.take_along_axis(
+                jax.nn.log_softmax(logits), targets[:, None], 1
+            )[:, 0]
+        else:
+            p, q = (
+                jax.nn.log_softmax(x / told[loss].get("temperature", 1.0))
+                for x in (jax.lax.stop_gradient(head(base, reference)), logits)
+            )
+            p, q = (q, p) if loss == "reverse" else (p, q)
+            values = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+        return jnp.sum(weights * values), values
+
+    for where in ((1,), (0, 1)):
+        mine, true = (
+            jax.value_and_grad(f, argnums=where, has_aux=True)(base, hidden)
+            for f in (ours, dense)
+        )
+        # float32 sums over 203 logits in another order.
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(true), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_losses_of_a_batch_equal_the_dense_ones_in_every_layout():
+    model = made()
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 203, (5, 9)).astype(np.int32)
+    mask = (rng.random((5, 9)) < 0.4).astype(np.float32)
+    mask[3] = 0
+    other = models.init_adapter(jax.random.key(1), model.config, rank=2, alpha=4.0)
+    other = jax.tree.map(lambda x: x + 0.1, other)
+    bare = {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)}
+    run, base = model.apply_fn, model.params
+    nll = losses.token_cross_entropy(run(base, other, tokens), tokens, mask)
+    kl = losses.kl_to_reference(run(base, None, tokens), run(base, other, tokens), mask)
+    for batch in (bare, {**bare, **answer_places(tokens, mask)}):
+        hidden, reference = (answers.states(run, base, a, batch) for a in (other, None))
+        found = answers.find(batch)
+        ours = answers.cross_entropy(run, base, hidden, found)
+        np.testing.assert_allclose(ours, nll, rtol=1e-5)
+        ours = answers.kl_to_reference(run, base, reference, hidden, found)
+        np.testing.assert_allclose(ours, kl, rtol=1e-4, atol=1e-6)
+    assert float(nll[3]) == 0.0
+
+
+def test_a_function_without_states_is_taken_by_its_logits():
+    model = made()
+    plain = functools.partial(lambda f, *a: f(*a), model.apply_fn)
+    batch = {"tokens": jnp.ones((2, 4), jnp.int32), "mask": jnp.ones((2, 4))}
+    both = [
+        answers.cross_entropy(
+            f,
+            model.params,
+            answers.states(f, model.params, None, batch),
+            answers.find(batch),
+        )
+        for f in (plain, model.apply_fn)
+    ]
+    np.testing.assert_allclose(*both, rtol=1e-6)
+
+
+def _sizes(jaxpr):
+    """Sizes of all arrays of a program, those inside its loops included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _sizes(inner)
+
+
+def test_no_array_of_a_step_is_as_wide_as_all_logits():
+    model = made(vocab=5003)
+    tokens = np.ones((8, 64), np.int32)
+    mask = np.zeros((8, 64), np.float32)
+    mask[:, 20:60] = 1
+    batch = {"tokens": tokens, "mask": mask, **answer_places(tokens, mask)}
+    adapter = models.init_adapter(jax.random.key(1), model.config, rank=2, alpha=4.0)
+
+    def loss(adapter):
+        run, base = model.apply_fn, model.params
+        hidden, reference = (
+            answers.states(run, base, a, batch) for a in (adapter, None)
+        )
+        found = answers.find(batch)
+        nll = answers.cross_entropy(run, base, hidden, found)
+        return jnp.mean(
+            nll + answers.kl_to_reference(run, base, reference, hidden, found)
+        )
+
+    def dense(adapter):
+        logits = model.apply_fn(model.params, adapter, tokens)
+        return jnp.mean(losses.token_cross_entropy(logits, tokens, mask))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "chunk_size", lambda *_: 16)
+        ours, whole = (
+            max(_sizes(jax.make_jaxpr(jax.value_and_grad(f))(adapter).jaxpr))
+            for f in (loss, dense)
+        )
+    assert ours < 8 * 40 * 5003 / 4
+    assert whole >= 8 * 64 * 5003
