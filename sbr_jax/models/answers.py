@@ -53,8 +53,9 @@ class Answers(NamedTuple):
         if self.owners is None:
             return jnp.sum(kept.reshape(self.examples, -1), axis=-1)
         # No scatter: an accelerator adds those in any order.
-        example = jnp.arange(self.examples, dtype=jnp.int32)[:, None]
-        return jnp.sum(jnp.where(self.owners == example, kept, 0.0), axis=-1)
+        example = jnp.arange(self.examples, dtype=self.owners.dtype)[:, None]
+        mine = self.owners[None] == example
+        return jnp.sum(jnp.where(mine, kept[None], 0.0), axis=-1)
 
 
 def find(batch: Mapping[str, jax.Array]) -> Answers:
@@ -88,7 +89,7 @@ def last_prompt(batch: Mapping[str, jax.Array]) -> jax.Array:
         return batch["last"]
     rows, length = batch["mask"].shape
     inside = jnp.maximum(jnp.argmax(batch["mask"] > 0, axis=1) - 1, 0)
-    return inside + jnp.arange(rows) * length
+    return inside + jnp.arange(rows, dtype=inside.dtype) * length
 
 
 def _next(values: jax.Array) -> jax.Array:
