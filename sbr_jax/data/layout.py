@@ -1,16 +1,17 @@
-"""Layout of a step's examples in memory: padded rows, or several to a row.
+"""Layout of a step's examples in memory: padded rows, or one row after another.
 
 Padding every example to the longest of its data set leaves a third of the places with
-text in them. :func:`pack` puts the examples of a step into as few rows as they need;
-the model keeps them apart by segments, and counts positions anew in each. What is drawn
-for a step does not depend on it (:mod:`sbr_jax.data.batches`), and neither do the
-numbers, up to rounding.
+text in them. :func:`pack` puts the examples of a step behind each other in one row,
+which everything but attention walks through token by token; attention meets them in
+*blocks*, rows that are about as long as the longest example and hold several, kept
+apart by segments. What is drawn for a step does not depend on it
+(:mod:`sbr_jax.data.batches`), and neither do the numbers, up to rounding.
 
-Shapes are few: the number of rows and of answer places is rounded up to a grid, so a
+Shapes are few: the length of a row and the number of answer places are rounded up, so a
 program is compiled for each size that occurs and serves every step of that size.
 
-Legend: N examples of a set, B of a step, T tokens of a row, R rows, K answer places, A
-microbatches.
+Legend: N examples of a set, B of a step, S rows, W tokens of a row, R blocks of a row,
+T tokens of a block, K answer places, A microbatches.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import numpy as np
 from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.typing import UserError
 
-GRID = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-"""Numbers of rows; beyond, multiples of 16."""
-
 WORTH = 0.8
 """Places that packing may keep, at most, of those that padding has, to be chosen."""
 
 SAMPLE = 32
 """Steps that are looked at to choose a layout."""
+
+STEPS = 12
+"""A row's length is rounded up to about this part of the mean."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +40,24 @@ class Layout:
     """How the steps of one data set are laid out.
 
     Attributes:
-      length: T of a row.
-      packed: several examples to a row.
+      length: T: of a block where packed, else of a row.
+      packed: whether examples share a row.
       places: the least K that is used, of a microbatch; per row where not packed.
+      unit: W is a multiple of it.
       parts: A microbatches, packed each on its own.
-      multiple: R is a multiple of it, so that a mesh can split the rows.
+      rows: S, as many as a mesh splits them into.
     """
 
     length: int
     packed: bool
     places: int
+    unit: int = 1
     parts: int = 1
-    multiple: int = 1
+    rows: int = 1
+
+    def blocks(self, width: int) -> int:
+        """R for rows of W tokens, with room for ends that nothing fits."""
+        return -(-width * 9 // (self.length * 8)) + 1
 
 
 def choose(
@@ -59,7 +66,7 @@ def choose(
     *,
     packing: str = "auto",
     parts: int = 1,
-    multiple: int = 1,
+    rows: int = 1,
 ) -> Layout:
     """The layout for a data set, from the steps that one seed would draw.
 
@@ -71,33 +78,35 @@ def choose(
       packing: ``"yes"``, ``"no"``, or ``"auto"`` to pack where that leaves at most 80 %
         of the places.
       parts: A; divides B.
-      multiple: of the number of rows.
+      rows: S.
 
     Returns:
       The layout.
 
-    >>> lengths = [3, 3, 3, 12]
-    >>> tokens = np.array([[7] * n + [0] * (12 - n) for n in lengths])
+    >>> tokens = np.array([[7] * n + [0] * (120 - n) for n in (30, 30, 30, 120)])
     >>> data = TokenDataset(tokens, np.roll(tokens > 0, 1, 1) & (tokens > 0))
     >>> choose(data, 4)
-    Layout(length=12, packed=True, places=24, parts=1, multiple=1)
+    Layout(length=120, packed=True, places=216, unit=8, parts=1, rows=1)
     """
-    length = max(int(used_lengths(dataset).max(initial=1)), 1)
+    lengths = used_lengths(dataset)
+    length = max(int(lengths.max(initial=1)), 1)
     counts = (dataset.mask[:, 1:] > 0).sum(axis=1)
-    padded = Layout(length, False, max(int(counts.max(initial=1)), 1), parts)
+    padded = Layout(length, False, max(int(counts.max(initial=1)), 1), parts=parts)
     if packing == "no" or not len(dataset):
         return padded
-    layout = Layout(length, True, 1, parts, multiple)
-    rows, places = [], []
-    for step in range(SAMPLE):
-        for part in _parts(batch(dataset, batch_size, 0, step), parts):
-            need = needed(part, layout)
-            rows.append(need[0])
-            places.append(need[1])
-    share = np.mean(rows) / (batch_size // parts)
-    if packing == "auto" and share > WORTH:
+    each = batch_size // parts
+    mean = lengths.mean() * each / rows
+    unit = 8 if mean < 256 else 32 * max(round(mean / STEPS / 32), 1)
+    layout = Layout(length, True, 1, unit, parts, rows)
+    sizes = [
+        needed(part, layout)
+        for step in range(SAMPLE)
+        for part in _parts(batch(dataset, batch_size, 0, step), parts)
+    ]
+    widths, places = zip(*sizes, strict=True)
+    if packing == "auto" and np.mean(widths) * rows > WORTH * each * length:
         return padded
-    return dataclasses.replace(layout, places=_round(max(places), 8))
+    return dataclasses.replace(layout, places=_up(max(places), 8))
 
 
 def widest(layouts: Sequence[Layout]) -> Layout:
@@ -106,20 +115,24 @@ def widest(layouts: Sequence[Layout]) -> Layout:
     return dataclasses.replace(
         layouts[0],
         length=max(layout.length for layout in layouts),
+        unit=max(layout.unit for layout in layouts),
         packed=packed,
         places=max(layout.places for layout in layouts if layout.packed == packed),
     )
 
 
 def needed(drawn: Mapping[str, np.ndarray], layout: Layout) -> tuple[int, int]:
-    """Rows and places that one microbatch takes, rounded up to the grid."""
-    rows = len(_fitted(lengths_of(drawn["tokens"], drawn["mask"]), layout.length))
-    rows = next((n for n in GRID if n >= rows), -(-rows // 16) * 16)
-    rows = -(-rows // layout.multiple) * layout.multiple
+    """W and K that one microbatch takes, rounded up."""
+    lengths = lengths_of(drawn["tokens"], drawn["mask"])
+    shares = [lengths[row] for row in _balanced(lengths, layout.rows)]
+    width = _up(max(int(share.sum()) for share in shares), layout.unit)
+    most = max(len(_fitted(share, layout.length)) for share in shares)
+    while layout.blocks(width) < most:
+        width += layout.unit
     count, places = int((drawn["mask"][:, 1:] > 0).sum()), layout.places
     while places < count:
-        places = _round(places * 3 // 2, 8)
-    return rows, places
+        places = _up(places * 3 // 2, 8)
+    return width, places
 
 
 def arrange(
@@ -143,11 +156,11 @@ def arrange(
         return [_in_rows(one, layout) for one in drawn]
     split = [_parts(one, layout.parts) for one in drawn]
     sizes = [needed(part, layout) for parts in split for part in parts]
-    rows, places = (max(size) for size in zip(*sizes, strict=True))
+    width, places = (max(size) for size in zip(*sizes, strict=True))
     done = []
     for parts in split:
         packed = [
-            pack(part, layout.length, rows, places, first=i * len(part["tokens"]))
+            pack(part, layout, width, places, first=i * len(part["tokens"]))
             for i, part in enumerate(parts)
         ]
         if layout.parts == 1:
@@ -165,7 +178,7 @@ def _parts(drawn: Mapping[str, np.ndarray], parts: int) -> list[dict[str, np.nda
     ]
 
 
-def _round(size: int, multiple: int) -> int:
+def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
@@ -184,91 +197,124 @@ def lengths_of(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.max(np.where(marked, places, 1), axis=1, initial=1)
 
 
-def _fitted(lengths: np.ndarray, row: int) -> list[list[int]]:
-    """First fit, longest first: the examples of each row."""
-    if lengths.max(initial=0) > row:
+def _balanced(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
+    """The examples of each row, of about equal lengths in all; in order inside one."""
+    if rows == 1:
+        return [np.arange(len(lengths))]
+    members: list[list[int]] = [[] for _ in range(rows)]
+    total = np.zeros(rows, np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        row = int(np.argmin(total))
+        members[row].append(int(i))
+        total[row] += lengths[i]
+    return [np.sort(np.array(each, np.int64)) for each in members]
+
+
+def _fitted(lengths: np.ndarray, length: int) -> list[list[int]]:
+    """First fit, longest first: the examples of each block."""
+    if lengths.max(initial=0) > length:
         worst = int(np.argmax(lengths))
         raise UserError(
-            f"expected examples of at most {row} tokens, got {lengths[worst]} in "
-            f"example {worst} of a step: give rows of that length, or shorten it"
+            f"expected examples of at most {length} tokens, got {lengths[worst]} in "
+            f"example {worst} of a step: give blocks of that length, or shorten it"
         )
-    rows: list[list[int]] = []
+    blocks: list[list[int]] = []
     free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = next((r for r, room in enumerate(free) if room >= lengths[i]), None)
+    for i in np.argsort(-lengths, kind="stable"):
+        at = next((b for b, room in enumerate(free) if room >= lengths[i]), None)
         if at is None:
-            at = len(rows)
-            rows.append([])
-            free.append(row)
-        rows[at].append(i)
+            at = len(blocks)
+            blocks.append([])
+            free.append(length)
+        blocks[at].append(int(i))
         free[at] -= int(lengths[i])
-    return rows
+    return blocks
 
 
 def pack(
     drawn: Mapping[str, np.ndarray],
-    length: int,
-    rows: int,
+    layout: Layout,
+    width: int,
     places: int,
     *,
     first: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Puts the examples of one microbatch into rows.
+    """Puts the examples of one microbatch behind each other.
 
-    **Guarantee**: every example is in one row, whole up to its last answer token, and
-    the answer places are listed example by example in the given order.
+    **Guarantee**: every example is in one row and in one block of it, whole up to its
+    last answer token, and the answer places are listed example by example in the given
+    order.
 
     Args:
       drawn: ``tokens`` and ``mask [B, T]``; further arrays ``[B, ...]`` are kept.
-      length: T of a row.
-      rows: R.
+      layout: T and S.
+      width: W.
       places: K.
       first: number of the first example in the whole step.
 
     Returns:
-      ``tokens``, ``segments`` (0 at filling) and ``positions``, int32 ``[R, T]``;
-      ``places``, ``targets``, ``owners`` (B at filling), int32 ``[K]``, and ``shares``,
-      float32 ``[K]``; ``last [B]``, the flat place of the last token before an answer;
-      ``row [B]``, and the further arrays.
+      ``tokens`` and ``positions``, int32 ``[S, W]``; ``blocks [S, R, T]``, the column
+      of the token in each place of a block, ``segments [S, R, T]``, whose it is (0 at
+      filling), and ``slots [S, W]``, the flat place of each token in the blocks of its
+      row, −1 at filling; ``places``, ``targets``, ``owners`` (B at filling), int32
+      ``[K]``, and ``shares``, float32 ``[K]``; ``last [B]``, the flat place of the last
+      token before an answer; ``row [B]``, and the further arrays.
 
     Raises:
-      UserError: for an example longer than a row, or more than fit.
+      UserError: for an example longer than a block, or more than fit.
 
     >>> tokens, mask = [[5, 6, 0], [7, 8, 9]], [[0, 1, 0], [0, 1, 1]]
-    >>> found = pack({"tokens": np.array(tokens), "mask": np.array(mask)}, 5, 1, 4)
+    >>> drawn = {"tokens": np.array(tokens), "mask": np.array(mask)}
+    >>> found = pack(drawn, Layout(3, True, 4), 5, 4)
     >>> found["tokens"].tolist(), found["positions"].tolist()
-    ([[7, 8, 9, 5, 6]], [[0, 1, 2, 0, 1]])
+    ([[5, 6, 7, 8, 9]], [[0, 1, 0, 1, 2]])
+    >>> found["blocks"].tolist(), found["slots"].tolist()
+    ([[[2, 3, 4], [0, 1, 0], [0, 0, 0]]], [[3, 4, 0, 1, 2]])
     >>> found["places"].tolist(), found["targets"].tolist(), found["owners"].tolist()
-    ([3, 0, 1, 0], [6, 8, 9, 0], [0, 1, 1, 2])
+    ([0, 2, 3, 0], [6, 8, 9, 0], [0, 1, 1, 2])
     """
     tokens, mask = drawn["tokens"], drawn["mask"]
     lengths, size = lengths_of(tokens, mask), len(tokens)
-    fitted = _fitted(lengths, length)
     weights = np.where(np.arange(tokens.shape[1]) > 0, mask, 0).astype(np.float32)
-    count = int((weights > 0).sum())
-    if len(fitted) > rows or count > places:
-        raise UserError(
-            f"expected examples that fit {rows} rows and {places} answer places, got "
-            f"{size} that need {len(fitted)} and {count}"
-        )
+    count, blocks = int((weights > 0).sum()), layout.blocks(width)
+    line = {
+        name: np.full((layout.rows, width), filling, np.int32)
+        for name, filling in (("tokens", 0), ("positions", 0), ("slots", -1))
+    }
     grid = {
-        name: np.zeros((rows, length), np.int32)
-        for name in ("tokens", "segments", "positions")
+        name: np.zeros((layout.rows, blocks, layout.length), np.int32)
+        for name in ("blocks", "segments")
     }
     start = np.zeros(size, np.int32)
-    for r, members in enumerate(fitted):
-        at = 0
-        for i in members:
-            inside = slice(at, at + int(lengths[i]))
-            grid["tokens"][r, inside] = tokens[i, : lengths[i]]
-            grid["segments"][r, inside] = i + 1
-            grid["positions"][r, inside] = np.arange(lengths[i])
-            start[i] = r * length + at
-            at = inside.stop
+    for row, members in enumerate(_balanced(lengths, layout.rows)):
+        ends = np.cumsum(lengths[members])
+        fitted = _fitted(lengths[members], layout.length)
+        if len(fitted) > blocks or ends.max(initial=0) > width or count > places:
+            raise UserError(
+                f"expected examples that fit {layout.rows} x {width} tokens, {blocks} "
+                f"blocks and {places} answer places, got {ends.max(initial=0)} tokens "
+                f"in a row, {len(fitted)} blocks and {count} places"
+            )
+        for i, end in zip(members, ends, strict=True):
+            inside = slice(end - lengths[i], end)
+            line["tokens"][row, inside] = tokens[i, : lengths[i]]
+            line["positions"][row, inside] = np.arange(lengths[i])
+            start[i] = row * width + inside.start
+        for block, held in enumerate(fitted):
+            at = 0
+            for i in members[held]:
+                column = np.arange(lengths[i]) + start[i] - row * width
+                grid["blocks"][row, block, at : at + lengths[i]] = column
+                grid["segments"][row, block, at : at + lengths[i]] = i + 1
+                line["slots"][row, column] = (
+                    block * layout.length + at + np.arange(lengths[i])
+                )
+                at += int(lengths[i])
     owners, column = np.nonzero(weights)
     shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
     filling = (0, places - count)
     return {
+        **line,
         **grid,
         "places": np.pad(start[owners] + column.astype(np.int32) - 1, filling),
         "targets": np.pad(tokens[owners, column].astype(np.int32), filling),

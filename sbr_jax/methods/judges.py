@@ -22,7 +22,7 @@ import numpy as np
 
 from sbr_jax.data import TokenDataset
 from sbr_jax.methods.risk import Judge, JudgeError
-from sbr_jax.models import Model, ModelConfig
+from sbr_jax.models import Model, ModelConfig, answers
 from sbr_jax.models.generate import bucket
 from sbr_jax.models.transformer import output_logits
 from sbr_jax.typing import ApplyFn, PyTree, UserError

@@ -4,8 +4,8 @@ A batch comes in one of three layouts, and :func:`find` makes one thing of them:
 
 - *bare*: ``tokens [B, T]`` and ``mask [B, T]``; every place counts as one of an answer;
 - *rows*: besides, where the answers are: ``places``, ``targets`` and ``shares [B, A]``;
-- *packed*: several examples to a row, with ``segments`` and ``positions [R, T]``, flat
-  ``places``, ``targets``, ``shares`` and ``owners [K]``, and ``last [B]``.
+- *packed*: examples behind each other in a row (:func:`sbr_jax.data.layout.pack`), with
+  flat ``places``, ``targets``, ``shares`` and ``owners [K]``, and ``last [B]``.
 
 The state at place t − 1 predicts token t, so a place is where an answer token is
 predicted. A share is a token's weight in its example's mean, ``m_t / max(Σ m, 1)``.
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from sbr_jax.models import vocabulary
 from sbr_jax.typing import PyTree
 
-LAYOUT = ("segments", "positions")
+LAYOUT = ("positions", "blocks", "segments", "slots")
 """Entries of a batch that the model is given beside its tokens."""
 
 

@@ -24,6 +24,7 @@ from sbr_jax.models.layers import (
     ACTIVATIONS,
     drop,
     project,
+    rearranged,
     rms_norm,
     rotate,
     sees,
@@ -166,8 +167,10 @@ def hidden_states(
     adapter: Mapping[str, LoraPair] | None,
     tokens: jax.Array,
     *,
-    segments: jax.Array | None = None,
     positions: jax.Array | None = None,
+    blocks: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    slots: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     dropout_rate: float = 0.0,
     embeddings: jax.Array | None = None,
@@ -177,7 +180,7 @@ def hidden_states(
     """States after the final norm at every position: what the head reads.
 
     **Guarantee**: the state at position t depends on ``tokens[:, :t + 1]`` only, so
-    right-padding needs no mask; with ``segments``, on those of its own segment only.
+    right-padding needs no mask; with ``segments``, on those of its own sequence only.
 
     Args:
       config: the mathematics.
@@ -185,10 +188,13 @@ def hidden_states(
       base: the frozen weights.
       adapter: ``{name: LoraPair}``, or None.
       tokens: integers ``[B, T]``.
-      segments: integers ``[B, T]``, for rows that hold several sequences: which of them
-        a token belongs to. None where a row is one sequence.
       positions: integers ``[B, T]``, each token's place in its sequence; None for its
         place in the row.
+      blocks: for rows that hold several sequences: the column of the token in each
+        place of the blocks that attention works on, integers ``[B, R, S]``.
+      segments: which sequence it is of, ``[B, R, S]``; tokens of one see each other.
+      slots: the place of each token in the blocks of its row, ``[B, T]``; −1 for
+        filling.
       dropout_key: a PRNG key; None switches dropout off.
       dropout_rate: probability of zeroing an input of the adapter; a Python float.
       embeddings: ``[B, T, D]`` in the place of the tokens' rows of the embedding
@@ -206,27 +212,18 @@ def hidden_states(
       UserError: if the adapter adapts something the model does not have.
     """
     adapter = check_adapter(config, adapter)
-    places = jnp.arange(tokens.shape[1])[None]
-    rope = rope_of(config, places if positions is None else positions)
+    columns = jnp.arange(tokens.shape[1])[None]
+    rope = rope_of(config, columns if positions is None else positions)
     keys = None
     if dropout_key is not None and dropout_rate > 0.0:
         keys = jax.random.split(dropout_key, config.layers)
-
-    # A kernel knows causal windows by itself; only a choice between two needs a mask.
-    pick = functools.partial(sees, places, places)
-    if segments is not None:
-        own = segments[:, None, :, None] == segments[:, None, None, :]
-        pick = layer_mask(config, lambda window: sees(places, places, window) & own)
-    else:
-        pick = layer_mask(config, pick) if config.alternates else lambda slides: None
+    attend_all = _attention(config, hardware, columns)
+    if blocks is not None and segments is not None and slots is not None:
+        attend_all = _blockwise(config, hardware, blocks, segments, slots)
 
     def body(x, layer):
         weights, pairs, key, shift, slides = layer
-
-        def attention(query, keys, values):
-            mask, kernel = pick(slides), hardware.attention
-            return attend_as(config, query, keys, values, mask, kernel), None
-
+        attention = functools.partial(attend_all, slides)
         dropout = None if key is None else (key, dropout_rate)
         block = build_block(config, weights)
         inputs: dict[str, jax.Array] = {}
@@ -244,6 +241,53 @@ def hidden_states(
         return hidden
     residual = jnp.concatenate([seen[0], x[None]])
     return hidden, {"residual": residual, "inputs": seen[1]}
+
+
+def _attention(
+    config: ModelConfig, hardware: Hardware, columns: jax.Array
+) -> Callable[..., tuple[jax.Array, None]]:
+    """Attention of rows that are one sequence each."""
+    # A kernel knows causal windows by itself; only a choice between two needs a mask.
+    pick = functools.partial(sees, columns, columns)
+    pick = layer_mask(config, pick) if config.alternates else lambda slides: None
+
+    def attention(slides, query, key, value):
+        mask, kernel = pick(slides), hardware.attention
+        return attend_as(config, query, key, value, mask, kernel), None
+
+    return attention
+
+
+def _blockwise(
+    config: ModelConfig,
+    hardware: Hardware,
+    blocks: jax.Array,
+    segments: jax.Array,
+    slots: jax.Array,
+) -> Callable[..., tuple[jax.Array, None]]:
+    """Attention of rows that hold several sequences, block by block.
+
+    A row's tokens are rearranged into its blocks and back; a place of a block sees the
+    places before it of its own segment, and filling sees filling.
+    """
+    rows, count, length = blocks.shape
+    there, real = blocks.reshape(rows, -1), segments.reshape(rows, -1) > 0
+    placed = slots >= 0
+    columns = jnp.arange(length)[None]
+    owner = segments.reshape(-1, length)
+    same = owner[:, None, :, None] == owner[:, None, None, :]
+    pick = layer_mask(config, lambda window: sees(columns, columns, window) & same)
+
+    def attention(slides, *heads):
+        cut = (
+            rearranged(x, there, slots, real, placed).reshape(-1, length, *x.shape[2:])
+            for x in heads
+        )
+        out = attend_as(config, *cut, pick(slides), hardware.attention)
+        out = out.reshape(rows, count * length, *out.shape[2:])
+        return rearranged(out, slots, there, placed, real), None
+
+    return attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ def make_step(
 def _accumulated(hook, batch, more, accumulation):
     """Mean of the hook's results over microbatches, by a scan."""
     # What is packed numbers its examples itself, and comes in microbatches.
-    packed = "segments" in batch
+    packed = "blocks" in batch
     if not packed:
         size = batch["tokens"].shape[0]
         batch = {**batch, "row": jnp.arange(size, dtype=jnp.int32)}

@@ -149,7 +149,7 @@ class Track:
             self.job.config.training.batch_size,
             packing=hardware.packing if packed else "no",
             parts=hardware.accumulation,
-            multiple=1 if mesh is None else mesh.shape["fsdp"],
+            rows=1 if mesh is None else mesh.shape["fsdp"],
         )
 
 
