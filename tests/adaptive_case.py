@@ -11,6 +11,7 @@ from sbr_jax.data import TokenDataset, batch
 from sbr_jax.methods.adaptive import adaptive_loss, adaptive_probe
 from sbr_jax.methods.base import task_gradient
 from sbr_jax.methods.risk import judged
+from sbr_jax.models import answers
 from sbr_jax.training.program import init_adapter
 
 KEY = jax.random.key(0)
@@ -65,7 +66,7 @@ forward = jax.jit(PROBLEM.apply_fn)
 @jax.jit
 def weighted(adapter, drawn, alpha, beta):
     """The loss and its gradient with given weights: one program for all of them."""
-    reference = PROBLEM.apply_fn(BASE, None, drawn["tokens"])
+    reference = answers.states(PROBLEM.apply_fn, BASE, None, drawn)
 
     def loss(a):
         return adaptive_loss(PROBLEM, BASE, a, drawn, reference, alpha, beta, KEY)[0]

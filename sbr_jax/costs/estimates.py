@@ -5,13 +5,16 @@ A job is a `programs.job.Job`, or what has its attributes.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from sbr_jax.costs import forecast, forecast_judge
 from sbr_jax.costs.forecast import Device, Load
+from sbr_jax.data.layout import choose, used_lengths
 from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.methods import Method, build
 from sbr_jax.methods.base import Cost
+from sbr_jax.settings import Hardware
 from sbr_jax.studies.options import ChatOptions
 
 FRAME, PER_CHARACTER = 30, 0.25
@@ -32,6 +35,12 @@ def load_of(job: Any, study: Any) -> Load:
     if dtype is None:
         dtype = str(jax.tree.leaves(study.model.params)[0].dtype)
     chat = isinstance(options, ChatOptions)
+    hardware = job.config.hardware
+    tokens, answers = _mean_sizes(
+        [study.domains[name].train for name in job.domains],
+        training.batch_size,
+        hardware,
+    )
     return Load(
         config=study.model.config,
         dtype=dtype,
@@ -39,10 +48,32 @@ def load_of(job: Any, study: Any) -> Load:
         rank=training.lora_rank,
         targets=training.lora_targets,
         batch=training.batch_size,
-        accumulation=job.config.hardware.accumulation,
+        accumulation=hardware.accumulation,
         length=max(study.domains[name].train.length for name in job.domains),
-        remat=job.config.hardware.remat if chat else study.model.hardware.remat,
+        remat=hardware.remat if chat else study.model.hardware.remat,
+        tokens=tokens,
+        answers=answers,
     )
+
+
+def _mean_sizes(
+    sets: Sequence[Any], batch: int, hardware: Hardware
+) -> tuple[float, float]:
+    """Tokens and answer places that are computed for an example, over all domains."""
+    each = []
+    for data in sets:
+        layout = choose(
+            data, batch, packing=hardware.packing, parts=hardware.accumulation
+        )
+        if layout.packed:
+            part = batch // hardware.accumulation
+            text = part * float(used_lengths(data).mean())
+            width = math.ceil(text / layout.unit) * layout.unit
+            each.append((width / part, layout.places / part))
+        else:
+            each.append((layout.length, layout.places))
+    tokens, answers = zip(*each, strict=True)
+    return sum(tokens) / len(each), sum(answers) / len(each)
 
 
 def shards(mesh: str | None) -> int:
@@ -66,7 +97,6 @@ def memory(job: Any, study: Any, load: Load) -> dict[str, dict[str, float]]:
     held = dict(base)
     if columns:
         held["subspace, twice"] = forecast.subspace_bytes(load, columns)
-        held["reference adapter"] = forecast.adapter_bytes(load)
     if getattr(study, "unaligned", None) or getattr(options, "unaligned_folder", None):
         held["weights before alignment"] = (
             forecast.weight_bytes(config, load.dtype) / parts
@@ -75,7 +105,8 @@ def memory(job: Any, study: Any, load: Load) -> dict[str, dict[str, float]]:
     phases = {"training step": {**held, **{k: v / parts for k, v in step.items()}}}
     if columns:
         examples = training.fisher_examples or len(study.calibration)
-        shorter = dataclasses.replace(load, length=study.calibration.length)
+        length = int(used_lengths(study.calibration).max())
+        shorter = dataclasses.replace(load, length=length, tokens=None, answers=None)
         phases["Fisher"] = held | forecast.fisher_memory(
             shorter,
             min(examples, len(study.calibration)),
@@ -134,8 +165,13 @@ def fisher_flops(job: Any, study: Any, load: Load, method: Method) -> float:
     sets = [study.calibration] * forecast.calibration_fishers(method, *size)
     sets += domains * cost.own_fishers
     most = cost.fisher_examples or training.fisher_examples or math.inf
-    each = (min(len(x), most) * forecast.train_flops(load, x.length) for x in sets)
-    return sum(each)
+    return sum(min(len(x), most) * _example_flops(load, x) for x in sets)
+
+
+def _example_flops(load: Load, data: Any) -> float:
+    """Of the gradient of one example, of the mean length of a set."""
+    answers = float((data.mask[:, 1:] > 0).sum(axis=1).mean())
+    return forecast.train_flops(load, float(used_lengths(data).mean()), heads=answers)
 
 
 def variant_seconds(

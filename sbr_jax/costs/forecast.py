@@ -22,6 +22,8 @@ FLOAT32 = 4
 BYTES = {"bfloat16": 2, "float32": 4}
 LOGIT_COPIES = 3
 """Logits, their logarithm and their gradient, float32."""
+CHUNK = 2**28
+"""Bytes of logits that a head meets at once on an accelerator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Load:
         targets: regular expression of the adapted projections.
         batch: examples of a step.
         accumulation: microbatches of a step.
-        length: T, tokens of a training example.
+        length: T, tokens of the longest training example; what attention looks over.
+        tokens: of an example on average, what a layout adds included; None for T.
+        answers: places of an example whose logits are needed; None for all.
         remat: whether layers are recomputed in the backward pass.
     """
 
@@ -49,6 +53,18 @@ class Load:
     accumulation: int = 1
     length: int = 512
     remat: bool = True
+    tokens: float | None = None
+    answers: float | None = None
+
+    @property
+    def width(self) -> float:
+        """Tokens that are computed for an example."""
+        return self.length if self.tokens is None else self.tokens
+
+    @property
+    def places(self) -> float:
+        """Places whose logits are computed for an example."""
+        return self.width if self.answers is None else self.answers
 
     @property
     def microbatch(self) -> int:
@@ -94,7 +110,7 @@ def adapter_parameters(config: ModelConfig, rank: int, targets: str) -> int:
 # --- FLOPs ----------------------------------------------------------------------------
 
 
-def _layer_flops(load: Load, tokens: int, keys: int) -> tuple[float, float, float]:
+def _layer_flops(load: Load, tokens: float, keys: int) -> tuple[float, float, float]:
     """Of one sequence in one layer: projections, attention, adapter."""
     config = load.config
     weights = sum(math.prod(config.projection(name)) for name in TARGETS)
@@ -104,7 +120,7 @@ def _layer_flops(load: Load, tokens: int, keys: int) -> tuple[float, float, floa
 
 
 def forward_flops(
-    load: Load, tokens: int, *, keys: int | None = None, heads: int | None = None
+    load: Load, tokens: float, *, keys: float | None = None, heads: float | None = None
 ) -> float:
     """Of one sequence, forwards.
 
@@ -119,15 +135,26 @@ def forward_flops(
     return load.config.layers * layer + (tokens if heads is None else heads) * table
 
 
-def train_flops(load: Load, tokens: int) -> float:
+def train_flops(
+    load: Load, tokens: float, *, keys: float | None = None, heads: float | None = None
+) -> float:
     """Of one sequence, forwards and backwards, with the base frozen.
 
     The backward pass of a frozen weight is one product (the input's gradient), that of
     an adapter or of attention two. A recomputed layer does without its last product,
-    whose result only a norm behind it would need.
+    whose result only a norm behind it would need. The head is never recomputed.
+
+    Args:
+        load: what runs.
+        tokens: T.
+        keys: positions that each token looks at; None for T.
+        heads: positions whose logits are computed; None for T.
     """
-    weights, attention, adapter = _layer_flops(load, tokens, tokens)
-    table = 2 * tokens * load.config.width * load.config.vocab_size
+    weights, attention, adapter = _layer_flops(
+        load, tokens, tokens if keys is None else keys
+    )
+    heads = tokens if heads is None else heads
+    table = 2 * heads * load.config.width * load.config.vocab_size
     layer = 2 * weights + 3 * attention + 3 * adapter
     again = 0.0
     if load.remat:
@@ -152,7 +179,13 @@ def cache_bytes(load: Load, tokens: int) -> int:
     return tokens * entries * BYTES[load.dtype]
 
 
-def _inside_layer(load: Load) -> int:
+def _logit_bytes(load: Load, places: float) -> float:
+    """Of the chunk of logits that a head meets at once."""
+    whole = places * load.config.vocab_size * FLOAT32
+    return LOGIT_COPIES * min(whole, CHUNK)
+
+
+def _inside_layer(load: Load) -> float:
     """Activations that the backward pass of one layer needs, for one microbatch."""
     config, size = load.config, BYTES[load.dtype]
     queries = config.heads * config.head_dim
@@ -161,12 +194,12 @@ def _inside_layer(load: Load) -> int:
     # gate before and after its activation, the other factor, and their product.
     token = 2 * config.width + 2 * queries + 2 * keys + 4 * config.mlp_width
     scores = 2 * config.heads * load.length * FLOAT32
-    return load.microbatch * load.length * (token * size + scores)
+    return load.microbatch * load.width * (token * size + scores)
 
 
-def training_memory(load: Load) -> dict[str, int]:
+def training_memory(load: Load) -> dict[str, float]:
     """Bytes by part of one step, without the frozen weights."""
-    config, tokens = load.config, load.microbatch * load.length
+    config, tokens = load.config, load.microbatch * load.width
     stream = config.layers * tokens * config.width * BYTES[load.dtype]
     layers = 1 if load.remat else config.layers
     return {
@@ -174,7 +207,7 @@ def training_memory(load: Load) -> dict[str, int]:
         "AdamW's moments": 2 * adapter_bytes(load),
         "residual stream": stream,
         "activations inside layers": layers * _inside_layer(load),
-        "logits": LOGIT_COPIES * tokens * config.vocab_size * FLOAT32,
+        "logits": _logit_bytes(load, load.microbatch * load.places),
     }
 
 
@@ -185,7 +218,7 @@ def subspace_bytes(load: Load, columns: int) -> int:
 
 def fisher_memory(
     load: Load, examples: int, microbatch: int, buffer: int
-) -> dict[str, int]:
+) -> dict[str, float]:
     """Bytes of a Fisher estimate's own arrays.
 
     The rows, a buffer and a batch at most, are held twice while they are joined or cut.
@@ -195,7 +228,7 @@ def fisher_memory(
     return {
         "per-example gradients": (2 * rows + microbatch) * adapter_bytes(load),
         "activations": _inside_layer(one)
-        + LOGIT_COPIES * microbatch * load.length * load.config.vocab_size * FLOAT32,
+        + _logit_bytes(load, microbatch * load.places),
     }
 
 
@@ -256,14 +289,16 @@ def generation_seconds(
 
 def step_flops(load: Load, cost: Cost) -> float:
     """Of one optimizer step of a defence."""
-    one, whole = forward_flops(load, load.length), train_flops(load, load.length)
+    size = {"keys": load.length, "heads": load.places}
+    one = forward_flops(load, load.width, **size)
+    whole = train_flops(load, load.width, **size)
     return load.batch * ((1 + cost.backward) * whole + cost.forward * one)
 
 
 def stage_flops(load: Load, cost: Cost, steps: int) -> float:
     """Of a defence's stage before training, where a domain has so many steps."""
     passes = cost.stage * (cost.stage_steps or steps)
-    return passes * load.batch * train_flops(load, load.length)
+    return passes * step_flops(load, Cost())
 
 
 def calibration_fishers(method: Method, domains: int, steps: int) -> int:

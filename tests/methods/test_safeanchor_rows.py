@@ -14,6 +14,7 @@ from trees import vector
 from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.methods import InertProjectionWarning, build
 from sbr_jax.methods._anchor import anchor_loss
+from sbr_jax.models import answers
 from sbr_jax.training.program import init_adapter
 
 
@@ -59,10 +60,8 @@ def test_anchor_is_zero_with_zero_gradient_at_the_reference_and_positive_after()
     problem = program("safeanchor").problem
     base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
     safe = {k: jnp.asarray(getattr(STUDY.calibration, k)) for k in ("tokens", "mask")}
-    reference = STUDY.model.apply_fn(base, adapter, safe["tokens"])
-    value = jax.jit(
-        jax.value_and_grad(lambda a: anchor_loss(problem, base, a, reference, safe))
-    )
+    safe["reference"] = answers.states(STUDY.model.apply_fn, base, adapter, safe)
+    value = jax.jit(jax.value_and_grad(lambda a: anchor_loss(problem, base, a, safe)))
     loss, grads = value(adapter)
     assert abs(float(loss)) < 1e-6
     assert float(optax.tree.norm(grads)) < 1e-6

@@ -25,6 +25,7 @@ from trees import vector
 from sbr_jax.methods._anchor import anchor_loss
 from sbr_jax.methods.base import draw_rows
 from sbr_jax.methods.safegrad import resolve_conflict, safegrad
+from sbr_jax.models import answers
 
 
 def slow_resolve(u, a):
@@ -78,8 +79,8 @@ def slow_divergence(adapter, tokens, mask, temperature):
 
 
 def alignment_loss(adapter, safe, temperature):
-    reference = PROBLEM.apply_fn(BASE, None, safe["tokens"])
-    return anchor_loss(PROBLEM, BASE, adapter, reference, safe, temperature=temperature)
+    held = {**safe, "reference": answers.states(PROBLEM.apply_fn, BASE, None, safe)}
+    return anchor_loss(PROBLEM, BASE, adapter, held, temperature=temperature)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -12,6 +12,7 @@ import tiny
 
 from sbr_jax.data.batches import batch
 from sbr_jax.data.leaks import check_disjoint
+from sbr_jax.methods._anchor import reference_states
 from sbr_jax.methods.base import adamw, task_gradient
 from sbr_jax.training import checkpoint, loop
 from sbr_jax.training.program import init_adapter
@@ -98,7 +99,9 @@ def test_accumulation_equals_one_big_batch():
         state = begun(found, adapter, key)
         # A reference elsewhere, so that the anchor has a gradient.
         moved = jax.tree.map(lambda x: x + jnp.asarray(0.05, x.dtype), adapter)
-        state["anchor"]["reference"] = moved
+        state["anchor"]["reference"] = reference_states(
+            found.problem, BASE, moved, state["anchor"]
+        )
         train = found.start(adapter, state)
         train, metrics = found.step(BASE, train, state, batch(DATA, 8, 0, 0), key)
         results.append((vector(train.adapter), jax.device_get(metrics)))
