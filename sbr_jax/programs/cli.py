@@ -1,5 +1,6 @@
 """Frame of every command-line program: checks, one line for a mistake, exit codes."""
 
+import collections
 import errno
 import os
 import sys
@@ -92,6 +93,9 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
     return 0
 
 
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+"""Event of a program that was compiled, or found in the cache."""
+
 KEPT = "interrupted: finished stages are kept; the same command continues"
 
 
@@ -145,15 +149,37 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-def enable_compilation_cache() -> None:
+def enable_compilation_cache() -> Callable[[], str]:
     """Keeps compiled programs between runs, in the user's cache folder.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder; empty switches it off.
+
+    Returns:
+        A function that says what was compiled since, and what was found.
     """
     import jax
 
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
-        return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(root / "sbr_jax" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    seen: collections.Counter[str] = collections.Counter()
+    seconds: list[float] = []
+
+    def timed(event: str, duration: float, **_: object) -> None:
+        if event == _COMPILED:
+            seconds.append(duration)
+
+    jax.monitoring.register_event_listener(lambda event, **_: seen.update([event]))
+    jax.monitoring.register_event_duration_secs_listener(timed)
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "sbr_jax" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+    def told() -> str:
+        folder = jax.config.values["jax_compilation_cache_dir"]
+        where = f"in {folder}" if folder else "kept nowhere: the cache is off"
+        found = seen["/jax/compilation_cache/cache_hits"]
+        return (
+            f"programs: {len(seconds)} made ready in {sum(seconds):.0f} s, {found} of "
+            f"them found compiled; {where}"
+        )
+
+    return told

@@ -227,7 +227,7 @@ def execute(job: Job, study: Any = None) -> Any:
     Returns:
         The study.
     """
-    cli.enable_compilation_cache()
+    compiled = cli.enable_compilation_cache()
     from sbr_jax.provenance.code_version import recorder
     from sbr_jax.training import pipeline
 
@@ -243,4 +243,6 @@ def execute(job: Job, study: Any = None) -> Any:
         code=recorder(job.preset),
         quiet=job.quiet,
     )
+    if not job.quiet:
+        print(compiled())
     return study
