@@ -88,25 +88,39 @@ def choose(
     >>> choose(data, 4)
     Layout(length=120, packed=True, places=216, unit=8, parts=1, rows=1)
     """
-    lengths = used_lengths(dataset)
-    length = max(int(lengths.max(initial=1)), 1)
+    length = max(int(used_lengths(dataset).max(initial=1)), 1)
     counts = (dataset.mask[:, 1:] > 0).sum(axis=1)
     padded = Layout(length, False, max(int(counts.max(initial=1)), 1), parts=parts)
     if packing == "no" or not len(dataset):
         return padded
-    each = batch_size // parts
-    mean = lengths.mean() * each / rows
+    steps = [batch(dataset, batch_size, 0, step) for step in range(SAMPLE)]
+    layout, share = packed_layout(steps, length, parts=parts, rows=rows)
+    return padded if packing == "auto" and share > WORTH else layout
+
+
+def packed_layout(
+    steps: Sequence[Mapping[str, np.ndarray]],
+    length: int,
+    *,
+    parts: int = 1,
+    rows: int = 1,
+) -> tuple[Layout, float]:
+    """The layout that packs some steps, and its share of the places of padded rows.
+
+    Args:
+      steps: batches of ``tokens`` and ``mask [B, ...]``.
+      length: T, of the longest example of all.
+      parts: A; divides B.
+      rows: S.
+    """
+    pieces = [part for step in steps for part in _parts(step, parts)]
+    text = [lengths_of(part["tokens"], part["mask"]).sum() for part in pieces]
+    mean = np.mean(text) / rows
     unit = 8 if mean < 256 else 32 * max(round(mean / STEPS / 32), 1)
     layout = Layout(length, True, 1, unit, parts, rows)
-    sizes = [
-        needed(part, layout)
-        for step in range(SAMPLE)
-        for part in _parts(batch(dataset, batch_size, 0, step), parts)
-    ]
-    widths, places = zip(*sizes, strict=True)
-    if packing == "auto" and np.mean(widths) * rows > WORTH * each * length:
-        return padded
-    return dataclasses.replace(layout, places=_up(max(places), 8))
+    widths, places = zip(*(needed(part, layout) for part in pieces), strict=True)
+    share = np.mean(widths) * rows / (len(pieces[0]["tokens"]) * length)
+    return dataclasses.replace(layout, places=_up(max(places), 8)), float(share)
 
 
 def widest(layouts: Sequence[Layout]) -> Layout:
@@ -437,6 +451,7 @@ __all__ = [
     "last_prompt",
     "lengths_of",
     "needed",
+    "packed_layout",
     "pack",
     "used_lengths",
     "widest",
