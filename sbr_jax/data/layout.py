@@ -451,8 +451,8 @@ __all__ = [
     "last_prompt",
     "lengths_of",
     "needed",
-    "packed_layout",
     "pack",
+    "packed_layout",
     "used_lengths",
     "widest",
 ]
