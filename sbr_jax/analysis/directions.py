@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.models.generate import bucket
+from sbr_jax.models.buckets import bucket
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 Prompts = Any

@@ -1,20 +1,18 @@
 """Accuracy on a domain: questions answered by choice, or next tokens guessed."""
 
 import dataclasses
-import functools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.records import ChoiceItem
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.tasks import legalbench
-from sbr_jax.models.finite import comparable, require_comparable
+from sbr_jax.models.finite import require_comparable
+from sbr_jax.models.likelihood import answer_scores
 from sbr_jax.typing import PyTree
 
 Runner = Callable[[PyTree, PyTree], ModelRunner]
@@ -43,7 +41,7 @@ class TokenAccuracy:
     Attributes:
       apply_fn: of the model.
       data: held-out examples.
-      batch_size: examples whose logits are held at once.
+      batch_size: examples that run at once.
     """
 
     apply_fn: Callable[..., jax.Array]
@@ -56,21 +54,16 @@ class TokenAccuracy:
         Raises:
           UserError: the logits are no numbers.
         """
-        count, size = _hits(self.apply_fn), min(self.batch_size, len(self.data))
-        total, sure = np.zeros(2), []
-        for start in range(0, len(self.data), size):
-            lack = size - len(self.data.tokens[start : start + size])
-            # A short batch is filled with rows without an answer.
-            parts = (
-                np.pad(x[start : start + size], ((0, lack), (0, 0)))
-                for x in (self.data.tokens, self.data.mask)
-            )
-            *found, told = count(base, adapter, *parts)
-            total += [float(x) for x in found]
-            sure += np.asarray(told)[: size - lack].tolist()
-        require_comparable("next-token accuracy", sure)
-        hits, tokens = total
-        return float(100.0 * hits / max(tokens, 1.0))
+        found = answer_scores(
+            self.apply_fn,
+            base,
+            adapter,
+            self.data.tokens,
+            self.data.mask,
+            batch_size=self.batch_size,
+        )
+        require_comparable("next-token accuracy", found.told)
+        return float(100.0 * found.hits.sum() / max(found.counts.sum(), 1.0))
 
 
 class Remembered:
@@ -99,15 +92,3 @@ class Remembered:
             self._metrics = self._score(base, adapter)
             self._seen = [weakref.ref(array) for array in arrays]
         return dict(self._metrics)
-
-
-@functools.lru_cache(maxsize=8)
-def _hits(apply_fn: Callable[..., jax.Array]) -> Callable[..., tuple]:
-    @jax.jit
-    def hits(base, adapter, tokens, mask):
-        logits = apply_fn(base, adapter, tokens)[:, :-1]
-        right = jnp.argmax(logits, axis=-1).astype(tokens.dtype) == tokens[:, 1:]
-        told = jnp.all(comparable(logits) | (mask[:, 1:] == 0), axis=-1)
-        return jnp.sum(jnp.where(right, mask[:, 1:], 0.0)), jnp.sum(mask[:, 1:]), told
-
-    return hits

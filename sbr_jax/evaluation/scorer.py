@@ -6,7 +6,8 @@ A context but for its last token goes through the model without logits and leave
 keys and values; the last token and all but the last of a continuation's tokens then
 run against those. So options of one token share one row, however many there are, as do
 longer ones that differ only in their last token. A beginning common to many contexts
-(a few-shot preamble) is read once for all of them.
+(a few-shot preamble) is read once for all of them. The head meets the places that
+predict a continuation's tokens, and no others.
 
 Symbols: B contexts, S tokens of the common beginning, P of a context's remainder, R
 rows of endings, T tokens of an ending, K last tokens that share a row, V vocabulary.
@@ -21,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.models import Model, make_extend_fn
+from sbr_jax.models import Model, answers, make_extend_fn, vocabulary
+from sbr_jax.models.buckets import bucket
 from sbr_jax.models.finite import comparable, require_comparable
-from sbr_jax.models.generate import bucket
+from sbr_jax.models.likelihood import read_targets
 from sbr_jax.typing import PyTree, UserError
 
 SHARED_AFTER = 64
@@ -59,7 +61,7 @@ def _read(
 ) -> Any:
     """Keys and values ``[L, B, S + P, ...]`` of contexts ``[B, P]`` after ``shared``.
 
-    The logits are not used, so the compiler does not compute them.
+    No state meets the head.
     """
     past = None
     if shared is not None:
@@ -67,7 +69,7 @@ def _read(
         past = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:])), shared
         )
-    _, fresh = extend_fn(base, adapter, tokens, past)
+    _, fresh = extend_fn.hidden(base, adapter, tokens, past)
     if past is None:
         return fresh
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), past, fresh)
@@ -82,31 +84,45 @@ def _end(
     owner: jax.Array,
     length: jax.Array,
     tokens: jax.Array,
-    count: jax.Array,
+    places: jax.Array,
+    targets: jax.Array,
+    ends: jax.Array,
     last: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Runs endings ``[R, T]`` of ``count`` tokens against their contexts' cache.
+    """Runs endings ``[R, T]`` against their contexts' cache; logits at places in use.
+
+    Args:
+      extend_fn: of the model.
+      base: its weights.
+      adapter: of it.
+      cache: keys and values of the contexts.
+      owner: which context an ending has ``[R]``.
+      length: tokens of that context in the cache ``[R]``.
+      tokens: of the endings.
+      places: flat places that predict tokens of the bodies ``[N]``.
+      targets: these tokens ``[N]``.
+      ends: flat place of the last token of every body ``[R]``.
+      last: what may follow there ``[R, K]``.
 
     Returns:
-      The body's log-likelihood and whether it is greedy ``[R]``, the log-likelihoods of
-      the last tokens ``[R, K]``, the most likely last token ``[R]`` and whether all
-      logits could be compared ``[R]``.
+      Of the bodies' tokens the log-likelihoods, whether they are the likeliest and
+      whether logits could be compared ``[N]``; of the last tokens the log-likelihoods
+      ``[R, K]``, the likeliest ``[R]`` and whether logits could be compared ``[R]``.
     """
     past = jax.tree.map(lambda x: x[:, owner], cache)
-    logits, _ = extend_fn(base, adapter, tokens, past, length)
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    place = jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32)
-    real = place[None] < (count - 1)[:, None]
-    steps = jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-    body = jnp.sum(jnp.where(real, steps, 0.0), axis=-1)
-    greedy = jnp.all(jnp.where(real, best[:, :-1] == tokens[:, 1:], True), axis=-1)
-    end = (count - 1)[:, None]
-    final = jnp.take_along_axis(log_p, end[..., None], axis=1)[:, 0]
-    ends = jnp.take_along_axis(final, last, axis=-1)
-    used = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < count[:, None]
-    told = jnp.all(comparable(logits) | ~used, axis=-1)
-    return body, greedy, ends, jnp.take_along_axis(best, end, axis=1)[:, 0], told
+    states, _ = extend_fn.hidden(base, adapter, tokens, past, length)
+    read = functools.partial(vocabulary.read, extend_fn.head, base)
+    body = read(answers.at_places(states, places), read_targets, targets)
+    return *body, *read(answers.at_places(states, ends), _read_ends, last)
+
+
+def _read_ends(
+    logits: jax.Array, last: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of logits ``[R, V]`` what is asked of the last tokens ``[R, K]``."""
+    normal = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    scores = jnp.take_along_axis(logits, last, axis=-1) - normal
+    return scores, jnp.argmax(logits, axis=-1).astype(jnp.int32), comparable(logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,21 +306,36 @@ def _score_endings(run: tuple, cache: Any, part: list, out: list[Scores]) -> Non
     """Runs one batch of endings and writes their scores where they belong."""
     size = _few(len(part), 1)
     longest = max(len(row.body) for _, _, row in part) + 1
+    width = _few(longest, 16)
     most = max(len(row.last) for _, _, row in part)
-    tokens = np.zeros((size, _few(longest, 16)), np.int32)
+    tokens = np.zeros((size, width), np.int32)
     last = np.zeros((size, _few(most, 4)), np.int32)
-    owner, length, count = np.zeros((3, size), np.int32)
-    count[:] = 1
+    owner, length, ends = np.zeros((3, size), np.int32)
+    mine, places, targets = [], [], []
     for i, (place, context, row) in enumerate(part):
-        tokens[i, : len(row.body) + 1] = (context[-1], *row.body)
+        count = len(row.body)
+        tokens[i, : count + 1] = (context[-1], *row.body)
         last[i, : len(row.last)] = list(row.last)
-        owner[i], length[i], count[i] = place, len(context) - 1, len(row.body) + 1
-    body, greedy, ends, best, told = map(
-        np.asarray, _end(*run, cache, owner, length, tokens, count, last)
+        owner[i], length[i], ends[i] = place, len(context) - 1, i * width + count
+        mine += [i] * count
+        places += range(i * width, i * width + count)
+        targets += row.body
+    # None for a body without tokens: then only the ends meet the head.
+    filling = (0, (_few(len(mine), 16) if mine else 0) - len(mine))
+    places, targets = (
+        np.pad(np.array(x, np.int32), filling) for x in (places, targets)
     )
+    scores, right, sure, last_scores, best, told = map(
+        np.asarray,
+        _end(*run, cache, owner, length, tokens, places, targets, ends, last),
+    )
+    used = slice(0, len(mine))
+    body = np.bincount(mine, scores[used], size)
+    told = told & (np.bincount(mine, ~sure[used], size) == 0)
+    greedy = np.bincount(mine, ~right[used], size) == 0
     for i, (_, _, row) in enumerate(part):
-        for k, (token, places) in enumerate(row.last.items()):
-            for r, c in places:
-                value = body[i] + ends[i, k] if told[i] else np.nan
+        for k, (token, where) in enumerate(row.last.items()):
+            for r, c in where:
+                value = body[i] + last_scores[i, k] if told[i] else np.nan
                 out[r].log_likelihoods[c] = value
                 out[r].greedy[c] = greedy[i] and best[i] == token

@@ -22,9 +22,8 @@ import numpy as np
 
 from sbr_jax.data import TokenDataset
 from sbr_jax.methods.risk import Judge, JudgeError
-from sbr_jax.models import Model, ModelConfig, answers
-from sbr_jax.models.generate import bucket
-from sbr_jax.models.transformer import output_logits
+from sbr_jax.models import Model, answers
+from sbr_jax.models.buckets import bucket
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 Render = Callable[[np.ndarray, np.ndarray], Sequence[int]]
@@ -137,7 +136,7 @@ def label_log_probs(
         chosen = order[start : start + rows]
         tokens, last = padded([prompts[i] for i in chosen], rows)
         scores = _label_scores(
-            model.apply_fn, model.config, model.params, adapter, tokens, last, labels
+            model.apply_fn, model.params, adapter, tokens, last, labels
         )
         out[chosen] = np.asarray(scores)[: len(chosen)]
     return out
@@ -162,7 +161,6 @@ def padded(
 
 def label_scores(
     apply_fn: ApplyFn,
-    config: ModelConfig,
     base: PyTree,
     adapter: PyTree | None,
     tokens: jax.Array,
@@ -173,14 +171,13 @@ def label_scores(
 
     ``tokens [B, S]`` are right-padded and end at ``last [B]``; ``labels`` are ``[K]``.
     """
-    # The logits of all positions are not used, so XLA does not compute them.
     hidden = answers.hidden(apply_fn, base, adapter, {"tokens": tokens})
-    at_label = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    logits = output_logits(config, base, at_label)[:, 0]
+    at_label = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    logits = answers.head_of(apply_fn)(base, at_label)
     return jnp.take(jax.nn.log_softmax(logits), labels, axis=-1)
 
 
-_label_scores = jax.jit(label_scores, static_argnums=(0, 1))
+_label_scores = jax.jit(label_scores, static_argnums=0)
 
 
 # --- what the guard reads -----------------------------------------------------------

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.models.buckets import bucket
 from sbr_jax.models.config import Hardware, ModelConfig
 from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.models.layers import sees
@@ -30,24 +31,9 @@ from sbr_jax.models.parts import (
     rope_of,
     sliding_layers,
 )
+from sbr_jax.models.prefix import Cache
 from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
 from sbr_jax.typing import PyTree, UserError
-
-Cache = tuple[jax.Array, jax.Array]
-
-
-def bucket(size: int, smallest: int = 8) -> int:
-    """Rounds up to 1 or 1.5 times a power of two; wastes at most half.
-
-    >>> [bucket(n) for n in (1, 9, 13, 40, 64)]
-    [8, 12, 16, 48, 64]
-    """
-    power = smallest
-    while power < size:
-        if power * 3 // 2 >= size:
-            return power * 3 // 2
-        power *= 2
-    return power
 
 
 def _cached_forward(

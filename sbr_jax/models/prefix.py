@@ -1,11 +1,12 @@
 """Many endings of one beginning, whose keys and values are cached.
 
 Legend: B sequences, T new tokens, P cached slots, L layers, K key-value heads, H head
-size, V vocabulary.
+size, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from sbr_jax.models.config import Hardware, ModelConfig
-from sbr_jax.models.generate import Cache
 from sbr_jax.models.layers import sees
 from sbr_jax.models.lora import LoraPair
 from sbr_jax.models.parts import (
@@ -28,6 +28,9 @@ from sbr_jax.models.parts import (
 from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
 from sbr_jax.typing import PyTree
 
+Cache = tuple[jax.Array, jax.Array]
+"""Keys and values, ``[L, B, P, K, H]`` each."""
+
 ExtendFn = Callable[..., tuple[jax.Array, Cache]]
 """``extend_fn(base, adapter, tokens, past, length) -> logits, (keys, values)``."""
 
@@ -41,13 +44,14 @@ def extend(
     past: Cache | None = None,
     length: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Logits of tokens that follow cached keys and values.
+    """States of tokens that follow cached keys and values.
 
     Many endings of one prompt cost its beginning once: run it without ``past``, and
     every ending with what that returned.
 
-    **Guarantee**: equals ``forward`` on the whole sequence (up to float rounding); the
-    slots of ``past`` from ``length`` on, and right-padding, change nothing.
+    **Guarantee**: equals ``hidden_states`` of the whole sequence (up to float
+    rounding); the slots of ``past`` from ``length`` on, and right-padding, change
+    nothing.
 
     Args:
       config: the mathematics.
@@ -60,43 +64,89 @@ def extend(
       length: int32 ``[B]``, how many of the P slots count (None: all).
 
     Returns:
-      float32 logits ``[B, T, V]``, and keys and values ``[L, B, T, K, H]``.
+      What the head reads, ``[B, T, D]``, and keys and values ``[L, B, T, K, H]``.
     """
     adapter = check_adapter(config, adapter)
     rows, new = tokens.shape
+    slots = 0 if past is None else past[0].shape[2]
+    positions = jnp.arange(new, dtype=jnp.int32)[None]
     if past is None:
-        shape = (config.layers, rows, 0, config.kv_heads, config.head_dim)
-        nothing = jnp.zeros(shape, base["embed"].dtype)
-        past = nothing, nothing
-    slots = past[0].shape[2]
-    length = jnp.full((rows,), slots, jnp.int32) if length is None else length
-    positions = length[:, None] + jnp.arange(new, dtype=jnp.int32)[None]
+        pick = layer_mask(config, functools.partial(sees, positions, positions))
+    else:
+        length = jnp.full((rows,), slots, jnp.int32) if length is None else length
+        positions = length[:, None] + positions
+        places = jnp.arange(slots, dtype=jnp.int32)[None]
+        # A slot that does not count lies in the future of every query.
+        places = jnp.where(places < length[:, None], places, slots + new)
+        places = jnp.concatenate([places, positions], axis=1)
+        pick = layer_mask(config, functools.partial(sees, positions, places))
+    # A kernel knows causal windows by itself; only a choice between two needs a mask.
+    causal = past is None and not config.alternates
+    kernel = hardware.attention if past is None else "xla"
     rope = rope_of(config, positions)
-    places = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (rows, slots))
-    # A slot that does not count lies in the future of every query.
-    places = jnp.where(places < length[:, None], places, slots + new)
-    places = jnp.concatenate([places, positions], axis=1)
-    pick = layer_mask(config, functools.partial(sees, positions, places))
 
     def body(x, layer):
-        weights, pairs, (keys, values), slides = layer
+        weights, pairs, before, slides = layer
 
         def attention(query, key, value):
-            all_keys = jnp.concatenate([keys, key], axis=1)
-            all_values = jnp.concatenate([values, value], axis=1)
-            out = attend_as(config, query, all_keys, all_values, pick(slides), "xla")
-            return out, (key, value)
+            keys, values = key, value
+            if before is not None:
+                keys = jnp.concatenate([before[0], key], axis=1)
+                values = jnp.concatenate([before[1], value], axis=1)
+            mask = None if causal else pick(slides)
+            return attend_as(config, query, keys, values, mask, kernel), (key, value)
 
         return build_block(config, weights)(x, rope, pairs, attention)
 
     x = embed_tokens(config, base, tokens)
     xs = (base["layers"], adapter, past, sliding_layers(config))
     x, cache = scan_layers(config, hardware, body, x, xs)
-    return output_logits(config, base, final_norm(config, base, x)), cache
+    return final_norm(config, base, x), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Extension:
+    """A decoder that goes on from cached keys and values: states, head and logits.
+
+    What needs the logits of some places only takes ``hidden`` and gives the head those,
+    as with :class:`sbr_jax.models.transformer.Transformer`.
+    """
+
+    config: ModelConfig
+    """The mathematics."""
+    hardware: Hardware = Hardware()
+    """How it is carried out."""
+
+    def hidden(
+        self,
+        base: PyTree,
+        adapter: PyTree | None,
+        tokens: jax.Array,
+        past: Cache | None = None,
+        length: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """:func:`extend` of this model."""
+        return extend(self.config, self.hardware, base, adapter, tokens, past, length)
+
+    def head(self, base: PyTree, hidden: jax.Array) -> jax.Array:
+        """float32 logits ``[..., V]`` of states ``[..., D]``."""
+        return output_logits(self.config, base, hidden)
+
+    def __call__(
+        self,
+        base: PyTree,
+        adapter: PyTree | None,
+        tokens: jax.Array,
+        past: Cache | None = None,
+        length: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Logits ``[B, T, V]`` of all new tokens, and their keys and values."""
+        hidden, cache = self.hidden(base, adapter, tokens, past, length)
+        return self.head(base, hidden), cache
 
 
 @functools.lru_cache(maxsize=64)
-def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> ExtendFn:
+def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Extension:
     """The pure ``extend_fn(base, adapter, tokens, past, length)`` of a model.
 
     **Guarantee**: equal settings give the very same function object, as with
@@ -107,6 +157,6 @@ def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Exte
       hardware: how to carry it out.
 
     Returns:
-      ``extend`` with the first two arguments bound.
+      The function, with the options ``hidden`` and ``head`` of its own.
     """
-    return functools.partial(extend, config, hardware)
+    return Extension(config, hardware)

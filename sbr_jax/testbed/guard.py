@@ -206,7 +206,6 @@ def train(
             right = np.array([words.index(CASES[case][1]) for case in cases])
             adapter, state, loss = _step(
                 model.apply_fn,
-                model.config,
                 optimizer,
                 model.params,
                 adapter,
@@ -231,10 +230,10 @@ def _render(tokenizer: Any) -> Render:
     return then_ask(tokenizer.encode(QUESTION, add_special_tokens=False))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(apply_fn, config, optimizer, base, adapter, state, asked, right):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(apply_fn, optimizer, base, adapter, state, asked, right):
     def loss(adapter):
-        scores = label_scores(apply_fn, config, base, adapter, *asked)
+        scores = label_scores(apply_fn, base, adapter, *asked)
         return -jnp.mean(jnp.take_along_axis(scores, right[:, None], axis=1))
 
     value, gradient = jax.value_and_grad(loss)(adapter)
