@@ -9,13 +9,15 @@ References: Zou et al., arXiv:2307.15043.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sbr_jax.losses import token_cross_entropy
+from sbr_jax.models import answers, vocabulary
 from sbr_jax.typing import ApplyFn, PyTree
 
 
@@ -25,6 +27,8 @@ def suffix_gradient(
     adapter: PyTree,
     row: Mapping[str, jax.Array],
     suffix: jax.Array,
+    *,
+    span: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """L and its gradient with respect to the one-hot suffix.
 
@@ -37,22 +41,72 @@ def suffix_gradient(
       adapter: ``{name: LoraPair}`` or None.
       row: one prompt of a layout: ``tokens [T]``, ``mask [T]`` and ``start``.
       suffix: integers ``[S]``.
+      span: tokens of the target and the one before it; None looks at all T.
 
     Returns:
       L, and G as float32 ``[S, V]``.
     """
-    tokens = _with_suffix(row["tokens"], suffix, row["start"])
+    rows = {name: jnp.asarray(value)[None] for name, value in row.items()}
+    suffixes = jnp.asarray(suffix)[None]
+    span = rows["tokens"].shape[1] if span is None else span
+    loss, pull = _pulls(apply_fn, span, base, adapter, rows, suffixes)
+    return loss[0], _slope(base, pull[0])
+
+
+def _pulls(apply_fn, span, base, adapter, rows, suffixes):
+    """L ``[N]`` of prompts with their suffixes, and ∂L / ∂h ``[N, S, D]`` of each."""
     embed = base["embed"]
-    embedded = embed[tokens[0]]
+    put = jax.vmap(_put)
+    tokens = put(rows["tokens"], suffixes, rows["start"])
+    embedded = embed[tokens]
 
     def loss_fn(hidden):
-        x = jax.lax.dynamic_update_slice_in_dim(embedded, hidden, row["start"], 0)
-        logits = apply_fn(base, adapter, tokens, embeddings=x[None])
-        return token_cross_entropy(logits, tokens, row["mask"][None])[0]
+        x = put(embedded, hidden, rows["start"])
+        batch = {"tokens": tokens}
+        states = answers.hidden(apply_fn, base, adapter, batch, embeddings=x)
+        window = jax.vmap(functools.partial(_window, span))
+        losses = _losses(apply_fn, base, *window(states, tokens, rows["mask"]))
+        # A prompt's loss is a function of its own suffix alone.
+        return jnp.sum(losses), losses
 
-    loss, pull = jax.value_and_grad(loss_fn)(embed[suffix])
-    slope = jnp.einsum("sd,vd->sv", pull, embed, preferred_element_type=jnp.float32)
-    return loss, slope
+    (_, losses), pull = jax.value_and_grad(loss_fn, has_aux=True)(embed[suffixes])
+    return losses, pull
+
+
+def _slope(base: PyTree, pull: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        "sd,vd->sv", pull, base["embed"], preferred_element_type=jnp.float32
+    )
+
+
+def _window(
+    span: int, states: jax.Array, tokens: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of one sequence the ``span`` places around its target.
+
+    Near the end the window starts earlier, for all three alike.
+    """
+    place = jnp.maximum(jnp.argmax(mask > 0) - 1, 0)
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=place)
+    return tuple(take(x, slice_size=span) for x in (states, tokens, mask))
+
+
+def _losses(
+    run: Any, base: PyTree, states: jax.Array, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Mean cross-entropy of targets in windows, ``[...]`` of states ``[..., span, D]``.
+
+    The head meets all windows together, a chunk of places at a time.
+    """
+    states, targets, weights = states[..., :-1, :], tokens[..., 1:], mask[..., 1:]
+    scores = vocabulary.log_likelihood(
+        answers.head_of(run),
+        base,
+        states.reshape(-1, states.shape[-1]),
+        targets.reshape(-1),
+    ).reshape(targets.shape)
+    total = jnp.sum(jnp.where(weights > 0, scores * weights, 0.0), axis=-1)
+    return 0.0 - total / jnp.maximum(jnp.sum(weights, axis=-1), 1.0)
 
 
 def draw_candidates(
@@ -94,20 +148,18 @@ def draw_candidates(
     return jnp.tile(suffix[None], (candidates, 1)).at[index, place].set(token)
 
 
-def _with_suffix(
-    tokens: jax.Array, suffix: jax.Array, start: jax.Array | int
-) -> jax.Array:
-    """A batch of one, ``[1, T]``."""
-    return jax.lax.dynamic_update_slice_in_dim(tokens, suffix, start, 0)[None]
+def _put(whole: jax.Array, part: jax.Array, start: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
+@functools.partial(jax.jit, static_argnums=range(6))
 def propose(
     apply_fn: ApplyFn,
     sampling: str,
     candidates: int,
     top_k: int,
     at_once: int,
+    span: int,
     base: PyTree,
     adapter: PyTree,
     rows: Mapping[str, jax.Array],
@@ -124,6 +176,8 @@ def propose(
       candidates: B.
       top_k: k.
       at_once: how many prompts run at once.
+      span: tokens of the longest target and the one before it; only these meet the
+        head.
       base: its weights.
       adapter: ``{name: LoraPair}`` or None.
       rows: a layout of N prompts.
@@ -136,21 +190,40 @@ def propose(
       float32 ``[N]``, and int32 ``[N, B, S]``.
     """
 
-    def one(prompt):
-        row, key, suffix = prompt
-        loss, slope = suffix_gradient(apply_fn, base, adapter, row, suffix)
-        found = draw_candidates(
+    def draw(key, pull, suffix):
+        return draw_candidates(
             jax.random.fold_in(key, step),
-            slope,
+            _slope(base, pull),
             suffix,
             allowed,
             candidates=candidates,
             top_k=top_k,
             sampling=sampling,
         )
-        return loss, found
 
-    return jax.lax.map(one, (rows, keys, suffixes), batch_size=at_once)
+    def some(rows, keys, suffixes):
+        losses, pulls = _pulls(apply_fn, span, base, adapter, rows, suffixes)
+        return losses, jax.vmap(draw)(keys, pulls, suffixes)
+
+    return _in_blocks(some, at_once, rows, keys, suffixes)
+
+
+def _in_blocks(function: Callable[..., PyTree], size: int, *arrays: PyTree) -> PyTree:
+    """``function`` of so many rows at a time; the last block is filled with the first.
+
+    Unlike ``lax.map`` with a batch size it sees a block as it is, so that what goes
+    through its rows in chunks does so for all of them together.
+    """
+    count = jax.tree.leaves(arrays)[0].shape[0]
+    blocks = math.ceil(count / size)
+    size = math.ceil(count / blocks)
+    if blocks == 1:
+        return function(*arrays)
+    index = np.arange(blocks * size).reshape(blocks, size) % count
+    found = jax.lax.map(
+        lambda rows: function(*jax.tree.map(lambda x: x[rows], arrays)), index
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -168,8 +241,8 @@ def score_candidates(
     Args:
       run: the model, or its ``extend_fn`` where the beginnings are known.
       chunk: how many sequences run at once.
-      span: tokens of the longest target and the one before it; over V there is a
-        softmax for these alone, not for every token.
+      span: tokens of the longest target and the one before it; only these meet the
+        head.
       base: its weights.
       adapter: ``{name: LoraPair}`` or None.
       rows: a layout of N prompts; with ``"past"``, the keys and values of the
@@ -179,27 +252,30 @@ def score_candidates(
     Returns:
       float32 ``[N, B]``.
     """
-    candidates = suffixes.shape[1]
+    cached = "past" in rows
 
-    def loss(row, suffix):
-        cached = "past" in row
-        tokens = _with_suffix(row["tokens"], suffix, 0 if cached else row["start"])
+    def windows(row, suffix):
+        tokens = _put(row["tokens"], suffix, 0 if cached else row["start"])
         if cached:
-            logits, _ = run(base, adapter, tokens, row["past"], row["start"][None])
+            beginning = row["past"], row["start"][None]
+            states, _ = run.hidden(base, adapter, tokens[None], *beginning)
         else:
-            logits = run(base, adapter, tokens)
-        known = logits[0], tokens[0], row["mask"]
-        place = jnp.maximum(jnp.argmax(row["mask"] > 0) - 1, 0)
-        # Near the end the window starts earlier, for all three alike.
-        window = (jax.lax.dynamic_slice_in_dim(x, place, span) for x in known)
-        return token_cross_entropy(*(x[None] for x in window))[0]
+            states = answers.hidden(run, base, adapter, {"tokens": tokens[None]})
+        return _window(span, states[0], tokens, row["mask"])
 
-    def one(prompt):
-        row, own = prompt
-        return jax.lax.map(functools.partial(loss, row), own, batch_size=chunk)
+    def of_prompts(rows, suffixes):
+        """Of some prompts the losses ``[B, N]`` of suffixes ``[B, N, S]``."""
+        found = jax.vmap(jax.vmap(windows), (None, 0))(rows, suffixes)
+        return _losses(run, base, *found)
 
-    at_once = max(chunk // candidates, 1)
-    return jax.lax.map(one, (rows, suffixes), batch_size=at_once)
+    def some(rows, suffixes):
+        own = jnp.swapaxes(suffixes, 0, 1)
+        few = max(chunk // own.shape[1], 1)
+        losses = _in_blocks(functools.partial(of_prompts, rows), few, own)
+        return jnp.swapaxes(losses, 0, 1)
+
+    at_once = max(chunk // suffixes.shape[1], 1)
+    return _in_blocks(some, at_once, rows, suffixes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -215,7 +291,7 @@ def prefill(run: Callable[..., Any], base: PyTree, adapter: PyTree, tokens: jax.
     Returns:
       ``[N, L, 1, P, K, H]`` each.
     """
-    return jax.lax.map(lambda row: run(base, adapter, row[None])[1], tokens)
+    return jax.lax.map(lambda row: run.hidden(base, adapter, row[None])[1], tokens)
 
 
 __all__ = [

@@ -141,7 +141,7 @@ def gcg(
     if round_trip is not None:
         check_start(layout, round_trip, current)
 
-    rows = layout._asdict()
+    rows, span = layout._asdict(), 1 + max(map(len, targets))
     move_from = functools.partial(
         propose,
         apply_fn,
@@ -149,6 +149,7 @@ def gcg(
         candidates,
         min(top_k, int(allowed.sum()) - 1),
         max(chunk // _BACKWARD, 1),
+        span,
         base,
         adapter,
         rows,
@@ -161,7 +162,6 @@ def gcg(
         beginnings = layout.tokens[:, : int(layout.start.max())]
         past = prefill(extend_fn, base, adapter, beginnings)
         run, endings = extend_fn, {**layout.endings()._asdict(), "past": past}
-    span = 1 + max(map(len, targets))
     score = functools.partial(
         score_candidates, run, chunk, span, base, adapter, endings
     )
