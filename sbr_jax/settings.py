@@ -94,8 +94,9 @@ class Hardware:
       packing: several examples in a row of a step: ``"auto"`` does so where it saves a
         fifth of the places.
       remat: recompute layers in the backward pass (chat models).
-      generation_batch: answers written at once (chat models).
-      score_tokens: tokens whose keys and values a scorer holds at once (chat models).
+      generation_batch: the most answers written at once (chat models).
+      score_tokens: tokens whose keys and values are held at once, where answers are
+        written or scored (chat models).
 
     Raises:
       UserError: naming a field that is of another type or out of range.

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.models import answers
 from sbr_jax.models.buckets import bucket
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
@@ -286,7 +287,7 @@ def _batches(
 
 @functools.partial(jax.jit, static_argnames=("apply_fn",))
 def _states(apply_fn, base, adapter, tokens, last):
-    _, seen = apply_fn(base, adapter, tokens, capture=True)
+    _, seen = answers.hidden(apply_fn, base, adapter, {"tokens": tokens}, capture=True)
     rows = jnp.arange(tokens.shape[0])
     return seen["residual"][:, rows, last].astype(jnp.float32)
 
@@ -297,8 +298,9 @@ def _last_logits(apply_fn, ablate, base, direction, shift, tokens, last):
         base = ablate(base, direction)
     if shift is not None:
         shift = shift.astype(base["embed"].dtype)
-    logits = apply_fn(base, None, tokens, attention_shift=shift)
-    return logits[jnp.arange(tokens.shape[0]), last]
+    batch = {"tokens": tokens}
+    hidden = answers.hidden(apply_fn, base, None, batch, attention_shift=shift)
+    return answers.head_of(apply_fn)(base, hidden[jnp.arange(tokens.shape[0]), last])
 
 
 def _logits(

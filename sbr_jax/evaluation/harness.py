@@ -221,6 +221,7 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
                 temperature=warm,
                 key=jax.random.key(seed) if warm > 0 else None,
                 batch_size=runner.batch_size,
+                batch_tokens=runner.budget.tokens,
                 stops=stops,
             )
             return [

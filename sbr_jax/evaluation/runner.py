@@ -62,8 +62,8 @@ class ModelRunner:
       system: a system message, for chat models.
       too_long: what to do with a prompt that exceeds the model's context: ``"error"``,
         or ``"left"``: drop its beginning, but not BOS.
-      budget: of log-likelihoods.
-      batch_size: of generation.
+      budget: of log-likelihoods; its tokens are the most that answers hold too.
+      batch_size: answers written at once.
     """
 
     model: Model
@@ -184,6 +184,7 @@ class ModelRunner:
             temperature=temperature,
             key=key,
             batch_size=self.batch_size,
+            batch_tokens=self.budget.tokens,
             stops=stops,
         )
         read = decode_answer if self._chat else decode_after

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.models.buckets import bucket
+from sbr_jax.models.buckets import bucket, neighbours
 from sbr_jax.models.config import Hardware, ModelConfig
 from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.models.layers import sees
@@ -31,39 +32,41 @@ from sbr_jax.models.parts import (
     rope_of,
     sliding_layers,
 )
-from sbr_jax.models.prefix import Cache
+from sbr_jax.models.prefix import Cache, extend
 from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
 from sbr_jax.typing import PyTree, UserError
 
+READ_AT_ONCE = 4096
+"""Tokens of prompts, padding included, that go through the model at once."""
 
-def _cached_forward(
+SAVING = 512
+"""Tokens of padding for which prompts are read apart from longer ones."""
+
+
+def _next_logits(
     config: ModelConfig,
     hardware: Hardware,
     base: PyTree,
     adapter: Mapping[str, LoraPair],
-    tokens: jax.Array,
-    positions: jax.Array,
+    token: jax.Array,
+    place: jax.Array,
     pick: Callable[[jax.Array | None], jax.Array],
     cache: Cache,
-    offset: jax.Array | int,
+    slot: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """Runs tokens ``[B, T]`` against the cache; logits of the last one ``[B, V]``.
+    """Logits ``[B, V]`` after one more token ``[B]`` at its place ``[B]`` of each row.
 
-    Keys and values of the tokens go to the slots from ``offset`` on; ``pick`` is that
-    of ``layer_mask``.
+    Its keys and values go to ``slot`` of the cache; ``pick`` is that of ``layer_mask``.
     """
-    # Without a backward pass the rolled loop is as fast and compiles in half the time.
-    hardware = dataclasses.replace(hardware, unroll=hardware.unroll or 1)
-    rope = rope_of(config, positions)
+    rope = rope_of(config, place[:, None])
     zero = jnp.int32(0)
-    offset = jnp.asarray(offset, jnp.int32)
 
     def body(carry, layer):
         x, keys, values = carry
         weights, pairs, i, slides = layer
 
         def attention(query, key, value):
-            start = (i, zero, offset, zero, zero)
+            start = (i, zero, slot, zero, zero)
             new_keys = jax.lax.dynamic_update_slice(keys, key[None], start)
             new_values = jax.lax.dynamic_update_slice(values, value[None], start)
             # An explicit mask for every query, so cuDNN's rules never apply here.
@@ -77,10 +80,10 @@ def _cached_forward(
 
     depth = jnp.arange(config.layers, dtype=jnp.int32)
     xs = (base["layers"], adapter, depth, sliding_layers(config))
-    carry = (embed_tokens(config, base, tokens), *cache)
+    carry = (embed_tokens(config, base, token[:, None]), *cache)
     (x, keys, values), _ = scan_layers(config, hardware, body, carry, xs)
-    hidden = final_norm(config, base, x[:, -1:])
-    return output_logits(config, base, hidden)[:, 0], (keys, values)
+    hidden = final_norm(config, base, x[:, 0])
+    return output_logits(config, base, hidden), (keys, values)
 
 
 def _pick(
@@ -94,89 +97,157 @@ def _pick(
     return drawn.astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "hardware"))
+def _read(
+    config: ModelConfig,
+    hardware: Hardware,
+    base: PyTree,
+    adapter: PyTree,
+    tokens: jax.Array,
+    lengths: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Logits ``[B, V]`` after prompts ``[B, P]``, and their keys and values."""
+    states, cache = extend(config, hardware, base, adapter, tokens)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(states, last, axis=1)[:, 0]
+    return output_logits(config, base, hidden), cache
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "width"))
+def _together(
+    rows: int,
+    width: int,
+    parts: Sequence[tuple[jax.Array, Cache]],
+    owners: Sequence[jax.Array],
+) -> tuple[jax.Array, Cache]:
+    """What was read in parts as one batch of ``rows``; an owner of ``rows`` is none."""
+
+    def joined(pieces: Sequence[jax.Array], like: tuple[int, ...]) -> jax.Array:
+        whole = jnp.zeros(like, pieces[0].dtype)
+        for piece, own in zip(pieces, owners, strict=True):
+            whole = whole.at[:, own, : piece.shape[2]].set(piece, mode="drop")
+        return whole
+
+    # As keys and values, logits get an axis before and one after that of the rows.
+    logits = [found[None, :, None] for found, _ in parts]
+    caches = [[cache[i] for _, cache in parts] for i in range(2)]
+    layers, _, _, *heads = caches[0][0].shape
+    return joined(logits, (1, rows, 1, logits[0].shape[-1]))[0, :, 0], tuple(
+        joined(pieces, (layers, rows, width, *heads)) for pieces in caches
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("config", "hardware", "slots"))
+def _write(
+    config: ModelConfig,
+    hardware: Hardware,
+    slots: int,
+    base: PyTree,
+    adapter: PyTree,
+    logits: jax.Array,
+    cache: Cache,
+    lengths: jax.Array,
+    limit: jax.Array,
+    keys: jax.Array | None,
+    temperature: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Continues prompts that were read until every row has stopped."""
+    adapter = check_adapter(config, adapter)
+    rows, width = lengths.shape[0], cache[0].shape[2]
+    eos = jnp.asarray(config.eos, jnp.int32)
+    slot = jnp.arange(width + slots, dtype=jnp.int32)[None]
+    known, new = jnp.broadcast_to(slot, (rows, width + slots)), slot - width
+    # A slot that does not count lies in the future of every query.
+    known = jnp.where(known < lengths[:, None], known, jnp.iinfo(jnp.int32).max // 2)
+    places = jnp.where(slot < width, known, lengths[:, None] + new)
+
+    def take(state: dict[str, Any], logits: jax.Array) -> dict[str, Any]:
+        step, before = state["step"], state["finished"]
+        token = _pick(logits, keys, step, temperature)
+        finished = before | jnp.any(token[:, None] == eos[None], axis=-1)
+        start = (jnp.int32(0), step)
+        return {
+            "step": step + 1,
+            "cache": state["cache"],
+            "token": token,
+            "finished": finished,
+            "told": state["told"] & (before | comparable(logits)),
+            "count": state["count"] + (~finished).astype(jnp.int32),
+            "new": jax.lax.dynamic_update_slice(state["new"], token[:, None], start),
+        }
+
+    def going(state: dict[str, Any]) -> jax.Array:
+        return (state["step"] < limit) & ~jnp.all(state["finished"])
+
+    def advance(state: dict[str, Any]) -> dict[str, Any]:
+        done = state["step"] - 1
+        query = (lengths + done)[:, None]
+        near = functools.partial(sees, query, places)
+        logits, cache = _next_logits(
+            config,
+            hardware,
+            base,
+            adapter,
+            state["token"],
+            query[:, 0],
+            layer_mask(config, near),
+            state["cache"],
+            width + done,
+        )
+        return take({**state, "cache": cache}, logits)
+
+    filling = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
+    state = {
+        "step": jnp.int32(0),
+        "cache": jax.tree.map(lambda x: jnp.pad(x, filling), cache),
+        "finished": lengths == 0,
+        "told": jnp.ones((rows,), bool),
+        "count": jnp.zeros((rows,), jnp.int32),
+        "new": jnp.zeros((rows, slots), jnp.int32),
+    }
+    state = jax.lax.while_loop(going, advance, take(state, logits))
+    return state["new"], state["count"], state["told"]
+
+
 def _generate(
     config: ModelConfig,
     hardware: Hardware,
     slots: int,
     base: PyTree,
     adapter: PyTree,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    limit: jax.Array,
-    keys: jax.Array | None,
-    temperature: jax.Array,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    *rest: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Continues one batch until every row has stopped.
 
-    ``tokens [B, P]`` is left-padded; a row of length 0 is filling and starts finished.
-    Returns the new tokens ``[B, slots]``, how many of them count ``[B]``, and whether
-    the logits of all could be compared ``[B]``.
+    ``tokens [B, P]`` is right-padded; a row of length 0 is filling and starts finished.
+    Prompts are read a few at a time, those of near lengths together, and continued all
+    at once: reading costs as much as there are tokens, a step of writing hardly more
+    for many rows than for one.
+
+    Returns:
+      The new tokens ``[B, slots]``, how many of them count ``[B]``, and whether the
+      logits of all could be compared ``[B]``.
     """
-    adapter = check_adapter(config, adapter)
-    rows, prompt = tokens.shape
-    shape = (config.layers, rows, prompt + slots, config.kv_heads, config.head_dim)
-    empty = jnp.zeros(shape, base["embed"].dtype)
-    cache = empty, empty
-    eos = jnp.asarray(config.eos, jnp.int32)
-    first = prompt - lengths  # first real slot of each row
-
-    def allowed(queries: jax.Array) -> Callable[[jax.Array | None], jax.Array]:
-        """The masks ``[B, 1, T, S]`` for queries at the slots ``[T]``."""
-        slot = jnp.arange(prompt + slots)[None]
-        real = (slot >= first[:, None])[:, None, None]
-        # A padding query sees itself, so that its softmax is not over nothing.
-        own = (slot == queries[:, None])[None, None]
-        near = functools.partial(sees, queries[None], slot)
-        return layer_mask(config, lambda window: (near(window) & real) | own)
-
-    def is_eos(token: jax.Array) -> jax.Array:
-        return jnp.any(token[:, None] == eos[None], axis=-1)
-
-    run = functools.partial(_cached_forward, config, hardware, base, adapter)
-    queries = jnp.arange(prompt)
-    positions = jnp.maximum(queries[None] - first[:, None], 0)
-    logits, cache = run(tokens, positions, allowed(queries), cache, 0)
-    state = {
-        "step": jnp.int32(0),
-        "cache": cache,
-        "logits": logits,
-        "finished": lengths == 0,
-        "told": jnp.ones((rows,), bool),
-        "count": jnp.zeros((rows,), jnp.int32),
-        "new": jnp.zeros((rows, slots), jnp.int32),
-    }
-
-    def going(state: dict[str, Any]) -> jax.Array:
-        return (state["step"] < limit) & ~jnp.all(state["finished"])
-
-    def advance(state: dict[str, Any]) -> dict[str, Any]:
-        step = state["step"]
-        token = _pick(state["logits"], keys, step, temperature)
-        finished = state["finished"] | is_eos(token)
-        new = jax.lax.dynamic_update_slice(
-            state["new"], token[:, None], (jnp.int32(0), step)
-        )
-        query = (prompt + step)[None]
-        logits, cache = run(
-            token[:, None],
-            query[None] - first[:, None],
-            allowed(query),
-            state["cache"],
-            prompt + step,
-        )
-        return {
-            "step": step + 1,
-            "cache": cache,
-            "logits": logits,
-            "finished": finished,
-            "told": state["told"] & (state["finished"] | comparable(state["logits"])),
-            "count": state["count"] + (~finished).astype(jnp.int32),
-            "new": new,
-        }
-
-    state = jax.lax.while_loop(going, advance, state)
-    return state["new"], state["count"], state["told"]
+    # Without a backward pass the rolled loop is as fast and compiles in half the time.
+    hardware = dataclasses.replace(hardware, unroll=hardware.unroll or 1)
+    rows, width = tokens.shape
+    parts, owners = [], []
+    for size, group in neighbours(lengths[lengths > 0], most=width, saving=SAVING):
+        few = max(READ_AT_ONCE // size, 1)
+        count = math.ceil(len(group) / math.ceil(len(group) / few))
+        for start in range(0, len(group), count):
+            own = group[start : start + count]
+            filling = (0, min(bucket(count, 1), max(few, count), rows) - len(own))
+            given = np.pad(tokens[own, :size], (filling, (0, 0)))
+            ends = np.pad(lengths[own], filling)
+            parts.append(_read(config, hardware, base, adapter, given, ends))
+            owners.append(np.pad(own, filling, constant_values=rows))
+    known = parts[0]
+    if len(parts) > 1 or len(owners[0]) != rows:
+        known = _together(rows, width, parts, owners)
+    return _write(config, hardware, slots, base, adapter, *known, lengths, *rest)
 
 
 def generate(
@@ -189,6 +260,7 @@ def generate(
     temperature: float = 0.0,
     key: jax.Array | None = None,
     batch_size: int = 256,
+    batch_tokens: int = 16_384,
     stops: Sequence[int] = (),
 ) -> list[list[int]]:
     """Continues prompts until a stop token or the limit.
@@ -209,6 +281,8 @@ def generate(
       temperature: 0 is greedy; otherwise logits are divided by it.
       key: a PRNG key, needed to sample.
       batch_size: the most rows in one run.
+      batch_tokens: the most tokens whose keys and values are held at once, room for new
+        ones and padding included; a prompt that is longer runs alone.
       stops: further tokens to stop at, such as those that a chat template ends a turn
         with (``data.stop_tokens``).
 
@@ -232,10 +306,12 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     told = np.ones(len(prompts), bool)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    slots = bucket(max_new_tokens)
+    lengths = [len(prompts[i]) for i in order]
+    for start, stop in _batches(lengths, slots, batch_size, batch_tokens):
+        chosen = order[start:stop]
         rows = min(bucket(len(chosen), 1), batch_size)
-        tokens, lengths = _left_pad([prompts[i] for i in chosen], rows)
+        tokens, sizes = _right_pad([prompts[i] for i in chosen], rows)
         keys = None
         if temperature > 0 and key is not None:
             places = np.zeros(rows, np.uint32)
@@ -244,11 +320,11 @@ def generate(
         new, count, sure = _generate(
             config,
             model.hardware,
-            bucket(max_new_tokens),
+            slots,
             base,
             adapter,
             tokens,
-            lengths,
+            sizes,
             np.int32(max_new_tokens),
             keys,
             np.float32(temperature),
@@ -286,13 +362,33 @@ def _check_prompts(
             )
 
 
-def _left_pad(
+def _batches(
+    lengths: Sequence[int], slots: int, rows: int, tokens: int
+) -> Iterator[tuple[int, int]]:
+    """Runs ``start, stop`` of sorted lengths that keep to both bounds.
+
+    >>> list(_batches([3, 5, 30, 90, 90], 8, 4, 120))
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    start = 0
+    while start < len(lengths):
+        stop = start + 1
+        while stop < min(len(lengths), start + rows):
+            count = min(bucket(stop + 1 - start, 1), rows)
+            if count * (bucket(lengths[stop]) + slots) > tokens:
+                break
+            stop += 1
+        yield start, stop
+        start = stop
+
+
+def _right_pad(
     prompts: Sequence[Sequence[int]], rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     longest = max(len(prompt) for prompt in prompts)
     tokens = np.zeros((rows, bucket(longest)), np.int32)
     lengths = np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, tokens.shape[1] - len(prompt) :] = prompt
+        tokens[row, : len(prompt)] = prompt
         lengths[row] = len(prompt)
     return tokens, lengths

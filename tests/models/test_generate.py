@@ -9,7 +9,8 @@ import pytest
 from checkpoints import CONFIG, STORIES, adapter, golden, needs_stories, params, tokens
 
 from sbr_jax import losses, models
-from sbr_jax.models.generate import _generate, bucket
+from sbr_jax.models.buckets import bucket
+from sbr_jax.models.generate import _read, _together, _write
 from sbr_jax.typing import UserError
 
 ENDLESS = dataclasses.replace(CONFIG, eos=())
@@ -86,11 +87,12 @@ def test_samples_follow_the_distribution():
 
 def test_one_program_serves_bases_adapters_lengths_and_limits():
     run(pairs=adapter())
-    size = _generate._cache_size()
+    programs = (_read, _together, _write)
+    sizes = [f._cache_size() for f in programs]
     run(pairs=adapter(seed=7), prompts=[p[::-1] for p in PROMPTS], new=7)
     other = jax.tree.map(lambda x: x * 2, MODEL.params)
     models.generate(MODEL, other, adapter(), PROMPTS, max_new_tokens=8)
-    assert _generate._cache_size() == size
+    assert [f._cache_size() for f in programs] == sizes
 
 
 def test_nothing_to_do_gives_nothing():
