@@ -18,13 +18,22 @@ from gcg_case import (
     TARGETS,
     adapter,
     attack,
+    dense_loss,
     found,
     same,
 )
+from programs_case import widest
 
 from sbr_jax import losses, models
-from sbr_jax.attacks.candidates import draw_candidates, suffix_gradient
+from sbr_jax.attacks.candidates import (
+    draw_candidates,
+    prefill,
+    propose,
+    score_candidates,
+    suffix_gradient,
+)
 from sbr_jax.attacks.suffix import lay_out
+from sbr_jax.models import vocabulary
 
 GRADIENT = jax.jit(functools.partial(suffix_gradient, MODEL.apply_fn))
 
@@ -211,3 +220,85 @@ def test_a_cached_beginning_equals_the_whole_forward(config, pairs):
 
 def test_the_attack_is_the_same_with_a_cached_beginning():
     same(attack(extend_fn=EXTEND), found())
+
+
+# --- the head ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("cached", [False, True])
+def test_losses_of_candidates_equal_those_of_whole_logits(chunk, cached):
+    layout = lay_out(PROMPTS, TARGETS, LENGTH)
+    rng = np.random.default_rng(0)
+    suffixes = rng.integers(4, tiny.VOCAB, (3, 7, LENGTH)).astype(np.int32)
+    pairs, rows, run = adapter(), layout._asdict(), MODEL.apply_fn
+    if cached:
+        past = prefill(EXTEND, MODEL.params, pairs, layout.tokens[:, :5])
+        rows, run = {**layout.endings()._asdict(), "past": past}, EXTEND
+    losses = score_candidates(run, chunk, 4, MODEL.params, pairs, rows, suffixes)
+    wanted = [
+        [dense_loss(prompt, suffix, target, pairs) for suffix in own]
+        for prompt, target, own in zip(PROMPTS, TARGETS, suffixes.tolist(), strict=True)
+    ]
+    # Float32 rounding of logits, on losses near 3.
+    np.testing.assert_allclose(losses, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_prompts_of_a_block_keep_their_own_gradient(at_once):
+    layout = lay_out(PROMPTS, TARGETS, LENGTH)
+    rows, suffixes = layout._asdict(), np.tile(SUFFIX, (3, 1))
+    keys = jax.random.split(jax.random.key(2), 3)
+    options = "even", 32, 8, at_once, 4
+    step, pairs = jnp.int32(1), adapter()
+    losses, found = propose(
+        MODEL.apply_fn,
+        *options,
+        MODEL.params,
+        pairs,
+        rows,
+        keys,
+        ALLOWED,
+        suffixes,
+        step,
+    )
+    for i in range(3):
+        row = {name: value[i] for name, value in rows.items()}
+        loss, slope = GRADIENT(MODEL.params, pairs, row, SUFFIX)
+        np.testing.assert_allclose(losses[i], loss, atol=1e-5)
+        # Drawn from the same slope, so the same candidates.
+        key = jax.random.fold_in(keys[i], step)
+        drawn = draw(key, slope, candidates=32, top_k=8, sampling="even")
+        np.testing.assert_array_equal(found[i], drawn)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_program_of_the_attack_is_as_wide_as_the_targets_logits(cached, monkeypatch):
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=5003)
+    params = models.init_params(jax.random.key(1), config)
+    run, extend = models.make_apply_fn(config), models.make_extend_fn(config)
+    layout = lay_out([([1, 5, 9], [2])] * 6, [[7] * 30] * 6, LENGTH)
+    rows, suffixes = layout._asdict(), np.ones((6, 16, LENGTH), np.int32)
+    keys = jax.random.split(jax.random.key(2), 6)
+    allowed = np.ones(5003, bool)
+    monkeypatch.setattr(vocabulary, "chunk_size", lambda *_: 16)
+    ends, scorer = rows, run
+    if cached:
+        past = prefill(extend, params, None, layout.tokens[:, :3])
+        ends, scorer = {**layout.endings()._asdict(), "past": past}, extend
+
+    def candidates(base):
+        return score_candidates(scorer, 32, 31, base, None, ends, suffixes)
+
+    def gradient(base):
+        some = suffixes[:, 0], jnp.int32(0)
+        return propose(run, "even", 4, 2, 6, 31, base, None, rows, keys, allowed, *some)
+
+    def whole(base):
+        return run(base, None, np.ones((6, layout.tokens.shape[1]), np.int32))
+
+    for program in (candidates, gradient):
+        size = widest(program, params)
+        # The slopes of the suffixes, and the embedding's own size, are as wide.
+        assert size <= max(6 * LENGTH, config.width) * 5003
+    assert widest(whole, params) >= 6 * 30 * 5003

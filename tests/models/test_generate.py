@@ -1,6 +1,7 @@
 """Generation equals recomputation; padding, batches and keys do what they say."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from sbr_jax.models.buckets import bucket
 from sbr_jax.models.generate import _read, _together, _write
 from sbr_jax.typing import UserError
 
+generating = sys.modules["sbr_jax.models.generate"]
 ENDLESS = dataclasses.replace(CONFIG, eos=())
 MODEL = models.make_model(ENDLESS, params())
 PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 8, 20, 4], [1, 3, 11, 12]]
@@ -93,6 +95,74 @@ def test_one_program_serves_bases_adapters_lengths_and_limits():
     other = jax.tree.map(lambda x: x * 2, MODEL.params)
     models.generate(MODEL, other, adapter(), PROMPTS, max_new_tokens=8)
     assert [f._cache_size() for f in programs] == sizes
+
+
+LENGTHS = (3, 30, 1, 17, 31, 9, 2, 25, 11)
+LONG = [
+    np.random.default_rng(n).integers(3, CONFIG.vocab_size, n).tolist() for n in LENGTHS
+]
+
+
+def counted(monkeypatch, name, show):
+    """What a program of generation is given, call by call."""
+    seen, real = [], getattr(generating, name)
+
+    def program(*arguments):
+        seen.append(show(arguments))
+        return real(*arguments)
+
+    monkeypatch.setattr(generating, name, program)
+    return seen
+
+
+def test_prompts_read_in_parts_are_answered_as_alone(monkeypatch):
+    alone = [run(prompts=[prompt], pairs=adapter())[0] for prompt in LONG]
+    monkeypatch.setattr(generating, "SAVING", 8)
+    monkeypatch.setattr(generating, "READ_AT_ONCE", 64)
+    read = counted(monkeypatch, "_read", lambda a: a[4].shape)
+    written = counted(monkeypatch, "_write", lambda a: a[6][0].shape[1:3])
+    assert run(prompts=LONG, pairs=adapter()) == alone
+    # The short ones together, the long ones two at a time, and all written at once.
+    assert [rows * width <= 64 for rows, width in read] == [True] * len(read)
+    assert {width for _, width in read} == {8, 12, 24, 32}
+    assert written == [(12, 32)]
+
+
+def test_a_batch_keeps_to_its_tokens(monkeypatch):
+    whole = run(prompts=LONG)
+    written = counted(monkeypatch, "_write", lambda a: a[6][0].shape[1:3])
+    # Each row has room for 8 new tokens.
+    for most, batches in ((1, 9), (80, 4), (1000, 1)):
+        assert run(prompts=LONG, batch_tokens=most) == whole
+        assert all(r * (w + 8) <= most or r == 1 for r, w in written)
+        assert len(written) == batches
+        written.clear()
+
+
+def test_no_step_is_run_whose_logits_nobody_reads(monkeypatch):
+    steps = []
+    real = generating._next_logits
+
+    def noted(*arguments):
+        jax.debug.callback(lambda: steps.append(1))
+        return real(*arguments)
+
+    monkeypatch.setattr(generating, "_next_logits", noted)
+    # A stop that one answer reaches early, and a limit, end the batch at once.
+    config = dataclasses.replace(CONFIG, eos=(run()[0][3],))
+    for settings, prompts, new in (
+        (ENDLESS, PROMPTS, 1),
+        (ENDLESS, PROMPTS, 5),
+        (config, PROMPTS[:1], 8),
+    ):
+        model = models.make_model(settings, MODEL.params)
+        _write.clear_cache()
+        steps.clear()
+        found = run(model, prompts=prompts, new=new)
+        jax.effects_barrier()
+        longest = max(map(len, found)) + (settings is config)
+        assert len(steps) == longest - 1
+        assert longest < 8
 
 
 def test_nothing_to_do_gives_nothing():
