@@ -368,7 +368,7 @@ def _batches(
     """Runs ``start, stop`` of sorted lengths that keep to both bounds.
 
     >>> list(_batches([3, 5, 30, 90, 90], 8, 4, 120))
-    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    [(0, 3), (3, 4), (4, 5)]
     """
     start = 0
     while start < len(lengths):
