@@ -386,21 +386,24 @@ def check_adapter(
     return dict(adapter or {})
 
 
+@functools.lru_cache(maxsize=64)
 def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Transformer:
     """The pure ``apply_fn(base, adapter, tokens, ...)`` of a model.
+
+    **Guarantee**: equal settings give the very same object.
 
     Args:
       config: the mathematics.
       hardware: how to carry it out.
 
     Returns:
-      The function; equal settings give equal ones.
+      The function.
 
     Raises:
       UserError: for an unknown attention kernel.
 
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
-    >>> make_apply_fn(config) == make_apply_fn(config)
+    >>> make_apply_fn(config) is make_apply_fn(config)
     True
     """
     if hardware.attention not in (None, "xla", "cudnn"):
