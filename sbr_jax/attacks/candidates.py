@@ -87,8 +87,10 @@ def _window(
     Near the end the window starts earlier, for all three alike.
     """
     place = jnp.maximum(jnp.argmax(mask > 0) - 1, 0)
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=place)
-    return tuple(take(x, slice_size=span) for x in (states, tokens, mask))
+    take = functools.partial(
+        jax.lax.dynamic_slice_in_dim, start_index=place, slice_size=span
+    )
+    return take(states), take(tokens), take(mask)
 
 
 def _losses(

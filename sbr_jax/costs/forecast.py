@@ -110,7 +110,7 @@ def adapter_parameters(config: ModelConfig, rank: int, targets: str) -> int:
 # --- FLOPs ----------------------------------------------------------------------------
 
 
-def _layer_flops(load: Load, tokens: float, keys: int) -> tuple[float, float, float]:
+def _layer_flops(load: Load, tokens: float, keys: float) -> tuple[float, float, float]:
     """Of one sequence in one layer: projections, attention, adapter."""
     config = load.config
     weights = sum(math.prod(config.projection(name)) for name in TARGETS)

@@ -312,18 +312,17 @@ def pack(
         for i, end in zip(members, ends, strict=True):
             inside = slice(end - lengths[i], end)
             line["tokens"][row, inside] = tokens[i, : lengths[i]]
-            line["positions"][row, inside] = np.arange(lengths[i])
+            line["positions"][row, inside] = np.arange(int(lengths[i]))
             start[i] = row * width + inside.start
         for block, held in enumerate(fitted):
             at = 0
             for i in members[held]:
-                column = np.arange(lengths[i]) + start[i] - row * width
-                grid["blocks"][row, block, at : at + lengths[i]] = column
-                grid["segments"][row, block, at : at + lengths[i]] = i + 1
-                line["slots"][row, column] = (
-                    block * layout.length + at + np.arange(lengths[i])
-                )
-                at += int(lengths[i])
+                inside = np.arange(at, at + int(lengths[i]))
+                column = start[i] - row * width + inside - at
+                grid["blocks"][row, block, inside] = column
+                grid["segments"][row, block, inside] = i + 1
+                line["slots"][row, column] = block * layout.length + inside
+                at += len(inside)
     owners, column = np.nonzero(weights)
     shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
     filling = (0, places - count)

@@ -132,9 +132,8 @@ def _together(
     logits = [found[None, :, None] for found, _ in parts]
     caches = [[cache[i] for _, cache in parts] for i in range(2)]
     layers, _, _, *heads = caches[0][0].shape
-    return joined(logits, (1, rows, 1, logits[0].shape[-1]))[0, :, 0], tuple(
-        joined(pieces, (layers, rows, width, *heads)) for pieces in caches
-    )
+    keys, values = (joined(x, (layers, rows, width, *heads)) for x in caches)
+    return joined(logits, (1, rows, 1, logits[0].shape[-1]))[0, :, 0], (keys, values)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "hardware", "slots"))

@@ -124,7 +124,7 @@ def answer_scores(
             for out, values in zip(found, (scores, right, 1.0), strict=True):
                 out[ids] = np.bincount(row, weight * values, len(ids))
             told[ids] = np.bincount(row, ~sure, len(ids)) == 0
-    return AnswerScores(*found, told)
+    return AnswerScores(found[0], found[1], found[2], told)
 
 
 def token_log_probs(

@@ -278,12 +278,13 @@ def _blockwise(
     same = owner[:, None, :, None] == owner[:, None, None, :]
     pick = layer_mask(config, lambda window: sees(columns, columns, window) & same)
 
-    def attention(slides, *heads):
-        cut = (
-            rearranged(x, there, slots, real, placed).reshape(-1, length, *x.shape[2:])
-            for x in heads
-        )
-        out = attend_as(config, *cut, pick(slides), hardware.attention)
+    def cut(x):
+        moved = rearranged(x, there, slots, real, placed)
+        return moved.reshape(-1, length, *x.shape[2:])
+
+    def attention(slides, query, key, value):
+        heads = cut(query), cut(key), cut(value)
+        out = attend_as(config, *heads, pick(slides), hardware.attention)
         out = out.reshape(rows, count * length, *out.shape[2:])
         return rearranged(out, slots, there, placed, real), None
 

@@ -162,9 +162,9 @@ def enable_compilation_cache() -> Callable[[], str]:
     seen: collections.Counter[str] = collections.Counter()
     seconds: list[float] = []
 
-    def timed(event: str, duration: float, **_: object) -> None:
+    def timed(event: str, duration_secs: float, **_: object) -> None:
         if event == _COMPILED:
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_listener(lambda event, **_: seen.update([event]))
     jax.monitoring.register_event_duration_secs_listener(timed)
