@@ -38,7 +38,7 @@ def loss_fn(params: dict, example: jax.Array, frozen: jax.Array) -> jax.Array:
 def norms(params: dict, batch: jax.Array, frozen: jax.Array) -> jax.Array:
     """Squared gradient norms of a batch."""
     grads = per_example_gradients(loss_fn, params, batch, frozen)
-    return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+    return jax.tree.reduce(jnp.add, jax.tree.map(lambda g: jnp.sum(g**2), grads))
 
 
 def peer(params: dict, batches: list, frozen: jax.Array) -> list:

@@ -9,6 +9,7 @@ matrix against its (ours / qwix), for codes that are the same (tests/test_qwix.p
 """
 
 import functools
+import importlib
 import importlib.util
 from typing import Any
 
@@ -65,8 +66,7 @@ def beside_qwix(dtype: Any) -> None:
     if importlib.util.find_spec("qwix") is None:
         print("qwix is not installed (pip install qwix): no second table")
         return
-    import qwix
-
+    qwix = importlib.import_module("qwix")
     decode = jax.jit(lambda weight: weight.dense())
     print(f"{'matrix':12}{'codes':12}{'code ×':>9}{'decode ×':>10}")
     for shape in MATRICES:
