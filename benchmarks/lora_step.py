@@ -66,10 +66,7 @@ def start(
     if run == PEER:
         assert peer is not None
         return worker.Worker(peer, "lora_torch", {**job, **more})
-    # Two processes share a device: neither may take all of its memory at once.
-    env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    made = {**job, "layout": OURS[run], **more}
-    return worker.Worker(sys.executable, "lora_jax", made, env)
+    return worker.ours("lora_jax", {**job, "layout": OURS[run], **more})
 
 
 def data_of(
@@ -214,7 +211,6 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--peak-tflops", type=float, default=790.0, help="of a device")
-    parser.add_argument("--peers", metavar="PYTHON", help="interpreter with torch")
     parser.add_argument("--no-parity", action="store_true", help="skip the first check")
     args = parser.parse_args(given)
     seen = shutil.which("nvidia-smi") and os.environ.get("JAX_PLATFORMS") != "cpu"

@@ -100,13 +100,7 @@ def planned_bytes(function: Callable[..., Any], *args: Any) -> int:
     """Arguments, outputs and temporaries of the compiled program, in bytes."""
     import jax
 
-    plan: Any = jax.jit(function).lower(*args).compile().memory_analysis()
-    return int(
-        plan.argument_size_in_bytes
-        + plan.output_size_in_bytes
-        + plan.temp_size_in_bytes
-        - plan.alias_size_in_bytes
-    )
+    return plan(jax.jit(function).lower(*args).compile())
 
 
 # --- what stands in a line ----------------------------------------------------------
@@ -215,6 +209,102 @@ class Report:
         print(f"lines of JSON: {self._path}")
 
 
+PAIR = {
+    "case": -16,
+    "ours": -24,
+    "beside": -24,
+    "ours ms": 10,
+    "its ms": 10,
+    "time ×": 19,
+    "memory ×": 9,
+}
+
+
+class Pairs(Report):
+    """A table in which every row compares two runs of one case."""
+
+    def __init__(
+        self,
+        name: str,
+        args: argparse.Namespace,
+        about: Mapping[str, Any] | None = None,
+    ):
+        """Prints the head of the table."""
+        super().__init__(name, PAIR, args, about)
+        self._rounds = args.rounds
+
+    def measure(
+        self,
+        case: str,
+        runs: Mapping[str, Callable[[], float]],
+        pairs: Iterable[tuple[str, str]],
+        *,
+        memory: Mapping[str, int] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
+        """Lets all runs take turns and prints a row for each pair.
+
+        Args:
+          case: of the rows.
+          runs: seconds that a call takes; the first one is not counted.
+          pairs: names of two runs each.
+          memory: bytes of the runs for which they are known.
+          more: values for the lines of JSON.
+
+        Returns:
+          Median seconds of each run.
+        """
+        memory = memory or {}
+        for run in runs.values():
+            run()
+        found = interleave(runs, self._rounds)
+        middle = {name: statistics.median(times) for name, times in found.items()}
+        for ours, peer in pairs:
+            time_ratio = ratio(found[ours], found[peer])
+            values = {
+                "case": case,
+                "ours": ours,
+                "beside": peer,
+                "seconds": middle[ours],
+                "peer_seconds": middle[peer],
+                "time": time_ratio,
+                **(more or {}),
+            }
+            share = ""
+            if ours in memory and peer in memory:
+                values["memory"] = memory[ours] / memory[peer]
+                values["bytes"] = memory[ours]
+                share = f"{values['memory']:.2f}"
+            times = [f"{1e3 * middle[name]:.2f}" for name in (ours, peer)]
+            self.row([case, ours, peer, *times, str(time_ratio), share], values)
+        return middle
+
+
+def timed(call: Callable[..., Any], *args: Any, calls: int = 1) -> Callable[[], float]:
+    """A run of :meth:`Pairs.measure`: seconds of a call of JAX, to the result."""
+    import jax
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            found = call(*args)
+        jax.block_until_ready(found)
+        return (time.perf_counter() - start) / calls
+
+    return run
+
+
+def plan(compiled: Any) -> int:
+    """Arguments, outputs and temporaries of a compiled program, in bytes."""
+    found = compiled.memory_analysis()
+    return int(
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        + found.temp_size_in_bytes
+        - found.alias_size_in_bytes
+    )
+
+
 def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if isinstance(value, Ratio) else value
 
@@ -227,4 +317,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
     made.add_argument("--json", metavar="FILE", help=f"default: {RESULTS}/NAME.jsonl")
     made.add_argument("--rounds", type=int, help="turns of each run; even is fair")
+    made.add_argument("--peers", metavar="PYTHON", help="interpreter with torch")
     return made
+
+
+def options(doc: str | None, given: list[str] | None) -> argparse.Namespace:
+    """The command line of a command that has no other options."""
+    args = parser(doc).parse_args(given)
+    args.rounds = args.rounds or (2 if args.smoke else 6)
+    return args

@@ -6,6 +6,7 @@ memory are nobody else's. The parent writes a line of JSON, the child answers wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -145,3 +146,37 @@ def peer_python(given: str | None, *modules: str) -> tuple[str | None, str]:
         hint = "make bench-venv installs them into .venv-peers"
         return None, f"not installed: {', '.join(names)} ({hint}), so ours alone"
     return python, ""
+
+
+def ours(module: str, job: Mapping[str, Any]) -> Worker:
+    """A process of ours that leaves the peer a share of a device's memory."""
+    env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return Worker(sys.executable, module, job, env)
+
+
+def both(
+    stack: contextlib.ExitStack,
+    peers: str | None,
+    job: Mapping[str, Any],
+    folder: str,
+    *modules: str,
+) -> tuple[dict[str, Worker], str]:
+    """Ours and, where it is installed, the peer on the weights that ours wrote.
+
+    Args:
+      stack: closes them.
+      peers: the peer's interpreter, see :func:`peer_python`.
+      job: of both.
+      folder: for the weights.
+      *modules: that the peer needs beside torch.
+
+    Returns:
+      The children by name, and a line that says what is missing.
+    """
+    python, missing = peer_python(peers, "torch", *modules)
+    children = {"ours": stack.enter_context(ours("jax_child", job))}
+    if python:
+        children["ours"].ask("export", folder=folder)
+        name = " + ".join(("torch", *modules))
+        children[name] = stack.enter_context(Worker(python, "torch_child", job))
+    return children, missing
