@@ -24,6 +24,10 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a turn")
     args = parser.parse_args(given)
     args.rounds = args.rounds or (2 if args.smoke else 4)
+    peer, missing = worker.peer_python(args.peers, "torch", "transformers")
+    if missing:
+        print(missing)
+    inside = args.smoke and peer is None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         shape, job = ours_and_peer(args, folder)
@@ -42,11 +46,9 @@ def main(given: list[str] | None = None) -> None:
             "steps": args.steps,
             "cached": False,
         }
-        children, missing = worker.both(stack, args.peers, job, folder, "transformers")
-        if missing:
-            print(missing)
+        children = worker.both(stack, peer, job, folder, inside=inside)
         children["ours cached"] = stack.enter_context(
-            worker.ours("jax_child", {**job, "cached": True})
+            worker.ours("jax_child", {**job, "cached": True}, inside=inside)
         )
         report = measure.Pairs("gcg", args)
         runs = {

@@ -25,6 +25,10 @@ def main(given: list[str] | None = None) -> None:
     args.rounds = args.rounds or (2 if args.smoke else 4)
     count, new = (4, 8) if args.smoke else (args.prompts, args.new)
     scale = 0.1 if args.smoke else 1.0
+    peer, missing = worker.peer_python(args.peers, "torch", "transformers")
+    if missing:
+        print(missing)
+    inside = args.smoke and peer is None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         shape, job = ours_and_peer(args, folder)
@@ -35,9 +39,7 @@ def main(given: list[str] | None = None) -> None:
         ]
         job: dict[str, Any] = {**job, "prompts": prompts, "new": new}
         job["what"] = "generation"
-        children, missing = worker.both(stack, args.peers, job, folder, "transformers")
-        if missing:
-            print(missing)
+        children = worker.both(stack, peer, job, folder, inside=inside)
         report = measure.Pairs("generation", args)
         runs = {n: lambda c=c: c.ask("run")["wall"] for n, c in children.items()}
         pairs = [("ours", name) for name in children if name != "ours"]

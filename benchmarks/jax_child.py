@@ -55,9 +55,8 @@ def gcg(job: dict[str, Any], model: Any) -> Callable[[], Any]:
 WHAT = {"generation": generation, "gcg": gcg}
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
-    worker.pin(job["threads"])
+def functions(job: dict[str, Any]) -> dict[str, Any]:
+    """What this process can be asked for."""
     import jax
     import jax.numpy as jnp
 
@@ -86,7 +85,13 @@ def main() -> None:
         models.save(folder, model)
         return {}
 
-    worker.serve({"run": run, "value": value, "memory": memory, "export": export})
+    return {"run": run, "value": value, "memory": memory, "export": export}
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    worker.pin(job["threads"])
+    worker.serve(functions(job))
 
 
 if __name__ == "__main__":

@@ -197,14 +197,19 @@ def _random_params(config: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(fill, like)
 
 
+def functions(job: dict[str, Any]) -> dict[str, Any]:
+    """What this process can be asked for."""
+    ours = Ours(job)
+    names = ("about", "prepare", "run", "rate", "memory", "export", "check")
+    return {name: getattr(ours, name) for name in names}
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     worker.pin(job["threads"])
     if job["device"] == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    ours = Ours(job)
-    names = ("about", "prepare", "run", "rate", "memory", "export", "check")
-    worker.serve({name: getattr(ours, name) for name in names})
+    worker.serve(functions(job))
 
 
 if __name__ == "__main__":

@@ -55,18 +55,21 @@ def job_of(args: argparse.Namespace, shape: shapes.Shape, data: Any) -> dict[str
         "rank": args.rank,
         "remat": False,
         "unroll": args.unroll,
+        "smoke": args.smoke,
         "data": str(data),
     }
 
 
 def start(
     run: str, job: Mapping[str, Any], peer: str | None, **more: Any
-) -> worker.Worker:
-    """The process of a run."""
+) -> worker.Worker | worker.Inside:
+    """The process of a run; with nothing to compare, a smoke test needs none."""
     if run == PEER:
         assert peer is not None
         return worker.Worker(peer, "lora_torch", {**job, **more})
-    return worker.ours("lora_jax", {**job, "layout": OURS[run], **more})
+    inside = job["smoke"] and peer is None
+    made = {**job, "layout": OURS[run], **more}
+    return worker.ours("lora_jax", made, inside=inside)
 
 
 def data_of(

@@ -32,33 +32,6 @@ R = TypeVar("R")
 # --- turns ------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall seconds of each of ``repeats`` calls, after one that is not counted."""
-    import jax
-
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def beside(
-    ours: Callable[[], Any], peer: Callable[[], Any], repeats: int = 5
-) -> tuple[float, float]:
-    """Median seconds of both, run in both orders, as other work may drift."""
-    first, second = [], []
-    for order in ((0, 1), (1, 0)):
-        for which in order:
-            if which == 0:
-                first += seconds(ours, repeats)
-            else:
-                second += seconds(peer, repeats)
-    return statistics.median(first), statistics.median(second)
-
-
 def interleave(runs: Mapping[str, Callable[[], R]], rounds: int) -> dict[str, list[R]]:
     """What each run returns in each round, every second round in reverse.
 
@@ -210,7 +183,7 @@ class Report:
 
 
 PAIR = {
-    "case": -16,
+    "case": -18,
     "ours": -24,
     "beside": -24,
     "ours ms": 10,
@@ -286,6 +259,7 @@ def timed(call: Callable[..., Any], *args: Any, calls: int = 1) -> Callable[[], 
 
     def run() -> float:
         start = time.perf_counter()
+        found = None
         for _ in range(calls):
             found = call(*args)
         jax.block_until_ready(found)

@@ -9,7 +9,7 @@ outside its steps (a Fisher before a domain, a stage before training) is not in 
 from benchmarks import measure, study
 from sbr_jax.methods import METHODS
 
-SMOKE = ("plain", "ewc")
+SMOKE = ("plain", "interleaving")
 
 
 def main(given: list[str] | None = None) -> None:

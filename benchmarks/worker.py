@@ -7,6 +7,7 @@ memory are nobody else's. The parent writes a line of JSON, the child answers wi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -148,35 +149,62 @@ def peer_python(given: str | None, *modules: str) -> tuple[str | None, str]:
     return python, ""
 
 
-def ours(module: str, job: Mapping[str, Any]) -> Worker:
+class Inside:
+    """The functions of one of our children in this very process.
+
+    For a smoke test: nothing is imported and compiled again.
+    """
+
+    def __init__(self, module: str, job: Mapping[str, Any]):
+        """Makes what the child would have made."""
+        found = importlib.import_module(f"benchmarks.{module}")
+        self._functions = found.functions(json.loads(json.dumps(job)))
+
+    def ask(self, what: str, **options: Any) -> dict[str, Any]:
+        """What the child would have answered."""
+        return json.loads(json.dumps(self._functions[what](**options)))
+
+    def __enter__(self) -> Inside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def ours(
+    module: str, job: Mapping[str, Any], *, inside: bool = False
+) -> Worker | Inside:
     """A process of ours that leaves the peer a share of a device's memory."""
+    if inside:
+        return Inside(module, job)
     env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return Worker(sys.executable, module, job, env)
 
 
 def both(
     stack: contextlib.ExitStack,
-    peers: str | None,
+    python: str | None,
     job: Mapping[str, Any],
     folder: str,
-    *modules: str,
-) -> tuple[dict[str, Worker], str]:
+    *,
+    inside: bool = False,
+) -> dict[str, Worker | Inside]:
     """Ours and, where it is installed, the peer on the weights that ours wrote.
 
     Args:
       stack: closes them.
-      peers: the peer's interpreter, see :func:`peer_python`.
+      python: the peer's interpreter, or None.
       job: of both.
       folder: for the weights.
-      *modules: that the peer needs beside torch.
+      inside: ours in this process.
 
     Returns:
-      The children by name, and a line that says what is missing.
+      The children by name.
     """
-    python, missing = peer_python(peers, "torch", *modules)
-    children = {"ours": stack.enter_context(ours("jax_child", job))}
+    found = ours("jax_child", job, inside=inside)
+    children: dict[str, Worker | Inside] = {"ours": stack.enter_context(found)}
     if python:
         children["ours"].ask("export", folder=folder)
-        name = " + ".join(("torch", *modules))
-        children[name] = stack.enter_context(Worker(python, "torch_child", job))
-    return children, missing
+        child = Worker(python, "torch_child", job)
+        children["transformers"] = stack.enter_context(child)
+    return children
