@@ -16,7 +16,7 @@ PAGES := $(filter-out docs/reference,$(wildcard *.md docs/*.md docs/methods)) ex
 CORE := sbr_jax/subspace sbr_jax/transforms sbr_jax/fisher.py sbr_jax/losses.py $(addprefix tests/core/test_,subspace.py subspace_geometry.py transforms.py losses.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo report test test-core parity lint format docs clean
+.PHONY: help venv demo report test test-core parity bench bench-venv lint format docs clean
 
 help: ## list the targets
 	@echo "Targets of this Makefile:"
@@ -72,12 +72,32 @@ test-core: $(STAMP) ## the mathematics alone: any pytree, no language model
 	  --doctest-modules $(CORE) $(ARGS)
 
 # PyTorch's package index also has wheels for CPUs only, which are much smaller: name it
-# with PIP_EXTRA_INDEX_URL.
+# with PIP_EXTRA_INDEX_URL, for this and for bench-venv.
 parity: ## model families against PyTorch, scores against lm-eval; both are installed
 	@$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),parity,eval" venv
 	@echo "==> comparing with PyTorch, peft and lm-eval (about a quarter of an hour on one core)"
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity tests/evaluation/test_harness.py \
 	  tests/models/test_qwix.py $(ARGS)
+
+# Peers have a venv of their own: what they ask for is nobody else's.
+PEERS := .venv-peers/.installed-$(shell { echo torch 2.13.0; "$(BIN)/python" --version 2>&1; } | cksum | cut -d ' ' -f 1)
+BENCH ?= lora_step fisher methods projection quantize generation gcg seeds startup growth
+
+bench-venv: $(PEERS) ## make .venv-peers with what the benchmarks compare with
+	@echo "==> .venv-peers is ready"
+
+$(PEERS): $(STAMP)
+	@echo "==> installing torch, transformers and peft into .venv-peers"
+	@"$(BIN)/python" -m venv --clear .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "torch==2.13.0" "transformers>=5.0,<6" "peft>=0.17"
+	@touch "$@"
+
+bench: $(STAMP) $(PEERS) ## tables of speed and memory, beside peers; BENCH="lora_step gcg" for some
+	@set -e; for name in $(BENCH); do \
+	  echo "==> python -m benchmarks.$$name $(ARGS)"; \
+	  JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m benchmarks.$$name $(ARGS); \
+	done
 
 lint: $(STAMP) ## ruff, pyright and mdformat, changing nothing
 	@echo "==> ruff check and format --check"
@@ -101,7 +121,7 @@ docs: $(STAMP) ## the documentation as a site in site/, refusing broken links
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "==> site/index.html is ready"
 
-clean: ## remove caches and build products; keeps runs/ and .venv
-	@echo "==> removing caches and build products (runs/ and .venv stay)"
+clean: ## remove caches and build products; keeps runs/ and the venvs
+	@echo "==> removing caches and build products (runs/ and the venvs stay)"
 	@rm -rf build dist site .pytest_cache .ruff_cache .jax_cache
-	@find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf
+	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print | xargs rm -rf

@@ -1,16 +1,20 @@
-"""A Fisher pass beside plain per-example gradients: ``python -m benchmarks.fisher``.
+"""Per-example gradients and a Fisher pass: ``python -m benchmarks.fisher``.
 
-The peer computes the same gradients and keeps their squared norms only, which is the
-least that any estimate of F from per-example gradients has to do. Prints ratios
-(ours / peer) of time in the same run, and what a dense F would have weighed.
+A residual network of linear layers with LoRA, on which PyTorch computes the same. A
+Fisher pass is set beside the least that any estimate from per-example gradients has to
+do (their squared norms), and beside as many plain gradient steps, batched alike;
+per-example gradients beside a loop of ``jax.grad`` and ``torch.func.vmap(grad)``.
+
+Memory is what the compiled programs plan, beside what a dense F would weigh.
 """
 
-import functools
+import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import beside
+from benchmarks import measure, worker
 from benchmarks.projection import is_pair
 from sbr_jax import fisher_subspace, per_example_gradients
 
@@ -19,7 +23,7 @@ SIZES = {  # layers, width, LoRA rank, examples, tokens of each
     "small": (4, 256, 8, 64, 32),
     "medium": (2, 1024, 16, 32, 32),
 }
-BATCH = 8
+BATCH, KEPT = 8, 32
 
 
 def loss_fn(params: dict, example: jax.Array, frozen: jax.Array) -> jax.Array:
@@ -36,54 +40,99 @@ def loss_fn(params: dict, example: jax.Array, frozen: jax.Array) -> jax.Array:
 
 @jax.jit
 def norms(params: dict, batch: jax.Array, frozen: jax.Array) -> jax.Array:
-    """Squared gradient norms of a batch."""
+    """Squared gradient norms of a batch, summed."""
     grads = per_example_gradients(loss_fn, params, batch, frozen)
-    return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+    return jax.tree.reduce(jnp.add, jax.tree.map(lambda g: jnp.sum(g**2), grads))
 
 
-def peer(params: dict, batches: list, frozen: jax.Array) -> list:
-    """One plain pass over the batches."""
-    return [norms(params, batch, frozen) for batch in batches]
+@jax.jit
+def each(params: dict, batch: jax.Array, frozen: jax.Array) -> Any:
+    """The gradients of a batch, one for each example."""
+    return per_example_gradients(loss_fn, params, batch, frozen)
 
 
-def main() -> None:
-    """Measure every size and print a line for each."""
-    print(f"device: {jax.devices()[0].device_kind}")
-    print(f"{'size':12}{'N':>5}{'P':>9}{'Fisher ms':>12}{'grads ms':>10}", end="")
-    print(f"{'time ×':>9}{'dense F':>12}{'basis':>12}")
-    for size, (layers, width, rank, examples, tokens) in SIZES.items():
-        keys = jax.random.split(jax.random.key(0), 4)
-        params = {
-            "q": {
-                "a": jax.random.normal(keys[0], (layers, width, rank)) / width**0.5,
-                "b": jax.random.normal(keys[1], (layers, rank, width)) / rank**0.5,
-            }
-        }
-        frozen = jax.random.normal(keys[2], (layers, width, width)) / width**0.5
-        data = jax.random.normal(keys[3], (examples, tokens, width))
-        batches = jnp.split(data, examples // BATCH)
-        ours, theirs = beside(
-            functools.partial(
-                lambda *a, **k: fisher_subspace(*a, **k).basis,
-                loss_fn,
-                params,
-                batches,
-                max_rank=32,
-                unit=is_pair,
-                layer_axes=1,
-                args=(frozen,),
-            ),
-            functools.partial(peer, params, batches, frozen),
-            repeats=3,
-        )
-        p = 2 * width * rank
-        print(
-            f"{size:12}{examples:5}{p:9}{ours * 1e3:12.1f}{theirs * 1e3:10.1f}", end=""
-        )
-        print(f"{ours / theirs:9.2f}", end="")
-        print(
-            f"{layers * p * p * 4 / 2**20:9.0f}MiB{layers * p * 32 * 4 / 2**20:9.1f}MiB"
-        )
+one = jax.jit(jax.grad(loss_fn))
+
+
+@jax.jit
+def mean(params: dict, batch: jax.Array, frozen: jax.Array) -> Any:
+    """The gradient of a batch, as a plain step takes it."""
+
+    def total(p: dict) -> jax.Array:
+        return jnp.mean(jax.vmap(loss_fn, (None, 0, None))(p, batch, frozen))
+
+    return jax.grad(total)(params)
+
+
+def measure_size(
+    report: measure.Pairs, args: argparse.Namespace, name: str, peer: str | None
+) -> None:
+    """Measures one size and prints its rows."""
+    layers, width, rank, examples, tokens = SIZES[name]
+    keys = jax.random.split(jax.random.key(0), 4)
+    a = jax.random.normal(keys[0], (layers, width, rank)) / width**0.5
+    b = jax.random.normal(keys[1], (layers, rank, width)) / rank**0.5
+    params = {"q": {"a": a, "b": b}}
+    frozen = jax.random.normal(keys[2], (layers, width, width)) / width**0.5
+    data = jax.random.normal(keys[3], (examples, tokens, width))
+    batches = jnp.split(data, examples // BATCH)
+
+    def fisher() -> Any:
+        return fisher_subspace(
+            loss_fn,
+            params,
+            batches,
+            max_rank=KEPT,
+            unit=is_pair,
+            layer_axes=1,
+            args=(frozen,),
+        ).basis
+
+    def over(function: Any, items: Any) -> Any:
+        return lambda: [function(params, item, frozen) for item in items]
+
+    runs = {
+        "Fisher subspace": measure.timed(fisher),
+        "squared norms": measure.timed(over(norms, batches)),
+        "plain gradients": measure.timed(over(mean, batches)),
+        "per-example gradients": measure.timed(over(each, batches)),
+        "loop of jax.grad": measure.timed(over(one, list(data))),
+    }
+    pairs = [
+        ("Fisher subspace", "squared norms"),
+        ("Fisher subspace", "plain gradients"),
+        ("per-example gradients", "loop of jax.grad"),
+    ]
+    memory = {
+        "per-example gradients": measure.planned_bytes(each, params, batches[0], frozen)
+    }
+    memory["loop of jax.grad"] = measure.planned_bytes(one, params, data[0], frozen)
+    size = 2 * width * rank
+    more = {"dense_bytes": 4 * layers * size**2, "kept_bytes": 4 * layers * size * KEPT}
+    if peer is None:
+        report.measure(name, runs, pairs, memory=memory, more=more)
+        return
+    job = {"what": "gradients", "sizes": SIZES[name], "batch": BATCH}
+    with worker.Worker(peer, "torch_child", {**job, "threads": measure.cores()}) as on:
+        runs["torch.func vmap(grad)"] = lambda: on.ask("run")["wall"]
+        pairs.append(("per-example gradients", "torch.func vmap(grad)"))
+        report.measure(name, runs, pairs, memory=memory, more=more)
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measures every size."""
+    args = measure.options(__doc__, given)
+    peer, missing = worker.peer_python(args.peers, "torch")
+    if missing:
+        print(missing)
+    report = measure.Pairs("fisher", args)
+    for name in ["miniature"] if args.smoke else SIZES:
+        measure_size(report, args, name, peer)
+        layers, width, rank = SIZES[name][:3]
+        size = 2 * width * rank
+        dense, kept = layers * size**2 / 2**18, layers * size * KEPT / 2**18
+        print(f"  dense F {dense:.0f} MiB, basis of {KEPT} columns {kept:.1f} MiB")
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """A projected AdamW step beside a plain one: ``python -m benchmarks.projection``.
 
-Prints ratios (ours / peer) of time and planned memory in the same run. The step is
-the optimizer alone; in training a forward and a backward pass come on top of both,
-so these ratios are upper bounds for what a user sees.
+The step is the optimizer alone; in training a forward and a backward pass come on top
+of both, so these ratios are upper bounds for what a user sees. The projection is set
+beside the time that reading its basis takes at the rate of a sum over as many bytes:
+``Π g = U (Uᵀ g)`` meets U twice, so 2 is what it costs where U fits no cache, and 1 is
+out of reach.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.measure import beside, planned_bytes
+from benchmarks import measure
 from sbr_jax import gradient_projection, random_subspace, update_projection
-from sbr_jax.subspace import Subspace, from_factors
+from sbr_jax.subspace import Subspace, from_factors, project_onto
 
 SIZES = {  # layers, width, LoRA rank, K
     "miniature": (4, 128, 8, 16),
@@ -37,37 +40,60 @@ def problem(layers: int, width: int, rank: int, columns: int) -> tuple[dict, Sub
     return params, random_subspace(key, like)
 
 
-def main() -> None:
-    """Measure both recipes at every size and print a line for each."""
-    print(f"device: {jax.devices()[0].device_kind}")
-    print(f"{'size':12}{'recipe':22}{'step ms':>9}{'AdamW ms':>10}", end="")
-    print(f"{'time ×':>9}{'memory ×':>10}{'basis / AdamW state':>21}")
-    for size, numbers in SIZES.items():
-        params, subspace = problem(*numbers)
+def bytes_of(tree: Any) -> int:
+    """What the arrays of a tree weigh."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+@jax.jit
+def total(x: jax.Array) -> jax.Array:
+    """Reads everything once."""
+    return jnp.sum(x)
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measures both recipes and the projection alone at every size."""
+    args = measure.options(__doc__, given)
+    report = measure.Pairs("projection", args)
+    for size in ["miniature"] if args.smoke else SIZES:
+        params, subspace = problem(*SIZES[size])
         adamw = optax.adamw(1e-3, weight_decay=0.01)
         plain = optax.chain(optax.clip_by_global_norm(1.0), adamw)
-        recipes = {
+        recipes: dict[str, Any] = {
             "gradient_projection": gradient_projection(subspace, adamw),
             "update_projection": update_projection(subspace, 1e-3),
         }
         grads = jax.tree.map(jnp.cos, params)
-        peer_state = plain.init(params)
-        peer = jax.jit(plain.update)
+        calls = 1 if args.smoke else 10
+
+        def timed(call: Any, *given: Any, calls: int = calls) -> Any:
+            return measure.timed(functools.partial(call, *given), calls=calls)
+
+        state = plain.init(params)
+        runs = {"AdamW": timed(jax.jit(plain.update), grads, state, params)}
+        memory = {"AdamW": measure.planned_bytes(plain.update, grads, state, params)}
         for name, tx in recipes.items():
-            state = tx.init(params)
-            step = jax.jit(tx.update)
-            ours, theirs = beside(
-                functools.partial(step, grads, state, params),
-                functools.partial(peer, grads, peer_state, params),
-            )
-            memory = planned_bytes(tx.update, grads, state, params) / planned_bytes(
-                plain.update, grads, peer_state, params
-            )
-            basis = sum(x.nbytes for x in jax.tree.leaves(subspace)) / sum(
-                x.nbytes for x in jax.tree.leaves(peer_state)
-            )
-            print(f"{size:12}{name:22}{ours * 1e3:9.2f}{theirs * 1e3:10.2f}", end="")
-            print(f"{ours / theirs:9.2f}{memory:10.2f}{basis:21.1f}")
+            own = tx.init(params)
+            runs[name] = timed(jax.jit(tx.update), grads, own, params)
+            memory[name] = measure.planned_bytes(tx.update, grads, own, params)
+        runs["project_onto"] = timed(jax.jit(project_onto), grads, subspace)
+        # As many bytes as the basis has, in one array: the least a reader can take.
+        like = jnp.zeros((bytes_of(subspace) // 4,), jnp.float32)
+        runs["reading the basis"] = timed(total, like)
+        pairs = [(name, "AdamW") for name in recipes]
+        pairs.append(("project_onto", "reading the basis"))
+        basis = bytes_of(subspace)
+        middle = report.measure(
+            size, runs, pairs, memory=memory, more={"basis_bytes": basis}
+        )
+        rates = [
+            f"{basis / middle[name] / 1e9:.1f} GB/s"
+            for name in ("reading the basis", "project_onto")
+        ]
+        times = basis / bytes_of(state)
+        print(f"  basis {basis / 2**20:.1f} MiB, {times:.1f} of AdamW's state;", end="")
+        print(f" read at {rates[0]}, by project_onto at {rates[1]}")
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """A quantised base beside the dense one: ``python -m benchmarks.quantize``.
 
-Prints what all base weights take against bfloat16, and ratios (codes / dense) of the
-time and of the planned temporary memory of a forward pass and of a LoRA gradient, in
-the same run. Decoding costs the same for every batch, so its share falls with tokens.
+A forward pass and a LoRA gradient with codes over the same with dense weights, in time
+and in the planned memory of intermediate results, and what all base weights take
+against bfloat16. Decoding costs the same for every batch, so its share falls with
+tokens.
 
-Where qwix is installed, a second table has the time of coding and of decoding one
-matrix against its (ours / qwix), for codes that are the same (tests/test_qwix.py).
+Where qwix is installed, further rows have the time of coding and of decoding one matrix
+against its own, for codes that are the same (tests/models/test_qwix.py).
 """
 
 import functools
+import importlib
 import importlib.util
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import beside
+from benchmarks import measure
 from sbr_jax import losses, models
 from sbr_jax.models.codes import BLOCK, KINDS, encode
 from sbr_jax.models.quantize import quantize, weight_bytes
@@ -60,63 +62,69 @@ def qwix_programs(qwix: Any, kind: str) -> tuple[Any, Any]:
     return jax.jit(code), jax.jit(qwix.dequantize)
 
 
-def beside_qwix(dtype: Any) -> None:
-    """Coding and decoding, a line for each kind and size that both have."""
+def beside_qwix(report: measure.Pairs, dtype: Any) -> None:
+    """Coding and decoding a matrix, for each kind and size that both have."""
     if importlib.util.find_spec("qwix") is None:
-        print("qwix is not installed (pip install qwix): no second table")
+        print("not installed: qwix (pip install qwix), so no rows for one matrix")
         return
-    import qwix
-
+    qwix = importlib.import_module("qwix")
     decode = jax.jit(lambda weight: weight.dense())
-    print(f"{'matrix':12}{'codes':12}{'code ×':>9}{'decode ×':>10}")
     for shape in MATRICES:
         matrix = jax.random.normal(jax.random.key(0), shape, dtype)
         for kind in ("nf4", "int8"):
             their_code, their_decode = qwix_programs(qwix, kind)
-            pairs = (
-                (
-                    functools.partial(encode, matrix, kind),
-                    functools.partial(their_code, matrix),
-                ),
-                (
-                    functools.partial(decode, encode(matrix, kind)),
-                    functools.partial(their_decode, their_code(matrix)),
-                ),
-            )
-            times = [beside(*pair) for pair in pairs]
-            ratios = [ours / theirs for ours, theirs in times]
-            name = "x".join(map(str, shape))
-            print(f"{name:12}{kind:12}{ratios[0]:9.2f}{ratios[1]:10.2f}", flush=True)
+            case = f"{'x'.join(map(str, shape))} {kind}"
+            ours, theirs = encode(matrix, kind), their_code(matrix)
+            runs = {
+                "code": measure.timed(encode, matrix, kind),
+                "qwix code": measure.timed(their_code, matrix),
+                "decode": measure.timed(decode, ours),
+                "qwix decode": measure.timed(their_decode, theirs),
+            }
+            pairs = [("code", "qwix code"), ("decode", "qwix decode")]
+            report.measure(case, runs, pairs)
 
 
-def main() -> None:
-    """Measure every size and kind and print a line for each."""
+def main(given: list[str] | None = None) -> None:
+    """Measures every size and kind, each beside the dense base."""
+    args = measure.options(__doc__, given)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
-    device, name = jax.devices()[0].device_kind, jnp.dtype(dtype).name
-    print(f"device: {device}; computed in {name}")
-    print(f"{'size':12}{'codes':12}{'tokens':>7}{'bytes / bf16':>14}", end="")
-    print(f"{'forward ×':>11}{'gradient ×':>12}{'temporary ×':>13}")
-    for size, (*shape, rows, length) in SIZES.items():
+    report = measure.Pairs("quantize", args, {"dtype": jnp.dtype(dtype).name})
+    for size in ["miniature"] if args.smoke else SIZES:
+        *shape, rows, length = SIZES[size]
         config = config_of(*shape)
         dense = models.init_params(jax.random.key(0), config, dtype)
         adapter = models.init_adapter(jax.random.key(1), config, rank=8, alpha=16.0)
         ids = jax.random.randint(jax.random.key(2), (rows, length), 0, VOCABULARY)
         loss = functools.partial(loss_fn, apply_fn=models.make_apply_fn(config))
-        programs = jax.jit(loss), jax.jit(jax.grad(loss))
-        for kind in KINDS:
-            codes = quantize(dense, kind)
-            share = weight_bytes(config, jnp.bfloat16, kind) / weight_bytes(config)
-            print(f"{size:12}{kind:12}{rows * length:7}{share:14.3f}", end="")
-            for program, width in zip(programs, (11, 12), strict=True):
-                ours, theirs = beside(
-                    functools.partial(program, adapter, codes, ids),
-                    functools.partial(program, adapter, dense, ids),
-                )
-                print(f"{ours / theirs:{width}.2f}", end="")
-            plans = [temporary(programs[1], adapter, x, ids) for x in (codes, dense)]
-            print(f"{plans[0] / plans[1]:13.2f}", flush=True)
-    beside_qwix(dtype)
+        kinds = KINDS[:1] if args.smoke else KINDS
+        bases = {"dense": dense, **{kind: quantize(dense, kind) for kind in kinds}}
+        programs = {"forward": jax.jit(loss), "gradient": jax.jit(jax.grad(loss))}
+        if args.smoke:
+            del programs["gradient"]
+        for title, program in programs.items():
+            report.measure(
+                f"{size} {title}",
+                {
+                    name: measure.timed(program, adapter, base, ids)
+                    for name, base in bases.items()
+                },
+                [(kind, "dense") for kind in kinds],
+                memory={
+                    name: temporary(program, adapter, base, ids)
+                    for name, base in bases.items()
+                },
+                more={"tokens": rows * length},
+            )
+        whole = weight_bytes(config)
+        shares = [
+            f"{kind} {weight_bytes(config, jnp.bfloat16, kind) / whole:.3f}"
+            for kind in KINDS
+        ]
+        print(f"  weights / bfloat16: {', '.join(shares)}")
+    beside_qwix(report, dtype)
+    report.close("memory ×: of intermediate results")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""A step's time and memory along one size at a time: ``python -m benchmarks.growth``.
+
+Layers, width, tokens of a row, LoRA rank, vocabulary (a plain step), and calibration
+examples (a Fisher pass). Every point is compared with the first of its row; beside the
+size's own ratio, time that grows with it to the power p shows p = log time / log size.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from benchmarks import measure, study
+from sbr_jax import fisher_subspace, models
+from sbr_jax.methods.base import LAYER_AXES, task_loss
+
+AXES: dict[str, tuple[int, ...]] = {
+    "layers": (2, 4, 8, 16),
+    "width": (128, 256, 512),
+    "tokens": (64, 128, 256, 512),
+    "rank": (4, 16, 64),
+    "vocabulary": (49_152, 128_256, 256_000),
+    "calibration": (16, 32, 64, 128),
+}
+COLUMNS = {
+    "size": -12,
+    "value": 8,
+    "ms": 10,
+    "time ×": 19,
+    "power": 6,
+    "MiB": 9,
+    "memory ×": 9,
+}
+
+
+def size_of(axis: str, value: int, smoke: bool) -> study.Size:
+    """A small size with one number changed."""
+    size = study.SMOKE if smoke else dataclasses.replace(study.SMALL, batch=8)
+    if axis in ("rank", "calibration"):
+        return dataclasses.replace(size, **{axis: value})
+    if axis == "tokens":
+        return dataclasses.replace(size, length=value)
+    changes = {axis: value}
+    if axis == "width":
+        changes = {"width": value, "mlp_width": 11 * value // 4}
+    if axis == "vocabulary":
+        changes = {"vocab_size": value}
+    return dataclasses.replace(size, shape=dataclasses.replace(size.shape, **changes))
+
+
+def example_loss(adapter: Any, example: Any, base: Any, problem: Any) -> jax.Array:
+    """The loss of one example, as a Fisher pass differentiates it."""
+    batch = {name: x[None] for name, x in example.items()}
+    return task_loss(problem, base, adapter, batch, jax.random.key(0))
+
+
+def fisher_of(size: study.Size) -> Callable[[], Any]:
+    """A Fisher pass over the calibration set."""
+    made, config = study.make(size)
+    steps = study.Steps("plain", size, (made, config))
+    loss = functools.partial(example_loss, problem=steps.program.problem)
+    adapter = models.init_adapter(
+        jax.random.key(0), made.model.config, rank=size.rank, alpha=2.0 * size.rank
+    )
+    data = {"tokens": made.calibration.tokens, "mask": made.calibration.mask}
+    batches = [
+        {name: x[i : i + 8] for name, x in data.items()}
+        for i in range(0, size.calibration, 8)
+    ]
+
+    def run() -> Any:
+        found = fisher_subspace(
+            loss,
+            adapter,
+            batches,
+            max_rank=16,
+            unit=models.is_lora_pair,
+            layer_axes=LAYER_AXES,
+            args=(made.model.params,),
+        )
+        return jax.tree.leaves(found)
+
+    return run
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measures every axis, all its points in turns."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--axes", nargs="+", choices=list(AXES), metavar="NAME")
+    args = parser.parse_args(given)
+    args.rounds = args.rounds or (2 if args.smoke else 6)
+    report = measure.Report("growth", COLUMNS, args)
+    for axis in args.axes or (("layers", "rank") if args.smoke else AXES):
+        values = (2, 4) if args.smoke else AXES[axis]
+        runs, memory = {}, {}
+        for value in values:
+            size = size_of(axis, value, args.smoke)
+            if axis == "calibration":
+                runs[str(value)] = measure.timed(fisher_of(size))
+                continue
+            steps = study.Steps("plain", size)
+            runs[str(value)], memory[value] = measure.timed(steps), steps.bytes
+        for run in runs.values():
+            run()
+        found = measure.interleave(runs, args.rounds)
+        first = values[0]
+        for value in values:
+            times = measure.ratio(found[str(value)], found[str(first)])
+            middle = sorted(found[str(value)])[args.rounds // 2]
+            row = {"axis": axis, "value": value, "seconds": middle, "time": times}
+            power, mib, share = "", "", ""
+            if value != first:
+                row["power"] = math.log(times.median) / math.log(value / first)
+                power = f"{row['power']:.2f}"
+            if value in memory:
+                row["bytes"] = memory[value]
+                mib = f"{memory[value] / 2**20:.0f}"
+                share = f"{memory[value] / memory[first]:.2f}"
+            cells = [axis, str(value), f"{1e3 * middle:.2f}", str(times), power]
+            report.row([*cells, mib, share], row)
+    report.close("×: over the first of the axis")
+
+
+if __name__ == "__main__":
+    main()

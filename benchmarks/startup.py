@@ -1,0 +1,73 @@
+"""What a start costs: ``python -m benchmarks.startup``.
+
+Whole processes, from their start to their end: ``import sbr_jax`` beside its imports
+JAX and Optax, ``sbr-jax --help`` beside an interpreter that does nothing, and the first
+training step of a small model with nothing compiled beside the same with the
+persistent cache that the programs keep (``JAX_COMPILATION_CACHE_DIR``).
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+from benchmarks import measure, worker
+
+FIRST_STEP = """
+import jax
+from benchmarks import study
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.block_until_ready(study.Steps("plain", study.{size})())
+"""
+
+
+def process(command: Sequence[str], **env: str) -> Callable[[], float]:
+    """Seconds of a whole process."""
+    full = {**os.environ, "PYTHONPATH": str(worker.ROOT), **env}
+
+    def run() -> float:
+        start = time.perf_counter()
+        subprocess.run(
+            command, check=True, env=full, cwd=worker.ROOT, stdout=subprocess.DEVNULL
+        )
+        return time.perf_counter() - start
+
+    return run
+
+
+def python(code: str, **env: str) -> Callable[[], float]:
+    """Seconds of an interpreter that runs some lines."""
+    return process([sys.executable, "-c", code], **env)
+
+
+def main(given: list[str] | None = None) -> None:
+    """Starts everything in turns."""
+    args = measure.options(__doc__, given)
+    report = measure.Pairs("startup", args)
+    code = "from sbr_jax.programs import main; main()"
+    runs = {
+        "sbr-jax --help": process([sys.executable, "-c", code, "--help"]),
+        "python -c pass": python("pass"),
+    }
+    report.measure("help", runs, [("sbr-jax --help", "python -c pass")])
+    if not args.smoke:
+        runs = {
+            "import sbr_jax": python("import sbr_jax"),
+            "import jax, optax": python("import jax, optax"),
+        }
+        report.measure("import", runs, [("import sbr_jax", "import jax, optax")])
+        first = FIRST_STEP.format(size="SMALL")
+        with tempfile.TemporaryDirectory() as folder:
+            runs = {
+                "cache": python(first, JAX_COMPILATION_CACHE_DIR=folder),
+                "no cache": python(first, JAX_ENABLE_COMPILATION_CACHE="false"),
+            }
+            report.measure("first step", runs, [("cache", "no cache")])
+    report.close("ms are of whole processes; the first of each is not counted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Made-up studies over random Llamas of any size, for what needs no peer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import shapes
+from benchmarks.measure import plan
+from sbr_jax import models
+from sbr_jax.data.batches import TokenDataset
+from sbr_jax.data.layout import Layout, arrange
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.training.config import Config
+from sbr_jax.training.program import Program, init_adapter, make_program
+from sbr_jax.training.study import Domain, Study
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model and the steps that are taken on it."""
+
+    shape: shapes.Shape
+    length: int = 128
+    batch: int = 16
+    rank: int = 16
+    calibration: int = 32
+    """Examples of the safety calibration set."""
+
+
+SMOKE = Size(shapes.SHAPES["smoke"], length=16, batch=4, rank=2, calibration=8)
+SMALL = Size(shapes.SHAPES["small"])
+
+
+def dataset(size: Size, count: int, seed: int) -> TokenDataset:
+    """Full rows, the last half of each an answer."""
+    source = np.random.default_rng(seed)
+    tokens = source.integers(1, size.shape.vocab_size, (count, size.length))
+    mask = np.zeros(tokens.shape, np.float32)
+    mask[:, size.length // 2 :] = 1
+    return TokenDataset(tokens.astype(np.int32), mask)
+
+
+def judge(data: Any) -> np.ndarray:
+    """A made-up risk: where in an interval the first token lies."""
+    first = np.asarray(data.tokens[:, 0], np.float32)
+    return first / (first.max(initial=0) + 1)
+
+
+def make(size: Size, **training: Any) -> tuple[Study, Config]:
+    """A study with all that any method asks for, and its settings."""
+    config = size.shape.ours()
+    params = models.init_params(jax.random.key(0), config)
+    hardware = models.Hardware(remat=False)
+    calibration = dataset(size, size.calibration, 1)
+    moved = jax.tree.map(
+        lambda x: (
+            x + 0.01 * jax.random.normal(jax.random.key(6), x.shape, x.dtype)
+            if x.ndim > 2
+            else x
+        ),
+        params["layers"],
+    )
+    study = Study(
+        model=models.make_model(config, params, hardware=hardware),
+        domains={"one": Domain(dataset(size, 4 * size.batch, 2), lambda *_: 0.0)},
+        calibration=calibration,
+        evaluate=lambda *_: {"composite": 50.0, "refusal": 50.0},
+        calibration_controls={
+            "benign": dataset(size, size.calibration, 3),
+            "random": dataset(size, size.calibration, 4),
+        },
+        safety_mix=calibration,
+        harmful=dataset(size, size.calibration, 5),
+        unaligned={**params, "layers": moved},
+        judge=judge,
+        probe=lambda *_: 50.0,
+        fingerprint="benchmark",
+    )
+    settings = Training(
+        steps_per_domain=4,
+        batch_size=size.batch,
+        lora_rank=size.rank,
+        lora_alpha=2.0 * size.rank,
+        **training,
+    )
+    how = Hardware(remat=False, fisher_microbatch=min(8, size.calibration))
+    return study, Config(settings, how)
+
+
+def batch_of(size: Size, data: Any) -> dict[str, np.ndarray]:
+    """The first examples of a set, laid out as the trainer lays out full rows."""
+    drawn = {"tokens": data.tokens, "mask": data.mask}
+    if data.risk is not None:
+        drawn["risk"] = data.risk
+    drawn = {name: x[: size.batch] for name, x in drawn.items()}
+    answers = int(data.mask.sum(axis=1).max())
+    return arrange([drawn], Layout(size.length, False, answers))[0]
+
+
+class Steps:
+    """A compiled step of one variant and what it is given.
+
+    Args:
+      variant: of ``METHODS`` or ``VARIANTS``.
+      size: of model and step.
+      made: of :func:`make`, to share one between variants.
+      seeds: so many mapped into one program; 0 for a plain step.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        size: Size,
+        made: tuple[Study, Config] | None = None,
+        seeds: int = 0,
+    ):
+        """Prepares the method and compiles its step once."""
+        study, config = made or make(size)
+        self.program: Program = make_program(variant, study, config)
+        method, problem = self.program.method, self.program.problem
+        adapter, key = init_adapter(study, config, 0), jax.random.key(0)
+        self.base = method.prepare(problem, study.model.params, adapter, key)
+        state = method.init(problem, self.base, adapter, key)
+        state = {k: v for k, v in state.items() if k != "diagnostics"}
+        batch: Any = batch_of(size, method.mix(problem, study.domains["one"].train, 0))
+        train = self.program.start(adapter, state)
+        step: Any = self.program.step
+        if seeds:
+            step = self.program.mapped_step
+            key = jax.random.split(key, seeds)
+            train, state, batch = jax.tree.map(
+                lambda x: jnp.stack([x] * seeds), (train, state, batch)
+            )
+        self._rest = (state, batch, key)
+        self._compiled = step.lower(self.base, train, *self._rest).compile()
+        self.bytes = plan(self._compiled)
+        self._train = train
+
+    def __call__(self) -> Any:
+        """Takes one step; the state is consumed and replaced."""
+        self._train, metrics = self._compiled(self.base, self._train, *self._rest)
+        return metrics["loss"], jax.tree.leaves(self._train)
