@@ -55,13 +55,10 @@ class Ours:
         """What ``layout.choose`` finds, of these batches: it would draw its own."""
         from sbr_jax.data import layout
 
-        packed = self._job["layout"] == "packed"
-        chosen = layout.Layout(self._longest, packed, 1)
-        if packed:
-            places = max(layout.needed(b, chosen)[1] for b in self._batches)
-        else:
-            places = max(int((b["mask"] > 0).sum(1).max()) for b in self._batches)
-        return layout.Layout(self._longest, packed, places)
+        if self._job["layout"] == "packed":
+            return layout.packed_layout(self._batches, self._longest)[0]
+        places = max(int((b["mask"] > 0).sum(1).max()) for b in self._batches)
+        return layout.Layout(self._longest, False, places)
 
     def _step(self, batch: dict[str, Any]) -> Any:
         from sbr_jax.data import layout
