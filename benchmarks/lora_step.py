@@ -82,7 +82,7 @@ def data_of(
         return shapes.batches_of(found, rows), length
     scale = 0.1 if args.smoke else 1.0
     count = args.batch * args.batches
-    found = shapes.draw(shapes.DOMAINS[name], count, 0, vocab, scale)
+    found = shapes.draw(shapes.DOMAINS[name], count, shapes.SEED, vocab, scale)
     return shapes.batches_of(found, args.batch), found["tokens"].shape[1]
 
 
