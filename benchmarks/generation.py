@@ -32,7 +32,9 @@ def main(given: list[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         shape, job = ours_and_peer(args, folder)
-        found = shapes.draw(shapes.DOMAINS["prose"], count, 0, shape.vocab_size, scale)
+        found = shapes.draw(
+            shapes.DOMAINS["prose"], count, shapes.SEED, shape.vocab_size, scale
+        )
         prompts = [
             tokens[:length].tolist()
             for tokens, length in zip(found["tokens"], found["length"], strict=True)

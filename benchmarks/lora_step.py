@@ -82,7 +82,7 @@ def data_of(
         return shapes.batches_of(found, rows), length
     scale = 0.1 if args.smoke else 1.0
     count = args.batch * args.batches
-    found = shapes.draw(shapes.DOMAINS[name], count, 0, vocab, scale)
+    found = shapes.draw(shapes.DOMAINS[name], count, shapes.SEED, vocab, scale)
     return shapes.batches_of(found, args.batch), found["tokens"].shape[1]
 
 
@@ -200,7 +200,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=sorted(shapes.SHAPES))
     parser.add_argument("--layers", type=int, help="fewer, for a shorter run")
     parser.add_argument("--vocab", type=int, help="tokens of the vocabulary")
-    parser.add_argument("--batch", type=int, help="examples of a step (16)")
+    parser.add_argument("--batch", type=int, help="examples of a step (16; 7b: 8)")
     parser.add_argument("--batches", type=int, help="different steps of a turn (4)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
@@ -220,7 +220,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     args.device = args.device or ("gpu" if seen else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "gpu" else "float32")
     args.preset = args.preset or ("smoke" if args.smoke else "smollm2-135m")
-    args.batch = args.batch or (4 if args.smoke else 16)
+    # Three processes hold the weights of 7b at once, and nothing is recomputed.
+    usual = 8 if args.preset == "7b" else 16
+    args.batch = args.batch or (4 if args.smoke else usual)
     args.batches = args.batches or (2 if args.smoke else 4)
     args.rounds = args.rounds or (2 if args.smoke else 4)
     args.dense = args.dense or ([2, 32] if args.smoke else [8, 256])

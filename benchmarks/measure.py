@@ -169,7 +169,7 @@ class Report:
     def row(self, cells: Sequence[str], values: Mapping[str, Any]) -> None:
         """Prints a row and appends its numbers to the file of JSON lines."""
         self._line(cells)
-        line = {**self._common, "time": time.strftime("%FT%TZ", time.gmtime())}
+        line = {**self._common, "date": time.strftime("%FT%TZ", time.gmtime())}
         line |= {k: _plain(v) for k, v in values.items()}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
