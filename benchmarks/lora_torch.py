@@ -120,7 +120,7 @@ class Peer:
 
         def run():
             for _ in range(repeats):
-                x @ x
+                _ = x @ x
             self._wait()
 
         run()

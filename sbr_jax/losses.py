@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sbr_jax import checks
+from sbr_jax import _rows, checks
 from sbr_jax.typing import UserError
 
 
@@ -76,17 +76,7 @@ def token_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def _log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """``[B, T]``: the log-likelihood of the next token; the last column is filling."""
     _check("logits", logits, tokens=tokens)
-    return target_scores(logits, _next(tokens))
-
-
-def target_scores(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """``log p(target)`` of each row of logits ``[..., V]``, float32 ``[...]``."""
-    scores = logits.astype(jnp.float32)
-    targets = targets[..., None].astype(jnp.int32)
-    # Comparing beats gathering: its gradient is no scatter, and XLA fuses it.
-    columns = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    picked = jnp.sum(jnp.where(columns == targets, scores, 0.0), axis=-1)
-    return picked - jax.nn.logsumexp(scores, axis=-1)
+    return _rows.log_likelihood(logits, _next(tokens))
 
 
 def token_cross_entropy(
@@ -164,21 +154,8 @@ def kl_to_reference(
             f"{ref_logits.shape} and {logits.shape}"
         )
     ref_logits = jax.lax.stop_gradient(ref_logits)
-    gap = kl_of_logits(ref_logits, logits, direction)
+    gap = _rows.divergence(ref_logits, logits, direction)
     return _masked_mean(gap, _next(mask))
-
-
-def kl_of_logits(
-    reference: jax.Array, logits: jax.Array, direction: str = "forward"
-) -> jax.Array:
-    """KL(reference ‖ model) of each row of logits ``[..., V]``, float32 ``[...]``."""
-    p = jax.nn.log_softmax(reference.astype(jnp.float32))
-    q = jax.nn.log_softmax(logits.astype(jnp.float32))
-    if direction == "reverse":
-        p, q = q, p
-    # exp(-inf) * (-inf - x) is NaN where p rules a token out.
-    gap = jnp.where(jnp.isneginf(p), 0.0, p - q)
-    return jnp.sum(jnp.exp(p) * gap, axis=-1)
 
 
 def hidden_state_anchor(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.losses import target_scores
+from sbr_jax import _rows
 from sbr_jax.models import answers, vocabulary
 from sbr_jax.models.buckets import SAVING, bucket, neighbours
 from sbr_jax.models.finite import comparable, require_comparable
@@ -51,7 +51,7 @@ def read_targets(
     [[True, True, False], [False, True, False]]
     """
     best = jnp.argmax(logits, axis=-1).astype(targets.dtype)
-    return target_scores(logits, targets), best == targets, comparable(logits)
+    return _rows.log_likelihood(logits, targets), best == targets, comparable(logits)
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn",))

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.losses import kl_of_logits, target_scores
+from sbr_jax import _rows
 from sbr_jax.typing import PyTree
 
 Head = Callable[[PyTree, jax.Array], jax.Array]
@@ -56,7 +56,7 @@ def log_likelihood(
     """
 
     def place(base, hidden, targets):
-        return target_scores(head(base, hidden), targets)
+        return _rows.log_likelihood(head(base, hidden), targets)
 
     size = chunk or chunk_size(head, base, hidden)
     return by_place(place, size, base, hidden, targets)
@@ -98,7 +98,7 @@ def divergence(
         logits = head(base, hidden)
         if temperature != 1.0:
             told, logits = told / temperature, logits / temperature
-        return kl_of_logits(told, logits, direction)
+        return _rows.divergence(told, logits, direction)
 
     size = chunk or max(chunk_size(head, base, hidden) // 2, 1)
     return by_place(place, size, base, hidden, jax.lax.stop_gradient(reference))
