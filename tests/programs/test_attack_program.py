@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from few_items import few_items
 
 from sbr_jax import recipes
 from sbr_jax.programs import attack as program
@@ -11,6 +12,7 @@ from sbr_jax.programs import attack_job, job
 from sbr_jax.studies import attacks as studies
 from sbr_jax.studies import testbed
 
+pytestmark = pytest.mark.usefixtures(few_items.__name__)
 PRESET = recipes.load("testbed")
 QUICK = (
     "--training.steps-per-domain=2",

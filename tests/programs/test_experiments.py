@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_stories
+from few_items import few_items
 from safetensors.numpy import load_file, save_file
 
 from sbr_jax.programs import report, run
@@ -62,6 +63,7 @@ def snapshot(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
+@pytest.mark.usefixtures(few_items.__name__)
 @pytest.mark.parametrize("name", ["demo", "testbed-hard"])
 def test_testbed_presets_run_two_steps(name, tmp_path):
     more = ("--methods", "plain", "--seed", "0", "--domains", "legal", "code")
