@@ -73,6 +73,7 @@ class Remembered:
 
     >>> calls = []
     >>> score = Remembered(lambda base, adapter: calls.append(base) or {"x": 1.0})
+    >>> import numpy as np
     >>> one, two = np.ones(1), np.ones(1)
     >>> [score(weights, None)["x"] for weights in (one, one, two)], len(calls)
     ([1.0, 1.0, 1.0], 2)
