@@ -28,6 +28,9 @@ from sbr_jax.typing import UserError
 WORTH = 0.8
 """Places that packing may keep, at most, of those that padding has, to be chosen."""
 
+UNUSED = 0.75
+"""Part of a set's own length that its examples must use, or the rest is cut off."""
+
 SAMPLE = 32
 """Steps that are looked at to choose a layout."""
 
@@ -75,8 +78,9 @@ def choose(
     Args:
       dataset: N examples.
       batch_size: B.
-      packing: ``"yes"``, ``"no"``, or ``"auto"`` to pack where that leaves at most 80 %
-        of the places.
+      packing: ``"yes"``, ``"no"`` for rows of the set's own length (less where a
+        quarter of it is never used), or ``"auto"`` to pack where that leaves at most 80 % of
+        the places.
       parts: A; divides B.
       rows: S.
 
@@ -89,8 +93,10 @@ def choose(
     Layout(length=120, packed=True, places=216, unit=8, parts=1, rows=1)
     """
     length = max(int(used_lengths(dataset).max(initial=1)), 1)
+    # Sets that a study pads alike share a program, so little is cut and A is rounded.
+    whole = dataset.length if length > UNUSED * dataset.length else _up(length, 8)
     counts = (dataset.mask[:, 1:] > 0).sum(axis=1)
-    padded = Layout(length, False, max(int(counts.max(initial=1)), 1), parts=parts)
+    padded = Layout(whole, False, _up(int(counts.max(initial=1)), 8), parts=parts)
     if packing == "no" or not len(dataset):
         return padded
     steps = [batch(dataset, batch_size, 0, step) for step in range(SAMPLE)]
@@ -345,7 +351,7 @@ def last_prompt(mask: np.ndarray) -> np.ndarray:
 
 
 def _in_rows(drawn: Mapping[str, np.ndarray], layout: Layout) -> dict[str, Any]:
-    """Rows of T tokens: what follows the longest answer of the set is left out."""
+    """Rows of T tokens, with their answer places."""
     short = max(layout.length - drawn["tokens"].shape[1], 0)
     tokens, mask = (
         np.pad(drawn[name], ((0, 0), (0, short)))[:, : layout.length]
@@ -379,6 +385,7 @@ def answer_places(
     places = max(int(counts.max(initial=1)), 1) if places is None else places
     # Answer places first, in order; the rest is filling.
     order = np.argsort(~marked, axis=1, kind="stable")[:, :places]
+    order = np.pad(order, ((0, 0), (0, places - order.shape[1])))
     real = np.arange(order.shape[1]) < counts[:, None]
     shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
     picked = {

@@ -106,23 +106,26 @@ def test_rows_of_one_length_are_not_packed():
     tokens = np.arange(1, 41, dtype=np.int32).reshape(4, 10)
     data = TokenDataset(tokens, np.arange(10) > 5 + np.zeros((4, 1)))
     layout = choose(data, 4)
-    assert layout == Layout(10, False, 4)
+    assert layout == Layout(10, False, 8)
     (found,) = arrange([batch(data, 4, 0, 0)], layout)
     assert found["tokens"].shape == (4, 10)
     assert "segments" not in found
 
 
-def test_padded_rows_end_with_the_longest_answer_of_the_set():
+@pytest.mark.parametrize(("more", "length"), [(2, 22), (9, 24)])
+def test_padded_rows_keep_their_length_unless_much_of_it_is_unused(more, length):
     data = ragged(1, longest=20)
     wide = TokenDataset(
-        np.pad(data.tokens, ((0, 0), (0, 9))),
-        np.pad(data.mask, ((0, 0), (0, 9))),
-        attention_mask=np.ones((40, 29)),
+        np.pad(data.tokens, ((0, 0), (0, more))),
+        np.pad(data.mask, ((0, 0), (0, more))),
+        attention_mask=np.ones((40, 20 + more)),
     )
+    assert used_lengths(data).max() == 20
     layout = choose(wide, 8, packing="no")
-    assert layout.length == used_lengths(data).max()
+    assert layout == Layout(length, False, 8)
     (found,) = arrange([batch(wide, 8, 0, 0)], layout)
     (same,) = arrange([batch(data, 8, 0, 0)], widest([layout, layout]))
+    assert found["tokens"].shape == (8, length)
     for name in found:
         np.testing.assert_array_equal(found[name], same[name])
 
