@@ -79,8 +79,8 @@ def choose(
       dataset: N examples.
       batch_size: B.
       packing: ``"yes"``, ``"no"`` for rows of the set's own length (less where a
-        quarter of it is never used), or ``"auto"`` to pack where that leaves at most 80 % of
-        the places.
+        quarter of it is never used), or ``"auto"`` to pack where that leaves at most
+        80 % of the places.
       parts: A; divides B.
       rows: S.
 
