@@ -16,6 +16,7 @@ from sbr_jax.data.layout import arrange, choose
 from sbr_jax.methods import METHODS
 from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.methods.base import task_gradient
+from sbr_jax.training import sharding
 from sbr_jax.training.program import init_adapter
 
 # Sums in another order, in float32: of losses and gradients of order 1.
@@ -96,5 +97,22 @@ def test_packed_microbatches_give_the_step_of_one_batch(row, ragged):
         )
         seen.append(jax.device_get(metrics))
     assert seen[0].keys() == seen[1].keys()
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(seen[0][name], seen[1][name], **CLOSE)
+
+
+def test_rows_of_a_mesh_give_the_step_of_one_row(ragged):
+    seen = []
+    for mesh, rows in ((None, 1), ("fsdp=4,tp=2", 4)):
+        settings = tiny.changed(SETTINGS, mesh=mesh)
+        found, base, adapter, state, data = started("plain", ragged, settings)
+        base = sharding.place_base(found.mesh, base, ragged.model.config)
+        layout = choose(data, 8, packing="yes", rows=rows)
+        (laid,) = arrange([batch(data, 8, 0, 0)], layout)
+        assert laid["tokens"].shape[0] == rows
+        train = found.start(adapter, state)
+        laid = sharding.place_batch(found.mesh, laid)
+        _, metrics = found.step(base, train, state, laid, jax.random.key(1))
+        seen.append(jax.device_get(metrics))
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(seen[0][name], seen[1][name], **CLOSE)

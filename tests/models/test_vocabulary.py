@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs_case import widest
 
 from sbr_jax import losses, models
 from sbr_jax.data.layout import answer_places
@@ -123,19 +124,6 @@ def test_a_function_without_states_is_taken_by_its_logits():
     np.testing.assert_allclose(*both, rtol=1e-6)
 
 
-def _sizes(jaxpr):
-    """Sizes of all arrays of a program, those inside its loops included."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
-        for inner in jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _sizes(inner)
-
-
 def test_no_array_of_a_step_is_as_wide_as_all_logits():
     model = made(vocab=5003)
     tokens = np.ones((8, 64), np.int32)
@@ -161,9 +149,6 @@ def test_no_array_of_a_step_is_as_wide_as_all_logits():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "chunk_size", lambda *_: 16)
-        ours, whole = (
-            max(_sizes(jax.make_jaxpr(jax.value_and_grad(f))(adapter).jaxpr))
-            for f in (loss, dense)
-        )
+        ours, whole = (widest(jax.value_and_grad(f), adapter) for f in (loss, dense))
     assert ours < 8 * 40 * 5003 / 4
     assert whole >= 8 * 64 * 5003
