@@ -207,8 +207,7 @@ def last_prompt_positions(mask: jax.Array | np.ndarray) -> jax.Array:
     >>> last_prompt_positions(jnp.array([[0.0, 0.0, 1.0, 1.0, 0.0]])).tolist()
     [1]
     """
-    first = jnp.argmax(jnp.asarray(mask) > 0, axis=-1)
-    return jnp.maximum(first - 1, 0).astype(jnp.int32)
+    return answers.prompt_ends(jnp.asarray(mask)).astype(jnp.int32)
 
 
 def prompt_states(

@@ -88,8 +88,13 @@ def last_prompt(batch: Mapping[str, jax.Array]) -> jax.Array:
     if "last" in batch:
         return batch["last"]
     rows, length = batch["mask"].shape
-    inside = jnp.maximum(jnp.argmax(batch["mask"] > 0, axis=1) - 1, 0)
+    inside = prompt_ends(batch["mask"])
     return inside + jnp.arange(rows, dtype=inside.dtype) * length
+
+
+def prompt_ends(mask: jax.Array) -> jax.Array:
+    """Place before each row's first answer token, ``[B]``; 0 where there is none."""
+    return jnp.maximum(jnp.argmax(mask > 0, axis=-1) - 1, 0)
 
 
 def _next(values: jax.Array) -> jax.Array:
@@ -261,5 +266,6 @@ __all__ = [
     "hidden",
     "kl_to_reference",
     "last_prompt",
+    "prompt_ends",
     "states",
 ]
