@@ -3,7 +3,7 @@
 
 PYTHON ?= python3.11
 EXTRAS ?= experiments,test
-WORKERS ?= 2
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 DEMO ?= runs/demo
 
 BIN := .venv/bin
@@ -16,7 +16,7 @@ PAGES := $(filter-out docs/reference,$(wildcard *.md docs/*.md docs/methods)) ex
 CORE := sbr_jax/subspace sbr_jax/transforms sbr_jax/fisher.py sbr_jax/losses.py $(addprefix tests/core/test_,subspace.py subspace_geometry.py transforms.py losses.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo report test test-core parity bench bench-venv lint format docs clean
+.PHONY: help venv demo report test test-all test-core parity bench bench-venv lint format docs clean
 
 help: ## list the targets
 	@echo "Targets of this Makefile:"
@@ -62,14 +62,18 @@ report: $(STAMP) ## tables and report.html from the results of make demo
 	@echo "==> writing the report of $(DEMO)"
 	@$(BIN)/python -m experiments.report "$(DEMO)"
 
-test: lint ## lint, types, doctests and all tests; the last line counts them
+PYTEST = JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(BIN)/python -m pytest -n $(WORKERS)
+
+test: lint ## lint, types, doctests and tests; the last line counts them
 	@echo "==> doctests and tests, $(WORKERS) at a time"
-	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(BIN)/python -m pytest -n $(WORKERS) \
-	  --dist loadfile --doctest-modules sbr_jax experiments tools tests $(ARGS)
+	@$(PYTEST) --dist loadfile --doctest-modules sbr_jax experiments tools tests $(ARGS)
+
+test-all: lint ## every case of every table too: what make test leaves out
+	@echo "==> doctests and tests, the thorough ones too, $(WORKERS) at a time"
+	@$(PYTEST) --dist loadfile -m "" --doctest-modules sbr_jax experiments tools tests $(ARGS)
 
 test-core: $(STAMP) ## the mathematics alone: any pytree, no language model
-	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(BIN)/python -m pytest -n $(WORKERS) \
-	  --doctest-modules $(CORE) $(ARGS)
+	@$(PYTEST) --doctest-modules $(CORE) $(ARGS)
 
 # PyTorch's package index also has wheels for CPUs only, which are much smaller: name it
 # with PIP_EXTRA_INDEX_URL, for this and for bench-venv.

@@ -28,6 +28,7 @@ from alignment_case import (
     toy_loss,
     weights,
 )
+from tiers import few
 from trees import vector
 
 from sbr_jax import models
@@ -78,7 +79,7 @@ def plainly_aligned(schedule):
 
 
 @pytest.mark.parametrize(
-    ("name", "schedule"), [("vaccine", cosine), ("booster", constant)]
+    ("name", "schedule"), few([("vaccine", cosine), ("booster", constant)], 1)
 )
 def test_without_its_rule_a_stage_is_plain_alignment(name, schedule):
     wanted = vector(plainly_aligned(schedule))

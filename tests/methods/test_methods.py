@@ -17,6 +17,7 @@ from methods_case import (
     registered,
     without_diagnostics,
 )
+from tiers import few
 from trees import stack, vector
 
 from sbr_jax.data.batches import batch
@@ -28,6 +29,8 @@ from sbr_jax.typing import UserError
 pytestmark = pytest.mark.usefixtures(registered.__name__)
 ASKED = [*METHODS, CONTRIBUTED]
 ROWS = [*ASKED, *VARIANTS]
+# One of each way to make a step.
+MAPPED = ["plain", "safeanchor-exact", "unified", "lisa", CONTRIBUTED]
 # Rows that differ from their method in the monitor or the repair only.
 SAME_STEPS = {
     "safeanchor-exact:csm-only": "plain",
@@ -37,7 +40,7 @@ SAME_STEPS = {
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", few(ROWS, ASKED))
 def test_row_changes_the_result_and_leaves_the_base_alone(row):
     before = jax.tree.map(np.array, STUDY.model.params)
     shipped, metrics = learned(row)[:2]
@@ -54,6 +57,7 @@ def test_row_changes_the_result_and_leaves_the_base_alone(row):
     jax.tree.map(np.testing.assert_array_equal, before, STUDY.model.params)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "row", sorted(set(VARIANTS) - set(SAME_STEPS) - {"safeanchor-exact:keep-base"})
 )
@@ -70,7 +74,7 @@ def test_row_is_deterministic_and_seeds_differ(row):
     assert np.abs(first - vector(learn(row, seed=1)[0])).max() > 1e-3
 
 
-@pytest.mark.parametrize("row", ASKED)
+@pytest.mark.parametrize("row", few(ASKED, MAPPED))
 def test_row_works_with_mapped_seeds(row):
     found = program(row)
     base, seeds = STUDY.model.params, (0, 1)
@@ -126,6 +130,7 @@ def test_benign_control_needs_its_data():
         method.init(problem, STUDY.model.params, adapter, jax.random.key(0))
 
 
+@pytest.mark.thorough
 def test_a_small_fisher_buffer_keeps_the_trace_and_approaches_from_below():
     found = {}
     for buffer in (512, 4):

@@ -9,6 +9,7 @@ import optax
 import pytest
 from checkpoints import CONFIG, adapter, params, tokens
 from quantize_case import BLOCK, DEEP, coded, weight
+from tiers import few
 from trees import same
 
 from sbr_jax import fisher_subspace, losses, models
@@ -34,7 +35,7 @@ def everything(base, pairs):
     return {"logits": logits, "hidden": hidden, "seen": seen, "gradients": each}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, ["nf4"]))
 def test_a_quantised_model_is_its_dequantised_twin(kind):
     base = coded(kind)
     found, wanted = everything(base, PAIRS), everything(dequantize(base), PAIRS)
@@ -160,7 +161,7 @@ def temporary_bytes(base, remat):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", few([False, True], 1))
 def test_the_backward_pass_keeps_no_dense_weights(remat, monkeypatch):
     base = params(DEEP)
     codes = quantize(base, "nf4")

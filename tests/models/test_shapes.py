@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from programs_case import widest
 from test_vocabulary import made
+from tiers import few
 
 from sbr_jax import losses, models
 from sbr_jax.data import TokenDataset
@@ -52,8 +53,8 @@ def test_groups_hold_every_sequence_once_and_few_are_padded_far(saving):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("count", "length"), [(1, 5), (13, 40), (30, 70)])
-@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize(("count", "length"), few([(1, 5), (13, 40), (30, 70)], 2))
+@pytest.mark.parametrize("batch_size", few([4, 64], 1))
 def test_scores_equal_those_of_whole_logits(kind, count, length, batch_size):
     model, (tokens, mask) = made(**KINDS[kind]), answered(count, length)
     found = answer_scores(

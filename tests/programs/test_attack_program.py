@@ -84,6 +84,7 @@ def test_two_steps_write_all_files_and_the_report(tmp_path):
     assert program.main(arguments) == 2
 
 
+@pytest.mark.thorough
 def test_a_search_is_kept_by_stage_and_belongs_to_its_budget(tmp_path, monkeypatch):
     short = dataclasses.replace(studies.ATTACKS["gcg"], domains=("medical",))
     monkeypatch.setitem(studies.ATTACKS, "gcg", short)

@@ -8,6 +8,7 @@ import pytest
 import tiny_stories
 from few_items import few_items
 from safetensors.numpy import load_file, save_file
+from tiers import few
 
 from sbr_jax.programs import report, run
 
@@ -64,7 +65,7 @@ def snapshot(folder):
 
 
 @pytest.mark.usefixtures(few_items.__name__)
-@pytest.mark.parametrize("name", ["demo", "testbed-hard"])
+@pytest.mark.parametrize("name", few(["demo", "testbed-hard"], 1))
 def test_testbed_presets_run_two_steps(name, tmp_path):
     more = ("--methods", "plain", "--seed", "0", "--domains", "legal", "code")
     assert run.main(command([name], tmp_path / "run", *more, sizes=QUICK)) == 0

@@ -115,6 +115,7 @@ class StopError(Exception):
     """Stands for a crash."""
 
 
+@pytest.mark.thorough
 def test_a_crash_at_every_stage_boundary_changes_nothing(whole, tmp_path, monkeypatch):
     # Dies right before every other result, and before every third checkpoint's end.
     calls = {"n": 0, "alive": 0}
