@@ -30,6 +30,7 @@ from sbr_jax.transforms import (
     read_subspace,
     relaxed,
     replace_subspace,
+    trust_region,
     update_projection,
 )
 from sbr_jax.typing import UserError
@@ -59,5 +60,6 @@ __all__ = [
     "relaxed",
     "replace_subspace",
     "shuffled_subspace",
+    "trust_region",
     "update_projection",
 ]

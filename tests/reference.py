@@ -53,7 +53,21 @@ def uniform_merge(basis_a, basis_b, energy):
     return u[:, :k], sigma**2
 
 
-def update_projection(steps, projector, alpha, params, rate, *, decay, eps=1e-8):
+def nearest_outside(update, projector, scale):
+    """The s with Π s = 0 nearest to u in the metric diag(1/c), no longer than u.
+
+    By coordinates on the complement: s = N (Nᵀ D N)⁻¹ Nᵀ D u with D = diag(1/c).
+    """
+    values, vectors = np.linalg.eigh(np.eye(len(update)) - projector)
+    n = vectors[:, values > 0.5]
+    weighted = n / f64(scale)[:, None]
+    out = n @ np.linalg.solve(n.T @ weighted, weighted.T @ update)
+    return out * min(1.0, np.linalg.norm(update) / np.linalg.norm(out))
+
+
+def update_projection(
+    steps, projector, alpha, params, rate, *, decay, metric, eps=1e-8
+):
     """The steps of `update_projection` on one vector, from pairs (g, b), no clipping.
 
     α is one number; a zero projector stands for a unit of rank 0.
@@ -69,12 +83,39 @@ def update_projection(steps, projector, alpha, params, rate, *, decay, eps=1e-8)
         whole = b2 * whole + (1 - b2) * (g + b) ** 2
         parts = b2 * parts + (1 - b2) * (g**2 + b**2)
         second = together * whole + (1 - together) * parts
+        if metric == "adam":
+            second = np.maximum(second, (1 - together) * 1e-6 * second.mean())
         scale = np.sqrt(second / (1 - b2**t)) + eps
-        task = -rate * (first_g / (1 - b1**t) / scale + decay * theta)
-        task = task - (1 - alpha) * projector @ task
-        out.append(task - rate * first_b / (1 - b1**t) / scale)
+        task, bypass = (m / (1 - b1**t) for m in (first_g, first_b))
+        if metric == "euclidean":
+            step = -rate * (task / scale + decay * theta)
+            step = step - (1 - alpha) * projector @ step - rate * bypass / scale
+        else:
+            step = -rate * ((task + bypass) / scale + decay * theta)
+            outside = nearest_outside(step, projector, 1 / scale)
+            length = np.linalg.norm(bypass)
+            kappa = np.linalg.norm(bypass / scale) / length if length else 0.0
+            inside = -rate * kappa * projector @ bypass
+            step = alpha * step + (1 - alpha) * (outside + inside)
+        out.append(step)
         theta = theta + out[-1]
     return out
+
+
+def ellipsoid_factors(c, values, epsilon):
+    """1 / (1 + μ λ) with the smallest μ ≥ 0 for which ½ Σ λ c² ≤ ε, by bisection."""
+    c, values = f64(c), f64(values)
+
+    def over(mu):
+        return 0.5 * np.sum(values * (c / (1 + mu * values)) ** 2) > epsilon
+
+    if not over(0.0):
+        return np.ones_like(c)
+    low, high = 1e-60, 1e60
+    for _ in range(200):
+        middle = np.sqrt(low * high)
+        low, high = (middle, high) if over(middle) else (low, middle)
+    return 1 / (1 + high * values)
 
 
 def angles(basis_a, basis_b):

@@ -31,6 +31,9 @@ from sbr_jax.typing import PyTree
 INERT = 0.95
 """α above which a layer's projection counts as doing nothing."""
 
+_METRICS = {"update": "euclidean", "metric": "adam"}
+"""Of a projected update, by the name of the projection."""
+
 
 def with_projection(
     method: Method,
@@ -46,7 +49,8 @@ def with_projection(
     Args:
       method: any defence with the neutral optimizer and without a state of its own.
       ssi: how subspaces are found, merged and relaxed.
-      projection: ``"gradient"`` before AdamW, or ``"update"`` after it.
+      projection: ``"gradient"`` before AdamW, ``"update"`` after it, or ``"metric"``
+        after it in Adam's own metric.
       update_subspace: whether to merge after each domain.
       refresh_every: steps between merges inside a domain; None for none.
       control_spectrum: whether to report the spectrum on random data too.
@@ -114,10 +118,11 @@ def with_projection(
             adapter, max_rank=ssi.max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
         )
         coefficients = jax.tree.map(jnp.zeros_like, subspace.trace)
-        if projection == "update":
+        if projection in _METRICS:
             return update_projection(
                 subspace,
                 learning_rate,
+                metric=_METRICS[projection],
                 coefficients=coefficients,
                 max_norm=problem.training.max_grad_norm,
                 weight_decay=problem.training.weight_decay,

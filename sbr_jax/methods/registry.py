@@ -104,6 +104,7 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"kl_direction": "reverse", **_BRIEF},
     ),
     # Improvements, one at a time.
+    "safeanchor-exact:metric": ("safeanchor-exact", {"projection": "metric", **_BRIEF}),
     "safeanchor-exact:sampled-fisher": (
         "safeanchor-exact",
         {"fisher": "sampled", **_BRIEF},

@@ -49,7 +49,7 @@ when it was written, the others chosen on two validation seeds."""
 @checked
 def safeanchor(
     *,
-    projection: Literal["gradient", "update", "none"] = "gradient",
+    projection: Literal["gradient", "update", "metric", "none"] = "gradient",
     weighting: Literal["uniform", "eigenvalue"] = "uniform",
     normalisation: Literal["none", "mean", "parameter"] = "none",
     strictness: NonNegative = 0.5,
@@ -74,8 +74,9 @@ def safeanchor(
     """SafeAnchor as published, every part of it an option.
 
     Args:
-      projection: ``"gradient"`` before AdamW (published), ``"update"`` after it, or
-        ``"none"``.
+      projection: ``"gradient"`` before AdamW (published), ``"update"`` after it,
+        ``"metric"`` after it in Adam's own metric, in which the projected step still
+        descends, or ``"none"``.
       weighting: of the merge: ``"uniform"`` (published) or ``"eigenvalue"``.
       normalisation: of tr F in α: ``"none"`` (published), ``"mean"`` (mean over
         layers = 1) or ``"parameter"``.

@@ -62,6 +62,16 @@ def add(a: Scaled, b: Scaled) -> Scaled:
     return Scaled(a.within(unit) + b.within(unit), unit)
 
 
+def length_ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``‖x‖ / ‖y‖`` over the last axis, whatever their scale; y = 0 counts as 1."""
+    unit_x, unit_y = (binary_unit(z, -1) for z in (x, y))
+    top, bottom = (
+        jnp.linalg.norm(z / unit[..., None], axis=-1)
+        for z, unit in ((x, unit_x), (y, unit_y))
+    )
+    return unit_x / unit_y * (top / jnp.where(bottom > 0, bottom, 1.0))
+
+
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Matrix product at full float32 precision (TPU and GPU default to less)."""
     return jnp.matmul(a, b, precision=_HIGHEST)

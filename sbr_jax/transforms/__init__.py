@@ -13,10 +13,12 @@ from sbr_jax.transforms.recipes import (
     update_projection,
 )
 from sbr_jax.transforms.state import RelaxedState, read_subspace, replace_subspace
+from sbr_jax.transforms.trust import TrustRegionState, trust_region
 
 __all__ = [
     "ProjectionState",
     "RelaxedState",
+    "TrustRegionState",
     "UpdateProjectionState",
     "add_bypass",
     "fisher_relaxation",
@@ -26,5 +28,6 @@ __all__ = [
     "read_subspace",
     "relaxed",
     "replace_subspace",
+    "trust_region",
     "update_projection",
 ]

@@ -38,6 +38,9 @@ def project_onto_complement(
 ) -> optax.GradientTransformationExtraArgs:
     """Remove the part of the updates inside a subspace: ``u ← u − V Vᵀ u``.
 
+    An ``update`` with ``preconditioner=``, a tree C like the updates, projects in the
+    metric ``C⁻¹``: see `project_out`.
+
     **Guarantee**: ``‖Vᵀ u‖ ≤ 1e-6 ‖u‖`` afterwards in float32 (other dtypes add their
     own rounding). Before an adaptive optimizer this holds for what enters it, not for
     the applied step: see `update_projection` for that.
@@ -74,10 +77,15 @@ def project_onto_complement(
         return ProjectionState(copy_arrays(subspace))
 
     def update(
-        updates: PyTree, state: Any, params: Any = None, **extra: Any
+        updates: PyTree,
+        state: Any,
+        params: Any = None,
+        *,
+        preconditioner: PyTree = None,
+        **extra: Any,
     ) -> tuple[PyTree, Any]:
         del params, extra
-        return project_out(updates, state.subspace), state
+        return project_out(updates, state.subspace, preconditioner), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

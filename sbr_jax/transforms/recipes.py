@@ -1,8 +1,9 @@
 """Two ready-made optimizers: project the gradient, or project the update.
 
-Symbols: g task gradient, b bypass gradient, θ parameters, P(u) = u − (1 − α) Π u,
-m first moment, v second moment (hats: bias-corrected), η learning rate, ω weight
-decay, ε Adam's epsilon, U the subspace, α relaxation coefficient.
+Symbols: g task gradient, b bypass gradient, θ parameters, Π = U Uᵀ, P the relaxed
+projection, m first moment, v second moment (hats: bias-corrected), C Adam's
+preconditioner, η learning rate, ω weight decay, ε Adam's epsilon, U the subspace,
+α relaxation coefficient.
 
 References:
     SafeAnchor: https://arxiv.org/abs/2604.17691
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from sbr_jax import checks
-from sbr_jax.subspace import Subspace
+from sbr_jax.subspace import Subspace, project_onto
+from sbr_jax.subspace.spectrum import length_ratio
+from sbr_jax.subspace.units import to_vector
 from sbr_jax.transforms.bypass import add_bypass, matching_bypass
 from sbr_jax.transforms.projection import (
     mix,
@@ -101,6 +104,7 @@ def update_projection(
     subspace: Subspace,
     learning_rate: optax.ScalarOrSchedule,
     *,
+    metric: str = "adam",
     coefficients: PyTree = None,
     max_norm: float | None = 1.0,
     b1: float = 0.9,
@@ -110,26 +114,40 @@ def update_projection(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW whose applied step stays out of the subspace, but for a bypass.
 
-    ``step = P(−η (m̂_g / (√v̂ + ε) + ω θ)) − η m̂_b / (√v̂ + ε)``. Adam's first moment is
-    linear in the gradient, so task and bypass keep one each. Both share
-    ``v = α v[g + b] + (1 − α)(v[g] + v[b])``, second moments of the clipped gradients,
-    with α = 1 where a unit's subspace has rank 0: parts that are applied together are
-    scaled as their sum, and a part that loses its counterpart to the projection is not
-    divided by what the two had left between them.
+    With Adam's preconditioner ``C = 1 / (√v̂ + ε)`` and ``P(u) = u − (1 − α) Q u``:
 
-    **Guarantee**: with α = 0, ``‖Uᵀ(step − bypass part)‖ ≤ 1e-5 ‖step − bypass part‖``
-    for float32 parameters, momentum and weight decay included, also right after
+    - metric ``"adam"``: ``step = −η (P(C (m̂_g + m̂_b) + ω θ) + (1 − α) κ Π m̂_b)``,
+      ``Q = C U (Uᵀ C U)⁻¹ Uᵀ`` (see `project_out`) and ``κ = ‖C m̂_b‖ / ‖m̂_b‖``. With
+      α = 0 and no decay this is ``−η A (g − Π g + b)`` of the averaged gradients, with
+      one symmetric positive matrix A: it rests only where ``g − Π g + b = 0``.
+    - metric ``"euclidean"``: ``step = −η (P(C m̂_g + ω θ) + C m̂_b)``, ``Q = Π``. It
+      stays out as well but is no descent: it rests where ``C g`` is in the subspace,
+      and not where g is. Published measurements of `safeanchor-exact` are its.
+
+    Adam's first moment is linear in the gradient, so task and bypass keep one each.
+    Both share ``v = α v[g + b] + (1 − α)(v[g] + v[b])``, second moments of the clipped
+    gradients, with α = 1 where a unit's subspace has rank 0: parts that are applied
+    together are scaled as their sum, and a part that loses its counterpart to the
+    projection is not divided by what the two had left between them. In Adam's metric
+    a v below (1 − α) 1e-6 of its unit's mean counts as that: what has hardly a
+    gradient is not sent far to make up for the rest.
+
+    **Guarantee**: with α = 0, ``‖Uᵀ(step − inside)‖ ≤ 1e-7 ‖step‖`` for float32
+    parameters, momentum and weight decay included, also right after
     `replace_subspace` (of the update: adding it to θ rounds; and unless the subspace
-    fills its unit). Before the projection no coordinate of either part exceeds
-    Adam's own bound, η for a steady gradient, however much g and b cancel, also right
-    after α or the subspace changed. Without a bypass it equals
-    ``chain(clip_by_global_norm, adamw, relaxed(project_onto_complement))``, and where
-    nothing is projected AdamW of ``g + b`` (but for the last digits of two moments that
-    cancel), to float32 rounding. Moments are float32 whatever the parameters' dtype.
+    fills its unit). ``inside`` is what is let past: ``−η κ Π m̂_b`` in Adam's metric,
+    ``−η C m̂_b`` in the Euclidean. What is projected is no longer than it was, and
+    before that no coordinate of either part exceeds Adam's own bound, η for a steady
+    gradient, however much g and b cancel, also right after α or the subspace changed.
+    Where nothing is projected it is AdamW of ``g + b`` (but for the last digits of two
+    moments that cancel); in the Euclidean metric and without a bypass it is
+    ``chain(clip_by_global_norm, adamw, relaxed(project_onto_complement))``; both to
+    float32 rounding. Moments are float32 whatever the parameters' dtype.
 
     Args:
         subspace: what to stay out of; copied into the state.
         learning_rate: η, a number or a schedule.
+        metric: in which the projection is orthogonal, ``"adam"`` or ``"euclidean"``.
         coefficients: α, one number or a tree of ``[*L]``; ``None`` is 0 (strict).
         max_norm: clip the global norm of ``g + b``; ``None`` does not clip.
         b1: decay of the first moments.
@@ -142,23 +160,27 @@ def update_projection(
         ``bypass``, a tree like the updates.
 
     Raises:
-        UserError: for a number out of range; by ``init``, if parameters or coefficients
-            do not fit the subspace; by ``update``, if ``params`` are not given, trees
-            do not fit, or there is a bypass in ``optax.MultiSteps``, see `multi_steps`.
+        UserError: for a number out of range, or an unknown metric; by ``init``, if
+            parameters or coefficients do not fit the subspace; by ``update``, if
+            ``params`` are not given, trees do not fit, or there is a bypass in
+            ``optax.MultiSteps``, see `multi_steps`.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from sbr_jax import from_factors, update_projection
-        >>> s = from_factors({"w": jnp.array([[3.0, 0.0]])}, max_rank=1)
-        >>> tx = update_projection(s, 0.5, weight_decay=0.0)
-        >>> params = {"w": jnp.zeros(2)}
-        >>> g = {"w": jnp.array([2.0, 5.0])}
-        >>> tx.update(g, tx.init(params), params)[0]["w"].round(4).tolist()
-        [0.0, -0.5]
+        >>> s = from_factors({"w": jnp.array([[3.0, 3.0]])}, max_rank=1)
+        >>> params, g = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 3.0])}
+        >>> for metric in ("adam", "euclidean"):
+        ...     tx = update_projection(s, 0.5, metric=metric, weight_decay=0.0)
+        ...     step, _ = tx.update(g, tx.init(params), params)
+        ...     print(metric, (step["w"].round(4) + 0.0).tolist())
+        adam [0.25, -0.25]
+        euclidean [0.0, 0.0]
 
     References:
         arXiv:2604.17691; AdamW: arXiv:1711.05101
     """
+    checks.one_of("metric", metric, ("adam", "euclidean"))
     if not checks.is_function(learning_rate):
         checks.number("learning_rate", learning_rate, least=0.0)
     if max_norm is not None:
@@ -221,31 +243,37 @@ def update_projection(
             task_grad,
             bypass_grad,
         )
-        second = _mixed(together, apart, state.projection)
         count = jnp.asarray(optax.safe_increment(state.count))
         steps = count.astype(jnp.float32)
         fix1, fix2 = 1 - b1**steps, 1 - b2**steps
         rate: Any = learning_rate
         if callable(learning_rate):
             rate = learning_rate(state.count)
+        least = _LEAST if metric == "adam" else 0.0
+        second = _mixed(together, apart, state.projection, least)
+        scale = jax.tree.map(lambda v: jnp.sqrt(v / fix2) + eps, second)
 
-        def adam(m: jax.Array, v: jax.Array) -> jax.Array:
-            return (m / fix1) / (jnp.sqrt(v / fix2) + eps)
+        def adam(m: jax.Array, d: jax.Array) -> jax.Array:
+            return (m / fix1) / d
 
-        task_step = jax.tree.map(
-            lambda m, v, p: -rate * (adam(m, v) + weight_decay * _f32(p)),
-            task,
-            second,
+        projected = task
+        extra = {}
+        if metric == "adam":
+            projected = jax.tree.map(jnp.add, task, passed)
+            extra = {"preconditioner": jax.tree.map(lambda d: 1 / d, scale)}
+        step = jax.tree.map(
+            lambda m, d, p: -rate * (adam(m, d) + weight_decay * _f32(p)),
+            projected,
+            scale,
             params,
         )
-        found: tuple[Any, Any] = projection.update(task_step, state.projection)
-        task_step, inner = found
+        found: tuple[Any, Any] = projection.update(step, state.projection, **extra)
+        step, inner = found
+        past = jax.tree.map(adam, passed, scale)
+        if metric == "adam":
+            past = _inside(passed, past, state.projection)
         step = jax.tree.map(
-            lambda s, m, v, u: (s - rate * adam(m, v)).astype(u.dtype),
-            task_step,
-            passed,
-            second,
-            updates,
+            lambda s, x, u: (s - rate * x).astype(u.dtype), step, past, updates
         )
         moments = (task, passed, together, apart)
         return step, UpdateProjectionState(count, *moments, inner)
@@ -253,11 +281,18 @@ def update_projection(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mixed(together: PyTree, apart: PyTree, projection: RelaxedState) -> PyTree:
+_LEAST = 1e-6
+"""Share of the mean second moment of its unit that a coordinate has at the least."""
+
+
+def _mixed(
+    together: PyTree, apart: PyTree, projection: RelaxedState, least: float
+) -> PyTree:
     """``α v[g + b] + (1 − α)(v[g] + v[b])``, with α = 1 where a unit's rank is 0.
 
     The first alone is near zero where the two cancel. Projected, g no longer cancels b
-    there, and each would be divided by nearly nothing.
+    there, and each would be divided by nearly nothing. At least ``(1 − α) least`` of
+    the unit's mean.
     """
     (subspace,) = find_subspaces(projection)
     mark = subspace.fingerprint
@@ -269,12 +304,40 @@ def _mixed(together: PyTree, apart: PyTree, projection: RelaxedState) -> PyTree:
         mark.split(apart),
         strict=True,
     )
-    return back(
-        [
-            jax.tree.map(functools.partial(mix, _share(v, alpha)), y, x)
-            for v, alpha, x, y in parts
-        ]
-    )
+    out = []
+    for basis, coefficient, x, y in parts:
+        alpha = _share(basis, coefficient)
+        unit = jax.tree.map(functools.partial(mix, alpha), y, x)
+        if least and jax.tree.leaves(unit):
+            mean = jnp.mean(to_vector(unit, mark.layer_axes), axis=-1)
+            # Squares beyond float32 say nothing about the others.
+            floor = jnp.where(jnp.isfinite(mean), (1 - alpha) * least * mean, 0.0)
+            unit = jax.tree.map(lambda v, f=floor: jnp.maximum(v, _over(f, v)), unit)
+        out.append(unit)
+    return back(out)
+
+
+def _inside(bypass: PyTree, step: PyTree, projection: RelaxedState) -> PyTree:
+    """``(1 − α) κ Π b``: as far as Adam's step of b goes, along b itself."""
+    (subspace,) = find_subspaces(projection)
+    mark = subspace.fingerprint
+    parts, back = mark.match(project_onto(bypass, subspace))
+    others = (mark.split(bypass), mark.split(step))
+    out = []
+    for alpha, inside, *pair in zip(
+        mark.entries(projection.coefficients), parts, *others, strict=True
+    ):
+        if jax.tree.leaves(inside):
+            own, adams = (to_vector(x, mark.layer_axes) for x in pair)
+            rate = (1 - alpha) * length_ratio(adams, own)
+            inside = jax.tree.map(lambda x, r=rate: _over(r, x) * x, inside)
+        out.append(inside)
+    return back(out)
+
+
+def _over(layers: jax.Array, leaf: jax.Array) -> jax.Array:
+    """A number for each layer, ``[*L]``, beside the axes of a leaf."""
+    return layers.reshape(layers.shape + (1,) * (leaf.ndim - layers.ndim))
 
 
 def _share(basis: jax.Array | None, alpha: jax.Array) -> jax.Array:

@@ -21,7 +21,10 @@ from sbr_jax import (
 RECIPES = {
     "add": lambda: add_bypass(),
     "gradient": lambda: gradient_projection(S, optax.sgd(0.1)),
-    "update": lambda: update_projection(S, 1e-2, max_norm=None, weight_decay=0.1),
+    "adam": lambda: update_projection(S, 1e-2, max_norm=None, weight_decay=0.1),
+    "euclidean": lambda: update_projection(
+        S, 1e-2, metric="euclidean", max_norm=None, weight_decay=0.1
+    ),
 }
 every = pytest.mark.parametrize("recipe", RECIPES)
 GRADS = [tree(900 + 7 * i) for i in range(6)]
@@ -59,8 +62,9 @@ def test_micro_steps_are_one_step_of_the_means(recipe):
     assert max(jax.tree.leaves(gap)) > 1e-3  # what optax.MultiSteps alone would do
 
 
-def test_micro_steps_are_the_dense_twin():
-    steps, _ = run(multi_steps(RECIPES["update"](), 3), GRADS, BYPASSES)
+@pytest.mark.parametrize("metric", ["adam", "euclidean"])
+def test_micro_steps_are_the_dense_twin(metric):
+    steps, _ = run(multi_steps(RECIPES[metric](), 3), GRADS, BYPASSES)
     for k in SHAPES:
         for layer in range(3):
             pairs = [
@@ -77,6 +81,7 @@ def test_micro_steps_are_the_dense_twin():
                 np.ravel(PARAMS[k][layer]),
                 1e-2,
                 decay=0.1,
+                metric=metric,
             )
             # Steps of 1e-2 in float32; the twin moves its parameters in between.
             got = np.ravel(steps[2][k][layer])
@@ -103,7 +108,7 @@ def test_a_missing_bypass_counts_as_zeros(recipe):
 
 
 def test_it_traces_once_initialises_abstractly_and_takes_a_new_subspace():
-    tx, count = multi_steps(RECIPES["update"](), lambda step: 2), {"n": 0}
+    tx, count = multi_steps(RECIPES["adam"](), lambda step: 2), {"n": 0}
 
     @jax.jit
     def update(g, state, params, bypass):

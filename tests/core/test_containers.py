@@ -22,6 +22,7 @@ from sbr_jax import (
     read_subspace,
     relaxed,
     replace_subspace,
+    trust_region,
     update_projection,
 )
 
@@ -137,6 +138,7 @@ def same(a, b):
 MAKERS = {
     "update": lambda s: update_projection(s, 1e-2, coefficients=0.25),
     "gradient": lambda s: gradient_projection(s, optax.sgd(0.1), coefficients=0.25),
+    "trust": lambda s: trust_region(s, 1e-3),
 }
 
 
@@ -149,7 +151,12 @@ def plain_step(maker):
 @every
 @pytest.mark.parametrize(
     ("maker", "where"),
-    [("update", "subspace"), ("update", "parameters"), ("gradient", "parameters")],
+    [
+        ("update", "subspace"),
+        ("update", "parameters"),
+        ("gradient", "parameters"),
+        ("trust", "parameters"),
+    ],
 )
 def test_a_step_does_not_depend_on_the_container(name, maker, where):
     wrap = CONTAINERS[name]

@@ -16,6 +16,7 @@ from sbr_jax import (
     project_onto_complement,
     read_subspace,
     relaxed,
+    trust_region,
     update_projection,
 )
 
@@ -50,6 +51,10 @@ TRANSFORMATIONS = {
     "add_bypass": lambda s: add_bypass(),
     "gradient_projection": lambda s: gradient_projection(s, optax.sgd(0.1)),
     "update_projection": lambda s: update_projection(s, 0.1),
+    "update_projection, euclidean": lambda s: update_projection(
+        s, 0.1, metric="euclidean"
+    ),
+    "trust_region": lambda s: trust_region(s, 1e-3),
 }
 STATEFUL = [name for name in TRANSFORMATIONS if name != "add_bypass"]
 every = pytest.mark.parametrize("name", list(TRANSFORMATIONS))

@@ -120,6 +120,7 @@ KINDS = {  # right, wrong
     "subspace": ([S], [None, {}, PARAMS, 0.5, "s", STATE, S.basis]),
     "no subspace": ([S, None], [{}, PARAMS, 0.5, "s", STATE]),
     "tree": ([PARAMS, cast("bfloat16")], NO_PARAMS),
+    "no tree": ([None, PARAMS], [x for x in NO_PARAMS if x is not None]),
     "new parameters": (
         [PARAMS, {"v": jnp.ones((2, 5))}],
         [x for x in NO_TREE if x != {}],
@@ -148,6 +149,7 @@ KINDS = {  # right, wrong
         ["median", "", None, 1, True, ["uniform"]],
     ),
     "scale": (["none", "mean", "parameter"], ["max", "", None, 1, False, ["mean"]]),
+    "metric": (["adam", "euclidean"], ["sgd", "", None, 1, True, ["adam"]]),
     "fisher": (["empirical"], ["true", "", None, 1, ["empirical"]]),
     "direction": (["forward", "reverse"], ["both", "", None, 1, True]),
     "reduction": (["mean", "sum"], ["max", "", None, 1, True]),
@@ -231,7 +233,11 @@ CALLS = {  # name, how it is called -> kinds of its arguments
         "protected": "no subspace",
     },
     ("project_onto", None): {"tree": "tree", "subspace": "subspace"},
-    ("project_out", None): {"tree": "tree", "subspace": "subspace"},
+    ("project_out", None): {
+        "tree": "tree",
+        "subspace": "subspace",
+        "preconditioner": "no tree",
+    },
     ("principal_angles", None): PAIR,
     ("overlap", None): PAIR,
     ("discarded_energy", None): {"old": "subspace", "new": "subspace"},
@@ -286,7 +292,23 @@ CALLS = {  # name, how it is called -> kinds of its arguments
         "optimizer": "optimizer",
         "params": "tree",
     },
-    ("update_projection", from_init): {**RECIPE, **ADAM, "params": "tree"},
+    ("update_projection", from_init): {
+        **RECIPE,
+        **ADAM,
+        "metric": "metric",
+        "params": "tree",
+    },
+    ("trust_region", from_init): {
+        "subspace": "subspace",
+        "epsilon": "eps",
+        "params": "tree",
+    },
+    ("trust_region", from_update): {
+        "subspace": "subspace",
+        "epsilon": "eps",
+        **GRADIENTS,
+        "params": "tree",
+    },
     ("project_onto_complement", from_update): {"subspace": "subspace", **GRADIENTS},
     ("gradient_projection", from_update): {
         "subspace": "subspace",

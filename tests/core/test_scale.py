@@ -142,7 +142,9 @@ def test_gradients_of_any_scale_give_the_steps_of_adamw(alpha, dtype):
     s = plain(normal(8, 3, 24))
     params = {"w": jnp.asarray(normal(9, 24)).astype(dtype)}
     wide = {"w": params["w"].astype(jnp.float32)}
-    tx = update_projection(s, 1e-2, max_norm=None, coefficients=alpha)
+    tx = update_projection(
+        s, 1e-2, metric="euclidean", max_norm=None, coefficients=alpha
+    )
     update = jax.jit(tx.update)
     adamw = optax.adamw(1e-2, weight_decay=0.01)
     outer = jax.jit(adamw.update)
@@ -168,9 +170,10 @@ def test_gradients_of_any_scale_give_the_steps_of_adamw(alpha, dtype):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("share", [-1.0, -0.5, 1.0])
-def test_a_bypass_of_any_scale_keeps_steps_finite(alpha, share):
+@pytest.mark.parametrize("metric", ["adam", "euclidean"])
+def test_a_bypass_of_any_scale_keeps_steps_finite(alpha, share, metric):
     s, params = plain(normal(8, 3, 24)), {"w": jnp.asarray(normal(9, 24))}
-    tx = update_projection(s, 1e-2, max_norm=None, coefficients=alpha)
+    tx = update_projection(s, 1e-2, metric=metric, max_norm=None, coefficients=alpha)
     update = jax.jit(tx.update)
     # Parts that are applied together and leave nothing are each divided by ε = 1e-8.
     nothing = alpha == 1.0 and share == -1.0

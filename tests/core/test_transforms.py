@@ -171,46 +171,75 @@ def test_update_projection_without_bypass_is_a_plain_chain(schedule):
         adamw(rate, weight_decay=0.1),
         relaxed(project_onto_complement(S), alpha),
     )
-    ours = update_projection(S, rate, weight_decay=0.1, coefficients=alpha)
+    ours = update_projection(
+        S, rate, metric="euclidean", weight_decay=0.1, coefficients=alpha
+    )
     grads = [tree(200 + 7 * i, 10.0 ** (i % 3 - 1)) for i in range(6)]
     want, got = run(plain, grads)[0], run(ours, grads)[0]
     close(want, got, rtol=1e-4, atol=1e-7)  # steps of 1e-2: float32 rounding
 
 
-def test_update_projection_keeps_the_bypass_whole():
+METRICS = pytest.mark.parametrize("metric", ["adam", "euclidean"])
+
+
+def let_past(state, metric, rate=1e-2):
+    """The inside part of the last step that is the bypass's, from the state."""
+    t, least = int(state.count), 1e-6 if metric == "adam" else 0.0
+
+    def one(m, v):
+        flat = v.reshape(v.shape[0], -1)
+        floor = least * flat.mean(1).reshape(-1, *(1,) * (v.ndim - 1))
+        m = m / (1 - 0.9**t)
+        adam = m / (jnp.sqrt(jnp.maximum(v, floor) / (1 - 0.999**t)) + 1e-8)
+        if metric == "euclidean":
+            return -rate * adam
+        length, own = (
+            jnp.linalg.norm(x.reshape(flat.shape), axis=1) for x in (adam, m)
+        )
+        return -rate * (length / own).reshape(floor.shape) * m
+
+    part = jax.tree.map(one, state.bypass, state.apart)
+    return part if metric == "euclidean" else project_onto(part, S)
+
+
+@METRICS
+def test_update_projection_keeps_the_bypass_whole(metric):
     grads = [tree(300 + 7 * i) for i in range(5)]
     bypasses = [tree(400 + 7 * i, 0.3) for i in range(5)]
     zero = [jax.tree.map(jnp.zeros_like, g) for g in grads]
-    steps, state = run(update_projection(S, 1e-2, max_norm=None), grads, bypasses)
-    # The bypass part of the last step, from the state: −η m̂_b / (√v̂ + ε).
-    part = jax.tree.map(
-        lambda m, v: -1e-2 * (m / (1 - 0.9**5)) / (jnp.sqrt(v / (1 - 0.999**5)) + 1e-8),
-        state.bypass,
-        state.apart,
-    )
-    rest = jax.tree.map(jnp.subtract, steps[-1], part)
+    tx = update_projection(S, 1e-2, metric=metric, max_norm=None)
+    steps, state = run(tx, grads, bypasses)
+    rest = jax.tree.map(jnp.subtract, steps[-1], let_past(state, metric))
     assert leak(rest) <= 1e-5
     assert leak(steps[-1]) >= 1e-2
     # With everything let through (rank 0) it is AdamW on the sum of both.
     free = empty_subspace(PARAMS, max_rank=4, layer_axes=1)
     total = [jax.tree.map(jnp.add, g, b) for g, b in zip(grads, bypasses, strict=True)]
     close(
-        run(update_projection(free, 1e-2), grads, bypasses)[0],
-        run(update_projection(free, 1e-2), total, zero)[0],
+        run(update_projection(free, 1e-2, metric=metric), grads, bypasses)[0],
+        run(update_projection(free, 1e-2, metric=metric), total, zero)[0],
         rtol=1e-4,
         atol=1e-7,
     )
 
 
+@METRICS
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_update_projection_is_its_dense_twin(alpha):
+def test_update_projection_is_its_dense_twin(alpha, metric):
     grads = [tree(600 + 7 * i) for i in range(6)]
     # Half of each bypass undoes the task: where the second moment matters most.
     bypasses = [
         jax.tree.map(lambda g, r: -g + 0.3 * r, g, tree(700 + 7 * i))
         for i, g in enumerate(grads)
     ]
-    tx = update_projection(S, 1e-2, coefficients=alpha, max_norm=None, weight_decay=0.1)
+    tx = update_projection(
+        S,
+        1e-2,
+        metric=metric,
+        coefficients=alpha,
+        max_norm=None,
+        weight_decay=0.1,
+    )
     got = run(tx, grads, bypasses)[0]
     for k in SHAPES:
         for layer in range(3):
@@ -224,6 +253,7 @@ def test_update_projection_is_its_dense_twin(alpha):
                 np.ravel(PARAMS[k][layer]),
                 1e-2,
                 decay=0.1,
+                metric=metric,
             )
             for step, twin in zip(got, want, strict=True):
                 # Steps of 1e-2 in float32.

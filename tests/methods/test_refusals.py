@@ -11,7 +11,7 @@ MISTAKES = [
     ("safeanchor", {"energy": 0.0}, "energy"),
     ("safeanchor", {"energy": 1.5}, "energy"),
     ("safeanchor", {"max_rank": 0}, "max_rank"),
-    ("safeanchor", {"projection": "grad"}, "'gradient', 'update' or 'none'"),
+    ("safeanchor", {"projection": "grad"}, "'gradient', 'update', 'metric' or 'none'"),
     ("safeanchor-exact", {"weighting": "x"}, "weighting"),
     ("safeanchor-exact", {"fisher": "x"}, "fisher"),
     ("safeanchor-exact", {"basis": "x"}, "basis"),
