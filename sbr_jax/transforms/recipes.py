@@ -122,7 +122,7 @@ def update_projection(
       one symmetric positive matrix A: it rests only where ``g − Π g + b = 0``.
     - metric ``"euclidean"``: ``step = −η (P(C m̂_g + ω θ) + C m̂_b)``, ``Q = Π``. It
       stays out as well but is no descent: it rests where ``C g`` is in the subspace,
-      and not where g is. Published measurements of `safeanchor-exact` are its.
+      and not where g is. It is kept for what was measured with it.
 
     Adam's first moment is linear in the gradient, so task and bypass keep one each.
     Both share ``v = α v[g + b] + (1 − α)(v[g] + v[b])``, second moments of the clipped

@@ -50,9 +50,9 @@ def trust_region(
 
     **Guarantee**: ``q(θ + u) ≤ ε (1 + 1e-3)`` after every step, also right after
     `replace_subspace`, whose subspace counts from the next step on, about the same θ₀:
-    that step may be long. Measured at the parameters that were applied, in float32, as
-    long as one unit of rounding of θ is far inside the ellipsoid; bfloat16 parameters
-    round by 2⁻⁹ of themselves, and only the update keeps the bound. μ is found by
+    that step may be long. For float32 parameters, as long as their rounding is far
+    inside the ellipsoid; those in bfloat16 round by 2⁻⁹ of themselves, and only the
+    update keeps the bound. μ is found by
     Newton's method on ``1/√q``, which is concave in μ: from 0 it grows to the root and
     never beyond. If an extreme spectrum should take more than its fixed number of
     steps, what is left is scaled down, so that the bound holds all the same.

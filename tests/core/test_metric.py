@@ -1,4 +1,4 @@
-"""The projection in Adam's metric: out of the subspace, downhill, and to the optimum."""
+"""The projection in Adam's metric: outside, downhill, and on to the optimum."""
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,6 @@ def test_the_nearest_point_outside_is_the_dense_one_and_goes_downhill(name, proj
     subspace, both = projected
     basis = reference.columns(subspace.basis["w"])
     scale = jnp.asarray(PRECONDITIONERS[name], jnp.float32)
-    if name != "huge":  # its metric's own matrix leaves the range of the twin
-        scale = scale / scale.max()
     for seed in range(30, 33):
         gradient = normal(seed, SIZE)
         step = reference.f64(scale * gradient)
@@ -62,7 +60,7 @@ def test_the_nearest_point_outside_is_the_dense_one_and_goes_downhill(name, proj
         assert size <= np.linalg.norm(step) * (1 + 1e-6)
         cosine = gradient @ out / np.linalg.norm(gradient) / size
         assert cosine > (0 if name == "one free coordinate" else 1e-3)
-        if name not in ("half of it dead",):
+        if name not in ("half of it dead", "30 decades"):  # beyond the twin itself
             own = reference.f64(scale) / float(scale.max())
             want = reference.nearest_outside(step, basis @ basis.T, own)
             np.testing.assert_allclose(out, want, atol=1e-5 * size)
@@ -137,7 +135,7 @@ def test_a_coordinate_without_gradient_is_not_sent_far():
     params = {"w": jnp.zeros(8)}
     tx = update_projection(s, 1e-2, weight_decay=0.0, max_norm=None)
     g = {"w": jnp.asarray(normal(24, 8)).at[1].set(0.0)}
-    step, _ = tx.update(g, tx.init(params), params)
+    step, _ = jax.jit(tx.update)(g, tx.init(params), params)
     assert abs(float(step["w"][1])) <= 1e-2
     assert float(jnp.vdot(g["w"], step["w"])) < -1e-3
 

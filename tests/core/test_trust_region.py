@@ -157,10 +157,10 @@ def steps(tx, count, params=PARAMS, swap=None):
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_every_step_keeps_the_budget_and_it_is_used(arrangement):
-    seen = steps(ARRANGEMENTS[arrangement](), 24, swap=16)
-    found = [divergence(p, S if i < 16 else space(11)) for i, p in enumerate(seen)]
+    # Micro-steps apply every second step, the one after the swap among them.
+    seen = steps(ARRANGEMENTS[arrangement](), 24, swap=17)
+    found = [divergence(p, S if i < 17 else space(11)) for i, p in enumerate(seen)]
     assert max(found) <= EPSILON * (1 + 1e-3)
-    assert found[0] < 0.99 * EPSILON or arrangement != "chain"
     assert found[15] >= 0.99 * EPSILON
     assert found[-1] >= 0.99 * EPSILON
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), seen[15], PARAMS)
@@ -182,7 +182,7 @@ def test_a_large_budget_changes_nothing_and_a_small_one_is_a_projection():
 def test_bfloat16_parameters_round_past_the_budget_and_updates_keep_it():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     found = [divergence(p, S, half) for p in steps(chained(), 16, half)]
-    # A rounding of 2⁻⁹ of parameters near 1, λ up to 40: 3e-5 a direction.
+    # Rounding by 2⁻⁹ of parameters near 1, with λ up to 62: 2.4 ε was seen.
     assert EPSILON * (1 + 1e-3) < max(found) <= 4 * EPSILON
     # With float32 updates, as of float32 masters, the bound is that of float32.
     tx = trust_region(S, EPSILON)
@@ -217,14 +217,14 @@ def test_trees_that_do_not_fit_are_refused(what):
 
 
 def test_after_adam_the_boundary_may_hold_what_the_gradient_would_not():
-    """Why its page says Euclidean: the nearest point is not nearest in Adam's metric."""
+    """What its page says: the nearest point is not the nearest in Adam's metric."""
     s = from_factors({"w": jnp.array([[1.0, 1.0]])}, max_rank=1)
     tx = optax.chain(optax.scale_by_adam(), optax.scale(-1e-2), trust_region(s, 1e-4))
     params, g = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 2.0])}
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(50):
-            step, state = tx.update(g, state, params)
+            step, state = update(g, state, params)
             params = optax.apply_updates(params, step)
     # c = −√(2 ε / λ) along (1, 1)/√2, λ = 2, and nothing along (1, −1).
     np.testing.assert_allclose(params["w"], -0.01 / 2**0.5, rtol=1e-4)
