@@ -79,7 +79,7 @@ WRONG = {
         False,
         {"rope_type": []},
         {"rope_type": "linear"},
-        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
     ],
     "rope_parameters": [
         [],

@@ -15,6 +15,7 @@ import math
 from sbr_jax.methods.base import Cost, Method
 from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.lora import select_targets
+from sbr_jax.models.parameters import base_shapes
 from sbr_jax.models.quantize import weight_bytes
 
 GIB = 2**30
@@ -87,18 +88,9 @@ def parameter_count(config: ModelConfig) -> int:
     ...     heads=2))
     372
     """
-    norms = 2 * config.width * (2 if config.post_norms else 1)
-    norms += 2 * config.head_dim if config.qk_norm else 0
-    biases = 0
-    if config.qkv_bias:
-        biases = (config.heads + 2 * config.kv_heads) * config.head_dim
-    table = config.vocab_size * config.width * (1 if config.tied else 2)
-    return (
-        table
-        + projection_parameters(config)
-        + config.layers * (norms + biases)
-        + config.width
-    )
+    shapes = base_shapes(config)
+    layers = shapes.pop("layers").values()
+    return sum(map(math.prod, (*shapes.values(), *layers)))
 
 
 def adapter_parameters(config: ModelConfig, rank: int, targets: str) -> int:

@@ -28,6 +28,9 @@ BIASED = ("q_proj", "k_proj", "v_proj")
 AttentionKernel = Literal["xla", "cudnn"]
 """A way of ``jax.nn.dot_product_attention`` to compute attention."""
 
+ROPE_KINDS = ("linear", "llama3", "yarn", "longrope")
+"""Ways of stretching RoPE's frequencies."""
+
 _TOKENS = 2**31 - 1
 _MANY = Field(int, 1, 2**24)
 ROPE_FIELDS = {
@@ -35,6 +38,9 @@ ROPE_FIELDS = {
     "low": Field(float, 1e-6, 1e6),
     "high": Field(float, 1e-6, 1e6),
     "original": Field(int, 1, _TOKENS),
+    "attention": Field(float, 1e-3, 1e3),
+    "short": Field(float, 1e-6, 1e6, lists="only"),
+    "long": Field(float, 1e-6, 1e6, lists="only"),
 }
 """Ranges of the numbers of ``RopeScaling``."""
 FIELDS = {
@@ -58,6 +64,11 @@ FIELDS = {
     "query_scalar": Field(float, 1e-6, 1e6, none=True),
     "attention_cap": Field(float, 1e-6, 1e6, none=True),
     "logit_cap": Field(float, 1e-6, 1e6, none=True),
+    "local_rope_theta": Field(float, 1, 1e12, none=True),
+    "embedding_multiplier": Field(float, 1e-6, 1e6),
+    "residual_multiplier": Field(float, 1e-6, 1e6),
+    "attention_multiplier": Field(float, 1e-6, 1e6, none=True),
+    "logit_divisor": Field(float, 1e-6, 1e6),
 }
 """Types and ranges of the fields of ``ModelConfig``."""
 
@@ -69,7 +80,13 @@ class RopeScaling:
     ``"linear"`` divides every frequency f by ``factor``. ``"llama3"`` keeps those that
     turn more than ``high`` times within the original context, divides those that turn
     less than ``low`` times, and blends between: with s = (turns - low) / (high - low),
-    ``f · (s + (1 - s) / factor)``.
+    ``f · (s + (1 - s) / factor)``. ``"yarn"`` does the same with an s that is linear in
+    the index of a frequency. ``"longrope"`` divides each frequency by its own number
+    of ``short``, and is defined up to ``original`` tokens: beyond, such a model has
+    other keys at every place.
+
+    References:
+      YaRN, arXiv:2309.00071; LongRoPE, arXiv:2402.13753.
     """
 
     kind: str
@@ -78,16 +95,25 @@ class RopeScaling:
     high: float = 4.0
     original: int = 8192
     """The context before stretching, in tokens."""
+    attention: float = 1.0
+    """Factor of cosines and sines (yarn, longrope)."""
+    short: tuple[float, ...] = ()
+    """Divisor of each frequency, H / 2 in all (longrope)."""
+    long: tuple[float, ...] = ()
+    """Those beyond ``original`` tokens: never used, kept to be saved (longrope)."""
 
     def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
+        if self.kind not in ROPE_KINDS:
             raise UserError(
-                f"expected RoPE scaling 'linear' or 'llama3', got {self.kind!r}"
+                f"expected RoPE scaling {', '.join(map(repr, ROPE_KINDS))}, got "
+                f"{self.kind!r}"
             )
         if wrong := wrong_fields(vars(self), ROPE_FIELDS):
             raise UserError(f"wrong RoPE scaling: {'; '.join(wrong)}")
         if self.low >= self.high:
             raise UserError(f"expected RoPE scaling with low < high, got {self}")
+        for name in ("short", "long"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +147,10 @@ class ModelConfig:
     pad: int | None = None
     model_type: str = "llama"
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
+    """RoPE's base in sliding layers, which are not stretched; None: as elsewhere."""
+    rope_layers: tuple[bool, ...] = ()
+    """True for the layers that rotate queries and keys; empty means all."""
     window: int | None = None
     """Tokens that a sliding layer sees, itself included; None: no layer slides."""
     sliding: tuple[bool, ...] = ()
@@ -129,12 +159,16 @@ class ModelConfig:
     """Whether queries, keys and values have a bias."""
     qk_norm: bool = False
     """Whether each head of queries and keys is normalised before RoPE."""
+    qk_norm_whole: bool = False
+    """Whether that norm is over all heads together."""
     activation: str = "silu"
     """Of the MLP's gate: ``"silu"`` or ``"gelu_tanh"``."""
     unit_offset: bool = False
     """Whether norms multiply by 1 + w instead of w."""
+    pre_norms: bool = True
+    """Whether the inputs of attention and MLP are normalised."""
     post_norms: bool = False
-    """Whether the outputs of attention and MLP are normalised too."""
+    """Whether their outputs are."""
     scaled_embedding: bool = False
     """Whether embeddings are multiplied by √width."""
     query_scalar: float | None = None
@@ -143,6 +177,14 @@ class ModelConfig:
     """c of ``c · tanh(score / c)``, or None."""
     logit_cap: float | None = None
     """The same for the output logits."""
+    embedding_multiplier: float = 1.0
+    """Factor of the embeddings."""
+    residual_multiplier: float = 1.0
+    """Factor of what attention and MLP add to the stream."""
+    attention_multiplier: float | None = None
+    """Factor of the scores; None means that of ``query_scalar``."""
+    logit_divisor: float = 1.0
+    """What output logits are divided by."""
 
     def __post_init__(self):
         if wrong := wrong_fields(vars(self), FIELDS):
@@ -168,6 +210,7 @@ class ModelConfig:
                 f"expected activation 'silu' or 'gelu_tanh', got {self.activation!r}"
             )
         self._settle_windows()
+        self._settle_rope()
 
     def _settle_windows(self) -> None:
         """Spells each pattern in one way, so equal mathematics compare equal."""
@@ -186,6 +229,31 @@ class ModelConfig:
             sliding = ()
         object.__setattr__(self, "sliding", sliding)
 
+    def _settle_rope(self) -> None:
+        """The same for the layers' RoPE, and its divisors held against the heads."""
+        turns = tuple(map(bool, self.rope_layers))
+        if turns and len(turns) != self.layers:
+            raise UserError(
+                f"expected rope_layers to have one entry for each of {self.layers} "
+                f"layers, got {len(turns)}"
+            )
+        object.__setattr__(self, "rope_layers", () if all(turns) else turns)
+        alike = self.local_rope_theta == self.rope_theta and self.rope_scaling is None
+        if alike or not self.sliding:
+            object.__setattr__(self, "local_rope_theta", None)
+        scaling, half = self.rope_scaling, self.head_dim // 2
+        if scaling is not None and scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise UserError(
+                f"expected rope_theta above 1 for yarn, got {self.rope_theta}"
+            )
+        if scaling is not None and scaling.kind == "longrope":
+            counts = len(scaling.short), len(scaling.long)
+            if counts != (half, half):
+                raise UserError(
+                    f"expected {half} short and long factors of RoPE for heads of "
+                    f"{self.head_dim}, got {counts[0]} and {counts[1]}"
+                )
+
     @property
     def alternates(self) -> bool:
         """True if some layers slide and others see everything."""
@@ -194,6 +262,8 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float | None:
         """Factor of the scores; None means ``head_dim ** -0.5``."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
         return None if self.query_scalar is None else self.query_scalar**-0.5
 
     def projection(self, target: str) -> tuple[int, int]:

@@ -33,6 +33,11 @@ COMMON: dict[str, tuple] = {
 }
 """Settings that change the mathematics, with the values common to all families."""
 _SILU = {"hidden_act": ("silu", "swish")}
+FUSED = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Modules that hold several projections, their outputs one after the other."""
 # Gemma's first files say "gelu" and mean its tanh form, as transformers reads them.
 _TANH = {
     "hidden_act": ("gelu", GELU, None),
@@ -59,6 +64,12 @@ class Family:
     """True for a layer that slides, where a window comes without ``layer_types``."""
     layer_types: bool = False
     """Whether ``layer_types`` decides; elsewhere it must agree with ``slides``."""
+    turns: Callable[[int, Raw], bool] | None = None
+    """True for a layer with RoPE where the file is silent; None: all layers have it."""
+    local_rope: str | None = None
+    """The setting with RoPE's base of sliding layers, which are never stretched."""
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Modules of the file that hold several projections."""
 
 
 def _last_layers(i: int, raw: Raw) -> bool:
@@ -77,6 +88,16 @@ _QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
     "sliding_window": 4096,
     "max_position_embeddings": 32768,
+}
+_OLMO: dict[str, Any] = {
+    "allowed": _SILU,
+    "defaults": {"rms_norm_eps": 1e-5},
+    "traits": {
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_norm": True,
+        "qk_norm_whole": True,
+    },
 }
 _GEMMA_TRAITS = {
     "activation": "gelu_tanh",
@@ -140,6 +161,75 @@ FAMILIES: dict[str, Family] = {
         },
         slides=lambda i, raw: i % 2 == 0,
         layer_types=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        allowed={**_TANH, "use_sliding_window": (None, True)},
+        free=("sliding_window",),
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+        },
+        traits={**_GEMMA_TRAITS, "post_norms": True, "qk_norm": True},
+        numbers={"query_scalar": "query_pre_attn_scalar"},
+        slides=lambda i, raw: (i + 1) % raw["sliding_window_pattern"] != 0,
+        layer_types=True,
+        local_rope="rope_local_base_freq",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        allowed=_SILU,
+        free=("sliding_window",),
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
+        slides=lambda i, raw: True,
+        fused=FUSED,
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", **_OLMO),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        **{
+            **_OLMO,
+            "defaults": {
+                **_OLMO["defaults"],
+                "sliding_window": 4096,
+                "rope_theta": 500000.0,
+            },
+        },
+        free=("sliding_window",),
+        slides=lambda i, raw: (i + 1) % 4 != 0,
+        layer_types=True,
+        local_rope="rope_theta",
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        allowed={**_SILU, "use_sliding_window": (None, False)},
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
+        layer_types=True,
+        turns=lambda i, raw: (i + 1) % raw["no_rope_layer_interval"] != 0,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        allowed=_SILU,
+        defaults={"attention_multiplier": 1.0},
+        numbers={
+            "embedding_multiplier": "embedding_multiplier",
+            "residual_multiplier": "residual_multiplier",
+            "attention_multiplier": "attention_multiplier",
+            "logit_divisor": "logits_scaling",
+        },
     ),
 }
 """Families by ``model_type``."""

@@ -24,13 +24,14 @@ from sbr_jax.models.layers import sees
 from sbr_jax.models.loading import Model
 from sbr_jax.models.lora import LoraPair
 from sbr_jax.models.parts import (
+    Flags,
     attend_as,
     embed_tokens,
     final_norm,
+    layer_flags,
     layer_mask,
+    layer_rope,
     output_logits,
-    rope_of,
-    sliding_layers,
 )
 from sbr_jax.models.prefix import Cache, extend
 from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
@@ -50,7 +51,7 @@ def _next_logits(
     adapter: Mapping[str, LoraPair],
     token: jax.Array,
     place: jax.Array,
-    pick: Callable[[jax.Array | None], jax.Array],
+    pick: Callable[[Flags], jax.Array],
     cache: Cache,
     slot: jax.Array,
 ) -> tuple[jax.Array, Cache]:
@@ -58,28 +59,28 @@ def _next_logits(
 
     Its keys and values go to ``slot`` of the cache; ``pick`` is that of ``layer_mask``.
     """
-    rope = rope_of(config, place[:, None])
+    pick_rope = layer_rope(config, place[:, None])
     zero = jnp.int32(0)
 
     def body(carry, layer):
         x, keys, values = carry
-        weights, pairs, i, slides = layer
+        weights, pairs, i, flags = layer
 
         def attention(query, key, value):
             start = (i, zero, slot, zero, zero)
             new_keys = jax.lax.dynamic_update_slice(keys, key[None], start)
             new_values = jax.lax.dynamic_update_slice(values, value[None], start)
             # An explicit mask for every query, so cuDNN's rules never apply here.
-            mask = pick(slides)
+            mask = pick(flags)
             out = attend_as(config, query, new_keys[i], new_values[i], mask, "xla")
             return out, (new_keys, new_values)
 
         block = build_block(config, weights)
-        x, (keys, values) = block(x, rope, pairs, attention)
+        x, (keys, values) = block(x, pick_rope(flags), pairs, attention)
         return (x, keys, values), None
 
     depth = jnp.arange(config.layers, dtype=jnp.int32)
-    xs = (base["layers"], adapter, depth, sliding_layers(config))
+    xs = (base["layers"], adapter, depth, layer_flags(config))
     carry = (embed_tokens(config, base, token[:, None]), *cache)
     (x, keys, values), _ = scan_layers(config, hardware, body, carry, xs)
     hidden = final_norm(config, base, x[:, 0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +17,24 @@ from sbr_jax.files import is_there, read_object
 from sbr_jax.models.config import ModelConfig, RopeScaling
 from sbr_jax.models.families import COMMON, FAMILIES, GELU, Family, Raw
 from sbr_jax.models.fields import read_fields
-from sbr_jax.models.hf_fields import CONFIG, EOS, ROPE
+from sbr_jax.models.hf_fields import CONFIG, EOS, ROPE, ROPE_KINDS
 from sbr_jax.typing import UserError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+_ORIGINAL = "original_max_position_embeddings"
+
+_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (_ORIGINAL,)),
+    "yarn": (
+        ("factor",),
+        (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor"), (_ORIGINAL, "attention_factor")),
 }
+"""Kinds of RoPE with the settings that each must have and may have."""
 
 
 def _refuse(settings: Raw, allowed: Mapping[str, tuple], where: str) -> None:
@@ -48,41 +57,104 @@ def _scaling(
     """The base and the scaling of one RoPE dictionary, in either spelling."""
     read_fields(rope, ROPE, f"{name} of {where}")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    # The first files of Phi-3 say "su".
+    kind = "longrope" if kind == "su" else kind
     if kind not in _ROPE_KEYS:
         raise UserError(
             f"unsupported {name} of type {kind!r} in {where}: expected one of "
             f"{', '.join(_ROPE_KEYS)}; use a checkpoint with one of these"
         )
-    _refuse(rope, {"partial_rotary_factor": (None, 1, 1.0)}, f"{name} of {where}")
-    original = "original_max_position_embeddings"
+    allowed = {"partial_rotary_factor": (None, 1, 1.0), "truncate": (None, True)}
+    _refuse(rope, allowed, f"{name} of {where}")
+    needed, further = _ROPE_KEYS[kind]
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    known |= {*_ROPE_KEYS[kind], *([original] if kind == "llama3" else [])}
-    if left := sorted(set(rope) - known):
+    if left := sorted(set(rope) - known - {*needed, *further}):
         raise UserError(f"unsupported keys {left} in {name} of {where}")
-    if missing := sorted(set(_ROPE_KEYS[kind]) - set(rope)):
+    if missing := sorted(set(needed) - set(rope)):
         raise UserError(f"expected {missing} in {name} of {where} for type {kind!r}")
     theta = float(rope.get("rope_theta", raw["rope_theta"]))
     if kind == "default":
         return theta, None
+    # In this order in transformers too: the top level wins, the context is the default.
+    longest = raw["max_position_embeddings"]
+    original = raw[_ORIGINAL] or rope.get(_ORIGINAL) or longest
+    attention = rope.get("attention_factor")
+    if kind == "longrope":
+        factor = max(longest / original, 1.0)
+        if attention is None:
+            grown = math.log(factor) / math.log(original) if factor > 1 else 0.0
+            attention = math.sqrt(1 + grown)
+        lists = rope["short_factor"], rope["long_factor"]
+        return theta, RopeScaling(
+            kind, factor, 1.0, 4.0, original, float(attention), *lists
+        )
     factor = float(rope["factor"])
     if kind == "linear":
         return theta, RopeScaling(kind, factor)
-    # In this order in transformers too: the top level wins, the context is the default.
-    context = raw[original] or rope.get(original) or raw["max_position_embeddings"]
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    return theta, RopeScaling(kind, factor, low, high, context)
+    if kind == "yarn":
+        low, high = rope.get("beta_slow") or 1.0, rope.get("beta_fast") or 32.0
+        attention = 0.1 * math.log(factor) + 1 if attention is None else attention
+    else:
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        attention = 1.0
+    return theta, RopeScaling(
+        kind, factor, float(low), float(high), original, float(attention)
+    )
 
 
-def _rope(raw: Raw, where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from ``rope_scaling``, ``rope_parameters`` or neither."""
-    names = [name for name in ("rope_scaling", "rope_parameters") if raw[name]]
-    found = [_scaling(name, raw[name], raw, where) for name in names]
+def _rope(
+    family: Family, raw: Raw, where: str
+) -> tuple[float, RopeScaling | None, float | None]:
+    """Base and scaling, and the base of sliding layers where they have their own.
+
+    From ``rope_scaling``, ``rope_parameters`` or neither. Families that tell the layers
+    apart have a dictionary for each kind in ``rope_parameters``.
+    """
+    given = {n: raw[n] for n in ("rope_scaling", "rope_parameters") if raw[n]}
+    near: Raw = {}
+    if family.local_rope is not None and "rope_parameters" in given:
+        both = given.pop("rope_parameters")
+        read_fields(both, ROPE_KINDS, f"rope_parameters of {where}")
+        if left := sorted(set(both) - set(ROPE_KINDS)):
+            raise UserError(
+                f"unsupported keys {left} in rope_parameters of {where}: expected a "
+                f"dictionary for each of {', '.join(ROPE_KINDS)}"
+            )
+        near = both.get(_SLIDING) or {}
+        given |= {"rope_parameters": both[_FULL]} if both.get(_FULL) else {}
+    found = [_scaling(name, rope, raw, where) for name, rope in given.items()]
     if len(set(found)) > 1:
         raise UserError(
             f"rope_scaling and rope_parameters disagree in {where}: {found[0]} and "
             f"{found[1]}; delete the wrong one"
         )
-    return found[0] if found else (float(raw["rope_theta"]), None)
+    theta, scaling = found[0] if found else (float(raw["rope_theta"]), None)
+    if family.local_rope is None:
+        return theta, scaling, None
+    usual = theta if family.local_rope == "rope_theta" else raw[family.local_rope]
+    name = f"{_SLIDING} of rope_parameters"
+    local, stretched = _scaling(name, near, {**raw, "rope_theta": usual}, where)
+    if stretched is not None:
+        raise UserError(
+            f"unsupported {name} of type {stretched.kind!r} in {where}: sliding layers "
+            "are not stretched here; use a checkpoint that stretches the others only"
+        )
+    return theta, scaling, local
+
+
+def _rope_layers(family: Family, raw: Raw, where: str) -> tuple[bool, ...]:
+    """The flags of layers with RoPE."""
+    depth, given = raw["num_hidden_layers"], raw["no_rope_layers"]
+    if family.turns is None:
+        return ()
+    if given is None:
+        return tuple(family.turns(i, raw) for i in range(depth))
+    if len(given) < depth:
+        raise UserError(
+            f"expected no_rope_layers to have an entry for each of {depth} layers in "
+            f"{where}, got {len(given)}"
+        )
+    return tuple(map(bool, given[:depth]))
 
 
 def _windows(
@@ -156,7 +228,10 @@ def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
     family = FAMILIES[kind]
     ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
     _check_ids(ids, raw["vocab_size"], where)
-    theta, scaling = _rope(raw, where)
+    theta, scaling, local = _rope(family, raw, where)
+    context = raw["max_position_embeddings"]
+    if scaling is not None and scaling.kind == "longrope":
+        context = min(context, scaling.original)
     window, sliding = _windows(family, raw, where)
     return ModelConfig(
         vocab_size=raw["vocab_size"],
@@ -168,9 +243,11 @@ def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
         head_dim=raw["head_dim"] or 0,
         rope_theta=theta,
         rope_scaling=scaling,
+        local_rope_theta=local,
+        rope_layers=_rope_layers(family, raw, where),
         norm_eps=float(raw["rms_norm_eps"]),
         tied=raw["tie_word_embeddings"],
-        context=raw["max_position_embeddings"],
+        context=context,
         init_scale=float(raw["initializer_range"]),
         bos=raw["bos_token_id"],
         eos=_stops(raw["eos_token_id"]),
@@ -204,21 +281,40 @@ def _stops(eos: int | list[int] | None) -> tuple[int, ...]:
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-def _rope_dict(config: ModelConfig) -> dict[str, Any]:
+def _scaling_dict(scaling: RopeScaling) -> dict[str, Any]:
+    """The settings of a scaling."""
+    values = {
+        "factor": scaling.factor,
+        _ORIGINAL: scaling.original,
+        "attention_factor": scaling.attention,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "beta_slow": scaling.low,
+        "beta_fast": scaling.high,
+        "short_factor": list(scaling.short),
+        "long_factor": list(scaling.long),
+        "truncate": True,
+    }
+    needed, further = _ROPE_KEYS[scaling.kind]
+    return {"rope_type": scaling.kind} | {n: values[n] for n in (*needed, *further)}
+
+
+def _rope_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
     """RoPE in both spellings: transformers before 5 reads the old one only."""
     theta, scaling = config.rope_theta, config.rope_scaling
-    if scaling is None:
-        rope = {"rope_theta": theta, "rope_type": "default"}
-        return {"rope_theta": theta, "rope_parameters": rope}
-    old = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        old |= {
-            "low_freq_factor": scaling.low,
-            "high_freq_factor": scaling.high,
-            "original_max_position_embeddings": scaling.original,
-        }
-    rope = {"rope_theta": theta, **old}
-    return {"rope_theta": theta, "rope_scaling": old, "rope_parameters": rope}
+    found: dict[str, Any] = {"rope_theta": theta}
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        found["rope_scaling"] = rope = _scaling_dict(scaling)
+    if scaling is not None and scaling.kind == "longrope":
+        found[_ORIGINAL] = scaling.original
+    found["rope_parameters"] = full = {"rope_theta": theta, **rope}
+    if family.local_rope is not None:
+        local = config.local_rope_theta or theta
+        near = {"rope_theta": local, "rope_type": "default"}
+        found |= {family.local_rope: local, "rope_theta": theta}
+        found["rope_parameters"] = {_FULL: full, _SLIDING: near}
+    return found
 
 
 def _attention_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -235,7 +331,18 @@ def _attention_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
             "use_sliding_window": config.window is not None,
             "max_window_layers": first,
         }
+    if family.turns is not None:
+        turns = config.rope_layers or (True,) * config.layers
+        found["no_rope_layers"] = list(map(int, turns))
     return found
+
+
+def _longest(config: ModelConfig) -> int:
+    """The context that a file tells: longrope's is that of its long factors."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "longrope":
+        return config.context
+    return round(config.context * scaling.factor)
 
 
 def generation_dict(config: ModelConfig) -> dict[str, Any]:
@@ -287,7 +394,7 @@ def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "hidden_size": config.width,
         "initializer_range": config.init_scale,
         "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.context,
+        "max_position_embeddings": _longest(config),
         "mlp_bias": False,
         "model_type": config.model_type,
         "num_attention_heads": config.heads,
@@ -299,7 +406,7 @@ def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "torch_dtype": dtype,
         "vocab_size": config.vocab_size,
         **generation_dict(config),
-        **_rope_dict(config),
+        **_rope_dict(config, family),
         **_attention_dict(config, family),
     }
     if "hidden_activation" in family.allowed:

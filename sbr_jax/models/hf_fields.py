@@ -48,6 +48,14 @@ CONFIG: dict[str, Field] = {
     "query_pre_attn_scalar": _of(FIELDS["query_scalar"], none=False, default=None),
     "attn_logit_softcapping": _of(FIELDS["attention_cap"], default=None),
     "final_logit_softcapping": _of(FIELDS["logit_cap"], default=None),
+    "sliding_window_pattern": Field(int, 1, 10**6, default=6),
+    "rope_local_base_freq": _of(FIELDS["local_rope_theta"], none=False, default=1e4),
+    "no_rope_layers": Field(int, 0, 1, lists="only", none=True, default=None),
+    "no_rope_layer_interval": Field(int, 1, 10**6, default=4),
+    "embedding_multiplier": _of(FIELDS["embedding_multiplier"], default=1.0),
+    "residual_multiplier": _of(FIELDS["residual_multiplier"], default=1.0),
+    "attention_multiplier": _of(FIELDS["attention_multiplier"], default=None),
+    "logits_scaling": _of(FIELDS["logit_divisor"], default=1.0),
 }
 """Fields that every family reads; a family's own defaults come before those here."""
 
@@ -59,5 +67,13 @@ ROPE: dict[str, Field] = {
     "low_freq_factor": _of(ROPE_FIELDS["low"], default=None),
     "high_freq_factor": _of(ROPE_FIELDS["high"], default=None),
     "original_max_position_embeddings": _ORIGINAL,
+    "beta_fast": _of(ROPE_FIELDS["high"], none=True, default=None),
+    "beta_slow": _of(ROPE_FIELDS["low"], none=True, default=None),
+    "attention_factor": _of(ROPE_FIELDS["attention"], none=True, default=None),
+    "short_factor": _of(ROPE_FIELDS["short"], default=None),
+    "long_factor": _of(ROPE_FIELDS["long"], default=None),
 }
 """The same for one dictionary of RoPE settings."""
+
+ROPE_KINDS = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+"""The same for a dictionary of them by kind of layer."""

@@ -101,9 +101,31 @@ def rope_frequencies(
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
-    turns = frequency * (scaling.original / (2 * math.pi))
-    share = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    if scaling.kind == "longrope":
+        return frequency / jnp.asarray(scaling.short, jnp.float32)
+    if scaling.kind == "yarn":
+        share = _yarn_share(head_dim, theta, scaling)
+    else:
+        turns = frequency * (scaling.original / (2 * math.pi))
+        share = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
     return frequency * (share + (1.0 - share) / scaling.factor)
+
+
+def _yarn_share(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
+    """1 up to the index i that turns ``high`` times, 0 from that of ``low``; float32.
+
+    ``turns(i) = original · theta^(-2i / H) / 2π``, solved for i and rounded outwards.
+    """
+
+    def index(turns: float) -> float:
+        whole = math.log(scaling.original / (turns * 2 * math.pi))
+        return head_dim * whole / (2 * math.log(theta))
+
+    first = max(math.floor(index(scaling.high)), 0)
+    last = min(math.ceil(index(scaling.low)), head_dim - 1)
+    places = jnp.arange(head_dim // 2, dtype=jnp.float32)
+    # As in the original code: equal ends are set a little apart.
+    return 1.0 - jnp.clip((places - first) / ((last - first) or 1e-3), 0.0, 1.0)
 
 
 def rope_table(
@@ -114,7 +136,8 @@ def rope_table(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding.
 
-    ``angle[t, i] = positions[t] · f_i`` with the f of ``rope_frequencies``.
+    ``angle[t, i] = positions[t] · f_i`` with the f of ``rope_frequencies``; both are
+    multiplied by the ``attention`` of ``scaling``.
 
     Args:
       positions: integers ``[B, T]`` (or ``[1, T]``).
@@ -127,7 +150,8 @@ def rope_table(
     """
     frequency = rope_frequencies(head_dim, theta, scaling).reshape(1, 1, 1, -1)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    factor = 1.0 if scaling is None else scaling.attention
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -17,12 +17,17 @@ def base_shapes(config: ModelConfig) -> dict[str, Any]:
     (2, 4, 8)
     """
     depth, width = config.layers, config.width
+    layers: dict[str, tuple[int, ...]]
     layers = {name: (depth, *config.projection(name)) for name in TARGETS}
-    layers |= {"input_norm": (depth, width), "mlp_norm": (depth, width)}
+    if config.pre_norms:
+        layers |= dict.fromkeys(("input_norm", "mlp_norm"), (depth, width))
     if config.post_norms:
         layers |= {"attention_out_norm": (depth, width), "mlp_out_norm": (depth, width)}
     if config.qk_norm:
-        layers |= dict.fromkeys(("q_norm", "k_norm"), (depth, config.head_dim))
+        whole = config.qk_norm_whole
+        for name in "qk":
+            size = config.projection(f"{name}_proj")[1] if whole else config.head_dim
+            layers[f"{name}_norm"] = (depth, size)
     if config.qkv_bias:
         layers |= {bias_of(n): (depth, config.projection(n)[1]) for n in BIASED}
     shapes = {

@@ -9,14 +9,20 @@ Legend: B batch, T queries, S keys, D width, V vocabulary, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from sbr_jax.models.config import AttentionKernel, ModelConfig
 from sbr_jax.models.layers import attend, rms_norm, rope_table, soft_cap
-from sbr_jax.typing import PyTree
+from sbr_jax.typing import PyTree, UserError
+
+Rope = tuple[jax.Array, jax.Array]
+"""Cosines and sines of ``rope_table``."""
+
+Flags = Mapping[str, jax.Array | None]
+"""One layer's entry of ``layer_flags``."""
 
 
 def embed_tokens(
@@ -35,10 +41,10 @@ def embed_tokens(
     """
     if rows is None:
         rows = jnp.take(base["embed"], tokens, axis=0, mode="clip")
-    if not config.scaled_embedding:
-        return rows
+    scale = config.embedding_multiplier
+    scale *= math.sqrt(config.width) if config.scaled_embedding else 1.0
     # The root is rounded to the weights' dtype first: these models were trained so.
-    return rows * jnp.asarray(math.sqrt(config.width), rows.dtype)
+    return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
 
 
 def final_norm(config: ModelConfig, base: PyTree, x: jax.Array) -> jax.Array:
@@ -60,14 +66,9 @@ def output_logits(config: ModelConfig, base: PyTree, hidden: jax.Array) -> jax.A
     head = base["embed"] if config.tied else base["head"]
     spec = "...d,vd->...v" if config.tied else "...d,dv->...v"
     logits = jnp.einsum(spec, hidden, head, preferred_element_type=jnp.float32)
+    if config.logit_divisor != 1.0:
+        logits = logits / config.logit_divisor
     return soft_cap(logits, config.logit_cap)
-
-
-def rope_of(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The table of ``rope_table`` for positions ``[B, T]`` of this model."""
-    return rope_table(
-        positions, config.head_dim, config.rope_theta, config.rope_scaling
-    )
 
 
 def attend_as(
@@ -91,14 +92,20 @@ def attend_as(
     )
 
 
-def sliding_layers(config: ModelConfig) -> jax.Array | None:
-    """Flags of sliding layers, bool ``[L]``, to scan over; None if all are alike."""
-    return jnp.asarray(config.sliding) if config.alternates else None
+def layer_flags(config: ModelConfig) -> Flags:
+    """What differs between layers, to scan over: bool ``[L]`` each.
+
+    ``"slides"`` for a window, ``"turns"`` for RoPE; None where all layers are alike.
+    """
+    return {
+        "slides": jnp.asarray(config.sliding) if config.alternates else None,
+        "turns": jnp.asarray(config.rope_layers) if config.rope_layers else None,
+    }
 
 
 def layer_mask(
     config: ModelConfig, mask: Callable[[int | None], jax.Array]
-) -> Callable[[jax.Array | None], jax.Array]:
+) -> Callable[[Flags], jax.Array]:
     """Chooses a layer's mask; both are built once, outside the scan.
 
     Args:
@@ -106,15 +113,56 @@ def layer_mask(
       mask: ``window -> bool [B, 1, T, S]``.
 
     Returns:
-      ``slides -> mask`` for one entry of ``sliding_layers``.
+      ``flags -> mask`` for one entry of ``layer_flags``.
     """
     if not config.alternates:
         only = mask(config.window)
-        return lambda slides: only
+        return lambda flags: only
     near, full = mask(config.window), mask(None)
+    return lambda flags: _where(flags["slides"], near, full)
 
-    def chosen(slides: jax.Array | None) -> jax.Array:
-        assert slides is not None  # ``sliding_layers`` of a model that alternates.
-        return jnp.where(slides, near, full)
+
+def layer_rope(config: ModelConfig, positions: jax.Array) -> Callable[[Flags], Rope]:
+    """Chooses a layer's table of RoPE; all are built once, outside the scan.
+
+    Args:
+      config: of the model.
+      positions: integers ``[B, T]`` (or ``[1, T]``).
+
+    Returns:
+      ``flags -> (cosines, sines)`` for one entry of ``layer_flags``. A layer without
+      RoPE has cosines of one and sines of zero, which leave a number as it is.
+
+    Raises:
+      UserError: for more tokens than a longrope model's frequencies are defined for.
+    """
+    scaling, length = config.rope_scaling, positions.shape[1]
+    if scaling and scaling.kind == "longrope" and length > scaling.original:
+        raise UserError(
+            f"expected at most {scaling.original} tokens, for which this model's short "
+            f"factors of RoPE hold, got {length}; longer ones would need other keys at "
+            "every place, which is not implemented: cut them"
+        )
+    full = rope_table(positions, config.head_dim, config.rope_theta, scaling)
+    near = full
+    if config.local_rope_theta is not None:
+        near = rope_table(positions, config.head_dim, config.local_rope_theta)
+        full = full if config.alternates else near
+
+    def chosen(flags: Flags) -> Rope:
+        cos, sin = full
+        if config.alternates and near is not full:
+            cos, sin = (
+                _where(flags["slides"], *x) for x in zip(near, full, strict=True)
+            )
+        if config.rope_layers:
+            cos = _where(flags["turns"], cos, jnp.ones_like(cos))
+            sin = _where(flags["turns"], sin, jnp.zeros_like(sin))
+        return cos, sin
 
     return chosen
+
+
+def _where(flag: jax.Array | None, yes: jax.Array, no: jax.Array) -> jax.Array:
+    assert flag is not None  # ``layer_flags`` of a model whose layers differ.
+    return jnp.where(flag, yes, no)

@@ -21,16 +21,18 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax.files import is_there, read_object
+from sbr_jax.models import fused
 from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.fields import Field, read_fields
 from sbr_jax.models.loading import Model
 from sbr_jax.models.lora import RANK, SCALE, LoraPair
 from sbr_jax.models.tensors import float_dtype, read_tensors, some
-from sbr_jax.models.weights import sources
+from sbr_jax.models.weights import fused_modules, sources
 from sbr_jax.typing import UserError
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -74,6 +76,9 @@ _READ = {
     "exclude_modules": Field(str, lists="or", none=True, default=None),
 }
 """Those that are read by name."""
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_PATTERN = Field(dict)
+"""Read where they say what ``fused`` makes of a module with several projections."""
 
 
 def save_peft(
@@ -101,19 +106,15 @@ def save_peft(
 
     config = model if isinstance(model, ModelConfig) else model.config
     rank, scale = _rank_and_scale(adapter)
-    tensors = {}
-    for target, pair in adapter.items():
+    _check_fits(config, adapter, rank)
+    tensors, pairs = {}, _joined(config, adapter)
+    for module, pair in pairs.items():
         for part, field in _FACTORS.items():
-            values = np.asarray(getattr(pair, field))
-            names, shape = _places(config, target, part, rank)
-            if values.shape != (len(names), *shape[::-1]):
-                raise UserError(
-                    f"expected {target}.{field} of shape {(len(names), *shape[::-1])} "
-                    f"[layers, ...] for this model, got {values.shape}; save it with "
-                    "the model it was trained on"
-                )
-            for name, value in zip(names, values, strict=True):
-                tensors[name] = np.ascontiguousarray(value.T)
+            names, _ = _places(config, module, part, rank)
+            for name, value in zip(names, getattr(pair, field), strict=True):
+                tensors[name] = np.ascontiguousarray(np.asarray(value).T)
+    ranks = {name: pair.lora_a.shape[-1] for name, pair in pairs.items()}
+    wide = {name: size for name, size in ranks.items() if size != rank}
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -123,12 +124,14 @@ def save_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
+        "alpha_pattern": {name: _alpha(scale, size) for name, size in wide.items()},
         "lora_alpha": _alpha(scale, rank),
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted(adapter),
+        "rank_pattern": wide,
+        "target_modules": sorted(pairs),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -159,41 +162,89 @@ def load_peft(
     """
     folder = pathlib.Path(folder)
     dtype = None if dtype is None else float_dtype(dtype)
-    raw = _read_settings(folder)
-    rank, scale = _read_scale(raw)
+    raw = _read_settings(folder, config)
     tensors = _read_tensors(folder / TENSORS, dtype)
-    targets = _targets(raw, tensors, config)
-    _check(folder / TENSORS, tensors, targets, config, rank)
+    modules = _named_modules(raw, tensors, config)
+    ranks = {module: raw["rank_pattern"].get(module, raw["r"]) for module in modules}
+    _check(folder / TENSORS, tensors, ranks, config)
 
-    def stacked(target: str, part: str) -> Any:
-        names, _ = _places(config, target, part, rank)
-        return jnp.asarray(np.stack([tensors[name].T for name in names]))
+    def stacked(module: str, part: str) -> Any:
+        names, _ = _places(config, module, part, ranks[module])
+        return np.stack([tensors[name].T for name in names])
 
-    return {
-        target: LoraPair(stacked(target, "lora_B"), stacked(target, "lora_A"), scale)
-        for target in targets
-    }
+    found = {}
+    for module, rank in ranks.items():
+        alpha = float(raw["alpha_pattern"].get(module, raw["lora_alpha"]))
+        scale = alpha / (math.sqrt(rank) if raw["use_rslora"] else rank)
+        pair = LoraPair(stacked(module, "lora_B"), stacked(module, "lora_A"), scale)
+        members = _modules(config)[module][1]
+        if members == (module,):
+            found[module] = pair
+        else:
+            where = f"{module} in {folder}"
+            found |= fused.split(config, members, pair, raw["r"], where)
+    return {n: jax.tree.map(jnp.asarray, found[n]) for n in TARGETS if n in found}
 
 
 # --- names and numbers ----------------------------------------------------------------
 
 
+def _modules(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The modules of a model: the tensor of each layer, and the projections in it."""
+    found: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    inside = {m: members for members in fused_modules(config).values() for m in members}
+    for target in TARGETS:
+        names = sources(config)["layers"][target].names
+        found[names[0].split(".")[-2]] = names, inside.get(target, (target,))
+    return found
+
+
 def _places(
-    config: ModelConfig, target: str, part: str, rank: int
+    config: ModelConfig, module: str, part: str, rank: int
 ) -> tuple[list[str], tuple[int, int]]:
-    """The tensors of one factor, layer by layer, and the shape that each has in a file.
+    """The tensors of one factor, layer by layer, and the shape that each has."""
+    tensors, members = _modules(config)[module]
+    names = [f"{_PREFIX}{name.removesuffix('weight')}{part}.weight" for name in tensors]
+    fan_in = config.projection(members[0])[0]
+    fan_out = sum(config.projection(name)[1] for name in members)
+    return names, (rank, fan_in) if part == "lora_A" else (fan_out, rank)
+
+
+def _check_fits(
+    config: ModelConfig, adapter: Mapping[str, LoraPair], rank: int
+) -> None:
+    """Refuses an adapter of another model.
 
     Raises:
-      UserError: if there is no such projection.
+      UserError: naming the first projection that the model does not have.
     """
-    if target not in TARGETS:
-        raise UserError(
-            f"the adapter has {target!r}, a model only {', '.join(TARGETS)}"
-        )
-    modules = sources(config)["layers"][target].names
-    names = [f"{_PREFIX}{name.removesuffix('weight')}{part}.weight" for name in modules]
-    fan_in, fan_out = config.projection(target)
-    return names, (rank, fan_in) if part == "lora_A" else (fan_out, rank)
+    for target, pair in adapter.items():
+        if target not in TARGETS:
+            raise UserError(
+                f"the adapter has {target!r}, a model only {', '.join(TARGETS)}"
+            )
+        fan_in, fan_out = config.projection(target)
+        for field, inner in (("lora_a", (fan_in, rank)), ("lora_b", (rank, fan_out))):
+            shape = tuple(getattr(pair, field).shape)
+            if shape != (config.layers, *inner):
+                raise UserError(
+                    f"expected {target}.{field} of shape {(config.layers, *inner)} "
+                    f"[layers, ...] for this model, got {shape}; save it with the "
+                    "model it was trained on"
+                )
+
+
+def _joined(
+    config: ModelConfig, adapter: Mapping[str, LoraPair]
+) -> dict[str, LoraPair]:
+    """The adapter by module of the model."""
+    found = {}
+    for module, (_, members) in _modules(config).items():
+        if members == (module,):
+            found |= {module: adapter[module]} if module in adapter else {}
+        elif any(name in adapter for name in members):
+            found[module] = fused.join(config, members, adapter)
+    return found
 
 
 def _rank_and_scale(adapter: Mapping[str, LoraPair]) -> tuple[int, float]:
@@ -232,7 +283,7 @@ def _alpha(scale: float, rank: int) -> int | float:
 # --- reading ----------------------------------------------------------------------
 
 
-def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
+def _read_settings(folder: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
     """The settings of an adapter, all of which we can honour."""
     path = folder / SETTINGS
     if not is_there(path):
@@ -241,10 +292,12 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
             f"{SETTINGS} in {folder}"
         )
     raw = read_object(path)
+    fields = {**_READ, **{name: _PATTERN for name in _PATTERNS}}
+    known = {**raw, **{name: raw.get(name) or {} for name in _PATTERNS}}
     wrong = [
         f"{name}={value!r:.60}"
         for name, value in sorted(raw.items())
-        if not _supported(name, value)
+        if not _supported(name, value) and not _side_by_side(name, known, config)
     ]
     if "peft_type" not in raw:
         wrong.append("peft_type missing (expected 'LORA')")
@@ -254,7 +307,7 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
             "would be another update: merge the adapter into its base with peft, and "
             "load the merged model"
         )
-    return read_fields(raw, _READ, str(path))
+    return read_fields(known, fields, str(path))
 
 
 def _supported(name: str, value: Any) -> bool:
@@ -265,10 +318,19 @@ def _supported(name: str, value: Any) -> bool:
     return name in _FREE or value is None or value is False or empty
 
 
-def _read_scale(raw: Mapping[str, Any]) -> tuple[int, float]:
-    """Rank and scale."""
-    rank, alpha = raw["r"], float(raw["lora_alpha"])
-    return rank, alpha / (math.sqrt(rank) if raw["use_rslora"] else rank)
+def _side_by_side(name: str, raw: Mapping[str, Any], config: ModelConfig) -> bool:
+    """True for a pattern that says only what ``fused.join`` makes of the modules."""
+    if name not in _PATTERNS or not all(isinstance(raw[n], dict) for n in _PATTERNS):
+        return False
+    ranks, alphas = (raw[pattern] for pattern in _PATTERNS)
+    sizes = {module: len(members) for module, (_, members) in _modules(config).items()}
+    return ranks.keys() == alphas.keys() and all(
+        sizes.get(module, 1) > 1
+        and RANK.holds(raw.get("r"))
+        and ranks[module] == sizes[module] * raw["r"]
+        and SCALE.holds(alphas[module])
+        for module in ranks
+    )
 
 
 def _read_tensors(path: pathlib.Path, dtype: Any) -> dict[str, np.ndarray]:
@@ -292,22 +354,22 @@ def _read_tensors(path: pathlib.Path, dtype: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _targets(
+def _named_modules(
     raw: Mapping[str, Any], tensors: Mapping[str, Any], config: ModelConfig
 ) -> list[str]:
-    """The projections that have a tensor, or that a list of the settings names."""
+    """The modules that have a tensor, or that a list of the settings names."""
     named = set()
     modules = raw["target_modules"]
     if isinstance(modules, list) and not raw["exclude_modules"]:
         named = {module.rpartition(".")[2] for module in modules}
     return [
-        target
-        for target in TARGETS
-        if target in named
+        module
+        for module in _modules(config)
+        if module in named
         or any(
             name in tensors
             for part in _FACTORS
-            for name in _places(config, target, part, 1)[0]
+            for name in _places(config, module, part, 1)[0]
         )
     ]
 
@@ -315,15 +377,14 @@ def _targets(
 def _check(
     path: pathlib.Path,
     tensors: Mapping[str, np.ndarray],
-    targets: list[str],
+    ranks: Mapping[str, int],
     config: ModelConfig,
-    rank: int,
 ) -> None:
     """Compares names and shapes; raises one error that says everything wrong."""
     wanted = {}
-    for target in targets:
+    for module, rank in ranks.items():
         for part in _FACTORS:
-            names, shape = _places(config, target, part, rank)
+            names, shape = _places(config, module, part, rank)
             wanted |= dict.fromkeys(names, shape)
     problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
     problems += [f"extra {name}" for name in sorted(tensors.keys() - wanted.keys())]

@@ -20,10 +20,10 @@ from sbr_jax.models.parts import (
     attend_as,
     embed_tokens,
     final_norm,
+    layer_flags,
     layer_mask,
+    layer_rope,
     output_logits,
-    rope_of,
-    sliding_layers,
 )
 from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
 from sbr_jax.typing import PyTree
@@ -83,23 +83,23 @@ def extend(
     # A kernel knows causal windows by itself; only a choice between two needs a mask.
     causal = past is None and not config.alternates
     kernel = hardware.attention if past is None else "xla"
-    rope = rope_of(config, positions)
+    pick_rope = layer_rope(config, positions)
 
     def body(x, layer):
-        weights, pairs, before, slides = layer
+        weights, pairs, before, flags = layer
 
         def attention(query, key, value):
             keys, values = key, value
             if before is not None:
                 keys = jnp.concatenate([before[0], key], axis=1)
                 values = jnp.concatenate([before[1], value], axis=1)
-            mask = None if causal else pick(slides)
+            mask = None if causal else pick(flags)
             return attend_as(config, query, keys, values, mask, kernel), (key, value)
 
-        return build_block(config, weights)(x, rope, pairs, attention)
+        return build_block(config, weights)(x, pick_rope(flags), pairs, attention)
 
     x = embed_tokens(config, base, tokens)
-    xs = (base["layers"], adapter, past, sliding_layers(config))
+    xs = (base["layers"], adapter, past, layer_flags(config))
     x, cache = scan_layers(config, hardware, body, x, xs)
     return final_norm(config, base, x), cache
 

@@ -31,19 +31,28 @@ class _Tensor:
 def _tensors(config: ModelConfig, base: PyTree) -> Iterator[_Tensor]:
     """The tensors that the arrays of the tree are stored as."""
 
-    def reader(leaf: Any, source: Source, layer: int) -> Callable[[], np.ndarray]:
+    def part(leaf: Any, source: Source, layer: int) -> np.ndarray:
+        values = np.asarray(leaf)
+        values = values[layer] if source.stacked else values
+        return values.T if source.transposed else values
+
+    def reader(parts: list[tuple[Any, Source, int]]) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            values = np.asarray(leaf)
-            values = values[layer] if source.stacked else values
-            return np.ascontiguousarray(values.T if source.transposed else values)
+            values = [part(*one) for one in parts]
+            whole = values[0] if len(values) == 1 else np.concatenate(values)
+            return np.ascontiguousarray(whole)
 
         return read
 
     leaves = jax.tree.structure(sources(config)).flatten_up_to(base)
+    found: dict[str, list[tuple[Any, Source, int]]] = {}
     for source, leaf in zip(jax.tree.leaves(sources(config)), leaves, strict=True):
-        size = leaf.size * leaf.dtype.itemsize // len(source.names)
         for layer, name in enumerate(source.names):
-            yield _Tensor(name, size, reader(leaf, source, layer))
+            found.setdefault(name, []).append((leaf, source, layer))
+    for name, parts in found.items():
+        parts.sort(key=lambda one: one[1].rows or (0, 0))
+        sizes = (x.size * x.dtype.itemsize // len(s.names) for x, s, _ in parts)
+        yield _Tensor(name, sum(sizes), reader(parts))
 
 
 def _shards(tensors: list[_Tensor], limit: float) -> list[list[_Tensor]]:

@@ -35,10 +35,10 @@ from sbr_jax.models.parts import (
     attend_as,
     embed_tokens,
     final_norm,
+    layer_flags,
     layer_mask,
+    layer_rope,
     output_logits,
-    rope_of,
-    sliding_layers,
 )
 from sbr_jax.typing import PyTree, UserError
 
@@ -48,13 +48,6 @@ Dropout = tuple[jax.Array, float] | None
 
 class Block(nnx.Module):
     """One decoder layer: attention and a gated MLP, each with a residual."""
-
-    input_norm: nnx.Param
-    q_norm: nnx.Param
-    k_norm: nnx.Param
-    attention_out_norm: nnx.Param
-    mlp_norm: nnx.Param
-    mlp_out_norm: nnx.Param
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -85,33 +78,42 @@ class Block(nnx.Module):
         Returns:
           ``[B, T, D]`` and the extra of ``attention``.
         """
-        config = self.config
+        config, norm = self.config, self._norm
         batch, length, _ = x.shape
-        norm = functools.partial(
-            rms_norm, eps=config.norm_eps, unit_offset=config.unit_offset
-        )
         linear = functools.partial(
             self._linear, adapter=adapter, dropout=dropout, tap=tap
         )
 
-        y = norm(x, self.input_norm[...])
-        query = linear("q_proj", y).reshape(batch, length, config.heads, -1)
-        key = linear("k_proj", y).reshape(batch, length, config.kv_heads, -1)
-        value = linear("v_proj", y).reshape(batch, length, config.kv_heads, -1)
-        if config.qk_norm:
-            query, key = norm(query, self.q_norm[...]), norm(key, self.k_norm[...])
+        def heads(name: str, count: int, y: jax.Array) -> jax.Array:
+            y = linear(f"{name}_proj", y)
+            y = norm(f"{name}_norm", y) if config.qk_norm_whole else y
+            y = y.reshape(batch, length, count, -1)
+            return y if config.qk_norm_whole else norm(f"{name}_norm", y)
+
+        y = norm("input_norm", x)
+        query, key = heads("q", config.heads, y), heads("k", config.kv_heads, y)
+        value = heads("v", config.kv_heads, y)
         out, extra = attention(rotate(query, rope), rotate(key, rope), value)
         attended = linear("o_proj", out.reshape(batch, length, -1))
-        if config.post_norms:
-            attended = norm(attended, self.attention_out_norm[...])
+        attended = self._residual(norm("attention_out_norm", attended))
         x = x + (attended if shift is None else attended + shift)
 
-        y = norm(x, self.mlp_norm[...])
+        y = norm("mlp_norm", x)
         gate = ACTIVATIONS[config.activation](linear("gate_proj", y))
         y = linear("down_proj", gate * linear("up_proj", y))
-        if config.post_norms:
-            y = norm(y, self.mlp_out_norm[...])
-        return x + y, extra
+        return x + self._residual(norm("mlp_out_norm", y)), extra
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        """The norm of this name, where the family has it."""
+        weight = getattr(self, name, None)
+        if weight is None:
+            return x
+        return rms_norm(x, weight[...], self.config.norm_eps, self.config.unit_offset)
+
+    def _residual(self, y: jax.Array) -> jax.Array:
+        """What is added to the stream."""
+        scale = self.config.residual_multiplier
+        return y if scale == 1.0 else y * scale
 
     def _linear(
         self,
@@ -213,7 +215,7 @@ def hidden_states(
     """
     adapter = check_adapter(config, adapter)
     columns = jnp.arange(tokens.shape[1])[None]
-    rope = rope_of(config, columns if positions is None else positions)
+    pick_rope = layer_rope(config, columns if positions is None else positions)
     keys = None
     if dropout_key is not None and dropout_rate > 0.0:
         keys = jax.random.split(dropout_key, config.layers)
@@ -222,19 +224,20 @@ def hidden_states(
         attend_all = _blockwise(config, hardware, blocks, segments, slots)
 
     def body(x, layer):
-        weights, pairs, key, shift, slides = layer
-        attention = functools.partial(attend_all, slides)
+        weights, pairs, key, shift, flags = layer
+        attention = functools.partial(attend_all, flags)
         dropout = None if key is None else (key, dropout_rate)
         block = build_block(config, weights)
         inputs: dict[str, jax.Array] = {}
         tap = inputs.__setitem__ if capture else None
+        rope = pick_rope(flags)
         after, _ = block(x, rope, pairs, attention, dropout, shift, tap)
         return after, (x, inputs) if capture else None
 
     if hardware.remat:
         body = jax.checkpoint(body, prevent_cse=False)
     x = embed_tokens(config, base, tokens, embeddings)
-    layers = (base["layers"], adapter, keys, attention_shift, sliding_layers(config))
+    layers = (base["layers"], adapter, keys, attention_shift, layer_flags(config))
     x, seen = scan_layers(config, hardware, body, x, layers)
     hidden = final_norm(config, base, x)
     if not capture:
@@ -249,10 +252,10 @@ def _attention(
     """Attention of rows that are one sequence each."""
     # A kernel knows causal windows by itself; only a choice between two needs a mask.
     pick = functools.partial(sees, columns, columns)
-    pick = layer_mask(config, pick) if config.alternates else lambda slides: None
+    pick = layer_mask(config, pick) if config.alternates else lambda flags: None
 
-    def attention(slides, query, key, value):
-        mask, kernel = pick(slides), hardware.attention
+    def attention(flags, query, key, value):
+        mask, kernel = pick(flags), hardware.attention
         return attend_as(config, query, key, value, mask, kernel), None
 
     return attention
@@ -282,9 +285,9 @@ def _blockwise(
         moved = rearranged(x, there, slots, real, placed)
         return moved.reshape(-1, length, *x.shape[2:])
 
-    def attention(slides, query, key, value):
+    def attention(flags, query, key, value):
         heads = cut(query), cut(key), cut(value)
-        out = attend_as(config, *heads, pick(slides), hardware.attention)
+        out = attend_as(config, *heads, pick(flags), hardware.attention)
         out = out.reshape(rows, count * length, *out.shape[2:])
         return rearranged(out, slots, there, placed, real), None
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from sbr_jax.files import is_there, read_object
 from sbr_jax.models.codes import QuantisedWeight, encode, stack_layers
 from sbr_jax.models.config import BIASED, TARGETS, ModelConfig
+from sbr_jax.models.families import FAMILIES
 from sbr_jax.models.parameters import base_shapes, bias_of, is_shape
 from sbr_jax.models.quantize import check_finite
 from sbr_jax.models.sharding import named_shardings, partition_specs
@@ -66,6 +68,8 @@ class Source:
     stacked: bool
     transposed: bool
     """The file holds ``[out, in]``, the tree ``[in, out]``."""
+    rows: tuple[int, int] | None = None
+    """The part of the file's rows; None for all."""
 
 
 def sources(config: ModelConfig) -> dict[str, Any]:
@@ -79,10 +83,15 @@ def sources(config: ModelConfig) -> dict[str, Any]:
     inner |= _NORMS | (_POST_NORMS if config.post_norms else {})
     inner = {name: f"{place}.weight" for name, place in inner.items()}
     inner |= {bias_of(name): f"self_attn.{name}.bias" for name in BIASED}
+    rows = {}
+    for place, members in fused_modules(config).items():
+        ends = list(itertools.accumulate(config.projection(n)[1] for n in members))
+        inner |= dict.fromkeys(members, f"{place}.weight")
+        rows |= dict(zip(members, itertools.pairwise([0, *ends]), strict=True))
 
     def layer(name: str) -> Source:
         names = (f"model.layers.{i}.{inner[name]}" for i in range(config.layers))
-        return Source(tuple(names), True, name in TARGETS)
+        return Source(tuple(names), True, name in TARGETS, rows.get(name))
 
     tree: dict[str, Any] = {
         "embed": Source((_EMBED,), False, False),
@@ -90,6 +99,18 @@ def sources(config: ModelConfig) -> dict[str, Any]:
         "final_norm": Source(("model.norm.weight",), False, False),
     }
     return tree if config.tied else {**tree, "head": Source((_HEAD,), False, True)}
+
+
+def fused_modules(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """The modules of a file that hold several projections, by their place in a layer.
+
+    >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
+    >>> fused_modules(config), list(fused_modules(dataclasses.replace(config,
+    ...     model_type="phi3")))
+    ({}, ['self_attn.qkv_proj', 'mlp.gate_up_proj'])
+    """
+    family = FAMILIES.get(config.model_type)
+    return {} if family is None else family.fused
 
 
 class Checkpoint:
@@ -165,8 +186,10 @@ def _check(config: ModelConfig, file: Checkpoint) -> None:
     shapes = jax.tree.leaves(base_shapes(config), is_leaf=is_shape)
     for source, shape in zip(jax.tree.leaves(sources(config)), shapes, strict=True):
         inner = shape[1:] if source.stacked else shape
+        inner = inner[::-1] if source.transposed else inner
         for name in source.names:
-            wanted[name] = inner[::-1] if source.transposed else inner
+            end = max(source.rows[1], wanted.get(name, (0,))[0]) if source.rows else 0
+            wanted[name] = (end, *inner[1:]) if source.rows else inner
 
     def counts(name: str) -> bool:
         return not (name.endswith(_DERIVED) or (config.tied and name == _HEAD))
@@ -301,7 +324,7 @@ def _place_codes(
         inner = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
 
     def layer(name: str) -> QuantisedWeight:
-        one = Source((name,), stacked=False, transposed=source.transposed)
+        one = dataclasses.replace(source, names=(name,), stacked=False)
         weight = encode(_place(_read(file, one, dtype), shape[1:], inner), kind)
         check_finite(name, weight)
         # Frees the dense matrix before the next one is read.
@@ -331,6 +354,10 @@ def _read(file: Checkpoint, source: Source, dtype: Any) -> Callable[[Any], np.nd
         handle = file.slice(name)
         if source.transposed:
             index = index[::-1]
+        if source.rows is not None:
+            first, end = source.rows
+            start, stop, _ = (index[0] if index else slice(None)).indices(end - first)
+            index = (slice(first + start, first + stop), *index[1:])
         values = handle[index] if index else handle[:]
         values = as_finite(values, dtype, name, file.places[name])
         return values.T if source.transposed else values

@@ -1,5 +1,6 @@
 """Adapters in PEFT's layout: there and back, with PEFT's names and numbers."""
 
+import dataclasses
 import json
 import math
 
@@ -68,6 +69,70 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path, dtype, targets):
     found = load_peft(tmp_path / "new" / "one", CONFIG)
     assert list(found) == [name for name in models.TARGETS if name in pairs]
     same(found, pairs)
+
+
+PHI3 = dataclasses.replace(CONFIG, model_type="phi3")
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("targets", [".*", "(q|v)_proj", "o_proj", "up_proj"])
+def test_an_adapter_of_fused_modules_comes_back_bit_for_bit(tmp_path, dtype, targets):
+    pairs = jax.tree.map(lambda x: x.astype(dtype), adapter(targets=targets))
+    # New adapters have a B of zeros.
+    for given in (pairs, {n: zeroed(pair) for n, pair in pairs.items()}):
+        save_peft(tmp_path, PHI3, given)
+        found = load_peft(tmp_path, PHI3)
+        assert list(found) == list(given)
+        same(found, {**given})
+
+
+def zeroed(pair):
+    return dataclasses.replace(pair, lora_b=jnp.zeros_like(pair.lora_b))
+
+
+def test_members_that_share_their_a_are_one_pair_of_the_same_rank(tmp_path):
+    """As peft adapts such modules: there and back without a pattern of ranks."""
+    pairs = adapter()
+    for members in SHARED:
+        first = pairs[members[0]].lora_a
+        pairs |= {n: dataclasses.replace(pairs[n], lora_a=first) for n in members}
+    save_peft(tmp_path, PHI3, pairs)
+    raw = json.loads((tmp_path / peft.SETTINGS).read_text())
+    assert raw["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    assert (raw["r"], raw["rank_pattern"], raw["alpha_pattern"]) == (2, {}, {})
+    shapes = {k: v.shape for k, v in load_file(tmp_path / peft.TENSORS).items()}
+    assert shapes[f"{PREFIX}0.self_attn.qkv_proj.lora_A.weight"] == (2, 16)
+    assert shapes[f"{PREFIX}0.self_attn.qkv_proj.lora_B.weight"] == (32, 2)
+    same(load_peft(tmp_path, PHI3), {**pairs})
+
+
+def test_a_fused_file_updates_the_fused_weight_by_the_parts(tmp_path):
+    """A slow twin: α / r · B A of the module is the projections' updates stacked."""
+    pairs = adapter(targets="(q|v|gate)_proj")
+    save_peft(tmp_path, PHI3, pairs)
+    raw, tensors = (
+        json.loads((tmp_path / peft.SETTINGS).read_text()),
+        load_file(tmp_path / peft.TENSORS),
+    )
+    places = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+    for place, members in zip(places, SHARED, strict=True):
+        name = place.split(".")[1]
+        scale = raw["alpha_pattern"][name] / raw["rank_pattern"][name]
+        for layer in range(CONFIG.layers):
+            lora_a, lora_b = (
+                tensors[f"{PREFIX}{layer}.{place}.lora_{x}.weight"] for x in "AB"
+            )
+            parts = [np.zeros(CONFIG.projection(n)[::-1]) for n in members]
+            for i, member in enumerate(members):
+                if member in pairs:
+                    pair = pairs[member]
+                    product = pair.lora_a[layer] @ pair.lora_b[layer]
+                    parts[i] = pair.scale * np.float64(product).T
+            # Products of numbers near one, in float32 on the side of the pairs.
+            wanted = np.concatenate(parts)
+            found = scale * np.float64(lora_b) @ lora_a
+            np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 def test_names_shapes_and_numbers_are_pefts(folder):

@@ -54,6 +54,39 @@ def test_settings_that_mean_another_update_are_refused_by_name(folder, name, val
         load_peft(folder, CONFIG)
 
 
+PHI3 = dataclasses.replace(CONFIG, model_type="phi3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank_pattern": {"qkv_proj": 5}}, "rank_pattern="),
+        ({"rank_pattern": {"qkv_proj": "6"}}, "rank_pattern="),
+        ({"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 4}}, "rank_patt"),
+        ({"rank_pattern": {}}, "alpha_pattern="),
+        ({"rank_pattern": [3]}, "rank_pattern="),
+        ({"alpha_pattern": {"qkv_proj": "12"}}, "alpha_pattern="),
+        ({"alpha_pattern": {}}, "rank_pattern="),
+    ],
+    ids=str,
+)
+def test_patterns_other_than_those_of_fused_modules_are_refused(
+    tmp_path, changes, said
+):
+    save_peft(tmp_path, PHI3, adapter(targets="(q|o)_proj"))
+    settings(tmp_path, **changes)
+    with pytest.raises(UserError, match=said):
+        load_peft(tmp_path, PHI3)
+
+
+def test_parts_of_a_fused_module_that_are_mixed_are_refused(tmp_path):
+    save_peft(tmp_path, PHI3, adapter(targets="(q|o)_proj"))
+    name = f"{PREFIX}1.self_attn.qkv_proj.lora_B.weight"
+    edit(tmp_path, lambda t: t[name].fill(1.0))
+    with pytest.raises(UserError, match="not side by side"):
+        load_peft(tmp_path, PHI3)
+
+
 def test_a_config_without_its_numbers_is_refused(folder):
     for wrong in (
         {"r": None},

@@ -40,6 +40,21 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    # So low that a window of a tiny model's frequencies is blended.
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.25, 1.5, 2.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
 TIED = {"tie_word_embeddings": True}
 CASES = {
     "llama2": {"model_type": "llama", "num_key_value_heads": 4},
@@ -79,6 +94,46 @@ CASES = {
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
         **TIED,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "linear",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        },
+        **TIED,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "rope_parameters": LONGROPE,
+        "original_max_position_embeddings": 64,
+    },
+    "phi3-window": {"model_type": "phi3", "sliding_window": 6},
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 6,
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0], **TIED},
+    "qwen2-yarn": {"model_type": "qwen2", "rope_parameters": YARN},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.5,
+        "logits_scaling": 0.8,
     },
 }
 """Windows are shorter than the sequences, head sizes differ from width / heads."""
