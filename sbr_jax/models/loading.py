@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 from sbr_jax.models import hf_config
 from sbr_jax.models.codes import check_kind
 from sbr_jax.models.config import Hardware, ModelConfig
+from sbr_jax.models.gguf_model import open_gguf
+from sbr_jax.models.gguf_tokenizer import read_tokenizer
 from sbr_jax.models.quantize import require_dense
 from sbr_jax.models.saving import save_weights
 from sbr_jax.models.tokenizer import load_tokenizer
 from sbr_jax.models.transformer import make_apply_fn
-from sbr_jax.models.weights import load_weights
+from sbr_jax.models.weights import load_weights, read_weights
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
@@ -70,10 +72,11 @@ def load(
     hardware: Hardware | None = None,
     quantize: str | None = None,
 ) -> Model:
-    """Loads a Hugging Face checkpoint.
+    """Loads a Hugging Face checkpoint, or a GGUF file.
 
     Args:
-      folder_or_id: a folder, or the id of a model on the hub.
+      folder_or_id: a folder, a ``.gguf`` file (decoded to float32; it needs the extra
+        ``gguf``), or the id of a model on the hub.
       dtype: of the weights; None keeps the file's.
       mesh: with axes among ``"fsdp"`` and ``"tp"``, to spread the weights over.
       hardware: rematerialisation and the like.
@@ -91,6 +94,14 @@ def load(
     """
     if quantize is not None:
         check_kind(quantize)
+    path = pathlib.Path(folder_or_id)
+    if path.suffix == ".gguf":
+        file, config, tensors = open_gguf(path)
+        tokenizer = read_tokenizer(file, config)
+        params = read_weights(
+            tensors, config, dtype=dtype, mesh=mesh, quantize=quantize
+        )
+        return make_model(config, params, tokenizer, hardware=hardware)
     folder = _resolve(folder_or_id)
     config = hf_config.read(folder)
     # Small files first: their mistakes are told before minutes of reading weights.

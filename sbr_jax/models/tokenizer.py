@@ -66,7 +66,7 @@ def load_tokenizer(folder: str | pathlib.Path, *, vocab_size: int | None = None)
     from transformers import AutoTokenizer
 
     try:
-        with _Reading(f"the tokenizer of {folder} (its {SETTINGS} or another file)"):
+        with Reading(f"the tokenizer of {folder} (its {SETTINGS} or another file)"):
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder),
                 use_fast=True,
@@ -77,25 +77,25 @@ def load_tokenizer(folder: str | pathlib.Path, *, vocab_size: int | None = None)
         if (folder / WHOLE).is_file():
             from tokenizers import Tokenizer
 
-            with _Reading(str(folder / WHOLE)):
+            with Reading(str(folder / WHOLE)):
                 Tokenizer.from_file(str(folder / WHOLE))
         raise
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template or ""]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"expected a text as chat_template in {settings}, got another")
-    _check_ids(tokenizer, vocab_size, folder, [text or "" for text in texts])
+    where = next(folder / name for name in _VOCABULARIES if is_there(folder / name))
+    check_ids(tokenizer, vocab_size, where, [text or "" for text in texts])
     return tokenizer
 
 
-def _check_ids(
-    tokenizer: Any, vocab_size: int | None, folder: pathlib.Path, templates: list[str]
+def check_ids(
+    tokenizer: Any, vocab_size: int | None, where: pathlib.Path, templates: list[str]
 ) -> None:
     """Refuses ids by which a model would read another token than the text's.
 
     The number of tokens does not tell: ids may have gaps, and JAX clamps those beyond.
     """
-    where = next(folder / name for name in _VOCABULARIES if is_there(folder / name))
     words = tokenizer.get_vocab()
     owner: dict[int, str] = {}
     for word, i in words.items():
@@ -129,7 +129,7 @@ def _check_ids(
         )
 
 
-class _Reading(contextlib.AbstractContextManager):
+class Reading(contextlib.AbstractContextManager):
     """Turns errors of transformers and tokenizers about files into one line.
 
     Neither looks at types first, so a list where a text belongs ends as any of Python's

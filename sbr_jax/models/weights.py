@@ -282,22 +282,34 @@ def load_weights(
       UserError: naming every tensor that is missing, extra, misshapen, no number or not
         finite.
     """
-    if dtype is not None:
-        dtype = float_dtype(dtype)
     with contextlib.ExitStack() as stack:
         file = Checkpoint(pathlib.Path(folder), stack)
-        _check(config, file)
-        shapes, table = base_shapes(config), sources(config)
-        shardings = jax.tree.map(lambda source: None, table)
-        if mesh is not None:
-            shardings = named_shardings(partition_specs(config), shapes, mesh)
+        return read_weights(file, config, dtype=dtype, mesh=mesh, quantize=quantize)
 
-        def place(path: Any, source: Source, shape: Any, sharding: Any) -> Any:
-            if quantize is not None and path[-1].key in TARGETS:
-                return _place_codes(file, source, shape, sharding, dtype, quantize)
-            return _place(_read(file, source, dtype), shape, sharding)
 
-        return jax.tree_util.tree_map_with_path(place, table, shapes, shardings)
+def read_weights(
+    file: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    quantize: str | None = None,
+) -> dict[str, Any]:
+    """The base weights of an open checkpoint; the rest is that of ``load_weights``."""
+    if dtype is not None:
+        dtype = float_dtype(dtype)
+    _check(config, file)
+    shapes, table = base_shapes(config), sources(config)
+    shardings = jax.tree.map(lambda source: None, table)
+    if mesh is not None:
+        shardings = named_shardings(partition_specs(config), shapes, mesh)
+
+    def place(path: Any, source: Source, shape: Any, sharding: Any) -> Any:
+        if quantize is not None and path[-1].key in TARGETS:
+            return _place_codes(file, source, shape, sharding, dtype, quantize)
+        return _place(_read(file, source, dtype), shape, sharding)
+
+    return jax.tree_util.tree_map_with_path(place, table, shapes, shardings)
 
 
 def _place(
