@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import collections
 import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,6 +78,12 @@ def read_tokenizer(file: GgufFile, config: ModelConfig) -> Any:
         )
     tokens = _list(file, "tokens", str)
     kinds = _list(file, "token_type", int, len(tokens))
+    if len(set(tokens)) < len(tokens):
+        word = collections.Counter(tokens).most_common(1)[0][0]
+        raise UserError(
+            f"expected tokens of {file.path} to differ, got {word!r:.40} twice; fetch "
+            "the file again"
+        )
     with Reading(f"the tokenizer in {file.path}"):
         build = _byte_level if kind == "gpt2" else _sentence_piece
         raw = build(file, tokens, kinds)

@@ -447,6 +447,8 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
     if not is_there(path):
         adapter = (folder / "adapter_config.json").is_file()
         hint = "; it holds an adapter, which needs its base model" if adapter else ""
+        if folder.suffix == ".gguf":
+            hint = "; models.save(FOLDER, models.load(FILE)) makes one of a .gguf file"
         raise UserError(f"expected config.json in {folder}, found none{hint}")
     config = from_dict(read_object(path), str(path))
     extra = folder / "generation_config.json"

@@ -26,6 +26,7 @@ from sbr_jax.models import hf_config, layers
 from sbr_jax.models.config import RopeScaling
 from sbr_jax.models.parameters import base_shapes, is_shape
 from sbr_jax.models.parts import embed_tokens
+from sbr_jax.typing import UserError
 
 
 def logits_of(config, base, ids, pairs=None):
@@ -132,7 +133,7 @@ def test_a_round_trip_keeps_settings_and_bits(name, tmp_path):
         assert raw.get(key) == found["config"].get(key, raw.get(key)), key
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "olmo3", "smollm3"])
 def test_a_cached_beginning_gives_the_same_logits(name):
     model, ids = loaded(name), golden(name)["prompts"][0]
     extend = jax.jit(models.make_extend_fn(model.config, ROLLED))
@@ -210,6 +211,41 @@ def test_llama3_frequencies_follow_their_definition():
     assert len(kinds) == 3
 
 
+def test_yarn_blends_between_two_indices():
+    """H = 16, base 500, 32 tokens before: indices 0 and 3 turn 3 and 0.5 times."""
+    scaling = RopeScaling("yarn", 4.0, 0.5, 3.0, 32, attention=1.25)
+    found = layers.rope_frequencies(16, 500.0, scaling)
+
+    def turns(i):
+        return 32 * 500.0 ** (-2 * i / 16) / (2 * math.pi)
+
+    # The ends are rounded outwards.
+    first = max(i for i in range(8) if turns(i) >= 3.0)
+    last = min(i for i in range(8) if turns(i) <= 0.5)
+    assert (first, last) == (0, 3)
+    for i, value in enumerate(found):
+        f = 500.0 ** (-2 * i / 16)
+        share = min(max((last - i) / (last - first), 0.0), 1.0)
+        assert float(value) == pytest.approx(share * f + (1 - share) * f / 4, rel=2e-6)
+    cos, sin = layers.rope_table(jnp.array([[0, 7]]), 16, 500.0, scaling)
+    # Cosines and sines of a stretched table lie on a circle of that radius.
+    np.testing.assert_allclose(np.hypot(cos, sin), 1.25, rtol=1e-6)
+
+
+def test_longrope_divides_each_frequency_and_ends_with_the_short_context():
+    model = loaded("phi3")
+    scaling, limit = model.config.rope_scaling, model.config.context
+    found = layers.rope_frequencies(8, 500.0, scaling)
+    wanted = [500.0 ** (-2 * i / 8) / x for i, x in enumerate((1, 1.25, 1.5, 2.5))]
+    np.testing.assert_allclose(found, wanted, rtol=2e-6)
+    assert limit == scaling.original == 64
+    long = np.zeros((1, limit + 1), np.int32)
+    with pytest.raises(UserError, match="at most 64 tokens"):
+        jax.eval_shape(model.apply_fn, model.params, None, long)
+    with pytest.raises(UserError, match="context of 64"):
+        models.generate(model, model.params, None, [[1] * 60], max_new_tokens=5)
+
+
 def test_adapters_merge_and_train_in_every_projection():
     model, ids = loaded("gemma2"), golden("gemma2")["prompts"][0]
     pairs = adapter(model.config)
@@ -279,7 +315,7 @@ def test_half_precision_stays_near(name, tmp_path):
     assert error < 0.08 * np.std(own_logits(name))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "phi3", "olmo2"])
 def test_a_mesh_reads_every_tensor(name, tmp_path):
     devices = np.array(jax.devices()).reshape(4, 2)
     mesh = Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)

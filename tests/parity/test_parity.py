@@ -107,7 +107,7 @@ def test_half_precision_is_as_near_as_pytorchs(case, tmp_path):
     assert error(ours_on(ours, ids)) < 0.08 * np.std(exact)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma2", "phi3"])
 def test_shards_written_by_pytorch_are_read(name, tmp_path):
     theirs, weights = made.build(name, 0)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")

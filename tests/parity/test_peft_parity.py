@@ -23,7 +23,10 @@ transformers.utils.logging.disable_progress_bar()
 # peft asks for an attribute that transformers renames in its next version.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkp:FutureWarning")
 
-NAMES = ("llama3", "llama3-tied", "mistral", "qwen2", "qwen3", "gemma2")
+NAMES = (
+    *("llama3", "llama3-tied", "mistral", "qwen2", "qwen3", "gemma2"),
+    *("gemma3", "phi3", "olmo3", "smollm3", "granite"),
+)
 TOLERANCE = 2e-5
 """Absolute, on logits of size 12 at most: two orders of summation in float32."""
 
@@ -90,7 +93,7 @@ def test_peft_reads_what_we_write(case, tmp_path):
     [
         {"target_modules": "all-linear", "lora_dropout": 0.1},
         {"target_modules": ["v_proj", "down_proj"], "use_rslora": True},
-        {"target_modules": r".*self_attn\.(q|k)_proj", "task_type": "CAUSAL_LM"},
+        {"target_modules": r".*self_attn\.(q|k|qkv)_proj", "task_type": "CAUSAL_LM"},
     ],
     ids=["all", "rslora", "regex"],
 )
