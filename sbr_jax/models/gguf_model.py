@@ -102,7 +102,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         _BOTH_SIDES,
         shift=1.0,
     ),
-    "gemma3": Architecture("gemma3_text", _WINDOW, _BOTH_SIDES, shift=1.0),
+    "gemma3": Architecture(
+        "gemma3_text",
+        {**_WINDOW, "rope.freq_base_swa": "rope_local_base_freq"},
+        _BOTH_SIDES,
+        shift=1.0,
+    ),
     "phi3": Architecture(
         "phi3",
         {
@@ -172,9 +177,13 @@ def _raw_config(file: GgufFile, kind: str, known: Architecture) -> dict[str, Any
     raw = {hf: given[name] for name, hf in table.items() if name in given}
     tokens = file.fields.get("tokenizer.ggml.tokens")
     raw.setdefault("vocab_size", len(tokens) if isinstance(tokens, list) else 0)
-    raw |= {"model_type": known.family, "tie_word_embeddings": True}
-    raw["tie_word_embeddings"] = "output.weight" not in file.tensors
-    raw |= _token_ids(file)
+    raw |= {
+        "model_type": known.family,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        # A file without windows is silent, or says zero.
+        "sliding_window": raw.get("sliding_window") or None,
+        **_token_ids(file),
+    }
     _check_heads(file, raw, given)
     return raw | _rope(file, raw, given) | _query_scalar(raw, known)
 
@@ -202,9 +211,6 @@ def _check_heads(file: GgufFile, raw: dict[str, Any], given: Mapping[str, Any]) 
                 f"unsupported {name}={given[name]!r:.40} in {file.path}: expected "
                 f"{size}, the size of a head"
             )
-    # Zero is how a file without windows says so.
-    if raw.get("sliding_window") == 0:
-        raw["sliding_window"] = None
 
 
 def _query_scalar(raw: Mapping[str, Any], known: Architecture) -> dict[str, Any]:

@@ -193,8 +193,9 @@ def _modules(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], tuple[str,
     """The modules of a model: the tensor of each layer, and the projections in it."""
     found: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     inside = {m: members for members in fused_modules(config).values() for m in members}
+    layers = sources(config)["layers"]
     for target in TARGETS:
-        names = sources(config)["layers"][target].names
+        names = layers[target].names
         found[names[0].split(".")[-2]] = names, inside.get(target, (target,))
     return found
 
