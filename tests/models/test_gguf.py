@@ -39,6 +39,7 @@ CASES = {
     "gemma3": {
         "query_pre_attn_scalar": 16,
         "layer_types": None,
+        "sliding_window_pattern": 6,
         "rope_parameters": {"full_attention": LINEAR},
     },
     "phi3": {},
