@@ -83,7 +83,7 @@ def test_an_adapter_of_fused_modules_comes_back_bit_for_bit(tmp_path, dtype, tar
     for given in (pairs, {n: zeroed(pair) for n, pair in pairs.items()}):
         save_peft(tmp_path, PHI3, given)
         found = load_peft(tmp_path, PHI3)
-        assert list(found) == list(given)
+        assert list(found) == [name for name in models.TARGETS if name in given]
         same(found, {**given})
 
 
