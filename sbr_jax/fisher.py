@@ -11,7 +11,7 @@ References:
 
 import contextlib
 import functools
-import math
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,13 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import checks
-from sbr_jax.subspace import spectrum, units
-from sbr_jax.subspace.record import (
-    Subspace,
-    check_settings,
-    from_rows,
-    unit_eigenpairs,
-)
+from sbr_jax.subspace import sketch, spectrum, units
+from sbr_jax.subspace.record import Subspace, check_settings, from_rows
 from sbr_jax.typing import Batches, LossFn, PyTree, UserError
 
 
@@ -100,6 +95,7 @@ def fisher_subspace(
     key: jax.Array | None = None,
     microbatch: int | None = None,
     buffer_rank: int = 512,
+    memory_budget: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Subspace:
     """Leading eigenpairs of the Fisher matrix of each unit and layer.
@@ -109,15 +105,20 @@ def fisher_subspace(
     ``Σ_{j≤k} λ_j ≥ ρ tr F``, at most ``max_rank``.
 
     **Guarantee**: the trace is exact for any N. The eigenpairs are those of the dense
-    F up to float32 rounding while ``N ≤ buffer_rank``; beyond that the buffer is cut
-    to its leading half whenever it is full, so F is approached from below and the
-    error is at most the sum of the largest eigenvalues cut. All-zero gradients give
-    rank 0. In a fresh LoRA pair B = 0, hence ∂L/∂A = 0 and F only sees B: estimate
-    after a short warm-up, or again after each domain, if A is to be covered.
+    F up to float32 rounding while ``N ≤ R``; beyond that the buffer is cut to half
+    whenever it is full, and F̂ stands for F with ``0 ≼ F − F̂ ≼ Δ I``: no eigenvalue is
+    too large, none too small by more than ``Δ ≤ (tr F − Σ λ̂_j) / m``, where
+    ``m = R/4 + 1`` (as long as half the rows hold K and leave room for a microbatch;
+    `sbr_jax.subspace.sketch` has the general one), and ``Δ ≤ Σ_{j>k} λ_j / (m − k)``
+    for every k < m. All-zero gradients give rank 0. In a fresh LoRA pair B = 0, hence
+    ∂L/∂A = 0 and F only sees B: estimate after a short warm-up, or again after each
+    domain, if A is to be covered.
 
     Compiles once per loss function and batch shape: define ``loss_fn`` at module
     level (a new lambda is a new function) and pass frozen weights through ``args``.
-    Memory: ``4 L P (min(N, buffer_rank) + B)`` bytes per unit.
+    Memory beside the loss's own: at most ``1.3 · 4 L P (K + b + min(N, R))`` bytes,
+    summed over the units, for any N; b is the microbatch. A unit with P < R adds a copy
+    of one layer's rows, and small matrices R × R are not counted.
 
     Args:
         loss_fn: ``(params, example, *args) -> scalar``, −log p(y|x); for ``"sampled"``
@@ -134,7 +135,9 @@ def fisher_subspace(
         key: random key, for ``"sampled"``; example n uses ``fold_in(key, n)``, so the
             result does not depend on how examples are batched.
         microbatch: how many examples to differentiate at once.
-        buffer_rank: R, how many rows to hold before cutting.
+        buffer_rank: R, how many rows to hold before cutting; at least K + b are held.
+        memory_budget: bytes that the memory above is to fit into; decides R, and lowers
+            the microbatch where it has to.
         progress: called with the number of examples seen, after each batch.
 
     Returns:
@@ -142,8 +145,9 @@ def fisher_subspace(
 
     Raises:
         UserError: for no batches or an empty one, unknown settings or values out of
-            range, parameters that are not floating-point, a loss that is not one
-            number, or gradients that are not finite.
+            range, a memory budget below the least, parameters that are not
+            floating-point, a loss that is not one number, or gradients that are not
+            finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -168,6 +172,8 @@ def fisher_subspace(
     buffer_rank = checks.whole(
         "buffer_rank", buffer_rank, least=max_rank, note="max_rank rows are kept"
     )
+    if memory_budget is not None:
+        checks.number("memory_budget", memory_budget, above=0)
     if progress is not None:
         checks.function("progress", progress)
     if not isinstance(args, tuple | list):
@@ -175,107 +181,163 @@ def fisher_subspace(
             f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
         )
     _check_batches(batches)
-    blocks: list[list[jax.Array]] = [[] for _ in mark.units]
+    most = buffer_rank
+    if memory_budget is not None:
+        most = sketch.plan(mark, max_rank, 1, most, memory_budget).rows
+    ahead, stream = _look_ahead(batches, most)
+    counts = [units.examples(batch, what="batch") for batch in ahead]
+    if not counts:
+        raise UserError(
+            "expected at least one batch with an example, got none; "
+            "an iterator that was used before is empty: pass a list"
+        )
+    microbatch = microbatch or max(counts)
+    sizes = sketch.plan(mark, max_rank, microbatch, buffer_rank, memory_budget)
+    full = min(sum(counts), sizes.rows)
+    sharding, at_once = _placement(params, mark)
+    held = sketch.reserve(mark, full, sharding)
     traces: list[Any] = [None] * len(mark.units)
-    held = seen = 0
+    place = seen = 0
+    passes = _passes(
+        itertools.chain(ahead, stream),
+        functools.partial(_gradients, loss_fn=loss_fn, mark=mark),
+        (params, args, key if fisher == "sampled" else None),
+        sizes.microbatch,
+        progress,
+    )
+    with _parts_explained(batches):
+        for parts, norms, new in passes:
+            if place + new > full:
+                place = sizes.keep
+                held = [sketch.cut(x, keep=place, at_once=at_once) for x in held]
+            held = sketch.write(
+                held, parts, jnp.int32(place), jnp.int32(new), mark=mark
+            )
+            traces = [
+                norm if trace is None else spectrum.add(trace, norm)
+                for trace, norm in zip(traces, norms, strict=True)
+            ]
+            place, seen = place + new, seen + new
+            # The next microbatch is not begun before this one's memory is free.
+            del parts
+            jax.block_until_ready(held)
+    for spec, trace in zip(mark.units, traces, strict=True):
+        mean = spectrum.Scaled(trace.value / seen, trace.unit).plain()
+        if not jnp.all(jnp.isfinite(mean)):
+            raise UserError(
+                f"expected finite gradients, got tr F = {mean} at {spec.path or '/'}; "
+                "check the loss for NaN, e.g. an example whose mask is all zero"
+            )
+    return from_rows(
+        mark,
+        held,
+        traces,
+        max_rank=max_rank,
+        energy=energy,
+        count=seen,
+        at_once=at_once,
+    )
+
+
+def _look_ahead(batches: Batches, most: int) -> tuple[list[PyTree], Iterator[PyTree]]:
+    """The first batches, all or more than ``most`` examples of them, and the rest."""
+    stream, ahead, total = iter(batches), [], 0
+    while total <= most:
+        batch = next(stream, None)
+        if batch is None:
+            break
+        ahead.append(batch)
+        total += units.examples(batch, what="batch")
+    return ahead, stream
+
+
+def _passes(
+    batches: Iterable[PyTree],
+    gradients: Callable[..., Any],
+    shared: tuple[PyTree, tuple[Any, ...], jax.Array | None],
+    microbatch: int,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[list[PyTree], list[spectrum.Scaled], int]]:
+    """Gradients of a microbatch, their squared norms, and how many there are."""
+    params, args, key = shared
     sizes: dict[Any, int] = {}
+    seen = 0
     for batch in batches:
         count = units.examples(batch, what="batch")
         # Batches of one kind, such as sequences of one length, share a program.
         kind = tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
         size = sizes[kind] = max(sizes.get(kind, 0), count)
-        with _parts_explained(batches):
-            rows, norms = _rows(
-                params,
-                _fill(batch, size),
-                jnp.int32(seen),
-                jnp.int32(count),
-                args,
-                key if fisher == "sampled" else None,
-                loss_fn=loss_fn,
-                mark=mark,
-                microbatch=microbatch,
-            )
-        for i, (row, norm) in enumerate(zip(rows, norms, strict=True)):
-            blocks[i].append(row)
-            traces[i] = norm if traces[i] is None else spectrum.add(traces[i], norm)
-        held, seen = held + count, seen + count
-        if held > buffer_rank:
-            keep = max(max_rank, buffer_rank // 2)
-            blocks = [[_cut(block, keep, mark.layer_axes)] for block in blocks]
-            held = keep
+        filled, step = _fill(batch, size), min(size, microbatch)
+        for first in range(0, count, step):
+            numbers = [jnp.int32(x) for x in (first, count, seen)]
+            found = gradients(params, filled, *numbers, args, key, size=step)
+            yield *found, min(step, count - first)
+            del found
+        seen += count
         if progress is not None:
             progress(seen)
-    if not seen:
-        raise UserError(
-            "expected at least one batch with an example, got none; "
-            "an iterator that was used before is empty: pass a list"
-        )
-    traces = [spectrum.Scaled(t.value / seen, t.unit) for t in traces]
-    for spec, trace in zip(mark.units, [t.plain() for t in traces], strict=True):
-        if not jnp.all(jnp.isfinite(trace)):
-            raise UserError(
-                f"expected finite gradients, got tr F = {trace} at {spec.path or '/'}; "
-                "check the loss for NaN, e.g. an example whose mask is all zero"
-            )
-    scale = 1.0 / math.sqrt(seen)
-    joined = [_join(block, scale) for block in blocks]
-    return from_rows(mark, joined, traces, max_rank=max_rank, energy=energy)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "mark", "microbatch"))
-def _rows(
+@functools.partial(jax.jit, static_argnames=("loss_fn", "mark", "size"))
+def _gradients(
     params: PyTree,
     batch: PyTree,
-    start: jax.Array,
+    first: jax.Array,
     count: jax.Array,
+    start: jax.Array,
     args: tuple[Any, ...],
     key: jax.Array | None,
     *,
     loss_fn: LossFn,
     mark: units.Fingerprint,
-    microbatch: int | None,
-) -> tuple[list[jax.Array], list[spectrum.Scaled]]:
-    """Gradients ``[*L, B, P]`` and their squared norms ``[*L]``, per unit."""
-    place = jnp.arange(units.examples(batch, what="batch"), dtype=jnp.int32)
+    size: int,
+) -> tuple[list[PyTree], list[spectrum.Scaled]]:
+    """Gradients of some examples of a batch, and squared norms ``[*L]``, per unit.
+
+    Args:
+        params: of the loss.
+        batch: examples.
+        first: of those that are differentiated.
+        count: of the batch; later ones are but filling, and those gradients no one's.
+        start: number of the batch's first example among all.
+        args: of the loss.
+        key: for labels that are drawn.
+        loss_fn: the loss.
+        mark: of the parameters.
+        size: how many examples are differentiated.
+    """
+    place = first + jnp.arange(size, dtype=jnp.int32)
+    batch = jax.tree.map(lambda x: x[jnp.minimum(place, count - 1)], batch)
     if key is None:
-        grads = per_example_gradients(
-            loss_fn, params, batch, *args, microbatch=microbatch
-        )
+        grads = per_example_gradients(loss_fn, params, batch, *args)
     else:
 
         def keyed(p: PyTree, example: PyTree, *rest: Any) -> jax.Array:
             return loss_fn(p, example[0], example[1], *rest)
 
         keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(start + place)
-        grads = per_example_gradients(
-            keyed, params, (batch, keys), *args, microbatch=microbatch
-        )
-    rows = []
-    for part in mark.treedef.flatten_up_to(grads):
-        vector = units.to_vector(part, mark.layer_axes, batch_axes=1)
-        real = (place < count).reshape(-1, *[1] * (vector.ndim - 1))
-        rows.append(jnp.moveaxis(jnp.where(real, vector, 0.0), 0, -2))
-    return rows, [spectrum.sum_of_squares(row) for row in rows]
+        grads = per_example_gradients(keyed, params, (batch, keys), *args)
+
+    def squares(leaf: jax.Array) -> spectrum.Scaled:
+        rows = leaf.reshape(*leaf.shape[: 1 + mark.layer_axes], -1)
+        real = (place < count).reshape(-1, *[1] * (rows.ndim - 1))
+        rows = jnp.where(real, rows.astype(jnp.float32), 0.0)
+        return spectrum.sum_of_squares(jnp.moveaxis(rows, 0, -2))
+
+    parts = mark.treedef.flatten_up_to(grads)
+    norms = [map(squares, jax.tree.leaves(part)) for part in parts]
+    return parts, [functools.reduce(spectrum.add, norm) for norm in norms]
 
 
-@functools.partial(jax.jit, static_argnames=("keep", "layer_axes"))
-def _cut(block: list[jax.Array], keep: int, layer_axes: int) -> jax.Array:
-    """The ``keep`` rows ``√λ_k v_kᵀ`` that say most about ``Σ g gᵀ``."""
-    rows = jnp.concatenate(block, axis=-2)
-    # λ is of the order of the square of the rows, which may leave float32.
-    unit = spectrum.binary_unit(rows, (-2, -1))[..., None, None]
-    rows = rows / unit
-    total = spectrum.sum_of_squares(rows)
-    basis, values = unit_eigenpairs(
-        rows, total, columns=keep, energy=1.0, layer_axes=layer_axes
-    )
-    return unit * jnp.swapaxes(basis * jnp.sqrt(values)[..., None, :], -1, -2)
-
-
-@jax.jit
-def _join(block: list[jax.Array], scale: jax.Array) -> jax.Array:
-    return scale * jnp.concatenate(block, axis=-2)
+def _placement(params: PyTree, mark: units.Fingerprint) -> tuple[Any, bool]:
+    """Where rows lie, and whether devices share the layers, as they do parameters."""
+    leaf = jax.tree.leaves(params)[0]
+    own = None if checks.is_traced(leaf) else getattr(leaf, "sharding", None)
+    if not isinstance(own, jax.sharding.NamedSharding) or own.mesh.size == 1:
+        return None, False
+    axis = own.spec[0] if mark.layer_axes == 1 and own.spec else None
+    spec = jax.sharding.PartitionSpec(axis)
+    return jax.sharding.NamedSharding(own.mesh, spec), axis is not None
 
 
 def _fill(batch: PyTree, size: int) -> PyTree:

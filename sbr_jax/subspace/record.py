@@ -207,32 +207,69 @@ def from_rows(
     *,
     max_rank: int,
     energy: float,
+    count: int = 1,
+    at_once: bool = False,
 ) -> Subspace:
-    """As `from_factors`, for rows ``[*L, N, P]`` and traces ``[*L]`` per unit."""
-    pairs = [
-        unit_eigenpairs(
-            r, t, columns=max_rank, energy=energy, layer_axes=mark.layer_axes
+    """Subspace of ``Mᵀ M / count``, for rows M ``[*L, N, P]`` and traces of ``Mᵀ M``.
+
+    Rows may have all layer axes in one, or none as one of a single layer.
+
+    Args:
+        mark: of the parameters.
+        rows: per unit; the list is emptied, so that rows can go once they are used.
+        traces: per unit, ``[*L]``.
+        max_rank: K, the static number of columns.
+        energy: ρ in (0, 1].
+        count: what F is a mean over.
+        at_once: all layers, as where devices share them; otherwise one after another,
+            so that only one is at work.
+    """
+    basis, values = [], []
+    for trace in traces:
+        found = unit_eigenpairs(
+            rows.pop(0),
+            trace,
+            jnp.float32(count),
+            columns=max_rank,
+            energy=energy,
+            at_once=at_once,
         )
-        for r, t in zip(rows, traces, strict=True)
-    ]
-    basis, values = ([pair[i] for pair in pairs] for i in range(2))
+        basis.append(found[0])
+        values.append(found[1])
     # A trace is at least the sum of its eigenvalues, the smallest of float32 too.
-    total = [t.plain(max_rank * spectrum.TINY) for t in traces]
+    least = max_rank * spectrum.TINY
+    total = [spectrum.Scaled(t.value / count, t.unit).plain(least) for t in traces]
     return Subspace(mark.join(basis), mark.join(values), mark.join(total), mark)
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "energy", "layer_axes"))
+@functools.partial(jax.jit, static_argnames=("columns", "energy", "at_once"))
 def unit_eigenpairs(
     rows: jax.Array,
     total: spectrum.Scaled,
+    count: jax.Array,
     *,
     columns: int,
     energy: float,
-    layer_axes: int,
+    at_once: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`spectrum.leading_eigenpairs` over layers: ``[*L, N, P]`` and ``[*L]``."""
-    one = functools.partial(spectrum.leading_eigenpairs, columns=columns, energy=energy)
-    return units.over_layers(one, layer_axes)(rows, total)
+    lead = total.value.shape
+    totals = spectrum.Scaled(*(x.reshape(-1) for x in total))
+    of = spectrum.measure(rows.reshape(-1, *rows.shape[-2:]))
+
+    def pairs(
+        of: spectrum.Measured, layer: Any, total: spectrum.Scaled
+    ) -> tuple[jax.Array, jax.Array]:
+        return spectrum.layer_eigenpairs(of, layer, total, columns, energy, count)
+
+    if at_once:
+        alone = jax.tree.map(lambda x: x[:, None], of)
+        found = jax.vmap(lambda of, total: pairs(of, 0, total))(alone, totals)
+    else:
+        places = jnp.arange(len(of.rows))
+        found = jax.lax.map(lambda x: pairs(of, *x), (places, totals))
+    basis, values = (x.reshape(*lead, *x.shape[1:]) for x in found)
+    return basis, values
 
 
 def effective_rank(subspace: Subspace) -> PyTree:

@@ -4,14 +4,15 @@ Symbols: M rows of factors [C, P] with C rows, P parameters, K columns,
 σ singular values of M, λ = σ² eigenvalues of F, ρ the energy to keep.
 """
 
-import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-_HIGHEST = jax.lax.Precision.HIGHEST
+from sbr_jax.subspace import blocks
+from sbr_jax.subspace.blocks import dot as dot
+
 # How far below ρ·total a float32 cumulative sum may fall by rounding alone.
 _SLACK = 1e-6
 # A column of length one that keeps less than this outside the others depends on them:
@@ -72,11 +73,6 @@ def length_ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     return unit_x / unit_y * (top / jnp.where(bottom > 0, bottom, 1.0))
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Matrix product at full float32 precision (TPU and GPU default to less)."""
-    return jnp.matmul(a, b, precision=_HIGHEST)
-
-
 def used_columns(basis: jax.Array) -> jax.Array:
     """Marks the columns of ``basis [P, K]`` in use: bool ``[K]``."""
     return jnp.any(basis != 0, axis=-2)
@@ -92,8 +88,8 @@ def polish(basis: jax.Array) -> jax.Array:
 
     An error ε in VᵀV becomes (3/4) ε²: what is left is float32 rounding.
     """
-    gram = dot(basis.T, basis)
-    return 1.5 * basis - 0.5 * dot(basis, gram)
+    gram = blocks.columns_gram(basis)
+    return blocks.rotate_columns(basis, 1.5 * jnp.eye(len(gram)) - 0.5 * gram)
 
 
 def coordinates(vector: jax.Array, basis: jax.Array) -> jax.Array:
@@ -105,8 +101,10 @@ def coordinates(vector: jax.Array, basis: jax.Array) -> jax.Array:
     return jnp.sum(parts, axis=(0, 1))
 
 
-def orthonormal(columns: jax.Array) -> jax.Array:
+def orthonormal(columns: jax.Array, count: int | None = None) -> jax.Array:
     """Orthonormal basis ``[P, K]`` of columns of length one or zero, ``K ≤ P``.
+
+    Of the first ``count`` columns, where the others are zero.
 
     Gram-Schmidt with every column projected, scaled and projected again: as exact as
     Householder's QR here, and without leaving the accelerator. A column that depends
@@ -130,7 +128,8 @@ def orthonormal(columns: jax.Array) -> jax.Array:
         twice = jnp.where(independent, twice / jnp.where(left > 0, left, 1.0), 0.0)
         return q.at[:, j].set(twice)
 
-    return jax.lax.fori_loop(0, columns.shape[1], step, columns)
+    steps = columns.shape[1] if count is None else count
+    return jax.lax.fori_loop(0, steps, step, columns)
 
 
 def unit_length(x: jax.Array) -> jax.Array:
@@ -176,13 +175,35 @@ def leading_eigenpairs(
     **Guarantee**: used columns are orthonormal to about 1e-6, unused ones are zero
     and last; eigenvalues below ``(16 ε √C)² · tr F`` (ε = 2⁻²³) count as zero. The
     scale of M changes the eigenvalues alone: those of used columns are at least
-    2⁻¹²⁶, float32's smallest.
+    2⁻¹²⁶, float32's smallest. Beside M and the result nothing of P entries is held
+    but a block, unless M has more rows than columns.
     """
-    unit = binary_unit(rows, None)
-    basis, values, used = _ritz(rows / unit, columns, None)
+    return layer_eigenpairs(measure(rows[None]), 0, total, columns, energy)
+
+
+class Measured(NamedTuple):
+    """Rows ``[L, C, P]`` with what their eigenpairs need to know of the whole."""
+
+    rows: jax.Array
+    unit: jax.Array
+    touched: jax.Array
+
+
+def measure(rows: jax.Array) -> Measured:
+    """The rows, their binary units ``[L]``, and the parameters with any gradient."""
+    touched = jnp.any(rows != 0, axis=-2)
+    return Measured(rows, binary_unit(rows, (-2, -1)), touched)
+
+
+def layer_eigenpairs(
+    of: Measured, layer: Any, total: Scaled, columns: int, energy: float, count: Any = 1
+) -> tuple[jax.Array, jax.Array]:
+    """As ``leading_eigenpairs`` for ``Mᵀ M / count``, of one layer of several."""
+    unit = of.unit[layer]
+    basis, values, used = _ritz(of, layer, columns, None)
     keep = kept(values, used, total.within(unit), energy)
-    values = Scaled(masked(values, keep), unit).plain()
-    return _pad(polish(masked(basis, keep)), columns), _pad(values, columns)
+    values = Scaled(masked(values / count, keep), unit).plain()
+    return polish(masked(basis, keep)), values
 
 
 def leading_eigenpairs_beside(
@@ -206,7 +227,9 @@ def leading_eigenpairs_beside(
     size = jnp.sum(rows**2)
     # Rows of the smallest eigenvalues have squares of zero; F itself is not smaller.
     size = jnp.sqrt(jnp.where(size > 0, size, whole))
-    basis, values, used = _ritz(rest, columns, size)
+    of = measure(rest[None])
+    basis, values, used = _ritz(of, 0, columns, size / of.unit[0])
+    values = Scaled(values, of.unit[0]).within(jnp.ones_like(of.unit[0]))
     # Ritz vectors of rounding-sized rows may point back into the protected span.
     basis = basis - dot(protected, dot(protected.T, basis))
     keep = kept(values, used, whole, energy, jnp.sum(first_values))
@@ -216,28 +239,32 @@ def leading_eigenpairs_beside(
     return _pad(joined[:, order], columns), _pad(values[order], columns)
 
 
-@functools.partial(jax.jit, static_argnames="columns")
 def _ritz(
-    rows: jax.Array, columns: int, scale: jax.Array | None
+    of: Measured, layer: Any, columns: int, norm: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    count = min(columns, *rows.shape)
-    # Squares of tiny or huge gradients leave float32's range; ratios do not.
-    peak = jnp.max(jnp.abs(rows))
-    peak = jnp.where(peak > 0, peak, 1.0)
-    rows = rows / peak
-    touched = jnp.any(rows != 0, axis=0)
-    if rows.shape[0] > rows.shape[1]:  # Rᵀ R = Mᵀ M, and R is smaller
-        rows = jnp.linalg.qr(rows, mode="r")
-    _, q = jnp.linalg.eigh(dot(rows, rows.T))
-    x = dot(rows.T, q[:, ::-1][:, :count])
-    x = orthonormal(unit_length(x))
-    _, sigma, right = jnp.linalg.svd(dot(rows, x), full_matrices=False)
+    """Ritz vectors, their values and which count, all in the layer's unit."""
+    rows, unit, touched = of.rows, of.unit[layer], of.touched[layer]
+    count = min(columns, *rows.shape[1:])
+    floor = 16 * jnp.finfo(jnp.float32).eps * rows.shape[1] ** 0.5
+    if rows.shape[1] > rows.shape[2]:  # Rᵀ R = Mᵀ M, and R is smaller
+        rows = jnp.linalg.qr(rows[layer] / unit, mode="r")[None]
+        layer, unit = 0, jnp.ones_like(unit)
+    gram = blocks.gram(rows, layer, unit)
+    norm = jnp.sqrt(jnp.trace(gram)) if norm is None else norm
+    _, q = jnp.linalg.eigh(gram)
+    # As wide as the result from the start, which then need not be a copy.
+    x = blocks.transposed_times(rows, layer, unit, _pad(q[:, ::-1][:, :count], columns))
+    x = orthonormal(unit_length(x), count)
+    products = blocks.times(rows, layer, unit, x)[:, :count]
+    _, sigma, right = jnp.linalg.svd(products, full_matrices=False)
+    sigma, right = (
+        _pad(sigma, columns),
+        jnp.zeros((columns,) * 2).at[:count, :count].set(right.T),
+    )
     # A parameter without any gradient stays exactly out, despite rounding.
-    basis = jnp.where(touched[:, None], dot(x, right.T), 0.0)
-    norm = jnp.linalg.norm(rows) if scale is None else scale / peak
-    floor = 16 * jnp.finfo(jnp.float32).eps * rows.shape[0] ** 0.5 * norm
-    used = sigma > floor
-    return masked(basis, used), jnp.where(used, sigma * peak, 0.0) ** 2, used
+    basis = jnp.where(touched[:, None], blocks.rotate_columns(x, right), 0.0)
+    used = sigma > floor * norm
+    return masked(basis, used), jnp.where(used, sigma, 0.0) ** 2, used
 
 
 def _pad(x: jax.Array, columns: int) -> jax.Array:

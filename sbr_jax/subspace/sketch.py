@@ -1,0 +1,145 @@
+"""A buffer of rows that stands for all rows ever written, its size fixed.
+
+Where it is full it is cut to ``keep`` rows: rotated to the eigenvectors of its Gram
+matrix, the lesser half dropped, and what was dropped most of taken off the lesser half
+of those that stay (frequent directions with α = 1/2). So a direction that is weak in
+each batch and strong over all of them is not lost.
+
+Each cut takes between 0 and δ off every direction, δ the largest eigenvalue dropped,
+and at least mδ off the trace, ``m = keep − ⌊keep/2⌋ + 1``. Hence, with Δ the sum of all
+δ: ``0 ≼ F − F̂ ≼ Δ I`` and ``Δ ≤ (tr F − tr F̂) / m``, and ``Δ ≤ Σ_{j>k} λ_j / (m − k)``
+for every ``k < m``.
+
+Symbols: M rows [C, P] of a layer, C rows, P parameters, L layers, F the sum over all
+rows ever written, F̂ that of the rows held, λ eigenvalues.
+
+References:
+    Desai, Ghashami, Phillips 2016: https://arxiv.org/abs/1501.06561
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sbr_jax.subspace import blocks, spectrum, units
+from sbr_jax.typing import PyTree, UserError
+
+OVERHEAD = 1.3
+"""Peak of an estimate over basis, microbatch and rows: blocks, a layer at work."""
+
+
+class Plan(NamedTuple):
+    """How many gradients are held: taken at once, in the buffer, and after a cut."""
+
+    microbatch: int
+    rows: int
+    keep: int
+
+
+def plan(
+    mark: units.Fingerprint,
+    max_rank: int,
+    microbatch: int,
+    rows: int,
+    memory_budget: float | None = None,
+) -> Plan:
+    """The sizes of an estimate, those that fit a budget where there is one.
+
+    Args:
+        mark: of the parameters.
+        max_rank: K, the columns of the basis, fewer than which are never kept.
+        microbatch: the most gradients taken at once.
+        rows: of the buffer; a budget decides in their place.
+        memory_budget: bytes for basis, microbatch and rows together.
+
+    Raises:
+        UserError: for a budget below that of a microbatch of one.
+    """
+    if memory_budget is not None:
+        one = 4 * sum(
+            math.prod(spec.layers(mark.layer_axes)) * spec.size(mark.layer_axes)
+            for spec in mark.units
+        )
+        most = int(memory_budget / (OVERHEAD * one))
+        if most < 2 * max_rank + 2:
+            least = OVERHEAD * one * (2 * max_rank + 2)
+            raise UserError(
+                f"expected a memory budget of at least {least / 2**30:.2g} GiB for a "
+                f"basis of {max_rank} columns, as many rows and one gradient, got "
+                f"{memory_budget / 2**30:.2g} GiB; raise it or lower max_rank"
+            )
+        free = most - 2 * max_rank
+        microbatch = max(1, min(microbatch, free // 2, (most - max_rank) // 8))
+        rows = most - max_rank - microbatch
+    rows = max(rows, max_rank + microbatch)
+    return Plan(microbatch, rows, max(max_rank, min(rows // 2, rows - microbatch)))
+
+
+def reserve(
+    mark: units.Fingerprint, rows: int, sharding: Any = None
+) -> list[jax.Array]:
+    """Zeros ``[L, rows, P]`` for each unit, all its layer axes in one."""
+    shapes = [
+        (spec.layers(mark.layer_axes), spec.size(mark.layer_axes))
+        for spec in mark.units
+    ]
+    return [
+        jnp.zeros((math.prod(layers), rows, size), device=sharding)
+        for layers, size in shapes
+    ]
+
+
+@functools.partial(jax.jit, donate_argnames="held", static_argnames="mark")
+def write(
+    held: list[jax.Array],
+    parts: list[PyTree],
+    place: jax.Array,
+    count: jax.Array,
+    *,
+    mark: units.Fingerprint,
+) -> list[jax.Array]:
+    """The buffers with ``count`` examples' gradients at ``place``, in their memory.
+
+    Args:
+        held: buffers ``[L, C, P]``.
+        parts: gradients of each unit, leaves ``[B, *leaf.shape]``.
+        place: of the first.
+        count: how many of the B.
+        mark: of the parameters.
+    """
+
+    def one(i: jax.Array, held: list[jax.Array]) -> list[jax.Array]:
+        out = []
+        for rows, part in zip(held, parts, strict=True):
+            at = 0
+            for leaf in jax.tree.leaves(part):
+                new = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+                new = new.astype(jnp.float32).reshape(len(rows), 1, -1)
+                rows = jax.lax.dynamic_update_slice(rows, new, (0, place + i, at))
+                at += new.shape[-1]
+            out.append(rows)
+        return out
+
+    return jax.lax.fori_loop(0, count, one, held)
+
+
+@functools.partial(jax.jit, donate_argnames="rows", static_argnames=("keep", "at_once"))
+def cut(rows: jax.Array, *, keep: int, at_once: bool = False) -> jax.Array:
+    """``[L, C, P]`` with the ``keep < C`` rows that say most, then zeros."""
+
+    def one(layer: Any, rows: jax.Array, unit: jax.Array) -> jax.Array:
+        values, q = jnp.linalg.eigh(blocks.gram(rows, layer, unit[layer]))
+        values, q = jnp.maximum(values[::-1], 0.0), q[:, ::-1]
+        less = jnp.where(jnp.arange(keep) < keep // 2, 0.0, values[keep])
+        held = values[:keep]
+        share = jnp.where(held > 0, 1.0 - less / jnp.where(held > 0, held, 1.0), 0.0)
+        return blocks.rotate_rows(rows, layer, q[:, :keep] * jnp.sqrt(share)[None])
+
+    # Eigenvalues are of the order of the square of the rows, which may leave float32.
+    unit = spectrum.binary_unit(rows, (-2, -1))
+    if at_once:
+        return jax.vmap(lambda r, u: one(0, r[None], u[None])[0])(rows, unit)
+    return jax.lax.fori_loop(0, len(rows), lambda i, r: one(i, r, unit), rows)
