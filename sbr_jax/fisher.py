@@ -12,6 +12,7 @@ References:
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -181,9 +182,10 @@ def fisher_subspace(
             f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
         )
     _check_batches(batches)
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     most = buffer_rank
     if memory_budget is not None:
-        most = sketch.plan(mark, max_rank, 1, most, memory_budget).rows
+        most = sketch.plan(parameters, max_rank, 1, most, memory_budget).rows
     ahead, stream = _look_ahead(batches, most)
     counts = [units.examples(batch, what="batch") for batch in ahead]
     if not counts:
@@ -192,7 +194,7 @@ def fisher_subspace(
             "an iterator that was used before is empty: pass a list"
         )
     microbatch = microbatch or max(counts)
-    sizes = sketch.plan(mark, max_rank, microbatch, buffer_rank, memory_budget)
+    sizes = sketch.plan(parameters, max_rank, microbatch, buffer_rank, memory_budget)
     full = min(sum(counts), sizes.rows)
     sharding, at_once = _placement(params, mark)
     held = sketch.reserve(mark, full, sharding)

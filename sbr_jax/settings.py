@@ -47,6 +47,9 @@ class Training:
       fisher_examples: calibration examples in a Fisher (None: all).
       fisher_buffer: R, per-example gradients held before the lesser half is cut; exact
         for no more examples than that.
+      memory_budget: GiB for a Fisher's gradients, rows and basis, which then choose how
+        many are held, in place of `fisher_buffer` and at most `fisher_microbatch` at
+        once (None: no budget). Model and activations come on top.
 
     Raises:
       UserError: naming a field that is of another type or out of range.
@@ -73,10 +76,16 @@ class Training:
     tolerance: Fraction = 0.05
     fisher_examples: Count | None = None
     fisher_buffer: Count = 512
+    memory_budget: Positive | None = None
 
     def __post_init__(self):
         """Refuses values that cannot be meant."""
         checks.fields(self, "training")
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """The memory budget in bytes."""
+        return None if self.memory_budget is None else self.memory_budget * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +98,7 @@ class Hardware:
       checkpoint_every: steps between checkpoints inside a domain (None: only at its
         end).
       vmap_seeds: seeds mapped into one program: ``"auto"`` does so on accelerators.
-      fisher_microbatch: per-example gradients held at once.
+      fisher_microbatch: examples that a Fisher differentiates at once.
       log_every: steps between fetches of the metrics.
       packing: several examples in a row of a step: ``"auto"`` does so where it saves a
         fifth of the places.

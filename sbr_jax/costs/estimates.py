@@ -16,6 +16,7 @@ from sbr_jax.methods import Method, build
 from sbr_jax.methods.base import Cost
 from sbr_jax.settings import Hardware
 from sbr_jax.studies.options import ChatOptions
+from sbr_jax.subspace import sketch
 
 FRAME, PER_CHARACTER = 30, 0.25
 """Tokens of a template, and of a character, in a prompt that was not encoded."""
@@ -107,11 +108,17 @@ def memory(job: Any, study: Any, load: Load) -> dict[str, dict[str, float]]:
         examples = training.fisher_examples or len(study.calibration)
         length = int(used_lengths(study.calibration).max())
         shorter = dataclasses.replace(load, length=length, tokens=None, answers=None)
-        phases["Fisher"] = held | forecast.fisher_memory(
-            shorter,
-            min(examples, len(study.calibration)),
+        count = forecast.adapter_parameters(config, load.rank, load.targets)
+        sizes = sketch.plan(
+            count,
+            columns,
             hardware.fisher_microbatch,
             training.fisher_buffer,
+            training.memory_bytes,
+        )
+        examples = min(examples, len(study.calibration))
+        phases["Fisher"] = held | forecast.fisher_memory(
+            shorter, examples, columns, sizes
         )
     if hasattr(study, "asked"):
         rows, new = hardware.generation_batch, options.max_new_tokens

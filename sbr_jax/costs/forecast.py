@@ -17,6 +17,7 @@ from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.lora import select_targets
 from sbr_jax.models.parameters import base_shapes
 from sbr_jax.models.quantize import weight_bytes
+from sbr_jax.subspace import sketch
 
 GIB = 2**30
 FLOAT32 = 4
@@ -209,18 +210,16 @@ def subspace_bytes(load: Load, columns: int) -> int:
 
 
 def fisher_memory(
-    load: Load, examples: int, microbatch: int, buffer: int
+    load: Load, examples: int, columns: int, sizes: sketch.Plan
 ) -> dict[str, float]:
-    """Bytes of a Fisher estimate's own arrays.
-
-    The rows, a buffer and a batch at most, are held twice while they are joined or cut.
-    """
-    rows = min(examples, buffer + microbatch)
-    one = dataclasses.replace(load, batch=microbatch, accumulation=1)
+    """Bytes of a Fisher estimate's own arrays: rows, a microbatch, and the basis."""
+    one = dataclasses.replace(load, batch=sizes.microbatch, accumulation=1)
+    rows = min(examples, sizes.rows) + sizes.microbatch
     return {
-        "per-example gradients": (2 * rows + microbatch) * adapter_bytes(load),
+        "per-example gradients": rows * adapter_bytes(load),
+        "new basis": columns * adapter_bytes(load),
         "activations": _inside_layer(one)
-        + _logit_bytes(load, microbatch * load.places),
+        + _logit_bytes(load, sizes.microbatch * load.places),
     }
 
 

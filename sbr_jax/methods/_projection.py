@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from sbr_jax.methods._compose import with_cost
-from sbr_jax.methods._ssi import Ssi, check_rank, describe, describe_change
+from sbr_jax.methods._ssi import Ssi, check_sizes, describe, describe_change
 from sbr_jax.methods.base import (
     LAYER_AXES,
     InertProjectionWarning,
@@ -113,7 +113,7 @@ def with_projection(
         return adapter, state
 
     def optimizer(problem: Problem, adapter: PyTree, learning_rate):
-        check_rank(adapter, ssi.max_rank)
+        check_sizes(problem, adapter, ssi.max_rank)
         subspace = empty_subspace(
             adapter, max_rank=ssi.max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
         )

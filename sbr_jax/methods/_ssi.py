@@ -37,12 +37,10 @@ from sbr_jax.subspace import (
     principal_angles,
     random_subspace,
     shuffled_subspace,
+    sketch,
 )
 from sbr_jax.transforms import fisher_relaxation
 from sbr_jax.typing import PyTree, UserError
-
-GRADIENT_BYTES = 2**29
-"""Memory for the per-example gradients of one streamed batch."""
 
 ANGLES = 8
 """Principal angles kept in the results for each layer."""
@@ -74,7 +72,7 @@ class Ssi:
         self, problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
     ) -> Subspace:
         """The subspace of the present model, from the set that ``basis`` names."""
-        check_rank(adapter, self.max_rank)
+        check_sizes(problem, adapter, self.max_rank)
         dataset = problem.calibration
         if self.basis == "benign":
             dataset = problem.calibration_controls.get("benign")
@@ -116,7 +114,7 @@ class Ssi:
         return fisher_subspace(
             loss_fn,
             adapter,
-            _batches(problem, adapter, dataset),
+            _batches(problem, dataset),
             max_rank=self.max_rank,
             energy=self.energy,
             fisher=self.fisher,
@@ -126,6 +124,7 @@ class Ssi:
             key=key,
             microbatch=problem.hardware.fisher_microbatch,
             buffer_rank=max(problem.training.fisher_buffer, self.max_rank),
+            memory_budget=problem.training.memory_bytes,
         )
 
     def merged(self, old: Subspace, new: Subspace, protected: Subspace | None):
@@ -155,11 +154,11 @@ class Ssi:
         return fisher_relaxation(newest, self.strictness, self.normalisation)
 
 
-def check_rank(adapter: PyTree, max_rank: int) -> None:
-    """Refuses a rank cap that a unit cannot hold.
+def check_sizes(problem: Problem, adapter: PyTree, max_rank: int) -> None:
+    """Refuses a rank cap that a unit cannot hold, and a memory that cannot hold it.
 
     Raises:
-      UserError: naming ``max_rank`` and the smallest unit.
+      UserError: naming ``max_rank`` and the smallest unit, or the least budget.
     """
     for name, pair in adapter.items():
         size = sum(int(np.prod(x.shape[LAYER_AXES:])) for x in jax.tree.leaves(pair))
@@ -168,6 +167,8 @@ def check_rank(adapter: PyTree, max_rank: int) -> None:
                 f"max_rank: expected at most the {size} parameters of one layer's "
                 f"{name} adapter, got {max_rank}"
             )
+    count = sum(x.size for x in jax.tree.leaves(adapter))
+    sketch.plan(count, max_rank, 1, max_rank, problem.training.memory_bytes)
 
 
 def perturb_b(key: jax.Array, adapter: PyTree, scale: float = PERTURBATION) -> PyTree:
@@ -211,15 +212,13 @@ def _with_trace(subspace: Subspace, trace: PyTree) -> Subspace:
     return dataclasses.replace(subspace, eigenvalues=eigenvalues, trace=trace)
 
 
-def _batches(problem: Problem, adapter: PyTree, dataset: Any) -> Iterator[dict]:
-    """The dataset by length, in as few batches as :data:`GRADIENT_BYTES` allows."""
+def _batches(problem: Problem, dataset: Any) -> Iterator[dict]:
+    """The dataset by length, in batches of what is differentiated at once."""
     total, most = len(dataset), problem.training.fisher_examples
     if most is not None and most < total:
         dataset = take(dataset, np.linspace(0, total - 1, most).round().astype(int))
-    per_example = 4 * sum(x.size for x in jax.tree.leaves(adapter))
-    size = min(GRADIENT_BYTES // per_example, problem.training.fisher_buffer)
-    size = max(size, problem.hardware.fisher_microbatch)
-    yield from by_length(dataset, size, least=problem.hardware.fisher_microbatch)
+    size = problem.hardware.fisher_microbatch
+    yield from by_length(dataset, size, least=size)
 
 
 # --- diagnostics --------------------------------------------------------------------
@@ -261,4 +260,4 @@ def _spread(angles: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.take_along_axis(angles, places, axis=-1)
 
 
-__all__ = ["Ssi", "check_rank", "describe", "describe_change", "perturb_b"]
+__all__ = ["Ssi", "check_sizes", "describe", "describe_change", "perturb_b"]

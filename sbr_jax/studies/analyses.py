@@ -118,6 +118,7 @@ class Context:
             layer_axes=LAYER_AXES,
             args=(model.params,),
             microbatch=batch,
+            memory_budget=self.job.config.training.memory_bytes,
         )
 
     def run(self, study: Study, domains: Sequence[str], name: str) -> Run:

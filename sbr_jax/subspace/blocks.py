@@ -15,7 +15,7 @@ import jax.numpy as jnp
 Carry = TypeVar("Carry")
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-LEAST, MOST, PARTS = 256, 4096, 16
+LEAST, MOST, PARTS = 512, 4096, 16
 """Parameters of a block: a sixteenth of all, within these."""
 
 
@@ -96,6 +96,16 @@ def rotate_columns(x: jax.Array, s: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(out, block, first, axis=0)
 
     return fold(step, x.shape[0], x)
+
+
+def place_columns(out: jax.Array, layer: Any, x: jax.Array, s: jax.Array) -> jax.Array:
+    """``[L, P, K]`` with ``X S`` in the place of one layer."""
+
+    def step(first: Any, width: int, out: jax.Array) -> jax.Array:
+        block = dot(jax.lax.dynamic_slice_in_dim(x, first, width), s)
+        return jax.lax.dynamic_update_slice(out, block[None], (layer, first, 0))
+
+    return fold(step, x.shape[0], out)
 
 
 def rotate_rows(rows: jax.Array, layer: Any, s: jax.Array) -> jax.Array:

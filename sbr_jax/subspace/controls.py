@@ -42,7 +42,7 @@ def random_subspace(key: jax.Array, like: Subspace) -> Subspace:
         used = spectrum.used_columns(v)
         # Masked before, so that no used column is made orthogonal to an unused one.
         normal = spectrum.masked(jax.random.normal(k, v.shape, v.dtype), used)
-        q = spectrum.orthonormal(spectrum.unit_length(normal))
+        q = spectrum.orthonormal(normal)
         return spectrum.polish(spectrum.masked(q, used))
 
     return _with_keys(draw, key, like)

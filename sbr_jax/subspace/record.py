@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sbr_jax import checks
-from sbr_jax.subspace import spectrum, units
+from sbr_jax.subspace import blocks, spectrum, units
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -262,14 +262,26 @@ def unit_eigenpairs(
     ) -> tuple[jax.Array, jax.Array]:
         return spectrum.layer_eigenpairs(of, layer, total, columns, energy, count)
 
+    def one(
+        layer: Any, found: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        total = jax.tree.map(lambda x: x[layer], totals)
+        x, values = pairs(of, layer, total)
+        basis = blocks.place_columns(found[0], layer, x, spectrum.polishing(x))
+        return basis, found[1].at[layer].set(values)
+
+    layers, _, size = of.rows.shape
     if at_once:
         alone = jax.tree.map(lambda x: x[:, None], of)
-        found = jax.vmap(lambda of, total: pairs(of, 0, total))(alone, totals)
+        basis, values = jax.vmap(lambda of, total: pairs(of, 0, total))(alone, totals)
+        basis = jax.vmap(spectrum.polish)(basis)
+    elif layers == 1:
+        basis, values = pairs(of, 0, jax.tree.map(lambda x: x[0], totals))
+        basis = spectrum.polish(basis)
     else:
-        places = jnp.arange(len(of.rows))
-        found = jax.lax.map(lambda x: pairs(of, *x), (places, totals))
-    basis, values = (x.reshape(*lead, *x.shape[1:]) for x in found)
-    return basis, values
+        start = jnp.zeros((layers, size, columns)), jnp.zeros((layers, columns))
+        basis, values = jax.lax.fori_loop(0, layers, one, start)
+    return basis.reshape(*lead, size, columns), values.reshape(*lead, columns)
 
 
 def effective_rank(subspace: Subspace) -> PyTree:

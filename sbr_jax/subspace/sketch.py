@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    mark: units.Fingerprint,
+    parameters: int,
     max_rank: int,
     microbatch: int,
     rows: int,
@@ -49,7 +49,7 @@ def plan(
     """The sizes of an estimate, those that fit a budget where there is one.
 
     Args:
-        mark: of the parameters.
+        parameters: of all units and layers.
         max_rank: K, the columns of the basis, fewer than which are never kept.
         microbatch: the most gradients taken at once.
         rows: of the buffer; a budget decides in their place.
@@ -59,10 +59,7 @@ def plan(
         UserError: for a budget below that of a microbatch of one.
     """
     if memory_budget is not None:
-        one = 4 * sum(
-            math.prod(spec.layers(mark.layer_axes)) * spec.size(mark.layer_axes)
-            for spec in mark.units
-        )
+        one = 4 * parameters
         most = int(memory_budget / (OVERHEAD * one))
         if most < 2 * max_rank + 2:
             least = OVERHEAD * one * (2 * max_rank + 2)

@@ -88,8 +88,13 @@ def polish(basis: jax.Array) -> jax.Array:
 
     An error ε in VᵀV becomes (3/4) ε²: what is left is float32 rounding.
     """
+    return blocks.rotate_columns(basis, polishing(basis))
+
+
+def polishing(basis: jax.Array) -> jax.Array:
+    """The ``[K, K]`` that `polish` multiplies a basis by."""
     gram = blocks.columns_gram(basis)
-    return blocks.rotate_columns(basis, 1.5 * jnp.eye(len(gram)) - 0.5 * gram)
+    return 1.5 * jnp.eye(len(gram)) - 0.5 * gram
 
 
 def coordinates(vector: jax.Array, basis: jax.Array) -> jax.Array:
@@ -102,9 +107,9 @@ def coordinates(vector: jax.Array, basis: jax.Array) -> jax.Array:
 
 
 def orthonormal(columns: jax.Array, count: int | None = None) -> jax.Array:
-    """Orthonormal basis ``[P, K]`` of columns of length one or zero, ``K ≤ P``.
+    """Orthonormal basis ``[P, K]`` of columns ``[P, K]``, in their place.
 
-    Of the first ``count`` columns, where the others are zero.
+    Of the first ``count ≤ P`` of them, where the others are zero.
 
     Gram-Schmidt with every column projected, scaled and projected again: as exact as
     Householder's QR here, and without leaving the accelerator. A column that depends
@@ -117,7 +122,8 @@ def orthonormal(columns: jax.Array, count: int | None = None) -> jax.Array:
         return column - dot(q, jnp.where(place < j, coordinates(column, q), 0.0))
 
     def step(j: jax.Array, q: jax.Array) -> jax.Array:
-        once = remainder(q[:, j], q, j)
+        length = jnp.linalg.norm(q[:, j])
+        once = remainder(q[:, j] / jnp.where(length > 0, length, 1.0), q, j)
         size = jnp.linalg.norm(once)
         once = once / jnp.where(size > 0, size, 1.0)
         twice = remainder(once, q, j)
@@ -130,12 +136,6 @@ def orthonormal(columns: jax.Array, count: int | None = None) -> jax.Array:
 
     steps = columns.shape[1] if count is None else count
     return jax.lax.fori_loop(0, steps, step, columns)
-
-
-def unit_length(x: jax.Array) -> jax.Array:
-    """``x`` with columns of length one; zero columns stay zero."""
-    length = jnp.linalg.norm(x, axis=0, keepdims=True)
-    return x / jnp.where(length > 0, length, 1.0)
 
 
 def kept(
@@ -178,32 +178,32 @@ def leading_eigenpairs(
     2⁻¹²⁶, float32's smallest. Beside M and the result nothing of P entries is held
     but a block, unless M has more rows than columns.
     """
-    return layer_eigenpairs(measure(rows[None]), 0, total, columns, energy)
+    of = measure(rows[None])
+    basis, values = layer_eigenpairs(of, 0, total, columns, energy)
+    return polish(basis), values
 
 
 class Measured(NamedTuple):
-    """Rows ``[L, C, P]`` with what their eigenpairs need to know of the whole."""
+    """Rows ``[L, C, P]`` with their binary units ``[L]``."""
 
     rows: jax.Array
     unit: jax.Array
-    touched: jax.Array
 
 
 def measure(rows: jax.Array) -> Measured:
-    """The rows, their binary units ``[L]``, and the parameters with any gradient."""
-    touched = jnp.any(rows != 0, axis=-2)
-    return Measured(rows, binary_unit(rows, (-2, -1)), touched)
+    """The rows, with their binary units."""
+    return Measured(rows, binary_unit(rows, (-2, -1)))
 
 
 def layer_eigenpairs(
     of: Measured, layer: Any, total: Scaled, columns: int, energy: float, count: Any = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """As ``leading_eigenpairs`` for ``Mᵀ M / count``, of one layer of several."""
+    """As ``leading_eigenpairs`` before the polish, of one layer's ``Mᵀ M / count``."""
     unit = of.unit[layer]
-    basis, values, used = _ritz(of, layer, columns, None)
+    x, right, values, used = _ritz(of, layer, columns, None)
     keep = kept(values, used, total.within(unit), energy)
     values = Scaled(masked(values / count, keep), unit).plain()
-    return polish(masked(basis, keep)), values
+    return blocks.rotate_columns(x, masked(right, keep)), values
 
 
 def leading_eigenpairs_beside(
@@ -228,8 +228,9 @@ def leading_eigenpairs_beside(
     # Rows of the smallest eigenvalues have squares of zero; F itself is not smaller.
     size = jnp.sqrt(jnp.where(size > 0, size, whole))
     of = measure(rest[None])
-    basis, values, used = _ritz(of, 0, columns, size / of.unit[0])
+    x, right, values, used = _ritz(of, 0, columns, size / of.unit[0])
     values = Scaled(values, of.unit[0]).within(jnp.ones_like(of.unit[0]))
+    basis = blocks.rotate_columns(x, masked(right, used))
     # Ritz vectors of rounding-sized rows may point back into the protected span.
     basis = basis - dot(protected, dot(protected.T, basis))
     keep = kept(values, used, whole, energy, jnp.sum(first_values))
@@ -241,9 +242,13 @@ def leading_eigenpairs_beside(
 
 def _ritz(
     of: Measured, layer: Any, columns: int, norm: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ritz vectors, their values and which count, all in the layer's unit."""
-    rows, unit, touched = of.rows, of.unit[layer], of.touched[layer]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Ritz vectors as X times a small matrix, their values, and which of them count.
+
+    X is ``[P, columns]``; values are in the layer's unit.
+    A parameter without any gradient is a row of zeros in X, and stays exactly out.
+    """
+    rows, unit = of.rows, of.unit[layer]
     count = min(columns, *rows.shape[1:])
     floor = 16 * jnp.finfo(jnp.float32).eps * rows.shape[1] ** 0.5
     if rows.shape[1] > rows.shape[2]:  # Rᵀ R = Mᵀ M, and R is smaller
@@ -254,17 +259,13 @@ def _ritz(
     _, q = jnp.linalg.eigh(gram)
     # As wide as the result from the start, which then need not be a copy.
     x = blocks.transposed_times(rows, layer, unit, _pad(q[:, ::-1][:, :count], columns))
-    x = orthonormal(unit_length(x), count)
+    x = orthonormal(x, count)
     products = blocks.times(rows, layer, unit, x)[:, :count]
     _, sigma, right = jnp.linalg.svd(products, full_matrices=False)
-    sigma, right = (
-        _pad(sigma, columns),
-        jnp.zeros((columns,) * 2).at[:count, :count].set(right.T),
-    )
-    # A parameter without any gradient stays exactly out, despite rounding.
-    basis = jnp.where(touched[:, None], blocks.rotate_columns(x, right), 0.0)
+    sigma = _pad(sigma, columns)
+    right = jnp.pad(right.T, [(0, columns - count)] * 2)
     used = sigma > floor * norm
-    return masked(basis, used), jnp.where(used, sigma, 0.0) ** 2, used
+    return x, right, jnp.where(used, sigma, 0.0) ** 2, used
 
 
 def _pad(x: jax.Array, columns: int) -> jax.Array:

@@ -73,6 +73,7 @@ KINDS = {  # right, wrong
     "cap": ([3, np.int64(2)], [0, -1, 2.5, NAN, None, 10**9, *NO_NUMBER]),
     "count": ([None, 1, 2, np.int32(3)], [0, -1, 2.5, NAN, *NO_NUMBER]),
     "steps": ([1, 2, lambda step: 2], [0, -1, 2.5, NAN, None, "1", True, [1], {}, int]),
+    "budget": ([None, 1e9, 10**6], [0, -1.0, 1, NAN, INF, "1e9", []]),
     "buffer": ([512, 1000, 3], [0, -3, 2.5, None, *NO_NUMBER]),
     "axes": ([1, 0, None], [-1, 1.0, 3, *NO_NUMBER]),
     "energy": (
@@ -262,6 +263,7 @@ CALLS = {  # name, how it is called -> kinds of its arguments
         "key": "no key",
         "microbatch": "count",
         "buffer_rank": "buffer",
+        "memory_budget": "budget",
         "progress": "progress",
     },
     ("fisher_relaxation", None): {

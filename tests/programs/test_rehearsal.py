@@ -27,6 +27,8 @@ WRONG = {
         "--methods.safeanchor-exact.max-rank=1000",
     ),
     "the same, unified": ("unified", "--methods.unified.max-rank=1000"),
+    "memory": ("safeanchor", "--training.memory-budget=1e-6"),
+    "memory, in range": ("safeanchor", "--training.memory-budget=0"),
     "safety rank": ("salora", "--methods.salora.safety-rank=16"),
     "safety rank without tokens": ("salora", "--methods.salora.safety-rank=1000"),
     "rank of the adapter": ("plain", "--training.lora-rank=1000"),
