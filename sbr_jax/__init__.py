@@ -2,38 +2,43 @@
 
 The core knows pytrees and losses only: a `Subspace` of directions that matter for
 safety, an estimate of it (`fisher_subspace`), and transformations that keep an
-optimizer's steps out of it. Importing it loads jax and optax.
+optimizer's steps out of it. They load jax and optax, on first use: the command line
+answers a mistake without.
 """
 
-from sbr_jax import losses
-from sbr_jax.fisher import fisher_subspace, per_example_gradients
-from sbr_jax.subspace import (
-    Subspace,
-    discarded_energy,
-    effective_rank,
-    empty_subspace,
-    from_factors,
-    merge,
-    overlap,
-    principal_angles,
-    project_onto,
-    project_out,
-    random_subspace,
-    shuffled_subspace,
-)
-from sbr_jax.transforms import (
-    add_bypass,
-    fisher_relaxation,
-    gradient_projection,
-    multi_steps,
-    project_onto_complement,
-    read_subspace,
-    relaxed,
-    replace_subspace,
-    trust_region,
-    update_projection,
-)
-from sbr_jax.typing import UserError
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sbr_jax import losses
+    from sbr_jax.fisher import fisher_subspace, per_example_gradients
+    from sbr_jax.subspace import (
+        Subspace,
+        discarded_energy,
+        effective_rank,
+        empty_subspace,
+        from_factors,
+        merge,
+        overlap,
+        principal_angles,
+        project_onto,
+        project_out,
+        random_subspace,
+        shuffled_subspace,
+    )
+    from sbr_jax.transforms import (
+        add_bypass,
+        fisher_relaxation,
+        gradient_projection,
+        multi_steps,
+        project_onto_complement,
+        read_subspace,
+        relaxed,
+        replace_subspace,
+        trust_region,
+        update_projection,
+    )
+    from sbr_jax.typing import UserError
 
 __all__ = [
     "Subspace",
@@ -63,3 +68,22 @@ __all__ = [
     "trust_region",
     "update_projection",
 ]
+
+_ROOMS = ("typing", "losses", "fisher", "subspace", "transforms")
+
+
+def __getattr__(name: str) -> Any:
+    """What is public, and the rooms it lies in, loaded when first asked for."""
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        for room in _ROOMS:
+            found = getattr(importlib.import_module(f"{__name__}.{room}"), name, None)
+            if found is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

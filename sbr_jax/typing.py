@@ -1,23 +1,24 @@
 """Type aliases, protocols and the one exception shared by all layers."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
+if TYPE_CHECKING:
+    import jax
 
 PyTree = Any
 """Any nest of containers with arrays at the leaves."""
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, "jax.Array"]
 """``{"tokens": int32 [B, T], "mask": float32 [B, T]}``, right-padded."""
 
 Batches = Iterable[PyTree]
 """Pytrees of arrays with one leading example axis each."""
 
-LossFn = Callable[..., jax.Array]
+LossFn = Callable[..., "jax.Array"]
 """``loss_fn(params, example, *args) -> scalar`` for one example."""
 
-ApplyFn = Callable[..., jax.Array]
+ApplyFn = Callable[..., "jax.Array"]
 """``apply_fn(base, adapter, tokens) -> logits [B, T, V]``."""
 
 

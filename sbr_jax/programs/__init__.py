@@ -3,9 +3,11 @@
 ``sbr-jax NAME ...`` is the same as ``python -m experiments.NAME ...`` in a clone.
 """
 
+import ast
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 PROGRAMS = {
     "run": "fine-tune over a sequence of domains and measure safety after each",
@@ -29,13 +31,22 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     lines = [f"  {name:<11} {summary}" for name, summary in PROGRAMS.items()]
     if given[:1] in (["-h"], ["--help"]):
-        usage = "usage: sbr-jax PROGRAM ...; sbr-jax PROGRAM --help"
-        print("\n".join([usage, *lines]))
+        how = "usage: sbr-jax PROGRAM ...; sbr-jax PROGRAM --help"
+        print("\n".join([how, *lines]))
+        return 0
+    if given[:1] and given[0] in OF_PRESETS and given[1:2] in (["-h"], ["--help"]):
+        print(usage(given[0]))
         return 0
     if code := cli.guarded(lambda: _check(given), interrupted="interrupted"):
         return code
     name = given[0].replace("-", "_")
     return importlib.import_module(f"{__name__}.{name}").main(given[1:])
+
+
+def usage(program: str) -> str:
+    """The docstring of a program, which says how to call it, without loading it."""
+    file = Path(__file__).with_name(program.replace("-", "_") + ".py")
+    return ast.get_docstring(ast.parse(file.read_text("utf-8")), clean=False) or ""
 
 
 def _check(words: Sequence[str]) -> None:
