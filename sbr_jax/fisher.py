@@ -198,7 +198,7 @@ def fisher_subspace(
     full = min(sum(counts), sizes.rows)
     sharding, at_once = _placement(params, mark)
     held = sketch.reserve(mark, full, sharding)
-    traces: list[Any] = [None] * len(mark.units)
+    traces: Any = None
     place = seen = 0
     passes = _passes(
         itertools.chain(ahead, stream),
@@ -212,13 +212,9 @@ def fisher_subspace(
             if place + new > full:
                 place = sizes.keep
                 held = [sketch.cut(x, keep=place, at_once=at_once) for x in held]
-            held = sketch.write(
-                held, parts, jnp.int32(place), jnp.int32(new), mark=mark
-            )
-            traces = [
-                norm if trace is None else spectrum.add(trace, norm)
-                for trace, norm in zip(traces, norms, strict=True)
-            ]
+            numbers = np.int32(place), np.int32(new)
+            held = sketch.write(held, parts, *numbers, mark=mark)
+            traces = norms if traces is None else _add(traces, norms)
             place, seen = place + new, seen + new
             # The next microbatch is not begun before this one's memory is free.
             del parts
@@ -271,7 +267,7 @@ def _passes(
         size = sizes[kind] = max(sizes.get(kind, 0), count)
         filled, step = _fill(batch, size), min(size, microbatch)
         for first in range(0, count, step):
-            numbers = [jnp.int32(x) for x in (first, count, seen)]
+            numbers = [np.int32(x) for x in (first, count, seen)]
             found = gradients(params, filled, *numbers, args, key, size=step)
             yield *found, min(step, count - first)
             del found
@@ -329,6 +325,13 @@ def _gradients(
     parts = mark.treedef.flatten_up_to(grads)
     norms = [map(squares, jax.tree.leaves(part)) for part in parts]
     return parts, [functools.reduce(spectrum.add, norm) for norm in norms]
+
+
+@jax.jit
+def _add(
+    traces: list[spectrum.Scaled], norms: list[spectrum.Scaled]
+) -> list[spectrum.Scaled]:
+    return [spectrum.add(*pair) for pair in zip(traces, norms, strict=True)]
 
 
 def _placement(params: PyTree, mark: units.Fingerprint) -> tuple[Any, bool]:
