@@ -19,6 +19,7 @@ from sbr_jax.methods import METHODS, build
 from sbr_jax.models import answers, hf_config
 from sbr_jax.programs import run
 from sbr_jax.studies.options import ChatOptions
+from sbr_jax.subspace import sketch
 
 LLAMA2_7B = hf_config.from_dict(
     {
@@ -135,11 +136,20 @@ def test_llama_2_7b_is_what_everybody_knows_it_is():
     # attention adds a few percent, and the head is not recomputed.
     rule = 6 * forecast.parameter_count(LLAMA2_7B) * 512
     assert forecast.train_flops(job, 512) == pytest.approx(rule, rel=0.1)
-    # 500 gradients of 16.8 M float32 numbers: 33.6 GB, and as much while joining.
-    fisher = forecast.fisher_memory(job, 500, 8, 512)["per-example gradients"]
-    assert fisher == pytest.approx(2 * 33.6e9 + 8 * 67.1e6, rel=1e-2)
-    small = forecast.fisher_memory(job, 500, 8, 64)["per-example gradients"]
-    assert small == pytest.approx((2 * 72 + 8) * 67.1e6, rel=1e-2)
+    # 500 gradients of 16.8 M float32 numbers: 33.6 GB, and those of a microbatch.
+    sizes = sketch.plan(16_777_216, 32, 8, 512)
+    fisher = forecast.fisher_memory(job, 500, 32, sizes)
+    gradients = fisher["per-example gradients"]
+    assert gradients == pytest.approx(33.6e9 + 8 * 67.1e6, rel=1e-2)
+    assert fisher["new basis"] == pytest.approx(32 * 67.1e6, rel=1e-2)
+    sizes = sketch.plan(16_777_216, 32, 8, 64)
+    small = forecast.fisher_memory(job, 500, 32, sizes)["per-example gradients"]
+    assert small == pytest.approx((64 + 8) * 67.1e6, rel=1e-2)
+    # A budget of 20 GiB is what the three parts come to, with a third on top.
+    sizes = sketch.plan(16_777_216, 32, 8, 512, 20 * 2**30)
+    budget = forecast.fisher_memory(job, 500, 32, sizes)
+    held = budget["per-example gradients"] + budget["new basis"]
+    assert 0.99 * 20 * 2**30 <= sketch.OVERHEAD * held <= 20 * 2**30
     # Half a megabyte a token: the reason why answers are written a few at a time.
     assert forecast.cache_bytes(job, 1) == 524_288
 
