@@ -111,8 +111,9 @@ def orthonormal(columns: jax.Array, count: int | None = None) -> jax.Array:
 
     Of the first ``count ≤ P`` of them, where the others are zero.
 
-    Gram-Schmidt with every column projected, scaled and projected again: as exact as
-    Householder's QR here, and without leaving the accelerator. A column that depends
+    Gram-Schmidt with every column projected, scaled and, where that took a part of it,
+    projected again: as exact as Householder's QR here once the result is polished, and
+    without leaving the accelerator. A column that depends
     on the earlier ones becomes zero: what a projection leaves of it is rounding, which
     scaling would blow up to a direction inside their span.
     """
@@ -126,7 +127,8 @@ def orthonormal(columns: jax.Array, count: int | None = None) -> jax.Array:
         once = remainder(q[:, j] / jnp.where(length > 0, length, 1.0), q, j)
         size = jnp.linalg.norm(once)
         once = once / jnp.where(size > 0, size, 1.0)
-        twice = remainder(once, q, j)
+        # What is left is rounding of the whole: little where next to nothing was taken.
+        twice = jax.lax.cond(size > 0.9, lambda x, *_: x, remainder, once, q, j)
         left = jnp.linalg.norm(twice)
         # "Twice is enough": an independent column loses next to nothing the second
         # time; one that loses a hundredth was rounding to begin with.
