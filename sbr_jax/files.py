@@ -185,6 +185,19 @@ def replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None
             temporary.unlink(missing_ok=True)
 
 
+def share(path: pathlib.Path) -> None:
+    """Gives a file the rights of any new file here: 0644 under the usual umask.
+
+    Writers that go through a temporary file leave it to its owner alone (0600).
+    """
+    beside = path.with_name(f".{path.name}.rights")
+    try:
+        beside.touch()  # The umask itself can be read only by changing it.
+        shutil.copymode(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text in UTF-8, whole or not at all; errors as :func:`replace`."""
     replace(path, lambda place: place.write_text(text, encoding="utf-8"))

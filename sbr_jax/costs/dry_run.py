@@ -25,8 +25,8 @@ START = "start model, once"
 
 def parts_table(job: Any, study: Any) -> Table:
     """Sizes and lengths of what is learnt and held."""
-    training = job.config.training
-    steps, batch = training.steps_per_domain, training.batch_size
+    batch = job.config.training.batch_size
+    steps = estimates.steps_of(job, study)
     sets = {f"train {name}": study.domains[name].train for name in job.domains}
     sets |= {
         "calibration": study.calibration,
@@ -38,7 +38,8 @@ def parts_table(job: Any, study: Any) -> Table:
     for name, data in sets.items():
         if data is None:
             continue
-        epochs = f"{steps * batch / len(data):.1f}" if name.startswith("train") else "–"
+        own = steps.get(name.removeprefix("train "))
+        epochs = f"{own * batch / len(data):.1f}" if own else "–"
         numbers = (len(data), data.length, data.truncated, data.dropped)
         rows.append((name, *(f"{n:,}" for n in numbers), epochs))
     for name, (count, characters) in getattr(study, "asked", {}).items():

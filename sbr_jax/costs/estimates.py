@@ -77,6 +77,12 @@ def _mean_sizes(
     return sum(tokens) / len(each), sum(answers) / len(each)
 
 
+def steps_of(job: Any, study: Any) -> dict[str, int]:
+    """Optimizer steps by domain."""
+    usual = job.config.training.steps_per_domain
+    return {name: study.domains[name].steps or usual for name in job.domains}
+
+
 def shards(mesh: str | None) -> int:
     """Devices of a mesh.
 
@@ -188,7 +194,7 @@ def variant_seconds(
     training, domains = job.config.training, len(job.domains)
     speed = device.flops * device.count
     method = build(variant, job.config.methods)
-    steps = domains * training.steps_per_domain
+    steps = sum(steps_of(job, study).values())
     flops = steps * forecast.step_flops(load, method.cost)
     flops += forecast.stage_flops(load, method.cost, training.steps_per_domain)
     found = {"training": flops / speed}

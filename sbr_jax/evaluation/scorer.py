@@ -26,6 +26,7 @@ from sbr_jax.models import Model, answers, make_extend_fn, vocabulary
 from sbr_jax.models.buckets import bucket
 from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.models.likelihood import read_targets
+from sbr_jax.progress import task
 from sbr_jax.typing import PyTree, UserError
 
 SHARED_AFTER = 64
@@ -196,13 +197,17 @@ def score(
     # Without a backward pass the rolled loop is as fast and compiles sooner.
     rolled = dataclasses.replace(model.hardware, unroll=model.hardware.unroll or 1)
     extend_fn = make_extend_fn(model.config, rolled)
-    for group in _groups(texts):
-        _score_group(
-            (extend_fn, base, adapter),
-            [(texts[i], by_context[i]) for i in group],
-            budget,
-            out,
-        )
+    with task("scores", len(texts)) as done:
+        read = 0
+        for group in _groups(texts):
+            _score_group(
+                (extend_fn, base, adapter),
+                [(texts[i], by_context[i]) for i in group],
+                budget,
+                out,
+            )
+            read += len(group)
+            done(read)
     # What could not be told is NaN by now.
     told = [bool(np.isfinite(s.log_likelihoods).all()) for s in out]
     require_comparable("score", told)

@@ -29,6 +29,7 @@ from sbr_jax.methods.base import (
     is_lora_pair,
 )
 from sbr_jax.methods.likelihood import answer_loss
+from sbr_jax.progress import task
 from sbr_jax.subspace import (
     Subspace,
     discarded_energy,
@@ -111,21 +112,24 @@ class Ssi:
         return found
 
     def _fisher(self, problem, loss_fn, base, adapter, dataset, key):
-        return fisher_subspace(
-            loss_fn,
-            adapter,
-            _batches(problem, dataset),
-            max_rank=self.max_rank,
-            energy=self.energy,
-            fisher=self.fisher,
-            unit=is_lora_pair,
-            layer_axes=LAYER_AXES,
-            args=(base,),
-            key=key,
-            microbatch=problem.hardware.fisher_microbatch,
-            buffer_rank=max(problem.training.fisher_buffer, self.max_rank),
-            memory_budget=problem.training.memory_bytes,
-        )
+        total = min(len(dataset), problem.training.fisher_examples or len(dataset))
+        with task("Fisher, examples", total) as done:
+            return fisher_subspace(
+                loss_fn,
+                adapter,
+                _batches(problem, dataset),
+                max_rank=self.max_rank,
+                energy=self.energy,
+                fisher=self.fisher,
+                unit=is_lora_pair,
+                layer_axes=LAYER_AXES,
+                args=(base,),
+                key=key,
+                microbatch=problem.hardware.fisher_microbatch,
+                buffer_rank=max(problem.training.fisher_buffer, self.max_rank),
+                memory_budget=problem.training.memory_bytes,
+                progress=done,
+            )
 
     def merged(self, old: Subspace, new: Subspace, protected: Subspace | None):
         """Joins an old subspace and a new one under the cap."""

@@ -35,6 +35,7 @@ from sbr_jax.models.parts import (
 )
 from sbr_jax.models.prefix import Cache, extend
 from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
+from sbr_jax.progress import task
 from sbr_jax.typing import PyTree, UserError
 
 READ_AT_ONCE = 4096
@@ -308,31 +309,34 @@ def generate(
     told = np.ones(len(prompts), bool)
     slots = bucket(max_new_tokens)
     lengths = [len(prompts[i]) for i in order]
-    for start, stop in _batches(lengths, slots, batch_size, batch_tokens):
-        chosen = order[start:stop]
-        rows = min(bucket(len(chosen), 1), batch_size)
-        tokens, sizes = _right_pad([prompts[i] for i in chosen], rows)
-        keys = None
-        if temperature > 0 and key is not None:
-            places = np.zeros(rows, np.uint32)
-            places[: len(chosen)] = chosen
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-        new, count, sure = _generate(
-            config,
-            model.hardware,
-            slots,
-            base,
-            adapter,
-            tokens,
-            sizes,
-            np.int32(max_new_tokens),
-            keys,
-            np.float32(temperature),
-        )
-        new, count = np.asarray(new), np.asarray(count)
-        told[chosen] = np.asarray(sure)[: len(chosen)]
-        for row, i in enumerate(chosen):
-            answers[i] = new[row, : count[row]].tolist()
+    runs = _batches(lengths, slots, batch_size, batch_tokens)
+    with task("answers", len(order)) as done:
+        for start, stop in runs:
+            chosen = order[start:stop]
+            rows = min(bucket(len(chosen), 1), batch_size)
+            tokens, sizes = _right_pad([prompts[i] for i in chosen], rows)
+            keys = None
+            if temperature > 0 and key is not None:
+                places = np.zeros(rows, np.uint32)
+                places[: len(chosen)] = chosen
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+            new, count, sure = _generate(
+                config,
+                model.hardware,
+                slots,
+                base,
+                adapter,
+                tokens,
+                sizes,
+                np.int32(max_new_tokens),
+                keys,
+                np.float32(temperature),
+            )
+            new, count = np.asarray(new), np.asarray(count)
+            told[chosen] = np.asarray(sure)[: len(chosen)]
+            for row, i in enumerate(chosen):
+                answers[i] = new[row, : count[row]].tolist()
+            done(stop)
     require_comparable("generate", told)
     return answers
 

@@ -18,6 +18,7 @@ from sbr_jax.models import answers, vocabulary
 from sbr_jax.models.buckets import SAVING, bucket, neighbours
 from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.models.loading import Model
+from sbr_jax.progress import task
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -103,27 +104,31 @@ def answer_scores(
     weights = mask[:, 1:]
     ends = (np.arange(1, length) * (weights > 0)).max(axis=1, initial=1)
     counts = (weights > 0).sum(axis=1)
-    for width, group in neighbours(ends, most=length, smallest=16, saving=saving):
-        parts = math.ceil(len(group) / batch_size)
-        rows = min(bucket(math.ceil(len(group) / parts), 1), batch_size)
-        batches = [group[i : i + rows] for i in range(0, len(group), rows)]
-        # One number of places for all batches, so that one program serves them.
-        room = bucket(max(int(counts[ids].sum()) for ids in batches), 16)
-        for ids in batches:
-            shown = np.zeros((rows, width), np.int32)
-            shown[: len(ids)] = tokens[ids, :width]
-            row, column = np.nonzero(weights[ids])
-            places, targets = np.zeros((2, room), np.int32)
-            places[: len(row)] = row * width + column
-            targets[: len(row)] = tokens[ids][row, column + 1]
-            scores, right, sure = (
-                np.asarray(x)[: len(row)]
-                for x in _read(apply_fn, base, adapter, shown, places, targets)
-            )
-            weight = weights[ids][row, column].astype(np.float64)
-            for out, values in zip(found, (scores, right, 1.0), strict=True):
-                out[ids] = np.bincount(row, weight * values, len(ids))
-            told[ids] = np.bincount(row, ~sure, len(ids)) == 0
+    read = 0
+    with task("scores", total) as done:
+        for width, group in neighbours(ends, most=length, smallest=16, saving=saving):
+            parts = math.ceil(len(group) / batch_size)
+            rows = min(bucket(math.ceil(len(group) / parts), 1), batch_size)
+            batches = [group[i : i + rows] for i in range(0, len(group), rows)]
+            # One number of places for all batches, so that one program serves them.
+            room = bucket(max(int(counts[ids].sum()) for ids in batches), 16)
+            for ids in batches:
+                shown = np.zeros((rows, width), np.int32)
+                shown[: len(ids)] = tokens[ids, :width]
+                row, column = np.nonzero(weights[ids])
+                places, targets = np.zeros((2, room), np.int32)
+                places[: len(row)] = row * width + column
+                targets[: len(row)] = tokens[ids][row, column + 1]
+                scores, right, sure = (
+                    np.asarray(x)[: len(row)]
+                    for x in _read(apply_fn, base, adapter, shown, places, targets)
+                )
+                weight = weights[ids][row, column].astype(np.float64)
+                for out, values in zip(found, (scores, right, 1.0), strict=True):
+                    out[ids] = np.bincount(row, weight * values, len(ids))
+                told[ids] = np.bincount(row, ~sure, len(ids)) == 0
+                read += len(ids)
+                done(read)
     return AnswerScores(found[0], found[1], found[2], told)
 
 

@@ -19,7 +19,7 @@ from sbr_jax.models.codes import as_dense
 from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.fields import Field, wrong_fields
 from sbr_jax.models.parameters import select_targets
-from sbr_jax.models.tensors import read_tensors
+from sbr_jax.models.tensors import read_tensors, write_tensors
 from sbr_jax.typing import PyTree, UserError
 
 SCALE = Field(float, -1e9, 1e9)
@@ -148,8 +148,6 @@ def save_adapter(path: str | pathlib.Path, adapter: dict[str, LoraPair]) -> None
       path: the file to write; its folder is made.
       adapter: ``{name: LoraPair}``.
     """
-    from safetensors.numpy import save_file
-
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -159,7 +157,7 @@ def save_adapter(path: str | pathlib.Path, adapter: dict[str, LoraPair]) -> None
     }
     scales = {name: pair.scale for name, pair in sorted(adapter.items())}
     metadata = {"format": "sbr_jax.adapter", "scales": json.dumps(scales)}
-    save_file(tensors, path, metadata=metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def load_adapter(path: str | pathlib.Path) -> dict[str, LoraPair]:

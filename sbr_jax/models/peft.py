@@ -31,7 +31,7 @@ from sbr_jax.models.config import TARGETS, ModelConfig
 from sbr_jax.models.fields import Field, read_fields
 from sbr_jax.models.loading import Model
 from sbr_jax.models.lora import RANK, SCALE, LoraPair
-from sbr_jax.models.tensors import float_dtype, read_tensors, some
+from sbr_jax.models.tensors import float_dtype, read_tensors, some, write_tensors
 from sbr_jax.models.weights import fused_modules, sources
 from sbr_jax.typing import UserError
 
@@ -102,8 +102,6 @@ def save_peft(
       UserError: if the adapter is empty, has several ranks or scales, or does not fit
         the model.
     """
-    from safetensors.numpy import save_file
-
     config = model if isinstance(model, ModelConfig) else model.config
     rank, scale = _rank_and_scale(adapter)
     _check_fits(config, adapter, rank)
@@ -117,7 +115,7 @@ def save_peft(
     wide = {name: size for name, size in ranks.items() if size != rank}
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_tensors(folder / TENSORS, tensors)
     settings = {
         "base_model_name_or_path": base_name,
         "bias": "none",

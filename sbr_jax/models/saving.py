@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from sbr_jax.models.config import ModelConfig
+from sbr_jax.models.tensors import write_tensors
 from sbr_jax.models.weights import INDEX, SINGLE, Source, sources
 from sbr_jax.typing import PyTree, UserError
 
@@ -103,7 +103,7 @@ def save_weights(
     files = files if count > 1 else [SINGLE]
     for file, shard in zip(files, shards, strict=True):
         tensors = {tensor.name: tensor.read() for tensor in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, tensors)
     if count > 1:
         index = {
             "metadata": {"total_size": sum(t.size for shard in shards for t in shard)},

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sbr_jax.files import share
 from sbr_jax.typing import UserError
 
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -99,6 +100,18 @@ def as_finite(
             "one such weight spoils every result, so fetch or repair the file"
         )
     return values
+
+
+def write_tensors(
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file that others may read as they may any other."""
+    from safetensors.numpy import save_file
+
+    save_file(dict(tensors), path, metadata=dict(metadata or {"format": "pt"}))
+    share(path)
 
 
 def float_dtype(dtype: Any) -> np.dtype:

@@ -1,6 +1,7 @@
 """Frame of every command-line program: checks, one line for a mistake, exit codes."""
 
 import collections
+import contextlib
 import errno
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from sbr_jax import errors
 from sbr_jax.programs import terminal
 from sbr_jax.programs.parsing import parse as parse
+from sbr_jax.progress import Ticker
 from sbr_jax.typing import UserError
 
 EXIT_SYSTEM = 1
@@ -141,6 +143,11 @@ def show_warning(message: Warning | str, *where: object, **more: object) -> None
     """Prints a warning as one line, without the place in our code that it came from."""
     del where, more
     terminal.complain(f"warning: {message}")
+
+
+def telling(quiet: bool) -> contextlib.AbstractContextManager[object]:
+    """Tells now and then on standard error what is going on, unless ``quiet``."""
+    return contextlib.nullcontext() if quiet else Ticker(terminal.complain)
 
 
 def quiet_libraries() -> None:

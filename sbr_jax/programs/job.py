@@ -231,18 +231,19 @@ def execute(job: Job, study: Any = None) -> Any:
     from sbr_jax.provenance.code_version import recorder
     from sbr_jax.training import pipeline
 
-    study = job.make_study() if study is None else study
-    pipeline.run(
-        study,
-        job.methods,
-        job.seeds,
-        job.workdir,
-        job.config,
-        job.domains,
-        notes={**job.notes(), **study.notes},
-        code=recorder(job.preset),
-        quiet=job.quiet,
-    )
+    with cli.telling(job.quiet):
+        study = job.make_study() if study is None else study
+        pipeline.run(
+            study,
+            job.methods,
+            job.seeds,
+            job.workdir,
+            job.config,
+            job.domains,
+            notes={**job.notes(), **study.notes},
+            code=recorder(job.preset),
+            quiet=job.quiet,
+        )
     if not job.quiet:
         print(compiled())
     return study

@@ -5,6 +5,7 @@ fetched every ``log_every`` steps, which is also when a non-finite loss is notic
 """
 
 import collections
+import contextlib
 import dataclasses
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sbr_jax import progress as told
 from sbr_jax.training.step import TrainState
 from sbr_jax.typing import PyTree, UserError
 
@@ -52,12 +54,17 @@ class Every(NamedTuple):
 
 
 class Bar:
-    """A progress bar on a terminal; nothing elsewhere, or when ``quiet``."""
+    """A progress bar on a terminal, a line now and then in a log, or ``quiet``."""
 
     def __init__(self, label: str, total: int, *, quiet: bool = False):
         """Starts a bar of so many steps."""
         self._progress = None
-        if quiet or not sys.stderr.isatty():
+        drawn = sys.stderr.isatty() and not quiet
+        self._open = contextlib.ExitStack()
+        self._told = self._open.enter_context(
+            told.task(f"training {label}", total, drawn=drawn)
+        )
+        if not drawn:
             return
         from rich.console import Console
         from rich.progress import Progress
@@ -70,6 +77,7 @@ class Bar:
 
     def to(self, step: int, loss: float | None = None) -> None:
         """Moves the bar."""
+        self._told(step, None if loss is None else f"loss {loss:.3f}")
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
             if loss is not None:
@@ -80,6 +88,7 @@ class Bar:
 
     def close(self) -> None:
         """Removes the bar."""
+        self._open.close()
         if self._progress is not None:
             self._progress.stop()
 

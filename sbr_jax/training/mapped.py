@@ -42,9 +42,9 @@ def train_mapped(
         return found
     began = time.perf_counter()
     turns = [turns[i] for i in left]
-    first, domain = turns[0].track, turns[0].domain
+    first, domain, program = turns[0].track, turns[0].domain, turns[0].program
     before = [load(t.track, number, held[i]) for t, i in zip(turns, left, strict=True)]
-    starts = [first.program.start(one.adapter, one.state) for one in before]
+    starts = [program.start(one.adapter, one.state) for one in before]
     sources = [turn.track.draws(turn.examples, domain) for turn in turns]
     layout = widest([turn.track.layout(turn.examples) for turn in turns])
     keys = jnp.stack([turn.track.key(2, domain) for turn in turns])
@@ -52,14 +52,12 @@ def train_mapped(
 
     def advance(train: Any, state: PyTree, step: int) -> Any:
         batches = arrange([draw(step) for draw in sources], layout)
-        return first.program.mapped_step(
-            first.base, train, state, _stack(batches, np), keys
-        )
+        return program.mapped_step(first.base, train, state, _stack(batches, np), keys)
 
     done = loop.train(
         advance,
         loop.Progress(_stack(starts, jnp), _stack([one.state for one in before], jnp)),
-        config.training.steps_per_domain,
+        program.problem.training.steps_per_domain,
         where=[turn.where for turn in turns],
         log_every=config.hardware.log_every,
         quiet=first.job.quiet,

@@ -21,6 +21,7 @@ from sbr_jax import errors
 from sbr_jax.data.leaks import refuse_leaks
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.base import as_aligned
+from sbr_jax.progress import task
 from sbr_jax.training import code_record, loop, sharding
 from sbr_jax.training.config import Config
 from sbr_jax.training.csm import repair
@@ -153,12 +154,13 @@ def evaluate_start(job: Job) -> float | None:
         require_finite(job.base, "base model")
         # A fresh adapter is no adapter (B = 0), and shares the compiled programs.
         adapter = init_adapter(study, job.config, 0)
-        metrics = _scores(study, job.base, adapter, job.domains)
-        accuracies = [metrics[f"accuracy/{name}"] for name in job.domains]
-        metrics["domain_accuracy"] = float(np.mean(accuracies))
-        if study.probe is not None:
-            score = study.probe(job.base, adapter)
-            metrics["probe"] = require_number(score, "base model, probe")
+        with task("start model, measured"):
+            metrics = _scores(study, job.base, adapter, job.domains)
+            accuracies = [metrics[f"accuracy/{name}"] for name in job.domains]
+            metrics["domain_accuracy"] = float(np.mean(accuracies))
+            if study.probe is not None:
+                score = study.probe(job.base, adapter)
+                metrics["probe"] = require_number(score, "base model, probe")
         seconds = time.perf_counter() - began
         folder.require_held()
         line = Line(BASE, None, "base", None, -1, metrics)
@@ -194,7 +196,7 @@ def init(turn: Turn, held: Held) -> Outcome:
 
 def train(turn: Turn, held: Held) -> Outcome:
     """Steps on the domain, from its start or from a checkpoint inside it."""
-    track, job, program = turn.track, turn.track.job, turn.track.program
+    track, job, program = turn.track, turn.track.job, turn.program
     start = loop.Progress(program.start(held.adapter, held.state), held.state)
     start = _resumed(turn, start)
     batches, key = track.batches(turn.examples, turn.domain), track.key(2, turn.domain)
@@ -203,7 +205,7 @@ def train(turn: Turn, held: Held) -> Outcome:
             track.base, train, state, batches(step), key
         ),
         start,
-        job.config.training.steps_per_domain,
+        program.problem.training.steps_per_domain,
         where=turn.where,
         log_every=job.config.hardware.log_every,
         refresh=_refresher(turn),

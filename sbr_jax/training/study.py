@@ -18,10 +18,12 @@ class Domain:
     Attributes:
       train: a ``TokenDataset``.
       evaluate: ``(base, adapter) -> accuracy`` on its test set, 0 to 100.
+      steps: optimizer steps in this domain; None for the job's number.
     """
 
     train: Any
     evaluate: Callable[[PyTree, PyTree], float]
+    steps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +33,7 @@ class Study:
     Attributes:
       model: a ``models.Model``.
       domains: by name, in their default order.
-      calibration: the safety calibration set D_safe.
+      calibration: the safety calibration set D_safe; None for methods that use none.
       calibration_controls: ``"benign"`` and ``"random"`` sets of the same size.
       safety_mix: for methods that interleave safety examples.
       harmful: the defender's harmful requests with compliant answers.
@@ -68,7 +70,7 @@ def check_sizes(study: Study, domains: Sequence[str], training: Training) -> Non
     Raises:
       UserError: for the first such set or size.
     """
-    if len(study.calibration) == 0:
+    if study.calibration is not None and len(study.calibration) == 0:
         raise UserError(
             "expected a safety calibration set with at least one example, got none"
         )

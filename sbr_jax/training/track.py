@@ -21,10 +21,11 @@ import numpy as np
 from sbr_jax.data.batches import batch
 from sbr_jax.data.layout import Layout, arrange, choose
 from sbr_jax.methods.base import Method, as_aligned
+from sbr_jax.progress import task
 from sbr_jax.training import sharding
 from sbr_jax.training.config import Config
 from sbr_jax.training.finite import require_finite
-from sbr_jax.training.program import Program, init_adapter
+from sbr_jax.training.program import Program, init_adapter, make_program
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import Line
 from sbr_jax.training.stages import Stages
@@ -180,6 +181,16 @@ class Turn:
         """Of its stage of a kind."""
         return 4 * self.index + kind
 
+    @property
+    def program(self) -> Program:
+        """The variant's, for as many steps as the domain has."""
+        job, own = self.track.job, self.track.job.study.domains[self.domain].steps
+        if own in (None, job.config.training.steps_per_domain):
+            return self.track.program
+        training = dataclasses.replace(job.config.training, steps_per_domain=own)
+        config = dataclasses.replace(job.config, training=training)
+        return make_program(self.track.method.name, job.study, config)
+
     @functools.cached_property
     def examples(self) -> Any:
         """What is trained on: the domain's examples and what the method mixes in.
@@ -189,7 +200,7 @@ class Turn:
         track, name = self.track, self.domain
         own = track.job.study.domains[name].train
         seed = track.data_seed(f"{name}/mix")
-        return track.method.mix(track.program.problem, own, seed)
+        return track.method.mix(self.program.problem, own, seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,8 +257,10 @@ def once(
     if turn.track.stages.finished(number):
         return held
     began = time.perf_counter()
-    held = load(turn.track, number, held)
-    return finish(turn, number, held, compute(turn, held), began)
+    with task(f"{turn.where}, {turn.track.stages.name(number)}"):
+        held = load(turn.track, number, held)
+        outcome = compute(turn, held)
+    return finish(turn, number, held, outcome, began)
 
 
 def load(track: Track, before: int, held: Held | None = None) -> Held:

@@ -1,0 +1,123 @@
+"""Progress of long work: kept by whoever works, told by whoever listens.
+
+    with task("answers", total=80) as done:
+        done(16)
+
+Nothing is printed until a program says how (:class:`Ticker`), so that a library call
+stays silent. A thread tells, since one step may take minutes: a compilation, or a batch
+of answers.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+EVERY = 30.0
+"""Seconds between two lines of a redirected log."""
+LIVE = 5.0
+"""Seconds between two lines on a terminal."""
+
+
+class Task:
+    """Work that is going on.
+
+    >>> work = Task("answers", 80)
+    >>> work(16)
+    >>> work.said().split(",")[0]
+    'answers 16 of 80'
+    """
+
+    def __init__(self, what: str, total: int | None = None, *, drawn: bool = False):
+        """Names it.
+
+        Args:
+            what: is done, as a line begins.
+            total: of its parts, where they are counted.
+            drawn: it has a bar of its own on the terminal.
+        """
+        self.what, self.total, self.drawn = what, total, drawn
+        self._done, self._began, self._note = 0, time.monotonic(), ""
+
+    def __call__(self, done: int, note: str | None = None) -> None:
+        """Says how many parts are done, and perhaps a word about them."""
+        self._done = done
+        self._note = self._note if note is None else note
+
+    def said(self) -> str:
+        """What, how far, how long, and how long still."""
+        seconds = time.monotonic() - self._began
+        if self.total is None:
+            return f"{self.what}, {seconds:.0f} s"
+        left = ""
+        if 0 < self._done < self.total and seconds >= 1:
+            left = f", about {seconds * (self.total / self._done - 1):.0f} s left"
+        note = f", {self._note}" if self._note else ""
+        counted = f"{self.what} {self._done} of {self.total}"
+        return f"{counted}{note}, {seconds:.0f} s{left}"
+
+
+_TASKS: list[Task] = []
+"""The work that is going on, the innermost last."""
+
+
+@contextlib.contextmanager
+def task(what: str, total: int | None = None, *, drawn: bool = False) -> Iterator[Task]:
+    """Work that goes on until the block ends; see :class:`Task`."""
+    work = Task(what, total, drawn=drawn)
+    _TASKS.append(work)
+    try:
+        yield work
+    finally:
+        _TASKS.remove(work)
+
+
+def said() -> str | None:
+    """One line about all work that is going on; None for none.
+
+    >>> with task("start model"), task("answers", 8) as done:
+    ...     done(2)
+    ...     said()
+    'start model: answers 2 of 8, 0 s'
+    """
+    found = list(_TASKS)
+    if not found or found[-1].drawn:
+        return None
+    return ": ".join([*(work.what for work in found[:-1]), found[-1].said()])
+
+
+class Ticker:
+    """Thread that tells of the work that is going on.
+
+    >>> with Ticker(print, every=0.01), task("waiting"):
+    ...     time.sleep(0.1)  # doctest: +ELLIPSIS
+    waiting, 0 s...
+    """
+
+    def __init__(self, tell: Callable[[str], None], *, every: float | None = None):
+        """Waits to be entered.
+
+        Args:
+            tell: is called with a line, in another thread.
+            every: seconds between lines; None for what suits standard error.
+        """
+        self._tell, self._ended = tell, threading.Event()
+        self._every = every or (LIVE if sys.stderr.isatty() else EVERY)
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+
+    def _tick(self) -> None:
+        while not self._ended.wait(self._every):
+            line = said()
+            if line is not None:
+                self._tell(line)
+
+    def __enter__(self) -> "Ticker":
+        """Begins to tell."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends, and waits for a line that is being told."""
+        self._ended.set()
+        self._thread.join()
