@@ -256,7 +256,7 @@ def parquet_rows(path: Path) -> list[Row]:
     return rows_of(path, values)
 
 
-_READERS = {
+READERS = {
     ".csv": table_rows,
     ".tsv": lambda path: table_rows(path, delimiter="\t"),
     ".json": json_rows,
@@ -268,8 +268,8 @@ _READERS = {
 def any_rows(path: Path) -> list[Row]:
     """The rows of a file by its ending: csv, tsv, json, jsonl or parquet."""
     ending = Path(path.stem if path.suffix in _OPENERS else path.name).suffix
-    if ending not in _READERS:
+    if ending not in READERS:
         raise UserError(
             f"expected a csv, tsv, json, jsonl or parquet file, got {path.name}"
         )
-    return _READERS[ending](path)
+    return READERS[ending](path)

@@ -29,6 +29,7 @@ def encode_chat(
     *,
     template: str | None = None,
     too_long: str = "error",
+    names: Sequence[str] | None = None,
 ) -> TokenDataset:
     """Encodes exchanges with the tokenizer's chat template.
 
@@ -45,6 +46,7 @@ def encode_chat(
       template: a chat template to use instead of the tokenizer's own.
       too_long: what to do with more than T tokens: ``"error"``, ``"drop"`` or
         ``"truncate"`` (cut the answer's end); the set counts them.
+      names: of the records in errors; None for their numbers from 0.
 
     Returns:
       ``N`` examples, padded to T.
@@ -55,7 +57,7 @@ def encode_chat(
         located.
     """
     encode = functools.partial(encode_exchange, tokenizer, template=template)
-    return _collect(tokenizer, records, max_length, too_long, encode)
+    return _collect(tokenizer, records, max_length, too_long, encode, names)
 
 
 def encode_prompts(
@@ -211,6 +213,7 @@ def _collect(
     max_length: int,
     too_long: str,
     encode: Callable[[Record], tuple[list[int], list[int]]],
+    names: Sequence[str] | None = None,
 ) -> TokenDataset:
     """Pads encoded records to one length and treats those that are longer."""
     if too_long not in ("error", "drop", "truncate"):
@@ -220,13 +223,13 @@ def _collect(
     kept: list[tuple[list[int], list[int]]] = []
     dropped = truncated = escaped = 0
     for i, item in enumerate(records):
-        record = as_record(item)
-        with _of(f"record {i}"):
+        record, name = as_record(item), f"record {i}" if names is None else names[i]
+        with _of(name):
             tokens, mask = encode(record)
         if len(tokens) > max_length:
             if too_long == "error":
                 raise UserError(
-                    f"record {i} has {len(tokens)} tokens, max_length is {max_length}; "
+                    f"{name} has {len(tokens)} tokens, max_length is {max_length}; "
                     "raise it, or pass too_long='drop' or 'truncate'"
                 )
             # A cut that leaves no answer would be an example without a loss.
