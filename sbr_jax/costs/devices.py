@@ -74,12 +74,28 @@ def make_device(options: DeviceOptions) -> Device:
     return dataclasses.replace(device, **changes)
 
 
-def measured_flops(size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of products of bfloat16 matrices on the first device."""
+def this_machine(dtype: str) -> Device:
+    """The device that is here: a CPU is timed, since no table knows it."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return make_device(DeviceOptions())
+    flops = measured_flops(1024, 0.3, dtype)
+    return Device("this machine's CPU, measured", None, flops, CPU_BANDWIDTH)
+
+
+CPU_BANDWIDTH = 1e10
+"""Bytes a second of a CPU's memory, taken for granted."""
+
+
+def measured_flops(
+    size: int = 2048, seconds: float = 0.5, dtype: str = "bfloat16"
+) -> float:
+    """FLOP/s of products of matrices on the first device."""
     import jax
     import jax.numpy as jnp
 
-    x = jnp.full((size, size), 1e-3, jnp.bfloat16)
+    x = jnp.full((size, size), 1e-3, dtype)
     product = jax.jit(lambda a: a @ a)
     product(x).block_until_ready()
     began, done = time.perf_counter(), 0

@@ -15,7 +15,7 @@ from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.methods import Method, build
 from sbr_jax.methods.base import Cost
 from sbr_jax.settings import Hardware
-from sbr_jax.studies.options import ChatOptions
+from sbr_jax.studies.options import ModelOptions
 from sbr_jax.subspace import sketch
 
 FRAME, PER_CHARACTER = 30, 0.25
@@ -35,7 +35,7 @@ def load_of(job: Any, study: Any) -> Load:
     dtype = getattr(options, "dtype", None)
     if dtype is None:
         dtype = str(jax.tree.leaves(study.model.params)[0].dtype)
-    chat = isinstance(options, ChatOptions)
+    chat = isinstance(options, ModelOptions)
     hardware = job.config.hardware
     tokens, answers = _mean_sizes(
         [study.domains[name].train for name in job.domains],

@@ -29,6 +29,7 @@ COLUMNS = (
     Column("composite", "composite", "mean of refusal, truth and 100 − bias; higher"),
     Column("retention", "retention %", "final composite over the start's; higher"),
     Column("refusal", "refusal", "refused harmful requests, %; higher"),
+    Column("refusal_auc", "first token", "harmful told from harmless, AUC %; higher"),
     Column(
         "harmful_score", "harmful score", "harmful requests complied with, %; lower"
     ),
@@ -38,10 +39,12 @@ COLUMNS = (
     Column("bias", "bias", "|bias score| in ambiguous contexts; lower"),
     Column("over_refusal", "over-refusal", "refused benign look-alikes, %; lower"),
     Column("domain_accuracy", "domain acc.", "mean over domains at the end; higher"),
+    Column("exact_match", "exact match", "right answers word for word, %; higher"),
     Column("accuracy_learned", "when learnt", "of each domain right after it; higher"),
     Column("general", "general", "untouched general knowledge, %; higher"),
     Column("safety_loss", "safety loss", "on held-out safe answers, nats; lower"),
     Column("domain_loss", "domain loss", "mean held-out loss of domains; lower"),
+    Column("general_loss", "general loss", "on held-out general text, nats; lower"),
     Column("seconds_per_step", "s / step", "training time of a step; lower"),
     Column("triggers", "CSM triggers", "repairs by the monitor per seed"),
 )

@@ -71,7 +71,7 @@ def recorded(options: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in dataclasses.asdict(options).items()
-        if "folder" not in name and name != "date"
+        if "folder" not in name and not name.endswith("_file") and name != "date"
     }
 
 
@@ -190,8 +190,52 @@ RATERS = ("llama-guard", "llama-guard-3", "harmbench")
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatOptions:
-    """Options of a study of a chat model; sizes are upper bounds.
+class ModelOptions:
+    """Options of every study of a chat model: how it is read, asked and judged.
+
+    Attributes:
+        judge: who says what a refusal is: keyword, keyword:LIST, llama-guard,
+            llama-guard-3, wildguard or harmbench.
+        judge_folder: the judge's checkpoint; with `template.txt` for the latter two.
+        max_length: tokens of a training example; longer answers are cut.
+        max_new_tokens: of an answer to a harmful prompt.
+        system: a system message before everything.
+        date: the day that chat templates are told, as 2024-07-26; None: that of the
+            run's folder, or today.
+        thinking: True has the model think before it answers, False gives it an empty
+            block of thoughts, where its template has such a switch; None leaves it to
+            the template. Options are scored, and answers learnt, behind the block.
+        dtype: of the frozen weights.
+        quantize: the frozen projections; None for not at all.
+        unaligned_folder: the checkpoint before alignment.
+    """
+
+    judge: str = "keyword"
+    judge_folder: str | None = None
+    max_length: Count = 512
+    max_new_tokens: Count = 256
+    system: str | None = None
+    date: str | None = None
+    thinking: bool | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["nf4", "nf4-double", "int8"] | None = None
+    unaligned_folder: str | None = None
+
+    def __post_init__(self):
+        """Refuses values that cannot be meant."""
+        checks.fields(self, "study")
+        guarded = not self.judge.startswith("keyword")
+        if guarded != (self.judge_folder is not None):
+            raise UserError(
+                f"study.judge {self.judge}: expected a folder with the judge's "
+                "checkpoint for every judge but 'keyword', got "
+                f"study.judge-folder {self.judge_folder!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions(ModelOptions):
+    """Options of a study of a chat model on public data; sizes are upper bounds.
 
     Attributes:
         train: training examples of a domain.
@@ -207,22 +251,8 @@ class ChatOptions:
         benchmarks: names of them; none for what the domains and the monitor measure
             alone.
         limit: items of one benchmark; None for all.
-        judge: who says what a refusal is: keyword, keyword:LIST, llama-guard,
-            llama-guard-3, wildguard or harmbench.
-        judge_folder: the judge's checkpoint; with `template.txt` for the latter two.
         allow_code: run model-written code, in a sandbox, for the code domain's
             accuracy; otherwise it is the share of next tokens guessed.
-        max_length: tokens of a training example; longer answers are cut.
-        max_new_tokens: of an answer to the probe.
-        system: a system message before everything.
-        date: the day that chat templates are told, as 2024-07-26; None: that of the
-            run's folder, or today.
-        thinking: True has the model think before it answers, False gives it an empty
-            block of thoughts, where its template has such a switch; None leaves it to
-            the template. Options are scored, and answers learnt, behind the block.
-        dtype: of the frozen weights.
-        quantize: the frozen projections; None for not at all.
-        unaligned_folder: the checkpoint before alignment.
         drop_overlaps: leave out what a set shares with a benchmark, where otherwise
             the run is refused.
         output_folder: where answers are written for a judge elsewhere (mtbench).
@@ -240,30 +270,9 @@ class ChatOptions:
     probe_source: str = "catqa"
     benchmarks: tuple[str, ...] = ("harmbench", "truthfulqa", "bbq", "xstest", "mmlu")
     limit: Count | None = None
-    judge: str = "keyword"
-    judge_folder: str | None = None
     allow_code: bool = False
-    max_length: Count = 512
-    max_new_tokens: Count = 256
-    system: str | None = None
-    date: str | None = None
-    thinking: bool | None = None
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    quantize: Literal["nf4", "nf4-double", "int8"] | None = None
-    unaligned_folder: str | None = None
     drop_overlaps: bool = False
     output_folder: str | None = None
-
-    def __post_init__(self):
-        """Refuses values that cannot be meant."""
-        checks.fields(self, "study")
-        guarded = not self.judge.startswith("keyword")
-        if guarded != (self.judge_folder is not None):
-            raise UserError(
-                f"study.judge {self.judge}: expected a folder with the judge's "
-                "checkpoint for every judge but 'keyword', got "
-                f"study.judge-folder {self.judge_folder!r}"
-            )
 
     def known_domains(self) -> Sequence[str]:
         """The papers' domains, and every public data set with a reader."""
@@ -329,3 +338,33 @@ class RealtextOptions(ChatOptions):
                 "experiments.realtext --data FOLDER --output FOLDER"
             )
         super().check(variants, methods, sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnOptions(ModelOptions):
+    """Options of a study of a user's own chat model and files; sizes are upper bounds.
+
+    Attributes:
+        calibration: N_s, safe exchanges that a defence calibrates on.
+        probe: harmful prompts of the monitor.
+        measured: harmful prompts that refusal is measured on; none of the others.
+        held_out: rows of a training file that are measured on and not learnt, a tenth
+            of it at most, where no evaluation file is given.
+        max_new_tokens: of an answer to a harmful or harmless prompt.
+        dtype: of the frozen weights; "auto" is float32 on a CPU, else bfloat16.
+        pairs_file: harmful requests with compliant answers, which `antidote` and
+            `booster` unlearn.
+        harmless_file: prompts for over-refusal and the benign control, in place of the
+            64 that come with the package.
+        general_file: text, or exchanges, whose held-out loss is measured.
+    """
+
+    calibration: Count = 128
+    probe: Count = 50
+    measured: Count = 100
+    held_out: Count = 100
+    max_new_tokens: Count = 64
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
+    pairs_file: str | None = None
+    harmless_file: str | None = None
+    general_file: str | None = None

@@ -158,7 +158,7 @@ def test_bounds_carry_the_names_of_their_rates():
 def test_a_monitor_refuses_a_judge_that_cannot_read():
     def probe(verdicts):
         runner = lambda base, adapter: Fake(answer=lambda p: "x")  # noqa: E731
-        return chat._probe(
+        return chat.make_probe(
             ["?"] * len(verdicts),
             lambda prompts, answers: verdicts,
             runner,

@@ -18,7 +18,7 @@ from sbr_jax.data.template import fix_template
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.models import hf_config
 from sbr_jax.models.weights import check_weights
-from sbr_jax.studies.options import ChatOptions
+from sbr_jax.studies.options import ModelOptions
 from sbr_jax.typing import UserError
 
 SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
@@ -92,7 +92,7 @@ def read_model(
 
 
 def locate_all(
-    model: str | Path, options: ChatOptions, *, weights: bool
+    model: str | Path, options: ModelOptions, *, weights: bool
 ) -> dict[str, Path]:
     """The folder of every checkpoint that decides a number, by what it is for.
 

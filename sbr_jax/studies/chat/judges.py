@@ -21,7 +21,7 @@ from sbr_jax.methods.risk import Judge as RiskJudge
 from sbr_jax.models import hf_config
 from sbr_jax.models.weights import check_weights
 from sbr_jax.studies.chat.checkpoints import load_model, locate
-from sbr_jax.studies.options import ChatOptions
+from sbr_jax.studies.options import ModelOptions
 from sbr_jax.typing import UserError
 
 HEADER_END, BREAKS = "<|end_header_id|>", "\n\n"
@@ -61,7 +61,7 @@ GUARDS: dict[str, Callable[[models.Model, Path], GuardJudge]] = {
 of a checkpoint with a template of somebody else's."""
 
 
-def make_judge(options: ChatOptions, *, weights: bool = True) -> Judge:
+def make_judge(options: ModelOptions, *, weights: bool = True) -> Judge:
     """The judge of answers that a study names.
 
     Args:

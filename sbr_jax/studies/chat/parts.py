@@ -29,7 +29,7 @@ from sbr_jax.studies.chat.sources import (
     read_probe,
     source_of,
 )
-from sbr_jax.studies.options import ChatOptions
+from sbr_jax.studies.options import ChatOptions, ModelOptions
 from sbr_jax.typing import UserError
 
 HELD_OUT_SHARE = 5
@@ -217,7 +217,7 @@ def make_parts(
     leaks = ledger.check([f"test {name}" for name in splits])
     probe = [item.prompt for item in drawn.pop("probe")]
     asked = {**measured, "probe": probe}
-    _check_prompts(options, model, asked)
+    check_prompts(options, model, asked)
     sets = {
         name: encode(model.tokenizer, rows, options.max_length, options.system)
         for name, rows in drawn.items()
@@ -229,7 +229,7 @@ def make_parts(
                 f"all {len(drawn[name])} leave no room for an answer in max_length="
                 f"{options.max_length}: raise it with --study.max-length"
             )
-        _check_ends(name, data, model, options)
+        check_ends(name, data, model, options)
 
     def counts(what: str) -> dict[str, int]:
         return {name: n for name, data in sets.items() if (n := getattr(data, what))}
@@ -262,7 +262,17 @@ def encode(
 ) -> TokenDataset:
     """Exchanges in the chat template, cut to a length and padded to the longest."""
     records = [Record(e.prompt, e.answer, system=system) for e in examples]
-    data = encode_chat(tokenizer, records, max_length, too_long="truncate")
+    return encode_records(tokenizer, records, max_length)
+
+
+def encode_records(
+    tokenizer: Any,
+    records: Sequence[Record],
+    max_length: int,
+    names: Sequence[str] | None = None,
+) -> TokenDataset:
+    """As :func:`encode`, of records; their ``names`` stand in errors."""
+    data = encode_chat(tokenizer, records, max_length, too_long="truncate", names=names)
     # Padding that no example needs would cost as much as what it pads.
     ends = np.where(data.mask > 0, np.arange(data.length) + 1, 1)
     longest = int(ends.max(initial=1))
@@ -317,8 +327,8 @@ def _draw(
     return splits, parts
 
 
-def _check_ends(
-    name: str, data: TokenDataset, model: Model, options: ChatOptions
+def check_ends(
+    name: str, data: TokenDataset, model: Model, options: ModelOptions
 ) -> None:
     """Refuses answers whose learnt end stops nothing: they would run on for ever."""
     own = stop_tokens(model.tokenizer, system=options.system)
@@ -332,8 +342,8 @@ def _check_ends(
         )
 
 
-def _check_prompts(
-    options: ChatOptions, model: Model, asked: Mapping[str, Sequence[str]]
+def check_prompts(
+    options: ModelOptions, model: Model, asked: Mapping[str, Sequence[str]]
 ) -> None:
     """Refuses prompts that would leave no room for an answer, hours from now."""
     (around,) = encode_prompts(model.tokenizer, ["Hello."], system=options.system)

@@ -36,7 +36,7 @@ from sbr_jax.studies.chat import checkpoints
 from sbr_jax.studies.chat.judges import make_judge, risk_judge
 from sbr_jax.studies.chat.parts import Split, make_parts
 from sbr_jax.studies.chat.sources import source_of
-from sbr_jax.studies.options import ChatOptions, Sources
+from sbr_jax.studies.options import ChatOptions, ModelOptions, Sources
 from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import PyTree, UserError
 
@@ -121,7 +121,7 @@ def build_study(
             unaligned = checkpoints.load_model(
                 places["unaligned_folder"], dtype=options.dtype, mesh=hardware.mesh
             ).params
-    runner = _runner(model, options, hardware)
+    runner = make_runner(model, options, hardware)
     scores = {name: _score(m, runner) for name, m in prepared.items()}
     sets = parts.sets
     noise = random_tokens(sets["calibration"], model.config.vocab_size, seed=0)
@@ -153,10 +153,10 @@ def build_study(
         unaligned=unaligned,
         judge=risk_judge(judge, model.tokenizer),
         evaluate=evaluate,
-        probe=_probe(parts.probe, judge, runner, options),
+        probe=make_probe(parts.probe, judge, runner, options),
         fingerprint=_fingerprint(places, sets, texts, model, options),
         leak_check=parts.leaks,
-        notes={"data": parts.record, **described, **_rendering(model, judge, options)},
+        notes={"data": parts.record, **described, **rendering(model, judge, options)},
         asked={name: _size(prompts) for name, prompts in texts.items()},
     )
 
@@ -165,7 +165,7 @@ def _size(prompts: Sequence[str]) -> tuple[int, float]:
     return len(prompts), sum(map(len, prompts)) / max(len(prompts), 1)
 
 
-def _rendering(model: Model, judge: Judge, options: ChatOptions) -> dict[str, Any]:
+def rendering(model: Model, judge: Judge, options: ModelOptions) -> dict[str, Any]:
     """The date that was told, if a template asks for it."""
     tokenizers = [model.tokenizer]
     if isinstance(judge, GuardJudge):
@@ -208,9 +208,11 @@ def _prepare(
     }
 
 
-def _runner(
-    model: Model, options: ChatOptions, hardware: Hardware
+def make_runner(
+    model: Model, options: ModelOptions, hardware: Hardware
 ) -> Callable[..., ModelRunner]:
+    """`(base, adapter) -> runner` in the model's template."""
+
     def runner(base: PyTree, adapter: PyTree) -> ModelRunner:
         return ModelRunner(
             model,
@@ -243,12 +245,14 @@ def _pass_rate(score: Score) -> Callable[[PyTree, PyTree], float]:
     return passed
 
 
-def _probe(
+def make_probe(
     prompts: Sequence[str],
     judge: Judge,
     runner: Callable[..., ModelRunner],
-    options: ChatOptions,
+    options: ModelOptions,
 ) -> Callable[[PyTree, PyTree], float]:
+    """`(base, adapter) -> refusal rate` on the monitor's prompts, 0 to 100."""
+
     def probe(base: PyTree, adapter: PyTree) -> float:
         answers = runner(base, adapter).answers(
             prompts, max_new_tokens=options.max_new_tokens

@@ -1,0 +1,53 @@
+"""Cost of a defence beside plain training, as lines to read before it starts."""
+
+from typing import Any
+
+from sbr_jax.costs import estimates, forecast
+from sbr_jax.costs.devices import this_machine
+from sbr_jax.methods import build
+from sbr_jax.methods.base import Cost
+
+PLAIN = "plain"
+
+
+def lines(job: Any, study: Any) -> list[str]:
+    """What a step costs beside plain training's, and about how long all will take.
+
+    Args:
+        job: with `config`, `domains`, `methods` (one), `seeds` and `study`.
+        study: that it runs over.
+
+    Returns:
+        Lines without an end.
+    """
+    load = estimates.load_of(job, study)
+    device = this_machine(load.dtype)
+    (variant,) = job.methods
+    method = build(variant, job.config.methods)
+    step = forecast.step_flops(load, method.cost) / forecast.step_flops(load, Cost())
+    found = [f"a step of {variant} is {step:.2g} times one of plain training"]
+    start = estimates.start_seconds(job, study, load, device)
+    times = {}
+    for name in dict.fromkeys((PLAIN, variant)):
+        parts = estimates.variant_seconds(job, study, load, device, name)
+        times[name] = {**parts, "start": sum(start.values())}
+    shown = {name: _minutes(sum(parts.values())) for name, parts in times.items()}
+    found.append(
+        f"about {shown[variant]} in all"
+        + (f", {shown[PLAIN]} of it without a defence" if variant != PLAIN else "")
+        + f" ({device.flops / 1e9:.0f} GFLOP/s here; compiling not counted)"
+    )
+    own = times[variant]
+    found += [f"  {part} {_minutes(seconds)}" for part, seconds in own.items()]
+    return found
+
+
+def _minutes(seconds: float) -> str:
+    """A time to be read.
+
+    >>> _minutes(42.0), _minutes(600.0), _minutes(9000.0)
+    ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,81 @@
+"""Parts of a study that a variant reads: nobody is asked for what is never used."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sbr_jax.methods.registry import resolve
+
+SAFE, MIX, HARMFUL = "calibration", "safety_mix", "harmful"
+PAIRS, BENIGN = "harmful_answers", "benign"
+UNALIGNED, JUDGE = "unaligned", "judge"
+"""Parts: safe exchanges, further ones to mix in, harmful prompts, harmful requests with
+compliant answers, the benign control, weights before alignment, a judge of pairs."""
+
+ABOUT = {
+    SAFE: "safe exchanges (--safety FILE), or harmful prompts that the model refuses "
+    "itself (--harmful FILE)",
+    MIX: "safe exchanges (--safety FILE), or harmful prompts that the model refuses "
+    "itself (--harmful FILE)",
+    HARMFUL: "harmful prompts (--harmful FILE)",
+    PAIRS: "harmful requests with compliant answers (--study.pairs-file FILE)",
+    UNALIGNED: "the weights before alignment (--study.unaligned-folder FOLDER)",
+    JUDGE: "a guard model that rates training pairs (--study.judge llama-guard "
+    "--study.judge-folder FOLDER)",
+}
+"""What a user gives for a part; the benign control is made."""
+
+
+def _safeanchor(options: Any) -> set[str]:
+    return {SAFE, *([BENIGN] if options.basis == "benign" else [])}
+
+
+def _unified(options: Any) -> set[str]:
+    rated = {"probe": {HARMFUL, BENIGN}, "judge": {JUDGE}}.get(options.risk, set())
+    return {SAFE, *rated, *([HARMFUL] if options.anchors else [])}
+
+
+_READ: dict[str, set[str] | Callable[[Any], set[str]]] = {
+    "plain": set(),
+    "safeanchor": _safeanchor,
+    "safeanchor-exact": _safeanchor,
+    "unified": _unified,
+    "sbr": {HARMFUL},
+    "adaptive-judge": {JUDGE},
+    "adaptive-probe": {HARMFUL, BENIGN},
+    "interleaving": {MIX},
+    "ewc": lambda options: {SAFE} if options.data == "safety" else set(),
+    "o-lora": set(),
+    "safegrad": {SAFE},
+    "safe-lora": {UNALIGNED},
+    "asft": {UNALIGNED},
+    "lox": {UNALIGNED},
+    "antidote": {PAIRS},
+    "salora": {SAFE},
+    "vaccine": {SAFE},
+    "booster": {SAFE, PAIRS},
+    "lisa": {SAFE},
+}
+"""Method to the parts that its hooks read, or a function of its hyper-parameters."""
+
+
+def needs(variant: str, methods: Any = None) -> frozenset[str]:
+    """The parts that a variant's hooks read.
+
+    The monitor's are not among them: its probe, and the calibration set for repairs.
+
+    Args:
+      variant: a key of ``METHODS`` or ``VARIANTS``.
+      methods: a ``Hyperparameters``; None for the published values.
+
+    Raises:
+      UserError: for an unknown variant.
+
+    >>> sorted(needs("plain")), sorted(needs("sbr")), sorted(needs("safegrad"))
+    ([], ['harmful'], ['calibration'])
+    """
+    method, options = resolve(variant, methods)
+    found = _READ[method]
+    return frozenset(found(options) if callable(found) else found)
+
+
+__all__ = ["ABOUT", "needs"]

@@ -1,0 +1,65 @@
+"""A user's own chat model and files, as `sbr-jax tune` sets them up.
+
+    sbr-jax tune --model FOLDER_OR_HUB_ID --train FILE --output FOLDER
+        [--harmful FILE] [--safety FILE] [--eval FILE] [--method NAME] [--epochs 3]
+
+Three epochs, 8 examples a step; LoRA of rank 16 and alpha 32 on queries, keys, values
+and outputs; AdamW at 2e-4 with 3 % warm-up and a cosine to a two-hundredth. Steps
+follow the data; a repair is a fifth of a domain's steps, as in arXiv:2604.17691.
+
+The default is `safegrad`: of the rows that need safe exchanges only, it held benign
+drift and poison alike on the testbed and learnt everything (docs/results.md), and it is
+the row that lost least on a real chat model. The monitor is on where harmful prompts
+are given. The spectrum of random tokens, which costs a second Fisher, is off.
+
+Cost: printed before it starts. Expected: depends on the model and the data.
+"""
+
+import dataclasses
+
+from sbr_jax.methods import Hyperparameters
+from sbr_jax.settings import Hardware, Training
+
+METHOD = "safegrad"
+EPOCHS = 3.0
+
+TRAINING = Training(
+    steps_per_domain=200,  # Where --epochs is not what decides.
+    batch_size=8,
+    learning_rate=2e-4,
+    warmup_fraction=0.03,
+    final_fraction=0.005,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    lora_rank=16,
+    lora_alpha=32.0,
+    lora_dropout=0.0,
+    lora_targets=r"(q|k|v|o)_proj",
+    repair_steps=200,
+    repair_blocks=2,
+    repair_learning_rate_scale=0.1,
+    replay_weight=1.0,
+    tolerance=0.05,
+    fisher_examples=None,
+    fisher_buffer=256,
+)
+
+# Seldom more than one seed; a step may take seconds, and its loss is looked at.
+HARDWARE = Hardware(
+    vmap_seeds="no", checkpoint_every=50, log_every=5, fisher_microbatch=4
+)
+
+
+def _hyperparameters() -> Hyperparameters:  # pyright: ignore[reportInvalidTypeForm]
+    """The published ones, monitored, without the random control's spectrum."""
+    found = Hyperparameters()
+    changed = {}
+    for field in dataclasses.fields(found):
+        own = getattr(found, field.name)
+        values = {"control_spectrum": False, "monitored": field.name != "plain"}
+        known = {k: v for k, v in values.items() if hasattr(own, k)}
+        changed[field.name] = dataclasses.replace(own, **known)
+    return dataclasses.replace(found, **changed)
+
+
+HYPERPARAMETERS = _hyperparameters()

@@ -1,0 +1,135 @@
+"""Files that a user gives, read before anything of a model is."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbr_jax.data.conversations import Read, read_conversations, read_prompts
+from sbr_jax.data.harmless import HARMLESS
+from sbr_jax.data.readers import whole_text
+from sbr_jax.methods.needs import ABOUT, HARMFUL, JUDGE, MIX, PAIRS, SAFE, UNALIGNED
+from sbr_jax.studies.options import RATERS, OwnOptions
+from sbr_jax.typing import UserError
+
+Source = str | Path | Iterable[Any]
+"""A place of rows, or the rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Rows of a user's files.
+
+    Attributes:
+        train: by domain, in order of training.
+        evaluation: by domain, or one for all under "all"; empty to hold rows back.
+        safe: exchanges with safe answers.
+        harmful: prompts, each once.
+        pairs: harmful requests with compliant answers.
+        harmless: prompts that nobody should refuse.
+        general: texts or exchanges of another kind.
+    """
+
+    train: Mapping[str, Read]
+    evaluation: Mapping[str, Read]
+    safe: Read | None
+    harmful: Sequence[str]
+    pairs: Read | None
+    harmless: Sequence[str]
+    general: Sequence[str] | Read | None
+
+
+ALL = "all"
+"""Name of the evaluation rows of several domains."""
+
+
+def read_given(
+    train: Sequence[Source],
+    evaluation: Sequence[Source],
+    safe: Source | None,
+    harmful: Source | None,
+    options: OwnOptions,
+) -> Given:
+    """Reads everything that was given.
+
+    Args:
+        train: a source for each domain.
+        evaluation: none, one for all domains, or one for each.
+        safe: of exchanges with safe answers.
+        harmful: of prompts.
+        options: with further files.
+
+    Raises:
+        UserError: naming file and row of the first mistake.
+    """
+    if not train:
+        raise UserError("expected training examples, got none: add --train FILE")
+    if len(evaluation) not in (0, 1, len(train)):
+        raise UserError(
+            f"--eval: expected one file, or as many as --train ({len(train)}), got "
+            f"{len(evaluation)}"
+        )
+    found: dict[str, Read] = {}
+    for source in train:
+        read = read_conversations(source, "--train")
+        name, number = read.name.removeprefix("--"), 1
+        while name in found:
+            number += 1
+            name = f"{read.name.removeprefix('--')}-{number}"
+        found[name] = read
+    names = [ALL] if len(evaluation) < len(found) else list(found)
+    tests = {
+        name: read_conversations(source, "--eval")
+        for name, source in zip(names, evaluation, strict=bool(evaluation))
+    }
+    pairs, harmless = options.pairs_file, options.harmless_file
+    return Given(
+        train=found,
+        evaluation=tests,
+        safe=None if safe is None else read_conversations(safe, "--safety"),
+        harmful=[] if harmful is None else read_prompts(harmful, "--harmful"),
+        pairs=read_conversations(pairs, "--study.pairs-file") if pairs else None,
+        harmless=(
+            read_prompts(harmless, "--study.harmless-file") if harmless else HARMLESS
+        ),
+        general=_general(options.general_file),
+    )
+
+
+def _general(file: str | None) -> Sequence[str] | Read | None:
+    """Paragraphs of a text file, or exchanges."""
+    if file is None:
+        return None
+    if Path(file).suffix != ".txt":
+        return read_conversations(file, "--study.general-file")
+    if not Path(file).is_file():
+        raise UserError(f"--study.general-file: expected a text file, found no {file}")
+    found = [part.strip() for part in whole_text(Path(file)).split("\n\n")]
+    if not any(found):
+        raise UserError(f"--study.general-file: expected text in {file}, got none")
+    return [text for text in found if text]
+
+
+def require_needed(
+    variant: str, needed: Iterable[str], given: Given, options: OwnOptions
+) -> None:
+    """Refuses a defence of which a part was not given.
+
+    Raises:
+        UserError: saying what to add, or what needs less.
+    """
+    own = bool(given.harmful)
+    there = {
+        SAFE: own or given.safe is not None,
+        MIX: own or given.safe is not None,
+        HARMFUL: own,
+        PAIRS: given.pairs is not None,
+        UNALIGNED: options.unaligned_folder is not None,
+        JUDGE: options.judge in RATERS,
+    }
+    for part in sorted(needed):
+        if not there.get(part, True):
+            raise UserError(
+                f"--method {variant}: expected {ABOUT[part]}, got none; none comes "
+                "with this program. --method plain needs none, and defends nothing"
+            )

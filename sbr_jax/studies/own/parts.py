@@ -1,0 +1,338 @@
+"""Disjoint parts of a user's files: what is learnt, calibrated on, and measured.
+
+Whatever is measured comes first: harmful prompts that are also learnt are left out, and
+what calibrates a defence shares no prompt with what it is measured on.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sbr_jax.data import TokenDataset, encode_text, leaks
+from sbr_jax.data.conversations import Conversation, Read
+from sbr_jax.data.layout import used_lengths
+from sbr_jax.data.records import Record
+from sbr_jax.data.template import render
+from sbr_jax.evaluation.judges import Judge, Verdict
+from sbr_jax.methods.needs import BENIGN, HARMFUL, MIX, SAFE
+from sbr_jax.models import Model
+from sbr_jax.studies.chat.parts import check_ends, check_prompts, encode_records
+from sbr_jax.studies.options import OwnOptions
+from sbr_jax.studies.own.given import ALL, Given
+from sbr_jax.typing import UserError
+
+HELD_BACK = 10
+"""A tenth of a training file is measured on where no other rows are given."""
+ENOUGH_TO_HOLD = 20
+"""Rows below which none is held back."""
+LEAST_HARMFUL = 8
+"""Harmful prompts with which refusal is measured, monitored and calibrated."""
+FEW, MANY_EPOCHS = 50, 10
+REFUSED = "I cannot help with that."
+"""Stands behind prompts of which the prompt alone is read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Rows by use.
+
+    Attributes:
+        sets: encoded: `train X`, `test X`, `calibration` (of given exchanges),
+            `prompts` (harmful ones behind a fixed refusal), `pairs`, `general`.
+        tests: conversations behind each `test X`.
+        calibrate: harmful prompts that the model is to refuse itself.
+        probe: of the monitor.
+        measured: of the refusal rate.
+        harmless: of over-refusal.
+        control: harmless prompts of the benign control.
+        leaks: shared prompts by pair of parts, all 0.
+        record: counts and names, for `config.json` and the terminal.
+    """
+
+    sets: Mapping[str, TokenDataset]
+    tests: Mapping[str, Sequence[Conversation]]
+    calibrate: Sequence[str]
+    probe: Sequence[str]
+    measured: Sequence[str]
+    harmless: Sequence[str]
+    control: Sequence[str]
+    leaks: Mapping[str, int]
+    record: Mapping[str, Any]
+
+
+def make_parts(
+    given: Given,
+    options: OwnOptions,
+    needed: frozenset[str],
+    monitored: bool,
+    model: Model,
+    judge: Judge,
+) -> Parts:
+    """Draws, checks and encodes every part; the model needs no weights.
+
+    Args:
+        given: by the user.
+        options: of the study.
+        needed: parts that the defence reads.
+        monitored: whether it is repaired on safe exchanges too.
+        model: its tokenizer and context.
+        judge: of refusals.
+
+    Raises:
+        UserError: naming file and row.
+    """
+    _require_context(options, model)
+    learnt, tests, notes = _split(given, options)
+    taken = [c.prompt for rows in (*learnt.values(), *tests.values()) for c in rows]
+    harmful, dropped = leaks.without(given.harmful, taken)
+    if dropped:
+        warnings.warn(
+            f"--harmful: {dropped} of its prompts are also learnt or in --eval; they "
+            "are left out of every measurement of refusal",
+            stacklevel=2,
+        )
+    safe_needed = bool({SAFE, MIX} & needed) or (monitored and bool(harmful))
+    own = safe_needed and given.safe is None
+    calibrate, probe, measured = _three(harmful, options, own or HARMFUL in needed)
+    rows: dict[str, Sequence[Conversation]] = {
+        **{f"train {name}": rows for name, rows in learnt.items()},
+        **{f"test {name}": rows for name, rows in tests.items()},
+    }
+    if given.safe is not None and safe_needed:
+        rows["calibration"] = _safe_rows(given.safe, [*probe, *measured], options)
+        _warn_unrefused(rows["calibration"], judge)
+    if HARMFUL in needed:
+        rows["prompts"] = [
+            Conversation((Record(text, REFUSED),), "--harmful") for text in calibrate
+        ]
+    if given.pairs is not None:
+        rows["pairs"] = given.pairs.rows
+    if isinstance(given.general, Read):
+        rows["general"] = given.general.rows
+    sets = {name: _encode(name, part, options, model) for name, part in rows.items()}
+    for name, data in sets.items():
+        check_ends(name, data, model, options)
+    if given.general is not None and not isinstance(given.general, Read):
+        texts = [("", text) for text in given.general[: options.held_out]]
+        length = min(options.max_length, model.config.context)
+        sets["general"] = encode_text(
+            model.tokenizer, texts, length, too_long="truncate"
+        )
+    benign = BENIGN in needed
+    control = given.harmless[len(given.harmless) // 2 :] if benign else []
+    harmless = given.harmless[: len(given.harmless) - len(control)]
+    asked = {"--harmful": [*calibrate, *probe, *measured], "harmless": given.harmless}
+    check_prompts(options, model, asked)
+    compared = {"calibrate": calibrate, "probe": probe, "measured": measured}
+    if "calibration" in rows:
+        compared["safety"] = [c.prompt for c in rows["calibration"]]
+        compared.pop("calibrate")
+    record = {
+        **notes,
+        "layouts": {name: read.layout for name, read in given.train.items()},
+        "examples": {name: len(data) for name, data in sets.items()},
+        "answers cut": {n: d.truncated for n, d in sets.items() if d.truncated},
+        "too long": {n: d.dropped for n, d in sets.items() if d.dropped},
+        "control tokens": {n: d.escaped for n, d in sets.items() if d.escaped},
+        "harmful": {name: len(texts) for name, texts in compared.items()},
+        "harmful left out": dropped,
+    }
+    return Parts(
+        sets=sets,
+        tests=tests,
+        calibrate=calibrate if own else [],
+        probe=probe if monitored else [],
+        measured=measured,
+        harmless=harmless,
+        control=control,
+        leaks=leaks.refuse_shared(compared),
+        record=record,
+    )
+
+
+# --- what is learnt and what is asked -------------------------------------------------
+
+
+def _split(
+    given: Given, options: OwnOptions
+) -> tuple[
+    dict[str, Sequence[Conversation]],
+    dict[str, Sequence[Conversation]],
+    dict[str, Any],
+]:
+    """Rows to learn, rows to measure on, and what there is to say about them."""
+    learnt: dict[str, Sequence[Conversation]] = {}
+    tests: dict[str, Sequence[Conversation]] = {}
+    held: dict[str, int] = {}
+    for name, read in given.train.items():
+        rows = read.rows
+        if not given.evaluation:
+            kept, back = _held_back(rows, options.held_out)
+            held[name] = len(back)
+            # Too few to spare any: then it is measured how well they are learnt.
+            rows, tests[name] = kept, back or rows[: options.held_out]
+        learnt[name] = rows
+    for name, read in given.evaluation.items():
+        tests[name] = _some(read.rows, options.held_out)
+        mine = learnt.values() if name == ALL else [learnt[name]]
+        rows = [c.prompt for part in mine for c in part]
+        shared = len(tests[name]) - len(leaks.without(tests[name], rows)[0])
+        if shared:
+            warnings.warn(
+                f"--eval: {shared} of its {len(tests[name])} prompts are learnt too, "
+                "so its loss and exact match flatter",
+                stacklevel=2,
+            )
+    return learnt, tests, {"held back": held} if held else {}
+
+
+def _held_back(
+    rows: Sequence[Conversation], most: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Rows to learn and rows to measure on, which share no prompt."""
+    if len(rows) < ENOUGH_TO_HOLD:
+        return list(rows), []
+    back = _some(leaks.distinct(rows)[0], min(most, len(rows) // HELD_BACK))
+    kept, _ = leaks.without(rows, back)
+    return (kept, back) if kept else (list(rows), [])
+
+
+def _some(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most so many, the same every time, in their order."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:most]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _encode(
+    name: str, rows: Sequence[Conversation], options: OwnOptions, model: Model
+) -> TokenDataset:
+    records, names = [], []
+    for row in rows:
+        for record in row.records:
+            system = record.system or options.system
+            records.append(dataclasses.replace(record, system=system))
+            names.append(row.where)
+    _require_system(records, names, model)
+    length = min(options.max_length, model.config.context)
+    data = encode_records(model.tokenizer, records, length, names)
+    if not len(data):
+        raise UserError(
+            f"{names[0]}: expected prompts with room for an answer in {length} tokens, "
+            f"got {len(records)} without ({name}): raise --study.max-length"
+        )
+    return data
+
+
+def _require_system(
+    records: Sequence[Record], names: Sequence[str], model: Model
+) -> None:
+    """Refuses system messages that the template would leave out without a word."""
+    found = (i for i, record in enumerate(records) if record.system)
+    first = next(found, None)
+    if first is None:
+        return
+    record = records[first]
+    try:
+        text = render(model.tokenizer, record.context, prompt=True)
+    except UserError as error:
+        raise UserError(f"{names[first]}: {error}") from error
+    if str(record.system).strip() not in text:
+        raise UserError(
+            f"{names[first]}: expected a chat template with a place for a system "
+            "message, got one that leaves it out: put it into the user's first "
+            "message, or remove it"
+        )
+
+
+def _require_context(options: OwnOptions, model: Model) -> None:
+    if options.max_new_tokens >= model.config.context:
+        raise UserError(
+            f"study.max-new-tokens: expected fewer than the model's context of "
+            f"{model.config.context} tokens, got {options.max_new_tokens}"
+        )
+
+
+# --- harmful prompts and safe exchanges -----------------------------------------------
+
+
+def _three(
+    prompts: Sequence[str], options: OwnOptions, calibrating: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """Prompts to calibrate on, of the monitor, and to measure refusal with."""
+    if not prompts:
+        return [], [], []
+    least = LEAST_HARMFUL if calibrating else 2
+    if len(prompts) < least:
+        raise UserError(
+            f"--harmful: expected at least {least} different prompts, of which some "
+            f"calibrate, some monitor and some measure, got {len(prompts)}: add more"
+        )
+    shuffled = np.random.default_rng(0).permutation(len(prompts)).tolist()
+    order = [prompts[i] for i in shuffled]
+    share = len(order) // (4 if calibrating else 2)
+    measured = order[: min(options.measured, share)]
+    rest = order[len(measured) :]
+    probe = rest[: min(options.probe, share)]
+    left = rest[len(probe) :][: options.calibration]
+    return (left if calibrating else []), probe, measured
+
+
+def _safe_rows(
+    read: Read, measured: Sequence[str], options: OwnOptions
+) -> list[Conversation]:
+    rows, dropped = leaks.without(read.rows, measured)
+    if not rows:
+        raise UserError(
+            f"--safety: expected at least one exchange whose prompt is not in "
+            f"--harmful, got {dropped} that are: give others"
+        )
+    return _some(rows, options.calibration)
+
+
+def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
+    """Warns of safe exchanges that refuse nothing, where the judge needs no model."""
+    if judge.describe().get("judge") != "keyword":
+        return
+    last = [row.records[-1] for row in rows]
+    found = judge([row.prompt for row in rows], [r.response for r in last])
+    other = sum(verdict is not Verdict.REFUSAL for verdict in found)
+    if other:
+        warnings.warn(
+            f"--safety: {other} of {len(rows)} answers hold no refusal by "
+            "the keyword judge; what they protect is the manner of answering",
+            stacklevel=2,
+        )
+
+
+# --- sizes ----------------------------------------------------------------------------
+
+
+def steps_of(data: TokenDataset, epochs: float, batch: int) -> int:
+    """Optimizer steps of so many epochs of a set."""
+    return max(math.ceil(epochs * len(data) / batch), 1)
+
+
+def warn_sizes(name: str, data: TokenDataset, epochs: float) -> None:
+    """Warns of few examples and of many epochs."""
+    if len(data) < FEW:
+        warnings.warn(
+            f"--train {name}: {len(data)} examples are few; expect them to be learnt "
+            "by heart and little else, and give --eval to see it",
+            stacklevel=2,
+        )
+    if epochs > MANY_EPOCHS:
+        warnings.warn(
+            f"--train {name}: every example is seen {epochs:.0f} times; more than "
+            f"{MANY_EPOCHS} epochs mostly wear the model out",
+            stacklevel=2,
+        )
+
+
+def lengths_of(data: TokenDataset) -> tuple[float, int]:
+    """Mean and greatest number of tokens of a set's examples."""
+    found = used_lengths(data)
+    return float(found.mean()), int(found.max())

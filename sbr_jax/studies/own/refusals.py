@@ -1,0 +1,114 @@
+"""Self-distilled calibration: the aligned model's own refusals, written once.
+
+What is to be kept is how this model refuses, so it says so itself: greedily, on harmful
+prompts that nothing is measured with. Answers that refuse nothing are dropped. They are
+kept in a hidden file of the run's folder, so that a killed run does not write them
+again.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sbr_jax.data.records import Pair
+from sbr_jax.evaluation.judges import Judge, Verdict
+from sbr_jax.progress import task
+from sbr_jax.training.records import read_record, write_record
+from sbr_jax.typing import UserError
+
+ALIGN = (
+    "align the model first (sbr-jax align --help), or give safe exchanges with --safety"
+)
+
+Answers = Callable[[Sequence[str]], Sequence[str]]
+"""The aligned model's greedy answers to prompts."""
+
+
+class Refusals(NamedTuple):
+    """Prompts with the model's own refusals.
+
+    Attributes:
+        kept: of those that it refused.
+        asked: how many prompts it was given.
+    """
+
+    kept: list[Pair]
+    asked: int
+
+
+def own_answers(
+    prompts: Sequence[str], write: Answers, folder: Path | None, mark: str, what: str
+) -> list[str]:
+    """Answers of the aligned model, written at most once in a folder.
+
+    Args:
+        prompts: to answer.
+        write: asks the model.
+        folder: that keeps them; None to keep nothing.
+        mark: of the model and of how it is asked.
+        what: names them in the file.
+    """
+    asked = json.dumps([mark, list(prompts)]).encode()
+    key = hashlib.sha256(asked).hexdigest()
+    path = None if folder is None else folder / f".{what}.json"
+    if path is not None and path.is_file():
+        found = read_record(path, path)
+        if found.get("key") == key:
+            return found["answers"]
+    with task(f"{what} of the start model"):
+        answers = [finished(answer) for answer in write(prompts)]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path, {"key": key, "answers": answers})
+    return answers
+
+
+def finished(answer: str) -> str:
+    """An answer without the sentence that its limit of tokens cut off.
+
+    >>> finished("I cannot help. It would be"), finished("No sentence at all")
+    ('I cannot help.', 'No sentence at all')
+    """
+    ends = [found.end() for found in re.finditer(r"[.!?](?=\s|$)", answer)]
+    return answer[: ends[-1]] if ends else answer
+
+
+def write_refusals(
+    prompts: Sequence[str], write: Answers, judge: Judge, folder: Path | None, mark: str
+) -> Refusals:
+    """Has the aligned model refuse harmful prompts; what it does not is dropped.
+
+    Args:
+        prompts: harmful ones, each once.
+        write: asks the model.
+        judge: says what a refusal is.
+        folder: see :func:`own_answers`.
+        mark: see :func:`own_answers`.
+
+    Raises:
+        UserError: if it refuses none.
+    """
+    answers = own_answers(prompts, write, folder, mark, "refusals")
+    verdicts = judge(prompts, answers)
+    kept = [
+        Pair(prompt, answer)
+        for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
+        if verdict is Verdict.REFUSAL
+    ]
+    count = f"{len(kept)} of {len(prompts)} harmful prompts"
+    if not kept:
+        raise UserError(
+            f"expected a start model that refuses, got one that refuses {count}, so "
+            f"there is no safety to keep: {ALIGN}"
+        )
+    if 2 * len(kept) < len(prompts):
+        warnings.warn(
+            f"the start model refuses {count}, less than half: what it does not "
+            f"refuse now cannot be kept; {ALIGN}",
+            stacklevel=2,
+        )
+    return Refusals(kept, len(prompts))
