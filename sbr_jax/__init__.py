@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         trust_region,
         update_projection,
     )
+    from sbr_jax.tuning import Tuned as Tuned
+    from sbr_jax.tuning import tune as tune
     from sbr_jax.typing import UserError
 
 __all__ = [
@@ -74,6 +76,8 @@ _ROOMS = ("typing", "losses", "fisher", "subspace", "transforms")
 
 def __getattr__(name: str) -> Any:
     """What is public, and the rooms it lies in, loaded when first asked for."""
+    if name in ("Tuned", "tune"):  # They load language models, and are in no `import *`.
+        return getattr(importlib.import_module(f"{__name__}.tuning"), name)
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:

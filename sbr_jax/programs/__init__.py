@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAMS = {
+    "tune": "fine-tune your chat model on your examples, and keep it safe",
     "run": "fine-tune over a sequence of domains and measure safety after each",
     "attack": "attack a model while it is fine-tuned or after it",
     "analyse": "ask whether the safety subspace is what it is taken for",

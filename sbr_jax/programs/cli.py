@@ -30,7 +30,7 @@ def command(program: str) -> str:
     return f"python -m experiments.{program.replace('-', '_')}"
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, option: str = "--workdir") -> None:
     """Refuses a place for results that is a file, or lies below one.
 
     Raises:
@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> None:
         if place.exists():
             if not place.is_dir():
                 raise UserError(
-                    f"--workdir {folder}: expected a folder, found the file {place}; "
+                    f"{option} {folder}: expected a folder, found the file {place}; "
                     "choose another"
                 )
             return

@@ -61,9 +61,7 @@ class Bar:
         self._progress = None
         drawn = sys.stderr.isatty() and not quiet
         self._open = contextlib.ExitStack()
-        self._told = self._open.enter_context(
-            told.task(f"training {label}", total, drawn=drawn)
-        )
+        self._told = self._open.enter_context(told.task("steps", total, drawn=drawn))
         if not drawn:
             return
         from rich.console import Console

@@ -272,7 +272,7 @@ def _three(
             f"calibrate, some monitor and some measure, got {len(prompts)}: add more"
         )
     shuffled = np.random.default_rng(0).permutation(len(prompts)).tolist()
-    order = [prompts[i] for i in shuffled]
+    order: list[str] = [str(prompts[i]) for i in shuffled]
     share = len(order) // (4 if calibrating else 2)
     measured = order[: min(options.measured, share)]
     rest = order[len(measured) :]

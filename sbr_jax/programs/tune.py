@@ -1,0 +1,172 @@
+"""Fine-tune a chat model of yours on examples of yours, and keep it safe.
+
+    sbr-jax tune --model FOLDER_OR_HUB_ID --train FILE [FILE ...] --output FOLDER
+        [--harmful FILE] [--safety FILE] [--eval FILE ...] [--method NAME]
+        [--epochs 3] [--merged]
+
+Writes a PEFT adapter (or a merged checkpoint), a model card, report.html and
+summary.json into a new folder, with refusal, over-refusal and your own examples
+measured before and after. Killed, the same command continues: its work is kept beside
+the output, in FOLDER.work. All other settings: sbr-jax tune --help.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sbr_jax import files
+from sbr_jax.methods import Hyperparameters
+from sbr_jax.programs import cli
+from sbr_jax.programs.parsing import values_of
+from sbr_jax.recipes.own import EPOCHS, HARDWARE, HYPERPARAMETERS, METHOD, TRAINING
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.studies.options import OwnOptions
+from sbr_jax.typing import UserError
+
+PROGRAM = cli.command("tune")
+STEPS = "--training.steps-per-domain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Fine-tune a chat model of yours on examples of yours, and keep it safe."""
+
+    model: str | None = None
+    """Checkpoint folder of a chat model, or a hub id."""
+    train: tuple[str, ...] = ()
+    """Examples: csv, json, jsonl or parquet, a folder or a hub id; several files are
+    learnt one after the other."""
+    output: Path | None = None
+    """New folder for the adapter and the report; work is kept beside it, in
+    OUTPUT.work."""
+    method: str = METHOD
+    """Defence; plain for none."""
+    harmful: str | None = None
+    """Prompts to be refused: .txt with one a line, a table, or a data set's folder."""
+    safety: str | None = None
+    """Exchanges with safe answers; default: the model's own refusals of --harmful."""
+    eval: tuple[str, ...] = ()
+    """Examples to measure on; default: a tenth of --train is held back."""
+    epochs: float | None = None
+    """Times that every example is learnt; default 3."""
+    merged: bool = False
+    """Write a whole checkpoint, base and adapter in one, in place of the adapter."""
+    seed: int = 0
+    """Of adapter and order."""
+    quiet: bool = False
+    """Print nothing but errors."""
+    study: OwnOptions = OwnOptions()
+    """Sizes, lengths and the judge."""
+    training: Training = TRAINING
+    """Mathematics of the training."""
+    hardware: Hardware = HARDWARE
+    """How it is computed."""
+    hyperparameters: Annotated[
+        Hyperparameters,  # pyright: ignore[reportInvalidTypeForm]
+        tyro.conf.arg(name="methods"),
+    ] = HYPERPARAMETERS
+    """Hyper-parameters of the methods."""
+
+
+def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
+    """Checks a command line, the cheap questions first.
+
+    Args:
+        arguments: parsed.
+        words: of which they were parsed: steps that are said stand, whatever epochs
+            are usual.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    for name, example in (
+        ("model", "FOLDER_OR_HUB_ID"),
+        ("train", "my.jsonl"),
+        ("output", "adapters/mine"),
+    ):
+        if not getattr(arguments, name):
+            raise UserError(f"expected --{name}, got none: add --{name} {example}")
+    output = Path(arguments.output or "")
+    if not files.is_free(output):
+        raise UserError(
+            f"--output {output}: expected a new or empty folder, found something "
+            "there: name another, or remove it"
+        )
+    work = output.with_name(f"{output.name}.work")
+    for folder in (output, work):
+        cli.check_folder(folder, "--output")
+    cli.check_seeds([arguments.seed])
+    epochs = arguments.epochs
+    if values_of(STEPS, words):
+        if epochs is not None:
+            raise UserError(f"expected --epochs or {STEPS}, got both: drop one")
+    elif epochs is None:
+        epochs = EPOCHS
+    from sbr_jax.tuning import Request
+
+    return Request(
+        model=str(arguments.model),
+        train=arguments.train,
+        folder=work,
+        evaluation=arguments.eval,
+        safety=arguments.safety,
+        harmful=arguments.harmful,
+        method=arguments.method,
+        epochs=epochs,
+        seed=arguments.seed,
+        study=arguments.study,
+        training=arguments.training,
+        hardware=arguments.hardware,
+        methods=arguments.hyperparameters,
+        quiet=arguments.quiet,
+    )
+
+
+def execute(request: Any, output: Path, *, merged: bool) -> None:
+    """Reads, says what it will cost, trains, measures, and writes the output."""
+    compiled = cli.enable_compilation_cache()
+    from sbr_jax import tuning
+    from sbr_jax.costs import defending
+    from sbr_jax.reporting import tuned as report
+
+    def say(lines: Sequence[str]) -> None:
+        if not request.quiet:
+            print("\n".join(lines), flush=True)
+
+    with cli.telling(request.quiet):
+        plan = tuning.plan(request)
+        say(report.plan_lines(plan))
+        study = plan.make_study()
+        cost = defending.lines(plan, study)
+        lines = [f"{'cost' * (not i):<8} {line}" for i, line in enumerate(cost)]
+        say([*report.study_lines(study), *lines])
+        tuned = tuning.carry_out(plan, study)
+        report.write(output, plan, study, tuned, merged=merged)
+    say(["", report.text_table(tuned.metrics), "", compiled()])
+    kind = "checkpoint" if merged else "adapter"
+    say([f"{kind}: {output}", f"report: {output / 'report.html'}"])
+    say([f"work: {request.folder} (no longer needed, unless you go on from it)"])
+
+
+def tune(args: Sequence[str]) -> None:
+    """Does what a command line asks for.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    arguments = cli.parse(Arguments, args, PROGRAM)
+    request = make_request(arguments, args)
+    execute(request, Path(arguments.output or ""), merged=arguments.merged)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit code."""
+    return cli.start(tune, args, None, interrupted=cli.KEPT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

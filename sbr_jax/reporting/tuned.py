@@ -1,0 +1,233 @@
+"""What a user reads of a tuned model: its plan, the table, the files beside it.
+
+Counts, names and numbers alone: no text of an example stands in any of them.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sbr_jax import files
+from sbr_jax.data.layout import used_lengths
+from sbr_jax.reporting import report
+from sbr_jax.reporting.tables import Cell, Table, to_markdown
+from sbr_jax.training.records import plain_numbers
+
+CARD = "README.md"
+RATES = {
+    "refusal": "refused held-out harmful prompts, %",
+    "refusal_auc": "harmful told from harmless at the first token, AUC %",
+    "over_refusal": "refused harmless prompts, %",
+    "exact_match": "exact match on your examples, %",
+    "accuracy": "next token guessed on your examples, %",
+}
+LOSSES = {
+    "loss": "loss on your examples, nats a token",
+    "general_loss": "loss on general text, nats a token",
+}
+"""Metric to what a table calls it."""
+
+
+def plan_lines(plan: Any) -> list[str]:
+    """What was read, in which layout, how long it is, and how often it is seen.
+
+    Args:
+        plan: of `tuning.plan`.
+    """
+    training, parts, given = plan.config.training, plan.parts, plan.given
+    found = []
+    for name, read in given.train.items():
+        data = parts.sets[f"train {name}"]
+        sizes, batch = used_lengths(data), training.batch_size
+        epochs, steps = plan.request.epochs, training.steps_per_domain
+        if epochs is None:
+            epochs = steps * batch / len(data)
+        else:
+            steps = -(-int(epochs * len(data)) // batch)
+        found += [
+            f"train    {name}: {len(read.rows)} rows ({read.layout}), {len(data)} "
+            f"answers to learn, {sizes.mean():.0f} tokens on average, {sizes.max()} at "
+            f"most; {data.truncated} cut, {data.dropped} too long",
+            f"         about {steps} steps of {batch} examples: {epochs:.3g} epochs",
+        ]
+    for name, data in parts.sets.items():
+        if name.startswith("test "):
+            kind = "given" if given.evaluation else "held back"
+            own = parts.record.get("held back", {}).get(name[5:], 1)
+            kind = kind if own else "the same that are learnt: too few to hold any back"
+            found.append(f"measured {len(data)} answers of {name[5:]}, {kind}")
+    if parts.measured:
+        counts = parts.record["harmful"]
+        shown = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+        found.append(f"harmful  {shown}")
+    else:
+        found.append(
+            "harmful  no prompts (--harmful), so refusal is not measured and the "
+            "monitor is off"
+        )
+    monitored = "monitored" if parts.probe else "no monitor"
+    found.append(f"method   {plan.request.method}, {monitored}")
+    found.append(f"work     {plan.request.folder}; the same command continues there")
+    return found
+
+
+def study_lines(study: Any) -> list[str]:
+    """What the start model has written for its own calibration."""
+    written = study.notes["data"].get("refusals")
+    if not written:
+        return []
+    return [
+        f"safe     the start model refused {written['refused']} of {written['asked']} "
+        "harmful prompts; these refusals are what is kept"
+    ]
+
+
+def table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    """Before, after and the change, a row per metric that both have."""
+    before, after = metrics["before"], metrics["after"]
+    rows = []
+    for names, digits in ((RATES, 1), (LOSSES, 3)):
+        for key, title in names.items():
+            for name in (n for n in before if n == key or n.startswith(f"{key}/")):
+                _, _, part = name.partition("/")
+                if name not in after or (key == "exact_match" and not part):
+                    continue
+                one, two = before[name], after[name]
+                label = f"{title} ({part})" if part else title
+                cells = (Cell(v, digits=digits).text() for v in (one, two))
+                rows.append((label, *cells, f"{two - one:+.{digits}f}"))
+    return Table(("", "before", "after", "change"), tuple(rows))
+
+
+def text_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """The table for a terminal.
+
+    >>> print(text_table({"before": {"refusal": 90.0}, "after": {"refusal": 85.0}}))
+                                         before  after  change
+    refused held-out harmful prompts, %    90.0   85.0    -5.0
+    """
+    from sbr_jax.costs.dry_run import to_text
+
+    return to_text(table(metrics))
+
+
+def write(output: Path, plan: Any, study: Any, tuned: Any, *, merged: bool) -> None:
+    """Writes weights, model card, summary and report into a new folder.
+
+    Args:
+        output: new or empty.
+        plan: of `tuning.plan`.
+        study: that was run over.
+        tuned: of `tuning.carry_out`.
+        merged: whether to write a whole checkpoint.
+
+    Raises:
+        UserError: where an adapter cannot hold what is deployed.
+        OSError: where nothing can be written.
+    """
+    base_name = str(plan.request.model)
+    write = functools.partial(
+        _write, plan=plan, study=study, tuned=tuned, merged=merged, name=base_name
+    )
+    files.fill_folder(output, write, (SafetensorError,))
+
+
+def _write(
+    folder: Path, plan: Any, study: Any, tuned: Any, merged: bool, name: str
+) -> None:
+    if merged:
+        tuned.save_merged(folder)
+    else:
+        tuned.save_peft(folder, name)
+    summary = {
+        "model": name,
+        "method": plan.request.method,
+        "seed": plan.request.seed,
+        "epochs": plan.request.epochs,
+        "data": study.notes["data"],
+        "judge": study.notes["measurements"]["refusal"]["judge"],
+        **tuned.metrics,
+    }
+    text = json.dumps(plain_numbers(summary), indent=2)
+    (folder / "summary.json").write_text(f"{text}\n", encoding="utf-8")
+    (folder / CARD).write_text(card(plan, study, tuned, merged=merged), "utf-8")
+    report.build([plan.request.folder], output=folder / "report.html")
+
+
+def card(plan: Any, study: Any, tuned: Any, *, merged: bool) -> str:
+    """The model card, as the Hugging Face hub reads it."""
+    request, training = plan.request, plan.config.training
+    name = str(request.model)
+    # A folder of this machine is no model that the hub could know.
+    base = [] if Path(name).exists() else [f"base_model: {name}"]
+    kind = [] if merged else ["library_name: peft"]
+    tags = ["tags:", "- lora", "- safety", "- sbr_jax"]
+    counts = plan.parts.record["examples"]
+    learnt = ", ".join(
+        f"{n} ({counts[f'train {n}']} answers)" for n in plan.given.train
+    )
+    judge = study.notes["measurements"]["refusal"]["judge"]
+    written = study.notes["data"].get("refusals")
+    lines = [
+        "---",
+        *base,
+        *kind,
+        *tags,
+        "---",
+        "",
+        f"# {Path(name).name}, tuned with {request.method}",
+        "",
+        f"A {'merged checkpoint' if merged else 'LoRA adapter'} for "
+        f"`{Path(name).name}`, trained with `sbr-jax tune` on {learnt}.",
+        "",
+        "## Before and after",
+        "",
+        to_markdown(table(tuned.metrics)),
+        "",
+        f"Refusals by the judge `{judge.get('judge')}`"
+        f"{', list ' + judge['keywords'] if 'keywords' in judge else ''}, in greedy "
+        f"answers of at most {plan.study.max_new_tokens} tokens; "
+        f"{len(plan.parts.measured)} harmful prompts, {len(plan.parts.harmless)} "
+        "harmless ones, none of which was learnt. Such a judge is a list of words, "
+        "and says nothing of attacks, other languages or long conversations.",
+        "",
+        "## Training",
+        "",
+        f"- method: `{request.method}`"
+        + (
+            f", calibrated on {written['refused']} refusals of the start model itself"
+            if written
+            else ""
+        ),
+        f"- {training.steps_per_domain} steps a domain at most, "
+        f"{training.batch_size} examples each, learning rate "
+        f"{training.learning_rate:g}, seed {request.seed}",
+        f"- LoRA rank {training.lora_rank}, alpha {training.lora_alpha:g}, "
+        f"`{training.lora_targets}`",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_usage(name, merged),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _usage(name: str, merged: bool) -> Sequence[str]:
+    load = "AutoModelForCausalLM.from_pretrained"
+    loads = "from transformers import AutoModelForCausalLM"
+    if merged:
+        return [loads, "", f'model = {load}("FOLDER")']
+    return [
+        "from peft import PeftModel",
+        loads,
+        "",
+        f'model = {load}("{name}")',
+        'model = PeftModel.from_pretrained(model, "FOLDER")',
+    ]

@@ -1,0 +1,365 @@
+"""Fine-tuning of one's own chat model on one's own examples, from Python.
+
+    tuned = sbr_jax.tune("SmolLM2", "my.jsonl", harmful="prompts.txt")
+    print(tuned.metrics["before"]["refusal"], tuned.metrics["after"]["refusal"])
+    tuned.save_peft("adapters/mine")
+
+The command line `sbr-jax tune` is the same, and writes a report beside the adapter.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from safetensors import SafetensorError
+
+from sbr_jax import checks, errors, files
+from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
+from sbr_jax.methods.needs import needs
+from sbr_jax.models import Model, merge_adapter, save
+from sbr_jax.models.peft import save_peft
+from sbr_jax.models.quantize import dequantize
+from sbr_jax.recipes.own import EPOCHS, HARDWARE, HYPERPARAMETERS, METHOD, TRAINING
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.studies import own
+from sbr_jax.studies.chat.judges import make_judge
+from sbr_jax.studies.chat.study import ChatStudy
+from sbr_jax.studies.dates import dated
+from sbr_jax.studies.options import OwnOptions, recorded
+from sbr_jax.studies.own.given import Given, Source, require_needed
+from sbr_jax.studies.own.parts import Parts, steps_of, warn_sizes
+from sbr_jax.training import deployed, pipeline
+from sbr_jax.training.config import Config
+from sbr_jax.training.run_folder import RunFolder
+from sbr_jax.training.stage_records import BASE
+from sbr_jax.training.stages import EVALUATE, NAMES
+from sbr_jax.typing import PyTree, UserError
+
+SHARD_BYTES = 5 * 10**9
+REPAIR_SHARE = 5
+"""A repair is a fifth of a domain's steps at most: 200 of 938, as published."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be tuned, and how.
+
+    Attributes:
+        model: a checkpoint's folder, a hub id, or the model itself.
+        train: a source of examples for each domain, in order of training.
+        folder: of the run; the same folder continues it.
+        evaluation: none, one for all, or one for each domain.
+        safety: safe exchanges.
+        harmful: harmful prompts.
+        method: a defence, or a variant of one.
+        epochs: over each domain; None for `training.steps_per_domain`.
+        seed: of adapter, order and dropout.
+        study: further options.
+        training: mathematics.
+        hardware: how it is computed.
+        methods: hyper-parameters.
+        quiet: print nothing.
+    """
+
+    model: str | Path | Model
+    train: Sequence[Source]
+    folder: Path
+    evaluation: Sequence[Source] = ()
+    safety: Source | None = None
+    harmful: Source | None = None
+    method: str = METHOD
+    epochs: float | None = EPOCHS
+    seed: int = 0
+    study: OwnOptions = OwnOptions()
+    training: Training = TRAINING
+    hardware: Hardware = HARDWARE
+    methods: Hyperparameters = HYPERPARAMETERS  # pyright: ignore[reportInvalidTypeForm]
+    quiet: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A request that was found to be in order; no weight was read yet.
+
+    Attributes:
+        request: as it was made.
+        given: rows of its files.
+        parts: of these, by use.
+        model: without its weights, unless it was given with them.
+        study: options, complete.
+        config: of the job.
+        needed: parts that the method reads.
+    """
+
+    request: Request
+    given: Given
+    parts: Parts
+    model: Model
+    study: OwnOptions
+    config: Config
+    needed: frozenset[str]
+
+    @property
+    def methods(self) -> tuple[str]:
+        """The one variant, as forecasts ask for it."""
+        return (self.request.method,)
+
+    @property
+    def seeds(self) -> tuple[int]:
+        """The one seed."""
+        return (self.request.seed,)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """In order of training."""
+        return tuple(self.given.train)
+
+    def make_study(self) -> ChatStudy:
+        """Loads the weights, and has the model write what calibrates it."""
+        request = self.request
+        return own.build_study(
+            request.model,
+            self.model,
+            self.parts,
+            self.study,
+            self.needed,
+            self.config.hardware,
+            epochs=request.epochs,
+            batch=self.config.training.batch_size,
+            folder=request.folder,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuned:
+    """A tuned model: the deployed weights, and what was measured.
+
+    Attributes:
+        model: as it was before.
+        base: deployed base weights; the model's own, unless the method changed them.
+        adapter: deployed adapter.
+        metrics: `{"before": {...}, "after": {...}}`, rates in 0..100, losses in nats.
+        method: that defended it.
+    """
+
+    model: Model
+    base: PyTree
+    adapter: PyTree
+    metrics: Mapping[str, Mapping[str, float]]
+    method: str
+
+    def save_peft(self, folder: str | Path, base_name: str | None = None) -> None:
+        """Writes the adapter in PEFT's layout.
+
+        Args:
+            folder: new or empty.
+            base_name: what its file calls the base, a hub id or folder.
+
+        Raises:
+            UserError: where base weights were changed too, and for a folder in use.
+        """
+        if self.adapter is None or self.base is not self.model.params:
+            raise UserError(
+                f"'{self.method}' deploys other base weights than it was given, which "
+                "an adapter does not hold: write a merged checkpoint (--merged)"
+            )
+        write = functools.partial(
+            save_peft, model=self.model, adapter=self.adapter, base_name=base_name
+        )
+        _fill(folder, write)
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Writes base and adapter in one, as a Hugging Face checkpoint.
+
+        Args:
+            folder: new or empty.
+        """
+        merged = dequantize(merge_adapter(self.base, self.adapter))
+        model = dataclasses.replace(self.model, params=merged)
+        _fill(folder, functools.partial(save, model=model, max_shard_bytes=SHARD_BYTES))
+
+
+def _fill(folder: str | Path, write: Any) -> None:
+    folder = Path(folder)
+    if not files.is_free(folder):
+        raise UserError(f"expected a new or empty folder, found something in {folder}")
+    files.fill_folder(folder, write, (SafetensorError,))
+
+
+def plan(request: Request) -> Plan:
+    """Checks a request and reads its files; touches no weight and writes nothing.
+
+    Raises:
+        UserError: for the first mistake, naming file and row.
+    """
+    errors.check_names("method", [request.method], [*METHODS, *VARIANTS])
+    if request.epochs is not None:
+        checks.number("epochs", request.epochs, above=0)
+    checks.whole("seed", request.seed, least=0)
+    needed = needs(request.method, request.methods)
+    method = build(request.method, request.methods)
+    options = dated(_with_dtype(request.study), request.folder)
+    given = own.read_given(
+        request.train, request.evaluation, request.safety, request.harmful, options
+    )
+    require_needed(request.method, needed, given, options)
+    model = own.read_model(request.model, options)
+    judge = make_judge(options, weights=False)
+    monitored = method.monitored and bool(given.harmful)
+    parts = own.make_parts(given, options, needed, monitored, model, judge)
+    training = _sized(request, parts)
+    config = Config(training, request.hardware, request.methods)
+    return Plan(request, given, parts, model, options, config, needed)
+
+
+def _with_dtype(options: OwnOptions) -> OwnOptions:
+    if options.dtype != "auto":
+        return options
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dataclasses.replace(options, dtype=dtype)
+
+
+def _sized(request: Request, parts: Parts) -> Training:
+    """Sizes that follow the data."""
+    training = request.training
+    learnt = {n: d for n, d in parts.sets.items() if n.startswith("train ")}
+    batch = min(training.batch_size, *map(len, learnt.values()))
+    steps = training.steps_per_domain
+    if request.epochs is not None:
+        steps = max(steps_of(data, request.epochs, batch) for data in learnt.values())
+    for name, data in learnt.items():
+        epochs = request.epochs or steps * batch / len(data)
+        warn_sizes(name.partition(" ")[2], data, epochs)
+    repair = min(training.repair_steps, max(steps // REPAIR_SHARE, 1))
+    return dataclasses.replace(
+        training, batch_size=batch, steps_per_domain=steps, repair_steps=repair
+    )
+
+
+def carry_out(made: Plan, study: ChatStudy) -> Tuned:
+    """Trains, or does what is left of it, and measures before and after.
+
+    Args:
+        made: of :func:`plan`.
+        study: of its `make_study`.
+
+    Returns:
+        The deployed weights.
+
+    Raises:
+        UserError: for a folder of another run, and whatever a run refuses.
+    """
+    request = made.request
+    pipeline.run(
+        study,
+        made.methods,
+        made.seeds,
+        request.folder,
+        made.config,
+        made.domains,
+        notes={
+            "study": recorded(made.study),
+            "tune": {"epochs": request.epochs, "method": request.method},
+            **study.notes,
+        },
+        quiet=request.quiet,
+    )
+    lines = [record["line"] for record in RunFolder(request.folder).lines(())]
+    mine = [line for line in lines if line["method"] == request.method]
+    (before,) = (line["metrics"] for line in lines if line["method"] == BASE)
+    (*_, after) = (x["metrics"] for x in mine if x["stage"] == NAMES[EVALUATE])
+    opened = deployed.reopen(request.folder, study, made.config, made.domains)
+    base, adapter = deployed.weights(opened, request.method, request.seed)
+    metrics = {"before": before, "after": after}
+    return Tuned(study.model, base, adapter, metrics, request.method)
+
+
+@contextlib.contextmanager
+def _folder(folder: str | Path | None) -> Iterator[Path]:
+    """The folder of a run; one that goes with the block where none is named."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made) / "run"
+
+
+def tune(
+    model: str | Path | Model,
+    examples: Source | Sequence[Source],
+    method: str = METHOD,
+    *,
+    harmful: Source | None = None,
+    safety: Source | None = None,
+    evaluation: Source | None = None,
+    epochs: float | None = EPOCHS,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    study: OwnOptions = OwnOptions(),
+    training: Training = TRAINING,
+    hardware: Hardware = HARDWARE,
+    hyperparameters: Any = HYPERPARAMETERS,
+    quiet: bool = True,
+) -> Tuned:
+    """Fine-tunes a chat model on examples, and keeps its safety.
+
+    Args:
+      model: a checkpoint's folder, a hub id, or a `models.Model` with its tokenizer.
+      examples: a file, a folder or a hub id; rows (dicts as a file has them, pairs
+        ``(prompt, answer)``); or a list of files, a sequence of domains.
+      method: of ``METHODS`` or ``VARIANTS``; "plain" for no defence.
+      harmful: prompts that should be refused: a text file of one a line, a table, the
+        folder or hub id of a data set, or the texts. A part of them is measured on, a
+        part monitors, and the rest the model refuses itself, where no safety is given.
+      safety: exchanges with safe answers, in the same layouts as ``examples``.
+      evaluation: exchanges to measure on; None holds a tenth of the examples back.
+      epochs: over the examples; None for ``training.steps_per_domain``.
+      seed: of adapter, order and dropout.
+      folder: of the run, which it continues; None for one that is thrown away.
+      study: sizes, lengths, the judge.
+      training: mathematics.
+      hardware: how it is computed.
+      hyperparameters: of the methods.
+      quiet: print nothing.
+
+    Returns:
+      The deployed weights, and what was measured before and after.
+
+    Raises:
+      UserError: for the first mistake, naming file and row.
+
+    >>> from sbr_jax import tune
+    >>> tune("no-such-folder", [("Two and two?", "Four.")], method="plain")
+    Traceback (most recent call last):
+    sbr_jax.typing.UserError: --model: expected a checkpoint folder or a hub id ...
+    """
+    several = isinstance(examples, list | tuple) and all(
+        isinstance(source, str | Path) for source in examples
+    )
+    with _folder(folder) as place:
+        request = Request(
+            model=model,
+            train=list(examples) if several else [examples],  # pyright: ignore[reportArgumentType]
+            folder=place,
+            evaluation=[] if evaluation is None else [evaluation],
+            safety=safety,
+            harmful=harmful,
+            method=method,
+            epochs=epochs,
+            seed=seed,
+            study=study,
+            training=training,
+            hardware=hardware,
+            methods=hyperparameters,
+            quiet=quiet,
+        )
+        made = plan(request)
+        return carry_out(made, made.make_study())
+
+
+__all__ = ["Plan", "Request", "Tuned", "carry_out", "plan", "tune"]
