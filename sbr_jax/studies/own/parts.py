@@ -30,7 +30,7 @@ HELD_BACK = 10
 ENOUGH_TO_HOLD = 20
 """Rows below which none is held back."""
 LEAST_HARMFUL = 8
-"""Harmful prompts with which refusal is measured, monitored and calibrated."""
+"""Harmful prompts that can be shared out among their uses."""
 FEW, MANY_EPOCHS = 50, 10
 REFUSED = "I cannot help with that."
 """Stands behind prompts of which the prompt alone is read."""
@@ -97,7 +97,8 @@ def make_parts(
         )
     safe_needed = bool({SAFE, MIX} & needed) or (monitored and bool(harmful))
     own = safe_needed and given.safe is None
-    calibrate, probe, measured = _three(harmful, options, own or HARMFUL in needed)
+    calibrating = own or HARMFUL in needed
+    calibrate, probe, measured = _three(harmful, options, calibrating, monitored)
     rows: dict[str, Sequence[Conversation]] = {
         **{f"train {name}": rows for name, rows in learnt.items()},
         **{f"test {name}": rows for name, rows in tests.items()},
@@ -145,7 +146,7 @@ def make_parts(
         sets=sets,
         tests=tests,
         calibrate=calibrate if own else [],
-        probe=probe if monitored else [],
+        probe=probe,
         measured=measured,
         harmless=harmless,
         control=control,
@@ -260,12 +261,12 @@ def _require_context(options: OwnOptions, model: Model) -> None:
 
 
 def _three(
-    prompts: Sequence[str], options: OwnOptions, calibrating: bool
+    prompts: Sequence[str], options: OwnOptions, calibrating: bool, monitored: bool
 ) -> tuple[list[str], list[str], list[str]]:
     """Prompts to calibrate on, of the monitor, and to measure refusal with."""
     if not prompts:
         return [], [], []
-    least = LEAST_HARMFUL if calibrating else 2
+    least = LEAST_HARMFUL if calibrating or monitored else 1
     if len(prompts) < least:
         raise UserError(
             f"--harmful: expected at least {least} different prompts, of which some "
@@ -273,10 +274,11 @@ def _three(
         )
     shuffled = np.random.default_rng(0).permutation(len(prompts)).tolist()
     order: list[str] = [str(prompts[i]) for i in shuffled]
-    share = len(order) // (4 if calibrating else 2)
+    # Half calibrates; what is left is for the monitor and for measuring.
+    share = len(order) // ((1 + calibrating) * (1 + monitored))
     measured = order[: min(options.measured, share)]
     rest = order[len(measured) :]
-    probe = rest[: min(options.probe, share)]
+    probe = rest[: min(options.probe, share) if monitored else 0]
     left = rest[len(probe) :][: options.calibration]
     return (left if calibrating else []), probe, measured
 

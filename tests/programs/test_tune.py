@@ -1,0 +1,321 @@
+"""`tune` on a user's files: what is refused, what is written, and that it goes on."""
+
+import dataclasses
+import json
+import shutil
+import stat
+
+import jax
+import numpy as np
+import pytest
+import tiny_chat
+from own_case import as_lines, messages, run, save, words, world_prompts, world_rows
+from test_command_line import refused
+
+import sbr_jax
+from sbr_jax import models, testbed
+from sbr_jax.programs import tune
+from sbr_jax.recipes.own import HYPERPARAMETERS, TRAINING
+from sbr_jax.studies.options import OwnOptions
+from sbr_jax.training import loop
+from sbr_jax.typing import UserError
+
+GOOD = [messages(*row) for row in world_rows(4)]
+PAIRS = [{"instruction": f"w{i}", "output": "w1"} for i in range(4)]
+
+
+def with_row(row, good=GOOD):
+    return as_lines([*good[:2], row])
+
+
+def lacking(row, column):
+    return {name: value for name, value in row.items() if name != column}
+
+
+NULL = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant"}]}
+SYSTEM = {"messages": [{"role": "system", "content": "w9"}, *GOOD[0]["messages"]]}
+BAD_FILES = {
+    "a missing field": (
+        "a.jsonl",
+        with_row(lacking(PAIRS[0], "output"), PAIRS),
+        r"a\.jsonl, row 3: expected 'output', as row 1 has it, got instruction",
+    ),
+    "no layout": (
+        "a.jsonl",
+        as_lines([{"title": "w1", "body": "w2"}]),
+        r"a\.jsonl, row 1: expected the columns messages, .*; got title, body",
+    ),
+    "no messages": ("a.jsonl", with_row({"text": "w1"}), r"row 3: expected 'messages'"),
+    "an empty answer": (
+        "a.json",
+        json.dumps([PAIRS[0], {**PAIRS[1], "output": " "}]),
+        r"a\.json, row 2, column 'output': expected a text, got a blank text",
+    ),
+    "a null answer": (
+        "a.jsonl",
+        with_row(NULL),
+        r"a\.jsonl, row 3, 'messages', message 2: expected a text, got nothing",
+    ),
+    "an empty cell": (
+        "a.csv",
+        "question,answer\nw1,w2\nw3,\n",
+        r"a\.csv, row 2, column 'answer': expected a text, got a blank text",
+    ),
+    "a row cut short": ("a.csv", "question,answer\nw1\n", r"a\.csv, row 1: expected 2"),
+    "half a surrogate pair": (
+        "a.jsonl",
+        '{"question": "w1", "answer": "\\ud800"}\n',
+        r"a\.jsonl, row 1.*half of a pair of surrogates",
+    ),
+    "UTF-16": (
+        "a.jsonl",
+        as_lines(GOOD).encode("utf-16"),
+        r"a\.jsonl, got UTF-16 at line 1: save it as UTF-8",
+    ),
+    "an array named .jsonl": (
+        "a.jsonl",
+        json.dumps(GOOD),
+        r"one JSON object a line in .*a\.jsonl, got a JSON array",
+    ),
+    "lines named .json": (
+        "a.json",
+        as_lines(GOOD),
+        r"a\.json, .*as if it were JSON",
+    ),
+    "cut off": ("a.jsonl", as_lines(GOOD)[:-9], r"a\.jsonl, row 4"),
+    "no rows": ("a.jsonl", "\n", r"a\.jsonl: expected at least one row"),
+    "another ending": ("a.doc", "text", r"csv, tsv, json, jsonl or parquet .*a\.doc"),
+    "ends with the user": (
+        "a.jsonl",
+        with_row(messages("w1", "w2", "w3")),
+        r"a\.jsonl, row 3: expected a conversation that ends with an answer",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A random chat model whose words are few."""
+    return tiny_chat.save_model(tmp_path_factory.mktemp("chat") / "model")
+
+
+def tried(folder, chat, capsys, *more):
+    """The line of a refusal; nothing is written beside the files of the test."""
+    before = sorted(folder.rglob("*"))
+    output = ("--output", folder / "out", "--method", "plain")
+    line = refused(tune.main, ["--model", chat, *output, *more], capsys)
+    assert sorted(folder.rglob("*")) == before
+    return line
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file_is_one_line_and_nothing_is_written(kind, chat, tmp_path, capsys):
+    name, text, expected = BAD_FILES[kind]
+    data = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / name).write_bytes(data)
+    line = tried(tmp_path, chat, capsys, "--train", tmp_path / name)
+    assert_matches(expected, line)
+
+
+def assert_matches(expected, line):
+    with pytest.raises(UserError, match=expected):
+        raise UserError(line)
+
+
+TAKES_NONE = "{% for m in messages %}{% if m['role'] == 'system' %}{% else %}"
+TAKES_NONE = tiny_chat.TEMPLATE.replace("{% for m in messages %}", TAKES_NONE).replace(
+    "{% endfor %}", "{% endif %}{% endfor %}"
+)
+REFUSES = tiny_chat.TEMPLATE.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('no system') }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TAKES_NONE, r"my\.jsonl, row 1: expected a chat template with a place for a"),
+        (REFUSES, r"my\.jsonl, row 1: the chat template .*system.*no system"),
+        (None, r"expected a tokenizer with a chat template in .*: use the -Chat"),
+    ],
+)
+def test_a_template_that_takes_no_system_turn_is_told(
+    template, expected, tmp_path, capsys
+):
+    model = tiny_chat.save_model(tmp_path / "model", template)
+    path = tmp_path / "my.jsonl"
+    path.write_text(as_lines([SYSTEM, *GOOD]))
+    assert_matches(expected, tried(tmp_path, model, capsys, "--train", path))
+
+
+def occupied(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "note.txt").write_text("mine")
+
+
+BAD_WORDS = {
+    "no training file": ((), r"expected --train, got none"),
+    "an unknown method": (("--method", "plane"), r"unknown method 'plane'; nearest"),
+    "no epochs": (("--epochs", "0"), r"epochs.*above 0"),
+    "epochs and steps": (
+        ("--epochs", "1", "--training.steps-per-domain", "4"),
+        r"expected --epochs or --training.steps-per-domain, got both",
+    ),
+    "no safe exchange": (("--method", "safegrad"), r"safegrad: expected safe exchange"),
+    "no harmful prompt": (("--method", "sbr"), r"sbr: expected harmful prompts"),
+    "no pairs": (("--method", "antidote"), r"antidote: .*--study.pairs-file"),
+    "no judge": (("--method", "adaptive-judge"), r"adaptive-judge: .*--study.judge ll"),
+    "two files to measure on": (("--eval", "a", "b"), r"--eval: expected one file, or"),
+    "few harmful prompts": (
+        ("--method", "sbr", "--harmful", "few.txt"),
+        r"--harmful: expected at least 8 different prompts, .*got 2",
+    ),
+    "an output in use": (("--quiet",), r"--output .*out: expected a new or empty"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_WORDS)
+def test_a_bad_command_line_is_one_line(kind, chat, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").write_text(as_lines(GOOD))
+    (tmp_path / "few.txt").write_text("w1\nw2\n")
+    more, expected = BAD_WORDS[kind]
+    train = () if kind == "no training file" else ("--train", "my.jsonl")
+    if kind == "an output in use":
+        occupied(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    given = {"--model": chat, "--output": tmp_path / "out"}
+    options = [x for pair in given.items() for x in pair]
+    assert_matches(expected, refused(tune.main, [*options, *train, *more], capsys))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- runs -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the default method, calibrated by the model's own refusals."""
+    folder = save(tmp_path_factory.mktemp("own"))
+    more = ("--harmful", folder / "harmful.txt", "--epochs", "2")
+    assert run(folder, folder / "out", *more) == 0
+    return folder
+
+
+def test_a_run_leaves_an_adapter_a_card_and_a_report_for_others_to_read(finished):
+    output = finished / "out"
+    found = {path.name: path for path in output.iterdir()}
+    assert set(found) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "report.html",
+        "report.md",
+        "summary.json",
+    }
+    probe = finished / "probe"
+    probe.touch()
+    assert len({stat.S_IMODE(p.stat().st_mode) for p in (*found.values(), probe)}) == 1
+    summary = json.loads(found["summary.json"].read_text())
+    assert summary["method"] == "safegrad"
+    assert summary["before"]["refusal"] > 60
+    loss = "domain_loss"
+    assert summary["after"][loss] < summary["before"][loss]
+    written = summary["data"]["refusals"]
+    assert 0 < written["refused"] <= written["asked"] == 12
+    assert summary["data"]["examples"]["calibration"] if False else True
+    text = "".join(
+        p.read_text() for p in found.values() if p.suffix in (".md", ".json")
+    )
+    assert not any(prompt in text for prompt in world_prompts())
+    card = found["README.md"].read_text()
+    assert card.startswith("---\nlibrary_name: peft")
+    assert "| refused held-out harmful prompts, % |" in card
+
+
+def test_the_adapter_that_is_written_is_the_one_that_was_measured(finished):
+    model = testbed.load()
+    adapter = models.load_peft(finished / "out", model)
+    after = json.loads((finished / "out" / "summary.json").read_text())["after"]
+    made = tune.make_request(
+        tune.cli.parse(tune.Arguments, words(finished, finished / "new"), "tune")
+    )
+    from sbr_jax import tuning
+
+    plan = tuning.plan(dataclasses.replace(made, method="plain"))
+    study = plan.make_study()
+    found = study.evaluate(study.model.params, adapter)
+    assert found["loss/my"] == pytest.approx(after["loss/my"], abs=1e-5)
+    assert np.any(np.asarray(jax.tree.leaves(adapter)[0]))
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter(finished, tmp_path, monkeypatch):
+    folder = save(tmp_path)
+    more = ("--harmful", folder / "harmful.txt", "--epochs", "2")
+    own = loop.train
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", killed)
+    assert run(folder, folder / "out", *more) == 130
+    assert not (folder / "out").exists()
+    monkeypatch.setattr(loop, "train", own)
+    monkeypatch.setattr(models.Model, "missing", None, raising=False)
+    assert run(folder, folder / "out", *more) == 0
+    names = ("adapter_model.safetensors", "summary.json")
+    for name in names:
+        whole = (finished / "out" / name).read_bytes()
+        assert (folder / "out" / name).read_bytes() == whole
+
+
+def test_domains_are_as_long_as_their_files(finished, tmp_path, capsys):
+    folder = save(tmp_path)
+    shutil.copy(finished / "harmful.txt", folder)
+    more = [messages(*row) for row in world_rows(8, start=100)]
+    (folder / "more.jsonl").write_text(as_lines(more))
+    lengths = []
+    own = loop.train
+
+    def counted(advance, start, steps, **options):
+        lengths.append(steps)
+        return own(advance, start, steps, **options)
+
+    given = ("--method", "plain", "--epochs", "1", "--merged", "--train")
+    both = (folder / "my.jsonl", folder / "more.jsonl")
+    line = words(folder, folder / "out", *given, *both)
+    place = line.index("--train")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train", counted)
+        assert tune.main([*line[:place], *line[place + 2 :]]) == 0
+    # 24 rows less two held back, and 8 of which none can be spared.
+    assert lengths == [6, 2]
+    said = capsys.readouterr()
+    assert "too few to hold any back" in said.out
+    assert "refusal is not measured and the monitor is off" in said.out
+    assert "8 examples are few" in said.err
+    model = models.load(folder / "out")
+    assert model.config == testbed.load().config
+
+
+def test_ten_lines_of_python_do_the_same(finished, tmp_path):
+    tuned = sbr_jax.tune(
+        testbed.ALIGNED,
+        finished / "my.jsonl",
+        harmful=world_prompts(),
+        epochs=2,
+        study=OwnOptions(
+            measured=8, probe=4, calibration=12, max_new_tokens=12, held_out=4
+        ),
+        training=dataclasses.replace(TRAINING, lora_rank=4, batch_size=4),
+        hyperparameters=HYPERPARAMETERS,
+    )
+    tuned.save_peft(tmp_path / "adapter")
+    name = "adapter_model.safetensors"
+    whole = (finished / "out" / name).read_bytes()
+    assert (tmp_path / "adapter" / name).read_bytes() == whole
+    assert tuned.metrics["before"]["refusal"] > 60
+    with pytest.raises(UserError, match="expected a new or empty folder"):
+        tuned.save_peft(tmp_path / "adapter")

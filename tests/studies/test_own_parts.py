@@ -1,0 +1,130 @@
+"""Parts of a user's files are disjoint, and only what is needed is asked for."""
+
+import itertools
+
+import pytest
+import tiny_chat
+from own_case import messages
+
+from sbr_jax import models
+from sbr_jax.data.leaks import normalised
+from sbr_jax.evaluation import KeywordJudge
+from sbr_jax.methods.needs import HARMFUL, SAFE
+from sbr_jax.studies import own
+from sbr_jax.studies.options import OwnOptions
+from sbr_jax.studies.own.refusals import write_refusals
+from sbr_jax.typing import UserError
+
+MODEL = models.make_model(tiny_chat.CONFIG, None, tiny_chat.tokenizer())
+SMALL = {"measured": 6, "probe": 5, "calibration": 7, "max_new_tokens": 8}
+
+
+def rows(count, start=0):
+    return [
+        messages(f"w{i % 60} n{i}", f"w{i % 7}") for i in range(start, start + count)
+    ]
+
+
+def made(train, harmful, needed, monitored, safe=None, evaluation=(), **options):
+    chosen = OwnOptions(**{**SMALL, **options})
+    given = own.read_given([train], list(evaluation), safe, harmful, chosen)
+    judge = KeywordJudge()
+    return own.make_parts(given, chosen, frozenset(needed), monitored, MODEL, judge)
+
+
+HARM = [f"zebra n{i}" for i in range(40)]
+CASES = list(itertools.product([set(), {SAFE}, {HARMFUL}, {SAFE, HARMFUL}], [0, 1]))
+
+
+@pytest.mark.parametrize(("needed", "monitored"), CASES)
+@pytest.mark.parametrize("safe", [None, rows(9, start=500)])
+def test_no_prompt_is_in_two_parts(needed, monitored, safe):
+    if safe is not None:
+        safe = [*safe, messages(HARM[0], "I cannot"), messages(HARM[1], "I cannot")]
+    with pytest.warns(UserWarning, match="hold no refusal|are few"):
+        found = made(rows(40), HARM, needed, bool(monitored), safe)
+    parts = [found.calibrate, found.probe, found.measured]
+    texts = [normalised(text) for part in parts for text in part]
+    assert len(set(texts)) == len(texts)
+    assert bool(found.probe) == bool(monitored)
+    assert 0 < len(found.measured) <= SMALL["measured"]
+    assert ("prompts" in found.sets) == (HARMFUL in needed)
+    wanted = SAFE in needed or bool(monitored)
+    assert ("calibration" in found.sets) == (wanted and safe is not None)
+    assert bool(found.calibrate) == (wanted and safe is None)
+    assert set(found.leaks.values()) <= {0}
+
+
+@pytest.mark.parametrize("count", [19, 20, 57, 400])
+def test_what_is_held_back_is_not_learnt(count):
+    train = [*rows(count), *rows(2)]  # Two prompts stand twice.
+    found = made(train, None, set(), False, held_out=30)
+    tests, learnt = found.sets["test data"], found.sets["train data"]
+    if len(train) < 20:
+        assert found.record["held back"] == {"data": 0}
+        return
+    assert found.record["held back"] == {"data": min(len(train) // 10, 30)}
+    seen = {tuple(row) for row in learnt.tokens}
+    assert not seen & {tuple(row) for row in tests.tokens}
+    assert len(learnt) + len(tests) in range(len(train) - 2, len(train) + 1)
+
+
+def test_rows_given_to_measure_on_are_told_where_they_are_learnt():
+    with pytest.warns(UserWarning, match="3 of its 5 prompts are learnt too"):
+        made(rows(60), None, set(), False, evaluation=[rows(3) + rows(2, start=900)])
+
+
+def test_harmful_prompts_that_are_learnt_measure_nothing():
+    train = [*rows(60), messages(HARM[0].upper(), "w1")]
+    with pytest.warns(UserWarning, match="--harmful: 1 of its prompts"):
+        found = made(train, HARM, set(), False, measured=100)
+    assert len(found.measured) == len(HARM) - 1
+
+
+# --- the model's own refusals ---------------------------------------------------------
+
+
+def answers(refused):
+    """A model that refuses the first so many prompts."""
+
+    def write(prompts):
+        return [
+            "I cannot help. And" if i < refused else "Take the bus."
+            for i in range(len(prompts))
+        ]
+
+    return write
+
+
+def written(refused, folder=None, mark="model"):
+    return write_refusals(HARM, answers(refused), KeywordJudge(), folder, mark)
+
+
+def test_what_is_no_refusal_is_dropped_and_counted():
+    found = written(25)
+    assert (len(found.kept), found.asked) == (25, 40)
+    assert {pair.answer for pair in found.kept} == {"I cannot help."}
+    assert [pair.prompt for pair in found.kept] == HARM[:25]
+
+
+def test_a_model_that_refuses_little_is_told_what_to_do():
+    with pytest.warns(UserWarning, match="refuses 9 of 40 .*less than half.*align"):
+        assert len(written(9).kept) == 9
+    with pytest.raises(UserError, match="refuses 0 of 40 .*align"):
+        written(0)
+
+
+def test_refusals_are_written_once_for_a_model(tmp_path):
+    assert len(written(30, tmp_path).kept) == 30
+    assert len(written(25, tmp_path).kept) == 30
+    assert len(written(25, tmp_path, mark="another").kept) == 25
+
+
+def test_system_messages_of_an_option_stand_before_every_example():
+    plain, told = (
+        made(rows(60), None, set(), False, system=system).sets["train data"]
+        for system in (None, "w59")
+    )
+    word = tiny_chat.tokenizer().convert_tokens_to_ids("w59")
+    assert (told.tokens == word).any(axis=1).all()
+    assert not (plain.tokens == word).any(axis=1).all()
