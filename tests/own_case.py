@@ -37,7 +37,7 @@ def world_rows(count, start=0):
     ]
 
 
-def save(folder, count=24):
+def save(folder, count=56):
     """`my.jsonl`, `harmful.txt` and `safe.json` in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [messages(*row) for row in world_rows(count)]
@@ -55,7 +55,6 @@ SMALL = (
     *("--training.lora-rank", "4", "--training.batch-size", "4"),
     *("--study.measured", "8", "--study.probe", "4", "--study.calibration", "12"),
     *("--study.max-new-tokens", "12", "--study.held-out", "4"),
-    *("--methods.safeanchor-exact.max-rank", "8"),
 )
 """Sizes for seconds."""
 

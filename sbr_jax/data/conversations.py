@@ -103,7 +103,7 @@ def read_conversations(source: str | Path | Iterable[Any], option: str) -> Read:
 
 def _given(values: Sequence[Any], option: str) -> Read:
     if values and all(isinstance(value, Mapping) for value in values):
-        return Read(option, *in_layout(rows_of(option, values)))
+        return Read("examples", *in_layout(rows_of(option, values)))
     rows = []
     for number, value in enumerate(values, 1):
         where = f"{option}, row {number}"
@@ -117,7 +117,7 @@ def _given(values: Sequence[Any], option: str) -> Read:
         rows.append(Conversation((value,), where))
     if not rows:
         raise UserError(f"{option}: expected at least one example, got none")
-    return Read(option, "pairs", rows)
+    return Read("examples", "pairs", rows)
 
 
 def _record(row: Row) -> Record:

@@ -46,7 +46,7 @@ TRAINING = Training(
 
 # Seldom more than one seed; a step may take seconds, and its loss is looked at.
 HARDWARE = Hardware(
-    vmap_seeds="no", checkpoint_every=50, log_every=5, fisher_microbatch=4
+    vmap_seeds="no", checkpoint_every=50, log_every=1, fisher_microbatch=4
 )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import stat
 
 import jax
@@ -197,9 +196,17 @@ def test_a_bad_command_line_is_one_line(kind, chat, tmp_path, capsys, monkeypatc
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of the default method, calibrated by the model's own refusals."""
+    """A run of the default method, killed before its first step, and gone on with."""
     folder = save(tmp_path_factory.mktemp("own"))
-    more = ("--harmful", folder / "harmful.txt", "--epochs", "2")
+    more = ("--harmful", folder / "harmful.txt", "--epochs", "1")
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train", killed)
+        assert run(folder, folder / "out", *more) == 130
+    assert not (folder / "out").exists()
     assert run(folder, folder / "out", *more) == 0
     return folder
 
@@ -225,11 +232,8 @@ def test_a_run_leaves_an_adapter_a_card_and_a_report_for_others_to_read(finished
     assert summary["after"][loss] < summary["before"][loss]
     written = summary["data"]["refusals"]
     assert 0 < written["refused"] <= written["asked"] == 12
-    assert summary["data"]["examples"]["calibration"] if False else True
-    text = "".join(
-        p.read_text() for p in found.values() if p.suffix in (".md", ".json")
-    )
-    assert not any(prompt in text for prompt in world_prompts())
+    texts = [p.read_text() for p in found.values() if p.suffix != ".safetensors"]
+    assert not any(prompt in text for text in texts for prompt in world_prompts())
     card = found["README.md"].read_text()
     assert card.startswith("---\nlibrary_name: peft")
     assert "| refused held-out harmful prompts, % |" in card
@@ -237,7 +241,7 @@ def test_a_run_leaves_an_adapter_a_card_and_a_report_for_others_to_read(finished
 
 def test_the_adapter_that_is_written_is_the_one_that_was_measured(finished):
     model = testbed.load()
-    adapter = models.load_peft(finished / "out", model)
+    adapter = models.load_peft(finished / "out", model.config)
     after = json.loads((finished / "out" / "summary.json").read_text())["after"]
     made = tune.make_request(
         tune.cli.parse(tune.Arguments, words(finished, finished / "new"), "tune")
@@ -251,29 +255,9 @@ def test_the_adapter_that_is_written_is_the_one_that_was_measured(finished):
     assert np.any(np.asarray(jax.tree.leaves(adapter)[0]))
 
 
-def test_a_killed_run_goes_on_to_the_same_adapter(finished, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("default")
+def test_domains_are_as_long_as_their_files(tmp_path, capsys):
     folder = save(tmp_path)
-    more = ("--harmful", folder / "harmful.txt", "--epochs", "2")
-    own = loop.train
-
-    def killed(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "train", killed)
-    assert run(folder, folder / "out", *more) == 130
-    assert not (folder / "out").exists()
-    monkeypatch.setattr(loop, "train", own)
-    monkeypatch.setattr(models.Model, "missing", None, raising=False)
-    assert run(folder, folder / "out", *more) == 0
-    names = ("adapter_model.safetensors", "summary.json")
-    for name in names:
-        whole = (finished / "out" / name).read_bytes()
-        assert (folder / "out" / name).read_bytes() == whole
-
-
-def test_domains_are_as_long_as_their_files(finished, tmp_path, capsys):
-    folder = save(tmp_path)
-    shutil.copy(finished / "harmful.txt", folder)
     more = [messages(*row) for row in world_rows(8, start=100)]
     (folder / "more.jsonl").write_text(as_lines(more))
     lengths = []
@@ -290,8 +274,8 @@ def test_domains_are_as_long_as_their_files(finished, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train", counted)
         assert tune.main([*line[:place], *line[place + 2 :]]) == 0
-    # 24 rows less two held back, and 8 of which none can be spared.
-    assert lengths == [6, 2]
+    # 56 rows less four held back, and 8 of which none can be spared.
+    assert lengths == [13, 2]
     said = capsys.readouterr()
     assert "too few to hold any back" in said.out
     assert "refusal is not measured and the monitor is off" in said.out
@@ -300,12 +284,12 @@ def test_domains_are_as_long_as_their_files(finished, tmp_path, capsys):
     assert model.config == testbed.load().config
 
 
-def test_ten_lines_of_python_do_the_same(finished, tmp_path):
+def test_ten_lines_of_python_do_the_same_as_a_killed_run(finished, tmp_path):
     tuned = sbr_jax.tune(
         testbed.ALIGNED,
         finished / "my.jsonl",
         harmful=world_prompts(),
-        epochs=2,
+        epochs=1,
         study=OwnOptions(
             measured=8, probe=4, calibration=12, max_new_tokens=12, held_out=4
         ),

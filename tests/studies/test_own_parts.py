@@ -1,6 +1,7 @@
 """Parts of a user's files are disjoint, and only what is needed is asked for."""
 
 import itertools
+import warnings
 
 import pytest
 import tiny_chat
@@ -41,7 +42,8 @@ CASES = list(itertools.product([set(), {SAFE}, {HARMFUL}, {SAFE, HARMFUL}], [0, 
 def test_no_prompt_is_in_two_parts(needed, monitored, safe):
     if safe is not None:
         safe = [*safe, messages(HARM[0], "I cannot"), messages(HARM[1], "I cannot")]
-    with pytest.warns(UserWarning, match="hold no refusal|are few"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That the answers hold no refusal.
         found = made(rows(40), HARM, needed, bool(monitored), safe)
     parts = [found.calibrate, found.probe, found.measured]
     texts = [normalised(text) for part in parts for text in part]
@@ -59,11 +61,11 @@ def test_no_prompt_is_in_two_parts(needed, monitored, safe):
 def test_what_is_held_back_is_not_learnt(count):
     train = [*rows(count), *rows(2)]  # Two prompts stand twice.
     found = made(train, None, set(), False, held_out=30)
-    tests, learnt = found.sets["test data"], found.sets["train data"]
+    tests, learnt = found.sets["test examples"], found.sets["train examples"]
     if len(train) < 20:
-        assert found.record["held back"] == {"data": 0}
+        assert found.record["held back"] == {"examples": 0}
         return
-    assert found.record["held back"] == {"data": min(len(train) // 10, 30)}
+    assert found.record["held back"] == {"examples": min(len(train) // 10, 30)}
     seen = {tuple(row) for row in learnt.tokens}
     assert not seen & {tuple(row) for row in tests.tokens}
     assert len(learnt) + len(tests) in range(len(train) - 2, len(train) + 1)
@@ -110,7 +112,7 @@ def test_what_is_no_refusal_is_dropped_and_counted():
 def test_a_model_that_refuses_little_is_told_what_to_do():
     with pytest.warns(UserWarning, match="refuses 9 of 40 .*less than half.*align"):
         assert len(written(9).kept) == 9
-    with pytest.raises(UserError, match="refuses 0 of 40 .*align"):
+    with pytest.raises(UserError, match=r"refuses 0 of 40 .*align"):
         written(0)
 
 
@@ -122,7 +124,7 @@ def test_refusals_are_written_once_for_a_model(tmp_path):
 
 def test_system_messages_of_an_option_stand_before_every_example():
     plain, told = (
-        made(rows(60), None, set(), False, system=system).sets["train data"]
+        made(rows(60), None, set(), False, system=system).sets["train examples"]
         for system in (None, "w59")
     )
     word = tiny_chat.tokenizer().convert_tokens_to_ids("w59")

@@ -72,10 +72,10 @@ def read_given(
     found: dict[str, Read] = {}
     for source in train:
         read = read_conversations(source, "--train")
-        name, number = read.name.removeprefix("--"), 1
+        name, number = read.name, 1
         while name in found:
             number += 1
-            name = f"{read.name.removeprefix('--')}-{number}"
+            name = f"{read.name}-{number}"
         found[name] = read
     names = [ALL] if len(evaluation) < len(found) else list(found)
     tests = {
