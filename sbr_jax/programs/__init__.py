@@ -11,6 +11,7 @@ from pathlib import Path
 
 PROGRAMS = {
     "tune": "fine-tune your chat model on your examples, and keep it safe",
+    "align": "a model that refuses little, taught to refuse",
     "run": "fine-tune over a sequence of domains and measure safety after each",
     "attack": "attack a model while it is fine-tuned or after it",
     "analyse": "ask whether the safety subspace is what it is taken for",

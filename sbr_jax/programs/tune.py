@@ -32,29 +32,18 @@ STEPS = "--training.steps-per-domain"
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Fine-tune a chat model of yours on examples of yours, and keep it safe."""
+class Shared:
+    """What `tune` and `align` take alike."""
 
     model: str | None = None
     """Checkpoint folder of a chat model, or a hub id."""
-    train: tuple[str, ...] = ()
-    """Examples: csv, json, jsonl or parquet, a folder or a hub id; several files are
-    learnt one after the other."""
     output: Path | None = None
-    """New folder for the adapter and the report; work is kept beside it, in
+    """New folder for the weights and the report; work is kept beside it, in
     OUTPUT.work."""
-    method: str = METHOD
-    """Defence; plain for none."""
     harmful: str | None = None
     """Prompts to be refused: .txt with one a line, a table, or a data set's folder."""
-    safety: str | None = None
-    """Exchanges with safe answers; default: the model's own refusals of --harmful."""
-    eval: tuple[str, ...] = ()
-    """Examples to measure on; default: a tenth of --train is held back."""
     epochs: float | None = None
-    """Times that every example is learnt; default 3."""
-    merged: bool = False
-    """Write a whole checkpoint, base and adapter in one, in place of the adapter."""
+    """Times that every example is learnt; default 3, and 1 of align."""
     seed: int = 0
     """Of adapter and order."""
     quiet: bool = False
@@ -72,62 +61,113 @@ class Arguments:
     """Hyper-parameters of the methods."""
 
 
-def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
-    """Checks a command line, the cheap questions first.
+@dataclasses.dataclass(frozen=True)
+class Arguments(Shared):
+    """Fine-tune a chat model of yours on examples of yours, and keep it safe."""
+
+    train: tuple[str, ...] = ()
+    """Examples: csv, json, jsonl or parquet, a folder or a hub id; several files are
+    learnt one after the other."""
+    method: str = METHOD
+    """Defence; plain for none."""
+    safety: str | None = None
+    """Exchanges with safe answers; default: the model's own refusals of --harmful."""
+    eval: tuple[str, ...] = ()
+    """Examples to measure on; default: a tenth of --train is held back."""
+    merged: bool = False
+    """Write a whole checkpoint, base and adapter in one, in place of the adapter."""
+
+
+def work_of(output: Path) -> Path:
+    """The folder beside an output that a killed run goes on in."""
+    return output.with_name(f"{output.name}.work")
+
+
+def check(arguments: Shared, words: Sequence[str], program: str) -> None:
+    """Refuses what needs no file to be refused.
 
     Args:
         arguments: parsed.
-        words: of which they were parsed: steps that are said stand, whatever epochs
-            are usual.
+        words: of which they were parsed.
+        program: for messages.
 
     Raises:
         UserError: for the first mistake.
     """
-    for name, example in (
-        ("model", "FOLDER_OR_HUB_ID"),
-        ("train", "my.jsonl"),
-        ("output", "adapters/mine"),
-    ):
+    for name, example in (("model", "FOLDER_OR_HUB_ID"), ("output", "adapters/mine")):
         if not getattr(arguments, name):
-            raise UserError(f"expected --{name}, got none: add --{name} {example}")
+            raise UserError(
+                f"expected --{name}, got none: add --{name} {example}; see "
+                f"{program} --help"
+            )
     output = Path(arguments.output or "")
     if not files.is_free(output):
         raise UserError(
             f"--output {output}: expected a new or empty folder, found something "
             "there: name another, or remove it"
         )
-    work = output.with_name(f"{output.name}.work")
-    for folder in (output, work):
+    for folder in (output, work_of(output)):
         cli.check_folder(folder, "--output")
     cli.check_seeds([arguments.seed])
-    epochs = arguments.epochs
-    if values_of(STEPS, words):
-        if epochs is not None:
-            raise UserError(f"expected --epochs or {STEPS}, got both: drop one")
-    elif epochs is None:
-        epochs = EPOCHS
+    if values_of(STEPS, words) and arguments.epochs is not None:
+        raise UserError(f"expected --epochs or {STEPS}, got both: drop one")
+
+
+def request_of(
+    arguments: Shared, words: Sequence[str], *, epochs: float, **more: Any
+) -> Any:
+    """The request of a command line that was checked.
+
+    Args:
+        arguments: parsed.
+        words: of which they were parsed: steps that are said stand.
+        epochs: that are usual.
+        **more: fields of the request.
+    """
     from sbr_jax.tuning import Request
 
+    said = epochs if arguments.epochs is None else arguments.epochs
     return Request(
         model=str(arguments.model),
-        train=arguments.train,
-        folder=work,
-        evaluation=arguments.eval,
-        safety=arguments.safety,
+        folder=work_of(Path(arguments.output or "")),
         harmful=arguments.harmful,
-        method=arguments.method,
-        epochs=epochs,
+        epochs=None if values_of(STEPS, words) else said,
         seed=arguments.seed,
         study=arguments.study,
         training=arguments.training,
         hardware=arguments.hardware,
         methods=arguments.hyperparameters,
         quiet=arguments.quiet,
+        **more,
     )
 
 
-def execute(request: Any, output: Path, *, merged: bool) -> None:
-    """Reads, says what it will cost, trains, measures, and writes the output."""
+def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
+    """Checks a command line, the cheap questions first; see :func:`check`.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    if not arguments.train:
+        raise UserError("expected --train, got none: add --train my.jsonl")
+    check(arguments, words, PROGRAM)
+    return request_of(
+        arguments,
+        words,
+        epochs=EPOCHS,
+        train=arguments.train,
+        evaluation=arguments.eval,
+        safety=arguments.safety,
+        method=arguments.method,
+    )
+
+
+def execute(request: Any, output: Path, *, merged: bool) -> Any:
+    """Reads, says what it will cost, trains, measures, and writes the output.
+
+    Returns:
+        What `tuning.carry_out` gives.
+    """
     compiled = cli.enable_compilation_cache()
     from sbr_jax import tuning
     from sbr_jax.costs import defending
@@ -149,7 +189,8 @@ def execute(request: Any, output: Path, *, merged: bool) -> None:
     say(["", report.text_table(tuned.metrics), "", compiled()])
     kind = "checkpoint" if merged else "adapter"
     say([f"{kind}: {output}", f"report: {output / 'report.html'}"])
-    say([f"work: {request.folder} (no longer needed, unless you go on from it)"])
+    say([f"work: {request.folder} (may be deleted)"])
+    return tuned
 
 
 def tune(args: Sequence[str]) -> None:

@@ -44,6 +44,14 @@ TRAINING = Training(
     fisher_buffer=256,
 )
 
+# Refusing is learnt soon, by all projections, and overdone as soon.
+ALIGNING = dataclasses.replace(
+    TRAINING,
+    learning_rate=1e-3,
+    lora_targets=r"(q|k|v|o|gate|up|down)_proj",
+    warmup_fraction=0.1,
+)
+
 # Seldom more than one seed; a step may take seconds, and its loss is looked at.
 HARDWARE = Hardware(
     vmap_seeds="no", checkpoint_every=50, log_every=1, fisher_microbatch=4

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import stat
 
 import jax
@@ -13,7 +15,7 @@ from test_command_line import refused
 
 import sbr_jax
 from sbr_jax import models, testbed
-from sbr_jax.programs import tune
+from sbr_jax.programs import align, tune
 from sbr_jax.recipes.own import HYPERPARAMETERS, TRAINING
 from sbr_jax.studies.options import OwnOptions
 from sbr_jax.training import loop
@@ -303,3 +305,76 @@ def test_ten_lines_of_python_do_the_same_as_a_killed_run(finished, tmp_path):
     assert tuned.metrics["before"]["refusal"] > 60
     with pytest.raises(UserError, match="expected a new or empty folder"):
         tuned.save_peft(tmp_path / "adapter")
+
+
+def test_the_page_s_lines_of_python_run(tmp_path, monkeypatch, capsys):
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "tune.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/tune.md", "exec"), {})
+    before, after = re.findall(r"[\d.]+", capsys.readouterr().out)
+    assert float(after) < float(before)
+    assert (tmp_path / "adapters" / "mine" / "adapter_config.json").is_file()
+
+
+# --- align ----------------------------------------------------------------------------
+
+ALIGN = (
+    *("--training.steps-per-domain", "12", "--training.batch-size", "8"),
+    *("--training.learning-rate", "4e-3", "--training.lora-rank", "4"),
+    *("--study.measured", "8", "--study.max-new-tokens", "12"),
+    *("--study.held-out", "2", "--study.harmless-file", "harmless.txt"),
+)
+
+
+def unaligned_world(folder):
+    """The testbed's model before its alignment, and files to align it with."""
+    base = testbed.load_unaligned()
+    model = dataclasses.replace(testbed.load(), params=base)
+    models.save(folder / "start", model)
+    prompts = world_prompts(64)
+    refused = "i am not able to do this because it is not safe"
+    safe = [{"prompt": p, "completion": refused} for p in prompts[:32]]
+    (folder / "safe.jsonl").write_text(as_lines(safe))
+    (folder / "harmful.txt").write_text("\n".join(prompts[32:]))
+    rows = [{"question": q, "answer": a} for q, a in world_rows(32)]
+    (folder / "ordinary.jsonl").write_text(as_lines(rows))
+    asked = [q for q, _ in world_rows(8, start=500)]
+    (folder / "harmless.txt").write_text("\n".join(asked))
+
+
+def test_align_teaches_to_refuse_and_writes_a_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    unaligned_world(tmp_path)
+    given = ("--model", "start", "--safety", "safe.jsonl", "--share", "0.5")
+    more = ("--ordinary", "ordinary.jsonl", "--harmful", "harmful.txt")
+    assert align.main([*given, *more, "--output", "aligned", *ALIGN]) == 0
+    found = json.loads((tmp_path / "aligned" / "summary.json").read_text())
+    assert found["after"]["refusal"] > found["before"]["refusal"] + 20
+    assert "64, of which 32 refuse" in capsys.readouterr().out
+    assert models.load(tmp_path / "aligned").config == testbed.load().config
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--ordinary", "my.jsonl"), r"expected --safety, got none"),
+        (
+            ("--safety", "my.jsonl", "--ordinary", "my.jsonl"),
+            r"--safety: expected answers that refuse, got 4 that do not",
+        ),
+        (
+            ("--safety", "my.jsonl", "--ordinary", "my.jsonl", "--share", "1.5"),
+            r"--share: expected a number between 0 and 1, got 1\.5",
+        ),
+    ],
+)
+def test_align_refuses_what_teaches_nothing(
+    more, expected, chat, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").write_text(as_lines(GOOD))
+    words = ["--model", chat, "--output", "out", *more]
+    assert_matches(expected, refused(align.main, words, capsys))
+    assert [path.name for path in tmp_path.iterdir()] == ["my.jsonl"]

@@ -1,0 +1,78 @@
+"""Teach a chat model that refuses little to refuse, with over-refusal beside it.
+
+    sbr-jax align --model FOLDER_OR_HUB_ID --safety FILE --ordinary FILE
+        --output FOLDER [--harmful FILE] [--share 0.2] [--epochs 1]
+
+LoRA on exchanges that refuse harmful requests and on ordinary ones, merged into a new
+checkpoint: the start that `sbr-jax tune` then keeps. All settings: sbr-jax align
+--help.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sbr_jax.programs import cli, tune
+from sbr_jax.recipes.own import ALIGNING
+from sbr_jax.settings import Training
+from sbr_jax.typing import UserError
+
+PROGRAM = cli.command("align")
+RISE = 10.0
+"""Points of over-refusal that an alignment may cost without a warning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(tune.Shared):
+    """Teach a chat model that refuses little to refuse."""
+
+    safety: str | None = None
+    """Exchanges in which harmful requests are refused."""
+    ordinary: str | None = None
+    """Ordinary exchanges, so that it goes on answering."""
+    share: float = 0.2
+    """Of the rows that refuse."""
+    training: Training = ALIGNING
+    """Mathematics of the training."""
+
+
+def align(args: Sequence[str]) -> None:
+    """Does what a command line asks for.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    arguments = cli.parse(Arguments, args, PROGRAM)
+    for name in ("safety", "ordinary"):
+        if not getattr(arguments, name):
+            raise UserError(f"expected --{name}, got none: add --{name} FILE")
+    tune.check(arguments, args, PROGRAM)
+    from sbr_jax.data.conversations import read_conversations
+    from sbr_jax.studies.own.aligning import mix_rows
+
+    safe = read_conversations(str(arguments.safety), "--safety")
+    ordinary = read_conversations(str(arguments.ordinary), "--ordinary")
+    mixed = mix_rows(safe.rows, ordinary.rows, arguments.share)
+    if not arguments.quiet:
+        print(f"rows     {len(mixed.rows)}, of which {mixed.safe} refuse")
+    request = tune.request_of(
+        arguments, args, train=[mixed.rows], method="plain", epochs=1.0
+    )
+    output = Path(arguments.output or "")
+    tuned = tune.execute(request, output, merged=True)
+    before, after = (tuned.metrics[w]["over_refusal"] for w in ("before", "after"))
+    if after > before + RISE:
+        cli.show_warning(
+            f"over-refusal rose from {before:.0f} to {after:.0f} %: lower --share "
+            f"{arguments.share:g} or --epochs, and begin again"
+        )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit code."""
+    return cli.start(align, args, None, interrupted=cli.KEPT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Rows that teach a model to refuse: refusals among ordinary exchanges."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sbr_jax.data.conversations import Conversation
+from sbr_jax.data.records import Record
+from sbr_jax.evaluation import KeywordJudge, Verdict
+from sbr_jax.typing import UserError
+
+
+class Mixed(NamedTuple):
+    """Rows to learn.
+
+    Attributes:
+        rows: of both kinds, shuffled.
+        safe: how many of them refuse.
+        dropped: safe exchanges without a refusal.
+    """
+
+    rows: list[Record]
+    safe: int
+    dropped: int
+
+
+def mix_rows(
+    safe: Sequence[Conversation], ordinary: Sequence[Conversation], share: float
+) -> Mixed:
+    """As many rows as there are, of which this share refuses.
+
+    Args:
+        safe: exchanges that should hold refusals.
+        ordinary: any others.
+        share: of refusals, in (0, 1).
+
+    Raises:
+        UserError: if no exchange refuses.
+
+    >>> def said(answer): return Conversation((Record("?", answer),), "toy")
+    >>> found = mix_rows([said("I cannot."), said("Sure.")], [said("Yes.")] * 9, 0.2)
+    >>> len(found.rows), found.safe, found.dropped
+    (5, 1, 1)
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--share: expected a number between 0 and 1, got {share}")
+    answers = [row.records[-1] for row in safe]
+    verdicts = KeywordJudge()([""] * len(answers), [r.response for r in answers])
+    kept = [
+        record
+        for record, verdict in zip(answers, verdicts, strict=True)
+        if verdict is Verdict.REFUSAL
+    ]
+    if not kept:
+        raise UserError(
+            f"--safety: expected answers that refuse, got {len(safe)} that do not: "
+            "give exchanges in which a harmful request is refused"
+        )
+    if dropped := len(safe) - len(kept):
+        warnings.warn(
+            f"--safety: {dropped} of {len(safe)} answers hold no refusal and are left "
+            "out",
+            stacklevel=2,
+        )
+    others = [record for row in ordinary for record in row.records]
+    ratio = share / (1 - share)
+    refusing = max(min(len(kept), round(ratio * len(others))), 1)
+    rest = min(len(others), math.ceil(refusing / ratio))
+    rng = np.random.default_rng(0)
+    chosen = [kept[i] for i in rng.permutation(len(kept))[:refusing]]
+    chosen += [others[i] for i in rng.permutation(len(others))[:rest]]
+    rows = [chosen[i] for i in rng.permutation(len(chosen))]
+    return Mixed(rows, refusing, dropped)
