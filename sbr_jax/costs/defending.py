@@ -25,12 +25,14 @@ def lines(job: Any, study: Any) -> list[str]:
     (variant,) = job.methods
     method = build(variant, job.config.methods)
     step = forecast.step_flops(load, method.cost) / forecast.step_flops(load, Cost())
-    found = [f"a step of {variant} is {step:.2g} times one of plain training"]
+    found = []
+    if variant != PLAIN:
+        found += [f"a step of {variant} is {step:.2g} times one of plain training"]
     start = estimates.start_seconds(job, study, load, device)
     times = {}
     for name in dict.fromkeys((PLAIN, variant)):
         parts = estimates.variant_seconds(job, study, load, device, name)
-        times[name] = {**parts, "start": sum(start.values())}
+        times[name] = {**parts, "start model": sum(start.values())}
     shown = {name: _minutes(sum(parts.values())) for name, parts in times.items()}
     found.append(
         f"about {shown[variant]} in all"

@@ -28,6 +28,7 @@ LENGTH = 10
 TESTBED = "testbed"
 BOOKKEEPING = (
     "sbr_jax.programs.cli",
+    "sbr_jax.progress",
     "sbr_jax.testbed.build",
     "sbr_jax.training.checkpoint",
     "sbr_jax.training.code_record",

@@ -15,6 +15,7 @@ from sbr_jax import files
 from sbr_jax.data.layout import used_lengths
 from sbr_jax.reporting import report
 from sbr_jax.reporting.tables import Cell, Table, to_markdown
+from sbr_jax.studies.own.parts import steps_of
 from sbr_jax.training.records import plain_numbers
 
 CARD = "README.md"
@@ -47,7 +48,7 @@ def plan_lines(plan: Any) -> list[str]:
         if epochs is None:
             epochs = steps * batch / len(data)
         else:
-            steps = -(-int(epochs * len(data)) // batch)
+            steps = steps_of(data, epochs, batch)
         found += [
             f"train    {name}: {len(read.rows)} rows ({read.layout}), {len(data)} "
             f"answers to learn, {sizes.mean():.0f} tokens on average, {sizes.max()} at "
