@@ -209,6 +209,8 @@ def plan(request: Request) -> Plan:
     )
     require_needed(request.method, needed, given, options)
     model = own.read_model(request.model, options)
+    most = min(options.max_new_tokens, max(model.config.context // 2, 1))
+    options = dataclasses.replace(options, max_new_tokens=most)
     judge = make_judge(options, weights=False)
     monitored = method.monitored and bool(given.harmful)
     parts = own.make_parts(given, options, needed, monitored, model, judge)

@@ -10,6 +10,7 @@ checkpoint: the start that `sbr-jax tune` then keeps. All settings: sbr-jax alig
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def align(args: Sequence[str]) -> None:
     request = tune.request_of(
         arguments, args, train=[mixed.rows], method="plain", epochs=1.0
     )
+    # It is what is about to be mended.
+    warnings.filterwarnings("ignore", "the start model refuses")
     output = Path(arguments.output or "")
     tuned = tune.execute(request, output, merged=True)
     before, after = (tuned.metrics[w]["over_refusal"] for w in ("before", "after"))

@@ -350,7 +350,8 @@ class OwnOptions(ModelOptions):
         measured: harmful prompts that refusal is measured on; none of the others.
         held_out: rows of a training file that are measured on and not learnt, a tenth
             of it at most, where no evaluation file is given.
-        max_new_tokens: of an answer to a harmful or harmless prompt.
+        max_new_tokens: of an answer to a harmful or harmless prompt; half of the
+            model's context at most.
         dtype: of the frozen weights; "auto" is float32 on a CPU, else bfloat16.
         pairs_file: harmful requests with compliant answers, which `antidote` and
             `booster` unlearn.

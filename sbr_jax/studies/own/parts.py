@@ -85,7 +85,6 @@ def make_parts(
     Raises:
         UserError: naming file and row.
     """
-    _require_context(options, model)
     learnt, tests, notes = _split(given, options)
     taken = [c.prompt for rows in (*learnt.values(), *tests.values()) for c in rows]
     harmful, dropped = leaks.without(given.harmful, taken)
@@ -246,14 +245,6 @@ def _require_system(
             f"{names[first]}: expected a chat template with a place for a system "
             "message, got one that leaves it out: put it into the user's first "
             "message, or remove it"
-        )
-
-
-def _require_context(options: OwnOptions, model: Model) -> None:
-    if options.max_new_tokens >= model.config.context:
-        raise UserError(
-            f"study.max-new-tokens: expected fewer than the model's context of "
-            f"{model.config.context} tokens, got {options.max_new_tokens}"
         )
 
 
