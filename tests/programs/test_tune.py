@@ -258,6 +258,7 @@ def test_the_adapter_that_is_written_is_the_one_that_was_measured(finished):
     assert np.any(np.asarray(jax.tree.leaves(adapter)[0]))
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("default")
 def test_domains_are_as_long_as_their_files(tmp_path, capsys):
     folder = save(tmp_path)
@@ -345,6 +346,7 @@ def unaligned_world(folder):
     (folder / "harmless.txt").write_text("\n".join(asked))
 
 
+@pytest.mark.thorough
 def test_align_teaches_to_refuse_and_writes_a_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     unaligned_world(tmp_path)
