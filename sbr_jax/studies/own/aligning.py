@@ -40,10 +40,10 @@ def mix_rows(
     Raises:
         UserError: if no exchange refuses.
 
-    >>> def said(answer): return Conversation((Record("?", answer),), "toy")
-    >>> found = mix_rows([said("I cannot."), said("Sure.")], [said("Yes.")] * 9, 0.2)
+    >>> said = lambda answer: Conversation((Record("?", answer),), "toy")
+    >>> found = mix_rows([said("I cannot.")], [said("Yes.")] * 9, 0.2)
     >>> len(found.rows), found.safe, found.dropped
-    (5, 1, 1)
+    (5, 1, 0)
     """
     if not 0 < share < 1:
         raise UserError(f"--share: expected a number between 0 and 1, got {share}")
