@@ -76,7 +76,10 @@ _ROOMS = ("typing", "losses", "fisher", "subspace", "transforms")
 
 def __getattr__(name: str) -> Any:
     """What is public, and the rooms it lies in, loaded when first asked for."""
-    if name in ("Tuned", "tune"):  # They load language models, and are in no `import *`.
+    if name in (
+        "Tuned",
+        "tune",
+    ):  # They load language models, and are in no `import *`.
         return getattr(importlib.import_module(f"{__name__}.tuning"), name)
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
