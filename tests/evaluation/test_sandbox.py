@@ -273,6 +273,7 @@ def test_many_keep_their_order():
     assert [o.passed for o in outcomes] == [False, True] * 3
 
 
+@pytest.mark.thorough
 @needs_data
 def test_every_canonical_solution_passes_and_none_without_its_body():
     tasks = load_evalset("humaneval", DATA)

@@ -178,6 +178,7 @@ def test_gibberish_is_refused_and_not_rated():
         guard.guard_judge()(data)
 
 
+@pytest.mark.thorough
 def test_training_is_a_function_of_its_seed():
     # Optax relies on promotion.
     with jax.numpy_dtype_promotion("standard"):
