@@ -118,6 +118,7 @@ def test_the_attack_is_measured_as_it_asks(
     assert metrics["asr_gibberish"] == gibberish
 
 
+@pytest.mark.thorough
 def test_ablation_takes_the_refusal_out_of_the_weights(setting):
     study = studies.ATTACKS["ablation"].study(setting)
     model = study.model
@@ -149,6 +150,7 @@ def searched(setting, adapter):
     return search(setting.study.model.params, adapter)
 
 
+@pytest.mark.thorough
 def test_a_suffix_is_searched_on_the_weights_that_are_asked(setting, adapter, searched):
     model = setting.study.model
     before = jax.tree.map(np.array, model.params)
@@ -169,6 +171,7 @@ def test_a_suffix_is_searched_on_the_weights_that_are_asked(setting, adapter, se
     assert other.asked != searched.asked
 
 
+@pytest.mark.thorough
 def test_more_requests_do_not_change_the_first(setting, adapter, searched):
     more = prompts.SuffixSearch(setting, **BUDGET, prompts=4)
     found = more(setting.study.model.params, adapter)

@@ -147,6 +147,7 @@ def test_the_weights_are_attacked_as_given():
         assert abs(loss - adapted.losses[i, -1]) < 3e-5
 
 
+@pytest.mark.thorough
 def test_half_precision_is_attacked_too():
     model = tiny.model(jnp.bfloat16)
     # jax lowers its own backward pass of attention with mixed dtypes.

@@ -310,6 +310,7 @@ def test_bytes_of_another_cap_are_refused():
 # --- nnx.Optimizer --------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_running_nnx_optimizer_takes_another_subspace():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))

@@ -101,6 +101,7 @@ def test_regenerated_categories_are_marked(tmp_path):
         assert len(load_evalset("bbq", tmp_path, split=split)) == count
 
 
+@pytest.mark.thorough
 @needs_data
 def test_bbq_says_who_is_stereotyped_wherever_its_labels_do():
     items = load_evalset("bbq", DATA)

@@ -60,15 +60,18 @@ def test_asft_adds_lambda_times_the_gradient_of_the_penalty():
 
 
 def test_asft_starts_without_penalty_and_then_shrinks_what_is_outside():
-    grads, _, metrics = gradient("asft", FRESH)
-    assert metrics["penalty"] == 0
-    equal(grads, gradient("plain", FRESH)[0])
+    # One operation after the other: two compiled programs round as they are fused.
+    with jax.disable_jit():
+        grads, _, metrics = gradient("asft", FRESH)
+        assert metrics["penalty"] == 0
+        equal(grads, gradient("plain", FRESH)[0])
     found = alignments(PROBLEM, BASE, FRESH, "test")
     adapters = trained("asft", 12)[1], trained("plain", 12)[1]
     ours, theirs = (float(outside(a, found)) for a in adapters)
     assert 0 < ours < 0.9 * theirs
 
 
+@pytest.mark.thorough
 def test_asft_penalises_a_repair_too():
     ours, theirs = repair_gradients("asft", TUNED, TUNED)
     wanted = vector(gradient("asft", TUNED)[0]) - vector(gradient("plain", TUNED)[0])

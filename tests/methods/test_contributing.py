@@ -62,6 +62,7 @@ def test_a_wrong_hyper_parameter_is_refused_by_name(options, named):
         build(CONTRIBUTED, **options)
 
 
+@pytest.mark.thorough
 def test_the_job_runs_it_beside_other_variants(tmp_path):
     settings = tiny.changed(SETTINGS, repair_steps=1)
     names = ["plain", CONTRIBUTED]

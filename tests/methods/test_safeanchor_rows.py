@@ -18,6 +18,7 @@ from sbr_jax.models import answers
 from sbr_jax.training.program import init_adapter
 
 
+@pytest.mark.thorough
 def test_update_projection_keeps_the_step_out_of_the_subspace():
     strict = learned("safeanchor-exact:projection-only")[1]
     assert strict["safety_update"] < strict["safety_gradient"]
@@ -87,6 +88,7 @@ def confident_study():
     return tiny.study(model=sure, calibration=data, calibration_controls={})
 
 
+@pytest.mark.thorough
 def test_published_relaxation_is_inert_on_a_confident_model_and_warns():
     study = confident_study()
     problem = tiny.problem(
@@ -140,6 +142,7 @@ def test_diagnostics_say_what_the_report_draws():
     )
 
 
+@pytest.mark.thorough
 def test_replay_bypass_lets_the_safety_gradient_past():
     key, adapter = jax.random.key(0), init_adapter(STUDY, SETTINGS, 0)
     task = batch(STUDY.domains["legal"].train, 4, 0, 0)

@@ -91,6 +91,7 @@ def test_salora_trains_the_model_it_deploys():
     np.testing.assert_allclose(vector(twice), vector(folded), atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_salora_repairs_the_model_it_deploys():
     directions = start("salora")[1]["directions"]
     folded = constrain(TUNED, directions)

@@ -61,6 +61,7 @@ def test_gradient_is_the_tasks_plus_lambda_times_the_anchors():
     assert off["anchor"] * WIDTH == pytest.approx(float(value), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_repair_is_anchored_as_well():
     safe = batch(PROBLEM.calibration, 8, 0, 0)
     args = (BASE, MOVED, STATE, TASK, safe, jnp.float32(2), KEY)
@@ -179,6 +180,7 @@ def test_the_anchors_pass_has_no_dropout():
     assert float(values[0]["anchor"]) == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_bfloat16_weights_start_at_rounding():
     model = tiny.model(jnp.bfloat16)
     problem = dataclasses.replace(PROBLEM, apply_fn=model.apply_fn)

@@ -128,6 +128,7 @@ def test_prompts_read_in_parts_are_answered_as_alone(monkeypatch):
     assert written == [(12, 32)]
 
 
+@pytest.mark.thorough
 def test_a_batch_keeps_to_its_tokens(monkeypatch):
     whole = run(prompts=LONG)
     written = counted(monkeypatch, "_write", lambda a: a[6][0].shape[1:3])

@@ -58,6 +58,7 @@ def test_another_base_of_the_same_kind_compiles_nothing():
     assert everything._cache_size() == before
 
 
+@pytest.mark.thorough
 def test_the_safety_fisher_sees_the_dequantised_model():
     base = coded("nf4")
 
@@ -112,6 +113,7 @@ def test_an_adapter_learns_beside_frozen_codes():
     same(base, before)
 
 
+@pytest.mark.thorough
 def test_answers_and_scores_come_through_codes():
     base = coded("nf4")
     dense = dequantize(base)

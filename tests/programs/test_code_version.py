@@ -161,6 +161,7 @@ class Edited(Tree):
         return text
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", EDITS.values(), ids=EDITS)
 def test_an_edit_marks_the_rows_that_it_decides(case, monkeypatch):
     edits, wanted = case

@@ -96,6 +96,7 @@ def compiled(request):
     return job, forward.compile(), gradient.compile()
 
 
+@pytest.mark.thorough
 def test_products_are_those_that_the_compiler_counts(compiled):
     job, forward, gradient = compiled
     # The compiler counts the body of a loop once, however often it runs.
@@ -219,6 +220,7 @@ def test_a_dry_run_of_the_demo_prints_memory_and_hours(capsys):
     assert "all, 3 seeds" in out
 
 
+@pytest.mark.thorough
 def test_hours_follow_steps_and_speed(demo):
     device = forecast.A100
 

@@ -53,6 +53,7 @@ def command(data, tiny, tmp_path_factory):
     return output, arguments
 
 
+@pytest.mark.thorough
 def test_the_folder_holds_a_chat_model_that_has_learnt(command):
     output, _ = command
     model = models.load(output)

@@ -68,6 +68,7 @@ def test_page_is_self_contained(folder):
     assert set(re.findall(r"url\(#([^)]+)\)", page.text)) <= set(page.ids)
 
 
+@pytest.mark.thorough
 def test_several_runs_share_a_page_and_the_same_results_give_the_same(
     folder, tmp_path, capsys
 ):

@@ -181,6 +181,7 @@ def test_the_start_model_is_measured_once_for_all(roomy):
     assert float(last[-1]) == pytest.approx(whole, rel=1e-2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("row", "methods", "monitored"),
     [

@@ -74,6 +74,7 @@ def files(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.thorough
 def test_the_next_day_continues_the_run_and_exports_it(world, tmp_path, today, capsys):
     today("2024-07-26")
     workdir = tmp_path / "run"

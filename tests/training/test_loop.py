@@ -88,6 +88,7 @@ def test_schedule_warms_up_and_ends_at_its_floor():
     assert float(learning_rate_schedule(1.0, 1)(0)) == pytest.approx(1.0)
 
 
+@pytest.mark.thorough
 def test_accumulation_equals_one_big_batch():
     results = []
     for accumulation in (1, 4):

@@ -183,6 +183,7 @@ def test_a_finished_run_computes_nothing(whole, monkeypatch):
     assert results(whole) == before
 
 
+@pytest.mark.thorough
 def test_other_variants_seeds_and_hardware_continue_a_folder(tmp_path):
     go(tmp_path, seeds=(1,))
     go(tmp_path, seeds=(0,), log_every=1, checkpoint_every=3)
@@ -225,6 +226,7 @@ def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks):
     assert (stage / "adapter").is_dir() == (blocks > 0)
 
 
+@pytest.mark.thorough
 def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
     """Training, two repair blocks and the end of the domain share one answer."""
     asked = []
