@@ -298,7 +298,13 @@ def _parsed(value: Any, where: str) -> list[Turn]:
             raise UserError(
                 f"{place}: expected a text, got {describe(content)}: {MEND}"
             )
-        found.append(Turn(ROLES[said.lower()], content, turn.get("weight", 1) != 0))
+        weight = turn.get("weight", 1)
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise UserError(
+                f"{place}: expected weight 0 (not learnt) or 1, got "
+                f"{describe(weight)}: {MEND}"
+            )
+        found.append(Turn(ROLES[said.lower()], content, weight != 0))
     return found
 
 

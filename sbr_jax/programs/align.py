@@ -63,7 +63,8 @@ def align(args: Sequence[str]) -> None:
     # It is what is about to be mended.
     warnings.filterwarnings("ignore", "the start model refuses")
     output = Path(arguments.output or "")
-    tuned = tune.execute(request, output, merged=True)
+    taught = f"{mixed.safe} of {len(mixed.rows)} rows refuse (`sbr-jax align`)"
+    tuned = tune.execute(request, output, merged=True, taught=taught)
     before, after = (tuned.metrics[w]["over_refusal"] for w in ("before", "after"))
     if after > before + RISE:
         cli.show_warning(

@@ -169,8 +169,16 @@ def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
     )
 
 
-def execute(request: Any, output: Path, *, merged: bool) -> Any:
+def execute(
+    request: Any, output: Path, *, merged: bool, taught: str | None = None
+) -> Any:
     """Reads, says what it will cost, trains, measures, and writes the output.
+
+    Args:
+        request: what is tuned, and how.
+        output: new or empty folder.
+        merged: whether to write a whole checkpoint.
+        taught: what the rows teach, where they are no examples of a user's task.
 
     Returns:
         What `tuning.carry_out` gives.
@@ -192,7 +200,7 @@ def execute(request: Any, output: Path, *, merged: bool) -> Any:
         lines = [f"{'cost' * (not i):<8} {line}" for i, line in enumerate(cost)]
         say([*report.study_lines(study), *lines])
         tuned = tuning.carry_out(plan, study)
-        report.write(output, plan, study, tuned, merged=merged)
+        report.write(output, plan, study, tuned, merged=merged, taught=taught)
     say(["", report.text_table(tuned.metrics), "", compiled()])
     kind = "checkpoint" if merged else "adapter"
     say([f"{kind}: {output}", f"report: {output / 'report.html'}"])

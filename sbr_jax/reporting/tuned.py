@@ -61,15 +61,15 @@ def plan_lines(plan: Any) -> list[str]:
             own = parts.record.get("held back", {}).get(name[5:], 1)
             kind = kind if own else "the same that are learnt: too few to hold any back"
             found.append(f"measured {len(data)} answers of {name[5:]}, {kind}")
-    if parts.measured:
-        counts = parts.record["harmful"]
-        shown = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
-        found.append(f"harmful  {shown}")
-    else:
-        found.append(
-            "harmful  no prompts (--harmful), so refusal is not measured and the "
-            "monitor is off"
-        )
+    counts = parts.record.get("harmful", {})
+    shown = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    if not parts.measured:
+        why = f"none is left ({shown})" if shown else "no prompts (--harmful)"
+        shown = f"{why}, so refusal is not measured and the monitor is off"
+    found.append(f"harmful  {shown}")
+    safe = parts.sets.get("calibration")
+    if plan.request.safety is not None and safe is not None:
+        found.append(f"safe     {len(safe)} exchanges are used (--safety)")
     monitored = "monitored" if parts.probe else "no monitor"
     found.append(f"method   {plan.request.method}, {monitored}")
     found.append(f"work     {plan.request.folder}; the same command continues there")
@@ -116,7 +116,15 @@ def text_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return to_text(table(metrics))
 
 
-def write(output: Path, plan: Any, study: Any, tuned: Any, *, merged: bool) -> None:
+def write(
+    output: Path,
+    plan: Any,
+    study: Any,
+    tuned: Any,
+    *,
+    merged: bool,
+    taught: str | None = None,
+) -> None:
     """Writes weights, model card, summary and report into a new folder.
 
     Args:
@@ -125,6 +133,7 @@ def write(output: Path, plan: Any, study: Any, tuned: Any, *, merged: bool) -> N
         study: that was run over.
         tuned: of `tuning.carry_out`.
         merged: whether to write a whole checkpoint.
+        taught: what the rows teach, where they are no examples of a user's task.
 
     Raises:
         UserError: where an adapter cannot hold what is deployed.
@@ -132,13 +141,25 @@ def write(output: Path, plan: Any, study: Any, tuned: Any, *, merged: bool) -> N
     """
     base_name = str(plan.request.model)
     write = functools.partial(
-        _write, plan=plan, study=study, tuned=tuned, merged=merged, name=base_name
+        _write,
+        plan=plan,
+        study=study,
+        tuned=tuned,
+        merged=merged,
+        name=base_name,
+        taught=taught,
     )
     files.fill_folder(output, write, (SafetensorError,))
 
 
 def _write(
-    folder: Path, plan: Any, study: Any, tuned: Any, merged: bool, name: str
+    folder: Path,
+    plan: Any,
+    study: Any,
+    tuned: Any,
+    merged: bool,
+    name: str,
+    taught: str | None,
 ) -> None:
     if merged:
         tuned.save_merged(folder)
@@ -155,11 +176,15 @@ def _write(
     }
     text = json.dumps(plain_numbers(summary), indent=2)
     (folder / "summary.json").write_text(f"{text}\n", encoding="utf-8")
-    (folder / CARD).write_text(card(plan, study, tuned, merged=merged), "utf-8")
+    (folder / CARD).write_text(
+        card(plan, study, tuned, merged=merged, taught=taught), "utf-8"
+    )
     report.build([plan.request.folder], output=folder / "report.html")
 
 
-def card(plan: Any, study: Any, tuned: Any, *, merged: bool) -> str:
+def card(
+    plan: Any, study: Any, tuned: Any, *, merged: bool, taught: str | None = None
+) -> str:
     """The model card, as the Hugging Face hub reads it."""
     request, training = plan.request, plan.config.training
     name = str(request.model)
@@ -173,6 +198,10 @@ def card(plan: Any, study: Any, tuned: Any, *, merged: bool) -> str:
     )
     judge = study.notes["measurements"]["refusal"]["judge"]
     written = study.notes["data"].get("refusals")
+    title = f"tuned with {request.method}" if taught is None else "aligned"
+    trained = (
+        f"with `sbr-jax tune` on {learnt}" if taught is None else f"to refuse: {taught}"
+    )
     lines = [
         "---",
         *base,
@@ -180,10 +209,10 @@ def card(plan: Any, study: Any, tuned: Any, *, merged: bool) -> str:
         *tags,
         "---",
         "",
-        f"# {Path(name).name}, tuned with {request.method}",
+        f"# {Path(name).name}, {title}",
         "",
         f"A {'merged checkpoint' if merged else 'LoRA adapter'} for "
-        f"`{Path(name).name}`, trained with `sbr-jax tune` on {learnt}.",
+        f"`{Path(name).name}`, trained {trained}.",
         "",
         "## Before and after",
         "",

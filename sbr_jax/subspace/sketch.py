@@ -64,9 +64,10 @@ def plan(
         if most < 2 * max_rank + 2:
             least = OVERHEAD * one * (2 * max_rank + 2)
             raise UserError(
-                f"expected a memory budget of at least {least / 2**30:.2g} GiB for a "
-                f"basis of {max_rank} columns, as many rows and one gradient, got "
-                f"{memory_budget / 2**30:.2g} GiB; raise it or lower max_rank"
+                f"expected a memory budget of at least {math.ceil(least)} bytes "
+                f"({least / 2**30:.3g} GiB) for a basis of {max_rank} columns, as many "
+                f"rows and one gradient, got {memory_budget:.0f}; raise it or lower "
+                "max_rank"
             )
         free = most - 2 * max_rank
         microbatch = max(1, min(microbatch, free // 2, (most - max_rank) // 8))

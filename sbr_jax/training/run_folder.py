@@ -88,6 +88,12 @@ class RunFolder:
                 f"expected the settings of a run in {path}, found another program's "
                 "file; choose another folder"
             )
+        if differences.startswith("fingerprint: ") and "; " not in differences:
+            raise UserError(
+                f"{folder} belongs to a run over other data or another model "
+                f"({differences}): a file changed since; put it back, choose another "
+                f"folder, or {again(folder)}"
+            )
         raise UserError(
             f"{folder} belongs to a run with other settings: {differences}; choose "
             "another folder or the same settings"

@@ -39,8 +39,8 @@ def trust_region(
     ends at the nearest point of the ellipsoid: ``c_i ← c_i / (1 + μ λ_i)`` with the
     smallest μ ≥ 0 for which q = ε. The budget is one for all units and layers together.
     With λ and U of a Fisher matrix, q is the KL divergence from the model at θ₀ to
-    second order, in nats if the factors were scores of whole answers. ε → 0 is strict
-    projection, and ε → ∞ changes nothing.
+    second order, in nats if the factors were scores of whole answers. In exact
+    arithmetic ε → 0 is strict projection, and ε → ∞ changes nothing.
 
     Place it last in a chain: it looks at the step that is applied. It sees no more of
     it, so the nearest point is the Euclidean one: inside the budget every optimizer
@@ -50,12 +50,14 @@ def trust_region(
 
     **Guarantee**: ``q(θ + u) ≤ ε (1 + 1e-3)`` after every step, also right after
     `replace_subspace`, whose subspace counts from the next step on, about the same θ₀:
-    that step may be long. For float32 parameters, as long as their rounding is far
-    inside the ellipsoid; those in bfloat16 round by 2⁻⁹ of themselves, and only the
-    update keeps the bound. μ is found by
-    Newton's method on ``1/√q``, which is concave in μ: from 0 it grows to the root and
-    never beyond. If an extreme spectrum should take more than its fixed number of
-    steps, what is left is scaled down, so that the bound holds all the same.
+    that step may be long. Numbers round, and that comes on top: q may exceed ε by a
+    further share of about ``3 ρ ‖(θ, θ − θ₀, u)‖ √(λ_max / 2ε)``, with ρ = 2⁻²⁴ in
+    float32 and 2⁻⁹ in bfloat16, whose updates round as its parameters do. Steps along
+    free directions count in it: keep them, and 1/ε, moderate.
+
+    μ is found by Newton's method on ``1/√q``, which is concave in μ: from 0 it grows to
+    the root and never beyond. If an extreme spectrum should take more than its fixed
+    number of steps, what is left is scaled down, so that the bound holds all the same.
 
     Args:
         subspace: U and λ; ``init`` copies it into the state, where `replace_subspace`

@@ -127,6 +127,16 @@ TURNS = {
 }
 
 
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "x", "0", None, True, float("nan")])
+def test_a_weight_is_none_or_whole(weight):
+    row = messages(*ROWS[0])
+    row["messages"][-1]["weight"] = weight
+    with pytest.raises(
+        UserError, match=r"row 1.*weight 0 \(not learnt\) or 1"
+    ):
+        read_conversations([row], "toy")
+
+
 @pytest.mark.parametrize("kind", TURNS)
 def test_a_wrong_conversation_is_named_by_its_row_and_not_quoted(kind):
     rows = [messages(*ROWS[0]), {"messages": TURNS[kind]}]

@@ -354,6 +354,9 @@ def test_align_teaches_to_refuse_and_writes_a_checkpoint(tmp_path, monkeypatch, 
     more = ("--ordinary", "ordinary.jsonl", "--harmful", "harmful.txt")
     assert align.main([*given, *more, "--output", "aligned", *ALIGN]) == 0
     found = json.loads((tmp_path / "aligned" / "summary.json").read_text())
+    card = (tmp_path / "aligned" / "README.md").read_text()
+    assert ", aligned\n" in card
+    assert "rows refuse (`sbr-jax align`)" in card
     assert found["after"]["refusal"] > found["before"]["refusal"] + 20
     assert "64, of which 32 refuse" in capsys.readouterr().out
     assert models.load(tmp_path / "aligned").config == testbed.load().config

@@ -39,10 +39,13 @@ def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path
     folder = Path(model)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        way = "models.save(FOLDER, models.load(FILE)) makes one of a .gguf file"
+        raise UserError(f"{option}: expected a checkpoint folder, got a file: {way}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise UserError(
             f"{option}: expected a checkpoint folder or a hub id like 'owner/name', "
-            f"got '{model}'"
+            f"got '{model}', and nothing is there"
         )
     from huggingface_hub import snapshot_download
 
