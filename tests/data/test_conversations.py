@@ -131,9 +131,7 @@ TURNS = {
 def test_a_weight_is_none_or_whole(weight):
     row = messages(*ROWS[0])
     row["messages"][-1]["weight"] = weight
-    with pytest.raises(
-        UserError, match=r"row 1.*weight 0 \(not learnt\) or 1"
-    ):
+    with pytest.raises(UserError, match=r"row 1.*weight 0 \(not learnt\) or 1"):
         read_conversations([row], "toy")
 
 
