@@ -272,13 +272,32 @@ def carry_out(made: Plan, study: ChatStudy) -> Tuned:
         quiet=request.quiet,
     )
     lines = [record["line"] for record in RunFolder(request.folder).lines(())]
-    mine = [line for line in lines if line["method"] == request.method]
-    (before,) = (line["metrics"] for line in lines if line["method"] == BASE)
-    (*_, after) = (x["metrics"] for x in mine if x["stage"] == NAMES[EVALUATE])
+    metrics = measured_of(lines, request.method, request.seed)
     opened = deployed.reopen(request.folder, study, made.config, made.domains)
     base, adapter = deployed.weights(opened, request.method, request.seed)
-    metrics = {"before": before, "after": after}
     return Tuned(study.model, base, adapter, metrics, request.method)
+
+
+def measured_of(
+    lines: Sequence[Mapping[str, Any]], method: str, seed: int
+) -> dict[str, Mapping[str, float]]:
+    """Metrics before and after one seed of a method; a folder may hold more of them.
+
+    Args:
+        lines: of the folder's finished stages, in their order.
+        method: of the run.
+        seed: of the run.
+
+    >>> start = {"method": "base", "seed": None, "stage": "base", "metrics": {"x": 1.0}}
+    >>> end = {"method": "plain", "stage": "evaluate"}
+    >>> ends = [{**end, "seed": i, "metrics": {"x": 2.0 + i}} for i in range(2)]
+    >>> measured_of([start, *ends], "plain", 0)
+    {'before': {'x': 1.0}, 'after': {'x': 2.0}}
+    """
+    (before,) = (line["metrics"] for line in lines if line["method"] == BASE)
+    mine = [x for x in lines if (x["method"], x["seed"]) == (method, seed)]
+    (*_, after) = (x["metrics"] for x in mine if x["stage"] == NAMES[EVALUATE])
+    return {"before": before, "after": after}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from own_case import as_lines, messages, run, save, words, world_prompts, world_
 from test_command_line import refused
 
 import sbr_jax
-from sbr_jax import models, testbed
+from sbr_jax import models, testbed, tuning
 from sbr_jax.programs import align, tune
 from sbr_jax.recipes.own import HYPERPARAMETERS, TRAINING
 from sbr_jax.studies.options import OwnOptions
@@ -249,8 +249,6 @@ def test_the_adapter_that_is_written_is_the_one_that_was_measured(finished):
     made = tune.make_request(
         tune.cli.parse(tune.Arguments, words(finished, finished / "new"), "tune")
     )
-    from sbr_jax import tuning
-
     plan = tuning.plan(dataclasses.replace(made, method="plain"))
     study = plan.make_study()
     found = study.evaluate(study.model.params, adapter)
@@ -318,6 +316,20 @@ def test_the_page_s_lines_of_python_run(tmp_path, monkeypatch, capsys):
     before, after = re.findall(r"[\d.]+", capsys.readouterr().out)
     assert float(after) < float(before)
     assert (tmp_path / "adapters" / "mine" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("method", ["plain", "safegrad"])
+def test_metrics_are_of_the_seed_that_was_asked_for(method, seed):
+    start = {"method": "base", "seed": None, "stage": "base", "metrics": {"x": 9.0}}
+    lines = [
+        {"method": name, "seed": i, "stage": stage, "metrics": {"x": [name, i, stage]}}
+        for name in ("plain", "safegrad")
+        for i in range(3)
+        for stage in ("subspace", "train", "evaluate")
+    ]
+    found = tuning.measured_of([start, *lines], method, seed)
+    assert found == {"before": {"x": 9.0}, "after": {"x": [method, seed, "evaluate"]}}
 
 
 # --- align ----------------------------------------------------------------------------
