@@ -83,6 +83,14 @@ def test_harmful_prompts_that_are_learnt_measure_nothing():
     assert len(found.measured) == len(HARM) - 1
 
 
+@pytest.mark.parametrize(("needed", "monitored"), CASES)
+@pytest.mark.parametrize("safe", [None, rows(9, start=500)])
+def test_parts_of_which_nothing_is_left_are_refused(needed, monitored, safe):
+    train = [*rows(60), *(messages(text.upper(), "w1") for text in HARM)]
+    with pytest.raises(UserError, match=r"--harmful: expected .* got 40 that are"):
+        made(train, HARM, needed, bool(monitored), safe, held_out=1)
+
+
 # --- the model's own refusals ---------------------------------------------------------
 
 

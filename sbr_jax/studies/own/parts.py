@@ -88,6 +88,12 @@ def make_parts(
     learnt, tests, notes = _split(given, options)
     taken = [c.prompt for rows in (*learnt.values(), *tests.values()) for c in rows]
     harmful, dropped = leaks.without(given.harmful, taken)
+    if given.harmful and not harmful:
+        raise UserError(
+            "--harmful: expected prompts that are not learnt and not in --eval, got "
+            f"{dropped} that are, so nothing is left to measure refusal with: give "
+            "others"
+        )
     if dropped:
         warnings.warn(
             f"--harmful: {dropped} of its prompts are also learnt or in --eval; they "
