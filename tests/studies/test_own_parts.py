@@ -1,6 +1,7 @@
 """Parts of a user's files are disjoint, and only what is needed is asked for."""
 
 import itertools
+import re
 import warnings
 
 import pytest
@@ -8,9 +9,10 @@ import tiny_chat
 from own_case import messages
 
 from sbr_jax import models
+from sbr_jax.data.harmless import HARMLESS as PACKAGED
 from sbr_jax.data.leaks import normalised
 from sbr_jax.evaluation import KeywordJudge
-from sbr_jax.methods.needs import HARMFUL, SAFE
+from sbr_jax.methods.needs import BENIGN, HARMFUL, SAFE
 from sbr_jax.studies import own
 from sbr_jax.studies.options import OwnOptions
 from sbr_jax.studies.own.refusals import write_refusals
@@ -87,8 +89,56 @@ def test_harmful_prompts_that_are_learnt_measure_nothing():
 @pytest.mark.parametrize("safe", [None, rows(9, start=500)])
 def test_parts_of_which_nothing_is_left_are_refused(needed, monitored, safe):
     train = [*rows(60), *(messages(text.upper(), "w1") for text in HARM)]
-    with pytest.raises(UserError, match=r"--harmful: expected .* got 40 that are"):
+    with pytest.raises(UserError, match=r"--harmful: .* got 40 of 40 that are"):
         made(train, HARM, needed, bool(monitored), safe, held_out=1)
+
+
+HARMLESS = [f"koala n{i}" for i in range(12)]
+
+
+def told(pattern, act):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        made = act()
+    return made, [str(w.message) for w in found if re.search(pattern, str(w.message))]
+
+
+@pytest.mark.parametrize("benign", [set(), {BENIGN}])
+@pytest.mark.parametrize("place", ["first answer", "last answer", "eval", "harmful"])
+@pytest.mark.parametrize("count", [0, 3, 12])
+def test_harmless_prompts_of_other_parts_are_left_out(place, count, benign, tmp_path):
+    path = tmp_path / "harmless.txt"
+    path.write_text("\n".join(HARMLESS))
+    same = [text.upper() for text in HARMLESS[:count]]
+    turns = ["w1", "w2", "w3"] if place == "first answer" else ["w1"]
+    more = [messages(text, *turns) for text in same]
+    evaluation = [rows(5, start=900) + more] if place == "eval" else []
+    train = [*rows(60), *(more if place.endswith("answer") else [])]
+    harmful = HARM + (same if place == "harmful" else [])
+
+    def act():
+        return made(
+            train, harmful, benign, False, None, evaluation, harmless_file=str(path)
+        )
+
+    if count == len(HARMLESS):
+        with pytest.raises(UserError, match=r"harmless-file: .* got 12 of 12 that are"):
+            act()
+        return
+    found, warned = told("harmless-file: 3 of its prompts", act)
+    assert len(warned) == bool(count)
+    assert found.record["harmless left out"] == count
+    assert sorted([*found.harmless, *found.control]) == sorted(HARMLESS[count:])
+    assert bool(found.control) == bool(benign)
+
+
+def test_prompts_of_the_package_that_are_learnt_are_left_out():
+    train = [*rows(60), *(messages(text, "w1") for text in PACKAGED[:7])]
+    found, warned = told(
+        "^harmless prompts: 7", lambda: made(train, None, set(), False, held_out=1)
+    )
+    assert len(found.harmless) == len(PACKAGED) - 7
+    assert len(warned) == 1
 
 
 # --- the model's own refusals ---------------------------------------------------------

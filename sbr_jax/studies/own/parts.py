@@ -86,20 +86,9 @@ def make_parts(
         UserError: naming file and row.
     """
     learnt, tests, notes = _split(given, options)
-    taken = [c.prompt for rows in (*learnt.values(), *tests.values()) for c in rows]
-    harmful, dropped = leaks.without(given.harmful, taken)
-    if given.harmful and not harmful:
-        raise UserError(
-            "--harmful: expected prompts that are not learnt and not in --eval, got "
-            f"{dropped} that are, so nothing is left to measure refusal with: give "
-            "others"
-        )
-    if dropped:
-        warnings.warn(
-            f"--harmful: {dropped} of its prompts are also learnt or in --eval; they "
-            "are left out of every measurement of refusal",
-            stacklevel=2,
-        )
+    harmful, harmless, left_out = _unseen(
+        given, options, [*learnt.values(), *tests.values()]
+    )
     safe_needed = bool({SAFE, MIX} & needed) or (monitored and bool(harmful))
     own = safe_needed and given.safe is None
     calibrating = own or HARMFUL in needed
@@ -129,10 +118,15 @@ def make_parts(
             model.tokenizer, texts, length, too_long="truncate"
         )
     benign = BENIGN in needed
-    control = given.harmless[len(given.harmless) // 2 :] if benign else []
-    harmless = given.harmless[: len(given.harmless) - len(control)]
-    asked = {"--harmful": [*calibrate, *probe, *measured], "harmless": given.harmless}
+    control = harmless[len(harmless) // 2 :] if benign else []
+    asked = {"--harmful": [*calibrate, *probe, *measured], "harmless": harmless}
     check_prompts(options, model, asked)
+    harmless = harmless[: len(harmless) - len(control)]
+    if not harmless:
+        raise UserError(
+            "--study.harmless-file: expected at least 2 different prompts, of which "
+            "one is measured and one is the benign control, got 1: add more"
+        )
     compared = {"calibrate": calibrate, "probe": probe, "measured": measured}
     if "calibration" in rows:
         compared["safety"] = [c.prompt for c in rows["calibration"]]
@@ -145,7 +139,7 @@ def make_parts(
         "too long": {n: d.dropped for n, d in sets.items() if d.dropped},
         "control tokens": {n: d.escaped for n, d in sets.items() if d.escaped},
         "harmful": {name: len(texts) for name, texts in compared.items()},
-        "harmful left out": dropped,
+        **left_out,
     }
     return Parts(
         sets=sets,
@@ -194,6 +188,48 @@ def _split(
                 stacklevel=2,
             )
     return learnt, tests, {"held back": held} if held else {}
+
+
+def _unseen(
+    given: Given, options: OwnOptions, taken: Sequence[Sequence[Conversation]]
+) -> tuple[list[str], list[str], dict[str, int]]:
+    """Harmful and harmless prompts that stand nowhere else, and counts of others."""
+    # Every answer of a conversation is learnt, and what was said before it is asked.
+    seen = [
+        leaks.prompt_of(record)
+        for rows in taken
+        for row in rows
+        for record in row.records
+    ]
+    harmful = _left("--harmful", given.harmful, seen, "are also learnt or in --eval")
+    name = "--study.harmless-file" if options.harmless_file else "harmless prompts"
+    known = [*seen, *given.harmful]
+    where = "are also learnt, in --eval or in --harmful"
+    harmless = _left(name, given.harmless, known, where)
+    counts = {
+        "harmful left out": len(given.harmful) - len(harmful),
+        "harmless left out": len(given.harmless) - len(harmless),
+    }
+    return harmful, harmless, counts
+
+
+def _left(
+    name: str, prompts: Sequence[str], seen: Sequence[str], where: str
+) -> list[str]:
+    """Prompts that were not seen; others are told, and all of them refused."""
+    kept, dropped = leaks.without(prompts, seen)
+    if prompts and not kept:
+        raise UserError(
+            f"{name}: expected prompts to measure refusal with, got {dropped} of "
+            f"{len(prompts)} that {where}, so nothing is left: give others"
+        )
+    if dropped:
+        warnings.warn(
+            f"{name}: {dropped} of its prompts {where}; they are left out of every "
+            "measurement of refusal",
+            stacklevel=2,
+        )
+    return kept
 
 
 def _held_back(
