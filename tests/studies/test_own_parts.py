@@ -28,11 +28,22 @@ def rows(count, start=0):
     ]
 
 
-def made(train, harmful, needed, monitored, safe=None, evaluation=(), **options):
+def made(train, *more, **options):
+    return made_of([train], *more, **options)
+
+
+def made_of(files, harmful, needed, monitored, safe=None, evaluation=(), **options):
     chosen = OwnOptions(**{**SMALL, **options})
-    given = own.read_given([train], list(evaluation), safe, harmful, chosen)
+    given = own.read_given(files, list(evaluation), safe, harmful, chosen)
     judge = KeywordJudge()
     return own.make_parts(given, chosen, frozenset(needed), monitored, MODEL, judge)
+
+
+def told(pattern, act):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        made = act()
+    return made, [str(w.message) for w in found if re.search(pattern, str(w.message))]
 
 
 HARM = [f"zebra n{i}" for i in range(40)]
@@ -73,6 +84,57 @@ def test_what_is_held_back_is_not_learnt(count):
     assert len(learnt) + len(tests) in range(len(train) - 2, len(train) + 1)
 
 
+BIG = rows(60)
+FILES = {
+    "the same": ([BIG, BIG], {"examples": 6, "examples-2": 6}),
+    "shuffled": ([BIG, BIG[::-1]], {"examples": 6, "examples-2": 6}),
+    "a small part": ([BIG, BIG[:5]], {"examples": 6, "examples-2": 0}),
+    "most of it small": ([BIG, BIG[:19], BIG[19:38], BIG[38:57]], {"examples": 3}),
+    "half of it": ([BIG, rows(60, start=30)], {"examples": 6, "examples-2": 6}),
+    "another": ([BIG, rows(60, start=500)], {"examples": 6, "examples-2": 6}),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_one_file_holds_back_no_file_learns(kind):
+    files, expected = FILES[kind]
+    found, warned = told("held back in another file", lambda: plain(files))
+    held = found.record["held back"]
+    assert expected.items() <= held.items()
+    learnt = [f"train {name}" for name in held]
+    seen = {tuple(row) for name in learnt for row in found.sets[name].tokens}
+    back = [found.sets[f"test {name}"].tokens for name in held if held[name]]
+    assert not seen & {tuple(row) for tokens in back for row in tokens}
+    others = found.record["held back in others"]
+    assert len(warned) == len(others)
+    assert sum(others.values()) == sum(map(len, files)) - sum(held.values()) - sum(
+        len(found.sets[name]) for name in learnt
+    )
+    assert bool(others) == (kind in ("shuffled", "half of it"))
+
+
+def plain(files, **options):
+    return made_of(files, None, set(), False, **options)
+
+
+@pytest.mark.parametrize("learnt_in", [0, 1])
+@pytest.mark.parametrize("count", [1, 2])
+def test_given_rows_are_compared_with_all_that_is_learnt(learnt_in, count):
+    files = [rows(60, start=100 * i) for i in range(2)]
+    new = [rows(9, start=900 + 100 * i) for i in range(count)]
+    evaluation = [files[learnt_in][:3] + new[0], *new[1:]]
+    _, warned = told(
+        "3 of its 12 prompts are learnt", lambda: plain(files, evaluation=evaluation)
+    )
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("count", [4, 31])
+def test_rows_that_are_given_are_all_measured_on(count):
+    found = plain([rows(60)], evaluation=[rows(count, start=900)], held_out=3)
+    assert len(found.sets["test examples"]) == count
+
+
 def test_rows_given_to_measure_on_are_told_where_they_are_learnt():
     with pytest.warns(UserWarning, match="3 of its 5 prompts are learnt too"):
         made(rows(60), None, set(), False, evaluation=[rows(3) + rows(2, start=900)])
@@ -94,13 +156,6 @@ def test_parts_of_which_nothing_is_left_are_refused(needed, monitored, safe):
 
 
 HARMLESS = [f"koala n{i}" for i in range(12)]
-
-
-def told(pattern, act):
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        made = act()
-    return made, [str(w.message) for w in found if re.search(pattern, str(w.message))]
 
 
 @pytest.mark.parametrize("benign", [set(), {BENIGN}])

@@ -22,7 +22,7 @@ from sbr_jax.methods.needs import BENIGN, HARMFUL, MIX, SAFE
 from sbr_jax.models import Model
 from sbr_jax.studies.chat.parts import check_ends, check_prompts, encode_records
 from sbr_jax.studies.options import OwnOptions
-from sbr_jax.studies.own.given import ALL, Given
+from sbr_jax.studies.own.given import Given
 from sbr_jax.typing import UserError
 
 HELD_BACK = 10
@@ -165,29 +165,66 @@ def _split(
     dict[str, Any],
 ]:
     """Rows to learn, rows to measure on, and what there is to say about them."""
-    learnt: dict[str, Sequence[Conversation]] = {}
-    tests: dict[str, Sequence[Conversation]] = {}
-    held: dict[str, int] = {}
-    for name, read in given.train.items():
-        rows = read.rows
-        if not given.evaluation:
-            kept, back = _held_back(rows, options.held_out)
-            held[name] = len(back)
-            # Too few to spare any: then it is measured how well they are learnt.
-            rows, tests[name] = kept, back or rows[: options.held_out]
-        learnt[name] = rows
-    for name, read in given.evaluation.items():
-        tests[name] = _some(read.rows, options.held_out)
-        mine = learnt.values() if name == ALL else [learnt[name]]
-        rows = [c.prompt for part in mine for c in part]
-        shared = len(tests[name]) - len(leaks.without(tests[name], rows)[0])
+    trained = {name: read.rows for name, read in given.train.items()}
+    if not given.evaluation:
+        return _hold_back(trained, options.held_out)
+    seen = [row.prompt for rows in trained.values() for row in rows]
+    tests = {name: read.rows for name, read in given.evaluation.items()}
+    for rows in tests.values():
+        shared = len(rows) - len(leaks.without(rows, seen)[0])
         if shared:
             warnings.warn(
-                f"--eval: {shared} of its {len(tests[name])} prompts are learnt too, "
+                f"--eval: {shared} of its {len(rows)} prompts are learnt too, "
                 "so its loss and exact match flatter",
                 stacklevel=2,
             )
-    return learnt, tests, {"held back": held} if held else {}
+    return trained, tests, {}
+
+
+def _hold_back(
+    trained: Mapping[str, Sequence[Conversation]], most: int
+) -> tuple[
+    dict[str, Sequence[Conversation]],
+    dict[str, Sequence[Conversation]],
+    dict[str, Any],
+]:
+    """Rows to learn, and rows to measure on of which no file learns a prompt."""
+    small = [rows for rows in trained.values() if len(rows) < ENOUGH_TO_HOLD]
+    back = {
+        name: _spared(rows, small, most) if len(rows) >= ENOUGH_TO_HOLD else []
+        for name, rows in trained.items()
+    }
+    learnt: dict[str, Sequence[Conversation]] = {}
+    tests: dict[str, Sequence[Conversation]] = {}
+    others: dict[str, int] = {}
+    for name, rows in trained.items():
+        own, _ = leaks.without(rows, back[name])
+        learnt[name], others[name] = leaks.without(own, *back.values())
+        if not learnt[name]:
+            raise UserError(
+                f"--train {name}: expected rows that no other file holds back, got "
+                f"{len(rows)} that are: give --eval, or leave this file out"
+            )
+        if others[name]:
+            warnings.warn(
+                f"--train {name}: {others[name]} of {len(rows)} rows are held back in "
+                "another file, and are left out",
+                stacklevel=2,
+            )
+        # Too few to spare any: then it is measured how well they are learnt.
+        tests[name] = back[name] or leaks.distinct(rows)[0][:most]
+    counts = {name: len(rows) for name, rows in back.items()}
+    left_out = {name: count for name, count in others.items() if count}
+    return learnt, tests, {"held back": counts, "held back in others": left_out}
+
+
+def _spared(
+    rows: Sequence[Conversation], small: Sequence[Sequence[Conversation]], most: int
+) -> list[Conversation]:
+    """A tenth of the rows and half of their prompts at most; none of a small file."""
+    different = leaks.distinct(rows)[0]
+    most = min(most, len(rows) // HELD_BACK, len(different) // 2)
+    return _some(leaks.without(different, *small)[0], most)
 
 
 def _unseen(
@@ -230,17 +267,6 @@ def _left(
             stacklevel=2,
         )
     return kept
-
-
-def _held_back(
-    rows: Sequence[Conversation], most: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Rows to learn and rows to measure on, which share no prompt."""
-    if len(rows) < ENOUGH_TO_HOLD:
-        return list(rows), []
-    back = _some(leaks.distinct(rows)[0], min(most, len(rows) // HELD_BACK))
-    kept, _ = leaks.without(rows, back)
-    return (kept, back) if kept else (list(rows), [])
 
 
 def _some(rows: Sequence[Any], most: int) -> list[Any]:
