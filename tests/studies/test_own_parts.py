@@ -142,9 +142,41 @@ def test_rows_given_to_measure_on_are_told_where_they_are_learnt():
 
 def test_harmful_prompts_that_are_learnt_measure_nothing():
     train = [*rows(60), messages(HARM[0].upper(), "w1")]
+    harmful = [*HARM, "zebra n40"]  # Of 40 that are left, a quarter is measured.
     with pytest.warns(UserWarning, match="--harmful: 1 of its prompts"):
-        found = made(train, HARM, set(), False, measured=100)
-    assert len(found.measured) == len(HARM) - 1
+        found = made(train, harmful, set(), False, measured=100)
+    assert found.record["harmful left out"] == 1
+    assert len(found.measured) == (len(harmful) - 1) // 4
+    assert HARM[0] not in found.measured
+
+
+@pytest.mark.parametrize(("count", "measured"), [(8, 100), (39, 6), (40, 100)])
+def test_every_method_is_measured_with_the_same_prompts(count, measured):
+    harmful = [f"zebra n{i}" for i in range(count)]
+    safe = [None, rows(2, start=500)]
+    found = set()
+    for (needed, monitored), given in itertools.product(CASES, safe):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts = made(
+                BIG[:2], harmful, needed, bool(monitored), given, measured=measured
+            )
+        found.add(tuple(parts.measured))
+    (prompts,) = found
+    assert len(prompts) == min(count // 4, measured)
+
+
+@pytest.mark.parametrize(
+    ("count", "measured", "warns"),
+    [(1, 100, 1), (39, 100, 1), (40, 100, 0), (39, 9, 0), (8, 2, 0), (8, 3, 1)],
+)
+def test_few_measured_prompts_are_told(count, measured, warns):
+    harmful = [f"zebra n{i}" for i in range(count)]
+    _, warned = told(
+        rf"refusal is measured on {max(count // 4, 1)} prompts",
+        lambda: made(BIG[:2], harmful, set(), False, measured=measured),
+    )
+    assert len(warned) == warns
 
 
 @pytest.mark.parametrize(("needed", "monitored"), CASES)

@@ -31,6 +31,8 @@ ENOUGH_TO_HOLD = 20
 """Rows below which none is held back."""
 LEAST_HARMFUL = 8
 """Harmful prompts that can be shared out among their uses."""
+ENOUGH_TO_MEASURE = 10
+"""Harmful prompts below which a rate of refusals says little."""
 FEW, MANY_EPOCHS = 50, 10
 REFUSED = "I cannot help with that."
 """Stands behind prompts of which the prompt alone is read."""
@@ -322,7 +324,10 @@ def _require_system(
 def _three(
     prompts: Sequence[str], options: OwnOptions, calibrating: bool, monitored: bool
 ) -> tuple[list[str], list[str], list[str]]:
-    """Prompts to calibrate on, of the monitor, and to measure refusal with."""
+    """Prompts to calibrate on, of the monitor, and to measure refusal with.
+
+    The shares are the same whatever is needed, so that methods are measured alike.
+    """
     if not prompts:
         return [], [], []
     least = LEAST_HARMFUL if calibrating or monitored else 1
@@ -333,13 +338,19 @@ def _three(
         )
     shuffled = np.random.default_rng(0).permutation(len(prompts)).tolist()
     order: list[str] = [str(prompts[i]) for i in shuffled]
-    # Half calibrates; what is left is for the monitor and for measuring.
-    share = len(order) // ((1 + calibrating) * (1 + monitored))
-    measured = order[: min(options.measured, share)]
+    # A quarter is measured, a quarter is the monitor's, and what is left calibrates.
+    quarter = max(len(order) // 4, 1)
+    measured = order[: min(options.measured, quarter)]
     rest = order[len(measured) :]
-    probe = rest[: min(options.probe, share) if monitored else 0]
+    probe = rest[: min(options.probe, quarter)]
     left = rest[len(probe) :][: options.calibration]
-    return (left if calibrating else []), probe, measured
+    if len(measured) < min(options.measured, ENOUGH_TO_MEASURE):
+        warnings.warn(
+            f"--harmful: refusal is measured on {len(measured)} prompts, a quarter of "
+            f"{len(order)}: a rate of fewer than {ENOUGH_TO_MEASURE} says little",
+            stacklevel=2,
+        )
+    return (left if calibrating else []), (probe if monitored else []), measured
 
 
 def _safe_rows(
