@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,7 @@ def _sized(request: Request, parts: Parts) -> Training:
     """Sizes that follow the data."""
     training = request.training
     learnt = {n: d for n, d in parts.sets.items() if n.startswith("train ")}
-    batch = min(training.batch_size, *map(len, learnt.values()))
+    batch = batch_of({n[6:]: len(d) for n, d in learnt.items()}, training.batch_size)
     steps = training.steps_per_domain
     if request.epochs is not None:
         steps = max(steps_of(data, request.epochs, batch) for data in learnt.values())
@@ -241,6 +242,36 @@ def _sized(request: Request, parts: Parts) -> Training:
     return dataclasses.replace(
         training, batch_size=batch, steps_per_domain=steps, repair_steps=repair
     )
+
+
+def batch_of(counts: Mapping[str, int], most: int) -> int:
+    """Examples of a step, the same in every domain.
+
+    Args:
+        counts: examples to learn by domain.
+        most: `training.batch_size`.
+
+    Raises:
+        UserError: for a domain that would make the steps of a longer one small.
+
+    >>> batch_of({"my": 60, "more": 9}, 8), batch_of({"my": 3}, 8)
+    (8, 3)
+    """
+    name, least = min(counts.items(), key=lambda item: item[1])
+    largest = max(counts.values())
+    if least < most <= largest:
+        raise UserError(
+            f"--train {name}: expected at least {most} examples to learn, as many as "
+            f"a step of the other files takes, got {least}: add some, or make the "
+            f"steps of all files as small with --training.batch-size {least}"
+        )
+    if least < min(most, largest):
+        warnings.warn(
+            f"--train {name}: its {least} examples are fewer than the {most} of a "
+            f"step, so the steps of all files are of {least}",
+            stacklevel=2,
+        )
+    return min(most, least)
 
 
 def carry_out(made: Plan, study: ChatStudy) -> Tuned:

@@ -194,6 +194,41 @@ def test_a_bad_command_line_is_one_line(kind, chat, tmp_path, capsys, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+COUNTS = {
+    "one file": ([60], 8),
+    "one small file": ([3], 3),
+    "all long enough": ([60, 8], 8),
+    "all as small": ([3, 3], 3),
+    "one that is small": ([60, 1], "file1: expected at least 8 .*--.*batch-size 1"),
+    "the first is small": ([7, 60], "file0: expected at least 8 .*--.*batch-size 7"),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_a_small_file_does_not_make_the_steps_of_others_small(kind):
+    sizes, expected = COUNTS[kind]
+    counts = {f"file{i}": size for i, size in enumerate(sizes)}
+    if isinstance(expected, int):
+        assert tuning.batch_of(counts, 8) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            tuning.batch_of(counts, 8)
+
+
+def test_small_files_of_several_sizes_are_told():
+    with pytest.warns(UserWarning, match="--train b: its 2 examples .* are of 2"):
+        assert tuning.batch_of({"a": 6, "b": 2, "c": 4}, 8) == 2
+
+
+def test_a_file_of_fewer_rows_than_a_step_is_one_line(chat, tmp_path, capsys):
+    rows = [messages(*row) for row in world_rows(12)]
+    for name, part in (("long", rows), ("tiny", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text(as_lines(part))
+    files = [tmp_path / f"{name}.jsonl" for name in ("long", "tiny")]
+    line = tried(tmp_path, chat, capsys, "--train", *files)
+    assert_matches("--train tiny: expected at least 8 examples .*got 1", line)
+
+
 # --- runs -----------------------------------------------------------------------------
 
 
