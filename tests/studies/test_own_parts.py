@@ -117,6 +117,28 @@ def plain(files, **options):
     return made_of(files, None, set(), False, **options)
 
 
+@pytest.mark.parametrize(
+    ("different", "times", "said"),
+    [(1, 60, "1 different examples (of 60)"), (49, 1, "49 examples"), (50, 2, None)],
+)
+def test_rows_that_stand_twice_are_counted_once(different, times, said):
+    found = plain([rows(different) * times], held_out=1, evaluation=[rows(3, 900)])
+    data = found.sets["train examples"]
+    assert len(data) == different * times
+    _, warned = told("", lambda: own.parts.warn_sizes("my", data, 1.0))
+    assert [text.partition(" are few")[0] for text in warned] == (
+        [f"--train my: {said}"] if said else []
+    )
+
+
+@pytest.mark.parametrize("different", [1, 2, 3, 30])
+def test_repeated_rows_are_held_back_or_measured_once(different):
+    found = plain([rows(different) * (60 // different)])
+    expected = min(60 // 10, different // 2)
+    assert found.record["held back"] == {"examples": expected}
+    assert len(found.sets["test examples"]) == max(expected, 1)
+
+
 @pytest.mark.parametrize("learnt_in", [0, 1])
 @pytest.mark.parametrize("count", [1, 2])
 def test_given_rows_are_compared_with_all_that_is_learnt(learnt_in, count):

@@ -389,10 +389,14 @@ def steps_of(data: TokenDataset, epochs: float, batch: int) -> int:
 
 
 def warn_sizes(name: str, data: TokenDataset, epochs: float) -> None:
-    """Warns of few examples and of many epochs."""
-    if len(data) < FEW:
+    """Warns of few different examples and of many epochs."""
+    rows = np.concatenate([np.asarray(data.tokens), np.asarray(data.mask) > 0], axis=1)
+    different = len(np.unique(rows, axis=0))
+    if different < FEW:
+        counted = f"{different} different examples (of {len(data)})"
+        counted = f"{different} examples" if different == len(data) else counted
         warnings.warn(
-            f"--train {name}: {len(data)} examples are few; expect them to be learnt "
+            f"--train {name}: {counted} are few; expect them to be learnt "
             "by heart and little else, and give --eval to see it",
             stacklevel=2,
         )
