@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import tiny_chat
-from own_case import messages
+from own_case import as_lines, messages
 
 from sbr_jax import models
 from sbr_jax.data.harmless import HARMLESS as PACKAGED
@@ -248,6 +248,31 @@ def test_prompts_of_the_package_that_are_learnt_are_left_out():
     )
     assert len(found.harmless) == len(PACKAGED) - 7
     assert len(warned) == 1
+
+
+AS_FILES = {
+    "list": lambda texts: texts,
+    "generator": lambda texts: iter(texts),
+    "txt": lambda texts: "\n\n".join(texts),
+    "jsonl": lambda texts: as_lines({"prompt": text} for text in texts),
+    "csv": lambda texts: "\n".join(["prompt", *texts]),
+}
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("ending", AS_FILES)
+def test_prompts_that_stand_twice_are_told(ending, times, tmp_path):
+    source = AS_FILES[ending]([*HARM[1:], *[HARM[0]] * times])
+    if isinstance(source, str):
+        path = tmp_path / f"harmful.{ending}"
+        path.write_text(source)
+        source = path
+    given, warned = told(
+        "--harmful: 2 of 42 prompts stand there more than once",
+        lambda: own.read_given([rows(2)], [], None, source, OwnOptions()),
+    )
+    assert sorted(given.harmful) == sorted(HARM)
+    assert len(warned) == (times > 1)
 
 
 # --- the model's own refusals ---------------------------------------------------------

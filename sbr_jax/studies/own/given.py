@@ -1,13 +1,14 @@
 """Files that a user gives, read before anything of a model is."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbr_jax.data.conversations import Read, read_conversations, read_prompts
 from sbr_jax.data.harmless import HARMLESS
-from sbr_jax.data.readers import whole_text
+from sbr_jax.data.readers import any_rows, whole_text
 from sbr_jax.methods.needs import ABOUT, HARMFUL, JUDGE, MIX, PAIRS, SAFE, UNALIGNED
 from sbr_jax.studies.options import RATERS, OwnOptions
 from sbr_jax.typing import UserError
@@ -87,13 +88,40 @@ def read_given(
         train=found,
         evaluation=tests,
         safe=None if safe is None else read_conversations(safe, "--safety"),
-        harmful=[] if harmful is None else read_prompts(harmful, "--harmful"),
+        harmful=[] if harmful is None else _each_once(harmful, "--harmful"),
         pairs=read_conversations(pairs, "--study.pairs-file") if pairs else None,
         harmless=(
-            read_prompts(harmless, "--study.harmless-file") if harmless else HARMLESS
+            _each_once(harmless, "--study.harmless-file") if harmless else HARMLESS
         ),
         general=_general(options.general_file),
     )
+
+
+def _each_once(source: Source, option: str) -> list[str]:
+    """Prompts of a source; those that stand there again are told."""
+    if not isinstance(source, str | Path):
+        source = list(source)
+    found = read_prompts(source, option)
+    count = _count(source)
+    if count > len(found):
+        warnings.warn(
+            f"{option}: {count - len(found)} of {count} prompts stand there more than "
+            "once; each is taken once",
+            stacklevel=2,
+        )
+    return found
+
+
+def _count(source: Source) -> int:
+    """Prompts of a source with their repetitions; 0 for public sets and hub ids."""
+    if not isinstance(source, str | Path):
+        return sum(isinstance(text, str) and bool(text.strip()) for text in source)
+    path = Path(source)
+    if not path.is_file():
+        return 0
+    if path.suffix != ".txt":
+        return len(any_rows(path))
+    return sum(bool(line.strip()) for line in whole_text(path).split("\n"))
 
 
 def _general(file: str | None) -> Sequence[str] | Read | None:
