@@ -250,6 +250,32 @@ def test_prompts_of_the_package_that_are_learnt_are_left_out():
     assert len(warned) == 1
 
 
+@pytest.mark.parametrize("option", ["--safety", "--study.pairs-file"])
+@pytest.mark.parametrize("more", [0, 4])
+def test_exchanges_with_measured_prompts_are_left_out(option, more, tmp_path):
+    exchanges = [*(messages(text, "I cannot") for text in HARM), *rows(more, 500)]
+    path = tmp_path / "more.jsonl"
+    path.write_text(as_lines(exchanges))
+    safe = str(path) if option == "--safety" else None
+    pairs = None if safe else str(path)
+    found, warned = told(
+        f"{option}: 16 of its prompts monitor or measure",
+        lambda: made(
+            *(BIG, HARM, {SAFE}, True, safe), pairs_file=pairs, measured=9, probe=7
+        ),
+    )
+    name = "calibration" if safe else "pairs"
+    kept = len(HARM) + more - 16
+    assert len(found.sets[name]) == (min(kept, SMALL["calibration"]) if safe else kept)
+    assert len(warned) == 1
+
+
+def test_exchanges_of_which_none_is_left_are_refused():
+    safe = [messages(text, "I cannot") for text in made(BIG, HARM, {SAFE}, 0).measured]
+    with pytest.raises(UserError, match=r"--safety: .* got 6 that are: give others"):
+        made(BIG, HARM, {SAFE}, False, safe)
+
+
 AS_FILES = {
     "list": lambda texts: texts,
     "generator": lambda texts: iter(texts),

@@ -100,14 +100,16 @@ def make_parts(
         **{f"test {name}": rows for name, rows in tests.items()},
     }
     if given.safe is not None and safe_needed:
-        rows["calibration"] = _safe_rows(given.safe, [*probe, *measured], options)
+        safe = _unmeasured("--safety", given.safe, [*probe, *measured])
+        rows["calibration"] = _some(safe, options.calibration)
         _warn_unrefused(rows["calibration"], judge)
     if HARMFUL in needed:
         rows["prompts"] = [
             Conversation((Record(text, REFUSED),), "--harmful") for text in calibrate
         ]
     if given.pairs is not None:
-        rows["pairs"] = given.pairs.rows
+        name = "--study.pairs-file"
+        rows["pairs"] = _unmeasured(name, given.pairs, [*probe, *measured])
     if isinstance(given.general, Read):
         rows["general"] = given.general.rows
     sets = {name: _encode(name, part, options, model) for name, part in rows.items()}
@@ -353,16 +355,21 @@ def _three(
     return (left if calibrating else []), (probe if monitored else []), measured
 
 
-def _safe_rows(
-    read: Read, measured: Sequence[str], options: OwnOptions
-) -> list[Conversation]:
+def _unmeasured(option: str, read: Read, measured: Sequence[str]) -> list[Conversation]:
+    """Exchanges whose prompts neither monitor nor measure; others are told."""
     rows, dropped = leaks.without(read.rows, measured)
     if not rows:
         raise UserError(
-            f"--safety: expected at least one exchange whose prompt is not in "
+            f"{option}: expected at least one exchange whose prompt is not in "
             f"--harmful, got {dropped} that are: give others"
         )
-    return _some(rows, options.calibration)
+    if dropped:
+        warnings.warn(
+            f"{option}: {dropped} of its prompts monitor or measure refusal; they are "
+            "left out",
+            stacklevel=2,
+        )
+    return rows
 
 
 def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
