@@ -237,7 +237,8 @@ def _sized(request: Request, parts: Parts) -> Training:
         steps = max(steps_of(data, request.epochs, batch) for data in learnt.values())
     for name, data in learnt.items():
         epochs = request.epochs or steps * batch / len(data)
-        warn_sizes(name.partition(" ")[2], data, epochs)
+        domain = name.partition(" ")[2]
+        warn_sizes(domain, data, epochs, parts.record["different"][domain])
     repair = min(training.repair_steps, max(steps // REPAIR_SHARE, 1))
     return dataclasses.replace(
         training, batch_size=batch, steps_per_domain=steps, repair_steps=repair

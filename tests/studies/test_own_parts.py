@@ -125,7 +125,8 @@ def test_rows_that_stand_twice_are_counted_once(different, times, said):
     found = plain([rows(different) * times], held_out=1, evaluation=[rows(3, 900)])
     data = found.sets["train examples"]
     assert len(data) == different * times
-    _, warned = told("", lambda: own.parts.warn_sizes("my", data, 1.0))
+    count = found.record["different"]["examples"]
+    _, warned = told("", lambda: own.parts.warn_sizes("my", data, 1.0, count))
     assert [text.partition(" are few")[0] for text in warned] == (
         [f"--train my: {said}"] if said else []
     )

@@ -139,6 +139,7 @@ def make_parts(
         **notes,
         "layouts": {name: read.layout for name, read in given.train.items()},
         "examples": {name: len(data) for name, data in sets.items()},
+        "different": {name: _different(rows) for name, rows in learnt.items()},
         "answers cut": {n: d.truncated for n, d in sets.items() if d.truncated},
         "too long": {n: d.dropped for n, d in sets.items() if d.dropped},
         "control tokens": {n: d.escaped for n, d in sets.items() if d.escaped},
@@ -390,18 +391,34 @@ def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
 # --- sizes ----------------------------------------------------------------------------
 
 
+def _different(rows: Sequence[Conversation]) -> int:
+    """Examples that differ in what is asked or answered."""
+    records = [record for row in rows for record in row.records]
+    return len({(leaks.prompt_of(r), r.system, r.response) for r in records})
+
+
 def steps_of(data: TokenDataset, epochs: float, batch: int) -> int:
     """Optimizer steps of so many epochs of a set."""
     return max(math.ceil(epochs * len(data) / batch), 1)
 
 
-def warn_sizes(name: str, data: TokenDataset, epochs: float) -> None:
-    """Warns of few different examples and of many epochs."""
-    rows = np.concatenate([np.asarray(data.tokens), np.asarray(data.mask) > 0], axis=1)
-    different = len(np.unique(rows, axis=0))
+def warn_sizes(
+    name: str, data: TokenDataset, epochs: float, different: int | None = None
+) -> None:
+    """Warns of few examples and of many epochs.
+
+    Args:
+        name: of the training file.
+        data: its examples.
+        epochs: over them.
+        different: how many of them differ; None for all.
+    """
+    count = len(data)
+    different = count if different is None else min(different, count)
     if different < FEW:
-        counted = f"{different} different examples (of {len(data)})"
-        counted = f"{different} examples" if different == len(data) else counted
+        counted = f"{count} examples"
+        if different < count:
+            counted = f"{different} different examples (of {count})"
         warnings.warn(
             f"--train {name}: {counted} are few; expect them to be learnt "
             "by heart and little else, and give --eval to see it",
