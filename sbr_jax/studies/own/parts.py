@@ -165,9 +165,9 @@ def make_parts(
 def _split(
     given: Given, options: OwnOptions
 ) -> tuple[
-    dict[str, Sequence[Conversation]],
-    dict[str, Sequence[Conversation]],
-    dict[str, Any],
+    Mapping[str, Sequence[Conversation]],
+    Mapping[str, Sequence[Conversation]],
+    Mapping[str, Any],
 ]:
     """Rows to learn, rows to measure on, and what there is to say about them."""
     trained = {name: read.rows for name, read in given.train.items()}
@@ -189,9 +189,9 @@ def _split(
 def _hold_back(
     trained: Mapping[str, Sequence[Conversation]], most: int
 ) -> tuple[
-    dict[str, Sequence[Conversation]],
-    dict[str, Sequence[Conversation]],
-    dict[str, Any],
+    Mapping[str, Sequence[Conversation]],
+    Mapping[str, Sequence[Conversation]],
+    Mapping[str, Any],
 ]:
     """Rows to learn, and rows to measure on of which no file learns a prompt."""
     small = [rows for rows in trained.values() if len(rows) < ENOUGH_TO_HOLD]
