@@ -135,6 +135,14 @@ MISTAKES = {
     f"{ANALYSE} --examples 9999999": "to 500, got 9999999",
     f"{ANALYSE} --results nowhere": "expected the results of a run",
     f"{ANALYSE} --domains medcal": "unknown domain 'medcal'",
+    # A model and files of one's own.
+    "tune": "expected --train, got none: add --train my.jsonl",
+    "tune --train a.jsonl": "expected --model, got none",
+    "tune --train a.jsonl --model m": "expected --output, got none",
+    "tune --train a.jsonl --model m --output o --method plian": "nearest: plain",
+    "tune --trian a.jsonl": "--train",
+    "align": "expected --safety, got none: add --safety FILE",
+    "align --safety a.jsonl": "expected --ordinary, got none",
     # Sweeps, exports, reports.
     f"{SWEEP} --seeds 0": "--seeds: expected from 1 to 1000, got 0",
     f"{SWEEP} --jobs 9999999": "--jobs: expected from 1 to 1000, got 9999999",
