@@ -222,6 +222,6 @@ def test_a_budget_gives_the_same_numbers_and_below_the_least_is_refused():
     np.testing.assert_allclose(got.eigenvalues["w"], want.eigenvalues["w"], rtol=1e-5)
     assert int(effective_rank(run(memory_budget=1.001 * least))["w"]) == K
     with pytest.raises(
-        UserError, match=r"a memory budget of at least .* GiB for a basis"
+        UserError, match=r"a memory budget of at least .* GiB\) for a basis"
     ):
         run(memory_budget=0.99 * least)
