@@ -45,7 +45,8 @@ class Layout:
     Attributes:
       length: T: of a block where packed, else of a row.
       packed: whether examples share a row.
-      places: the least K that is used, of a microbatch; per row where not packed.
+      places: the least K that is used, of a microbatch, a multiple of S; per row where
+        not packed.
       unit: W is a multiple of it.
       parts: A microbatches, packed each on its own.
       rows: S, as many as a mesh splits them into.
@@ -126,7 +127,7 @@ def packed_layout(
     layout = Layout(length, True, 1, unit, parts, rows)
     widths, places = zip(*(needed(part, layout) for part in pieces), strict=True)
     share = np.mean(widths) * rows / (len(pieces[0]["tokens"]) * length)
-    return dataclasses.replace(layout, places=_up(max(places), 8)), float(share)
+    return dataclasses.replace(layout, places=_up(max(places), 8 * rows)), float(share)
 
 
 def widest(layouts: Sequence[Layout]) -> Layout:
@@ -144,14 +145,17 @@ def widest(layouts: Sequence[Layout]) -> Layout:
 def needed(drawn: Mapping[str, np.ndarray], layout: Layout) -> tuple[int, int]:
     """W and K that one microbatch takes, rounded up."""
     lengths = lengths_of(drawn["tokens"], drawn["mask"])
-    shares = [lengths[row] for row in _balanced(lengths, layout.rows)]
+    members = _balanced(lengths, layout.rows)
+    shares = [lengths[row] for row in members]
     width = _up(max(int(share.sum()) for share in shares), layout.unit)
     most = max(len(_fitted(share, layout.length)) for share in shares)
     while layout.blocks(width) < most:
         width += layout.unit
-    count, places = int((drawn["mask"][:, 1:] > 0).sum()), layout.places
+    counts = (drawn["mask"][:, 1:] > 0).sum(axis=1)
+    count = max(int(counts[row].sum()) for row in members) * layout.rows
+    places = _up(layout.places, layout.rows)
     while places < count:
-        places = _up(places * 3 // 2, 8)
+        places = _up(places * 3 // 2, 8 * layout.rows)
     return width, places
 
 
@@ -262,14 +266,14 @@ def pack(
     """Puts the examples of one microbatch behind each other.
 
     **Guarantee**: every example is in one row and in one block of it, whole up to its
-    last answer token, and the answer places are listed example by example in the given
-    order.
+    last answer token, and the answer places are listed row by row, K / S for each, and
+    example by example in the given order.
 
     Args:
       drawn: ``tokens`` and ``mask [B, T]``; further arrays ``[B, ...]`` are kept.
       layout: T and S.
       width: W.
-      places: K.
+      places: K, a multiple of S.
       first: number of the first example in the whole step.
 
     Returns:
@@ -296,7 +300,7 @@ def pack(
     tokens, mask = drawn["tokens"], drawn["mask"]
     lengths, size = lengths_of(tokens, mask), len(tokens)
     weights = np.where(np.arange(tokens.shape[1]) > 0, mask, 0).astype(np.float32)
-    count, blocks = int((weights > 0).sum()), layout.blocks(width)
+    counts, blocks = (weights > 0).sum(axis=1), layout.blocks(width)
     line = {
         name: np.full((layout.rows, width), filling, np.int32)
         for name, filling in (("tokens", 0), ("positions", 0), ("slots", -1))
@@ -305,10 +309,11 @@ def pack(
         name: np.zeros((layout.rows, blocks, layout.length), np.int32)
         for name in ("blocks", "segments")
     }
-    start = np.zeros(size, np.int32)
+    start, lies = np.zeros((2, size), np.int32)
     for row, members in enumerate(_balanced(lengths, layout.rows)):
         ends = np.cumsum(lengths[members])
         fitted = _fitted(lengths[members], layout.length)
+        count, lies[members] = int(counts[members].sum()) * layout.rows, row
         if len(fitted) > blocks or ends.max(initial=0) > width or count > places:
             raise UserError(
                 f"expected examples that fit {layout.rows} x {width} tokens, {blocks} "
@@ -331,14 +336,25 @@ def pack(
                 at += len(inside)
     owners, column = np.nonzero(weights)
     shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-    filling = (0, places - count)
+    # Row after row, each with as much room.
+    order = np.argsort(lies[owners], kind="stable")
+    owners, column = owners[order], column[order]
+    rows = np.arange(layout.rows)
+    shift = rows * (places // layout.rows) - np.searchsorted(lies[owners], rows)
+    at = np.arange(len(owners)) + shift[lies[owners]]
+
+    def placed(values, filling=0):
+        out = np.full(places, filling, values.dtype)
+        out[at] = values
+        return out
+
     return {
         **line,
         **grid,
-        "places": np.pad(start[owners] + column.astype(np.int32) - 1, filling),
-        "targets": np.pad(tokens[owners, column].astype(np.int32), filling),
-        "owners": np.pad(owners.astype(np.int32), filling, constant_values=size),
-        "shares": np.pad(shares[owners, column], filling),
+        "places": placed(start[owners] + column.astype(np.int32) - 1),
+        "targets": placed(tokens[owners, column].astype(np.int32)),
+        "owners": placed(owners.astype(np.int32), filling=size),
+        "shares": placed(shares[owners, column]),
         "last": start + last_prompt(mask).astype(np.int32),
         "row": np.arange(first, first + size, dtype=np.int32),
         **{k: v for k, v in drawn.items() if k not in ("tokens", "mask")},

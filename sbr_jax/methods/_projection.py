@@ -114,8 +114,11 @@ def with_projection(
 
     def optimizer(problem: Problem, adapter: PyTree, learning_rate):
         check_sizes(problem, adapter, ssi.max_rank)
-        subspace = empty_subspace(
-            adapter, max_rank=ssi.max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
+        # Its shapes alone: a basis of zeros would be held as long as the optimizer.
+        subspace = jax.eval_shape(
+            lambda: empty_subspace(
+                adapter, max_rank=ssi.max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
+            )
         )
         coefficients = jax.tree.map(jnp.zeros_like, subspace.trace)
         if projection in _METRICS:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import _mesh
 from sbr_jax.models import vocabulary
 from sbr_jax.typing import PyTree
 
@@ -38,6 +39,7 @@ class Answers(NamedTuple):
       shares: float32 ``[K]``; 0 at filling.
       owners: int32 ``[K]``, the example of each; None where K is B rows of A.
       examples: B.
+      rows: how many equal parts K falls into, each of one row; 1 where it does not.
     """
 
     places: jax.Array
@@ -45,6 +47,7 @@ class Answers(NamedTuple):
     shares: jax.Array
     owners: jax.Array | None
     examples: int
+    rows: int = 1
 
     def mean(self, values: jax.Array) -> jax.Array:
         """Each example's mean over its answer tokens, ``[B]``, of values ``[K]``."""
@@ -70,17 +73,17 @@ def find(batch: Mapping[str, jax.Array]) -> Answers:
     rows, length = batch["tokens"].shape
     if "owners" in batch:
         found = (batch[name] for name in ("places", "targets", "shares", "owners"))
-        return Answers(*found, examples=batch["last"].shape[0])
+        return Answers(*found, examples=batch["last"].shape[0], rows=rows)
     if "places" in batch:
         offset = jnp.arange(rows, dtype=jnp.int32)[:, None] * length
         places = (batch["places"] + offset).reshape(-1)
         flat = (batch[name].reshape(-1) for name in ("targets", "shares"))
-        return Answers(places, *flat, owners=None, examples=rows)
+        return Answers(places, *flat, owners=None, examples=rows, rows=rows)
     weights = _next(batch["mask"]).astype(jnp.float32)
     shares = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1.0)
     targets = _next(batch["tokens"]).reshape(-1)
     places = jnp.arange(rows * length, dtype=jnp.int32)
-    return Answers(places, targets, shares.reshape(-1), None, rows)
+    return Answers(places, targets, shares.reshape(-1), None, rows, rows)
 
 
 def last_prompt(batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -123,7 +126,8 @@ def states(
       ``[K, D]``.
     """
     every = hidden(apply_fn, base, adapter, batch, **options)
-    return at_places(every, find(batch).places)
+    found = find(batch)
+    return at_places(every, found.places, found.rows)
 
 
 def captured(
@@ -131,7 +135,8 @@ def captured(
 ) -> tuple[jax.Array, Mapping[str, Any]]:
     """:func:`states`, and what flows inside (see ``transformer.hidden_states``)."""
     every, seen = hidden(apply_fn, base, adapter, batch, capture=True)
-    return at_places(every, find(batch).places), seen
+    found = find(batch)
+    return at_places(every, found.places, found.rows), seen
 
 
 class Changed:
@@ -176,9 +181,23 @@ def hidden(
     return run(base, adapter, batch["tokens"], **layout, **options)
 
 
-def at_places(hidden: jax.Array, places: jax.Array) -> jax.Array:
-    """``[K, D]`` of states ``[R, T, D]`` at flat places."""
-    return jnp.take(hidden.reshape(-1, hidden.shape[-1]), places, axis=0, mode="clip")
+def at_places(hidden: jax.Array, places: jax.Array, parts: int = 1) -> jax.Array:
+    """``[K, D]`` of states ``[R, T, D]`` at flat places.
+
+    Args:
+      hidden: the states.
+      places: integers ``[K]``.
+      parts: R where the places are those of one row after another, as many of each, or
+        filling; 1 where they are not known to be. On a mesh that splits the rows each
+        device then reads its own.
+    """
+    rows, length, width = hidden.shape
+    if parts != rows or _mesh.row_parts(rows) == 1:
+        return jnp.take(hidden.reshape(-1, width), places, axis=0, mode="clip")
+    start = jnp.arange(rows, dtype=places.dtype)[:, None] * length
+    own = places.reshape(rows, -1) - start
+    found = jnp.take_along_axis(hidden, own[..., None], axis=1, mode="clip")
+    return _mesh.constrain_rows(found).reshape(-1, width)
 
 
 def head_of(apply_fn: Any) -> vocabulary.Head:
@@ -210,7 +229,9 @@ def cross_entropy(
     Returns:
       float32 ``[B]``, in nats.
     """
-    scores = vocabulary.log_likelihood(head_of(apply_fn), base, hidden, answers.targets)
+    scores = vocabulary.log_likelihood(
+        head_of(apply_fn), base, hidden, answers.targets, rows=answers.rows
+    )
     # 0 - x rather than -x, so that an empty example is 0 and not -0.
     return 0.0 - answers.mean(scores)
 
@@ -251,6 +272,7 @@ def kl_to_reference(
         hidden,
         direction=direction,
         temperature=temperature,
+        rows=answers.rows,
     )
     return answers.mean(values)
 

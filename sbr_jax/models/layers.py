@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ def project(
     x: jax.Array,
     weight: jax.Array | QuantisedWeight,
     bias: jax.Array | None = None,
+    gather: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
     """``x W + b``: the one place that multiplies by a projection's weight.
 
@@ -36,18 +39,32 @@ def project(
       x: ``[..., in]``.
       weight: ``[in, out]``, or the same in codes.
       bias: ``[out]``, or None.
+      gather: gives the weight as it multiplies, of one that is split over a mesh; done
+        again in the backward pass, like decoding.
 
     Returns:
       ``[..., out]``.
     """
     coded = isinstance(weight, QuantisedWeight)
-    y = _decode_and_multiply(x, weight) if coded else x @ weight
+    if gather is not None:
+        y = _gather_and_multiply(gather, x, weight)
+    else:
+        y = _decode_and_multiply(x, weight) if coded else x @ weight
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 @jax.checkpoint
 def _decode_and_multiply(x: jax.Array, weight: QuantisedWeight) -> jax.Array:
     return x @ weight.dense(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _gather_and_multiply(
+    gather: Callable[[Any], Any], x: jax.Array, weight: jax.Array | QuantisedWeight
+) -> jax.Array:
+    weight = gather(weight)
+    coded = isinstance(weight, QuantisedWeight)
+    return x @ (weight.dense(x.dtype) if coded else weight)
 
 
 def rms_norm(

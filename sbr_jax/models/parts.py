@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import _mesh
 from sbr_jax.models.config import AttentionKernel, ModelConfig
 from sbr_jax.models.layers import attend, rms_norm, rope_table, soft_cap
+from sbr_jax.models.sharding import gathered_vocabulary
 from sbr_jax.typing import PyTree, UserError
 
 Rope = tuple[jax.Array, jax.Array]
@@ -40,7 +42,9 @@ def embed_tokens(
       rows: ``[B, T, D]`` in the place of the tokens' rows of the embedding, or None.
     """
     if rows is None:
-        rows = jnp.take(base["embed"], tokens, axis=0, mode="clip")
+        embed = gathered_vocabulary("embed", base["embed"])
+        rows = jnp.take(embed, tokens, axis=0, mode="clip")
+    rows = _mesh.constrain_rows(rows)
     scale = config.embedding_multiplier
     scale *= math.sqrt(config.width) if config.scaled_embedding else 1.0
     # The root is rounded to the weights' dtype first: these models were trained so.
@@ -63,9 +67,11 @@ def output_logits(config: ModelConfig, base: PyTree, hidden: jax.Array) -> jax.A
     Returns:
       float32 ``[..., V]``.
     """
-    head = base["embed"] if config.tied else base["head"]
+    name = "embed" if config.tied else "head"
+    head = gathered_vocabulary(name, base[name])
     spec = "...d,vd->...v" if config.tied else "...d,dv->...v"
     logits = jnp.einsum(spec, hidden, head, preferred_element_type=jnp.float32)
+    logits = _mesh.constrain_last(logits)
     if config.logit_divisor != 1.0:
         logits = logits / config.logit_divisor
     return soft_cap(logits, config.logit_cap)

@@ -1,4 +1,4 @@
-"""Placement of weights on a mesh with the axes ``("fsdp", "tp")``."""
+"""Placement of weights on a mesh with the axes ``("data", "fsdp", "tp")``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sbr_jax.models.codes import is_quantised
+from sbr_jax import _mesh
+from sbr_jax.models.codes import QuantisedWeight, is_quantised
 from sbr_jax.models.config import BIASED, ModelConfig
 from sbr_jax.models.parameters import base_shapes, bias_of
-from sbr_jax.typing import PyTree
+from sbr_jax.typing import PyTree, UserError
 
 _COLUMN = P(None, "fsdp", "tp")
 _ROW = P(None, "tp", "fsdp")
@@ -33,7 +34,8 @@ def partition_specs(config: ModelConfig) -> dict[str, Any]:
 
     Projections into heads or the MLP split their outputs over ``tp``, projections back
     split their inputs; the other axis is split over ``fsdp``. A bias is split like its
-    projection's outputs, and norms are whole everywhere.
+    projection's outputs, and norms are whole everywhere. Nothing is split over
+    ``data``.
 
     Args:
       config: of the model.
@@ -54,10 +56,10 @@ def partition_specs(config: ModelConfig) -> dict[str, Any]:
 
 
 def adapter_partition_specs(adapter: PyTree) -> PyTree:
-    """A tree like ``adapter`` with one ``PartitionSpec`` per factor.
+    """A tree like ``adapter`` with one ``PartitionSpec`` per factor: whole everywhere.
 
-    The layer axis is split over ``fsdp``: layers are independent units, so subspaces
-    and their optimizer state follow the same axis.
+    An adapter is small beside all else, and a scan over layers would gather the whole
+    stack of a split one in every iteration.
 
     Args:
       adapter: ``{name: LoraPair}``.
@@ -65,7 +67,27 @@ def adapter_partition_specs(adapter: PyTree) -> PyTree:
     Returns:
       The tree of specifications.
     """
-    return jax.tree.map(lambda factor: P("fsdp", None, None), adapter)
+    return jax.tree.map(lambda factor: P(), adapter)
+
+
+def check_heads(config: ModelConfig, mesh: Mesh | AbstractMesh | dict[str, int]):
+    """Refuses a mesh whose ``tp`` does not divide the heads.
+
+    Args:
+      config: of the model.
+      mesh: the mesh, or its sizes by axis.
+
+    Raises:
+      UserError: naming both.
+    """
+    sizes = mesh if isinstance(mesh, dict) else mesh.shape
+    count, heads, groups = sizes.get("tp", 1), config.heads, config.kv_heads
+    if heads % count or groups % count:
+        fit = [n for n in range(1, groups + 1) if heads % n == 0 and groups % n == 0]
+        raise UserError(
+            f"mesh: expected tp to divide the model's {heads} query and {groups} "
+            f"key/value heads, got tp={count}: choose one of {', '.join(map(str, fit))}"
+        )
 
 
 def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
@@ -78,11 +100,16 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 
     Returns:
       A specification that ``NamedSharding(mesh, .)`` accepts for this shape.
+
+    >>> mesh = AbstractMesh((2, 4), ("fsdp", "tp"))
+    >>> tuple(fit_spec(P(("fsdp", "tp"), "tp"), (6, 8), mesh))
+    ('fsdp', 'tp')
     """
     axes = []
     for size, axis in zip(shape, tuple(spec) + (None,) * len(shape), strict=False):
-        usable = axis in mesh.shape and size % mesh.shape[axis] == 0
-        axes.append(axis if axis is not None and usable else None)
+        wanted = (axis,) if isinstance(axis, str) else axis or ()
+        fitted = _mesh.dividing(size, mesh, wanted)
+        axes.append(fitted[0] if len(fitted) == 1 else fitted or None)
     return P(*axes)
 
 
@@ -109,3 +136,44 @@ def named_shardings(specs: PyTree, tree: PyTree, mesh: Mesh | AbstractMesh) -> P
         return NamedSharding(mesh, fit_spec(spec, shape, mesh))
 
     return jax.tree.map(one, specs, tree, is_leaf=lambda node: isinstance(node, P))
+
+
+def gathered(
+    name: str, weight: jax.Array | QuantisedWeight
+) -> jax.Array | QuantisedWeight:
+    """One layer's weight (or its codes) as it multiplies: whole but for ``tp``.
+
+    This is where FSDP gathers: a layer at a time, and only while it is at work.
+
+    Args:
+      name: of the projection.
+      weight: ``[in, out]``.
+    """
+    keep = [axis if axis == "tp" else None for axis in _LAYER[name][1:]]
+    if not isinstance(weight, QuantisedWeight):
+        return _mesh.constrain(weight, *keep)
+    mesh = _mesh.current()
+    if mesh is None:
+        return weight
+    whole = fit_spec(P(*keep), weight.grid, mesh)
+    return jax.tree.map(lambda part: _mesh.constrain(part, *whole), weight)
+
+
+def gathering(name: str, tokens: int) -> Any:
+    """`gathered` of a projection, or None where nothing is to be gathered.
+
+    Without a mesh nothing is; nor for single tokens, where a weight is larger than what
+    it multiplies.
+
+    Args:
+      name: of the projection.
+      tokens: of a row.
+    """
+    if _mesh.current() is None or tokens == 1:
+        return None
+    return functools.partial(gathered, name)
+
+
+def gathered_vocabulary(name: str, weight: jax.Array) -> jax.Array:
+    """The embedding ``[V, D]`` or the head ``[D, V]``: whole but for V over ``tp``."""
+    return _mesh.constrain(weight, *(("tp", None) if name == "embed" else (None, "tp")))

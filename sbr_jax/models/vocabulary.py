@@ -13,12 +13,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sbr_jax import _rows
+from sbr_jax import _mesh, _rows
 from sbr_jax.typing import PyTree
 
 Head = Callable[[PyTree, jax.Array], jax.Array]
@@ -34,6 +34,7 @@ def log_likelihood(
     hidden: jax.Array,
     targets: jax.Array,
     *,
+    rows: int = 1,
     chunk: int | None = None,
 ) -> jax.Array:
     """``log p(target)`` at every place, its logits ``head(base, hidden)``.
@@ -43,6 +44,7 @@ def log_likelihood(
       base: its weights.
       hidden: ``[K, D]``.
       targets: integers ``[K]``.
+      rows: how many equal parts K falls into, for a mesh that splits rows.
       chunk: C; None for what suits the machine.
 
     Returns:
@@ -59,7 +61,7 @@ def log_likelihood(
         return _rows.log_likelihood(head(base, hidden), targets)
 
     size = chunk or chunk_size(head, base, hidden)
-    return by_place(place, size, base, hidden, targets)
+    return by_place(place, size, base, hidden, targets, rows=rows)
 
 
 def divergence(
@@ -70,6 +72,7 @@ def divergence(
     *,
     direction: str = "forward",
     temperature: float = 1.0,
+    rows: int = 1,
     chunk: int | None = None,
 ) -> jax.Array:
     """``KL(reference ‖ model)`` at every place, or ``"reverse"`` the other way.
@@ -87,6 +90,7 @@ def divergence(
       direction: ``"forward"``, which asks the model for all that the reference does, or
         ``"reverse"``, which asks it for nothing that the reference does not.
       temperature: τ.
+      rows: how many equal parts K falls into, for a mesh that splits rows.
       chunk: C; None for what suits the machine.
 
     Returns:
@@ -101,7 +105,8 @@ def divergence(
         return _rows.divergence(told, logits, direction)
 
     size = chunk or max(chunk_size(head, base, hidden) // 2, 1)
-    return by_place(place, size, base, hidden, jax.lax.stop_gradient(reference))
+    reference = jax.lax.stop_gradient(reference)
+    return by_place(place, size, base, hidden, reference, rows=rows)
 
 
 def read(
@@ -132,14 +137,27 @@ def read(
     [4.0, 6.0, 2.0]
     """
     size = chunk or chunk_size(head, base, hidden)
-    return _mapped(lambda h, *rest: what(head(base, h), *rest), size, hidden, *others)
+    chunks = Chunks(size, 1)
+    return _mapped(lambda h, *rest: what(head(base, h), *rest), chunks, hidden, *others)
 
 
 # --- the machinery -----------------------------------------------------------------
 
 
+class Chunks(NamedTuple):
+    """How places are taken: C at once in each of the parts that devices share."""
+
+    size: int
+    parts: int
+
+
 def by_place(
-    place: Place, size: int, base: PyTree, hidden: jax.Array, *others: PyTree
+    place: Place,
+    size: int,
+    base: PyTree,
+    hidden: jax.Array,
+    *others: PyTree,
+    rows: int = 1,
 ) -> jax.Array:
     """One number for each place, in chunks, with its gradient.
 
@@ -147,7 +165,8 @@ def by_place(
     depends on its own state only, so its slope ``[D]`` is all that the backward pass
     needs; it is taken in the forward pass, where the chunk's logits are. Only where the
     weights are differentiated too (full fine-tuning) they are computed again.
-    ``others`` are constants.
+    ``others`` are constants. On a mesh that splits ``rows`` parts of K, each device
+    takes the chunks of its own.
 
     >>> import jax.numpy as jnp
     >>> states = jnp.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
@@ -156,37 +175,38 @@ def by_place(
     >>> jax.grad(loss)(states).tolist()
     [[0.0, 2.0], [2.0, 0.0], [0.0, 2.0]]
     """
-    return _values(place, size, base, hidden, others)
+    chunks = Chunks(size, _mesh.row_parts(rows))
+    return _values(place, chunks, base, hidden, others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _values(place, size, base, hidden, others):
-    return _mapped(functools.partial(place, base), size, hidden, *others)
+def _values(place, chunks, base, hidden, others):
+    return _mapped(functools.partial(place, base), chunks, hidden, *others)
 
 
-def _values_and_slopes(place, size, base, hidden, others):
+def _values_and_slopes(place, chunks, base, hidden, others):
     frozen = not any(leaf.perturbed for leaf in jax.tree.leaves(base))
     base, hidden, others = jax.tree.map(lambda x: x.value, (base, hidden, others))
     if not frozen:
-        found = _values(place, size, base, hidden, others)
+        found = _values(place, chunks, base, hidden, others)
         return found, (base, hidden, others, None)
 
     def both(h, *rest):
         values, pull = jax.vjp(lambda h: place(base, h, *rest), h)
         return values, pull(jnp.ones_like(values))[0]
 
-    values, slopes = _mapped(both, size, hidden, *others)
+    values, slopes = _mapped(both, chunks, hidden, *others)
     return values, (None, None, None, slopes)
 
 
-def _backward(place, size, kept, cotangent):
+def _backward(place, chunks, kept, cotangent):
     base, hidden, others, slopes = kept
     if slopes is not None:
         return None, cotangent[:, None].astype(slopes.dtype) * slopes, None
 
     def again(base, hidden):
         return _mapped(
-            jax.checkpoint(functools.partial(place, base)), size, hidden, *others
+            jax.checkpoint(functools.partial(place, base)), chunks, hidden, *others
         )
 
     return (*jax.vjp(again, base, hidden)[1](cotangent), None)
@@ -195,9 +215,11 @@ def _backward(place, size, kept, cotangent):
 _values.defvjp(_values_and_slopes, _backward, symbolic_zeros=True)
 
 
-def _mapped(function: Callable[..., PyTree], size: int, *arrays: PyTree) -> PyTree:
+def _mapped(function: Callable[..., PyTree], chunks: Chunks, *arrays: PyTree) -> PyTree:
     """``function`` of chunks of ``size`` rows, in a loop; the last one is filled up."""
-    count = jax.tree.leaves(arrays)[0].shape[0]
+    count, (size, shared) = jax.tree.leaves(arrays)[0].shape[0], chunks
+    if shared > 1:
+        return _mapped_apart(function, chunks, count // shared, *arrays)
     if count <= size:
         return function(*arrays)
     parts = math.ceil(count / size)
@@ -210,6 +232,38 @@ def _mapped(function: Callable[..., PyTree], size: int, *arrays: PyTree) -> PyTr
 
     found = jax.lax.map(lambda part: function(*part), jax.tree.map(split, arrays))
     return jax.tree.map(lambda x: x.reshape(parts * size, *x.shape[2:])[:count], found)
+
+
+def _mapped_apart(
+    function: Callable[..., PyTree], chunks: Chunks, own: int, *arrays: PyTree
+) -> PyTree:
+    """As `_mapped`, a chunk of each device's ``own`` places at a time."""
+    size, shared = chunks
+    steps = math.ceil(own / size)
+    size = math.ceil(own / steps)
+    filling = steps * size - own
+
+    def split(x):
+        x = _mesh.constrain_rows(x.reshape(shared, own, *x.shape[1:]))
+        x = jnp.pad(x, [(0, 0), (0, filling)] + [(0, 0)] * (x.ndim - 2))
+        x = jnp.swapaxes(x.reshape(shared, steps, size, *x.shape[2:]), 0, 1)
+        return x.reshape(steps, shared * size, *x.shape[3:])
+
+    def joined(x):
+        x = jnp.swapaxes(x.reshape(steps, shared, size, *x.shape[2:]), 0, 1)
+        x = x.reshape(shared, steps * size, *x.shape[3:])[:, :own]
+        return _mesh.constrain_rows(x).reshape(shared * own, *x.shape[2:])
+
+    def one(part):
+        return function(*jax.tree.map(_mesh.constrain_rows, part))
+
+    parts = jax.tree.map(split, arrays)
+    if steps == 1:
+        alone = one(jax.tree.map(lambda x: x[0], parts))
+        found = jax.tree.map(lambda x: x[None], alone)
+    else:
+        found = jax.lax.map(one, parts)
+    return jax.tree.map(joined, found)
 
 
 def chunk_size(head: Head, base: PyTree, hidden: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import _mesh
 from sbr_jax.subspace import blocks
 from sbr_jax.subspace.blocks import dot as dot
 
@@ -98,8 +99,11 @@ def polishing(basis: jax.Array) -> jax.Array:
 
 
 def coordinates(vector: jax.Array, basis: jax.Array) -> jax.Array:
-    """``Vᵀ u [K]`` in blocks of P: one long thin product is slow and less exact."""
-    block = math.gcd(basis.shape[0], 128)
+    """``Vᵀ u [K]`` in blocks of P: one long thin product is slow and less exact.
+
+    On a mesh no block is shared by two devices.
+    """
+    block = math.gcd(basis.shape[0] // _mesh.parameter_parts(basis.shape[0]), 128)
     if block < 16:
         return dot(vector, basis)
     parts = dot(vector.reshape(-1, 1, block), basis.reshape(-1, block, basis.shape[1]))

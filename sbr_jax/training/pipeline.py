@@ -141,6 +141,7 @@ def check(
         raise UserError(f"expected seeds of at least 0, got {min(seeds)}")
     refuse_leaks(study.leak_check)
     check_sizes(study, domains, config.training)
+    sharding.check_mesh(config.hardware, config.training, study.model.config)
     maps_seeds(config)
 
 
@@ -231,8 +232,13 @@ def end_domain(turn: Turn, held: Held) -> Outcome:
     )
     state = dict(state)
     diagnostics = state.pop("diagnostics", {})
-    changed = None if adapter is held.adapter else adapter
-    return Outcome({}, changed, state, diagnostics)
+    mesh = track.program.mesh
+    state, diagnostics = (
+        sharding.place_state(mesh, tree) for tree in (state, diagnostics)
+    )
+    if adapter is held.adapter:
+        return Outcome({}, None, state, diagnostics)
+    return Outcome({}, sharding.place_state(mesh, adapter), state, diagnostics)
 
 
 def evaluate(turn: Turn, held: Held) -> Outcome:
@@ -290,6 +296,7 @@ def _refresher(turn: Turn) -> loop.Every | None:
         train, step_key = now.train, jax.random.fold_in(key, now.step)
         state = refresh(program.problem, track.base, train.adapter, now.state, step_key)
         state = {k: v for k, v in state.items() if k != "diagnostics"}
+        state = sharding.place_state(program.mesh, state)
         opt_state = program.insert(train.opt_state, state)
         train = TrainState(train.adapter, opt_state, train.step)
         return dataclasses.replace(now, train=train, state=state)

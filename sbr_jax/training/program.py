@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sbr_jax import models
 from sbr_jax.methods import build
@@ -34,9 +35,12 @@ class Program:
       problem: what they know.
       mesh: None on one device.
       optimizer: of a domain.
+      begin: ``(adapter, held) -> TrainState``, compiled on a mesh, so that no array is
+        ever whole on one device; see :func:`fresh`.
       step: compiled; see :func:`sbr_jax.training.step.make_step`.
       mapped_step: the same over stacked seeds.
       repair_optimizer: with the repair's constant learning rate.
+      repair_begin: the same for its state.
       repair_step: compiled; takes a safety batch and β besides.
     """
 
@@ -44,9 +48,11 @@ class Program:
     problem: Problem
     mesh: Any
     optimizer: optax.GradientTransformationExtraArgs
+    begin: Callable[..., TrainState]
     step: Callable[..., Any]
     mapped_step: Callable[..., Any]
     repair_optimizer: optax.GradientTransformationExtraArgs
+    repair_begin: Callable[..., TrainState]
     repair_step: Callable[..., Any]
 
     def start(
@@ -56,17 +62,32 @@ class Program:
 
         Everything is a copy, so that donating it leaves the arguments alive.
         """
-        optimizer = self.repair_optimizer if repair else self.optimizer
-        adapter = jax.tree.map(jnp.copy, adapter)
-        opt_state = self.insert(optimizer.init(adapter), state)
-        train = TrainState(adapter, opt_state, jnp.zeros((), jnp.int32))
-        return sharding.place_like_adapter(self.mesh, train, adapter)
+        held = {name: state[name] for name in HELD if state.get(name) is not None}
+        return (self.repair_begin if repair else self.begin)(adapter, held)
 
     def insert(self, opt_state: PyTree, state: Mapping[str, Any]) -> PyTree:
         """Puts the method's subspace and coefficients into an optimizer state."""
-        if state.get("subspace") is None:
-            return opt_state
-        return replace_subspace(opt_state, state["subspace"], state.get("coefficients"))
+        return insert(opt_state, state)
+
+
+HELD = ("subspace", "coefficients")
+"""Entries of a method's state that its optimizer holds a copy of."""
+
+
+def insert(opt_state: PyTree, state: Mapping[str, Any]) -> PyTree:
+    """Puts a method's subspace and coefficients, if any, into an optimizer state."""
+    if state.get("subspace") is None:
+        return opt_state
+    return replace_subspace(opt_state, state["subspace"], state.get("coefficients"))
+
+
+def fresh(
+    optimizer: optax.GradientTransformationExtraArgs, adapter: PyTree, held: PyTree
+) -> TrainState:
+    """A training state before its first step; everything in it is a copy."""
+    adapter = jax.tree.map(jnp.copy, adapter)
+    opt_state = insert(optimizer.init(adapter), held)
+    return TrainState(adapter, opt_state, jnp.zeros((), jnp.int32))
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,7 +118,8 @@ def make_program(variant: str, study: Study, config: Config) -> Program:
         unaligned=study.unaligned,
         judge=study.judge,
     )
-    adapter = init_adapter(study, config, 0)
+    # Shapes alone: an optimizer may hold a subspace's worth of them.
+    adapter = jax.eval_shape(lambda: init_adapter(study, config, 0))
     schedule = learning_rate_schedule(
         training.learning_rate,
         training.steps_per_domain,
@@ -110,7 +132,9 @@ def make_program(variant: str, study: Study, config: Config) -> Program:
         problem, adapter, optax.constant_schedule(repair_rate)
     )
     step, repair_step = (
-        make_step(problem, gradient, transformation, accumulation=accumulation)
+        make_step(
+            problem, gradient, transformation, accumulation=accumulation, mesh=mesh
+        )
         for gradient, transformation in (
             (method.gradient, optimizer),
             (method.replay_gradient, repair_optimizer),
@@ -118,20 +142,35 @@ def make_program(variant: str, study: Study, config: Config) -> Program:
     )
 
     def placed(transformation: optax.GradientTransformationExtraArgs) -> Any:
+        train = jax.eval_shape(
+            lambda adapter: fresh(transformation, adapter, {}), adapter
+        )
+        assert mesh is not None
+        return sharding.state_shardings(mesh, train)
+
+    def begun(transformation: optax.GradientTransformationExtraArgs) -> Any:
+        begin = functools.partial(fresh, transformation)
         if mesh is None:
-            return None
-        train = TrainState(adapter, transformation.init(adapter), jnp.int32(0))
-        return (sharding.mirrored_shardings(mesh, train, adapter), None)
+            return begin
+        return jax.jit(begin, out_shardings=placed(transformation))
+
+    def compiled(step: Any, transformation: optax.GradientTransformationExtraArgs):
+        if mesh is None:
+            return compiled_step(step)
+        whole = NamedSharding(mesh, PartitionSpec())
+        return compiled_step(step, out_shardings=(placed(transformation), whole))
 
     return Program(
         method=method,
         problem=problem,
         mesh=mesh,
         optimizer=optimizer,
-        step=compiled_step(step, out_shardings=placed(optimizer)),
+        begin=begun(optimizer),
+        step=compiled(step, optimizer),
         mapped_step=compiled_step(step, vmap_seeds=True),
         repair_optimizer=repair_optimizer,
-        repair_step=compiled_step(repair_step, out_shardings=placed(repair_optimizer)),
+        repair_begin=begun(repair_optimizer),
+        repair_step=compiled(repair_step, repair_optimizer),
     )
 
 

@@ -1,33 +1,55 @@
-"""Meshes, and where the arrays of a training job live on them.
+"""Meshes, and where every array of a training job lies on them.
 
-Frozen weights follow ``models.partition_specs``; adapters, and every array of the
-optimizer's state that mirrors one, follow ``models.adapter_partition_specs``; batches
-are split over ``fsdp``; everything else is replicated. The compiler does the rest:
-the step itself knows nothing about meshes.
+A mesh has the axes ``data``, ``fsdp`` and ``tp`` and takes all devices of the job.
+
+- Frozen weights ``[L, in, out]``: over ``fsdp`` and ``tp``; gathered over ``fsdp`` a
+  layer at a time, where they multiply. Embedding and head: V over ``tp``, D over
+  ``fsdp``.
+- Batch, hidden states, answer places: rows over ``data`` and ``fsdp``. Logits: V over
+  ``tp`` besides.
+- Adapter, moments: whole. They are small, and every layer needs its own.
+- Bases ``[L, P, K]`` of subspaces, rows ``[L, R, P]`` of a Fisher: P over all axes. A
+  sum over P is then one over devices.
+- Everything else of a method's state: whole.
+
+`base_shardings`, `state_shardings` (of an adapter, a `TrainState` or a method's state)
+and `batch_shardings` say this for one mesh. They take trees of arrays or of shapes, and
+any mesh: of this job's devices, of a topology's, or abstract. An axis that does not
+divide a dimension is left out of it.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sbr_jax import models
-from sbr_jax.models.sharding import fit_spec
-from sbr_jax.settings import Hardware
+from sbr_jax import _mesh, models
+from sbr_jax.models.sharding import check_heads, fit_spec
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.subspace import Subspace
 from sbr_jax.typing import PyTree, UserError
 
-AXES = ("fsdp", "tp")
+AXES = _mesh.AXES
+ROWS = _mesh.ROWS
+
+AnyMesh = Mesh | AbstractMesh
+
+
+# --- meshes ---------------------------------------------------------------------------
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Reads ``"fsdp=4,tp=2"``.
+    """Reads ``"data=2,fsdp=4,tp=2"``.
 
     Args:
-      text: comma-separated ``axis=size``; the axes are ``fsdp`` (weights and batch)
-        and ``tp`` (tensor parallel). A missing axis has size 1.
+      text: comma-separated ``axis=size``; the axes are ``data`` (examples), ``fsdp``
+        (examples and weights) and ``tp`` (heads). A missing axis has size 1.
 
     Returns:
       Sizes by axis, in the order of :data:`AXES`.
@@ -36,7 +58,7 @@ def parse_mesh(text: str) -> dict[str, int]:
       UserError: for anything else.
 
     >>> parse_mesh("tp=2,fsdp=4")
-    {'fsdp': 4, 'tp': 2}
+    {'data': 1, 'fsdp': 4, 'tp': 2}
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -44,36 +66,52 @@ def parse_mesh(text: str) -> dict[str, int]:
         if name not in AXES or name in sizes or not value.isdigit() or int(value) < 1:
             raise UserError(
                 f"mesh {text!r}: expected axis=size pairs such as fsdp=4,tp=2, axes "
-                f"{' and '.join(AXES)}, each once and at least 1; got {part.strip()!r}"
+                f"{', '.join(AXES)}, each once and at least 1; got {part.strip()!r}"
             )
         sizes[name] = int(value)
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
-def make_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over the first devices, axes of type Auto.
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, axes of type Auto.
+
+    Devices are ordered so that ``tp`` and then ``fsdp`` have the nearest ones.
 
     Args:
       text: see :func:`parse_mesh`.
-      devices: all of this job's by default.
+      devices: all of this job's by default; those of a topology will do.
 
     Returns:
-      A mesh with the axes ``fsdp`` and ``tp``.
+      A mesh with the axes of :data:`AXES`.
 
     Raises:
-      UserError: for a bad string, or more devices than there are.
+      UserError: for a bad string, or sizes whose product is not the number of devices.
     """
     sizes = parse_mesh(text)
-    devices = jax.devices() if devices is None else devices
-    count = math.prod(sizes.values())
-    if count > len(devices):
-        raise UserError(
-            f"mesh {text!r} needs {count} devices, this job has {len(devices)}; make "
-            "the axes smaller, or simulate devices on a CPU with "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-        )
-    array = np.asarray(devices[:count]).reshape(tuple(sizes.values()))
+    devices = list(jax.devices() if devices is None else devices)
+    count, have = math.prod(sizes.values()), len(devices)
+    if count != have:
+        raise UserError(_wrong_count(text, sizes, count, have))
+    shape = tuple(sizes.values())
+    array = mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True
+    )
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _wrong_count(text: str, sizes: Mapping[str, int], count: int, have: int) -> str:
+    if count > have:
+        return (
+            f"mesh {text!r} needs {count} devices, this job has {have}; make the axes "
+            f"smaller, or simulate devices on a CPU with JAX_NUM_CPU_DEVICES={count}"
+        )
+    rest = {**sizes, "data": sizes["data"] * have // count}
+    words = ",".join(f"{axis}={n}" for axis, n in rest.items() if n > 1)
+    advice = f", such as {words}" if have % count == 0 else ""
+    return (
+        f"mesh {text!r} has {count} of this job's {have} devices: expected sizes whose "
+        f"product is {have}{advice}"
+    )
 
 
 def mesh_of(hardware: Hardware) -> Mesh | None:
@@ -82,68 +120,160 @@ def mesh_of(hardware: Hardware) -> Mesh | None:
     return None if wanted is None else make_mesh(wanted)
 
 
-def mirrored_shardings(mesh: Mesh, tree: PyTree, adapter: PyTree) -> PyTree:
-    """Shardings for a tree that holds copies of the adapter's structure.
+def row_parts(mesh: AnyMesh | None) -> int:
+    """How many devices share the rows of a batch."""
+    return _mesh.parts(ROWS, mesh)
 
-    An array whose path ends like a path of the adapter, and which has its shape
-    (moments, reference adapters, the adapter itself), is placed like it; every other
-    array is replicated.
+
+def check_mesh(
+    hardware: Hardware, training: Training, config: models.ModelConfig | None = None
+) -> None:
+    """Refuses a mesh that the batch or the model cannot be split over.
 
     Args:
-      mesh: the mesh.
-      tree: an optimizer state, a method's state, an adapter.
-      adapter: the adapter.
+      hardware: names the mesh; its devices need not be here.
+      training: has the batch size.
+      config: of the model, where it is known.
+
+    Raises:
+      UserError: where ``data`` times ``fsdp`` does not divide a microbatch, or ``tp``
+        the heads.
+    """
+    if hardware.mesh is None:
+        return
+    sizes = parse_mesh(hardware.mesh)
+    rows, parts = math.prod(sizes[axis] for axis in ROWS), hardware.accumulation
+    if training.batch_size % (rows * parts):
+        raise UserError(
+            f"mesh {hardware.mesh!r}: expected a batch_size that data x fsdp = {rows}"
+            f"{f' times accumulation = {parts}' if parts > 1 else ''} divides, got "
+            f"{training.batch_size}: take a multiple of {rows * parts}"
+        )
+    if config is not None:
+        check_heads(config, sizes)
+
+
+# --- what is split how ----------------------------------------------------------------
+
+
+def base_shardings(mesh: AnyMesh, base: PyTree, config: models.ModelConfig) -> PyTree:
+    """Of the frozen weights, which may be in codes."""
+    return models.named_shardings(models.partition_specs(config), base, mesh)
+
+
+def state_shardings(mesh: AnyMesh, tree: PyTree) -> PyTree:
+    """Of an adapter, a training state or a method's state: whole, but for bases.
+
+    Args:
+      mesh: of any devices.
+      tree: arrays or shapes, with `Subspace` nodes anywhere.
 
     Returns:
       A tree of ``NamedSharding`` like ``tree``.
     """
-    specs = models.adapter_partition_specs(adapter)
-    placed = models.named_shardings(specs, adapter, mesh)
-    known = {}
-    arrays = jax.tree_util.tree_leaves_with_path(adapter)
-    for (path, leaf), sharding in zip(arrays, jax.tree.leaves(placed), strict=True):
-        known[_names(path), leaf.shape] = sharding
-    depths = {len(path) for path, _ in known}
-    replicated = NamedSharding(mesh, PartitionSpec())
+    whole = NamedSharding(mesh, PartitionSpec())
 
-    def place(path, leaf):
-        names = _names(path)
-        for depth in depths:
-            found = known.get((names[-depth:], np.shape(leaf)))
-            if found is not None:
-                return found
-        return replicated
+    def basis(leaf: Any) -> NamedSharding:
+        layers = (None,) * (leaf.ndim - 2)
+        spec = fit_spec(PartitionSpec(*layers, AXES), leaf.shape, mesh)
+        return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    def one(node: Any) -> Any:
+        placed = jax.tree.map(lambda leaf: whole, node)
+        if not isinstance(node, Subspace):
+            return placed
+        return Subspace(
+            jax.tree.map(basis, node.basis),
+            placed.eigenvalues,
+            placed.trace,
+            node.fingerprint,
+        )
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Subspace))
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+def batch_shardings(mesh: AnyMesh, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a batch in any layout of :mod:`sbr_jax.data.layout`: rows over the devices.
+
+    Microbatches that were packed apart have an axis before that of the rows. What is
+    counted by example in packed rows is whole: an example may lie in any row.
+    """
+    packed = "blocks" in batch
+    stacked = packed and np.ndim(batch["tokens"]) > 2
+    by_row = {"tokens", "positions", "slots", "blocks", "segments"}
+    by_row |= {"places", "targets", "shares", "owners"}
+
+    def one(name: str, leaf: Any) -> NamedSharding:
+        if packed and name not in by_row:
+            return NamedSharding(mesh, PartitionSpec())
+        spec = PartitionSpec(None, ROWS) if stacked else PartitionSpec(ROWS)
+        return NamedSharding(mesh, fit_spec(spec, np.shape(leaf), mesh))
+
+    return {name: one(name, leaf) for name, leaf in batch.items()}
+
+
+def shapes(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes with shardings in the place of arrays, to compile ahead of time."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        tree,
+        shardings,
+    )
+
+
+# --- putting arrays there -------------------------------------------------------------
 
 
 def place_base(mesh: Mesh | None, base: PyTree, config: Any) -> PyTree:
     """The frozen weights on the mesh (as they are without one)."""
     if mesh is None:
         return base
-    specs = models.partition_specs(config)
-    return jax.device_put(base, models.named_shardings(specs, base, mesh))
+    return jax.tree.map(place, base, base_shardings(mesh, base, config))
 
 
-def place_like_adapter(mesh: Mesh | None, tree: PyTree, adapter: PyTree) -> PyTree:
-    """A tree with copies of the adapter's structure on the mesh."""
+def place_state(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """An adapter or a state on the mesh: every array of it on all hosts.
+
+    Plain numbers, as diagnostics have, stay what they are.
+    """
     if mesh is None:
         return tree
-    return jax.device_put(tree, mirrored_shardings(mesh, tree, adapter))
+
+    def one(leaf: Any, sharding: NamedSharding) -> Any:
+        arrays = isinstance(leaf, jax.Array | np.ndarray)
+        return place(leaf, sharding) if arrays else leaf
+
+    return jax.tree.map(one, tree, state_shardings(mesh, tree))
 
 
 def place_batch(mesh: Mesh | None, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A batch split over ``fsdp`` (replicated where its size does not divide)."""
+    """A batch, the same on every host, with its rows split over the mesh."""
     if mesh is None:
         return batch
-    # Packed microbatches have an axis before that of the rows.
-    stacked = np.ndim(batch["tokens"]) > 2
-    spec = PartitionSpec(None, "fsdp") if stacked else PartitionSpec("fsdp")
-    return {
-        name: jax.device_put(x, NamedSharding(mesh, fit_spec(spec, np.shape(x), mesh)))
-        for name, x in batch.items()
-    }
+    found = batch_shardings(mesh, batch)
+    return {name: place(x, found[name]) for name, x in batch.items()}
+
+
+def place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array with a sharding, which may span hosts.
+
+    What lies on the mesh already is moved by the devices; anything else must be the
+    same on every host, each of which gives its own devices their part. Nothing is
+    compared between hosts.
+    """
+    if isinstance(array, jax.Array):
+        if array.sharding.is_equivalent_to(sharding, array.ndim):
+            return array
+        if array.sharding.device_set == sharding.device_set:
+            return moved(sharding)(array)
+    if jnp.issubdtype(getattr(array, "dtype", np.float32), jax.dtypes.prng_key):
+        data = place(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+
+@functools.lru_cache(maxsize=256)
+def moved(sharding: NamedSharding) -> Any:
+    """A compiled copy of one array to a sharding."""
+    return jax.jit(jnp.copy, out_shardings=sharding)

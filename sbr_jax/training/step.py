@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sbr_jax import _mesh
 from sbr_jax.subspace import project_onto
 from sbr_jax.typing import PyTree
 
@@ -43,6 +44,7 @@ def make_step(
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     accumulation: int = 1,
+    mesh: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the pure step of one method.
 
@@ -57,6 +59,7 @@ def make_step(
         metrics)``.
       optimizer: takes ``extra_args`` in its update.
       accumulation: A; must divide the batch.
+      mesh: that the step is traced for; None for one device.
 
     Returns:
       ``step(base, train, state, batch, key, *more) -> (train, metrics)``, not yet
@@ -77,6 +80,8 @@ def make_step(
             more,
             accumulation,
         )
+        # Summed over the rows of all devices once, and then the same on each.
+        grads, extra = jax.tree.map(_mesh.constrain, (grads, extra))
         # Optax counts in integers and promotes them: let it, also in strict mode.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(
@@ -95,7 +100,11 @@ def make_step(
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
         return TrainState(adapter, opt_state, train.step + 1), metrics
 
-    return step
+    def on_mesh(*args):
+        with _mesh.using(mesh):
+            return step(*args)
+
+    return step if mesh is None else on_mesh
 
 
 def _accumulated(hook, batch, more, accumulation):

@@ -114,7 +114,7 @@ class Track:
     def first_adapter(self) -> PyTree:
         """The adapter that it starts from, placed."""
         adapter = init_adapter(self.job.study, self.job.config, self.seed)
-        return sharding.place_like_adapter(self.program.mesh, adapter, adapter)
+        return sharding.place_state(self.program.mesh, adapter)
 
     def key(self, purpose: int, name: str = "") -> jax.Array:
         """A key of this seed for one purpose (and one domain, by its name)."""
@@ -150,7 +150,7 @@ class Track:
             self.job.config.training.batch_size,
             packing=hardware.packing if packed else "no",
             parts=hardware.accumulation,
-            rows=1 if mesh is None else mesh.shape["fsdp"],
+            rows=sharding.row_parts(mesh),
         )
 
 
@@ -296,7 +296,9 @@ def init_state(track: Track, adapter: PyTree) -> tuple[dict[str, Any], dict[str,
     """The method's first state, and its diagnostics."""
     problem, key = track.program.problem, track.key(1)
     state = dict(track.method.init(problem, track.base, adapter, key))
-    return state, state.pop("diagnostics", {})
+    diagnostics = state.pop("diagnostics", {})
+    mesh = track.program.mesh
+    return sharding.place_state(mesh, state), sharding.place_state(mesh, diagnostics)
 
 
 def restore(track: Track, path: Path, like: PyTree) -> PyTree:

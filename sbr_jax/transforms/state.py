@@ -34,8 +34,17 @@ def find_subspaces(state: PyTree) -> list[Subspace]:
 
 
 def copy_arrays(tree: PyTree) -> PyTree:
-    """Copies, so that donating the state leaves the caller's arrays alive."""
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+    """Copies, so that donating the state leaves the caller's arrays alive.
+
+    Where there are but shapes, to be filled by `replace_subspace`, zeros.
+    """
+
+    def copy(x: Any) -> jax.Array:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jnp.zeros(x.shape, x.dtype)
+        return jnp.array(x, copy=True)
+
+    return jax.tree.map(copy, tree)
 
 
 def expand_coefficients(coefficients: PyTree, subspace: Subspace | None) -> PyTree:
@@ -225,8 +234,21 @@ def _check_same(old: Subspace, new: Subspace) -> None:
 
 
 def _like(old: jax.Array, new: jax.Array) -> jax.Array:
-    array = jnp.array(new, dtype=old.dtype, copy=True)
-    traced = any(checks.is_traced(x) for x in (old, array))
-    if not traced and isinstance(old, jax.Array) and old.sharding != array.sharding:
-        return jax.device_put(array, old.sharding)
-    return array
+    known = all(
+        isinstance(x, jax.Array) and not checks.is_traced(x) for x in (old, new)
+    )
+    if known and old.sharding != new.sharding:
+        return _moved(old, new)
+    return jnp.array(new, dtype=old.dtype, copy=True)
+
+
+def _moved(old: jax.Array, new: jax.Array) -> jax.Array:
+    """A copy of an array with the sharding of another."""
+    if old.sharding.device_set != new.sharding.device_set:
+        return jax.device_put(jnp.array(new, dtype=old.dtype, copy=True), old.sharding)
+
+    # By the devices themselves: a sharding may span hosts.
+    def copy(x: jax.Array) -> jax.Array:
+        return jnp.array(x, dtype=old.dtype, copy=True)
+
+    return jax.jit(copy, out_shardings=old.sharding)(new)

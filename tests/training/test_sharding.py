@@ -19,9 +19,10 @@ def three_steps(mesh):
     key = jax.random.key(0)
     base = sharding.place_base(found.mesh, STUDY.model.params, STUDY.model.config)
     adapter = init_adapter(STUDY, settings, 0)
-    adapter = sharding.place_like_adapter(found.mesh, adapter, adapter)
+    adapter = sharding.place_state(found.mesh, adapter)
     state = found.method.init(found.problem, base, adapter, key)
     del state["diagnostics"]
+    state = sharding.place_state(found.mesh, state)
     train = found.start(adapter, state)
     for step in range(3):
         data = batch(STUDY.domains["medical"].train, 8, 0, step)
@@ -43,7 +44,7 @@ def test_eight_devices_give_one_devices_numbers():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5)
     # The state stays where it was put, so the step is compiled once.
     assert found.step._cache_size() == 1
-    wanted = sharding.mirrored_shardings(found.mesh, train, train.adapter)
+    wanted = sharding.state_shardings(found.mesh, train)
     for leaf, place in zip(
         jax.tree.leaves(train), jax.tree.leaves(wanted), strict=True
     ):
@@ -52,15 +53,6 @@ def test_eight_devices_give_one_devices_numbers():
     assert spread == {8}
     q_proj = base["layers"]["q_proj"]
     assert q_proj.addressable_shards[0].data.size == q_proj.size // 8
-
-
-def test_moments_follow_the_adapter():
-    mesh = sharding.make_mesh("fsdp=2")
-    adapter = init_adapter(STUDY, tiny.config(), 0)
-    tree = {"mu": adapter, "other": np.zeros(3, np.float32)}
-    places = sharding.mirrored_shardings(mesh, tree, adapter)
-    assert places["mu"]["q_proj"].lora_a.spec[0] == "fsdp"
-    assert places["other"].spec == jax.sharding.PartitionSpec()
 
 
 @pytest.mark.parametrize(
