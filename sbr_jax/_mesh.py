@@ -11,7 +11,7 @@ Nothing is captured: the mesh is that of JAX's own context, which its caches kno
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -37,6 +37,45 @@ def holding(tree: PyTree) -> Mesh | None:
         if isinstance(own, NamedSharding) and own.mesh.size > 1:
             return own.mesh if isinstance(own.mesh, Mesh) else None
     return None
+
+
+class Split(NamedTuple):
+    """Devices that share a dimension, a part each: all along some axes of a mesh.
+
+    Inside ``shard_map``, sums over the dimension are then summed over the axes.
+    """
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return parts(self.axes, self.mesh)
+
+
+def splitting(size: int, mesh: Mesh | None) -> Split | None:
+    """How a mesh splits parameters; None where it does not."""
+    axes = dividing(size, mesh)
+    return Split(mesh, axes) if mesh is not None and axes else None
+
+
+def split_of(array: Any, dimension: int) -> Split | None:
+    """How a dimension of an array is split, and it alone; None where it is not."""
+    own = None if checks.is_traced(array) else getattr(array, "sharding", None)
+    if not isinstance(own, NamedSharding) or not isinstance(own.mesh, Mesh):
+        return None
+    spec = [*own.spec, *[None] * (array.ndim - len(own.spec))]
+    axes = spec.pop(dimension)
+    axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    if not axes or any(spec) or parts(axes, own.mesh) == 1:
+        return None
+    return Split(own.mesh, axes)
+
+
+def summed(x: jax.Array, split: Split | None) -> jax.Array:
+    """A sum over what the devices of a split have each; as it is without one."""
+    return x if split is None else jax.lax.psum(x, split.axes)
 
 
 def using(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManager[Any]:
@@ -86,6 +125,11 @@ def parameter_parts(size: int) -> int:
     return parts(dividing(size, mesh), mesh)
 
 
+def row_axes(mesh: Mesh | AbstractMesh | None) -> tuple[str, ...]:
+    """The axes that a mesh has for rows."""
+    return tuple(axis for axis in ROWS if parts((axis,), mesh) > 1)
+
+
 def row_parts(rows: int) -> int:
     """How many parts the mesh in use splits rows into; 1 where it cannot, evenly."""
     mesh = current()
@@ -123,7 +167,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     mesh = current()
     if mesh is None or x.shape[0] == 1:
         return x
-    rows = tuple(axis for axis in ROWS if mesh.shape.get(axis, 1) > 1)
+    rows = row_axes(mesh)
     if not rows:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(rows)))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax import checks
+from sbr_jax import _mesh, checks
 from sbr_jax.subspace import sketch, spectrum, units
 from sbr_jax.subspace.record import Subspace, check_settings, from_rows
 from sbr_jax.typing import Batches, LossFn, PyTree, UserError
@@ -78,7 +78,8 @@ def per_example_gradients(
         return jax.grad(scalar_loss)(params, example)
 
     if microbatch is None:
-        return jax.vmap(gradient)(batch)
+        axes = _mesh.row_axes(_mesh.current())
+        return jax.vmap(gradient, spmd_axis_name=axes or None)(batch)
     return jax.lax.map(gradient, batch, batch_size=microbatch)
 
 
@@ -120,6 +121,10 @@ def fisher_subspace(
     Memory beside the loss's own: at most ``1.3 · 4 L P (K + b + min(N, R))`` bytes,
     summed over the units, for any N; b is the microbatch. A unit with P < R adds a copy
     of one layer's rows, and small matrices R × R are not counted.
+
+    Where ``params`` lie on a mesh, examples are split over its axes ``data`` and
+    ``fsdp``, and rows and basis over all axes, along P: a device holds its part of
+    them, and none gathers the others'.
 
     Args:
         loss_fn: ``(params, example, *args) -> scalar``, −log p(y|x); for ``"sampled"``
@@ -196,8 +201,8 @@ def fisher_subspace(
     microbatch = microbatch or max(counts)
     sizes = sketch.plan(parameters, max_rank, microbatch, buffer_rank, memory_budget)
     full = min(sum(counts), sizes.rows)
-    sharding, at_once = _placement(params, mark)
-    held = sketch.reserve(mark, full, sharding)
+    mesh = _mesh.holding(params)
+    held = sketch.reserve(mark, full, mesh)
     traces: Any = None
     place = seen = 0
     passes = _passes(
@@ -206,14 +211,18 @@ def fisher_subspace(
         (params, args, key if fisher == "sampled" else None),
         sizes.microbatch,
         progress,
+        _mesh.parts(_mesh.ROWS, mesh),
     )
-    with _parts_explained(batches):
+    with _parts_explained(batches), _mesh.using(mesh):
         for parts, norms, new in passes:
             if place + new > full:
                 place = sizes.keep
-                held = [sketch.cut(x, keep=place, at_once=at_once) for x in held]
+                held = [
+                    sketch.cut(x, keep=place, split=_mesh.splitting(x.shape[-1], mesh))
+                    for x in held
+                ]
             numbers = np.int32(place), np.int32(new)
-            held = sketch.write(held, parts, *numbers, mark=mark)
+            held = sketch.write(held, parts, *numbers, mark=mark, mesh=mesh)
             traces = norms if traces is None else _add(traces, norms)
             place, seen = place + new, seen + new
             # The next microbatch is not begun before this one's memory is free.
@@ -233,7 +242,7 @@ def fisher_subspace(
         max_rank=max_rank,
         energy=energy,
         count=seen,
-        at_once=at_once,
+        mesh=mesh,
     )
 
 
@@ -255,6 +264,7 @@ def _passes(
     shared: tuple[PyTree, tuple[Any, ...], jax.Array | None],
     microbatch: int,
     progress: Callable[[int], None] | None,
+    devices: int,
 ) -> Iterator[tuple[list[PyTree], list[spectrum.Scaled], int]]:
     """Gradients of a microbatch, their squared norms, and how many there are."""
     params, args, key = shared
@@ -264,12 +274,15 @@ def _passes(
         count = units.examples(batch, what="batch")
         # Batches of one kind, such as sequences of one length, share a program.
         kind = tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
-        size = sizes[kind] = max(sizes.get(kind, 0), count)
-        filled, step = _fill(batch, size), min(size, microbatch)
+        most = sizes[kind] = max(sizes.get(kind, 0), count)
+        filled, step = _fill(batch, most), min(most, microbatch)
         for first in range(0, count, step):
-            numbers = [np.int32(x) for x in (first, count, seen)]
-            found = gradients(params, filled, *numbers, args, key, size=step)
-            yield *found, min(step, count - first)
+            end = min(first + step, count)
+            numbers = [np.int32(x) for x in (first, end, seen)]
+            # Each device differentiates as many, if the last of them for nothing.
+            size = math.ceil(step / devices) * devices
+            found = gradients(params, filled, *numbers, args, key, size=size)
+            yield *found, end - first
             del found
         seen += count
         if progress is not None:
@@ -296,7 +309,7 @@ def _gradients(
         params: of the loss.
         batch: examples.
         first: of those that are differentiated.
-        count: of the batch; later ones are but filling, and those gradients no one's.
+        count: end of those; later ones are but filling, and their gradients no one's.
         start: number of the batch's first example among all.
         args: of the loss.
         key: for labels that are drawn.
@@ -305,7 +318,9 @@ def _gradients(
         size: how many examples are differentiated.
     """
     place = first + jnp.arange(size, dtype=jnp.int32)
-    batch = jax.tree.map(lambda x: x[jnp.minimum(place, count - 1)], batch)
+    batch = jax.tree.map(
+        lambda x: _mesh.constrain_rows(x[jnp.minimum(place, count - 1)]), batch
+    )
     if key is None:
         grads = per_example_gradients(loss_fn, params, batch, *args)
     else:
@@ -324,7 +339,11 @@ def _gradients(
 
     parts = mark.treedef.flatten_up_to(grads)
     norms = [map(squares, jax.tree.leaves(part)) for part in parts]
-    return parts, [functools.reduce(spectrum.add, norm) for norm in norms]
+    traces = [functools.reduce(spectrum.add, norm) for norm in norms]
+    return (
+        jax.tree.map(_mesh.constrain_rows, parts),
+        jax.tree.map(_mesh.constrain, traces),
+    )
 
 
 @jax.jit
@@ -332,17 +351,6 @@ def _add(
     traces: list[spectrum.Scaled], norms: list[spectrum.Scaled]
 ) -> list[spectrum.Scaled]:
     return [spectrum.add(*pair) for pair in zip(traces, norms, strict=True)]
-
-
-def _placement(params: PyTree, mark: units.Fingerprint) -> tuple[Any, bool]:
-    """Where rows lie, and whether devices share the layers, as they do parameters."""
-    leaf = jax.tree.leaves(params)[0]
-    own = None if checks.is_traced(leaf) else getattr(leaf, "sharding", None)
-    if not isinstance(own, jax.sharding.NamedSharding) or own.mesh.size == 1:
-        return None, False
-    axis = own.spec[0] if mark.layer_axes == 1 and own.spec else None
-    spec = jax.sharding.PartitionSpec(axis)
-    return jax.sharding.NamedSharding(own.mesh, spec), axis is not None
 
 
 def _fill(batch: PyTree, size: int) -> PyTree:

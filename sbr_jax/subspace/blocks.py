@@ -2,6 +2,7 @@
 
 A whole product would hold a second copy of its operands, scaled or transposed; these
 hold a block of it. Rows stay in one array for all layers, and a layer is an index.
+Where devices split the parameters, each has its own P here, and sums go over all.
 
 Symbols: M rows [C, P] of a layer, C rows, P parameters, K columns, S a small matrix.
 """
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+from sbr_jax._mesh import Split, summed
 
 Carry = TypeVar("Carry")
 
@@ -43,7 +46,9 @@ def read(rows: jax.Array, layer: Any, first: Any, width: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(block, layer, keepdims=False)
 
 
-def gram(rows: jax.Array, layer: Any, unit: jax.Array) -> jax.Array:
+def gram(
+    rows: jax.Array, layer: Any, unit: jax.Array, split: Split | None = None
+) -> jax.Array:
     """``M Mᵀ [C, C]`` of one layer of ``[L, C, P]``, with M in a unit."""
 
     def step(first: Any, width: int, total: jax.Array) -> jax.Array:
@@ -51,10 +56,16 @@ def gram(rows: jax.Array, layer: Any, unit: jax.Array) -> jax.Array:
         return total + dot(block, block.T)
 
     count, size = rows.shape[1:]
-    return fold(step, size, jnp.zeros((count, count), rows.dtype))
+    return summed(fold(step, size, jnp.zeros((count, count), rows.dtype)), split)
 
 
-def times(rows: jax.Array, layer: Any, unit: jax.Array, x: jax.Array) -> jax.Array:
+def times(
+    rows: jax.Array,
+    layer: Any,
+    unit: jax.Array,
+    x: jax.Array,
+    split: Split | None = None,
+) -> jax.Array:
     """``M X [C, K]`` for ``X [P, K]``."""
 
     def step(first: Any, width: int, total: jax.Array) -> jax.Array:
@@ -62,7 +73,7 @@ def times(rows: jax.Array, layer: Any, unit: jax.Array, x: jax.Array) -> jax.Arr
         return total + dot(read(rows, layer, first, width) / unit, right)
 
     start = jnp.zeros((rows.shape[1], x.shape[1]), rows.dtype)
-    return fold(step, x.shape[0], start)
+    return summed(fold(step, x.shape[0], start), split)
 
 
 def transposed_times(
@@ -78,14 +89,15 @@ def transposed_times(
     return fold(step, size, jnp.zeros((size, s.shape[1]), rows.dtype))
 
 
-def columns_gram(x: jax.Array) -> jax.Array:
+def columns_gram(x: jax.Array, split: Split | None = None) -> jax.Array:
     """``Xᵀ X [K, K]`` for ``X [P, K]``."""
 
     def step(first: Any, width: int, total: jax.Array) -> jax.Array:
         block = jax.lax.dynamic_slice_in_dim(x, first, width)
         return total + dot(block.T, block)
 
-    return fold(step, x.shape[0], jnp.zeros((x.shape[1],) * 2, x.dtype))
+    start = jnp.zeros((x.shape[1],) * 2, x.dtype)
+    return summed(fold(step, x.shape[0], start), split)
 
 
 def rotate_columns(x: jax.Array, s: jax.Array) -> jax.Array:

@@ -4,11 +4,14 @@ Symbols: V basis [P, K], Π = V Vᵀ, C preconditioner (diagonal), G = Vᵀ C V,
 angles, k effective rank, L layers, P parameters of a unit, K columns.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from sbr_jax._mesh import Split, split_of, summed
 from sbr_jax.subspace import spectrum, units
 from sbr_jax.subspace.record import Subspace, check_subspace, same_parameters
 from sbr_jax.typing import PyTree
@@ -186,12 +189,15 @@ def principal_angles(a: Subspace, b: Subspace) -> PyTree:
         Knyazev and Argentati, SIAM J. Sci. Comput. 23 (2002); arXiv:2604.17691
     """
 
-    def angles(va: jax.Array, vb: jax.Array) -> jax.Array:
-        inner = spectrum.dot(va.T, vb)
+    def angles(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
+        inner = summed(spectrum.dot(va.T, vb), split)
         rest = vb - spectrum.dot(va, inner)
-        rest = rest - spectrum.dot(va, spectrum.dot(va.T, rest))
+        rest = rest - spectrum.dot(va, summed(spectrum.dot(va.T, rest), split))
         small = jnp.linalg.qr(rest, mode="r")
-        ranks = [jnp.sum(spectrum.used_columns(v)) for v in (va, vb)]
+        if split is not None:  # That of all rows is that of all devices' own.
+            every = jax.lax.all_gather(small, split.axes, axis=0, tiled=True)
+            small = jnp.linalg.qr(every, mode="r")
+        ranks = [jnp.sum(spectrum.used_columns(v, split)) for v in (va, vb)]
         count = min(va.shape[1], vb.shape[1])
         place = jnp.arange(count)
         cos = jnp.linalg.svd(inner, compute_uv=False)[:count]
@@ -232,10 +238,10 @@ def overlap(a: Subspace, b: Subspace) -> PyTree:
         0.5
     """
 
-    def share(va: jax.Array, vb: jax.Array) -> jax.Array:
-        ranks = [jnp.sum(spectrum.used_columns(v)) for v in (va, vb)]
+    def share(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
+        ranks = [jnp.sum(spectrum.used_columns(v, split)) for v in (va, vb)]
         least = jnp.maximum(jnp.minimum(*ranks), 1).astype(jnp.float32)
-        return jnp.sum(spectrum.dot(va.T, vb) ** 2) / least
+        return jnp.sum(summed(spectrum.dot(va.T, vb), split) ** 2) / least
 
     return _pairwise(share, a, b)
 
@@ -264,19 +270,40 @@ def discarded_energy(old: Subspace, new: Subspace) -> PyTree:
         0.5
     """
 
-    def lost(before: jax.Array, after: jax.Array) -> jax.Array:
-        rest = before - spectrum.dot(after, spectrum.dot(after.T, before))
-        rank = jnp.maximum(jnp.sum(spectrum.used_columns(before)), 1)
-        return jnp.sum(rest**2) / rank.astype(jnp.float32)
+    def lost(before: jax.Array, after: jax.Array, split: Split | None) -> jax.Array:
+        inside = summed(spectrum.dot(after.T, before), split)
+        rest = before - spectrum.dot(after, inside)
+        rank = jnp.maximum(jnp.sum(spectrum.used_columns(before, split)), 1)
+        return summed(jnp.sum(rest**2), split) / rank.astype(jnp.float32)
 
     return _pairwise(lost, old, new)
 
 
-def _pairwise(function: Callable, a: Subspace, b: Subspace) -> PyTree:
+def _pairwise(
+    function: Callable[[jax.Array, jax.Array, Split | None], jax.Array],
+    a: Subspace,
+    b: Subspace,
+) -> PyTree:
     b = same_parameters(a, b)
     mark = a.fingerprint
-    lifted = units.over_layers(function, mark.layer_axes)
-    pairs = zip(mark.entries(a.basis), mark.entries(b.basis), strict=True)
-    return mark.join(
-        [None if x is None or y is None else lifted(x, y) for x, y in pairs]
-    )
+
+    def one(x: jax.Array | None, y: jax.Array | None) -> jax.Array | None:
+        if x is None or y is None:
+            return None
+        split = split_of(x, -2)
+        split = None if split != split_of(y, -2) else split
+        own = functools.partial(function, split=split)
+        lifted = units.over_layers(own, mark.layer_axes)
+        if split is None:
+            return lifted(x, y)
+        held = PartitionSpec(*[None] * mark.layer_axes, split.axes)
+        mapped = jax.shard_map(
+            lifted,
+            mesh=split.mesh,
+            in_specs=(held, held),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        return jax.jit(mapped)(x, y)
+
+    return mark.join(list(map(one, mark.entries(a.basis), mark.entries(b.basis))))

@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from sbr_jax import checks
+from sbr_jax._mesh import Split, split_of
 from sbr_jax.subspace import spectrum, units
 from sbr_jax.subspace.record import Subspace, check_settings, same_parameters
 from sbr_jax.typing import UserError
@@ -99,6 +101,7 @@ def merge(
             energy=energy,
             weighting=weighting,
             layer_axes=mark.layer_axes,
+            split=split_of(bases[have[0]][i], -2),
         )
         out.append((basis, value, trace))
     joined = [mark.join([entry[j] for entry in out]) for j in range(3)]
@@ -119,9 +122,33 @@ def _check_room(protected: list[Any], max_rank: int) -> None:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("columns", "energy", "weighting", "layer_axes")
+    jax.jit, static_argnames=("columns", "energy", "weighting", "layer_axes", "split")
 )
 def _merge_unit(
+    bases: list[jax.Array],
+    values: list[jax.Array],
+    traces: list[jax.Array],
+    protected: jax.Array | None,
+    *,
+    layer_axes: int,
+    split: Split | None = None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    merged = functools.partial(_merged, layer_axes=layer_axes, split=split, **options)
+    if split is not None:
+        held = PartitionSpec(*[None] * layer_axes, split.axes)
+        whole = PartitionSpec()
+        merged = jax.shard_map(
+            merged,
+            mesh=split.mesh,
+            in_specs=(held, whole, whole, held),
+            out_specs=(held, whole, whole),
+            check_vma=False,
+        )
+    return merged(bases, values, traces, protected)
+
+
+def _merged(
     bases: list[jax.Array],
     values: list[jax.Array],
     traces: list[jax.Array],
@@ -131,13 +158,15 @@ def _merge_unit(
     energy: float,
     weighting: str,
     layer_axes: int,
+    split: Split | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One unit; inside ``shard_map`` where devices split its parameters."""
     if weighting == "eigenvalue":
         weights = values
         trace = sum(traces[1:], start=traces[0])
         total = trace
     else:
-        weights = [spectrum.used_columns(v).astype(jnp.float32) for v in bases]
+        weights = [spectrum.used_columns(v, split).astype(jnp.float32) for v in bases]
         trace = traces[-1]
         total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1) for w in weights])
     scaled = spectrum.Scaled(total, jnp.ones_like(total))
@@ -148,14 +177,11 @@ def _merge_unit(
         ],
         axis=-2,
     )
+    options = {"columns": columns, "energy": energy, "split": split}
     if protected is None:
-        pairs = functools.partial(
-            spectrum.leading_eigenpairs, columns=columns, energy=energy
-        )
+        pairs = functools.partial(spectrum.leading_eigenpairs, **options)
         found = units.over_layers(pairs, layer_axes)(rows, scaled)
     else:
-        pairs = functools.partial(
-            spectrum.leading_eigenpairs_beside, columns=columns, energy=energy
-        )
+        pairs = functools.partial(spectrum.leading_eigenpairs_beside, **options)
         found = units.over_layers(pairs, layer_axes)(rows, scaled, protected)
     return *found, trace

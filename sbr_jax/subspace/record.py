@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from sbr_jax import checks
+from sbr_jax._mesh import Split, splitting
 from sbr_jax.subspace import blocks, spectrum, units
 from sbr_jax.typing import PyTree, UserError
 
@@ -208,7 +210,7 @@ def from_rows(
     max_rank: int,
     energy: float,
     count: int = 1,
-    at_once: bool = False,
+    mesh: Mesh | None = None,
 ) -> Subspace:
     """Subspace of ``Mᵀ M / count``, for rows M ``[*L, N, P]`` and traces of ``Mᵀ M``.
 
@@ -221,18 +223,19 @@ def from_rows(
         max_rank: K, the static number of columns.
         energy: ρ in (0, 1].
         count: what F is a mean over.
-        at_once: all layers, as where devices share them; otherwise one after another,
-            so that only one is at work.
+        mesh: whose devices split P, all layers at once; without one they come one after
+            another, so that only one is at work.
     """
     basis, values = [], []
     for trace in traces:
+        own = rows.pop(0)
         found = unit_eigenpairs(
-            rows.pop(0),
+            own,
             trace,
             jnp.float32(count),
             columns=max_rank,
             energy=energy,
-            at_once=at_once,
+            split=splitting(own.shape[-1], mesh),
         )
         basis.append(found[0])
         values.append(found[1])
@@ -242,7 +245,7 @@ def from_rows(
     return Subspace(mark.join(basis), mark.join(values), mark.join(total), mark)
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "energy", "at_once"))
+@functools.partial(jax.jit, static_argnames=("columns", "energy", "split"))
 def unit_eigenpairs(
     rows: jax.Array,
     total: spectrum.Scaled,
@@ -250,11 +253,15 @@ def unit_eigenpairs(
     *,
     columns: int,
     energy: float,
-    at_once: bool = False,
+    split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`spectrum.leading_eigenpairs` over layers: ``[*L, N, P]`` and ``[*L]``."""
     lead = total.value.shape
     totals = spectrum.Scaled(*(x.reshape(-1) for x in total))
+    if split is not None:
+        rows = rows.reshape(-1, *rows.shape[-2:])
+        basis, values = _split_eigenpairs(rows, totals, count, columns, energy, split)
+        return basis.reshape(*lead, *basis.shape[1:]), values.reshape(*lead, columns)
     of = spectrum.measure(rows.reshape(-1, *rows.shape[-2:]))
 
     def pairs(
@@ -271,17 +278,40 @@ def unit_eigenpairs(
         return basis, found[1].at[layer].set(values)
 
     layers, _, size = of.rows.shape
-    if at_once:
-        alone = jax.tree.map(lambda x: x[:, None], of)
-        basis, values = jax.vmap(lambda of, total: pairs(of, 0, total))(alone, totals)
-        basis = jax.vmap(spectrum.polish)(basis)
-    elif layers == 1:
+    if layers == 1:
         basis, values = pairs(of, 0, jax.tree.map(lambda x: x[0], totals))
         basis = spectrum.polish(basis)
     else:
         start = jnp.zeros((layers, size, columns)), jnp.zeros((layers, columns))
         basis, values = jax.lax.fori_loop(0, layers, one, start)
     return basis.reshape(*lead, size, columns), values.reshape(*lead, columns)
+
+
+def _split_eigenpairs(
+    rows: jax.Array,
+    totals: spectrum.Scaled,
+    count: jax.Array,
+    columns: int,
+    energy: float,
+    split: Split,
+) -> tuple[jax.Array, jax.Array]:
+    """The same of all layers at once, each device with its own parameters."""
+
+    def one(rows: jax.Array, total: spectrum.Scaled) -> tuple[jax.Array, jax.Array]:
+        of = spectrum.measure(rows[None], split)
+        basis, values = spectrum.layer_eigenpairs(
+            of, 0, total, columns, energy, count, split
+        )
+        return spectrum.polish(basis, split), values
+
+    whole, axes = PartitionSpec(), split.axes
+    return jax.shard_map(
+        jax.vmap(one),
+        mesh=split.mesh,
+        in_specs=(PartitionSpec(None, None, axes), whole),
+        out_specs=(PartitionSpec(None, axes), whole),
+        check_vma=False,
+    )(rows, totals)
 
 
 def effective_rank(subspace: Subspace) -> PyTree:

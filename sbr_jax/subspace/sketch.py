@@ -10,6 +10,8 @@ and at least mδ off the trace, ``m = keep − ⌊keep/2⌋ + 1``. Hence, with �
 δ: ``0 ≼ F − F̂ ≼ Δ I`` and ``Δ ≤ (tr F − tr F̂) / m``, and ``Δ ≤ Σ_{j>k} λ_j / (m − k)``
 for every ``k < m``.
 
+On a mesh every device has the rows of its own parameters.
+
 Symbols: M rows [C, P] of a layer, C rows, P parameters, L layers, F the sum over all
 rows ever written, F̂ that of the rows held, λ eigenvalues.
 
@@ -23,7 +25,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sbr_jax import _mesh
+from sbr_jax._mesh import Split
 from sbr_jax.subspace import blocks, spectrum, units
 from sbr_jax.typing import PyTree, UserError
 
@@ -77,20 +82,27 @@ def plan(
 
 
 def reserve(
-    mark: units.Fingerprint, rows: int, sharding: Any = None
+    mark: units.Fingerprint, rows: int, mesh: Mesh | None = None
 ) -> list[jax.Array]:
-    """Zeros ``[L, rows, P]`` for each unit, all its layer axes in one."""
+    """Zeros ``[L, rows, P]`` for each unit, all its layer axes in one; P split."""
     shapes = [
         (spec.layers(mark.layer_axes), spec.size(mark.layer_axes))
         for spec in mark.units
     ]
+
+    def place(size: int) -> NamedSharding | None:
+        if mesh is None:
+            return None
+        spec = PartitionSpec(None, None, _mesh.dividing(size, mesh))
+        return NamedSharding(mesh, spec)
+
     return [
-        jnp.zeros((math.prod(layers), rows, size), device=sharding)
+        jnp.zeros((math.prod(layers), rows, size), device=place(size))
         for layers, size in shapes
     ]
 
 
-@functools.partial(jax.jit, donate_argnames="held", static_argnames="mark")
+@functools.partial(jax.jit, donate_argnames="held", static_argnames=("mark", "mesh"))
 def write(
     held: list[jax.Array],
     parts: list[PyTree],
@@ -98,6 +110,7 @@ def write(
     count: jax.Array,
     *,
     mark: units.Fingerprint,
+    mesh: Mesh | None = None,
 ) -> list[jax.Array]:
     """The buffers with ``count`` examples' gradients at ``place``, in their memory.
 
@@ -107,7 +120,11 @@ def write(
         place: of the first.
         count: how many of the B.
         mark: of the parameters.
+        mesh: that buffers and examples are split over.
     """
+    if mesh is not None:
+        pairs = zip(held, parts, strict=True)
+        return [_write_split(*pair, place, count, mark, mesh) for pair in pairs]
 
     def one(i: jax.Array, held: list[jax.Array]) -> list[jax.Array]:
         out = []
@@ -124,12 +141,75 @@ def write(
     return jax.lax.fori_loop(0, count, one, held)
 
 
-@functools.partial(jax.jit, donate_argnames="rows", static_argnames=("keep", "at_once"))
-def cut(rows: jax.Array, *, keep: int, at_once: bool = False) -> jax.Array:
+def _write_split(
+    rows: jax.Array,
+    part: PyTree,
+    place: jax.Array,
+    count: jax.Array,
+    mark: units.Fingerprint,
+    mesh: Mesh,
+) -> jax.Array:
+    """The same for one unit: from examples over devices to parameters over devices."""
+    size = rows.shape[2]
+    kept, by_row = _mesh.dividing(size, mesh), _mesh.row_axes(mesh)
+    new = [
+        leaf.astype(jnp.float32).reshape(leaf.shape[0], len(rows), -1)
+        for leaf in jax.tree.leaves(part)
+    ]
+
+    def own(rows: jax.Array, new: list[jax.Array], place: jax.Array, count: jax.Array):
+        turned = _turned(jnp.concatenate(new, axis=-1), mesh, kept, by_row)
+
+        def one(i: jax.Array, rows: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_slice_in_dim(turned, i, 1, axis=0)
+            return jax.lax.dynamic_update_slice(
+                rows, jnp.swapaxes(row, 0, 1), (0, place + i, 0)
+            )
+
+        return jax.lax.fori_loop(0, count, one, rows)
+
+    held, whole = PartitionSpec(None, None, kept), PartitionSpec()
+    return jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(held, PartitionSpec(by_row), whole, whole),
+        out_specs=held,
+        check_vma=False,
+    )(rows, new, place, count)
+
+
+def _turned(
+    new: jax.Array, mesh: Mesh, kept: tuple[str, ...], by_row: tuple[str, ...]
+) -> jax.Array:
+    """All B examples of a device's own parameters, ``[B, L, P / parts]``.
+
+    Args:
+        new: a device's own examples of all parameters, ``[B / devices, L, P]``.
+        mesh: of the devices.
+        kept: axes that parameters are split over.
+        by_row: axes that examples are split over.
+    """
+    pieces = [mesh.shape[axis] for axis in kept]
+    new = new.reshape(*new.shape[:2], *pieces, -1)
+    for place, axis in enumerate(kept):
+        if axis not in by_row:  # The devices of this axis all have these examples.
+            index = jax.lax.axis_index(axis)
+            new = jax.lax.dynamic_slice_in_dim(new, index, 1, axis=2 + place)
+    for axis in reversed(by_row):
+        if axis in kept:
+            new = jax.lax.all_to_all(new, axis, 2 + kept.index(axis), 0, tiled=True)
+        else:
+            new = jax.lax.all_gather(new, axis, axis=0, tiled=True)
+    return new.reshape(*new.shape[:2], -1)
+
+
+@functools.partial(jax.jit, donate_argnames="rows", static_argnames=("keep", "split"))
+def cut(rows: jax.Array, *, keep: int, split: Split | None = None) -> jax.Array:
     """``[L, C, P]`` with the ``keep < C`` rows that say most, then zeros."""
 
     def one(layer: Any, rows: jax.Array, unit: jax.Array) -> jax.Array:
-        values, q = jnp.linalg.eigh(blocks.gram(rows, layer, unit[layer]))
+        gram = blocks.gram(rows, layer, unit[layer], split)
+        values, q = spectrum.apart(spectrum.eigh, split)(gram)
         values, q = jnp.maximum(values[::-1], 0.0), q[:, ::-1]
         less = jnp.where(jnp.arange(keep) < keep // 2, 0.0, values[keep])
         held = values[:keep]
@@ -137,7 +217,14 @@ def cut(rows: jax.Array, *, keep: int, at_once: bool = False) -> jax.Array:
         return blocks.rotate_rows(rows, layer, q[:, :keep] * jnp.sqrt(share)[None])
 
     # Eigenvalues are of the order of the square of the rows, which may leave float32.
-    unit = spectrum.binary_unit(rows, (-2, -1))
-    if at_once:
+    def at_once(rows: jax.Array) -> jax.Array:
+        unit = spectrum.binary_unit(rows, (-2, -1), split)
         return jax.vmap(lambda r, u: one(0, r[None], u[None])[0])(rows, unit)
+
+    if split is not None:
+        held = PartitionSpec(None, None, split.axes)
+        return jax.shard_map(
+            at_once, mesh=split.mesh, in_specs=held, out_specs=held, check_vma=False
+        )(rows)
+    unit = spectrum.binary_unit(rows, (-2, -1))
     return jax.lax.fori_loop(0, len(rows), lambda i, r: one(i, r, unit), rows)

@@ -1,16 +1,22 @@
 """Leading eigenpairs of ``F = Mᵀ M`` for one unit, without forming F.
 
+Where devices split the parameters, functions are met inside ``shard_map`` with the
+`Split`: P is then a device's own, and sums over parameters go over all.
+
 Symbols: M rows of factors [C, P] with C rows, P parameters, K columns,
 σ singular values of M, λ = σ² eigenvalues of F, ρ the energy to keep.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sbr_jax import _mesh
+from sbr_jax._mesh import Split
 from sbr_jax.subspace import blocks
 from sbr_jax.subspace.blocks import dot as dot
 
@@ -43,9 +49,13 @@ class Scaled(NamedTuple):
         return jnp.where(self.value > 0, jnp.maximum(number, least), number)
 
 
-def binary_unit(rows: jax.Array, axes: int | tuple[int, ...] | None) -> jax.Array:
+def binary_unit(
+    rows: jax.Array, axes: int | tuple[int, ...] | None, split: Split | None = None
+) -> jax.Array:
     """The power of two at or below the largest entry, 1 where all are zero."""
     peak = jnp.max(jnp.abs(rows), axis=axes)
+    if split is not None:
+        peak = jax.lax.pmax(peak, split.axes)
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(peak), peak, 1.0))
     # Both the unit and one over it have to be ordinary numbers.
     power = jnp.clip(exponent - 1, -126, 126)
@@ -74,9 +84,12 @@ def length_ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     return unit_x / unit_y * (top / jnp.where(bottom > 0, bottom, 1.0))
 
 
-def used_columns(basis: jax.Array) -> jax.Array:
+def used_columns(basis: jax.Array, split: Split | None = None) -> jax.Array:
     """Marks the columns of ``basis [P, K]`` in use: bool ``[K]``."""
-    return jnp.any(basis != 0, axis=-2)
+    used = jnp.any(basis != 0, axis=-2)
+    if split is None:
+        return used
+    return jax.lax.pmax(used.astype(jnp.int32), split.axes) > 0
 
 
 def masked(x: jax.Array, keep: jax.Array) -> jax.Array:
@@ -84,33 +97,43 @@ def masked(x: jax.Array, keep: jax.Array) -> jax.Array:
     return jnp.where(keep.reshape((1,) * (x.ndim - 1) + keep.shape), x, 0.0)
 
 
-def polish(basis: jax.Array) -> jax.Array:
+def polish(basis: jax.Array, split: Split | None = None) -> jax.Array:
     """One Newton-Schulz step to the nearest orthonormal basis; zero columns stay.
 
     An error ε in VᵀV becomes (3/4) ε²: what is left is float32 rounding.
     """
-    return blocks.rotate_columns(basis, polishing(basis))
+    return blocks.rotate_columns(basis, polishing(basis, split))
 
 
-def polishing(basis: jax.Array) -> jax.Array:
+def polishing(basis: jax.Array, split: Split | None = None) -> jax.Array:
     """The ``[K, K]`` that `polish` multiplies a basis by."""
-    gram = blocks.columns_gram(basis)
+    gram = blocks.columns_gram(basis, split)
     return 1.5 * jnp.eye(len(gram)) - 0.5 * gram
 
 
-def coordinates(vector: jax.Array, basis: jax.Array) -> jax.Array:
+def coordinates(
+    vector: jax.Array, basis: jax.Array, split: Split | None = None
+) -> jax.Array:
     """``Vᵀ u [K]`` in blocks of P: one long thin product is slow and less exact.
 
     On a mesh no block is shared by two devices.
     """
     block = math.gcd(basis.shape[0] // _mesh.parameter_parts(basis.shape[0]), 128)
     if block < 16:
-        return dot(vector, basis)
+        return _mesh.summed(dot(vector, basis), split)
     parts = dot(vector.reshape(-1, 1, block), basis.reshape(-1, block, basis.shape[1]))
-    return jnp.sum(parts, axis=(0, 1))
+    return _mesh.summed(jnp.sum(parts, axis=(0, 1)), split)
 
 
-def orthonormal(columns: jax.Array, count: int | None = None) -> jax.Array:
+def _length(x: jax.Array, split: Split | None) -> jax.Array:
+    if split is None:
+        return jnp.linalg.norm(x)
+    return jnp.sqrt(_mesh.summed(jnp.sum(x**2), split))
+
+
+def orthonormal(
+    columns: jax.Array, count: int | None = None, split: Split | None = None
+) -> jax.Array:
     """Orthonormal basis ``[P, K]`` of columns ``[P, K]``, in their place.
 
     Of the first ``count ≤ P`` of them, where the others are zero.
@@ -124,16 +147,17 @@ def orthonormal(columns: jax.Array, count: int | None = None) -> jax.Array:
     place = jnp.arange(columns.shape[1])
 
     def remainder(column: jax.Array, q: jax.Array, j: jax.Array) -> jax.Array:
-        return column - dot(q, jnp.where(place < j, coordinates(column, q), 0.0))
+        inside = coordinates(column, q, split)
+        return column - dot(q, jnp.where(place < j, inside, 0.0))
 
     def step(j: jax.Array, q: jax.Array) -> jax.Array:
-        length = jnp.linalg.norm(q[:, j])
+        length = _length(q[:, j], split)
         once = remainder(q[:, j] / jnp.where(length > 0, length, 1.0), q, j)
-        size = jnp.linalg.norm(once)
+        size = _length(once, split)
         once = once / jnp.where(size > 0, size, 1.0)
         # What is left is rounding of the whole: little where next to nothing was taken.
         twice = jax.lax.cond(size > 0.9, lambda x, *_: x, remainder, once, q, j)
-        left = jnp.linalg.norm(twice)
+        left = _length(twice, split)
         # "Twice is enough": an independent column loses next to nothing the second
         # time; one that loses a hundredth was rounding to begin with.
         independent = (size > _DEPENDENT) & (left > 0.99)
@@ -171,6 +195,7 @@ def leading_eigenpairs(
     *,
     columns: int,
     energy: float,
+    split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Eigenvectors ``[P, columns]`` and eigenvalues ``[columns]`` of ``F = Mᵀ M``.
 
@@ -184,9 +209,9 @@ def leading_eigenpairs(
     2⁻¹²⁶, float32's smallest. Beside M and the result nothing of P entries is held
     but a block, unless M has more rows than columns.
     """
-    of = measure(rows[None])
-    basis, values = layer_eigenpairs(of, 0, total, columns, energy)
-    return polish(basis), values
+    of = measure(rows[None], split)
+    basis, values = layer_eigenpairs(of, 0, total, columns, energy, split=split)
+    return polish(basis, split), values
 
 
 class Measured(NamedTuple):
@@ -196,17 +221,23 @@ class Measured(NamedTuple):
     unit: jax.Array
 
 
-def measure(rows: jax.Array) -> Measured:
+def measure(rows: jax.Array, split: Split | None = None) -> Measured:
     """The rows, with their binary units."""
-    return Measured(rows, binary_unit(rows, (-2, -1)))
+    return Measured(rows, binary_unit(rows, (-2, -1), split))
 
 
 def layer_eigenpairs(
-    of: Measured, layer: Any, total: Scaled, columns: int, energy: float, count: Any = 1
+    of: Measured,
+    layer: Any,
+    total: Scaled,
+    columns: int,
+    energy: float,
+    count: Any = 1,
+    split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As ``leading_eigenpairs`` before the polish, of one layer's ``Mᵀ M / count``."""
     unit = of.unit[layer]
-    x, right, values, used = _ritz(of, layer, columns, None)
+    x, right, values, used = _ritz(of, layer, columns, None, split)
     keep = kept(values, used, total.within(unit), energy)
     values = Scaled(masked(values / count, keep), unit).plain()
     return blocks.rotate_columns(x, masked(right, keep)), values
@@ -219,6 +250,7 @@ def leading_eigenpairs_beside(
     *,
     columns: int,
     energy: float,
+    split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As ``leading_eigenpairs``, with ``protected [P, K₀]`` kept whatever happens.
 
@@ -226,28 +258,36 @@ def leading_eigenpairs_beside(
     their complement, fills up to the energy. The value of a protected column v is
     ``vᵀ F v``.
     """
+
+    def across(a: jax.Array, b: jax.Array) -> jax.Array:
+        return _mesh.summed(dot(a, b), split)
+
     whole = total.plain()
-    first = used_columns(protected)
-    first_values = jnp.sum(dot(rows, protected) ** 2, axis=0)
-    rest = rows - dot(dot(rows, protected), protected.T)
-    size = jnp.sum(rows**2)
+    first = used_columns(protected, split)
+    first_values = jnp.sum(across(rows, protected) ** 2, axis=0)
+    rest = rows - dot(across(rows, protected), protected.T)
+    size = _mesh.summed(jnp.sum(rows**2), split)
     # Rows of the smallest eigenvalues have squares of zero; F itself is not smaller.
     size = jnp.sqrt(jnp.where(size > 0, size, whole))
-    of = measure(rest[None])
-    x, right, values, used = _ritz(of, 0, columns, size / of.unit[0])
+    of = measure(rest[None], split)
+    x, right, values, used = _ritz(of, 0, columns, size / of.unit[0], split)
     values = Scaled(values, of.unit[0]).within(jnp.ones_like(of.unit[0]))
     basis = blocks.rotate_columns(x, masked(right, used))
     # Ritz vectors of rounding-sized rows may point back into the protected span.
-    basis = basis - dot(protected, dot(protected.T, basis))
+    basis = basis - dot(protected, across(protected.T, basis))
     keep = kept(values, used, whole, energy, jnp.sum(first_values))
-    joined = jnp.concatenate([protected, polish(masked(basis, keep))], axis=1)
+    joined = jnp.concatenate([protected, polish(masked(basis, keep), split)], axis=1)
     values = jnp.concatenate([first_values, masked(jnp.maximum(values, TINY), keep)])
     order = jnp.argsort(~jnp.concatenate([first, keep]), stable=True)[:columns]
     return _pad(joined[:, order], columns), _pad(values[order], columns)
 
 
 def _ritz(
-    of: Measured, layer: Any, columns: int, norm: jax.Array | None
+    of: Measured,
+    layer: Any,
+    columns: int,
+    norm: jax.Array | None,
+    split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Ritz vectors as X times a small matrix, their values, and which of them count.
 
@@ -255,23 +295,65 @@ def _ritz(
     A parameter without any gradient is a row of zeros in X, and stays exactly out.
     """
     rows, unit = of.rows, of.unit[layer]
-    count = min(columns, *rows.shape[1:])
+    size = rows.shape[2] * (1 if split is None else split.parts)
+    count = min(columns, rows.shape[1], size)
     floor = 16 * jnp.finfo(jnp.float32).eps * rows.shape[1] ** 0.5
-    if rows.shape[1] > rows.shape[2]:  # Rᵀ R = Mᵀ M, and R is smaller
+    if rows.shape[1] > size and split is None:  # Rᵀ R = Mᵀ M, and R is smaller
         rows = jnp.linalg.qr(rows[layer] / unit, mode="r")[None]
         layer, unit = 0, jnp.ones_like(unit)
-    gram = blocks.gram(rows, layer, unit)
+    gram = blocks.gram(rows, layer, unit, split)
     norm = jnp.sqrt(jnp.trace(gram)) if norm is None else norm
-    _, q = jnp.linalg.eigh(gram)
+    _, q = apart(eigh, split)(gram)
     # As wide as the result from the start, which then need not be a copy.
     x = blocks.transposed_times(rows, layer, unit, _pad(q[:, ::-1][:, :count], columns))
-    x = orthonormal(x, count)
-    products = blocks.times(rows, layer, unit, x)[:, :count]
-    _, sigma, right = jnp.linalg.svd(products, full_matrices=False)
+    x = orthonormal(x, count, split)
+    products = blocks.times(rows, layer, unit, x, split)[:, :count]
+    _, sigma, right = apart(_svd, split)(products)
     sigma = _pad(sigma, columns)
     right = jnp.pad(right.T, [(0, columns - count)] * 2)
     used = sigma > floor * norm
     return x, right, jnp.where(used, sigma, 0.0) ** 2, used
+
+
+def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors of one symmetric matrix."""
+    return tuple(jnp.linalg.eigh(x))
+
+
+def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return tuple(jnp.linalg.svd(x, full_matrices=False))
+
+
+@functools.lru_cache
+def apart(function: Callable[..., Any], split: Split | None) -> Callable[..., Any]:
+    """A function of a small matrix whose layers, mapped over, the devices share.
+
+    Each decomposes its own layers, and is told the others' results.
+
+    Args:
+        function: of one matrix.
+        split: the devices that have all matrices; None for one.
+    """
+    if split is None:
+        return function
+    shared = jax.custom_batching.custom_vmap(function)
+
+    @shared.def_vmap
+    def rule(size: int, batched: Any, matrices: jax.Array) -> tuple[Any, Any]:
+        del batched
+        own = math.ceil(size / split.parts)
+        first = jax.lax.axis_index(split.axes) * own
+        layers = first + jnp.arange(own, dtype=jnp.int32)
+        found = jax.vmap(function)(matrices[jnp.minimum(layers, size - 1)])
+
+        def told(x: jax.Array) -> jax.Array:
+            out = jnp.zeros((size, *x.shape[1:]), x.dtype)
+            return _mesh.summed(out.at[layers].set(x, mode="drop"), split)
+
+        found = jax.tree.map(told, found)
+        return found, jax.tree.map(lambda x: True, found)
+
+    return shared
 
 
 def _pad(x: jax.Array, columns: int) -> jax.Array:
