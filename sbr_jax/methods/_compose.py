@@ -16,12 +16,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.methods.base import Found, Init, Method, Mix, Problem
+from sbr_jax.methods.base import (
+    Found,
+    Init,
+    Method,
+    Mix,
+    Problem,
+    traced_state,
+)
 from sbr_jax.models import answers
 from sbr_jax.typing import Batch, PyTree
 
 Penalty = Callable[[Problem, PyTree, PyTree, Any, Batch, jax.Array], jax.Array]
 """``(problem, base, adapter, state, batch, key) -> scalar``, of the penalty's state."""
+
+Outline = Callable[[Problem, PyTree, PyTree], dict[str, Any]]
+"""``(problem, base, adapter) -> state`` of a part as shapes, without diagnostics."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +44,14 @@ class Rater:
       assess: ``(problem, base, state, batch) -> (reference states [K, D], risk
         [B])`` in one pass of the aligned model; ``state`` is what ``init`` returned.
       ratings: how often the study's judge rates every example of a domain.
+      outline: what ``init`` returns, as shapes; None where tracing it tells them.
     """
 
     init: Init
     mix: Mix
     assess: Callable[[Problem, PyTree, Any, Batch], tuple[jax.Array, jax.Array]]
     ratings: int = 0
+    outline: Outline | None = None
 
 
 def with_gradients(
@@ -67,6 +79,7 @@ def with_pull(
     *,
     weight: float = 1.0,
     repairs: bool = True,
+    outline: Outline | None = None,
 ) -> Method:
     """Adds ``weight`` times a penalty to every step of a method.
 
@@ -80,6 +93,7 @@ def with_pull(
       loss: ``(problem, base, adapter, state, batch, key) -> scalar``, of that state.
       weight: of its gradient.
       repairs: whether repairs are pulled as well.
+      outline: what ``init`` returns, as shapes; None where tracing it tells them.
 
     Returns:
       The method with the pull.
@@ -97,7 +111,7 @@ def with_pull(
 
         return gradient
 
-    held = with_state(method, name, init)
+    held = with_state(method, name, init, outline)
     if repairs:
         return with_gradients(held, pulled)
     return dataclasses.replace(held, gradient=pulled(held.gradient))
@@ -149,12 +163,15 @@ def with_risk(
 
         return gradient
 
-    rated = dataclasses.replace(with_state(method, "risk", rater.init), mix=mix)
+    rated = with_state(method, "risk", rater.init, rater.outline)
+    rated = dataclasses.replace(rated, mix=mix)
     rated = with_gradients(rated, weighted)
     return with_cost(rated, forward=1.0, backward=1.0, ratings=rater.ratings)
 
 
-def with_state(method: Method, name: str, init: Init) -> Method:
+def with_state(
+    method: Method, name: str, init: Init, outline: Outline | None = None
+) -> Method:
     """Puts the state of a part under ``name`` of a method's; diagnostics are merged."""
 
     def start(problem, base, adapter, key):
@@ -164,7 +181,14 @@ def with_state(method: Method, name: str, init: Init) -> Method:
         joined = {**state, name: own}
         return {**joined, "diagnostics": diagnostics} if diagnostics else joined
 
-    return dataclasses.replace(method, init=start)
+    def outlined(problem, base, adapter):
+        if outline is None:
+            own = traced_state(init, problem, base, adapter)
+        else:
+            own = outline(problem, base, adapter)
+        return {**method.state_shapes(problem, base, adapter), name: own}
+
+    return dataclasses.replace(method, init=start, outline=outlined)
 
 
 def _bypassed(found: Found, pull: PyTree, state: Mapping, metrics: Mapping) -> Found:

@@ -7,6 +7,7 @@ asked also inside one, V_i is merged with the subspace of the adapted model.
 """
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
@@ -24,7 +25,7 @@ from sbr_jax.methods.base import (
     Problem,
     is_lora_pair,
 )
-from sbr_jax.subspace import empty_subspace
+from sbr_jax.subspace import Subspace, empty_subspace
 from sbr_jax.transforms import gradient_projection, update_projection
 from sbr_jax.typing import PyTree
 
@@ -81,6 +82,13 @@ def with_projection(
             state["protected"] = found
         return state
 
+    def outline(problem: Problem, base: PyTree, adapter: PyTree) -> dict:
+        del problem, base
+        empty = jax.eval_shape(functools.partial(_empty, ssi), adapter)
+        state = {"subspace": empty, "coefficients": empty.trace}
+        names = ["stored"] * apart + ["protected"] * ssi.keep_base
+        return state | dict.fromkeys(names, empty)
+
     def renewed(
         problem: Problem, base: PyTree, adapter: PyTree, state: Any, key: jax.Array
     ) -> dict:
@@ -115,11 +123,7 @@ def with_projection(
     def optimizer(problem: Problem, adapter: PyTree, learning_rate):
         check_sizes(problem, adapter, ssi.max_rank)
         # Its shapes alone: a basis of zeros would be held as long as the optimizer.
-        subspace = jax.eval_shape(
-            lambda: empty_subspace(
-                adapter, max_rank=ssi.max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
-            )
-        )
+        subspace = jax.eval_shape(functools.partial(_empty, ssi), adapter)
         coefficients = jax.tree.map(jnp.zeros_like, subspace.trace)
         if projection in _METRICS:
             return update_projection(
@@ -144,6 +148,7 @@ def with_projection(
         end_domain=end_domain,
         refresh=refresh if refresh_every else None,
         refresh_every=refresh_every,
+        outline=outline,
     )
     return with_cost(
         projected,
@@ -151,6 +156,13 @@ def with_projection(
         domain_fishers=int(update_subspace),
         refresh_fishers=1,
         columns=ssi.max_rank,
+    )
+
+
+def _empty(ssi: Ssi, adapter: PyTree) -> Subspace:
+    """A subspace of rank 0 that holds as many columns as may be found."""
+    return empty_subspace(
+        adapter, max_rank=ssi.max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
     )
 
 

@@ -14,6 +14,7 @@ from sbr_jax.methods.probe import (
     distinct_prompts,
     fit_probe,
     probe_risk,
+    probe_shapes,
     stream_at,
 )
 from sbr_jax.methods.risk import Judge, judged
@@ -101,7 +102,11 @@ def probe_rater(
         features = stream_at(seen["residual"], last, layers)
         return reference, probe_risk(state["probe"], features)
 
-    return Rater(init, unmixed, assess)
+    def outline(problem, base, adapter):
+        del adapter
+        return {"probe": probe_shapes(problem.apply_fn, base, layers)}
+
+    return Rater(init, unmixed, assess, outline=outline)
 
 
 __all__ = ["judge_rater", "probe_rater"]

@@ -224,6 +224,7 @@ def _rated(name: str, monitored: bool, rater: Rater, weighting: Weighting) -> Me
         monitored,
         Cost(forward=1.0, ratings=rater.ratings),
         init=rater.init,
+        outline=rater.outline,
         mix=rater.mix,
         gradient=gradient,
         replay_gradient=repair,

@@ -111,6 +111,25 @@ def no_state(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) ->
     return {}
 
 
+def traced_state(
+    init: Init, problem: Problem, base: PyTree, adapter: PyTree
+) -> dict[str, Any]:
+    """What ``init`` returns, as shapes and without diagnostics; nothing is computed.
+
+    Args:
+      init: a hook that asks for no number of an array.
+      problem: as for the hook.
+      base: weights or their shapes.
+      adapter: an adapter or its shapes.
+
+    Raises:
+      jax.errors.JAXTypeError: where it does ask for one.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    found = jax.eval_shape(lambda *args: init(problem, *args), base, adapter, key)
+    return {name: part for name, part in found.items() if name != "diagnostics"}
+
+
 def adamw(
     problem: Problem, adapter: PyTree, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
@@ -262,6 +281,9 @@ class Method:
       deploy: ``(problem, base, adapter, state) -> (base, adapter)``: the weights that
         are measured and monitored, where those are not the trained ones. Training goes
         on from the weights as they were.
+      outline: ``(problem, base, adapter) -> state`` as shapes, without diagnostics, for
+        what is compiled before there are numbers; None where tracing ``init`` tells
+        them. See :meth:`state_shapes`.
     """
 
     name: str
@@ -277,6 +299,15 @@ class Method:
     deploy: Callable[..., tuple[PyTree, PyTree]] = as_trained
     refresh: Callable[..., PyTree] | None = None
     refresh_every: int | None = None
+    outline: Callable[[Problem, PyTree, PyTree], dict] | None = None
+
+    def state_shapes(
+        self, problem: Problem, base: PyTree, adapter: PyTree
+    ) -> dict[str, Any]:
+        """The first state, as shapes and without diagnostics; nothing is computed."""
+        if self.outline is not None:
+            return self.outline(problem, base, adapter)
+        return traced_state(self.init, problem, base, adapter)
 
 
 # --- helpers for hooks --------------------------------------------------------------
@@ -346,5 +377,6 @@ __all__ = [
     "replay_gradient",
     "task_gradient",
     "task_loss",
+    "traced_state",
     "unmixed",
 ]

@@ -161,6 +161,19 @@ def distinct_prompts(dataset: TokenDataset) -> TokenDataset:
     return take(dataset, list(seen.values()))
 
 
+def probe_shapes(
+    apply_fn: ApplyFn, base: PyTree, layers: Sequence[int] | None = None
+) -> Probe:
+    """The probe that :func:`fit_probe` gives for these activations, as shapes."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    extract = _extractor(apply_fn, None if layers is None else tuple(layers))
+    size = jax.eval_shape(extract, base, None, tokens, mask).shape[-1]
+    each = jax.ShapeDtypeStruct((size,), jnp.float32)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    return Probe(each, number, each, each, number, number)
+
+
 # --- fitting ------------------------------------------------------------------------
 
 
@@ -350,5 +363,6 @@ __all__ = [
     "expected_calibration_error",
     "fit_probe",
     "probe_risk",
+    "probe_shapes",
     "prompt_features",
 ]

@@ -187,15 +187,16 @@ def anchor_prompts(
     ([[5, 6]], [1])
     """
     distinct = distinct_anchors(dataset, count)
-    last = np.asarray(last_prompt_positions(distinct.mask))
+    with jax.ensure_compile_time_eval():
+        last = np.asarray(last_prompt_positions(distinct.mask))
     places = np.arange(last.max() + 1)
     prompts = np.where(
         places[None] <= last[:, None], distinct.tokens[:, : len(places)], 0
     )
-    rows = np.asarray(jax.random.permutation(key, len(distinct)))[:count]
+    rows = jax.random.permutation(key, len(distinct))[:count]
     return {
-        "tokens": jnp.asarray(prompts[rows], jnp.int32),
-        "last": jnp.asarray(last[rows], jnp.int32),
+        "tokens": jnp.asarray(prompts, jnp.int32)[rows],
+        "last": jnp.asarray(last, jnp.int32)[rows],
     }
 
 
