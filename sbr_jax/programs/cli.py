@@ -4,6 +4,7 @@ import collections
 import contextlib
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -117,6 +118,7 @@ def start(
         interrupted: see `guarded`.
     """
     quiet_libraries()
+    make_room_for_devices()
     given = list(sys.argv[1:] if args is None else args)
     if usage is not None and given[:1] in (["-h"], ["--help"]):
         print(usage)
@@ -154,6 +156,28 @@ def quiet_libraries() -> None:
     """Keeps the advice of libraries off the terminal; call it before importing them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def simulated_devices() -> int:
+    """How many devices a CPU is to stand for; 1 where nobody asked.
+
+    Asked for by `JAX_NUM_CPU_DEVICES`, or by the flag that it replaces.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    named = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    given = [os.environ.get("JAX_NUM_CPU_DEVICES", ""), *named]
+    return max((int(number) for number in given if number.isdigit()), default=1)
+
+
+def make_room_for_devices() -> None:
+    """Gives XLA threads for all simulated devices; call it before importing jax.
+
+    Each device waits on a thread of its own for the others in a collective. With as
+    many threads as cores, two cores never get there, and XLA aborts.
+    """
+    count = simulated_devices()
+    if count > 1:
+        os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
 
 
 def enable_compilation_cache() -> Callable[[], str]:
