@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import _mesh
 from sbr_jax.models import Model, answers, make_extend_fn, vocabulary
 from sbr_jax.models.buckets import bucket
 from sbr_jax.models.finite import comparable, require_comparable
@@ -197,7 +198,7 @@ def score(
     # Without a backward pass the rolled loop is as fast and compiles sooner.
     rolled = dataclasses.replace(model.hardware, unroll=model.hardware.unroll or 1)
     extend_fn = make_extend_fn(model.config, rolled)
-    with task("scores", len(texts)) as done:
+    with task("scores", len(texts)) as done, _mesh.using(_mesh.holding(base)):
         read = 0
         for group in _groups(texts):
             _score_group(

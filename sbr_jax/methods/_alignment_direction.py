@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import _mesh, checks
 from sbr_jax.methods.base import Problem
 from sbr_jax.models.quantize import require_dense
 from sbr_jax.typing import PyTree, UserError
@@ -75,7 +76,7 @@ def weight_change(
             f"{method}: unaligned['layers'][{name!r}]: expected shape {weight.shape} "
             f"as in the aligned weights, got {found}; give the same architecture"
         )
-    if len(weight.sharding.device_set) > 1:  # Only the weights are placed on the mesh.
+    if _mesh.holding(weight) is not None:  # Only the weights are placed on the mesh.
         before = jax.device_put(before, weight.sharding)
     return weight.astype(jnp.float32) - jnp.asarray(before, jnp.float32)
 
@@ -95,7 +96,8 @@ def alignments(
         change = weight_change(base, unaligned, name, method)
         norm = jnp.sqrt(jnp.sum(jnp.square(change), axis=(1, 2)))
         found[name] = Alignment(change.astype(base["layers"][name].dtype), norm)
-    if not any(bool(jnp.any(alignment.norm > 0)) for alignment in found.values()):
+    norms = [alignment.norm for alignment in found.values()]
+    if not any(checks.is_traced(norm) or bool(jnp.any(norm > 0)) for norm in norms):
         raise UserError(
             f"{method}: expected unaligned weights that differ from the aligned ones "
             f"in {', '.join(adapter)}, got equal ones; give the weights from before "

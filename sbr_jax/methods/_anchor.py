@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import _mesh
 from sbr_jax.methods._compose import with_cost, with_pull, with_state
 from sbr_jax.methods.base import Method, Problem, device_dataset, draw_rows, task_loss
 from sbr_jax.models import answers
@@ -111,18 +112,41 @@ def reference_states(
     The set never changes, so no step has to run the reference again.
     """
     rows = {name: safe[name] for name in ROWS}
-    return _set_states(
-        problem.apply_fn, problem.hardware.fisher_microbatch, base, adapter, rows
-    )
+    with _mesh.using(_mesh.holding(base)):
+        return _set_states(
+            problem.apply_fn, problem.hardware.fisher_microbatch, base, adapter, rows
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _set_states(apply_fn, size, base, adapter, rows):
+    if _mesh.current() is not None:
+        return _set_states_on_mesh(apply_fn, size, base, adapter, rows)
+
     def one(row):
         batch = {name: value[None] for name, value in row.items()}
         return answers.states(apply_fn, base, adapter, batch)
 
     return jax.lax.map(one, rows, batch_size=size)
+
+
+def _set_states_on_mesh(apply_fn, size, base, adapter, rows):
+    """The same in batches whose rows the devices share."""
+    count, devices = len(rows["tokens"]), _mesh.parts(_mesh.ROWS, _mesh.current())
+    size = -(-min(size, count) // devices) * devices
+    steps = -(-count // size)
+
+    def batched(x):
+        filled = jnp.pad(x, [(0, steps * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return filled.reshape(steps, size, *x.shape[1:])
+
+    def some(batch):
+        found = answers.states(apply_fn, base, adapter, batch)
+        return found.reshape(size, -1, found.shape[-1])
+
+    found = jax.lax.map(some, jax.tree.map(batched, rows))
+    # As one example is looked at by itself, without a mesh.
+    return found.reshape(steps * size, *found.shape[2:])[:count]
 
 
 def safe_batch(

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax import checks
+from sbr_jax import _mesh, checks
 from sbr_jax.data import TokenDataset, take
 from sbr_jax.models import answers
 from sbr_jax.typing import ApplyFn, PyTree, UserError
@@ -109,7 +109,7 @@ def _extractor(apply_fn: ApplyFn, layers: tuple[int, ...] | None):
     @jax.jit
     def extract(base, adapter, tokens, mask):
         _, seen = apply_fn(base, adapter, tokens, capture=True)
-        return prompt_features(seen["residual"], mask, layers)
+        return _mesh.constrain(prompt_features(seen["residual"], mask, layers))
 
     return extract
 
@@ -143,7 +143,9 @@ def activations(
     for start in range(0, len(dataset), size):
         # Rows repeat at the end, so that every batch has one compiled shape.
         rows = np.arange(start, start + size) % len(dataset)
-        parts.append(np.asarray(extract(base, adapter, tokens[rows], mask[rows])))
+        with _mesh.using(_mesh.holding(base)):
+            found = extract(base, adapter, tokens[rows], mask[rows])
+        parts.append(np.asarray(found))
     return np.concatenate(parts)[: len(dataset)]
 
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax import checks, losses
+from sbr_jax import _mesh, checks, losses
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.batches import refuse_left_padding
 from sbr_jax.methods._compose import with_cost, with_pull
@@ -239,7 +239,8 @@ def reference_states(
       UserError: for anchors that end outside their row, or are padded on the left.
     """
     _check_anchors(anchors)
-    states = _compiled_states(problem.apply_fn, base, adapter, anchors)
+    with _mesh.using(_mesh.holding(base)):
+        states = _compiled_states(problem.apply_fn, base, adapter, anchors)
     return states.astype(jnp.float32)
 
 

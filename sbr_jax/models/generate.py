@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import _mesh
 from sbr_jax.models.buckets import bucket, neighbours
 from sbr_jax.models.config import Hardware, ModelConfig
 from sbr_jax.models.finite import comparable, require_comparable
@@ -310,7 +311,7 @@ def generate(
     slots = bucket(max_new_tokens)
     lengths = [len(prompts[i]) for i in order]
     runs = _batches(lengths, slots, batch_size, batch_tokens)
-    with task("answers", len(order)) as done:
+    with task("answers", len(order)) as done, _mesh.using(_mesh.holding(base)):
         for start, stop in runs:
             chosen = order[start:stop]
             rows = min(bucket(len(chosen), 1), batch_size)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax import _rows
+from sbr_jax import _mesh, _rows
 from sbr_jax.models import answers, vocabulary
 from sbr_jax.models.buckets import SAVING, bucket, neighbours
 from sbr_jax.models.finite import comparable, require_comparable
@@ -105,7 +105,7 @@ def answer_scores(
     ends = (np.arange(1, length) * (weights > 0)).max(axis=1, initial=1)
     counts = (weights > 0).sum(axis=1)
     read = 0
-    with task("scores", total) as done:
+    with task("scores", total) as done, _mesh.using(_mesh.holding(base)):
         for width, group in neighbours(ends, most=length, smallest=16, saving=saving):
             parts = math.ceil(len(group) / batch_size)
             rows = min(bucket(math.ceil(len(group) / parts), 1), batch_size)

@@ -80,8 +80,8 @@ def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
 
     Args:
       folder: what :func:`save` wrote.
-      like: a tree of the same structure; its shapes, dtypes and shardings are those
-        of the result.
+      like: a tree of the same structure, of arrays or of shapes with shardings; its
+        shapes, dtypes and shardings are those of the result.
 
     Returns:
       A tree like ``like``.
@@ -114,4 +114,7 @@ def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
 
 def _arrays(tree: PyTree) -> list[jax.Array]:
     """The leaves, numbered: Orbax need not know our node types."""
-    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return [
+        leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+        for leaf in jax.tree.leaves(tree)
+    ]

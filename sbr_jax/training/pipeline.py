@@ -233,9 +233,8 @@ def end_domain(turn: Turn, held: Held) -> Outcome:
     state = dict(state)
     diagnostics = state.pop("diagnostics", {})
     mesh = track.program.mesh
-    state, diagnostics = (
-        sharding.place_state(mesh, tree) for tree in (state, diagnostics)
-    )
+    state = sharding.place_state(mesh, state, track.base)
+    diagnostics = sharding.place_state(mesh, diagnostics)
     if adapter is held.adapter:
         return Outcome({}, None, state, diagnostics)
     return Outcome({}, sharding.place_state(mesh, adapter), state, diagnostics)
@@ -296,7 +295,7 @@ def _refresher(turn: Turn) -> loop.Every | None:
         train, step_key = now.train, jax.random.fold_in(key, now.step)
         state = refresh(program.problem, track.base, train.adapter, now.state, step_key)
         state = {k: v for k, v in state.items() if k != "diagnostics"}
-        state = sharding.place_state(program.mesh, state)
+        state = sharding.place_state(program.mesh, state, track.base)
         opt_state = program.insert(train.opt_state, state)
         train = TrainState(train.adapter, opt_state, train.step)
         return dataclasses.replace(now, train=train, state=state)

@@ -161,12 +161,14 @@ def base_shardings(mesh: AnyMesh, base: PyTree, config: models.ModelConfig) -> P
     return models.named_shardings(models.partition_specs(config), base, mesh)
 
 
-def state_shardings(mesh: AnyMesh, tree: PyTree) -> PyTree:
+def state_shardings(mesh: AnyMesh, tree: PyTree, base: PyTree = None) -> PyTree:
     """Of an adapter, a training state or a method's state: whole, but for bases.
 
     Args:
       mesh: of any devices.
       tree: arrays or shapes, with `Subspace` nodes anywhere.
+      base: frozen weights where they lie; what is named like a layer's weight and has
+        its shape (a direction of alignment) lies like it.
 
     Returns:
       A tree of ``NamedSharding`` like ``tree``.
@@ -178,10 +180,19 @@ def state_shardings(mesh: AnyMesh, tree: PyTree) -> PyTree:
         spec = fit_spec(PartitionSpec(*layers, AXES), leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
-    def one(node: Any) -> Any:
-        placed = jax.tree.map(lambda leaf: whole, node)
+    weights = {} if base is None else base["layers"]
+
+    def like_weight(path: Any, leaf: Any) -> NamedSharding:
+        for step in reversed(path):
+            own = weights.get(jax.tree_util.keystr((step,), simple=True))
+            if own is not None and own.shape == np.shape(leaf):
+                return getattr(own, "sharding", None) or whole
+        return whole
+
+    def one(path: Any, node: Any) -> Any:
         if not isinstance(node, Subspace):
-            return placed
+            return like_weight(path, node)
+        placed = jax.tree.map(lambda leaf: whole, node)
         return Subspace(
             jax.tree.map(basis, node.basis),
             placed.eigenvalues,
@@ -189,7 +200,9 @@ def state_shardings(mesh: AnyMesh, tree: PyTree) -> PyTree:
             node.fingerprint,
         )
 
-    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Subspace))
+    return jax.tree_util.tree_map_with_path(
+        one, tree, is_leaf=lambda node: isinstance(node, Subspace)
+    )
 
 
 def batch_shardings(mesh: AnyMesh, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,10 +244,10 @@ def place_base(mesh: Mesh | None, base: PyTree, config: Any) -> PyTree:
     return jax.tree.map(place, base, base_shardings(mesh, base, config))
 
 
-def place_state(mesh: Mesh | None, tree: PyTree) -> PyTree:
+def place_state(mesh: Mesh | None, tree: PyTree, base: PyTree = None) -> PyTree:
     """An adapter or a state on the mesh: every array of it on all hosts.
 
-    Plain numbers, as diagnostics have, stay what they are.
+    Plain numbers, as diagnostics have, stay what they are; see `state_shardings`.
     """
     if mesh is None:
         return tree
@@ -243,7 +256,7 @@ def place_state(mesh: Mesh | None, tree: PyTree) -> PyTree:
         arrays = isinstance(leaf, jax.Array | np.ndarray)
         return place(leaf, sharding) if arrays else leaf
 
-    return jax.tree.map(one, tree, state_shardings(mesh, tree))
+    return jax.tree.map(one, tree, state_shardings(mesh, tree, base))
 
 
 def place_batch(mesh: Mesh | None, batch: Mapping[str, Any]) -> Mapping[str, Any]:

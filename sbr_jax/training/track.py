@@ -283,8 +283,7 @@ def load(track: Track, before: int, held: Held | None = None) -> Held:
     adapter = track.first_adapter()
     if last < 0:
         return Held(adapter, {}, last)
-    # The structure of the state is the method's: computed again, then filled.
-    found = {"adapter": adapter, "state": init_state(track, adapter)[0]}
+    found = {"adapter": adapter, "state": state_outline(track, adapter)}
     for what, like in found.items():
         holder = stages.holder(what, before)
         if holder is not None:
@@ -298,7 +297,18 @@ def init_state(track: Track, adapter: PyTree) -> tuple[dict[str, Any], dict[str,
     state = dict(track.method.init(problem, track.base, adapter, key))
     diagnostics = state.pop("diagnostics", {})
     mesh = track.program.mesh
-    return sharding.place_state(mesh, state), sharding.place_state(mesh, diagnostics)
+    state = sharding.place_state(mesh, state, track.base)
+    return state, sharding.place_state(mesh, diagnostics)
+
+
+def state_outline(track: Track, adapter: PyTree) -> dict[str, Any]:
+    """Shapes and places of the method's state; nothing is computed."""
+    mesh = track.program.mesh
+    found = track.method.state_shapes(track.program.problem, track.base, adapter)
+    if mesh is None:
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return sharding.shapes(found, jax.tree.map(lambda x: place, found))
+    return sharding.shapes(found, sharding.state_shardings(mesh, found, track.base))
 
 
 def restore(track: Track, path: Path, like: PyTree) -> PyTree:
