@@ -45,7 +45,7 @@ class Split(NamedTuple):
     Inside ``shard_map``, sums over the dimension are then summed over the axes.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     axes: tuple[str, ...]
 
     @property
@@ -54,7 +54,7 @@ class Split(NamedTuple):
         return parts(self.axes, self.mesh)
 
 
-def splitting(size: int, mesh: Mesh | None) -> Split | None:
+def splitting(size: int, mesh: Mesh | AbstractMesh | None) -> Split | None:
     """How a mesh splits parameters; None where it does not."""
     axes = dividing(size, mesh)
     return Split(mesh, axes) if mesh is not None and axes else None
@@ -117,12 +117,6 @@ def dividing(
 def parts(axes: Sequence[str], mesh: Mesh | AbstractMesh | None) -> int:
     """How many parts axes split a dimension into."""
     return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in axes)
-
-
-def parameter_parts(size: int) -> int:
-    """How many parts the mesh in use splits ``size`` parameters into."""
-    mesh = current()
-    return parts(dividing(size, mesh), mesh)
 
 
 def row_axes(mesh: Mesh | AbstractMesh | None) -> tuple[str, ...]:

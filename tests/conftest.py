@@ -42,6 +42,18 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture
+def uncached():
+    """Compiles everything anew: what the cache has, the compiler warns of no more."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _free_compiled_programs():
     """Frees what a file compiled: every program holds memory maps, of which Linux

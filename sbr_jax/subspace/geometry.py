@@ -5,13 +5,14 @@ angles, k effective rank, L layers, P parameters of a unit, K columns.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sbr_jax._mesh import Split, split_of, summed
+from sbr_jax._mesh import Split, constrain, current, split_of, splitting, summed
 from sbr_jax.subspace import spectrum, units
 from sbr_jax.subspace.record import Subspace, check_subspace, same_parameters
 from sbr_jax.typing import PyTree
@@ -45,8 +46,8 @@ def project_onto(tree: PyTree, subspace: Subspace) -> PyTree:
         arXiv:2604.17691
     """
 
-    def inside(u: jax.Array, v: jax.Array) -> jax.Array:
-        return spectrum.dot(v, spectrum.coordinates(u, v))
+    def inside(u: jax.Array, v: jax.Array, split: Split | None) -> jax.Array:
+        return spectrum.dot(v, spectrum.coordinates(u, v, split))
 
     return _per_unit(inside, tree, subspace, missing=jnp.zeros_like)
 
@@ -96,9 +97,9 @@ def project_out(
         arXiv:2604.17691
     """
 
-    def outside(u: jax.Array, v: jax.Array) -> jax.Array:
+    def outside(u: jax.Array, v: jax.Array, split: Split | None) -> jax.Array:
         for _ in range(2):  # once leaves rounding of size ε‖u‖, not ε‖out‖
-            u = u - spectrum.dot(v, spectrum.coordinates(u, v))
+            u = u - spectrum.dot(v, spectrum.coordinates(u, v, split))
         return u
 
     def identity(x: PyTree) -> PyTree:
@@ -114,24 +115,28 @@ _JITTER = 1e-6
 the Cholesky factor exists."""
 
 
-def _outside_in(u: jax.Array, v: jax.Array, scale: jax.Array) -> jax.Array:
+def _outside_in(
+    u: jax.Array, v: jax.Array, scale: jax.Array, split: Split | None
+) -> jax.Array:
     """``u − C V G⁻¹ Vᵀ u`` of one unit and layer, no longer than u."""
     # A metric has no scale of its own: the trace of G becomes 1.
     peak = jnp.max(scale)
+    if split is not None:
+        peak = jax.lax.pmax(peak, split.axes)
     scale = scale / jnp.where(peak > 0, peak, 1.0)
-    trace = jnp.sum(scale * jnp.sum(v**2, axis=1))
+    trace = summed(jnp.sum(scale * jnp.sum(v**2, axis=1)), split)
     scale = jnp.where(trace > 0, scale / jnp.where(trace > 0, trace, 1.0), 1.0)
     weighted = scale[:, None] * v
-    gram = spectrum.dot(v.T, weighted)
+    gram = summed(spectrum.dot(v.T, weighted), split)
     factor = jnp.linalg.cholesky(gram + _JITTER * jnp.eye(gram.shape[0]))
     out = u
     for _ in range(2):  # the second time undoes the jitter and the rounding of G
         inside = jax.scipy.linalg.cho_solve(
-            (factor, True), spectrum.coordinates(out, v)
+            (factor, True), spectrum.coordinates(out, v, split)
         )
         out = out - spectrum.dot(weighted, inside)
-    out = out - spectrum.dot(v, spectrum.coordinates(out, v))
-    return jnp.minimum(spectrum.length_ratio(u, out), 1.0) * out
+    out = out - spectrum.dot(v, spectrum.coordinates(out, v, split))
+    return jnp.minimum(spectrum.length_ratio(u, out, split), 1.0) * out
 
 
 def _per_unit(
@@ -145,7 +150,6 @@ def _per_unit(
     mark = subspace.fingerprint
     parts, back = mark.match(tree)
     beside = [mark.split(other) for other in others]
-    lifted = units.over_layers(function, mark.layer_axes)
     out = []
     bases = mark.entries(subspace.basis)
     for part, basis, *rest in zip(parts, bases, *beside, strict=True):
@@ -153,9 +157,77 @@ def _per_unit(
             out.append(jax.tree.map(missing, part))
         else:
             vectors = [units.to_vector(x, mark.layer_axes) for x in (part, *rest)]
-            vector = lifted(vectors[0], basis, *vectors[1:])
+            vector = _over_layers(
+                function, mark.layer_axes, vectors[0], basis, *vectors[1:]
+            )
             out.append(units.from_vector(vector, part, mark.layer_axes))
     return back(out)
+
+
+def _over_layers(
+    function: Callable,
+    layer_axes: int,
+    vector: jax.Array,
+    basis: jax.Array,
+    *others: jax.Array,
+    result: bool = True,
+) -> jax.Array:
+    """A function of vectors and a basis over layers, ``[*L, P]`` and ``[*L, P, K]``.
+
+    On the mesh in use every device does its own parameters: a basis is read where it
+    lies, and vectors are whole before and after.
+
+    Args:
+        function: of one layer.
+        layer_axes: how many axes count layers.
+        vector: ``[*L, ..., P]``.
+        basis: of all layers.
+        *others: ``[*L, P]``.
+        result: whether that has a P too, each device its own, or all have the same.
+    """
+    split = splitting(vector.shape[-1], current())
+    lifted = units.over_layers(functools.partial(function, split=split), layer_axes)
+    if split is None:
+        return lifted(vector, basis, *others)
+    held = PartitionSpec(*[None] * layer_axes, split.axes)
+    first = PartitionSpec(*[None] * (vector.ndim - 1), split.axes)
+    mapped = jax.shard_map(
+        lifted,
+        mesh=split.mesh,
+        in_specs=(first, *[held] * (1 + len(others))),
+        out_specs=held if result else PartitionSpec(),
+        check_vma=False,
+    )
+    whole = [constrain(x) for x in (vector, *others)]
+    return constrain(mapped(whole[0], basis, *whole[1:]))
+
+
+def squares_inside(trees: Sequence[PyTree], subspace: Subspace) -> list[PyTree]:
+    """``‖Vᵀ u‖² = ‖Π u‖²`` of several trees, ``[*L]`` per unit, in one reading of V.
+
+    Units without a basis, and masked ones, have none: ``None``.
+
+    Args:
+        trees: trees like the parameters.
+        subspace: of the parameters.
+    """
+    mark = subspace.fingerprint
+    parts = [mark.split(tree) for tree in trees]
+
+    def squares(u: jax.Array, v: jax.Array, split: Split | None) -> jax.Array:
+        return jnp.sum(summed(spectrum.dot(u, v), split) ** 2, axis=-1)
+
+    found: list[list[Any]] = [[] for _ in trees]
+    for basis, *own in zip(mark.entries(subspace.basis), *parts, strict=True):
+        told: Any = [None] * len(trees)
+        if basis is not None and jax.tree.leaves(own[0]):
+            vectors = [units.to_vector(x, mark.layer_axes) for x in own]
+            stacked = jnp.stack(vectors, axis=mark.layer_axes)
+            told = _over_layers(squares, mark.layer_axes, stacked, basis, result=False)
+            told = jnp.moveaxis(told, -1, 0)
+        for values, one in zip(found, told, strict=True):
+            values.append(one)
+    return [mark.join(values) for values in found]
 
 
 def principal_angles(a: Subspace, b: Subspace) -> PyTree:

@@ -74,12 +74,11 @@ def add(a: Scaled, b: Scaled) -> Scaled:
     return Scaled(a.within(unit) + b.within(unit), unit)
 
 
-def length_ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+def length_ratio(x: jax.Array, y: jax.Array, split: Split | None = None) -> jax.Array:
     """``‖x‖ / ‖y‖`` over the last axis, whatever their scale; y = 0 counts as 1."""
-    unit_x, unit_y = (binary_unit(z, -1) for z in (x, y))
+    unit_x, unit_y = (binary_unit(z, -1, split) for z in (x, y))
     top, bottom = (
-        jnp.linalg.norm(z / unit[..., None], axis=-1)
-        for z, unit in ((x, unit_x), (y, unit_y))
+        _length(z / unit[..., None], split) for z, unit in ((x, unit_x), (y, unit_y))
     )
     return unit_x / unit_y * (top / jnp.where(bottom > 0, bottom, 1.0))
 
@@ -114,11 +113,8 @@ def polishing(basis: jax.Array, split: Split | None = None) -> jax.Array:
 def coordinates(
     vector: jax.Array, basis: jax.Array, split: Split | None = None
 ) -> jax.Array:
-    """``Vᵀ u [K]`` in blocks of P: one long thin product is slow and less exact.
-
-    On a mesh no block is shared by two devices.
-    """
-    block = math.gcd(basis.shape[0] // _mesh.parameter_parts(basis.shape[0]), 128)
+    """``Vᵀ u [K]`` in blocks of P: one long thin product is slow and less exact."""
+    block = math.gcd(basis.shape[0], 128)
     if block < 16:
         return _mesh.summed(dot(vector, basis), split)
     parts = dot(vector.reshape(-1, 1, block), basis.reshape(-1, block, basis.shape[1]))
@@ -126,9 +122,10 @@ def coordinates(
 
 
 def _length(x: jax.Array, split: Split | None) -> jax.Array:
+    """``‖x‖`` over the last axis."""
     if split is None:
-        return jnp.linalg.norm(x)
-    return jnp.sqrt(_mesh.summed(jnp.sum(x**2), split))
+        return jnp.linalg.norm(x, axis=-1)
+    return jnp.sqrt(_mesh.summed(jnp.sum(x**2, axis=-1), split))
 
 
 def orthonormal(

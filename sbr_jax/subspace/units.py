@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sbr_jax import _mesh, checks
+from sbr_jax import checks
 from sbr_jax.typing import PyTree, UserError
 
 Names = tuple[str, ...]
@@ -276,23 +276,18 @@ def examples(tree: PyTree, *, what: str) -> int:
 
 
 def to_vector(unit: PyTree, layer_axes: int, batch_axes: int = 0) -> jax.Array:
-    """Join a unit's leaves: ``[*N, *L, P]`` in float32, ``*N`` batch axes in front.
-
-    On a mesh P is split over it, as that of a basis is.
-    """
+    """Join a unit's leaves: ``[*N, *L, P]`` in float32, ``*N`` batch axes in front."""
     lead = layer_axes + batch_axes
     flat = [
         leaf.astype(jnp.float32).reshape(*leaf.shape[:lead], -1)
         for leaf in map(jnp.asarray, jax.tree.leaves(unit))
     ]
-    vector = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
-    return _mesh.constrain(vector, *[None] * lead, _mesh.AXES)
+    return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
 
 
 def from_vector(vector: jax.Array, like: PyTree, layer_axes: int) -> PyTree:
     """Cut ``[*L, P]`` into leaves with the shapes and dtypes of the unit ``like``."""
     leaves, treedef = jax.tree.flatten(like)
-    vector = _mesh.constrain(vector)  # Whole, like the leaves.
     sizes = [math.prod(jnp.shape(leaf)[layer_axes:]) for leaf in leaves]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     parts = [

@@ -19,6 +19,7 @@ import optax
 
 from sbr_jax import _mesh
 from sbr_jax.subspace import project_onto
+from sbr_jax.subspace.geometry import squares_inside
 from sbr_jax.typing import PyTree
 
 
@@ -141,6 +142,8 @@ def _safety_components(state, grads, updates) -> dict[str, jax.Array]:
     subspace = state.get("subspace") if isinstance(state, dict) else None
     if subspace is None:
         return {}
+    if _mesh.current() is not None:
+        return _components_on_mesh(state, subspace, grads, updates)
     tiny = jnp.float32(1e-30)
     inside = project_onto(grads, subspace)
     norm = optax.tree.norm(grads) + tiny
@@ -153,6 +156,30 @@ def _safety_components(state, grads, updates) -> dict[str, jax.Array]:
         squares = jax.tree.map(_removed_square, state["coefficients"], inside)
         total = sum(jax.tree.leaves(squares), start=jnp.float32(0))
         found["removed"] = jnp.sqrt(total) / norm
+    return found
+
+
+def _components_on_mesh(state, subspace, grads, updates) -> dict[str, jax.Array]:
+    """The same from ‖Vᵀ·‖ = ‖Π·‖: one reading of V, and no vector is put together."""
+    tiny = jnp.float32(1e-30)
+    inside, moved = squares_inside([grads, updates], subspace)
+
+    def root(squares: PyTree) -> jax.Array:
+        leaves = map(jnp.sum, jax.tree.leaves(squares))
+        return jnp.sqrt(sum(leaves, start=jnp.float32(0)))
+
+    norm = optax.tree.norm(grads) + tiny
+    found = {
+        "safety_gradient": root(inside) / norm,
+        "safety_update": root(moved) / (optax.tree.norm(updates) + tiny),
+    }
+    if state.get("coefficients") is not None:
+        mark = subspace.fingerprint
+        pairs = zip(
+            mark.entries(state["coefficients"]), mark.entries(inside), strict=True
+        )
+        kept = [(1.0 - a) ** 2 * s for a, s in pairs if a is not None and s is not None]
+        found["removed"] = root(kept) / norm
     return found
 
 

@@ -185,7 +185,7 @@ def texts(name):
 
 
 @pytest.mark.parametrize("name", ["fsdp", "all", "tp"])
-def test_no_device_is_told_all_rows_or_all_of_a_basis(name, capfd):
+def test_no_device_is_told_all_rows_or_all_of_a_basis(name, capfd, uncached):
     # An eighth of the rows, and this device's examples with all their parameters.
     own = (
         LAYERS * PARAMETERS * 4 * (ROWS // 8 + 16 // MESHES[name][0] // MESHES[name][1])

@@ -20,7 +20,7 @@ from sbr_jax.training.step import TrainState
 from sbr_jax.typing import UserError
 
 STUDY = tiny.study()
-STEPS, BATCH, RANK = 20, 8, 6
+STEPS, BATCH, RANK = 20, 8, 5
 OPTIONS = {"plain": {}, "safeanchor-exact": {"max_rank": RANK}}
 OPTIONS["unified"] = OPTIONS["safeanchor-exact"]
 ALL = "data=2,fsdp=2,tp=2"
@@ -55,6 +55,27 @@ def trained(variant, mesh):
         train, metrics = found.step(base, train, state, draw(step), key)
         seen.append(metrics)
     return train, jax.device_get(seen)
+
+
+def test_the_compiled_step_has_its_own_rows_and_gathers_no_basis(capfd, uncached):
+    found, base, adapter, state, draw, key = prepared("safeanchor-exact", ALL)
+    train = found.start(adapter, state)
+    jax.clear_caches()
+    compiled = found.step.lower(base, train, state, draw(0), key).compile()
+    assert "nvoluntary" not in capfd.readouterr().err
+    text = compiled.as_text()
+    length, width = draw(0)["tokens"].shape[1], tiny.CONFIG.width
+    assert f"f32[{BATCH // 4},{length},{width}]" in text
+    assert f"f32[{BATCH},{length}," not in text
+    told = re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
+    shapes = [s for line in told for s in re.findall(r"\[([\d,]+)\]", line)]
+    sizes = {int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes}
+    basis = state["subspace"].basis["q_proj"]
+    assert sizes
+    assert basis.size not in sizes
+    # Weights come a layer at a time.
+    stacks = [x.size // 2 for x in jax.tree.leaves(base["layers"])]
+    assert max(sizes) < max(stacks)
 
 
 CASES = [(v, mesh) for v in OPTIONS for mesh in ("fsdp=8", ALL)]
@@ -95,29 +116,6 @@ def test_weights_bases_and_rows_are_shared_and_the_rest_is_everywhere():
     for leaf in jax.tree.leaves((adapter, rest)):
         assert leaf.sharding.is_fully_replicated
         assert leaf.sharding.num_devices == 8
-
-
-def test_the_compiled_step_has_its_own_rows_and_gathers_no_basis(capfd, monkeypatch):
-    found, base, adapter, state, draw, key = prepared("safeanchor-exact", ALL)
-    train = found.start(adapter, state)
-    # What the cache has is not compiled, and warns of nothing.
-    monkeypatch.setattr(jax.config, "jax_enable_compilation_cache", False)
-    compiled = found.step.lower(base, train, state, draw(0), key).compile()
-    assert "nvoluntary" not in capfd.readouterr().err
-    text = compiled.as_text()
-    length, width = tiny.LENGTH - 1, tiny.CONFIG.width
-    length = draw(0)["tokens"].shape[1]
-    assert f"f32[{BATCH // 4},{length},{width}]" in text
-    assert f"f32[{BATCH},{length}," not in text
-    told = re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
-    shapes = [s for line in told for s in re.findall(r"\[([\d,]+)\]", line)]
-    sizes = {int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes}
-    basis = state["subspace"].basis["q_proj"]
-    assert sizes
-    assert basis.size not in sizes
-    # Weights come a layer at a time.
-    stacks = [x.size // 2 for x in jax.tree.leaves(base["layers"])]
-    assert max(sizes) < max(stacks)
 
 
 # --- ahead of time --------------------------------------------------------------------
