@@ -93,7 +93,7 @@ class Hardware:
     """How results are computed; changes none beyond floating-point rounding.
 
     Attributes:
-      mesh: devices by axis, ``"fsdp=4,tp=2"``; None for one device.
+      mesh: all devices, by axis, ``"data=2,fsdp=4,tp=2"``; None for one device.
       accumulation: microbatches of one optimizer step; divides the batch size.
       checkpoint_every: steps between checkpoints inside a domain (None: only at its
         end).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -70,7 +71,9 @@ def adapter_partition_specs(adapter: PyTree) -> PyTree:
     return jax.tree.map(lambda factor: P(), adapter)
 
 
-def check_heads(config: ModelConfig, mesh: Mesh | AbstractMesh | dict[str, int]):
+def check_heads(
+    config: ModelConfig, mesh: Mesh | AbstractMesh | Mapping[str, int]
+) -> None:
     """Refuses a mesh whose ``tp`` does not divide the heads.
 
     Args:
@@ -80,7 +83,7 @@ def check_heads(config: ModelConfig, mesh: Mesh | AbstractMesh | dict[str, int])
     Raises:
       UserError: naming both.
     """
-    sizes = mesh if isinstance(mesh, dict) else mesh.shape
+    sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
     count, heads, groups = sizes.get("tp", 1), config.heads, config.kv_heads
     if heads % count or groups % count:
         fit = [n for n in range(1, groups + 1) if heads % n == 0 and groups % n == 0]

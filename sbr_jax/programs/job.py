@@ -39,7 +39,7 @@ class JobArguments(Generic[Options]):
     seed: tuple[int, ...] = ()
     """Seeds."""
     mesh: str | None = None
-    """Devices by axis, e.g. fsdp=4,tp=2; the same as --hardware.mesh."""
+    """All devices, by axis, e.g. data=2,fsdp=4,tp=2; the same as --hardware.mesh."""
     data: str | None = None
     """Data folder (presets on real text)."""
     model: str | None = None
@@ -211,9 +211,10 @@ def _with_mesh(arguments: JobArguments[Any], forecast: bool) -> Hardware:
             )
         hardware = dataclasses.replace(hardware, mesh=mesh)
     if hardware.mesh is not None:
-        from sbr_jax.training.sharding import make_mesh, parse_mesh
+        from sbr_jax.training.sharding import check_mesh, make_mesh, parse_mesh
 
         (parse_mesh if forecast else make_mesh)(hardware.mesh)
+        check_mesh(hardware, arguments.training)
     return hardware
 
 

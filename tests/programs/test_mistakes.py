@@ -64,6 +64,8 @@ MISTAKES = {
     f"{RUN} --mesh fsdp": "expected axis=size pairs",
     f"{RUN} --mesh fsdp=1 --hardware.mesh fsdp=2": "expected one mesh, got",
     f"{RUN} --mesh fsdp=999": "needs 999 devices",
+    f"{RUN} --mesh fsdp=4": "has 4 of this job's 8 devices",
+    f"{RUN} --mesh fsdp=8 --training.batch-size 12": "fsdp = 8 divides, got 12",
     # Settings of each subtree: names, types, ranges.
     f"{RUN} --training.step 2": "nearest: --training.steps-per-domain",
     f"{RUN} --training.batch-size two": "expected INT, got 'two'",

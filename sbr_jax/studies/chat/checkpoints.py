@@ -155,13 +155,16 @@ def load_model(
     remat: bool = False,
 ) -> models.Model:
     """The model with its weights, on one device or spread over a mesh."""
-    from sbr_jax.training.sharding import make_mesh
+    from sbr_jax.training.sharding import check_heads, make_mesh
 
+    placed = None if mesh is None else make_mesh(mesh)
+    if placed is not None and folder.is_dir():
+        check_heads(hf_config.read(folder), placed)  # Before minutes of reading.
     return models.load(
         folder,
         dtype=jnp.dtype(dtype),
         quantize=quantize,
-        mesh=None if mesh is None else make_mesh(mesh),
+        mesh=placed,
         hardware=models.Hardware(remat=remat),
     )
 
