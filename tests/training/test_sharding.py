@@ -27,7 +27,7 @@ ALL = "data=2,fsdp=2,tp=2"
 
 
 @functools.cache
-def prepared(variant, mesh):
+def prepared(variant, mesh, packing="no"):
     """A program on a mesh with what its steps take."""
     settings = tiny.config(mesh=mesh)
     found = tiny.program(variant, settings, STUDY, **OPTIONS[variant])
@@ -38,7 +38,8 @@ def prepared(variant, mesh):
     state.pop("diagnostics", None)
     state = sharding.place_state(found.mesh, state)
     data = found.method.mix(found.problem, STUDY.domains["medical"].train, 0)
-    layout = choose(data, BATCH, packing="no")
+    rows = sharding.row_parts(found.mesh)
+    layout = choose(data, BATCH, packing=packing, rows=rows)
 
     def draw(step):
         (laid,) = arrange([batch(data, BATCH, 0, step)], layout)
@@ -48,8 +49,8 @@ def prepared(variant, mesh):
 
 
 @functools.cache
-def trained(variant, mesh):
-    found, base, adapter, state, draw, key = prepared(variant, mesh)
+def trained(variant, mesh, packing="no"):
+    found, base, adapter, state, draw, key = prepared(variant, mesh, packing)
     train, seen = found.start(adapter, state), []
     for step in range(STEPS):
         train, metrics = found.step(base, train, state, draw(step), key)
@@ -78,13 +79,23 @@ def test_the_compiled_step_has_its_own_rows_and_gathers_no_basis(capfd, uncached
     assert max(sizes) < max(stacks)
 
 
-CASES = [(v, mesh) for v in OPTIONS for mesh in ("fsdp=8", ALL)]
-KEPT = [("plain", "fsdp=8"), ("plain", ALL), ("safeanchor-exact", ALL)]
+CASES = [
+    (v, mesh, packing)
+    for v in OPTIONS
+    for mesh in ("fsdp=8", ALL)
+    for packing in ("no", "yes")
+]
+KEPT = [
+    ("plain", "fsdp=8", "no"),
+    ("plain", ALL, "yes"),
+    ("safeanchor-exact", ALL, "no"),
+]
 
 
-@pytest.mark.parametrize(("variant", "mesh"), few(CASES, KEPT))
-def test_twenty_losses_are_those_of_one_device(variant, mesh):
-    train, found = trained(variant, mesh)
+@pytest.mark.parametrize(("variant", "mesh", "packing"), few(CASES, KEPT))
+def test_twenty_losses_are_those_of_one_device(variant, mesh, packing):
+    """Also where rows are packed, and the one device's are not."""
+    train, found = trained(variant, mesh, packing)
     _, alone = trained(variant, None)
     losses = [[step["loss"] for step in seen] for seen in (found, alone)]
     np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-5)
@@ -92,8 +103,8 @@ def test_twenty_losses_are_those_of_one_device(variant, mesh):
         pair = [[step[name] for step in seen] for seen in (found, alone)]
         np.testing.assert_allclose(*pair, rtol=1e-3, atol=1e-4, err_msg=name)
     # The state stays where it was put, so the step is compiled once.
-    program = prepared(variant, mesh)[0]
-    assert program.step._cache_size() == 1
+    program = prepared(variant, mesh, packing)[0]
+    assert program.step._cache_size() <= (1 if packing == "no" else 3)
     wanted = sharding.state_shardings(program.mesh, train)
     for leaf, place in zip(
         jax.tree.leaves(train), jax.tree.leaves(wanted), strict=True
