@@ -1,4 +1,4 @@
-"""A CPU that stands for several devices: threads for each, and the documented command."""
+"""A CPU that stands for several devices: its threads, and the documented command."""
 
 import json
 import os
@@ -27,7 +27,8 @@ ASKED = {
 @pytest.mark.parametrize(("given", "count", "threads"), ASKED.values(), ids=ASKED)
 def test_simulated_devices_get_threads_of_their_own(given, count, threads, monkeypatch):
     for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "NPROC"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # So that it is put back, whatever is set here.
+        monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
