@@ -21,6 +21,7 @@ Symbols: N examples, F features, L layers, B batch, T tokens, D width, μ the pe
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,8 +172,8 @@ def probe_shapes(
     mask = jax.ShapeDtypeStruct((1, 2), jnp.float32)
     extract = _extractor(apply_fn, None if layers is None else tuple(layers))
     size = jax.eval_shape(extract, base, None, tokens, mask).shape[-1]
-    each = jax.ShapeDtypeStruct((size,), jnp.float32)
-    number = jax.ShapeDtypeStruct((), jnp.float32)
+    each: Any = jax.ShapeDtypeStruct((size,), jnp.float32)
+    number: Any = jax.ShapeDtypeStruct((), jnp.float32)
     return Probe(each, number, each, each, number, number)
 
 

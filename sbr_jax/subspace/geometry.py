@@ -352,10 +352,11 @@ def discarded_energy(old: Subspace, new: Subspace) -> PyTree:
 
 
 def _pairwise(
-    function: Callable[[jax.Array, jax.Array, Split | None], jax.Array],
+    function: Callable[..., jax.Array],
     a: Subspace,
     b: Subspace,
 ) -> PyTree:
+    """A function ``(x, y, split)`` of two bases, over units and layers."""
     b = same_parameters(a, b)
     mark = a.fingerprint
 

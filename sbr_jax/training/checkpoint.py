@@ -13,6 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), found)
 
 
-def _arrays(tree: PyTree) -> list[jax.Array]:
+def _arrays(tree: PyTree) -> list[Any]:
     """The leaves, numbered: Orbax need not know our node types."""
     return [
         leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,7 @@ def texts(name):
     """Compiled programs of a unit's rows on a mesh, and the shape of those."""
     grid = mesh(name)
     split = splitting(PARAMETERS, grid)
+    assert split is not None
     params, _ = case()
     mark = units.fingerprint({"net": params["net"]}, **UNIT)
     whole = NamedSharding(grid, P())
@@ -176,7 +178,8 @@ def texts(name):
     leaves = [(16, *x.shape) for x in (params["net"]["a"], params["net"]["b"])]
     part = dict(zip("ab", (shape(dims, examples) for dims in leaves), strict=True))
     number = shape((), dtype=jnp.int32)
-    total = spectrum.Scaled(shape((LAYERS,)), shape((LAYERS,)))
+    each: Any = shape((LAYERS,))
+    total = spectrum.Scaled(each, each)
     yield sketch.write.lower([rows], [part], number, number, mark=mark, mesh=grid)
     yield sketch.cut.lower(rows, keep=20, split=split)
     yield unit_eigenpairs.lower(
@@ -197,5 +200,7 @@ def test_no_device_is_told_all_rows_or_all_of_a_basis(name, capfd, uncached):
         # Grams [L, R, R] are; rows [L, R, P] and bases [L, P, K] are not.
         assert max(sizes) < min(LAYERS * ROWS * PARAMETERS, 2 * LAYERS * ROWS * ROWS)
         assert LAYERS * PARAMETERS * K not in sizes
-        assert compiled.memory_analysis().argument_size_in_bytes < own + 500
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        assert memory.argument_size_in_bytes < own + 500
     assert "nvoluntary" not in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -137,7 +138,8 @@ def test_shapes_get_their_places_without_devices():
     adapter = jax.eval_shape(lambda: init_adapter(STUDY, tiny.config(), 0))
     found = tiny.program("safeanchor-exact", tiny.config(), STUDY, max_rank=RANK)
     opt_state = jax.eval_shape(found.optimizer.init, adapter)
-    train = TrainState(adapter, opt_state, jax.ShapeDtypeStruct((), np.int32))
+    number: Any = jax.ShapeDtypeStruct((), np.int32)
+    train = TrainState(adapter, opt_state, number)
     places = sharding.state_shardings(mesh, train)
     held = [
         x
