@@ -56,7 +56,7 @@ def weights(
     stages = track.stages
     numbers = [n for n in stages.numbers if stage is None or n <= stage]
     if track.method.deploy is as_trained:
-        # Not `load`, which computes the method's state anew to know its structure.
+        # Not `load`: the state is not asked for, and may have been replaced since.
         stages.require_finished(numbers)
         holder = stages.holder("adapter", numbers[-1] + 1)
         adapter = track.first_adapter()

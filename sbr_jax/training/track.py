@@ -283,10 +283,11 @@ def load(track: Track, before: int, held: Held | None = None) -> Held:
     adapter = track.first_adapter()
     if last < 0:
         return Held(adapter, {}, last)
-    found = {"adapter": adapter, "state": state_outline(track, adapter)}
-    for what, like in found.items():
+    found: dict[str, Any] = {"adapter": adapter, "state": {}}
+    for what in found:
         holder = stages.holder(what, before)
         if holder is not None:
+            like = adapter if what == "adapter" else state_outline(track, adapter)
             found[what] = restore(track, holder / what, like)
     return Held(found["adapter"], found["state"], last)
 
