@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,6 +23,8 @@ EARLIER = (b"safety report</title>", b"Where each defence breaks</title>")
 """What pages of before the mark have in its place."""
 PARTIAL = ".partial"
 """In a folder of an export: what is not whole yet."""
+BUCKET = re.compile(r"(gs|s3|az|abfs|hdfs)://?[^/]")
+"""How a place begins that is no folder of this machine; `Path` drops a slash of it."""
 LAST = ("config.json", "adapter_config.json")
 """Without these nobody takes a folder for a model."""
 
@@ -44,6 +47,30 @@ def is_there(path: pathlib.Path) -> bool:
         kind = "a folder" if path.is_dir() else "a link that leads to no file"
         raise UserError(f"expected a file in {path}, found {kind}: {REMEDY}")
     return False
+
+
+def require_disk(place: str | pathlib.Path) -> None:
+    """Refuses a bucket's address, of which a folder of that name would be made here.
+
+    Raises:
+      UserError: saying what to do instead.
+
+    >>> require_disk("runs/demo")
+    >>> require_disk(pathlib.Path("gs://bucket/run"))
+    Traceback (most recent call last):
+    sbr_jax.typing.UserError: expected a folder on a disk, got gs://bucket/run: mount \
+the bucket (gcsfuse), or copy the folder to a disk first
+    """
+    if BUCKET.match(str(place)):
+        raise UserError(
+            f"expected a folder on a disk, got {address(place)}: mount the bucket "
+            "(gcsfuse), or copy the folder to a disk first"
+        )
+
+
+def address(place: str | pathlib.Path) -> str:
+    """A bucket's address as it was written, before `Path` dropped a slash."""
+    return re.sub(r":/+", "://", str(place), count=1)
 
 
 def read_text(path: pathlib.Path, remedy: str = REMEDY) -> str:

@@ -44,6 +44,8 @@ class Task:
         """Says how many parts are done, and perhaps a word about them."""
         self._done = done
         self._note = self._note if note is None else note
+        for heard in HEARD:
+            heard()
 
     def said(self) -> str:
         """What, how far, how long, and how long still."""
@@ -58,6 +60,8 @@ class Task:
         return f"{counted}{note}, {seconds:.0f} s{left}"
 
 
+HEARD: list[Callable[[], None]] = []
+"""Called after each part of any work: long work is a sign of life."""
 _TASKS: list[Task] = []
 """The work that is going on, the innermost last."""
 

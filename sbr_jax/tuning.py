@@ -19,7 +19,8 @@ from typing import Any
 import jax
 from safetensors import SafetensorError
 
-from sbr_jax import checks, errors, files
+from sbr_jax import checks, distributed, errors, files
+from sbr_jax.distributed import arrays
 from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
 from sbr_jax.methods.needs import needs
 from sbr_jax.models import Model, merge_adapter, save
@@ -307,6 +308,12 @@ def carry_out(made: Plan, study: ChatStudy) -> Tuned:
     metrics = measured_of(lines, request.method, request.seed)
     opened = deployed.reopen(request.folder, study, made.config, made.domains)
     base, adapter = deployed.weights(opened, request.method, request.seed)
+    if base is opened.base:  # It may have been copied to a mesh.
+        base = study.model.params
+    elif distributed.current() is not None:
+        base = arrays.fetch(base)
+    if distributed.current() is not None:
+        adapter = arrays.fetch(adapter)
     return Tuned(study.model, base, adapter, metrics, request.method)
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import _mesh
+from sbr_jax.distributed import arrays
 from sbr_jax.models import Model, answers, make_extend_fn, vocabulary
 from sbr_jax.models.buckets import bucket
 from sbr_jax.models.finite import comparable, require_comparable
@@ -331,9 +332,8 @@ def _score_endings(run: tuple, cache: Any, part: list, out: list[Scores]) -> Non
     places, targets = (
         np.pad(np.array(x, np.int32), filling) for x in (places, targets)
     )
-    scores, right, sure, last_scores, best, told = map(
-        np.asarray,
-        _end(*run, cache, owner, length, tokens, places, targets, ends, last),
+    scores, right, sure, last_scores, best, told = arrays.fetch(
+        _end(*run, cache, owner, length, tokens, places, targets, ends, last)
     )
     used = slice(0, len(mine))
     body = np.bincount(mine, scores[used], size)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sbr_jax.distributed import arrays
 from sbr_jax.methods._compose import with_cost
 from sbr_jax.methods._ssi import Ssi, check_sizes, describe, describe_change
 from sbr_jax.methods.base import (
@@ -167,7 +168,8 @@ def _empty(ssi: Ssi, adapter: PyTree) -> Subspace:
 
 
 def _warn_if_inert(alpha: PyTree) -> None:
-    lowest = min((float(np.min(a)) for a in jax.tree.leaves(alpha)), default=1.0)
+    found = jax.tree.leaves(arrays.fetch(alpha))
+    lowest = min((float(np.min(a)) for a in found), default=1.0)
     if lowest > INERT:
         warnings.warn(
             f"the projection is inert: α is at least {lowest:.3f} in every layer, "

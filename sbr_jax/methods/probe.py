@@ -29,6 +29,7 @@ import numpy as np
 
 from sbr_jax import _mesh, checks
 from sbr_jax.data import TokenDataset, take
+from sbr_jax.distributed import arrays
 from sbr_jax.models import answers
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
@@ -146,7 +147,7 @@ def activations(
         rows = np.arange(start, start + size) % len(dataset)
         with _mesh.using(_mesh.holding(base)):
             found = extract(base, adapter, tokens[rows], mask[rows])
-        parts.append(np.asarray(found))
+        parts.append(arrays.fetch(found))
     return np.concatenate(parts)[: len(dataset)]
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import _mesh
+from sbr_jax.distributed import arrays
 from sbr_jax.models.buckets import bucket, neighbours
 from sbr_jax.models.config import Hardware, ModelConfig
 from sbr_jax.models.finite import comparable, require_comparable
@@ -321,7 +322,7 @@ def generate(
                 places = np.zeros(rows, np.uint32)
                 places[: len(chosen)] = chosen
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-            new, count, sure = _generate(
+            written = _generate(
                 config,
                 model.hardware,
                 slots,
@@ -333,8 +334,8 @@ def generate(
                 keys,
                 np.float32(temperature),
             )
-            new, count = np.asarray(new), np.asarray(count)
-            told[chosen] = np.asarray(sure)[: len(chosen)]
+            new, count, sure = arrays.fetch(written)
+            told[chosen] = sure[: len(chosen)]
             for row, i in enumerate(chosen):
                 answers[i] = new[row, : count[row]].tolist()
             done(stop)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import _mesh, _rows
+from sbr_jax.distributed import arrays
 from sbr_jax.models import answers, vocabulary
 from sbr_jax.models.buckets import SAVING, bucket, neighbours
 from sbr_jax.models.finite import comparable, require_comparable
@@ -119,10 +120,8 @@ def answer_scores(
                 places, targets = np.zeros((2, room), np.int32)
                 places[: len(row)] = row * width + column
                 targets[: len(row)] = tokens[ids][row, column + 1]
-                scores, right, sure = (
-                    np.asarray(x)[: len(row)]
-                    for x in _read(apply_fn, base, adapter, shown, places, targets)
-                )
+                read_out = _read(apply_fn, base, adapter, shown, places, targets)
+                scores, right, sure = (x[: len(row)] for x in arrays.fetch(read_out))
                 weight = weights[ids][row, column].astype(np.float64)
                 for out, values in zip(found, (scores, right, 1.0), strict=True):
                     out[ids] = np.bincount(row, weight * values, len(ids))

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from sbr_jax.programs import cli, tune
+from sbr_jax.programs import cli, hosts, tune
 from sbr_jax.recipes.own import ALIGNING
 from sbr_jax.settings import Training
 from sbr_jax.typing import UserError
@@ -45,6 +45,11 @@ def align(args: Sequence[str]) -> None:
         UserError: for the first mistake.
     """
     arguments = cli.parse(Arguments, args, PROGRAM)
+    with hosts.joined(arguments, args, tune.work_folder(arguments)):
+        _align(arguments, args)
+
+
+def _align(arguments: Arguments, args: Sequence[str]) -> None:
     for name in ("safety", "ordinary"):
         if not getattr(arguments, name):
             raise UserError(f"expected --{name}, got none: add --{name} FILE")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sbr_jax import errors, files, recipes
-from sbr_jax.programs import cli
+from sbr_jax.programs import cli, hosts
 from sbr_jax.programs.job import JobArguments, Options, make_job, parse
 from sbr_jax.recipes.preset import Preset
 from sbr_jax.reporting import html
@@ -77,6 +77,7 @@ def make_context(
         raise UserError(
             f"--examples: expected from 2 to {MOST_EXAMPLES}, got {arguments.examples}"
         )
+    hosts.require_one(arguments)
     check_folder(arguments.workdir)
     if arguments.results is not None:
         read_run(arguments.results)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from sbr_jax.methods import METHODS, VARIANTS
-from sbr_jax.programs import cli
+from sbr_jax.programs import cli, hosts
 from sbr_jax.programs.attack_job import AttackArguments, execute, make_attack
 from sbr_jax.programs.job import parse
 
@@ -61,7 +61,8 @@ def attack(args: Sequence[str]) -> None:
     preset, arguments = parse(
         AttackArguments, args, PROGRAM, PRESETS, methods=SHOWN, seed=SEEDS
     )
-    execute(make_attack(preset, arguments, args))
+    with hosts.joined(arguments, args):
+        execute(make_attack(preset, arguments, args))
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sbr_jax import errors
+from sbr_jax import distributed, errors, storage
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job, JobArguments, Options, make_job
 from sbr_jax.programs.parsing import values_of
@@ -184,6 +184,7 @@ def execute(job: AttackJob) -> None:
         code=recorder(f"attack:{job.attack}"),
         quiet=job.quiet,
     )
-    runs, output = report.build([job.workdir])
-    if not job.quiet:
-        report.print_tables(runs, output)
+    if distributed.is_first() and not storage.is_bucket(job.workdir):
+        runs, output = report.build([job.workdir])
+        if not job.quiet:
+            report.print_tables(runs, output)

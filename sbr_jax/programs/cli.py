@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sbr_jax import errors
+from sbr_jax.distributed.errors import Ended, Lost
 from sbr_jax.programs import terminal
 from sbr_jax.programs.parsing import parse as parse
 from sbr_jax.progress import Ticker
@@ -19,6 +20,7 @@ from sbr_jax.typing import UserError
 EXIT_SYSTEM = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+EXIT_LOST = 134
 EXIT_PIPE = 141
 EXIT_TERMINATED = 143
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -32,11 +34,14 @@ def command(program: str) -> str:
 
 
 def check_folder(folder: Path, option: str = "--workdir") -> None:
-    """Refuses a place for results that is a file, or lies below one.
+    """Refuses a place for results that is a file, lies below one, or is in a bucket.
 
     Raises:
-        UserError: naming the file.
+        UserError: naming it.
     """
+    from sbr_jax import files
+
+    files.require_disk(folder)
     for place in (folder, *folder.parents):
         if place.exists():
             if not place.is_dir():
@@ -69,8 +74,8 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
 
     A `UserError` becomes one line on stderr and code 2; what the system refuses (a full
     disk, a stream that is closed) one line and code 1; an interrupt the line
-    `interrupted` and code 130, or 143 for SIGTERM. Anything else is a defect and keeps
-    its traceback.
+    `interrupted` and code 130, or 143 for SIGTERM; a process of several that went, one
+    line and code 134. Anything else is a defect and keeps its traceback.
     """
     terminal.end_with_parent()
     with terminal.streams():
@@ -82,6 +87,13 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
         except UserError as error:
             terminal.complain(f"error: {error}")
             return EXIT_USER
+        except Lost as error:
+            terminal.complain(f"error: {error}; {KEPT}")
+            return EXIT_LOST
+        except Ended as error:  # Process 0 prints for all.
+            if str(error):
+                terminal.complain(f"error: {error}")
+            return error.code
         except BrokenPipeError:
             # The reader has seen enough.
             terminal.silence_output()

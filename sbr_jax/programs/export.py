@@ -117,6 +117,7 @@ def make_export(preset: Preset, arguments: Arguments) -> Export:
 
 def _record(workdir: Path) -> dict[str, Any]:
     """The configuration of a run of `experiments.run`."""
+    files.require_disk(workdir)
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"--workdir: expected the folder of a run, found no {path}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from sbr_jax import errors, recipes
+from sbr_jax import errors, recipes, storage
 from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
 from sbr_jax.programs import cli
 from sbr_jax.recipes.preset import Preset
@@ -40,6 +40,8 @@ class JobArguments(Generic[Options]):
     """Seeds."""
     mesh: str | None = None
     """All devices, by axis, e.g. data=2,fsdp=4,tp=2; the same as --hardware.mesh."""
+    distributed: str = "off"
+    """Several processes: auto (Cloud TPU, SLURM), or HOST:PORT,N,I: process I of N."""
     data: str | None = None
     """Data folder (presets on real text)."""
     model: str | None = None
@@ -174,7 +176,7 @@ def make_job(
             "expected a folder for the results, got none: add --workdir "
             f"runs/{preset.name}"
         )
-    workdir = arguments.workdir or Path("runs") / preset.name
+    workdir = storage.folder(arguments.workdir or Path("runs") / preset.name)
     cli.check_seeds(arguments.seed)
     errors.check_some("domain", arguments.domains)
     errors.check_names("domain", arguments.domains, preset.study.known_domains())

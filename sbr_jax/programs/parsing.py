@@ -46,7 +46,9 @@ def parse(
 
 
 def _refuse_unsaid(words: Sequence[str]) -> None:
-    """Refuses what tyro takes without a word: options given twice, empty values."""
+    """Refuses what tyro takes without a word: twice, empty, or in a bucket."""
+    from sbr_jax import files
+
     seen, option = set(), "first word"
     for word in words:
         value = word
@@ -59,6 +61,8 @@ def _refuse_unsaid(words: Sequence[str]) -> None:
             value = value if equals else name
         if not value:
             raise UserError(f"{option}: expected a value, got ''")
+        if option != "--workdir":  # Which may be in a bucket, or is refused later.
+            files.require_disk(value)
 
 
 def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:

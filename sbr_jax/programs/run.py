@@ -3,6 +3,7 @@
     python -m experiments.run PRESET --workdir DIR [--methods A B ...] [--domains ...]
         [--seed N N ...] [--mesh fsdp=4,tp=2] [--model M] [--data D] [--quiet]
         [--training.learning-rate 1e-3 ...] [--harness [TASK ...]] [--dry-run]
+        [--distributed auto|HOST:PORT,N,I]
     python -m experiments.run PRESET --help    # every setting, with the preset's value
     python -m experiments.run --list
 
@@ -13,12 +14,14 @@ is one line on stderr and exit code 2, before any work is spent.
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from sbr_jax import recipes
 from sbr_jax.costs.devices import DeviceOptions
 from sbr_jax.methods import METHODS, VARIANTS
-from sbr_jax.programs import cli, harness
+from sbr_jax.programs import cli, harness, hosts
 from sbr_jax.programs.job import Job, JobArguments, Options, execute, make_job, parse
+from sbr_jax.recipes.preset import Preset
 from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("run")
@@ -49,6 +52,7 @@ def check(arguments: RunArguments, job: Job) -> None:
     if arguments.device != DeviceOptions() and not arguments.dry_run:
         raise UserError("--device: only --dry-run has use for a device; drop it")
     if arguments.harness is not None:
+        hosts.require_one(arguments, "--harness")
         harness.check(arguments.harness, job)
     limit = arguments.harness_limit
     if limit is not None and (arguments.harness is None or limit < 1):
@@ -80,6 +84,11 @@ def run(args: Sequence[str]) -> None:
         print(listing())
         return
     preset, arguments = parse(RunArguments, args, PROGRAM)
+    with hosts.joined(arguments, args):
+        _run(preset, arguments)
+
+
+def _run(preset: Preset, arguments: RunArguments[Any]) -> None:
     job = make_job(preset, arguments, forecast=arguments.dry_run)
     check(arguments, job)
     if arguments.dry_run:

@@ -10,6 +10,9 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from sbr_jax.distributed import stopping
+from sbr_jax.distributed.errors import Terminated
+
 PARENT = "SBR_JAX_ENDS_WITH"
 """Environment variable: the process with which this one ends."""
 OUTPUT = "standard output"
@@ -20,19 +23,17 @@ SPELT = str.maketrans(
 """Signs of our tables and lines, for terminals that lack them."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which is treated as Ctrl-C."""
-
-
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Raises `Terminated` where SIGTERM would kill the process without a word.
 
+    A training loop is asked to save itself first, at its next step, and raises it then.
     Whoever has set another handler, or ignores the signal, keeps it.
     """
 
     def stop(number: int, frame: object) -> None:
-        raise Terminated
+        if not stopping.ask():
+            raise Terminated
 
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

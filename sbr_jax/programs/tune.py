@@ -18,10 +18,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from sbr_jax import files
+from sbr_jax import distributed, files
 from sbr_jax.methods import Hyperparameters, build
 from sbr_jax.methods.base import as_aligned
-from sbr_jax.programs import cli
+from sbr_jax.programs import cli, hosts
 from sbr_jax.programs.parsing import values_of
 from sbr_jax.recipes.own import EPOCHS, HARDWARE, HYPERPARAMETERS, METHOD, TRAINING
 from sbr_jax.settings import Hardware, Training
@@ -47,6 +47,8 @@ class Shared:
     """Times that every example is learnt; default 3, and 1 of align."""
     seed: int = 0
     """Of adapter and order."""
+    distributed: str = "off"
+    """Several processes: auto (Cloud TPU, SLURM), or HOST:PORT,N,I: process I of N."""
     quiet: bool = False
     """Print nothing but errors."""
     study: OwnOptions = OwnOptions()
@@ -82,6 +84,11 @@ class Arguments(Shared):
 def work_of(output: Path) -> Path:
     """The folder beside an output that a killed run goes on in."""
     return output.with_name(f"{output.name}.work")
+
+
+def work_folder(arguments: Shared) -> Path | None:
+    """The same of a command line; None where it names no output."""
+    return work_of(arguments.output) if arguments.output else None
 
 
 def check(arguments: Shared, words: Sequence[str], program: str) -> None:
@@ -200,7 +207,11 @@ def execute(
         lines = [f"{'cost' * (not i):<8} {line}" for i, line in enumerate(cost)]
         say([*report.study_lines(study), *lines])
         tuned = tuning.carry_out(plan, study)
-        report.write(output, plan, study, tuned, merged=merged, taught=taught)
+        distributed.decide(
+            lambda: report.write(
+                output, plan, study, tuned, merged=merged, taught=taught
+            )
+        )
     say(["", report.text_table(tuned.metrics), "", compiled()])
     kind = "checkpoint" if merged else "adapter"
     say([f"{kind}: {output}", f"report: {output / 'report.html'}"])
@@ -215,8 +226,9 @@ def tune(args: Sequence[str]) -> None:
         UserError: for the first mistake.
     """
     arguments = cli.parse(Arguments, args, PROGRAM)
-    request = make_request(arguments, args)
-    execute(request, Path(arguments.output or ""), merged=arguments.merged)
+    with hosts.joined(arguments, args, work_folder(arguments)):
+        request = make_request(arguments, args)
+        execute(request, Path(arguments.output or ""), merged=arguments.merged)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -27,12 +27,15 @@ ASSETS = "sbr_jax/testbed/assets"
 LENGTH = 10
 TESTBED = "testbed"
 BOOKKEEPING = (
+    "sbr_jax.distributed",
     "sbr_jax.programs.cli",
     "sbr_jax.progress",
+    "sbr_jax.storage",
     "sbr_jax.testbed.build",
     "sbr_jax.training.checkpoint",
     "sbr_jax.training.code_record",
     "sbr_jax.training.finite",
+    "sbr_jax.training.locks",
     "sbr_jax.training.records",
     "sbr_jax.training.run_folder",
     "sbr_jax.training.stages",

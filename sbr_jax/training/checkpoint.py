@@ -18,8 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import distributed, storage
 from sbr_jax.training.records import unwritable, writing
 from sbr_jax.typing import PyTree, UserError
+
+EMPTY = "empty"
+"""A file in a bucket's checkpoint of a tree without arrays."""
 
 
 @contextlib.contextmanager
@@ -51,19 +55,13 @@ def save(folder: str | pathlib.Path, tree: PyTree) -> None:
     """
     import orbax.checkpoint as ocp
 
-    folder = pathlib.Path(folder).resolve()
+    folder = _whole(folder)
     arrays = _arrays(tree)
-    with writing(folder):
-        for path in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path)  # A kill or a full disk left it.
-        if folder.exists():
-            shutil.rmtree(folder)
-        if not arrays:  # Orbax refuses an empty tree.
-            folder.mkdir()
-            return
-        # Asked first: Orbax writes arrays side by side, and each complains for itself.
-        if shutil.disk_usage(folder.parent).free < sum(x.nbytes for x in arrays):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    size = sum(x.nbytes for x in arrays) if arrays else None
+    # One process clears the place, and no other writes before.
+    distributed.decide(lambda: _clear(folder, size))
+    if not arrays:  # Orbax refuses an empty tree.
+        return
     try:
         with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
             writer.save(folder, args=ocp.args.StandardSave(arrays))
@@ -74,6 +72,42 @@ def save(folder: str | pathlib.Path, tree: PyTree) -> None:
         if number is None:
             raise
         raise unwritable(folder, os.strerror(number)) from error
+
+
+def _clear(folder: pathlib.Path, size: int | None) -> None:
+    """Makes room for a checkpoint of so many bytes; one without arrays is made."""
+    with writing(folder):
+        for path in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+            _delete(path)  # A kill or a full disk left it.
+        if folder.exists():
+            _delete(folder)
+        if size is None:
+            _make_empty(folder)
+        # Asked first: Orbax writes arrays side by side, and each complains for itself.
+        elif storage.is_bucket(folder):
+            return
+        elif shutil.disk_usage(folder.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _whole(folder: str | pathlib.Path) -> pathlib.Path:
+    """The folder as Orbax wants it: absolute, or a bucket's address."""
+    found = storage.folder(folder)
+    return found if storage.is_bucket(found) else found.resolve()
+
+
+def _delete(folder: pathlib.Path) -> None:
+    if storage.is_bucket(folder):
+        storage.remove(folder)
+    else:
+        shutil.rmtree(folder)
+
+
+def _make_empty(folder: pathlib.Path) -> None:
+    if storage.is_bucket(folder):  # Which has no empty folders.
+        (folder / EMPTY).write_text("")
+    else:
+        folder.mkdir()
 
 
 def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
@@ -92,7 +126,7 @@ def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
     """
     import orbax.checkpoint as ocp
 
-    folder = pathlib.Path(folder).resolve()
+    folder = _whole(folder)
     if not folder.is_dir():
         raise UserError(f"expected a checkpoint at {folder}, found none")
     target = [

@@ -7,6 +7,7 @@ was interrupted and continued with other code has two hashes.
 import json
 import pathlib
 
+from sbr_jax import storage
 from sbr_jax.files import parse_json, read_text
 from sbr_jax.training.records import write_atomically
 from sbr_jax.typing import UserError
@@ -40,5 +41,5 @@ def add(folder: pathlib.Path, code: str) -> None:
     """Notes that stages of a folder are computed by this code from now on."""
     known = read(folder)
     if known[-1:] != [code]:
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.made(folder)
         write_atomically(folder / NAME, json.dumps([*known, code]) + "\n")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from sbr_jax import distributed
 from sbr_jax.training import loop
 from sbr_jax.training.finite import require_number
 from sbr_jax.training.track import Held, Outcome, Turn, deployed
@@ -66,12 +67,18 @@ def monitor(
     >>> monitor(0, lambda x: 90.0 + 6 * x, lambda x, block: x + 1, 100.0)
     (1, [90.0, 96.0])
     """
-    scores = [require_number(probe(trained), f"{where}, probe")]
+
+    def measured() -> float:
+        found = probe(trained)
+        # Hosts that differ in the last bit must not go different ways.
+        return require_number(distributed.decide(lambda: found), f"{where}, probe")
+
+    scores = [measured()]
     for block in range(max_blocks):
         if not needs_repair(scores[-1], start_score, tolerance):
             break
         trained = repair(trained, block)
-        scores.append(require_number(probe(trained), f"{where}, probe"))
+        scores.append(measured())
     return trained, scores
 
 

@@ -58,7 +58,9 @@ def _is_finite(leaf: Any) -> bool:
     values = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         return True
-    if isinstance(values, jax.Array) and values.size > SMALL:
+    if isinstance(values, jax.Array) and (
+        values.size > SMALL or not values.is_fully_addressable
+    ):
         return bool(_all_finite(values))
     return bool(np.isfinite(np.asarray(values)).all())
 

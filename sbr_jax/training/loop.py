@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sbr_jax import distributed
 from sbr_jax import progress as told
+from sbr_jax.distributed import arrays, stopping
 from sbr_jax.training.step import TrainState
 from sbr_jax.typing import PyTree, UserError
 
@@ -119,7 +121,7 @@ def train(
       log_every: steps between fetches of the metrics.
       refresh: ``progress -> progress`` with another method state, before a step.
       checkpoint: is shown the progress after a step, when all metrics so far were
-        found finite.
+        found finite; also where SIGTERM asks to stop.
       quiet: no progress bar.
 
     Returns:
@@ -127,6 +129,7 @@ def train(
 
     Raises:
       UserError: at the first step whose loss, gradient or update is not finite.
+      Terminated: after the step, and its checkpoint, at which SIGTERM asks to stop.
     """
     places = [where] if isinstance(where, str) else list(where)
     now, first = start, start.step
@@ -137,7 +140,7 @@ def train(
     timed_from = time.perf_counter()
 
     def fetch(done: int) -> None:
-        for index, metrics in enumerate(jax.device_get(pending)):
+        for index, metrics in enumerate(arrays.fetch(pending)):
             _check_finite(metrics, done - len(pending) + index, places)
             for name, value in metrics.items():
                 log[name].append(value.tolist())
@@ -145,7 +148,8 @@ def train(
         if log["loss"]:
             bar.to(done, float(np.mean(log["loss"][-1])))
 
-    try:
+    held = contextlib.nullcontext() if checkpoint is None else stopping.holding()
+    with contextlib.closing(bar), held:
         for number in range(first, steps):
             # Step 0 has a fresh subspace already.
             if refresh is not None and number > 0 and refresh.due(number):
@@ -157,15 +161,17 @@ def train(
             if number == first:
                 jax.block_until_ready(metrics)
                 timed_from = time.perf_counter()
-            saving = checkpoint is not None and done < steps and checkpoint.due(done)
+            ends = done < steps and distributed.should_stop()
+            due = ends or (checkpoint is not None and checkpoint.due(done))
+            saving = checkpoint is not None and done < steps and due
             if saving or len(pending) >= log_every:
                 fetch(done)
             if checkpoint is not None and saving:
                 history = {name: list(values) for name, values in log.items()}
                 checkpoint.call(dataclasses.replace(now, history=history))
+            if ends:
+                raise distributed.Terminated
         fetch(steps)
-    finally:
-        bar.close()
     seconds = (time.perf_counter() - timed_from) / max(steps - first - 1, 1)
     return Progress(now.train, now.state, steps, dict(log), seconds)
 

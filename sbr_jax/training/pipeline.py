@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbr_jax import errors
+from sbr_jax import distributed, errors
 from sbr_jax.data.leaks import refuse_leaks
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.base import as_aligned
@@ -96,6 +96,7 @@ def run(
         "domains": list(domains),
         "fingerprint": study.fingerprint,
     }
+    require_same(study, config)
     folder = RunFolder(workdir)
     folder.check(decides)
     programs = {name: make_program(name, study, config) for name in variants}
@@ -145,11 +146,24 @@ def check(
     maps_seeds(config)
 
 
+def require_same(study: Study, config: Config) -> None:
+    """Refuses processes that read other data or weights, or have no common mesh."""
+    remedy = "give every host the same files"
+    distributed.require_same("data or model", study.fingerprint, remedy)
+    session = distributed.current()
+    if session is not None and config.hardware.mesh is None:
+        raise UserError(
+            f"expected a mesh over the {jax.device_count()} devices of all "
+            f"{session.count} processes, got none: add --mesh "
+            f"fsdp={jax.device_count()}"
+        )
+
+
 def evaluate_start(job: Job) -> float | None:
     """Evaluates the aligned model once; returns the monitor's s_0, if it has one."""
     study, folder = job.study, job.folder
     path = folder.stage(BASE, None, 0, "base")
-    record = read_result(path, folder.run)
+    record = distributed.decide(lambda: read_result(path, folder.run))
     if record is None:
         began = time.perf_counter()
         require_finite(job.base, "base model")
@@ -165,7 +179,10 @@ def evaluate_start(job: Job) -> float | None:
         seconds = time.perf_counter() - began
         folder.require_held()
         line = Line(BASE, None, "base", None, -1, metrics)
-        record = write_result(path, folder.run, line, {"seconds": seconds})
+        timing = {"seconds": seconds}
+        record = distributed.decide(
+            lambda: write_result(path, folder.run, line, timing)
+        )
         job.say(f"base  {seconds:.1f} s  {shown(metrics)}".rstrip())
     return record["line"]["metrics"].get("probe")
 
@@ -310,7 +327,8 @@ def _note_code(tracks: Sequence[Track], code: Callable[[str], str]) -> None:
     if left:
         by = code(left[0].variant)
         for stages in left:
-            code_record.add(stages.path(0).parent, by)
+            place = stages.path(0).parent
+            distributed.decide(lambda place=place: code_record.add(place, by))
 
 
 def _environment(config: Config) -> dict[str, Any]:

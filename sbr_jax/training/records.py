@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sbr_jax import files
+from sbr_jax import storage
 from sbr_jax.typing import UserError
 
 DIGEST = "digest"
@@ -74,7 +74,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
       UserError: where it cannot be written.
     """
     with writing(path):
-        files.write_text(path, text)
+        storage.write_text(path, text)
 
 
 def write_record(
@@ -164,17 +164,16 @@ def file_digests(folder: pathlib.Path) -> dict[str, str]:
       UserError: for a file that cannot be read.
     """
     found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            try:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise UserError(
-                    f"cannot read {path} ({error.strerror}): make it readable, and "
-                    "run the same command again"
-                ) from error
-            found[path.relative_to(folder).as_posix()] = digest
+    for path in storage.below(folder):
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path} ({error.strerror}): make it readable, and run the "
+                "same command again"
+            ) from error
+        found[storage.relative(path, folder)] = digest
     return found
 
 

@@ -7,12 +7,13 @@
 
 import contextlib
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from sbr_jax import distributed, storage
+from sbr_jax.distributed.logs import FOLDER as LOGS
+from sbr_jax.training import locks
 from sbr_jax.training.records import (
     DamagedError,
     again,
@@ -33,11 +34,18 @@ RESTORE = "restore it, or choose another folder"
 
 
 class RunFolder:
-    """A run's folder, locked while it is open."""
+    """A run's folder, locked while it is open.
+
+    Of several processes only the first touches it; the others take its word.
+    """
 
     def __init__(self, folder: str | pathlib.Path):
-        """Names the folder; nothing is touched."""
-        self.folder = pathlib.Path(folder)
+        """Names the folder; nothing is touched.
+
+        Raises:
+          UserError: for a bucket that cannot be reached.
+        """
+        self.folder = storage.folder(folder)
         self._run: str | None = None
         self._lock: Any = None
 
@@ -63,6 +71,9 @@ class RunFolder:
         Raises:
           UserError: naming the settings that differ.
         """
+        distributed.decide(lambda: self._check(config))
+
+    def _check(self, config: Mapping[str, Any]) -> None:
         folder, path = self.folder, self.folder / "config.json"
         with writing(folder):  # A name may be too long even to ask for.
             if folder.exists() and not folder.is_dir():
@@ -117,26 +128,20 @@ class RunFolder:
           UserError: if another process holds it, a finished stage's record is damaged
             or of another run, or :meth:`check` refuses.
         """
-        import fcntl
+        with contextlib.ExitStack() as stack:
+            locked = self._locked(config, environment)
+            self._run = distributed.decide(lambda: stack.enter_context(locked))
+            distributed.open_log(self.folder)
+            yield
 
-        self.check(config)
+    @contextlib.contextmanager
+    def _locked(
+        self, config: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Does so in the process that writes; gives the run."""
+        self._check(config)
         path = self.folder / "config.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise UserError(
-                f"workdir {self.folder}: expected a folder that can be written, got "
-                f"'{error.strerror}'; choose another one"
-            ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"workdir {self.folder} is in use by another run; wait for it or "
-                    "choose another folder"
-                ) from error
+        with locks.taken(self.folder) as lock:
             self._run = None if path.exists() else run_of(config)
             records = self.lines(())  # What cannot be published is refused at once.
             if not path.exists():
@@ -144,7 +149,7 @@ class RunFolder:
             self._tidy(records)
             self._lock = lock
             try:
-                yield
+                yield self.run
             finally:
                 self._lock = None
 
@@ -154,14 +159,12 @@ class RunFolder:
         Raises:
           UserError: naming it.
         """
+        distributed.decide(self._require_held)
+
+    def _require_held(self) -> None:
         if self._lock is None:
             return
-        own = os.fstat(self._lock.fileno())
-        try:
-            same = os.path.samestat(own, (self.folder / ".lock").stat())
-        except OSError:
-            same = False
-        if not same or not (self.folder / "config.json").exists():
+        if not self._lock.is_held() or not (self.folder / "config.json").exists():
             raise UserError(
                 f"workdir {self.folder} was deleted or replaced while this run worked "
                 "in it, and so are its results: run the same command again"
@@ -179,14 +182,14 @@ class RunFolder:
         """Drops what a kill left behind: replaced and unfinished checkpoints."""
         for path in self.folder.glob(f"stages/*/*/*/{PARTIAL}*"):
             if (path.parent / RESULT).exists() or not (path / HISTORY).exists():
-                shutil.rmtree(path, ignore_errors=True)
+                storage.remove(path)
         newest: dict[tuple[pathlib.Path, str], pathlib.Path] = {}
         for record in records:  # In order of the stages.
             place = self.folder / "stages" / record["place"]
             for name in record["files"]:
                 older = newest.get((place.parent, name))
                 if older is not None:
-                    shutil.rmtree(older, ignore_errors=True)
+                    storage.remove(older)
                 newest[place.parent, name] = place / name
 
     def lines(self, order: Sequence[str]) -> list[dict[str, Any]]:
@@ -226,7 +229,10 @@ class RunFolder:
         Raises:
           UserError: where they cannot be written, or the folder has gone.
         """
-        self.require_held()
+        return distributed.decide(lambda: self._publish(order))
+
+    def _publish(self, order: Sequence[str]) -> dict[str, Any]:
+        self._require_held()
         records = self.lines(order)
         summary = plain_numbers(summarise(records, BASE))
         for name, text in (
@@ -258,10 +264,9 @@ def refuse_foreign(folder: pathlib.Path, lacking: str, own: Sequence[str] = ()) 
     Raises:
       UserError: naming some of the files, and the one by which it would be ours.
     """
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     found = sorted(
         name
-        for name in names - set(own)
+        for name in storage.names(folder) - {*own, LOGS}
         if not (name.startswith(".") or name.endswith((".log", ".out")))
     )
     if found:

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from sbr_jax import storage
 from sbr_jax.training.records import (
     DamagedError,
     file_digests,
@@ -92,7 +93,7 @@ def _write(
         "files": {name: file_digests(folder / name) for name in checkpoints},
     }
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.made(folder)
     write_record(path, record)
     return record
 

@@ -9,11 +9,12 @@ repair (monitored variants), 4i+3 subspace (``end_domain``), 4i+4 evaluate.
 """
 
 import dataclasses
-import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sbr_jax import distributed, storage
 from sbr_jax.training import checkpoint
 from sbr_jax.training.records import DamagedError, writing
 from sbr_jax.training.run_folder import RunFolder
@@ -30,6 +31,8 @@ from sbr_jax.training.stage_records import (
 from sbr_jax.typing import PyTree
 
 TRAIN, REPAIR, SUBSPACE, EVALUATE = 1, 2, 3, 4
+KEPT = 2
+"""Checkpoints inside a stage: should the newest be damaged, there is another."""
 NAMES = {TRAIN: "train", REPAIR: "repair", SUBSPACE: "subspace", EVALUATE: "evaluate"}
 
 
@@ -73,7 +76,8 @@ class Stages:
     def record(self, number: int) -> dict[str, Any] | None:
         """The stage's record, or None before it is finished."""
         if number not in self._records:
-            found = read_result(self.path(number), self.folder.run)
+            path, run = self.path(number), self.folder.run
+            found = distributed.decide(lambda: read_result(path, run))
             if found is None:
                 return None
             self._records[number] = found
@@ -103,7 +107,7 @@ class Stages:
         for what in ("adapter", "state"):
             holder = None if left is None else self.holder(what, left)
             if holder is not None:
-                require_intact(holder / what, self.folder.run)
+                self._require_intact(holder / what)
 
     def require_complete(self) -> None:
         """Refuses to call a seed done of which something has gone since.
@@ -128,9 +132,12 @@ class Stages:
 
     # --- reading and writing --------------------------------------------------------
 
+    def _require_intact(self, path: Path) -> None:
+        distributed.decide(lambda: require_intact(path, self.folder.run))
+
     def restore(self, path: Path, like: PyTree) -> PyTree:
         """Reads a checkpoint back, if it is as its stage left it."""
-        require_intact(path, self.folder.run)
+        self._require_intact(path)
         return checkpoint.restore(path, like)
 
     def save(self, number: int, changed: Mapping[str, PyTree]) -> None:
@@ -139,8 +146,7 @@ class Stages:
 
     def _write(self, path: Path, trees: Mapping[str, PyTree]) -> None:
         self.folder.require_held()
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
+        distributed.decide(lambda: _make(path))
         for name, tree in trees.items():
             checkpoint.save(path / name, tree)
 
@@ -153,31 +159,69 @@ class Stages:
     ) -> None:
         """Marks a stage as finished, and drops what its checkpoints replace."""
         path, run = self.path(number), self.folder.run
-        self._records[number] = write_result(path, run, line, timing, tuple(changed))
-        for name in changed:
-            for older in range(number):
-                shutil.rmtree(self.path(older) / name, ignore_errors=True)
-        _drop(path.glob(f"{PARTIAL}*"))
+
+        def write() -> dict[str, Any]:
+            record = write_result(path, run, line, timing, tuple(changed))
+            for name in changed:
+                for older in range(number):
+                    storage.remove(self.path(older) / name)
+            _drop(path.glob(f"{PARTIAL}*"))
+            return record
+
+        self._records[number] = distributed.decide(write)
 
     def save_partial(
         self, number: int, step: int, tree: PyTree, history: Mapping[str, Any]
     ) -> None:
-        """Writes a checkpoint inside a stage, in place of an older one."""
+        """Writes a checkpoint inside a stage; of older ones the newest stays."""
         path = self.path(number) / f"{PARTIAL}{step:08d}"
         self._write(path, {"tree": tree})
-        write_history(path, self.folder.run, step, history)
-        _drop(x for x in path.parent.glob(f"{PARTIAL}*") if x != path)
+
+        def write() -> None:
+            write_history(path, self.folder.run, step, history)
+            there = sorted(path.parent.glob(f"{PARTIAL}*"))
+            kept = [x for x in there if x <= path][-KEPT:]
+            _drop(x for x in there if x not in kept)
+
+        distributed.decide(write)
 
     def partial(self, number: int) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint inside a stage: its tree and its record."""
-        found = self.path(number).glob(f"{PARTIAL}*")
-        for path in sorted(found, reverse=True):
-            record = read_result(path, self.folder.run, HISTORY)
-            if record is not None:
-                return path / "tree", record
-        return None
+        """The newest intact checkpoint inside a stage: its tree and its record.
+
+        Raises:
+          DamagedError: where there are damaged ones only.
+        """
+        folder = self.path(number)
+        found = distributed.decide(lambda: _newest(folder, self.folder.run))
+        return None if found is None else (folder / found[0] / "tree", found[1])
+
+
+def _newest(folder: Path, run: str) -> tuple[str, dict[str, Any]] | None:
+    damaged: list[DamagedError] = []
+    for path in sorted(folder.glob(f"{PARTIAL}*"), reverse=True):
+        try:
+            record = read_result(path, run, HISTORY)
+            if record is None:
+                continue
+            require_intact(path / "tree", run)
+        except DamagedError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            warnings.warn(
+                f"{error.reason}: going on from step {record['step']}", stacklevel=2
+            )
+        return path.name, record
+    if damaged:
+        raise damaged[0]
+    return None
+
+
+def _make(path: Path) -> None:
+    with writing(path):
+        storage.made(path)
 
 
 def _drop(paths: Iterable[Path]) -> None:
     for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
+        storage.remove(path)

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import distributed
 from sbr_jax.data.batches import batch
 from sbr_jax.data.layout import Layout, arrange, choose
+from sbr_jax.distributed import arrays
 from sbr_jax.methods.base import Method, as_aligned
 from sbr_jax.progress import task
 from sbr_jax.training import sharding
@@ -253,9 +255,14 @@ def once(
 
     Returns:
       The weights after it; as they were given where nothing was done.
+
+    Raises:
+      Terminated: before it, where SIGTERM asks several processes to stop.
     """
     if turn.track.stages.finished(number):
         return held
+    if distributed.should_stop():
+        raise distributed.Terminated
     began = time.perf_counter()
     with task(f"{turn.where}, {turn.track.stages.name(number)}"):
         held = load(turn.track, number, held)
@@ -355,7 +362,7 @@ def finish(turn: Turn, number: int, held: Held, outcome: Outcome, began: float) 
         turn.domain or None,
         turn.index,
         dict(outcome.metrics),
-        jax.device_get(dict(outcome.diagnostics)),
+        arrays.fetch(dict(outcome.diagnostics)),
     )
     stages.finish(number, line, {"seconds": seconds, **outcome.timing}, list(changed))
     track.job.say(

@@ -1,0 +1,104 @@
+"""Folders of runs, on a disk or in a bucket, and what differs between the two.
+
+A bucket's objects are whole or absent and cannot be renamed, locked or made folders of.
+Paths of both kinds have the methods of ``pathlib.Path``: those of a disk are just that,
+those of a bucket ``etils.epath`` ones, which ask the extra ``gcs`` for ``gs://``.
+"""
+
+import contextlib
+import importlib.util
+import pathlib
+import re
+import shutil
+from typing import Any
+
+from sbr_jax import files
+from sbr_jax.typing import UserError
+
+NEEDED = {"gs": "gcsfs", "s3": "s3fs"}
+"""What reads and writes the buckets of a scheme."""
+
+
+def folder(place: str | pathlib.Path) -> pathlib.Path:
+    """A folder by its path or address.
+
+    Args:
+      place: a path, or ``gs://bucket/folder``; ``Path`` drops a slash of the latter.
+
+    Raises:
+      UserError: for a bucket that nothing here can reach.
+
+    >>> folder("runs/demo").as_posix()
+    'runs/demo'
+    """
+    match = files.BUCKET.match(str(place))
+    if match is None:
+        return pathlib.Path(place)
+    address = files.address(place)
+    needed = NEEDED.get(match[1])
+    if needed is None:
+        raise UserError(
+            f"expected a folder on a disk or in a bucket of {' or '.join(NEEDED)}, got "
+            f"{address}: copy it there when the run is done"
+        )
+    if importlib.util.find_spec(needed) is None:
+        raise UserError(
+            f"expected the package {needed} to reach {address}, found none: pip "
+            f"install {needed}"
+        )
+    from etils import epath
+
+    found: Any = epath.Path(address)
+    return found
+
+
+def is_bucket(path: Any) -> bool:
+    """Whether a path of :func:`folder` is in a bucket."""
+    return not isinstance(path, pathlib.Path)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Deletes a folder and all that is in it, as far as that goes."""
+    if not is_bucket(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    place: Any = path
+    with contextlib.suppress(OSError):
+        place.rmtree(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all.
+
+    Raises:
+      OSError: where it cannot be written.
+    """
+    if is_bucket(path):
+        path.write_text(text, encoding="utf-8")
+    else:
+        files.write_text(path, text)
+
+
+def made(path: pathlib.Path) -> None:
+    """Makes a folder where there are any; in a bucket its files suffice."""
+    if not is_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def below(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Every file below a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def names(folder: pathlib.Path) -> set[str]:
+    """Names of what lies in a folder; none for no folder."""
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def relative(path: pathlib.Path, folder: pathlib.Path) -> str:
+    """The path of a file in a folder above it.
+
+    >>> relative(pathlib.Path("a/b/c"), pathlib.Path("a"))
+    'b/c'
+    """
+    return re.sub(r"^/", "", str(path)[len(str(folder)) :].replace("\\", "/"))

@@ -1,0 +1,208 @@
+"""Two processes with four devices each do the real command's job as one would."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHILD = ROOT / "tests" / "distributed_child.py"
+DEVICES = 8
+RUN = ("run", "tiny", "--mesh", f"fsdp={DEVICES}")
+LIMIT = 240.0
+"""Seconds after which a process that should have ended is a failure."""
+
+
+def start(words, *, devices=DEVICES // 2, cwd=ROOT, **environment):
+    """One process of the real command, with simulated devices."""
+    count = f"--xla_force_host_platform_device_count={devices}"
+    changed = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "XLA_FLAGS": count,
+        # XLA sizes its pool by this, and devices that wait for each other fill it.
+        "NPROC": "16",
+        "SBR_JAX_WAIT": "120",
+        **environment,
+    }
+    return subprocess.Popen(
+        [sys.executable, str(CHILD), *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, **changed},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def address():
+    with socket.create_server(("", 0)) as server:
+        return f"localhost:{server.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def two(*words, each=({}, {}), more=((), ())):
+    """Both processes of a job; none is left behind."""
+    where = address()
+    found = [
+        start([*RUN, *words, *more[i], "--distributed", f"{where},2,{i}"], **each[i])
+        for i in range(2)
+    ]
+    try:
+        yield found
+    finally:
+        for process in found:
+            process.kill()
+            process.communicate()
+
+
+def ended(process):
+    """Exit code and standard error of a process."""
+    _, said = process.communicate(timeout=LIMIT)
+    return process.returncode, said
+
+
+def both(*words, **options):
+    with two(*words, **options) as processes:
+        return [ended(process) for process in processes]
+
+
+def read(folder):
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def wait_for(folder, pattern, processes):
+    deadline = time.monotonic() + LIMIT
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run of two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, both("--workdir", folder)
+
+
+def assert_close(one, two):
+    """Equal JSON, numbers to 1e-5."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_close(one[key], two[key])
+    elif isinstance(one, list):
+        for x, y in zip(one, two, strict=True):
+            assert_close(x, y)
+    elif isinstance(one, float):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+    else:
+        assert one == two
+
+
+def test_two_processes_give_what_one_gives(whole, tmp_path):
+    folder, said = whole
+    assert [code for code, _ in said] == [0, 0], said
+    alone = start([*RUN, "--workdir", tmp_path], devices=DEVICES)
+    assert ended(alone)[0] == 0
+    assert_close(read(folder), read(tmp_path))
+
+
+def test_the_first_writes_and_prints_and_the_other_keeps_a_log(whole):
+    folder, said = whole
+    assert said[0][1].count("evaluate") == 4
+    assert said[1][1] == ""
+    assert (folder / "logs" / "host-01.log").read_text().count("evaluate") == 4
+    names = {path.name for path in folder.iterdir()}
+    written = {"config.json", "results.jsonl", "summary.json", "timings.jsonl"}
+    assert names == {*written, "stages", "logs", ".lock"}
+
+
+def test_sigterm_to_one_stops_both_at_one_step_and_loses_nothing(whole, tmp_path):
+    folder = tmp_path / "run"
+    slow = {"SBR_JAX_PAUSE": "0.5"}
+    with two("--workdir", folder, each=(slow, slow)) as processes:
+        wait_for(folder, "stages/plain/3/00-*/result.json", processes)
+        processes[1].send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        found = [ended(process) for process in processes]
+    assert [code for code, _ in found] == [143, 143], found
+    assert time.monotonic() - began < 30
+    assert found[0][1].splitlines()[-1].startswith("interrupted: finished stages are")
+    (history,) = folder.glob("stages/plain/3/*-train/partial-*/history.json")
+    assert 0 < json.loads(history.read_text())["step"] < 8
+    assert [code for code, _ in both("--workdir", folder)] == [0, 0]
+    expected = (whole[0] / "results.jsonl").read_bytes()
+    assert (folder / "results.jsonl").read_bytes() == expected
+
+
+@pytest.mark.thorough
+def test_one_process_continues_what_two_began(whole, tmp_path):
+    folder, slow = tmp_path / "run", {"SBR_JAX_PAUSE": "0.5"}
+    with two("--workdir", folder, each=(slow, slow)) as processes:
+        wait_for(folder, "stages/plain/3/00-*/result.json", processes)
+        processes[0].send_signal(signal.SIGTERM)
+        assert [ended(process)[0] for process in processes] == [143, 143]
+    alone = start([*RUN, "--workdir", folder], devices=DEVICES)
+    assert ended(alone)[0] == 0
+    assert_close(read(whole[0]), read(folder))
+
+
+@pytest.mark.thorough
+def test_a_host_that_dies_is_named_and_the_rest_is_kept(whole, tmp_path):
+    folder = tmp_path / "run"
+    slow = {"SBR_JAX_PAUSE": "0.5"}
+    with two("--workdir", folder, each=(slow, slow)) as processes:
+        wait_for(folder, "stages/plain/3/00-*/result.json", processes)
+        processes[1].kill()
+        code, said = ended(processes[0])
+    assert code == 134, said
+    assert "process 1 (" in said.splitlines()[-1]
+    assert [code for code, _ in both("--workdir", folder)] == [0, 0]
+    expected = (whole[0] / "results.jsonl").read_bytes()
+    assert (folder / "results.jsonl").read_bytes() == expected
+
+
+def test_a_host_that_is_absent_is_named(tmp_path):
+    words = [*RUN, "--workdir", tmp_path, "--distributed", f"{address()},2,0"]
+    code, said = ended(start(words, SBR_JAX_WAIT="1"))
+    assert code == 2
+    (line,) = said.splitlines()
+    assert "1 came within 1 s; missing: process 1: start the same command" in line
+    assert not list(tmp_path.iterdir())
+
+
+def one_line(found, said):
+    """Both ended with code 2, and the first alone said why."""
+    assert [code for code, _ in found] == [2, 2], found
+    (line,) = found[0][1].splitlines()
+    assert said in line
+    assert found[1][1] == ""
+
+
+def test_hosts_with_folders_of_their_own_are_refused(tmp_path):
+    places = [tmp_path / name for name in "ab"]
+    for place in places:
+        place.mkdir()
+    began = time.monotonic()
+    each = [{"cwd": place} for place in places]
+    one_line(both("--workdir", "run", each=each), "sees another folder of that name")
+    assert time.monotonic() - began < 60
+
+
+def test_hosts_with_other_data_are_refused(tmp_path, monkeypatch):
+    each = ({}, {"SBR_JAX_DATA": "other"})
+    found = both("--workdir", tmp_path / "run", each=each)
+    one_line(found, "has another data or model than process 0: other there, tiny here")
+    assert not (tmp_path / "run" / "config.json").exists()
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,66 @@
+"""A program's real command with the preset `tiny`, in a process of its own.
+
+    python distributed_child.py run tiny --workdir FOLDER ...
+
+`SBR_JAX_PAUSE` is the seconds that a step takes longer, to have it stopped in between.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+
+import conftest  # noqa: F401
+import tiny
+
+from sbr_jax import recipes
+from sbr_jax.methods import Hyperparameters
+from sbr_jax.programs import main
+from sbr_jax.recipes.preset import Preset
+
+METHODS = ("plain", "safeanchor-exact:projection-only")
+PAUSE = float(os.environ.get("SBR_JAX_PAUSE", "0"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the made-up study, which is made once there are devices."""
+
+    def known_domains(self):
+        return ("medical", "legal")
+
+    def check(self, variants, methods, sources):
+        pass
+
+    def build(self, domains, sources, hardware, *, weights=True):
+        from sbr_jax.training import sharding
+
+        place = sharding.place_batch
+
+        def late(*args):
+            time.sleep(PAUSE)
+            return place(*args)
+
+        sharding.place_batch = late
+        return tiny.study(fingerprint=os.environ.get("SBR_JAX_DATA", "tiny"))
+
+
+CONFIG = tiny.config(steps_per_domain=8, batch_size=8)
+CONFIG = tiny.with_options(CONFIG, {"safeanchor-exact": {"max_rank": 6}})
+PRESET = Preset(
+    name="tiny",
+    summary="",
+    study=Options(),
+    domains=("medical", "legal"),
+    methods=METHODS,
+    seeds=(3,),
+    training=CONFIG.training,
+    hardware=CONFIG.hardware,
+    hyperparameters=CONFIG.methods or Hyperparameters(),
+)
+recipes.MODULES["tiny"] = "tiny"
+_load = recipes.load
+recipes.load = lambda name: PRESET if name == "tiny" else _load(name)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
