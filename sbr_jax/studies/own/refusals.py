@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sbr_jax import distributed
 from sbr_jax.data.records import Pair
 from sbr_jax.evaluation.judges import Judge, Verdict
 from sbr_jax.progress import task
@@ -55,12 +56,22 @@ def own_answers(
     asked = json.dumps([mark, list(prompts)]).encode()
     key = hashlib.sha256(asked).hexdigest()
     path = None if folder is None else folder / f".{what}.json"
-    if path is not None and path.is_file():
-        found = read_record(path, path)
-        if found.get("key") == key:
-            return found["answers"]
+    kept = distributed.decide(lambda: _kept(path, key))
+    if kept is not None:
+        return kept
     with task(f"{what} of the start model"):
         answers = [finished(answer) for answer in write(prompts)]
+    return distributed.decide(lambda: _keep(path, key, answers))
+
+
+def _kept(path: Path | None, key: str) -> list[str] | None:
+    if path is None or not path.is_file():
+        return None
+    found = read_record(path, path)
+    return found["answers"] if found.get("key") == key else None
+
+
+def _keep(path: Path | None, key: str, answers: list[str]) -> list[str]:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, {"key": key, "answers": answers})
