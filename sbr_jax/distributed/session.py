@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import faulthandler
 import os
+import re
 import sys
 import threading
 import time
@@ -270,6 +271,21 @@ def code_of(error: BaseException | None) -> int:
     return next((code for kind, code in codes if isinstance(error, kind)), 0)
 
 
+def wait_of(usual: float) -> float:
+    """Seconds that processes wait for each other.
+
+    Raises:
+      UserError: where the environment says anything but a number above 0.
+
+    >>> wait_of(300.0)
+    300.0
+    """
+    said = os.environ.get(WAIT, str(usual))
+    if not re.fullmatch(r"\d+(\.\d*)?", said) or float(said) == 0:
+        raise UserError(f"{WAIT}: expected seconds above 0, got {said!r}")
+    return float(said)
+
+
 @contextlib.contextmanager
 def join(
     option: str, folder: Path | None, card: Callable[[], Mapping[str, Any]]
@@ -279,9 +295,8 @@ def join(
     if place is None:
         yield
         return
-    said = os.environ.get(WAIT)
-    links, coordinator = meet(place, card(), float(said or ROLL_CALL))
-    session = Session(place.index, place.count, links, float(said or PATIENCE))
+    links, coordinator = meet(place, card(), wait_of(ROLL_CALL))
+    session = Session(place.index, place.count, links, wait_of(PATIENCE))
     with contextlib.ExitStack() as stack:
         stack.push(lambda kind, error, trace: _leave(session, error))
         CURRENT.append(session)

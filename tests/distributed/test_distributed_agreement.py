@@ -14,7 +14,7 @@ from sbr_jax.distributed.agreement import decide, is_first
 from sbr_jax.distributed.errors import Ended, Lost, Terminated
 from sbr_jax.distributed.links import meet
 from sbr_jax.distributed.meeting import Meeting
-from sbr_jax.distributed.session import Session, code_of
+from sbr_jax.distributed.session import Session, code_of, wait_of
 from sbr_jax.typing import UserError
 
 CARD = {"code": "ab12", "command line": ["run", "demo"]}
@@ -277,6 +277,15 @@ def test_long_work_stops_between_its_parts_unless_it_saves_itself(
 def _no_exit(monkeypatch):
     """Sessions that end badly leave the process of the tests alone."""
     monkeypatch.setattr("sbr_jax.distributed.session.atexit.register", lambda *a: None)
+
+
+@pytest.mark.parametrize("said", ["", "soon", "0", "-1", "nan"])
+def test_a_wait_that_is_none_is_refused(said, monkeypatch):
+    monkeypatch.setenv("SBR_JAX_WAIT", said)
+    with pytest.raises(UserError, match="SBR_JAX_WAIT: expected seconds above 0, got"):
+        wait_of(1.0)
+    monkeypatch.setenv("SBR_JAX_WAIT", "2.5")
+    assert wait_of(1.0) == 2.5
 
 
 # --- folders --------------------------------------------------------------------------
