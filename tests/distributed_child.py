@@ -2,7 +2,8 @@
 
     python distributed_child.py run tiny --workdir FOLDER ...
 
-`SBR_JAX_PAUSE` is the seconds that a step takes longer, to have it stopped in between.
+`SBR_JAX_PAUSE` is the seconds that a step takes longer, to have it stopped in between,
+and `SBR_JAX_STEPS` a file that grows with every step.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from sbr_jax.programs import main
 from sbr_jax.recipes.preset import Preset
 
 METHODS = ("plain", "safeanchor-exact:projection-only")
+STEPS = os.environ.get("SBR_JAX_STEPS")
 PAUSE = float(os.environ.get("SBR_JAX_PAUSE", "0"))
 
 
@@ -38,6 +40,9 @@ class Options:
         place = sharding.place_batch
 
         def late(*args):
+            if STEPS:
+                with open(STEPS, "a") as file:
+                    file.write(".")
             time.sleep(PAUSE)
             return place(*args)
 

@@ -80,12 +80,19 @@ def read(folder):
     return [json.loads(line) for line in lines]
 
 
-def wait_for(folder, pattern, processes):
+@contextlib.contextmanager
+def training(folder):
+    """Two processes in the midst of the first domain, one step in half a second."""
+    steps = folder.with_suffix(".steps")
+    slow = {"SBR_JAX_PAUSE": "0.5", "SBR_JAX_STEPS": str(steps)}
     deadline = time.monotonic() + LIMIT
-    while not list(folder.glob(pattern)):
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.02)
+    with two("--workdir", folder, each=(slow, {"SBR_JAX_PAUSE": "0.5"})) as processes:
+        # At the second, the first is compiled and done.
+        while not steps.exists() or steps.stat().st_size < 2:
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        yield processes
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +137,7 @@ def test_the_first_writes_and_prints_and_the_other_keeps_a_log(whole):
 
 def test_sigterm_to_one_stops_both_at_one_step_and_loses_nothing(whole, tmp_path):
     folder = tmp_path / "run"
-    slow = {"SBR_JAX_PAUSE": "0.5"}
-    with two("--workdir", folder, each=(slow, slow)) as processes:
-        wait_for(folder, "stages/plain/3/00-*/result.json", processes)
+    with training(folder) as processes:
         processes[1].send_signal(signal.SIGTERM)
         began = time.monotonic()
         found = [ended(process) for process in processes]
@@ -148,9 +153,8 @@ def test_sigterm_to_one_stops_both_at_one_step_and_loses_nothing(whole, tmp_path
 
 @pytest.mark.thorough
 def test_one_process_continues_what_two_began(whole, tmp_path):
-    folder, slow = tmp_path / "run", {"SBR_JAX_PAUSE": "0.5"}
-    with two("--workdir", folder, each=(slow, slow)) as processes:
-        wait_for(folder, "stages/plain/3/00-*/result.json", processes)
+    folder = tmp_path / "run"
+    with training(folder) as processes:
         processes[0].send_signal(signal.SIGTERM)
         assert [ended(process)[0] for process in processes] == [143, 143]
     alone = start([*RUN, "--workdir", folder], devices=DEVICES)
@@ -161,9 +165,7 @@ def test_one_process_continues_what_two_began(whole, tmp_path):
 @pytest.mark.thorough
 def test_a_host_that_dies_is_named_and_the_rest_is_kept(whole, tmp_path):
     folder = tmp_path / "run"
-    slow = {"SBR_JAX_PAUSE": "0.5"}
-    with two("--workdir", folder, each=(slow, slow)) as processes:
-        wait_for(folder, "stages/plain/3/00-*/result.json", processes)
+    with training(folder) as processes:
         processes[1].kill()
         code, said = ended(processes[0])
     assert code == 134, said
