@@ -86,8 +86,15 @@ def made(path: pathlib.Path) -> None:
 
 
 def below(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Every file below a folder, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """Every file below a folder, in order; none for no folder."""
+    if not is_bucket(folder):
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    found, left = [], [folder] if folder.exists() else []
+    while left:  # A bucket's paths have no recursive patterns.
+        inside = list(left.pop().iterdir())
+        left += [path for path in inside if path.is_dir()]
+        found += [path for path in inside if not path.is_dir()]
+    return sorted(found)
 
 
 def names(folder: pathlib.Path) -> set[str]:
