@@ -159,6 +159,17 @@ def show_warning(message: Warning | str, *where: object, **more: object) -> None
     terminal.complain(f"warning: {message}")
 
 
+def serve_profiler() -> None:
+    """Lets `tpu_setup/profile.sh` look at this process, where its port is set.
+
+    Call it once the devices are known: it asks for them.
+    """
+    if port := os.environ.get("SBR_JAX_PROFILER_PORT"):
+        import jax
+
+        jax.profiler.start_server(int(port))
+
+
 def telling(quiet: bool) -> contextlib.AbstractContextManager[object]:
     """Tells now and then on standard error what is going on, unless ``quiet``."""
     return contextlib.nullcontext() if quiet else Ticker(terminal.complain)

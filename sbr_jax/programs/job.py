@@ -236,6 +236,7 @@ def execute(job: Job, study: Any = None) -> Any:
 
     with cli.telling(job.quiet):
         study = job.make_study() if study is None else study
+        cli.serve_profiler()
         pipeline.run(
             study,
             job.methods,

@@ -203,6 +203,7 @@ def execute(
         plan = tuning.plan(request)
         say(report.plan_lines(plan))
         study = plan.make_study()
+        cli.serve_profiler()
         cost = defending.lines(plan, study)
         lines = [f"{'cost' * (not i):<8} {line}" for i, line in enumerate(cost)]
         say([*report.study_lines(study), *lines])

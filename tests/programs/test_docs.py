@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -149,7 +150,8 @@ LINKS = [
 @pytest.mark.parametrize(("page", "target"), LINKS)
 def test_every_relative_link_leads_somewhere(page, target):
     name, _, anchor = target.partition("#")
-    where = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+    # Not resolved: a page of the site may be a link to one that lies beside its code.
+    where = Path(os.path.normpath((ROOT / page).parent / name)) if name else ROOT / page
     assert where.is_file()
     if page.parts[0] == "docs":
         assert where.is_relative_to(DOCS), "the site holds docs/ only"

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Deletes the slice and its request: nothing is left that costs or counts.
+#
+#   tpu_setup/delete.sh [--env FILE] [--dry-run]
+#
+# What lies on the workers' disks is lost; results in a bucket stay.
+# shellcheck source=tpu_setup/common.sh
+. "$(dirname "$0")/common.sh"
+
+while [ $# -gt 0 ]; do
+  common_option "$@" || refuse "unknown option '$1'; see $0 --help"
+  shift "$TAKEN"
+done
+settings PROJECT ZONE TPU_NAME
+if [ -z "$DRY_RUN" ] && state=$(request_state) && [ -z "$state" ]; then
+  say "$TPU_NAME: not there"
+  exit 0
+fi
+remove

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sends the committed code to all workers of the slice and installs it there.
+#
+#   tpu_setup/install.sh [--env FILE] [--dry-run]
+#
+# Done again it sends the code anew, and installs only where the dependencies changed.
+# shellcheck source=tpu_setup/common.sh
+. "$(dirname "$0")/common.sh"
+
+while [ $# -gt 0 ]; do
+  common_option "$@" || refuse "unknown option '$1'; see $0 --help"
+  shift "$TAKEN"
+done
+settings PROJECT ZONE TPU_NAME
+install_workers
