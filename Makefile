@@ -103,12 +103,14 @@ bench: $(STAMP) $(PEERS) ## tables of speed and memory, beside peers; BENCH="lor
 	  JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m benchmarks.$$name $(ARGS); \
 	done
 
-lint: $(STAMP) ## ruff, pyright and mdformat, changing nothing
+lint: $(STAMP) ## ruff, pyright, mdformat and shellcheck, changing nothing
 	@echo "==> ruff check and format --check"
 	@$(BIN)/ruff check --quiet $(SOURCES)
 	@$(BIN)/ruff format --check --quiet $(SOURCES)
 	@echo "==> mdformat --check"
 	@$(BIN)/mdformat --check $(PAGES)
+	@echo "==> shellcheck"
+	@$(BIN)/shellcheck --external-sources tpu_setup/*.sh
 	@echo "==> pyright"
 	@$(BIN)/basedpyright --level error
 
