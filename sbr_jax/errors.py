@@ -1,21 +1,36 @@
-"""Messages that all rooms share: unknown names, and names given twice."""
+"""Messages that all rooms share: unknown names, names given twice, counts."""
 
 import difflib
 from collections.abc import Iterable
 
 from sbr_jax.typing import UserError
 
+LISTED = {"method": "sbr-jax run --list shows them"}
+"""Where the names of a kind stand that are too many for a line."""
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things, one or many.
+
+    >>> counted(1, "row"), counted(0, "row"), counted(2, "answer held", "answers held")
+    ('1 row', '0 rows', '2 answers held')
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for an unknown name: the nearest ones, then all of them.
+    """The error for an unknown name: the nearest ones, then all, or where they stand.
 
     >>> print(unknown("preset", "demmo", ["demo", "testbed"]))
     unknown preset 'demmo'; nearest: demo (known: demo, testbed)
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(near)}" if near else ""
-    return UserError(f"unknown {kind} '{name}'{hint} (known: {', '.join(known)})")
+    listed = f"known: {', '.join(known)}"
+    if kind in LISTED:
+        listed = f"{len(known)} are known: {LISTED[kind]}"
+    return UserError(f"unknown {kind} '{name}'{hint} ({listed})")
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -20,6 +20,34 @@ LIVE = 5.0
 """Seconds between two lines on a terminal."""
 
 
+_DAY = 86400.0
+UNITS = {
+    **{"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0},
+    **{"days": _DAY, "years": 365.25 * _DAY},
+}
+
+
+def duration(seconds: float, digits: int = 2) -> str:
+    """A time to be read, in the unit of which there are one and a half at least.
+
+    Args:
+        seconds: how long.
+        digits: that are shown.
+
+    >>> duration(0.0047), duration(42.0), duration(600.0), duration(9000.0)
+    ('4.7 ms', '42 s', '10 min', '2.5 h')
+    >>> duration(4e5), duration(1e12), duration(3700.0, digits=3)
+    ('4.6 days', '31688 years', '61.7 min')
+    """
+    # From one and a half on: "80 min" says more than "1.3 h".
+    least = {name: size * (1.5 if size > 1 else 1) for name, size in UNITS.items()}
+    large = [name for name, size in least.items() if seconds >= size]
+    unit = large[-1] if large else "s" if seconds == 0 else "ms"
+    value = seconds / UNITS[unit]
+    shown = f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
+    return f"{shown} {unit}"
+
+
 class Task:
     """Work that is going on.
 
@@ -51,13 +79,14 @@ class Task:
         """What, how far, how long, and how long still."""
         seconds = time.monotonic() - self._began
         if self.total is None:
-            return f"{self.what}, {seconds:.0f} s"
+            return f"{self.what}, {duration(round(seconds))}"
         left = ""
         if 0 < self._done < self.total and seconds >= 1:
-            left = f", about {seconds * (self.total / self._done - 1):.0f} s left"
+            left = seconds * (self.total / self._done - 1)
+            left = f", about {duration(round(left))} left"
         note = f", {self._note}" if self._note else ""
         counted = f"{self.what} {self._done} of {self.total}"
-        return f"{counted}{note}, {seconds:.0f} s{left}"
+        return f"{counted}{note}, {duration(round(seconds))}{left}"
 
 
 HEARD: list[Callable[[], None]] = []

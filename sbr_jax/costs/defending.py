@@ -6,6 +6,7 @@ from sbr_jax.costs import estimates, forecast
 from sbr_jax.costs.devices import this_machine
 from sbr_jax.methods import build
 from sbr_jax.methods.base import Cost
+from sbr_jax.progress import duration
 
 PLAIN = "plain"
 
@@ -33,23 +34,12 @@ def lines(job: Any, study: Any) -> list[str]:
     for name in dict.fromkeys((PLAIN, variant)):
         parts = estimates.variant_seconds(job, study, load, device, name)
         times[name] = {**parts, "start model": sum(start.values())}
-    shown = {name: _minutes(sum(parts.values())) for name, parts in times.items()}
+    shown = {name: duration(sum(parts.values())) for name, parts in times.items()}
     found.append(
         f"about {shown[variant]} in all"
         + (f", {shown[PLAIN]} of it without a defence" if variant != PLAIN else "")
         + f" ({device.flops / 1e9:.0f} GFLOP/s here; compiling not counted)"
     )
     own = times[variant]
-    found += [f"  {part} {_minutes(seconds)}" for part, seconds in own.items()]
+    found += [f"  {part} {duration(seconds)}" for part, seconds in own.items()]
     return found
-
-
-def _minutes(seconds: float) -> str:
-    """A time to be read.
-
-    >>> _minutes(42.0), _minutes(600.0), _minutes(9000.0)
-    ('42 s', '10 min', '2.5 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

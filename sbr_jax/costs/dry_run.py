@@ -13,6 +13,8 @@ from sbr_jax.costs import estimates, forecast
 from sbr_jax.costs.devices import DeviceOptions, make_device
 from sbr_jax.costs.forecast import GIB, Device, Load
 from sbr_jax.costs.rehearsal import rehearse
+from sbr_jax.errors import counted
+from sbr_jax.progress import duration
 from sbr_jax.reporting.tables import Table
 from sbr_jax.typing import UserError
 
@@ -81,7 +83,7 @@ def memory_table(phases: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def time_table(job: Any, study: Any, load: Load, device: Device) -> Table:
-    """Hours of each variant with one seed, and of all variants and seeds.
+    """Times of each variant with one seed, and of all variants and seeds.
 
     The start model, which is measured once for all of them, has a line of its own.
     """
@@ -94,17 +96,13 @@ def time_table(job: Any, study: Any, load: Load, device: Device) -> Table:
     lines = []
     for name, seconds in {START: start, **found}.items():
         if seconds:
-            cells = (_hours(seconds[p]) if p in seconds else "–" for p in parts)
-            lines.append((name, *cells, _hours(sum(seconds.values()))))
+            cells = (duration(seconds[p], 3) if p in seconds else "–" for p in parts)
+            lines.append((name, *cells, duration(sum(seconds.values()), 3)))
     seeds, once = len(job.seeds), sum(start.values())
     total = sum(sum(seconds.values()) for seconds in found.values())
-    whole = _hours(total * seeds + once)
-    lines.append((f"all, {seeds} seeds", *("" for _ in parts), whole))
-    return Table(("hours", *parts, "one seed"), tuple(lines))
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.3g}"
+    whole = duration(total * seeds + once, 3)
+    lines.append((f"all, {counted(seeds, 'seed')}", *("" for _ in parts), whole))
+    return Table(("time", *parts, "one seed"), tuple(lines))
 
 
 def to_text(table: Table) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sbr_jax.programs.job import Job
+from sbr_jax.progress import duration
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import Cell, Table, comparison, row_cells, to_markdown
 
@@ -108,13 +109,12 @@ def remaining(
 def clock(seconds: float | None) -> str:
     """A duration in words.
 
-    >>> clock(59.0), clock(3700.0), clock(None)
-    ('about 1 min', 'about 1 h 2 min', 'time not known yet')
+    >>> clock(59.0), clock(9000.0), clock(None)
+    ('about 59 s', 'about 2.5 h', 'time not known yet')
     """
     if seconds is None:
         return "time not known yet"
-    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
-    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
+    return f"about {duration(round(seconds))}"
 
 
 def note_memory(job: Job, study: Any, variant: str) -> None:
