@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -235,6 +236,26 @@ def is_free(folder: pathlib.Path) -> bool:
     if not folder.exists():
         return True
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= {PARTIAL}
+
+
+def require_place(folder: pathlib.Path, what: str) -> None:
+    """Refuses a folder that could not be made, by making one where it would lie.
+
+    Args:
+        folder: that is to be made later.
+        what: it is, as the error begins.
+
+    Raises:
+        UserError: naming the place, and what the system says.
+    """
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        pathlib.Path(tempfile.mkdtemp(prefix=".", dir=place)).rmdir()
+    except OSError as error:
+        raise UserError(
+            f"{what}: expected a place that can be written to, got "
+            f"'{error.strerror or error}' in {place}: choose another"
+        ) from error
 
 
 def fill_folder(

@@ -58,7 +58,7 @@ class Training:
     16
     """
 
-    steps_per_domain: Count = 200
+    steps_per_domain: Annotated[int, Range(least=1, most=2**31 - 1)] = 200
     batch_size: Count = 16
     learning_rate: Positive = 2e-4
     warmup_fraction: Fraction = 0.03

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from sbr_jax import checks, distributed, errors, files
 from sbr_jax.distributed import arrays
+from sbr_jax.errors import counted
 from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
 from sbr_jax.methods.needs import needs
 from sbr_jax.models import Model, merge_adapter, save
@@ -43,6 +44,8 @@ from sbr_jax.training.stages import EVALUATE, NAMES
 from sbr_jax.typing import PyTree, UserError
 
 SHARD_BYTES = 5 * 10**9
+MOST_EPOCHS = 1000
+"""More are a slip of the keyboard; steps can be said in any number."""
 REPAIR_SHARE = 5
 """A repair is a fifth of a domain's steps at most: 200 of 938, as published."""
 
@@ -199,9 +202,11 @@ def plan(request: Request) -> Plan:
     Raises:
         UserError: for the first mistake, naming file and row.
     """
+    _check_kinds(request)
     errors.check_names("method", [request.method], [*METHODS, *VARIANTS])
     if request.epochs is not None:
-        checks.number("epochs", request.epochs, above=0)
+        note = "training.steps_per_domain takes any number of steps"
+        checks.number("epochs", request.epochs, above=0, most=MOST_EPOCHS, note=note)
     checks.whole("seed", request.seed, least=0)
     needed = needs(request.method, request.methods)
     method = build(request.method, request.methods)
@@ -219,6 +224,24 @@ def plan(request: Request) -> Plan:
     training = _sized(request, parts)
     config = Config(training, request.hardware, request.methods)
     return Plan(request, given, parts, model, options, config, needed)
+
+
+def _check_kinds(request: Request) -> None:
+    """Refuses what is of another kind than the request's, as Python lets through."""
+    wanted = {
+        "model": (str | Path | Model, "a folder, a hub id or a models.Model"),
+        "train": (Sequence, "a list of sources"),
+        "evaluation": (Sequence, "a list of sources"),
+        "folder": (Path, "a path"),
+        "study": (OwnOptions, "OwnOptions"),
+        "training": (Training, "Training"),
+        "hardware": (Hardware, "Hardware"),
+        "methods": (Hyperparameters, "Hyperparameters"),
+    }
+    for name, (kind, shown) in wanted.items():
+        value = getattr(request, name)
+        if not isinstance(value, kind):  # pyright: ignore[reportArgumentType]
+            raise UserError(f"expected {name} to be {shown}, got {checks.shown(value)}")
 
 
 def _with_dtype(options: OwnOptions) -> OwnOptions:
@@ -269,8 +292,8 @@ def batch_of(counts: Mapping[str, int], most: int) -> int:
         )
     if least < min(most, largest):
         warnings.warn(
-            f"--train {name}: its {least} examples are fewer than the {most} of a "
-            f"step, so the steps of all files are of {least}",
+            f"--train {name}: {counted(least, 'example is', 'examples are')} fewer "
+            f"than the {most} of a step, so the steps of all files are of {least}",
             stacklevel=2,
         )
     return min(most, least)
@@ -343,6 +366,8 @@ def measured_of(
 def _folder(folder: str | Path | None) -> Iterator[Path]:
     """The folder of a run; one that goes with the block where none is named."""
     if folder is not None:
+        if not isinstance(folder, str | Path):
+            raise UserError(f"expected folder to be a path, got {checks.shown(folder)}")
         yield Path(folder)
         return
     with tempfile.TemporaryDirectory() as made:

@@ -33,8 +33,19 @@ class Hub:
     """Cells that a row gets besides, by our name of the split."""
 
 
-def hub_rows(hub: Hub | None, name: str, split: str) -> list[Row]:
+FOLDER = "name a data folder with --data"
+
+
+def hub_rows(
+    hub: Hub | None, name: str, split: str, *, remedy: str = FOLDER
+) -> list[Row]:
     """The rows of one split of a set on the hub, at least one.
+
+    Args:
+      hub: where it is; None where the hub has no copy.
+      name: ours of the set.
+      split: of it.
+      remedy: what else can be done, which ends every error.
 
     Raises:
       UserError: if the set or split is not on the hub, ``datasets`` is missing, the hub
@@ -46,7 +57,7 @@ def hub_rows(hub: Hub | None, name: str, split: str) -> list[Row]:
     if hub is None or theirs is None:
         raise UserError(
             f"expected a folder with '{name}' (split {split}), got none, and the hub "
-            "has no copy of it: name the data folder with --data"
+            f"has no copy of it: {remedy}"
         )
     try:
         datasets = importlib.import_module("datasets")
@@ -54,7 +65,7 @@ def hub_rows(hub: Hub | None, name: str, split: str) -> list[Row]:
     except ImportError as error:
         raise UserError(
             f"expected the package 'datasets' to fetch '{name}', found none: install "
-            "sbr_jax[eval], or name a data folder with --data"
+            f"sbr_jax[eval], or {remedy}"
         ) from error
     try:
         data = datasets.load_dataset(
@@ -63,15 +74,14 @@ def hub_rows(hub: Hub | None, name: str, split: str) -> list[Row]:
     except (OSError, ValueError, failures) as error:
         raise UserError(
             f"expected to fetch {hub.path} from the hub, got {type(error).__name__}: "
-            "check the network and whether its terms must be accepted, or name a data "
-            "folder with --data"
+            f"check the network and whether its terms must be accepted, or {remedy}"
         ) from error
     where, cells = f"{hub.path} ({theirs})", hub.cells.get(split, {})
-    rows = (_adapted(hub, where, i, {**row, **cells}) for i, row in enumerate(data, 1))
-    return filled(where, rows)
+    numbered = ((i, {**row, **cells}) for i, row in enumerate(data, 1))
+    return filled(where, (_adapted(hub, where, i, row, remedy) for i, row in numbered))
 
 
-def _adapted(hub: Hub, where: str, number: int, values: Cells) -> Row:
+def _adapted(hub: Hub, where: str, number: int, values: Cells, remedy: str) -> Row:
     row = Row.read(where, number, values)
     if hub.adapt is None:
         return row
@@ -80,8 +90,7 @@ def _adapted(hub: Hub, where: str, number: int, values: Cells) -> Row:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}, row {number}: expected the columns of its card, got "
-            f"{', '.join(map(repr, row.values))} with other contents: name a data "
-            "folder with --data"
+            f"{', '.join(map(repr, row.values))} with other contents: {remedy}"
         ) from error
 
 

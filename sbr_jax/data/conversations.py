@@ -22,6 +22,7 @@ from sbr_jax.data._rows import Row, describe
 from sbr_jax.data.readers import READERS, any_rows, rows_of, whole_text
 from sbr_jax.data.records import Messages, Record, message
 from sbr_jax.data.registry import EVALSETS, SOURCES, load_evalset, load_source
+from sbr_jax.errors import counted
 from sbr_jax.typing import UserError
 
 ROLES = {
@@ -88,7 +89,7 @@ def read_conversations(source: str | Path | Iterable[Any], option: str) -> Read:
         UserError: naming file and row.
     """
     if not isinstance(source, str | Path):
-        return _given(list(source), option)
+        return _given(rows_in(source, option), option)
     path = Path(source)
     if path.is_dir() and path.name in SOURCES:
         pairs = load_source(path.name, path.parent)
@@ -136,7 +137,14 @@ def read_prompts(source: str | Path | Iterable[str], option: str) -> list[str]:
         UserError: naming the file; it never quotes a prompt.
     """
     if not isinstance(source, str | Path):
-        found = [text for text in source if isinstance(text, str)]
+        found = []
+        for number, text in enumerate(rows_in(source, option), 1):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{option}, row {number}: expected a prompt as text, got "
+                    f"{describe(text)}"
+                )
+            found.append(text)
     elif (path := Path(source)).suffix == ".txt" and path.is_file():
         found = whole_text(path).split("\n")
     elif path.is_dir() and path.name in EVALSETS:
@@ -145,7 +153,7 @@ def read_prompts(source: str | Path | Iterable[str], option: str) -> list[str]:
     elif path.is_dir() and path.name in SOURCES:
         found = [pair.prompt for pair in load_source(path.name, path.parent)]
     else:
-        rows = _rows(source, option)
+        rows = _rows(source, option, also=(".txt",))
         column = _column(rows[0], PROMPTS)
         if column is None:
             raise UserError(
@@ -160,22 +168,41 @@ def read_prompts(source: str | Path | Iterable[str], option: str) -> list[str]:
     return leaks.distinct(texts)[0]
 
 
+def rows_in(source: Any, option: str) -> list[Any]:
+    """Rows that were handed over themselves.
+
+    Raises:
+        UserError: for what is no place and holds no rows.
+    """
+    if not isinstance(source, Iterable) or isinstance(source, Mapping | bytes):
+        raise UserError(
+            f"{option}: expected a file, a folder, a hub id, or a list of rows, got "
+            f"{describe(source)}"
+        )
+    return list(source)
+
+
 # --- where rows are -------------------------------------------------------------------
 
 
-def _rows(source: str | Path, option: str) -> list[Row]:
+def _rows(source: str | Path, option: str, also: Sequence[str] = ()) -> list[Row]:
+    """Rows of a file, of a folder's, or of the hub; `also` are further endings."""
     path = Path(source)
+    endings = ", ".join([*also, *READERS])
     if path.is_file():
+        if also and not set(path.suffixes) & READERS.keys():
+            raise UserError(f"{option}: expected a file ({endings}), got {path.name}")
         return any_rows(path)
     if path.is_dir():
         return any_rows(_file_of(path, option))
     hub = _HUB_ID.fullmatch(str(source))
     if hub is None or path.suffix in READERS:
         raise UserError(
-            f"{option}: expected a file ({', '.join(READERS)}), a folder with one, or "
-            f"a hub id like owner/name, found no '{source}'"
+            f"{option}: expected a file ({endings}), a folder with one, or a hub id "
+            f"like owner/name, found no '{source}'"
         )
-    return hub_rows(Hub(hub[1]), hub[1], hub[2] or "train")
+    remedy = f"name a file with {option}"
+    return hub_rows(Hub(hub[1]), hub[1], hub[2] or "train", remedy=remedy)
 
 
 def _file_of(folder: Path, option: str) -> Path:
@@ -240,15 +267,18 @@ def _layout_of(row: Row) -> tuple[str, tuple[str, ...], Reader]:
 
 def _column(row: Row, names: Sequence[str]) -> str | None:
     """The row's column of the first of these names, in whatever case."""
-    own = {name.lower(): name for name in row.values}
+    own = {str(name).lower(): name for name in row.values}
     return next((own[name] for name in names if name in own), None)
 
 
 def _columns(row: Row) -> str:
     """The names of a row's columns; long ones may be texts, and are counted."""
-    names = [name for name in row.values if re.fullmatch(r"\w{1,30}", str(name))]
+    names = [name for name in map(str, row.values) if re.fullmatch(r"\w{1,30}", name)]
     more = len(row.values) - len(names)
-    return ", ".join([*names, *([f"{more} longer names"] if more else [])]) or "nothing"
+    return (
+        ", ".join([*names, *([counted(more, "longer name")] if more else [])])
+        or "nothing"
+    )
 
 
 def _exchange(row: Row, where: str, column: str, answer: str) -> tuple[Record, ...]:

@@ -12,6 +12,7 @@ import gzip
 import importlib
 import io
 import lzma
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -256,8 +257,26 @@ def parquet_rows(path: Path) -> list[Row]:
     return rows_of(path, values)
 
 
+DELIMITERS = {";": "semicolons", "\t": "tabs"}
+"""Between the cells of files named .csv, where commas are not."""
+
+
+def csv_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file of a user's, whose first line tells what parts cells."""
+    header = next((line for line in _lines(whole_text(path)) if line.strip()), "")
+    found = max(DELIMITERS, key=header.count)
+    if "," in header or found not in header:
+        return table_rows(path)
+    warnings.warn(
+        f"{path}: its first line has no comma, so its cells are taken to be parted by "
+        f"{DELIMITERS[found]}",
+        stacklevel=2,
+    )
+    return table_rows(path, delimiter=found)
+
+
 READERS = {
-    ".csv": table_rows,
+    ".csv": csv_rows,
     ".tsv": lambda path: table_rows(path, delimiter="\t"),
     ".json": json_rows,
     ".jsonl": jsonl_rows,

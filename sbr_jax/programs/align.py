@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from sbr_jax.errors import counted
 from sbr_jax.programs import cli, hosts, tune
 from sbr_jax.recipes.own import ALIGNING
 from sbr_jax.settings import Training
@@ -68,7 +69,8 @@ def _align(arguments: Arguments, args: Sequence[str]) -> None:
     # It is what is about to be mended.
     warnings.filterwarnings("ignore", "the start model refuses")
     output = Path(arguments.output or "")
-    taught = f"{mixed.safe} of {len(mixed.rows)} rows refuse (`sbr-jax align`)"
+    rows = counted(len(mixed.rows), "row")
+    taught = f"{mixed.safe} of {rows} refuse (`sbr-jax align`)"
     tuned = tune.execute(request, output, merged=True, taught=taught)
     before, after = (tuned.metrics[w]["over_refusal"] for w in ("before", "after"))
     if after > before + RISE:

@@ -37,7 +37,7 @@ class Shared:
     """What `tune` and `align` take alike."""
 
     model: str | None = None
-    """Checkpoint folder of a chat model, or a hub id."""
+    """Checkpoint folder of a chat model, a hub id, or a .gguf file."""
     output: Path | None = None
     """New folder for the weights and the report; work is kept beside it, in
     OUTPUT.work."""
@@ -109,13 +109,14 @@ def check(arguments: Shared, words: Sequence[str], program: str) -> None:
                 f"{program} --help"
             )
     output = Path(arguments.output or "")
+    for folder in (output, work_of(output)):
+        cli.check_folder(folder, "--output")
     if not files.is_free(output):
         raise UserError(
             f"--output {output}: expected a new or empty folder, found something "
             "there: name another, or remove it"
         )
-    for folder in (output, work_of(output)):
-        cli.check_folder(folder, "--output")
+    files.require_place(work_of(output), f"--output {output}")
     cli.check_seeds([arguments.seed])
     if values_of(STEPS, words) and arguments.epochs is not None:
         raise UserError(f"expected --epochs or {STEPS}, got both: drop one")

@@ -22,7 +22,11 @@ from sbr_jax.typing import UserError
 
 
 def build(
-    folders: Sequence[Path], output: Path | None = None, figures: Path | None = None
+    folders: Sequence[Path],
+    output: Path | None = None,
+    figures: Path | None = None,
+    *,
+    title: str | None = None,
 ) -> tuple[list[Run], Path]:
     """Writes the page, its Markdown twin and, if asked, the figures.
 
@@ -30,6 +34,7 @@ def build(
         folders: working directories.
         output: the page; default `report.html` in the first folder.
         figures: folder for PNG files.
+        title: of a single run's page; default: its folder's name.
 
     Returns:
         The runs read, and where the page was written.
@@ -47,16 +52,16 @@ def build(
     # Only whoever has a page of ours has a text of ours beside it.
     new = [output, text_output] if not output.exists() else [output]
     files.refuse_foreign([*new, *pictures])
-    body = [html.heading("Safety under sequential fine-tuning", 1)]
+    body = [html.heading(title or "Safety under sequential fine-tuning", 1)]
     for index, (run, drawn) in enumerate(zip(runs, found, strict=True)):
         if len(runs) > 1:
             body += ["<hr>" if index else "", html.heading(run.name, 1)]
         body += _section(run, drawn, f"r{index}-")
-    title = f"{' · '.join(run.name for run in runs)}: safety report"
+    names = title or " · ".join(run.name for run in runs)
     for path, drawing in pictures.items():
         drawing.save(path)
-    files.write_text(output, html.page(title, body))
-    text = "\n".join(map(_markdown, runs))
+    files.write_text(output, html.page(f"{names}: safety report", body))
+    text = "\n".join(_markdown(run, title or run.folder.name) for run in runs)
     files.write_text(text_output, f"{text}\n<!-- {files.MARK} -->\n")
     return runs, output
 
@@ -103,9 +108,9 @@ def _pictures(
     }
 
 
-def _markdown(run: Run) -> str:
+def _markdown(run: Run, title: str) -> str:
     """The tables of a run as Markdown."""
-    parts = [f"# {run.folder.name}", ""]
+    parts = [f"# {title}", ""]
     parts += [f"> **Warning.** {message}\n" for message in warnings(run)]
     for title, table in tables_of(run).items():
         parts += [f"## {title}", "", to_markdown(table), ""]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from sbr_jax import files
 from sbr_jax.data.layout import used_lengths
+from sbr_jax.errors import counted
 from sbr_jax.reporting import report
 from sbr_jax.reporting.tables import Cell, Table, to_markdown
 from sbr_jax.studies.own.parts import steps_of
@@ -50,17 +51,21 @@ def plan_lines(plan: Any) -> list[str]:
         else:
             steps = steps_of(data, epochs, batch)
         found += [
-            f"train    {name}: {len(read.rows)} rows ({read.layout}), {len(data)} "
-            f"answers to learn, {sizes.mean():.0f} tokens on average, {sizes.max()} at "
+            f"train    {name}: {counted(len(read.rows), 'row')} ({read.layout}), "
+            f"{counted(len(data), 'answer')} to learn, "
+            f"{counted(round(sizes.mean()), 'token')} on average, {sizes.max()} at "
             f"most; {data.truncated} cut, {data.dropped} too long",
-            f"         about {steps} steps of {batch} examples: {epochs:.3g} epochs",
+            f"         about {counted(steps, 'step')} of {counted(batch, 'example')}: "
+            f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}",
         ]
     for name, data in parts.sets.items():
         if name.startswith("test "):
             kind = "given" if given.evaluation else "held back"
             own = parts.record.get("held back", {}).get(name[5:], 1)
             kind = kind if own else "the same that are learnt: too few to hold any back"
-            found.append(f"measured {len(data)} answers of {name[5:]}, {kind}")
+            found.append(
+                f"measured {counted(len(data), 'answer')} of {name[5:]}, {kind}"
+            )
     counts = parts.record.get("harmful", {})
     shown = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     if not parts.measured:
@@ -69,7 +74,7 @@ def plan_lines(plan: Any) -> list[str]:
     found.append(f"harmful  {shown}")
     safe = parts.sets.get("calibration")
     if plan.request.safety is not None and safe is not None:
-        found.append(f"safe     {len(safe)} exchanges are used (--safety)")
+        found.append(f"safe     {counted(len(safe), 'exchange')} used (--safety)")
     monitored = "monitored" if parts.probe else "no monitor"
     found.append(f"method   {plan.request.method}, {monitored}")
     found.append(f"work     {plan.request.folder}; the same command continues there")
@@ -82,8 +87,8 @@ def study_lines(study: Any) -> list[str]:
     if not written:
         return []
     return [
-        f"safe     the start model refused {written['refused']} of {written['asked']} "
-        "harmful prompts; these refusals are what is kept"
+        f"safe     the start model refused {written['refused']} of "
+        f"{counted(written['asked'], 'harmful prompt')}; its refusals are what is kept"
     ]
 
 
@@ -179,7 +184,15 @@ def _write(
     (folder / CARD).write_text(
         card(plan, study, tuned, merged=merged, taught=taught), "utf-8"
     )
-    report.build([plan.request.folder], output=folder / "report.html")
+    learnt = ", ".join(plan.given.train)
+    title = f"{Path(name).name}, {_done(plan, taught)} on {learnt}"
+    page = folder / "report.html"
+    report.build([plan.request.folder], output=page, title=title)
+
+
+def _done(plan: Any, taught: str | None) -> str:
+    """What was done to the model, in two or three words."""
+    return f"tuned with {plan.request.method}" if taught is None else "aligned"
 
 
 def card(
@@ -194,11 +207,11 @@ def card(
     tags = ["tags:", "- lora", "- safety", "- sbr_jax"]
     counts = plan.parts.record["examples"]
     learnt = ", ".join(
-        f"{n} ({counts[f'train {n}']} answers)" for n in plan.given.train
+        f"{n} ({counted(counts[f'train {n}'], 'answer')})" for n in plan.given.train
     )
     judge = study.notes["measurements"]["refusal"]["judge"]
     written = study.notes["data"].get("refusals")
-    title = f"tuned with {request.method}" if taught is None else "aligned"
+    title = _done(plan, taught)
     trained = (
         f"with `sbr-jax tune` on {learnt}" if taught is None else f"to refuse: {taught}"
     )
@@ -220,21 +233,23 @@ def card(
         "",
         f"Refusals by the judge `{judge.get('judge')}`"
         f"{', list ' + judge['keywords'] if 'keywords' in judge else ''}, in greedy "
-        f"answers of at most {plan.study.max_new_tokens} tokens; "
-        f"{len(plan.parts.measured)} harmful prompts, {len(plan.parts.harmless)} "
-        "harmless ones, none of which was learnt. Such a judge is a list of words, "
+        f"answers of at most {counted(plan.study.max_new_tokens, 'token')}; "
+        f"{counted(len(plan.parts.measured), 'harmful prompt')}, "
+        f"{counted(len(plan.parts.harmless), 'harmless one')}, none of which was "
+        "learnt. Such a judge is a list of words, "
         "and says nothing of attacks, other languages or long conversations.",
         "",
         "## Training",
         "",
         f"- method: `{request.method}`"
         + (
-            f", calibrated on {written['refused']} refusals of the start model itself"
+            f", calibrated on {counted(written['refused'], 'refusal')} of the start "
+            "model itself"
             if written
             else ""
         ),
-        f"- {training.steps_per_domain} steps a domain at most, "
-        f"{training.batch_size} examples each, learning rate "
+        f"- {counted(training.steps_per_domain, 'step')} a domain at most, "
+        f"{counted(training.batch_size, 'example')} each, learning rate "
         f"{training.learning_rate:g}, seed {request.seed}",
         f"- LoRA rank {training.lora_rank}, alpha {training.lora_alpha:g}, "
         f"`{training.lora_targets}`",
@@ -251,6 +266,9 @@ def card(
 
 def _usage(name: str, merged: bool) -> Sequence[str]:
     load = "AutoModelForCausalLM.from_pretrained"
+    base = f'"{name}"'
+    if name.endswith(".gguf"):
+        base = f'"{Path(name).parent}", gguf_file="{Path(name).name}"'
     loads = "from transformers import AutoModelForCausalLM"
     if merged:
         return [loads, "", f'model = {load}("FOLDER")']
@@ -258,6 +276,6 @@ def _usage(name: str, merged: bool) -> Sequence[str]:
         "from peft import PeftModel",
         loads,
         "",
-        f'model = {load}("{name}")',
+        f"model = {load}({base})",
         'model = PeftModel.from_pretrained(model, "FOLDER")',
     ]

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Protocol
 
-from sbr_jax import checks
+from sbr_jax import checks, errors
 from sbr_jax.checks import Range
 from sbr_jax.settings import Count, Hardware
 from sbr_jax.typing import UserError
@@ -185,6 +185,9 @@ DOMAINS = ("medical", "legal", "code")
 COMPARED = ("safe-lora", "asft", "lox")
 """Methods that take the difference of two checkpoints."""
 
+JUDGES = ("keyword", "llama-guard", "llama-guard-3", "wildguard", "harmbench")
+"""Judges of answers; "keyword:LIST" is one as well."""
+
 RATERS = ("llama-guard", "llama-guard-3", "harmbench")
 """Judges whose next token is a label, so that they can rate a training pair."""
 
@@ -224,7 +227,10 @@ class ModelOptions:
     def __post_init__(self):
         """Refuses values that cannot be meant."""
         checks.fields(self, "study")
-        guarded = not self.judge.startswith("keyword")
+        kind = self.judge.partition(":")[0]
+        if self.judge not in JUDGES and kind != "keyword":
+            raise errors.unknown("study.judge", self.judge, [*JUDGES, "keyword:LIST"])
+        guarded = kind != "keyword"
         if guarded != (self.judge_folder is not None):
             raise UserError(
                 f"study.judge {self.judge}: expected a folder with the judge's "

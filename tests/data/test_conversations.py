@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import sys
+import types
+import warnings
 
 import pytest
 from own_case import as_lines, messages
@@ -59,6 +62,16 @@ LAYOUTS = {
     ),
     "csv": ("a.csv", table(("question", "answer"), ROWS), "question, answer"),
     "csv, other case": ("a.csv", table(("Question", "Answer"), ROWS), "Question, Answ"),
+    "csv of tabs": (
+        "a.csv",
+        table(("question", "answer"), ROWS, delimiter="\t"),
+        "question, answer",
+    ),
+    "csv of semicolons": (
+        "a.csv",
+        table(("question", "answer"), ROWS, delimiter=";"),
+        "question, answer",
+    ),
     "tsv": (
         "a.tsv",
         table(("question", "answer"), ROWS, delimiter="\t"),
@@ -75,7 +88,11 @@ def test_every_layout_holds_the_same(layout, ends, tmp_path):
         text = text.replace("\r\n", "\n").replace("\n", "\r\n")
     coded = text.encode("utf-8-sig" if ends == "bom" else "utf-8")
     (tmp_path / name).write_bytes(coded)
-    read = read_conversations(tmp_path / name, "--train")
+    with warnings.catch_warnings(record=True) as told_of:
+        warnings.simplefilter("always")
+        read = read_conversations(tmp_path / name, "--train")
+    parted = [layout.removeprefix("csv of ")] if "csv of" in layout else []
+    assert [str(w.message).rpartition(" ")[2] for w in told_of] == parted
     found = [(c.records[0].prompt, c.records[0].response) for c in read.rows]
     assert found == ROWS
     assert read.layout.startswith(told)
@@ -92,6 +109,86 @@ def test_a_folder_or_rows_in_memory_read_alike(tmp_path):
     expected = [c.records for c in read_conversations(tmp_path, "--train").rows]
     for given in (rows, ROWS):
         assert [c.records for c in read_conversations(given, "x").rows] == expected
+
+
+class Rows(list):
+    """Stands for a table of pyarrow, or a data set of the hub."""
+
+    def to_pylist(self):
+        return list(self)
+
+
+class Damaged(Exception):
+    """Stands for pyarrow's errors, and those of datasets."""
+
+
+def pretend(monkeypatch, name, inner, **functions):
+    """Puts a module in the place of an extra that is not installed."""
+    module = types.ModuleType(name)
+    below = types.ModuleType(f"{name}.{inner}")
+    module.ArrowException = below.DatasetsError = Damaged
+    for function, does in functions.items():
+        setattr(module, function, does)
+        setattr(below, function, does)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, f"{name}.{inner}", below)
+
+
+def test_a_parquet_file_is_read_as_its_rows(tmp_path, monkeypatch):
+    path = tmp_path / "part.parquet"
+    path.write_bytes(b"PAR1")
+    given = {path: Rows(messages(*row) for row in ROWS)}
+    pretend(monkeypatch, "pyarrow", "parquet", read_table=lambda p: given[p])
+    found = read_conversations(path, "--train")
+    assert [(c.records[0].prompt, c.records[0].response) for c in found.rows] == ROWS
+    assert found.rows[0].where.endswith("part.parquet, row 1")
+
+    def damaged(path):
+        raise Damaged
+
+    pretend(monkeypatch, "pyarrow", "parquet", read_table=damaged)
+    with pytest.raises(
+        UserError, match=r"a Parquet file in .*part\.parquet, got a dam"
+    ):
+        read_conversations(path, "--train")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("me/my-rows", "train"), ("me/my-rows:test", "test")]
+)
+def test_a_hub_id_is_fetched_through_datasets(name, split, monkeypatch):
+    asked = []
+
+    def load(path, config, *, data_dir, split):
+        asked.append((path, config, data_dir, split))
+        return Rows({"question": q, "answer": a} for q, a in ROWS)
+
+    pretend(monkeypatch, "datasets", "exceptions", load_dataset=load)
+    found = read_conversations(name, "--train")
+    assert asked == [("me/my-rows", None, None, split)]
+    assert (found.name, found.layout) == (name.partition("/")[2], "question, answer")
+    assert [(c.records[0].prompt, c.records[0].response) for c in found.rows] == ROWS
+    assert found.rows[0].where == f"me/my-rows ({split}), row 1"
+    assert read_prompts(name, "--harmful") == [q for q, _ in ROWS]
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, Damaged])
+@pytest.mark.parametrize("option", ["--train", "--harmful"])
+def test_what_the_hub_refuses_names_the_option_that_asked(error, option, monkeypatch):
+    def load(*args, **options):
+        raise error("no such thing")
+
+    pretend(monkeypatch, "datasets", "exceptions", load_dataset=load)
+    read = read_prompts if option == "--harmful" else read_conversations
+    expected = f"me/rows from the hub, got {error.__name__}.*name a file with {option}$"
+    with pytest.raises(UserError, match=expected):
+        read("me/rows", option)
+
+
+def test_without_datasets_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"sbr_jax\[eval\], or name a file with"):
+        read_conversations("me/rows", "--train")
 
 
 def test_every_answer_is_learnt_behind_what_was_said_before():
@@ -175,3 +272,20 @@ def test_a_place_without_a_file_is_refused(tmp_path):
         read_conversations(tmp_path, "--train")
     with pytest.raises(UserError, match=r"found no 'none\.jsonl'"):
         read_conversations("none.jsonl", "--train")
+    (tmp_path / "a.doc").write_text("do this")
+    for place in ("none.txt", tmp_path / "a.doc"):
+        with pytest.raises(UserError, match=r"--harmful: expected a file \(\.txt, \.c"):
+            read_prompts(place, "--harmful")
+
+
+@pytest.mark.parametrize("source", [5, None, 2.5, b"text", {"prompt": "a"}, object()])
+@pytest.mark.parametrize("read", [read_conversations, read_prompts])
+def test_what_holds_no_rows_is_refused(read, source):
+    with pytest.raises(UserError, match="x: expected a file, a folder, a hub id, or a"):
+        read(source, "x")
+
+
+@pytest.mark.parametrize("row", [5, None, ["a"], {"prompt": "a"}])
+def test_a_prompt_that_is_no_text_is_refused(row):
+    with pytest.raises(UserError, match="x, row 2: expected a prompt as text, got"):
+        read_prompts(["do this", row], "x")

@@ -159,7 +159,36 @@ def occupied(folder):
 BAD_WORDS = {
     "no training file": ((), r"expected --train, got none"),
     "an unknown method": (("--method", "plane"), r"unknown method 'plane'; nearest"),
-    "no epochs": (("--epochs", "0"), r"epochs.*above 0"),
+    "an unknown method, briefly": (
+        ("--method", "safegrat"),
+        r"^unknown method 'safegrat'; nearest: safegrad[^()]* \(\d+ are known: "
+        r"sbr-jax run --list shows them\)$",
+    ),
+    "an unknown judge": (
+        ("--study.judge", "lama-guard"),
+        r"unknown study.judge 'lama-guard'; nearest: llama-guard.*known: keyword, ",
+    ),
+    "no epochs": (("--epochs", "0"), r"epochs.*in \(0, 1000\]"),
+    "a plan of years": (
+        ("--epochs", "1e9"),
+        r"epochs.*in \(0, 1000\], got 1000000000\.0; .*steps_per_domain takes any",
+    ),
+    "more steps than can be counted": (
+        ("--training.steps-per-domain", str(10**12)),
+        r"training.steps_per_domain.*in \[1, 2147483647\], got 1000000000000",
+    ),
+    "no such harmful prompts": (
+        ("--harmful", "prompts.text"),
+        r"--harmful: expected a file \(\.txt, \.csv.*found no 'prompts\.text'",
+    ),
+    "an output below a file": (
+        ("--output", "my.jsonl/out"),
+        r"--output my\.jsonl/out: expected a folder, found the file my\.jsonl",
+    ),
+    "an output that cannot be made": (
+        ("--output", "/proc/sbr_jax/out"),
+        r"--output /proc/sbr_jax/out: expected a place that can be written to",
+    ),
     "epochs and steps": (
         ("--epochs", "1", "--training.steps-per-domain", "4"),
         r"expected --epochs or --training.steps-per-domain, got both",
@@ -189,7 +218,7 @@ def test_a_bad_command_line_is_one_line(kind, chat, tmp_path, capsys, monkeypatc
         occupied(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     given = {"--model": chat, "--output": tmp_path / "out"}
-    options = [x for pair in given.items() for x in pair]
+    options = [x for pair in given.items() if pair[0] not in more for x in pair]
     assert_matches(expected, refused(tune.main, [*options, *train, *more], capsys))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -216,7 +245,7 @@ def test_a_small_file_does_not_make_the_steps_of_others_small(kind):
 
 
 def test_small_files_of_several_sizes_are_told():
-    with pytest.warns(UserWarning, match="--train b: its 2 examples .* are of 2"):
+    with pytest.warns(UserWarning, match="--train b: 2 examples are fewer .* are of 2"):
         assert tuning.batch_of({"a": 6, "b": 2, "c": 4}, 8) == 2
 
 
@@ -227,6 +256,50 @@ def test_a_file_of_fewer_rows_than_a_step_is_one_line(chat, tmp_path, capsys):
     files = [tmp_path / f"{name}.jsonl" for name in ("long", "tiny")]
     line = tried(tmp_path, chat, capsys, "--train", *files)
     assert_matches("--train tiny: expected at least 8 examples .*got 1", line)
+
+
+PYTHON = {
+    "a model that is none": ({"model": 5}, "expected model to be a folder, .*got 5"),
+    "no examples": ({"examples": None}, "--train: expected a file.* got nothing"),
+    "a number": ({"examples": 5}, "--train: expected a file, .*list of rows, got"),
+    "numbers": ({"examples": [5]}, "--train, row 1: expected a dict, a pair .*got"),
+    "triples": ({"examples": [("a", "b", "c")]}, "--train, row 1: expected a dict"),
+    "wrong columns": (
+        {"examples": [{"q": "a", "x": "b"}]},
+        "the columns mess",
+    ),
+    "columns of numbers": ({"examples": [{1: "a"}]}, "--train, row 1: expected"),
+    "a method of another kind": ({"method": 3}, "unknown method '3'"),
+    "a list of methods": ({"method": ["plain"]}, "unknown method"),
+    "words for epochs": ({"epochs": "3"}, "expected epochs to be a finite number"),
+    "a seed of another kind": ({"seed": "0"}, "expected seed to be a whole number"),
+    "harmful numbers": ({"harmful": [1, 2]}, "--harmful, row 1: expected a prompt"),
+    "a harmful number": ({"harmful": 3}, "--harmful: expected a file, a folder"),
+    "a safe number": ({"safety": 3}, "--safety: expected a file, a folder"),
+    "a test of numbers": ({"evaluation": [3]}, "--eval, row 1: expected a dict"),
+    "a folder of another kind": ({"folder": 5}, "expected folder to be a path, got 5"),
+    "a dict for a study": ({"study": {}}, "expected study to be OwnOptions, got"),
+    "no training": ({"training": None}, "expected training to be Training, got None"),
+    "hardware": ({"hardware": "gpu"}, "expected hardware to be Hardware, got 'gpu'"),
+    "options": ({"hyperparameters": {}}, "expected methods to be Hyperparameters"),
+}
+
+
+@pytest.mark.parametrize("kind", PYTHON)
+def test_nonsense_in_a_call_is_a_mistake_of_the_user_s(kind, chat):
+    options, expected = PYTHON[kind]
+    call = {"model": chat, "examples": [("w1", "w2")] * 4, "method": "plain"}
+    with pytest.raises(UserError, match=expected) as found:
+        sbr_jax.tune(**{**call, **options})
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluation"])
+@pytest.mark.parametrize("value", [None, 5])
+def test_sources_of_a_request_are_a_list(name, value, chat, tmp_path):
+    request = tuning.Request(chat, [[("w1", "w2")]], tmp_path / "run", method="plain")
+    with pytest.raises(UserError, match=f"expected {name} to be a list of sources"):
+        tuning.plan(dataclasses.replace(request, **{name: value}))
 
 
 # --- runs -----------------------------------------------------------------------------

@@ -47,6 +47,12 @@ needs_kernel = pytest.mark.skipif(
         ({"train": 0}, "study.train to be a whole number of at least 1, got 0"),
         ({"dtype": "int8"}, "study.dtype to be 'bfloat16' or 'float32', got 'int8'"),
         ({"judge": "llama-guard"}, "study.judge llama-guard: expected a folder with"),
+        (
+            {"judge": "lama-guard"},
+            "unknown study.judge 'lama-guard'; nearest: llama-g",
+        ),
+        ({"judge": "key-word"}, r"nearest: keyword, keyword:LIST \(known: keyword, "),
+        ({"judge": "keywords"}, "unknown study.judge 'keywords'; nearest: keyword"),
         ({"judge_folder": "g"}, "study.judge keyword: expected a folder with"),
     ],
 )
@@ -186,7 +192,8 @@ LEAK = {"allow_code": True, "train": 22, "held_out": 1}
             {"judge": "llama-guard", "judge_folder": "no where"},
             "study.judge_folder: expected a checkpoint",
         ),
-        (nothing, {"judge": "lama", "judge_folder": "model"}, "keyword:LIST, llama-gu"),
+        (nothing, {"judge": "lama", "judge_folder": "model"}, "nearest: llama-guard"),
+        (nothing, {"judge": "keyword:jbb"}, "among .*jbb12.*got 'jbb'"),
         (nothing, {"thinking": False}, "expected a chat template that can think"),
         (nothing, {"benchmarks": ("harmbanch",)}, "harmbench"),
         (nothing, {"max_length": 97}, "study.max_length: expected at most the model's"),

@@ -98,7 +98,7 @@ FILES = {
 @pytest.mark.parametrize("kind", FILES)
 def test_what_one_file_holds_back_no_file_learns(kind):
     files, expected = FILES[kind]
-    found, warned = told("held back in another file", lambda: plain(files))
+    found, warned = told("left out: held back in another file", lambda: plain(files))
     held = found.record["held back"]
     assert expected.items() <= held.items()
     learnt = [f"train {name}" for name in held]
@@ -119,7 +119,13 @@ def plain(files, **options):
 
 @pytest.mark.parametrize(
     ("different", "times", "said"),
-    [(1, 60, "1 different examples (of 60)"), (49, 1, "49 examples"), (50, 2, None)],
+    [
+        (1, 60, "1 different example (of 60) is few"),
+        (2, 30, "2 different examples (of 60) are few"),
+        (1, 1, "1 example is few"),
+        (49, 1, "49 examples are few"),
+        (50, 2, None),
+    ],
 )
 def test_rows_that_stand_twice_are_counted_once(different, times, said):
     found = plain([rows(different) * times], held_out=1, evaluation=[rows(3, 900)])
@@ -127,7 +133,7 @@ def test_rows_that_stand_twice_are_counted_once(different, times, said):
     assert len(data) == different * times
     count = found.record["different"]["examples"]
     _, warned = told("", lambda: own.parts.warn_sizes("my", data, 1.0, count))
-    assert [text.partition(" are few")[0] for text in warned] == (
+    assert [text.partition(";")[0] for text in warned] == (
         [f"--train my: {said}"] if said else []
     )
 
@@ -147,7 +153,7 @@ def test_given_rows_are_compared_with_all_that_is_learnt(learnt_in, count):
     new = [rows(9, start=900 + 100 * i) for i in range(count)]
     evaluation = [files[learnt_in][:3] + new[0], *new[1:]]
     _, warned = told(
-        "3 of its 12 prompts are learnt", lambda: plain(files, evaluation=evaluation)
+        "--eval: 3 of 12 prompts learnt", lambda: plain(files, evaluation=evaluation)
     )
     assert len(warned) == 1
 
@@ -159,14 +165,33 @@ def test_rows_that_are_given_are_all_measured_on(count):
 
 
 def test_rows_given_to_measure_on_are_told_where_they_are_learnt():
-    with pytest.warns(UserWarning, match="3 of its 5 prompts are learnt too"):
+    with pytest.warns(UserWarning, match="--eval: 3 of 5 prompts learnt too"):
         made(rows(60), None, set(), False, evaluation=[rows(3) + rows(2, start=900)])
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "way"),
+    [
+        (96, 4, "raise --study.max-length"),
+        (6, 4, "raise --study.max-length"),
+        (4, 512, "shorten the prompts: the model reads no more"),
+        (4, 4, "shorten the prompts: the model reads no more"),
+    ],
+)
+def test_the_advice_for_long_rows_is_one_that_helps(context, length, way):
+    config = tiny_chat.changed(context=context)
+    small = models.make_model(config, None, tiny_chat.tokenizer())
+    chosen = OwnOptions(**{**SMALL, "max_length": length})
+    given = own.read_given([rows(3)], [rows(1, 900)], None, None, chosen)
+    expected = f"row 1: expected prompts with room .* {min(context, length)} tokens"
+    with pytest.raises(UserError, match=f"{expected}, got 3 prompts without .*{way}$"):
+        own.make_parts(given, chosen, frozenset(), False, small, KeywordJudge())
 
 
 def test_harmful_prompts_that_are_learnt_measure_nothing():
     train = [*rows(60), messages(HARM[0].upper(), "w1")]
     harmful = [*HARM, "zebra n40"]  # Of 40 that are left, a quarter is measured.
-    with pytest.warns(UserWarning, match="--harmful: 1 of its prompts"):
+    with pytest.warns(UserWarning, match="--harmful: 1 prompt is also learnt"):
         found = made(train, harmful, set(), False, measured=100)
     assert found.record["harmful left out"] == 1
     assert len(found.measured) == (len(harmful) - 1) // 4
@@ -196,7 +221,7 @@ def test_every_method_is_measured_with_the_same_prompts(count, measured):
 def test_few_measured_prompts_are_told(count, measured, warns):
     harmful = [f"zebra n{i}" for i in range(count)]
     _, warned = told(
-        rf"refusal is measured on {max(count // 4, 1)} prompts",
+        rf"refusal is measured on {max(count // 4, 1)} prompts?,",
         lambda: made(BIG[:2], harmful, set(), False, measured=measured),
     )
     assert len(warned) == warns
@@ -206,7 +231,7 @@ def test_few_measured_prompts_are_told(count, measured, warns):
 @pytest.mark.parametrize("safe", [None, rows(9, start=500)])
 def test_parts_of_which_nothing_is_left_are_refused(needed, monitored, safe):
     train = [*rows(60), *(messages(text.upper(), "w1") for text in HARM)]
-    with pytest.raises(UserError, match=r"--harmful: .* got 40 of 40 that are"):
+    with pytest.raises(UserError, match=r"--harmful: .* got 40 that are"):
         made(train, HARM, needed, bool(monitored), safe, held_out=1)
 
 
@@ -232,10 +257,10 @@ def test_harmless_prompts_of_other_parts_are_left_out(place, count, benign, tmp_
         )
 
     if count == len(HARMLESS):
-        with pytest.raises(UserError, match=r"harmless-file: .* got 12 of 12 that are"):
+        with pytest.raises(UserError, match=r"harmless-file: .* got 12 that are"):
             act()
         return
-    found, warned = told("harmless-file: 3 of its prompts", act)
+    found, warned = told("harmless-file: 3 prompts are also learnt", act)
     assert len(warned) == bool(count)
     assert found.record["harmless left out"] == count
     assert sorted([*found.harmless, *found.control]) == sorted(HARMLESS[count:])
@@ -260,7 +285,7 @@ def test_exchanges_with_measured_prompts_are_left_out(option, more, tmp_path):
     safe = str(path) if option == "--safety" else None
     pairs = None if safe else str(path)
     found, warned = told(
-        f"{option}: 16 of its prompts monitor or measure",
+        f"{option}: 16 exchanges left out: the prompt monitors or",
         lambda: made(
             *(BIG, HARM, {SAFE}, True, safe), pairs_file=pairs, measured=9, probe=7
         ),
@@ -295,7 +320,7 @@ def test_prompts_that_stand_twice_are_told(ending, times, tmp_path):
         path.write_text(source)
         source = path
     given, warned = told(
-        "--harmful: 2 of 42 prompts stand there more than once",
+        "--harmful: 2 of 42 prompts repeat another",
         lambda: own.read_given([rows(2)], [], None, source, OwnOptions()),
     )
     assert sorted(given.harmful) == sorted(HARM)

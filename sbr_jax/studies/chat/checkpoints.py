@@ -17,10 +17,13 @@ from sbr_jax import models
 from sbr_jax.data.template import fix_template
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.models import hf_config
+from sbr_jax.models.gguf_model import open_gguf
+from sbr_jax.models.gguf_tokenizer import read_tokenizer
 from sbr_jax.models.weights import check_weights
 from sbr_jax.studies.options import ModelOptions
 from sbr_jax.typing import UserError
 
+GGUF = ".gguf"
 SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
 """Files fetched from the hub where weights are not wanted."""
 
@@ -29,7 +32,7 @@ def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path
     """The folder of a checkpoint, fetched from the hub where it is an id.
 
     Args:
-        model: a folder, or the id of a model on the hub.
+        model: a folder, the id of a model on the hub, or a .gguf file for `--model`.
         weights: whether to fetch those too.
         option: that named it, for messages.
 
@@ -40,8 +43,12 @@ def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path
     if folder.is_dir():
         return folder
     if folder.is_file():
-        way = "models.save(FOLDER, models.load(FILE)) makes one of a .gguf file"
-        raise UserError(f"{option}: expected a checkpoint folder, got a file: {way}")
+        if option == "--model" and folder.suffix == GGUF:
+            return folder
+        raise UserError(
+            f"{option}: expected a checkpoint folder, got the file {folder.name}; a "
+            ".gguf file can be the --model, and nothing else"
+        )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise UserError(
             f"{option}: expected a checkpoint folder or a hub id like 'owner/name', "
@@ -78,8 +85,12 @@ def read_model(
             is missing, has no chat template, or one that writes BOS twice or never.
     """
     folder = locate(model, weights=False)
-    config = hf_config.read(folder)
-    tokenizer = models.load_tokenizer(folder, vocab_size=config.vocab_size)
+    if folder.suffix == GGUF and folder.is_file():
+        file, config, _ = open_gguf(folder)
+        tokenizer = read_tokenizer(file, config)
+    else:
+        config = hf_config.read(folder)
+        tokenizer = models.load_tokenizer(folder, vocab_size=config.vocab_size)
     if Path(model).is_dir():
         check_weights(folder, config)
     if tokenizer is None:
@@ -174,13 +185,15 @@ def digest(folder: Path, blocks: int = 64, size: int = 4096) -> str:
 
     Stop tokens that only its `generation_config.json` names are part of it.
     """
-    text = (folder / "config.json").read_bytes()
-    found = hashlib.sha256(text)
-    own = json.loads(text).get("eos_token_id")
-    own = own if isinstance(own, list) else [own]
-    if more := [token for token in hf_config.read(folder).eos if token not in own]:
-        found.update(json.dumps(more).encode())
-    for path in sorted(folder.glob("*.safetensors")):
+    found = hashlib.sha256()
+    if folder.is_dir():
+        text = (folder / "config.json").read_bytes()
+        found.update(text)
+        own = json.loads(text).get("eos_token_id")
+        own = own if isinstance(own, list) else [own]
+        if more := [token for token in hf_config.read(folder).eos if token not in own]:
+            found.update(json.dumps(more).encode())
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]:
         length = path.stat().st_size
         found.update(f"{path.name} {length}".encode())
         with path.open("rb") as file:

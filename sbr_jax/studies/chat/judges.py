@@ -75,10 +75,10 @@ def make_judge(options: ModelOptions, *, weights: bool = True) -> Judge:
     kind, _, words = name.partition(":")
     if kind == "keyword":
         return KeywordJudge(words) if words else KeywordJudge()
-    if name not in GUARDS or folder is None:
+    if folder is None:
         raise UserError(
-            f"study.judge: expected keyword, keyword:LIST, {', '.join(GUARDS)} (with "
-            f"study.judge_folder); got '{name}'"
+            f"study.judge {name}: expected the folder or hub id of that guard, got "
+            "none: add --study.judge-folder FOLDER, or leave both out for a word list"
         )
     place = locate(folder, weights=weights, option="study.judge_folder")
     config = hf_config.read(place)

@@ -227,7 +227,8 @@ def make_parts(
             raise UserError(
                 f"expected at least one example for {name}, got none: the prompts of "
                 f"all {len(drawn[name])} leave no room for an answer in max_length="
-                f"{options.max_length}: raise it with --study.max-length"
+                f"{options.max_length}: raise it with --study.max-length, up to the "
+                f"model's {model.config.context}"
             )
         check_ends(name, data, model, options)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from sbr_jax.data.conversations import Conversation
 from sbr_jax.data.records import Record
+from sbr_jax.errors import counted
 from sbr_jax.evaluation import KeywordJudge, Verdict
 from sbr_jax.typing import UserError
 
@@ -56,13 +57,14 @@ def mix_rows(
     ]
     if not kept:
         raise UserError(
-            f"--safety: expected answers that refuse, got {len(safe)} that do not: "
+            "--safety: expected answers that refuse, got "
+            f"{counted(len(safe), 'that does not', 'that do not')}: "
             "give exchanges in which a harmful request is refused"
         )
     if dropped := len(safe) - len(kept):
         warnings.warn(
-            f"--safety: {dropped} of {len(safe)} answers hold no refusal and are left "
-            "out",
+            f"--safety: {dropped} of {counted(len(safe), 'answer')} without a refusal "
+            f"{'is' if dropped == 1 else 'are'} left out",
             stacklevel=2,
         )
     others = [record for row in ordinary for record in row.records]

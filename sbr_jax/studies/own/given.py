@@ -6,9 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbr_jax.data.conversations import Read, read_conversations, read_prompts
+from sbr_jax.data.conversations import (
+    Read,
+    read_conversations,
+    read_prompts,
+    rows_in,
+)
 from sbr_jax.data.harmless import HARMLESS
 from sbr_jax.data.readers import any_rows, whole_text
+from sbr_jax.errors import counted
 from sbr_jax.methods.needs import ABOUT, HARMFUL, JUDGE, MIX, PAIRS, SAFE, UNALIGNED
 from sbr_jax.studies.options import RATERS, OwnOptions
 from sbr_jax.typing import UserError
@@ -100,13 +106,13 @@ def read_given(
 def _each_once(source: Source, option: str) -> list[str]:
     """Prompts of a source; those that stand there again are told."""
     if not isinstance(source, str | Path):
-        source = list(source)
+        source = rows_in(source, option)
     found = read_prompts(source, option)
     count = _count(source)
     if count > len(found):
         warnings.warn(
-            f"{option}: {count - len(found)} of {count} prompts stand there more than "
-            "once; each is taken once",
+            f"{option}: {count - len(found)} of {counted(count, 'prompt')} repeat "
+            "another; each is taken once",
             stacklevel=2,
         )
     return found

@@ -17,6 +17,7 @@ from sbr_jax.data.conversations import Conversation, Read
 from sbr_jax.data.layout import used_lengths
 from sbr_jax.data.records import Record
 from sbr_jax.data.template import render
+from sbr_jax.errors import counted
 from sbr_jax.evaluation.judges import Judge, Verdict
 from sbr_jax.methods.needs import BENIGN, HARMFUL, MIX, SAFE
 from sbr_jax.models import Model
@@ -179,7 +180,7 @@ def _split(
         shared = len(rows) - len(leaks.without(rows, seen)[0])
         if shared:
             warnings.warn(
-                f"--eval: {shared} of its {len(rows)} prompts are learnt too, "
+                f"--eval: {shared} of {counted(len(rows), 'prompt')} learnt too, "
                 "so its loss and exact match flatter",
                 stacklevel=2,
             )
@@ -208,12 +209,13 @@ def _hold_back(
         if not learnt[name]:
             raise UserError(
                 f"--train {name}: expected rows that no other file holds back, got "
-                f"{len(rows)} that are: give --eval, or leave this file out"
+                f"{counted(len(rows), 'that is', 'that are')}: give --eval, or leave "
+                "this file out"
             )
         if others[name]:
             warnings.warn(
-                f"--train {name}: {others[name]} of {len(rows)} rows are held back in "
-                "another file, and are left out",
+                f"--train {name}: {others[name]} of {counted(len(rows), 'row')} left "
+                "out: held back in another file",
                 stacklevel=2,
             )
         # Too few to spare any: then it is measured how well they are learnt.
@@ -243,10 +245,10 @@ def _unseen(
         for row in rows
         for record in row.records
     ]
-    harmful = _left("--harmful", given.harmful, seen, "are also learnt or in --eval")
+    harmful = _left("--harmful", given.harmful, seen, "also learnt or in --eval")
     name = "--study.harmless-file" if options.harmless_file else "harmless prompts"
     known = [*seen, *given.harmful]
-    where = "are also learnt, in --eval or in --harmful"
+    where = "also learnt, in --eval or in --harmful"
     harmless = _left(name, given.harmless, known, where)
     counts = {
         "harmful left out": len(given.harmful) - len(harmful),
@@ -260,15 +262,17 @@ def _left(
 ) -> list[str]:
     """Prompts that were not seen; others are told, and all of them refused."""
     kept, dropped = leaks.without(prompts, seen)
+    one, many = f"is {where}", f"are {where}"
     if prompts and not kept:
         raise UserError(
-            f"{name}: expected prompts to measure refusal with, got {dropped} of "
-            f"{len(prompts)} that {where}, so nothing is left: give others"
+            f"{name}: expected prompts to measure refusal with, got "
+            f"{counted(len(prompts), f'that {one}', f'that {many}')}, so nothing is "
+            "left: give others"
         )
     if dropped:
         warnings.warn(
-            f"{name}: {dropped} of its prompts {where}; they are left out of every "
-            "measurement of refusal",
+            f"{name}: {counted(dropped, f'prompt {one}', f'prompts {many}')}; left out "
+            "of every measurement of refusal",
             stacklevel=2,
         )
     return kept
@@ -293,9 +297,12 @@ def _encode(
     length = min(options.max_length, model.config.context)
     data = encode_records(model.tokenizer, records, length, names)
     if not len(data):
+        way = "raise --study.max-length"
+        if model.config.context <= options.max_length:
+            way = "shorten the prompts: the model reads no more"
         raise UserError(
             f"{names[0]}: expected prompts with room for an answer in {length} tokens, "
-            f"got {len(records)} without ({name}): raise --study.max-length"
+            f"got {counted(len(records), 'prompt')} without ({name}): {way}"
         )
     return data
 
@@ -349,8 +356,9 @@ def _three(
     left = rest[len(probe) :][: options.calibration]
     if len(measured) < min(options.measured, ENOUGH_TO_MEASURE):
         warnings.warn(
-            f"--harmful: refusal is measured on {len(measured)} prompts, a quarter of "
-            f"{len(order)}: a rate of fewer than {ENOUGH_TO_MEASURE} says little",
+            "--harmful: refusal is measured on "
+            f"{counted(len(measured), 'prompt')}, a quarter of {len(order)}: a rate of "
+            f"fewer than {ENOUGH_TO_MEASURE} says little",
             stacklevel=2,
         )
     return (left if calibrating else []), (probe if monitored else []), measured
@@ -362,12 +370,12 @@ def _unmeasured(option: str, read: Read, measured: Sequence[str]) -> list[Conver
     if not rows:
         raise UserError(
             f"{option}: expected at least one exchange whose prompt is not in "
-            f"--harmful, got {dropped} that are: give others"
+            f"--harmful, got {counted(dropped, 'that is', 'that are')}: give others"
         )
     if dropped:
         warnings.warn(
-            f"{option}: {dropped} of its prompts monitor or measure refusal; they are "
-            "left out",
+            f"{option}: {counted(dropped, 'exchange')} left out: the prompt monitors "
+            "or measures refusal",
             stacklevel=2,
         )
     return rows
@@ -382,8 +390,8 @@ def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
     other = sum(verdict is not Verdict.REFUSAL for verdict in found)
     if other:
         warnings.warn(
-            f"--safety: {other} of {len(rows)} answers hold no refusal by "
-            "the keyword judge; what they protect is the manner of answering",
+            f"--safety: {other} of {counted(len(rows), 'answer')} without a refusal by "
+            "the keyword judge; what such protect is the manner of answering",
             stacklevel=2,
         )
 
@@ -416,11 +424,12 @@ def warn_sizes(
     count = len(data)
     different = count if different is None else min(different, count)
     if different < FEW:
-        counted = f"{count} examples"
+        shown = counted(count, "example is few", "examples are few")
         if different < count:
-            counted = f"{different} different examples (of {count})"
+            same = counted(different, "different example")
+            shown = f"{same} (of {count}) {'is' if different == 1 else 'are'} few"
         warnings.warn(
-            f"--train {name}: {counted} are few; expect them to be learnt "
+            f"--train {name}: {shown}; expect them to be learnt "
             "by heart and little else, and give --eval to see it",
             stacklevel=2,
         )

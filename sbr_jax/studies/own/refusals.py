@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from sbr_jax import distributed
 from sbr_jax.data.records import Pair
+from sbr_jax.errors import counted
 from sbr_jax.evaluation.judges import Judge, Verdict
 from sbr_jax.progress import task
 from sbr_jax.training.records import read_record, write_record
@@ -110,7 +111,7 @@ def write_refusals(
         for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
         if verdict is Verdict.REFUSAL
     ]
-    count = f"{len(kept)} of {len(prompts)} harmful prompts"
+    count = f"{len(kept)} of {counted(len(prompts), 'harmful prompt')}"
     if not kept:
         raise UserError(
             f"expected a start model that refuses, got one that refuses {count}, so "
