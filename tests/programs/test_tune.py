@@ -6,6 +6,7 @@ import pathlib
 import re
 import stat
 
+import gguf_case
 import jax
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ import sbr_jax
 from sbr_jax import models, testbed, tuning
 from sbr_jax.programs import align, tune
 from sbr_jax.recipes.own import HYPERPARAMETERS, TRAINING
+from sbr_jax.reporting import tuned as tuned_report
+from sbr_jax.studies.chat import checkpoints
 from sbr_jax.studies.options import OwnOptions
 from sbr_jax.training import loop
 from sbr_jax.typing import UserError
@@ -302,6 +305,41 @@ def test_sources_of_a_request_are_a_list(name, value, chat, tmp_path):
         tuning.plan(dataclasses.replace(request, **{name: value}))
 
 
+def test_a_gguf_file_is_a_model_to_tune(tmp_path):
+    pytest.importorskip("gguf")
+    fields, tensors = gguf_case.parts("llama2")
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>"
+        "{{ m['content'] }}{% else %}{{ m['content'] }}{{ eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    fields["tokenizer.chat_template"] = gguf_case.STRING, template
+    fields["tokenizer.ggml.eos_token_id"] = gguf_case.U32, 2
+    fields["tokenizer.ggml.add_bos_token"] = gguf_case.BOOL, False
+    path = gguf_case.written(tmp_path / "model.gguf", fields, tensors)
+    examples = [("a" * i, "ab") for i in range(1, 5)]
+    request = tuning.Request(path, [examples], tmp_path / "run", method="plain")
+    with pytest.warns(UserWarning, match="4 examples are few"):
+        plan = tuning.plan(request)
+    assert plan.model.params is None
+    study = plan.make_study()
+    loaded = models.load(path)
+    assert study.model.config == plan.model.config == loaded.config
+    jax.tree.map(np.testing.assert_array_equal, study.model.params, loaded.params)
+    data = study.domains["examples"].train
+    assert loaded.tokenizer.decode(data.tokens[0][data.mask[0] > 0]) == "ab</s>"
+    other = gguf_case.written(
+        tmp_path / "other.gguf",
+        fields,
+        {name: (k, s, bytes(len(raw))) for name, (k, s, raw) in tensors.items()},
+    )
+    assert checkpoints.digest(other) != checkpoints.digest(path)
+    with pytest.raises(UserError, match=r"got the file model\.gguf; .*be the --model"):
+        checkpoints.locate(path, weights=True, option="study.unaligned-folder")
+    lines = tuned_report._usage(str(path), merged=False)
+    assert f'"{tmp_path}", gguf_file="model.gguf"' in "\n".join(lines)
+
+
 # --- runs -----------------------------------------------------------------------------
 
 
@@ -345,6 +383,11 @@ def test_a_run_leaves_an_adapter_a_card_and_a_report_for_others_to_read(finished
     assert 0 < written["refused"] <= written["asked"] == 12
     texts = [p.read_text() for p in found.values() if p.suffix != ".safetensors"]
     assert not any(prompt in text for text in texts for prompt in world_prompts())
+    title = f"{testbed.ALIGNED.name}, tuned with safegrad on my"
+    assert found["report.md"].read_text().startswith(f"# {title}\n")
+    page = found["report.html"].read_text()
+    assert f"<h1>{title}</h1>" in page
+    assert f"<title>{title}: safety report</title>" in page
     card = found["README.md"].read_text()
     assert card.startswith("---\nlibrary_name: peft")
     assert "| refused held-out harmful prompts, % |" in card
