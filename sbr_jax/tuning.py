@@ -205,7 +205,7 @@ def plan(request: Request) -> Plan:
     _check_kinds(request)
     errors.check_names("method", [request.method], [*METHODS, *VARIANTS])
     if request.epochs is not None:
-        note = "training.steps_per_domain takes any number of steps"
+        note = "longer runs are said in steps: --training.steps-per-domain"
         checks.number("epochs", request.epochs, above=0, most=MOST_EPOCHS, note=note)
     checks.whole("seed", request.seed, least=0)
     needed = needs(request.method, request.methods)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sbr_jax.data._rows import Row, cleaned, describe
+from sbr_jax.errors import counted
 from sbr_jax.files import parse_json
 from sbr_jax.typing import UserError
 
@@ -203,8 +204,9 @@ def table_rows(
     for number, cells in enumerate(records, 1):
         if len(cells) != len(names):
             raise UserError(
-                f"{path}, row {number}: expected {len(names)} cells, got "
-                f"{len(cells)}: fetch the file again"
+                f"{path}, row {number}: expected {counted(len(names), 'cell')}, got "
+                f"{len(cells)}: fetch the file again, or put cells that hold "
+                f"{delimiter!r} in quotation marks"
             )
         values = dict(zip(names, cells, strict=True))
         rows.append(Row.read(str(path), number, values))
@@ -257,7 +259,7 @@ def parquet_rows(path: Path) -> list[Row]:
     return rows_of(path, values)
 
 
-DELIMITERS = {";": "semicolons", "\t": "tabs"}
+DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 """Between the cells of files named .csv, where commas are not."""
 
 

@@ -190,6 +190,14 @@ def _write(
     report.build([plan.request.folder], output=page, title=title)
 
 
+def _asked(parts: Any) -> str:
+    """How many prompts refusal was measured with."""
+    harmless = counted(len(parts.harmless), "harmless prompt")
+    if not parts.measured:
+        return f"{harmless} and no harmful one, so that refusal was not measured"
+    return f"{counted(len(parts.measured), 'harmful prompt')} and {harmless}"
+
+
 def _done(plan: Any, taught: str | None) -> str:
     """What was done to the model, in two or three words."""
     return f"tuned with {plan.request.method}" if taught is None else "aligned"
@@ -234,10 +242,8 @@ def card(
         f"Refusals by the judge `{judge.get('judge')}`"
         f"{', list ' + judge['keywords'] if 'keywords' in judge else ''}, in greedy "
         f"answers of at most {counted(plan.study.max_new_tokens, 'token')}; "
-        f"{counted(len(plan.parts.measured), 'harmful prompt')}, "
-        f"{counted(len(plan.parts.harmless), 'harmless one')}, none of which was "
-        "learnt. Such a judge is a list of words, "
-        "and says nothing of attacks, other languages or long conversations.",
+        f"{_asked(plan.parts)}, none of which was learnt. Such a judge is a list of "
+        "words, and says nothing of attacks, other languages or long conversations.",
         "",
         "## Training",
         "",

@@ -67,6 +67,11 @@ LAYOUTS = {
         table(("question", "answer"), ROWS, delimiter="\t"),
         "question, answer",
     ),
+    "csv of bars": (
+        "a.csv",
+        table(("question", "answer"), ROWS, delimiter="|"),
+        "question, answer",
+    ),
     "csv of semicolons": (
         "a.csv",
         table(("question", "answer"), ROWS, delimiter=";"),

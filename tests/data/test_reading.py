@@ -133,7 +133,7 @@ WRONG = {
         ("t,u\nx,y\n" + SWALLOWED, "row 2: .*end of data"),
         ('t,u\nx,y\nz "," a"b\n', "row 2"),
         ('t,u\nx,y\nz ""a"" b",c\n', "row 2: .*without a second"),
-        ("t;u\na,b;c\n", "row 1: expected 1 cells, got 2"),
+        ("t\na,b\n", "row 1: expected 1 cell, got 2"),
     ],
     "a.jsonl": [
         (f'{ROW}{{"t": "\xe9"}}'.encode("latin-1"), "got another encoding at line 2"),

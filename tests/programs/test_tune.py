@@ -65,6 +65,11 @@ BAD_FILES = {
         "question,answer\nw1,w2\nw3,\n",
         r"a\.csv, row 2, column 'answer': expected a text, got a blank text",
     ),
+    "too many cells": (
+        "a.csv",
+        "question,answer\nw1,w2,w3\n",
+        r"a\.csv, row 1: expected 2 cells, got 3: .*',' in quotation marks",
+    ),
     "a row cut short": ("a.csv", "question,answer\nw1\n", r"a\.csv, row 1: expected 2"),
     "half a surrogate pair": (
         "a.jsonl",
@@ -174,7 +179,7 @@ BAD_WORDS = {
     "no epochs": (("--epochs", "0"), r"epochs.*in \(0, 1000\]"),
     "a plan of years": (
         ("--epochs", "1e9"),
-        r"epochs.*in \(0, 1000\], got 1000000000\.0; .*steps_per_domain takes any",
+        r"epochs.*in \(0, 1000\], got 1000000000\.0; .*steps: --training.steps-per",
     ),
     "more steps than can be counted": (
         ("--training.steps-per-domain", str(10**12)),
@@ -334,6 +339,8 @@ def test_a_gguf_file_is_a_model_to_tune(tmp_path):
         {name: (k, s, bytes(len(raw))) for name, (k, s, raw) in tensors.items()},
     )
     assert checkpoints.digest(other) != checkpoints.digest(path)
+    with pytest.raises(UserError, match=r"--model: expected a \.gguf file .*found non"):
+        checkpoints.locate(tmp_path / "no.gguf", weights=True)
     with pytest.raises(UserError, match=r"got the file model\.gguf; .*be the --model"):
         checkpoints.locate(path, weights=True, option="study.unaligned-folder")
     lines = tuned_report._usage(str(path), merged=False)

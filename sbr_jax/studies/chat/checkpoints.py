@@ -49,6 +49,8 @@ def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path
             f"{option}: expected a checkpoint folder, got the file {folder.name}; a "
             ".gguf file can be the --model, and nothing else"
         )
+    if folder.suffix == GGUF:
+        raise UserError(f"{option}: expected a .gguf file at {model}, found none")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise UserError(
             f"{option}: expected a checkpoint folder or a hub id like 'owner/name', "
