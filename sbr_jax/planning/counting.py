@@ -1,0 +1,352 @@
+"""Products, memory and link traffic of a compiled program, loops included.
+
+XLA's own ``cost_analysis`` counts the body of a loop once, however often it runs: of a
+model whose layers are scanned it tells a thirtieth. Here the text of the program is
+walked, each body as often as its loop goes round. The text is that of one device, so
+all numbers are of one device.
+
+- *FLOPs*: those of matrix products, 2 for a multiplication and addition. What is done
+  element by element is left out, as in `sbr_jax.costs.forecast`.
+- *Bytes*: what instructions read from main memory and write to it. What a fusion keeps
+  to itself, and what lies in a nearer memory, is not counted; of an array that is
+  sliced or updated in place, only the slice is.
+- *Link bytes*: what a device receives over links, by kind and by the devices that take
+  part: of n devices with x bytes each, (n − 1) x for a gather, 2 (n − 1)/n x for a
+  reduction, half as much for one that leaves each its share, x for a permutation.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from sbr_jax.planning.hlo import Array, Computation, Instruction, Module, parse
+from sbr_jax.planning.trips import trips
+
+Link = tuple[str, int]
+"""A kind of communication, and how many devices take part."""
+
+_SHARES: dict[str, Callable[[float, int], float]] = {
+    "all-gather": lambda x, n: (n - 1) * x,
+    "all-reduce": lambda x, n: 2 * (n - 1) / n * x,
+    "reduce-scatter": lambda x, n: (n - 1) / n * x,
+    "all-to-all": lambda x, n: (n - 1) / n * x,
+    "ragged-all-to-all": lambda x, n: (n - 1) / n * x,
+    "collective-broadcast": lambda x, n: x,
+    "collective-permute": lambda x, n: x,
+}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "optimization-barrier"}
+_FREE |= {"copy-done", "async-done", "async-update", "send-done", "recv-done"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
+_PASSED = {"bitcast", "reshape"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a program does on one device.
+
+    Attributes:
+        flops: of matrix products.
+        bytes: read from and written to main memory.
+        links: bytes received over links.
+        unknown: loops whose number of rounds data decide, by name, and how often each
+            is entered.
+
+    >>> two = Counts(1.0, 2.0, Counter({("all-reduce", 4): 3.0})) * 2
+    >>> (two + Counts(1.0)).flops, two.link_bytes
+    (3.0, 6.0)
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    links: Counter[Link] = dataclasses.field(default_factory=Counter)
+    unknown: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def link_bytes(self) -> float:
+        """Bytes received over links, of all kinds."""
+        return sum(self.links.values())
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            _sum(self.links, other.links),
+            _sum(self.unknown, other.unknown),
+        )
+
+    def __mul__(self, times: float) -> "Counts":
+        links = Counter({name: times * x for name, x in self.links.items()})
+        unknown = Counter({name: times * x for name, x in self.unknown.items()})
+        return Counts(times * self.flops, times * self.bytes, links, unknown)
+
+
+def _sum(one: Counter, other: Counter) -> Counter:
+    """Of all entries, also those that are zero."""
+    found = Counter(one)
+    found.update(other)
+    return found
+
+
+def count(text: str, *, rounds: int = 1) -> Counts:
+    """Counts what a compiled program does.
+
+    Args:
+        text: of ``jax.stages.Compiled.as_text()``.
+        rounds: of a loop whose number data decide, such as one that writes until a stop
+            token: the most there may be.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    >>> thrice = lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y @ x, x)
+    >>> count(jax.jit(thrice).lower(x).compile().as_text()).flops
+    384.0
+    """
+    counter = _Counter(parse(text), rounds)
+    return counter.executed(counter.module.entry)
+
+
+class _Counter:
+    """Walks one program; each computation is counted once."""
+
+    def __init__(self, module: Module, rounds: int):
+        self.module, self.rounds = module, rounds
+        self.executed = functools.cache(self._executed)
+        self.fused = functools.cache(self._fused)
+
+    def _executed(self, name: str) -> Counts:
+        """Of a computation whose instructions meet memory."""
+        computation, found = self.module.computations[name], Counts()
+        for instruction in computation:
+            found += self._one(computation, instruction)
+        return found
+
+    def _fused(self, name: str) -> Counts:
+        """Of a computation inside a fusion: products and links alone."""
+        computation, found = self.module.computations[name], Counts()
+        for instruction in computation:
+            found += self._products(computation, instruction)
+        return found
+
+    def _one(self, computation: Computation, instruction: Instruction) -> Counts:
+        opcode = instruction.opcode
+        if opcode == "while":
+            return self._loop(computation, instruction)
+        if opcode == "conditional":
+            return self._branches(instruction)
+        called = instruction.called("calls") or instruction.called("to_apply")
+        if called and opcode in ("call", "async-start"):
+            return self.executed(called)
+        if opcode in _FREE or opcode.endswith("-done"):
+            return Counts()
+        products = self._products(computation, instruction)
+        return products + Counts(bytes=self._traffic(computation, instruction))
+
+    def _products(self, computation: Computation, instruction: Instruction) -> Counts:
+        if instruction.opcode == "fusion":
+            return self.fused(str(instruction.called("calls")))
+        operands = [computation.instructions[x] for x in instruction.operands]
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in _SHARES:
+            size = sum(operand.bytes for operand in operands)
+            devices = _group(instruction, self.module.devices)
+            moved = _SHARES[kind](size, devices) if devices > 1 else 0.0
+            return Counts(links=Counter({(kind, devices): moved}))
+        return Counts(flops=_flops(instruction, operands))
+
+    def _loop(self, computation: Computation, loop: Instruction) -> Counts:
+        body, condition = (self.executed(str(loop.called(x))) for x in _LOOP)
+        count = trips(self.module, computation, loop)
+        if count is not None:
+            return body * count + condition * (count + 1)
+        once = (body + condition) * self.rounds
+        return once + Counts(unknown=Counter({loop.name: 1}))
+
+    def _branches(self, instruction: Instruction) -> Counts:
+        """The branch that does most."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+        names = re.findall(r"[\w.\-]+", listed[1]) if listed else []
+        both = ("true_computation", "false_computation")
+        names += [x for x in map(instruction.called, both) if x]
+        found = [self.executed(name) for name in names]
+        return max(found, key=lambda x: (x.flops, x.bytes), default=Counts())
+
+    # --- memory -----------------------------------------------------------------------
+
+    def _traffic(self, computation: Computation, instruction: Instruction) -> float:
+        """Bytes that an instruction reads from main memory and writes to it."""
+        if instruction.called("custom_call_target") == "AllocateBuffer":
+            return 0.0
+        read = 0.0
+        for place, name in enumerate(instruction.operands):
+            operand = computation.instructions[name]
+            if _main(operand.arrays):
+                read += min(_main(operand.arrays), self._read(instruction, place))
+        return read + self._written(computation, instruction)
+
+    def _read(self, instruction: Instruction, place: int) -> float:
+        """Bytes that an instruction reads of an operand at most."""
+        opcode = instruction.opcode
+        if opcode in _SLICES and place == 0:
+            return instruction.bytes
+        if opcode == "dynamic-update-slice" and place == 0:
+            return 0.0
+        if opcode == "fusion":
+            inner = self.module.computations[str(instruction.called("calls"))]
+            return self._touched(inner, inner.parameters[place])
+        return math.inf
+
+    def _touched(self, computation: Computation, instruction: Instruction) -> float:
+        """Bytes that those who use an instruction read of it."""
+        total = 0.0
+        for user in computation.users.get(instruction.name, ()):
+            for place, name in enumerate(user.operands):
+                if name != instruction.name:
+                    continue
+                if user.opcode in _PASSED:
+                    total += self._touched(computation, user)
+                else:
+                    total += self._read(user, place)
+        return total
+
+    def _written(self, computation: Computation, instruction: Instruction) -> float:
+        """Bytes that an instruction writes to main memory."""
+        arrays = instruction.arrays
+        if instruction.opcode in ("copy-start", "collective-permute-start"):
+            # Beside the result, such a type holds the operand and a flag.
+            arrays = arrays[:1] if instruction.opcode == "copy-start" else arrays[1:2]
+        if instruction.opcode == "all-gather-start":
+            arrays = arrays[len(instruction.operands) :]
+        results = self._results(computation, instruction)
+        if len(results) != len(arrays):
+            return _main(arrays)
+        pairs = zip(arrays, results, strict=True)
+        return sum(min(x.bytes, own) for x, own in pairs if not x.space)
+
+    def _results(self, computation: Computation, instruction: Instruction) -> list:
+        """Bytes that are new in each array of a result: of an update, itself."""
+        if instruction.opcode == "fusion":
+            inner = self.module.computations[str(instruction.called("calls"))]
+            return self._results(inner, inner.instructions[inner.root])
+        operands = [computation.instructions[x] for x in instruction.operands]
+        if instruction.opcode == "tuple":
+            parts = (self._results(computation, operand) for operand in operands)
+            return [size for part in parts for size in part]
+        if instruction.opcode == "dynamic-update-slice":
+            return [operands[1].bytes]
+        if instruction.opcode in _PASSED:
+            return self._results(computation, operands[0])
+        return [array.bytes for array in instruction.arrays]
+
+
+_LOOP = ("body", "condition")
+
+
+def _main(arrays: tuple[Array, ...]) -> float:
+    """Bytes of the arrays that lie in main memory."""
+    return sum(array.bytes for array in arrays if not array.space)
+
+
+def _group(instruction: Instruction, devices: int) -> int:
+    """How many devices take part in a communication.
+
+    They are listed, or made by counting (``[groups,size]<=[...]``), or axes of a mesh
+    (``mesh['a'=2,'b'=4] {'b'}``).
+    """
+    attributes = instruction.attributes
+    if "source_target_pairs=" in attributes:
+        return 2
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    return devices
+
+
+# --- products -------------------------------------------------------------------------
+
+
+def _flops(instruction: Instruction, operands: list[Instruction]) -> float:
+    """FLOPs of one product, 0 of anything else."""
+    if instruction.opcode == "dot":
+        dims = operands[0].arrays[0].dims
+        inner = math.prod(dims[i] for i in instruction.numbers("lhs_contracting_dims"))
+        return 2.0 * instruction.arrays[0].size * inner
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, operands)
+    if instruction.name.startswith("online-softmax"):
+        # A kernel of the TPU compiler: softmax(scores [..., S]) values [..., S, F].
+        return 2.0 * instruction.arrays[0].size * operands[0].arrays[0].dims[-1]
+    return 0.0
+
+
+def _convolution_flops(instruction: Instruction, operands: list[Instruction]) -> float:
+    """Of a convolution, which is what a TPU makes of every product.
+
+    A batch of products becomes an axis along which a dilated kernel meets each place
+    once: only places where both are there are counted, as XLA does.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        return 0.0
+    arrays = (operands[0].arrays[0], operands[1].arrays[0], instruction.arrays[0])
+    image, kernel, result = (
+        dict(zip(names, array.dims, strict=True))
+        for names, array in zip(labels.groups(), arrays, strict=True)
+    )
+    window = _window(instruction.attributes)
+    places = 1
+    for axis in sorted(label for label in kernel if label.isdigit()):
+        own = {name: sizes[int(axis)] for name, sizes in window.items() if sizes}
+        places *= _meetings(image[axis], kernel[axis], result[axis], **own)
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    batch = image["b"] // (int(groups[1]) if groups else 1)
+    return 2.0 * batch * result["f"] * kernel["i"] * places
+
+
+def _window(attributes: str) -> dict[str, list[int]]:
+    """Strides, paddings and dilations of a window by axis; nothing where usual."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    text = found[1] if found else ""
+    parts = dict(re.findall(r"(\w+)=(\S+)", text))
+    return {
+        name: [int(size.split("_")[0]) for size in parts[name].split("x")]
+        for name in ("stride", "pad", "lhs_dilate", "rhs_dilate")
+        if name in parts
+    }
+
+
+def _meetings(
+    image: int,
+    kernel: int,
+    result: int,
+    *,
+    stride: int = 1,
+    pad: int = 0,
+    lhs_dilate: int = 1,
+    rhs_dilate: int = 1,
+) -> int:
+    """Pairs of a place of the result and one of the kernel that meet the image.
+
+    >>> _meetings(5, 3, 5, pad=1), _meetings(4, 4, 4, stride=3, lhs_dilate=4)
+    (13, 4)
+    """
+    found, last = 0, (image - 1) * lhs_dilate
+    starts = np.arange(result) * stride - pad
+    for place in range(kernel):
+        met = starts + place * rhs_dilate
+        inside = (met >= 0) & (met <= last) & (met % lhs_dilate == 0)
+        found += int(inside.sum())
+    return found
+
+
+__all__ = ["Counts", "Link", "count"]
