@@ -207,7 +207,7 @@ def fisher_subspace(
     place = seen = 0
     passes = _passes(
         itertools.chain(ahead, stream),
-        functools.partial(_gradients, loss_fn=loss_fn, mark=mark),
+        functools.partial(microbatch_gradients, loss_fn=loss_fn, mark=mark),
         (params, args, key if fisher == "sampled" else None),
         sizes.microbatch,
         progress,
@@ -290,7 +290,7 @@ def _passes(
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "mark", "size"))
-def _gradients(
+def microbatch_gradients(
     params: PyTree,
     batch: PyTree,
     first: jax.Array,

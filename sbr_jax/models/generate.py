@@ -102,7 +102,7 @@ def _pick(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "hardware"))
-def _read(
+def read_prompts(
     config: ModelConfig,
     hardware: Hardware,
     base: PyTree,
@@ -141,7 +141,7 @@ def _together(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "hardware", "slots"))
-def _write(
+def write_answers(
     config: ModelConfig,
     hardware: Hardware,
     slots: int,
@@ -245,12 +245,12 @@ def _generate(
             filling = (0, min(bucket(count, 1), max(few, count), rows) - len(own))
             given = np.pad(tokens[own, :size], (filling, (0, 0)))
             ends = np.pad(lengths[own], filling)
-            parts.append(_read(config, hardware, base, adapter, given, ends))
+            parts.append(read_prompts(config, hardware, base, adapter, given, ends))
             owners.append(np.pad(own, filling, constant_values=rows))
     known = parts[0]
     if len(parts) > 1 or len(owners[0]) != rows:
         known = _together(rows, width, parts, owners)
-    return _write(config, hardware, slots, base, adapter, *known, lengths, *rest)
+    return write_answers(config, hardware, slots, base, adapter, *known, lengths, *rest)
 
 
 def generate(

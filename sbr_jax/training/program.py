@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sbr_jax import models
 from sbr_jax.methods import build
@@ -91,13 +91,17 @@ def fresh(
 
 
 @functools.lru_cache(maxsize=64)
-def make_program(variant: str, study: Study, config: Config) -> Program:
+def make_program(
+    variant: str, study: Study, config: Config, mesh: Mesh | None = None
+) -> Program:
     """Builds a variant's program; nothing is compiled before its first use.
 
     Args:
       variant: of ``METHODS`` or ``VARIANTS``.
       study: by identity.
       config: of the run.
+      mesh: of devices that need not be here, to compile for; None for the one that the
+        configuration names, of this job's.
 
     Returns:
       The program.
@@ -105,7 +109,8 @@ def make_program(variant: str, study: Study, config: Config) -> Program:
     Raises:
       UserError: for hyper-parameters that the method or its optimizer refuses.
     """
-    method, mesh = build(variant, config.methods), sharding.mesh_of(config.hardware)
+    method = build(variant, config.methods)
+    mesh = sharding.mesh_of(config.hardware) if mesh is None else mesh
     training, accumulation = config.training, config.hardware.accumulation
     problem = Problem(
         apply_fn=study.model.apply_fn,

@@ -142,7 +142,7 @@ def peak_bytes(examples):
     params = {"w": shape((LAYERS, SIZE), "f4")}
     parts = [shape((BATCH, LAYERS, SIZE), "f4")]
     batch = shape((BATCH, LAYERS), "f4")
-    gradients = fisher._gradients.lower(
+    gradients = fisher.microbatch_gradients.lower(
         params,
         batch,
         *[number] * 3,
