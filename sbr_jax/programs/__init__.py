@@ -16,6 +16,7 @@ PROGRAMS = {
     "attack": "attack a model while it is fine-tuned or after it",
     "analyse": "ask whether the safety subspace is what it is taken for",
     "sweep": "a named list of runs, into one table",
+    "plan": "memory, hours and layout of a job on TPUs that are not there",
     "report": "tables and figures of finished runs",
     "export": "the weights of one run as a PEFT adapter or a merged checkpoint",
     "attack-map": "where each defence breaks under poisoned runs",

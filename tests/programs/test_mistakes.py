@@ -17,6 +17,8 @@ GCG = "attack testbed --workdir W --attack gcg"
 ANALYSE = "analyse demo --workdir W"
 SWEEP = "sweep testbed-table --workdir W"
 EXPORT = "export demo --workdir W"
+PLAN = "plan --model llama2-7b"
+SLICE = f"{PLAN} --topology v5e:4x4"
 CHAT = "run llama2-7b --workdir W --model M --data D"
 
 MISTAKES = {
@@ -149,6 +151,24 @@ MISTAKES = {
     "tune --trian a.jsonl": "--train",
     "align": "expected --safety, got none: add --safety FILE",
     "align --safety a.jsonl": "expected --ordinary, got none",
+    # Plans.
+    "plan": "expected --model, got none: add --model llama2-7b",
+    "plan --model llama2-7b": "expected --topology, got none: add --topology v5e:4x4",
+    "plan --model llama2-7 --topology v5e:4x4": "unknown model 'llama2-7'; nearest",
+    "plan --model llama2-7b --topology v7x:4x4": "unknown topology 'v7x:4x4'",
+    f"{PLAN} --topology v5e:3x3": "one of v5e:2x2, v5e:2x4, v5e:4x4, v5e:4x8",
+    f"{PLAN} --topology v5p": "expected a slice of v5p, one of v5p:2x2x1",
+    f"{SLICE} --mesh fsdp": "expected axis=size pairs",
+    f"{SLICE} --mesh fsdp=4,tp=3": "expected sizes whose product is 16, the chips of",
+    f"{SLICE} --mesh fsdp=16 --batch 24": "expected a batch_size that data x fsdp = 16",
+    f"{SLICE} --mesh fsdp=8,tp=2 --accumulation 4": "accumulation = 4 divides, got 16",
+    "plan --model qwen2.5-7b --topology v5e:4x4 --mesh tp=16": "expected tp to divide",
+    "plan --model qwen2.5-7b --topology v5e:4x4 --batch 3": "found no mesh of 16 chips",
+    f"{SLICE} --method plian": "unknown method 'plian'; nearest: plain",
+    f"{SLICE} --compare plain,sbr,plain": "expected each method once, got 'plain' tw",
+    f"{SLICE} --batch 0": "plan.batch",
+    f"{SLICE} --length short": "--length: expected INT, got 'short'",
+    f"{SLICE} --tolopogy x": "nearest: --topology",
     # Sweeps, exports, reports.
     f"{SWEEP} --seeds 0": "--seeds: expected from 1 to 1000, got 0",
     f"{SWEEP} --jobs 9999999": "--jobs: expected from 1 to 1000, got 9999999",

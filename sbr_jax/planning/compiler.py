@@ -1,0 +1,242 @@
+"""Programs compiled in processes of their own, and remembered.
+
+What was found is kept as JSON in the user's cache folder, by sizes, versions and code:
+the same question is answered at once.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sbr_jax.planning.case import Case
+from sbr_jax.planning.chips import Topology
+from sbr_jax.planning.layouts import Layout
+from sbr_jax.planning.shapes import read_shape
+from sbr_jax.settings import Training
+from sbr_jax.typing import UserError
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+ROOT = Path(__file__).parents[1]
+SILENT = ("analysis", "attacks", "evaluation", "programs", "provenance", "recipes")
+SILENT += ("reporting", "studies", "testbed", "tuning.py", "planning/chips.py")
+SILENT += ("planning/job.py", "planning/layouts.py", "planning/planner.py")
+SILENT += ("planning/report.py", "planning/rooflines.py", "planning/compiler.py")
+"""Code that no compiled program depends on."""
+
+
+class CompilerError(Exception):
+    """Failure of the compiler itself, in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the compiler found of one part of a job, for one chip.
+
+    Attributes:
+        flops: of matrix products.
+        bytes: of main memory, read and written.
+        links: bytes received, by kind and number of devices.
+        held: bytes of the arguments by what they are.
+        peak: bytes at once, arguments included.
+        room: bytes that there are, where they do not suffice.
+        unknown: loops whose rounds data decide.
+        seconds: that compiling took.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    links: tuple[tuple[str, int, float], ...] = ()
+    held: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    peak: float = 0.0
+    room: float | None = None
+    unknown: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def link_bytes(self) -> float:
+        """Bytes received, of all kinds."""
+        return sum(size for _, _, size in self.links)
+
+    @property
+    def working(self) -> float:
+        """Bytes beside the arguments: activations and other temporaries."""
+        return max(self.peak - sum(self.held.values()), 0.0)
+
+
+def require_compiler() -> None:
+    """Refuses a machine without the compiler.
+
+    Raises:
+        UserError: with what to install.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "expected libtpu, the compiler for TPUs (no TPU is needed), found none: "
+            "pip install 'sbr_jax[tpu]'"
+        )
+
+
+def compile_part(
+    case: Case,
+    layout: Layout,
+    topology: Topology,
+    part: str,
+    *,
+    cache: Path | None = None,
+) -> Found:
+    """Compiles one part of a job, or remembers what was found.
+
+    Args:
+        case: the job.
+        layout: its mesh.
+        topology: the slice.
+        part: of `aot.PARTS`.
+        cache: folder of what was found; None for the user's.
+
+    Raises:
+        CompilerError: where the compiler fails, in one line.
+        UserError: for what the job itself refuses.
+    """
+    request = {
+        "case": dataclasses.asdict(case),
+        "layout": dataclasses.asdict(layout),
+        "topology": str(topology),
+        "part": part,
+    }
+    path = (cache or cache_folder()) / f"{digest(request)}.json"
+    if path.is_file():
+        return _read(json.loads(path.read_text("utf-8"))["found"])
+    found = _asked(request)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps({"request": request, "found": found}), "utf-8")
+    written.replace(path)
+    return _read(found)
+
+
+def case_of(written: Mapping[str, Any]) -> Case:
+    """A case as it was before it became JSON."""
+    return Case(**{**written, "training": Training(**written["training"])})
+
+
+def _read(found: Mapping[str, Any]) -> Found:
+    if "full" in found:
+        return Found(held=found["held"], peak=found["full"], room=found["room"])
+    links = tuple((kind, count, size) for kind, count, size in found["links"])
+    names = ("flops", "bytes", "held", "peak", "unknown", "seconds")
+    return Found(links=links, **{name: found[name] for name in names})
+
+
+def cache_folder() -> Path:
+    """Where what was found is kept."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "sbr_jax" / "plan"
+
+
+def digest(request: Mapping[str, Any]) -> str:
+    """Of a request, the model's settings, versions of packages, and our own code."""
+    config = dataclasses.asdict(read_shape(request["case"]["model"]))
+    versions = {name: _version(name) for name in PACKAGES}
+    known = json.dumps([request, config, versions, _code()], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()[:20]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _code() -> str:
+    """A digest of the code that decides a program."""
+    found = hashlib.sha256()
+    for path in sorted(ROOT.rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        if place.partition("/")[0] not in SILENT and place not in SILENT:
+            found.update(place.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+# --- the process ----------------------------------------------------------------------
+
+
+def environment(folder: str) -> dict[str, str]:
+    """Variables of a process that compiles for TPUs on a machine without one.
+
+    Args:
+        folder: for the compiler's logs and its lock.
+    """
+    return {
+        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": folder,
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TMPDIR": folder,
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT.parent), *sys.path]),
+    }
+
+
+def _asked(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of a process to a request."""
+    with tempfile.TemporaryDirectory(prefix="sbr-jax-plan-") as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "sbr_jax.planning.worker"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=environment(folder),
+            check=False,
+        )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = complaint(done.stderr)
+    if done.returncode > 0 and last.startswith(REFUSED):
+        raise UserError(last.removeprefix(REFUSED))
+    raise CompilerError(f"the compiler failed ({_ending(done.returncode)}): {last}")
+
+
+REFUSED = "sbr_jax.typing.UserError: "
+"""How Python's last line begins where the job itself refuses."""
+
+
+def _ending(code: int) -> str:
+    """How a process ended.
+
+    >>> _ending(-6), _ending(1)
+    ('SIGABRT', 'exit code 1')
+    """
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def complaint(text: str) -> str:
+    r"""The line of a failed process that says why.
+
+    >>> complaint("F1130 01:02:03 7 file.cc:5] Check failed: a == b\n@ 0x1 main\n")
+    'Check failed: a == b'
+    >>> complaint("Traceback ...\nValueError: no\n")
+    'ValueError: no'
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    fatal = [line for line in lines if re.match(r"F\d{4} ", line)]
+    if fatal:
+        return fatal[0].partition("] ")[2][:300]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return (errors or lines or ["it said nothing"])[-1][:300]

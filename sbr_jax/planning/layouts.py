@@ -1,0 +1,169 @@
+"""Ways to lay a job out on a slice, and which of them are worth compiling.
+
+A layout is ``data × fsdp × tp`` chips. Without compiling, what it costs in links and
+memory is told well enough from sizes to leave most of them out.
+
+Symbols: d, f, t chips by axis, W bytes of a layer's weights, D width, L layers.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from sbr_jax.costs import forecast
+from sbr_jax.costs.forecast import Load
+from sbr_jax.planning.chips import Topology, slices
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.training import sharding
+from sbr_jax.typing import UserError
+
+MOST_TP = 16
+"""Chips that share the heads: beyond them a chip has too little of each product."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Chips by axis.
+
+    >>> str(Layout(1, 4, 4)), Layout(1, 4, 4).rows
+    ('fsdp=4,tp=4', 4)
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tp: int = 1
+
+    @property
+    def chips(self) -> int:
+        """How many in all."""
+        return self.data * self.fsdp * self.tp
+
+    @property
+    def rows(self) -> int:
+        """Parts that the examples of a step are split into."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        sizes = dataclasses.asdict(self)
+        return ",".join(f"{k}={v}" for k, v in sizes.items() if v > 1) or "fsdp=1"
+
+
+def parse_layout(text: str) -> Layout:
+    """Reads ``"data=2,fsdp=4,tp=2"``.
+
+    Raises:
+        UserError: for anything else.
+    """
+    return Layout(**sharding.parse_mesh(text))
+
+
+def check_layout(layout: Layout, topology: Topology, load: Load) -> None:
+    """Refuses a layout that the slice, the batch or the model cannot be split into.
+
+    Raises:
+        UserError: for the first of the three, with what would do.
+    """
+    if layout.chips != topology.chips:
+        raise UserError(
+            f"--mesh {layout}: expected sizes whose product is {topology.chips}, the "
+            f"chips of {topology}, got {layout.chips}"
+        )
+    hardware = Hardware(mesh=str(layout), accumulation=load.accumulation)
+    sharding.check_mesh(hardware, Training(batch_size=load.batch), load.config)
+
+
+def layouts(topology: Topology, load: Load) -> list[Layout]:
+    """All layouts of a job on a slice, the best by their sizes first.
+
+    Raises:
+        UserError: where there is none.
+
+    >>>     >>> from sbr_jax.planning.chips import parse_topology
+    >>> config = ModelConfig(vocab_size=8, width=8, mlp_width=8, layers=2, heads=2)
+    >>> [str(x) for x in layouts(parse_topology("v5e:2x2"), Load(config, batch=2))]
+    ['fsdp=2,tp=2', 'data=2,tp=2']
+    """
+    found = possible(topology, load)
+    if not found:
+        raise UserError(
+            f"--topology {topology}: found no mesh of {topology.chips} chips for "
+            f"{load.batch} examples and {load.config.kv_heads} key/value heads: raise "
+            "--batch, or take a smaller slice"
+        )
+
+    def cost(layout: Layout) -> tuple[bool, float, int]:
+        full = weight_share(load, layout) > topology.chip.memory
+        return full, link_bytes(load, layout), layout.data
+
+    return sorted(found, key=cost)
+
+
+def possible(topology: Topology, load: Load) -> list[Layout]:
+    """Layouts that slice, batch and model can be split into, in no order."""
+    found = []
+    for layout in _all(topology.chips):
+        with contextlib.suppress(UserError):
+            check_layout(layout, topology, load)
+            found += [layout] if layout.tp <= MOST_TP else []
+    return found
+
+
+def _all(chips: int) -> Iterator[Layout]:
+    for tp in (n for n in range(1, chips + 1) if chips % n == 0):
+        rest = chips // tp
+        for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+            yield Layout(rest // fsdp, fsdp, tp)
+
+
+def weight_share(load: Load, layout: Layout) -> float:
+    """Bytes of the frozen weights on one chip."""
+    whole = forecast.weight_bytes(load.config, load.dtype, load.quantize)
+    return whole / (layout.fsdp * layout.tp)
+
+
+def link_bytes(load: Load, layout: Layout) -> float:
+    """About what a chip receives in one step of plain training.
+
+    Weights are gathered over ``fsdp`` forwards, recomputed and backwards: 3 (f − 1)/f
+    W/t a layer and microbatch. The stream is added up over ``tp`` twice a layer in each
+    of the three: 12 (t − 1)/t bytes of the stream.
+    """
+    size = forecast.BYTES[load.dtype]
+    whole = forecast.weight_bytes(load.config, load.dtype, load.quantize)
+    f, t = layout.fsdp, layout.tp
+    gathered = 3 * load.accumulation * whole / t * (f - 1) / f
+    stream = load.batch / layout.rows * load.length * load.config.width * size
+    return gathered + 12 * load.config.layers * stream * (t - 1) / t
+
+
+def smallest(kind: str, memory: float, load: Load, layout: Layout) -> Topology | None:
+    """The smallest slice whose chips would have room, by arithmetic alone.
+
+    What a chip holds beside its weights is taken to go with the examples that it has,
+    and to be the same for as many.
+
+    Args:
+        kind: of chip.
+        memory: bytes at the peak of a chip, as compiled.
+        load: of the job.
+        layout: that it was compiled for.
+    """
+    rest = memory - weight_share(load, layout)
+    for topology in slices(kind):
+        own = rest * layout.chips / topology.chips
+        for other in possible(topology, load):
+            if weight_share(load, other) + own <= topology.chip.memory:
+                return topology
+    return None
+
+
+__all__ = [
+    "Layout",
+    "check_layout",
+    "layouts",
+    "link_bytes",
+    "parse_layout",
+    "possible",
+    "smallest",
+    "weight_share",
+]

@@ -1,0 +1,106 @@
+"""One program compiled for a slice, in a process of its own.
+
+    python -m sbr_jax.planning.worker < request.json
+
+A compiler for TPUs may crash, takes gigabytes and starts once in a process. What it is
+asked comes in as JSON and what it found goes out as one line of it.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sbr_jax.planning.chips import Topology, parse_topology
+from sbr_jax.planning.layouts import Layout
+
+FULL = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """The chips of a slice, described and not there."""
+    from jax.experimental import topologies
+
+    options = dict(topology.chip.options)
+    found = topologies.get_topology_desc(str(topology), "tpu", **options)
+    return list(found.devices)
+
+
+def compiled(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the compiler says of one part of a job on a slice.
+
+    Args:
+        request: `case`, `layout`, `topology` and `part`.
+
+    Returns:
+        Counts and bytes of one chip; or `full` and `room`, the bytes that it would take
+        and those that there are, where it does not fit.
+    """
+    import jax
+
+    from sbr_jax.planning import aot
+    from sbr_jax.planning.compiler import case_of
+
+    # A slice that is described is no backend: what asks for one is told of the slice.
+    jax.default_backend = lambda: "tpu"
+    topology = parse_topology(request["topology"])
+    layout = Layout(**request["layout"])
+    given = aot.shapes_of(case_of(request["case"]), layout, devices_of(topology))
+    part = aot.PARTS[request["part"]](given)
+    began = time.perf_counter()
+    try:
+        program = part.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = FULL.search(str(error))
+        if found is None:
+            raise
+        used, room = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+        full = used + sum(part.beside.values())
+        return {"full": full, "room": room, "held": part.sizes}
+    return {**described(part, program), "seconds": time.perf_counter() - began}
+
+
+def described(part: Any, program: Any) -> dict[str, Any]:
+    """Counts of a compiled program, and where its memory goes, on one device.
+
+    Args:
+        part: an `aot.Lowered`.
+        program: compiled from it.
+    """
+    from sbr_jax.planning.counting import count
+
+    found = count(program.as_text(), rounds=part.rounds)
+    memory = program.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + sum(part.beside.values())
+    )
+    return {
+        "flops": found.flops,
+        "bytes": found.bytes,
+        "links": [[*link, size] for link, size in sorted(found.links.items())],
+        "unknown": dict(found.unknown),
+        "held": part.sizes,
+        "peak": peak,
+        "code": memory.generated_code_size_in_bytes,
+    }
+
+
+def main() -> int:
+    """Answers the request on standard input."""
+    found = compiled(json.load(sys.stdin))
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+__all__ = ["compiled", "described", "devices_of"]
