@@ -218,7 +218,7 @@ def _remedy(planned: Planned, part: str) -> str:
     sizes = {**found.held, WORKING: found.working, "method": planned.kept}
     largest = max(sizes, key=lambda name: sizes[name])
     return {
-        "weights": "more chips over fsdp or tp, or --training on codes (NF4, int8)",
+        "weights": "more chips over fsdp or tp, or a quantised base",
         "adapter, moments": "a lower --rank",
         "basis": "more chips, or fewer columns (max_rank)",
         "method": "fewer or shorter calibration examples (--calibration, --answers)",

@@ -147,7 +147,7 @@ def plan(args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     done = "interrupted: what was compiled is kept; the same command continues"
-    return cli.start(plan, args, __doc__, interrupted=done)
+    return cli.start(plan, args, None, interrupted=done)
 
 
 if __name__ == "__main__":

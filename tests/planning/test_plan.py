@@ -414,6 +414,27 @@ def test_a_program_that_has_no_room_is_told_by_the_compilers_own_words():
     assert worker.FULL.search(words).groups() == ("20.30", "G", "15.75", "G")
 
 
+def test_the_command_prints_a_plan_and_remembers_it(
+    asked, tmp_path, monkeypatch, capsys
+):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "libtpu" or real(name)
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ["--model", "llama2-7b", "--topology", "v5e:4x4", "--layouts", "2"]
+    assert program.main([*words, "--compare", "plain,safeanchor-exact"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("llama2-7b on v5e:4x4: fits\n")
+    assert "compiling plain, step, for v5e:4x4" in err
+    # Two layouts, then the step of the other method, its Fisher, and the answers once.
+    assert len(asked) == 2 + 1 + 2 + 2
+    assert program.main([*words, "--method", "safeanchor-exact", "--quiet"]) == 0
+    # One layout more of this method; everything else was known.
+    assert len(asked) == 8
+    assert capsys.readouterr().err == ""
+
+
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     real = importlib.util.find_spec
     absent = lambda name: None if name == "libtpu" else real(name)  # noqa: E731
