@@ -181,7 +181,7 @@ def held_bytes(tree: PyTree) -> float:
 def fisher_gradients(given: Shapes) -> Lowered:
     """A batch of examples differentiated each on its own, and put beside the others."""
     case, mesh, study = given.case, given.mesh, given.case.study()
-    mark, held = _rows(given)
+    mark, held = rows(given)
     loss_fn = answer_loss(study.model.apply_fn, "sum")
     batch = next(iter(by_length(study.calibration, case.fisher, least=case.fisher)))
     batch = {name: given.whole(x.shape, x.dtype) for name, x in batch.items()}
@@ -202,26 +202,26 @@ def fisher_gradients(given: Shapes) -> Lowered:
         lowered = jax.jit(one, donate_argnums=0).lower(
             held, given.adapter, batch, given.base, *[number] * 4
         )
-    rows = {"rows": held_bytes(held)}
-    return Lowered("Fisher gradients", lowered, _held(given, rows), case.fisher)
+    own = {"rows": held_bytes(held)}
+    return Lowered("Fisher gradients", lowered, _held(given, own), case.fisher)
 
 
 def fisher_basis(given: Shapes) -> Lowered:
     """The leading eigenvectors of the largest unit, from its rows."""
-    held = _rows(given)[1]
-    rows = max(held, key=lambda x: x.shape[-1])
-    number: Any = given.whole(rows.shape[:1], jnp.float32)
-    split = _mesh.splitting(rows.shape[-1], given.mesh)
+    held = rows(given)[1]
+    largest = max(held, key=lambda x: x.shape[-1])
+    number: Any = given.whole(largest.shape[:1], jnp.float32)
+    split = _mesh.splitting(largest.shape[-1], given.mesh)
     with _mesh.using(given.mesh):
         lowered = unit_eigenpairs.lower(
-            rows,
+            largest,
             spectrum.Scaled(number, number),
             given.whole((), jnp.float32),
             columns=given.program.method.cost.columns,
             energy=ENERGY,
             split=split,
         )
-    own = held_bytes(rows)
+    own = held_bytes(largest)
     others = _held(given, {"rows": held_bytes(held) - own})
     return Lowered("Fisher basis", lowered, {"rows": own}, SWEEPS, others)
 
@@ -232,7 +232,7 @@ SWEEPS = 15
 """Rounds of an eigenvalue solver that ends when it has converged."""
 
 
-def _rows(given: Shapes) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+def rows(given: Shapes) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     """Fingerprint of the adapter, and the rows of a Fisher's buffer."""
     case, training = given.case, given.case.training
     columns = given.program.method.cost.columns
@@ -245,8 +245,8 @@ def _rows(given: Shapes) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
         max(training.fisher_buffer, columns),
         training.memory_bytes,
     )
-    rows = min(case.calibration, sizes.rows)
-    shapes = jax.eval_shape(lambda: sketch.reserve(mark, rows))
+    count = min(case.calibration, sizes.rows)
+    shapes = jax.eval_shape(lambda: sketch.reserve(mark, count))
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec(None, None, _mesh.dividing(x.shape[-1], given.mesh))

@@ -232,6 +232,18 @@ def test_a_fisher_is_counted_by_its_examples_and_splits_its_rows(small, parts):
     assert not [link for link in basis["links"] if link[0] == "all-gather"]
 
 
+@pytest.mark.parametrize(
+    "layout", [Layout(1, 8, 1), Layout(8, 1, 1), Layout(2, 2, 2)], ids=str
+)
+def test_rows_of_a_fisher_fall_with_the_chips_on_every_mesh(layout, small):
+    case = dataclasses.replace(
+        small, training=dataclasses.replace(small.training, batch_size=8)
+    )
+    _, held = aot.rows(aot.shapes_of(case, layout, jax.devices()[:8]))
+    count = forecast.adapter_parameters(read_shape(small.model), 2, case.load.targets)
+    assert aot.held_bytes(held) == 4 * small.calibration * count / 8
+
+
 def test_answers_are_counted_token_by_token(small, parts):
     load, keys = small.load, small.prompt + small.new
     token = forecast.forward_flops(load, 1, keys=keys, heads=1)
