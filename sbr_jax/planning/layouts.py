@@ -78,10 +78,11 @@ def layouts(topology: Topology, load: Load) -> list[Layout]:
     Raises:
         UserError: where there is none.
 
-    >>>     >>> from sbr_jax.planning.chips import parse_topology
-    >>> config = ModelConfig(vocab_size=8, width=8, mlp_width=8, layers=2, heads=2)
-    >>> [str(x) for x in layouts(parse_topology("v5e:2x2"), Load(config, batch=2))]
-    ['fsdp=2,tp=2', 'data=2,tp=2']
+    >>> from sbr_jax.planning.chips import parse_topology
+    >>> from sbr_jax.planning.shapes import read_shape
+    >>> load = Load(read_shape("llama2-7b"), batch=2)
+    >>> [str(x) for x in layouts(parse_topology("v5e:2x2"), load)]
+    ['data=2,tp=2', 'tp=4', 'fsdp=2,tp=2']
     """
     found = possible(topology, load)
     if not found:
