@@ -93,6 +93,7 @@ def compile_part(
     topology: Topology,
     part: str,
     *,
+    quick: bool = False,
     cache: Path | None = None,
 ) -> Found:
     """Compiles one part of a job, or remembers what was found.
@@ -102,6 +103,8 @@ def compile_part(
         layout: its mesh.
         topology: the slice.
         part: of `aot.PARTS`.
+        quick: spares the compiler what decides only how fast memory is met: products
+            and links are the same, memory and what is read of it are at most so much.
         cache: folder of what was found; None for the user's.
 
     Raises:
@@ -113,6 +116,7 @@ def compile_part(
         "layout": dataclasses.asdict(layout),
         "topology": str(topology),
         "part": part,
+        "quick": quick,
     }
     path = (cache or cache_folder()) / f"{digest(request)}.json"
     if path.is_file():

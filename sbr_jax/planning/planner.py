@@ -1,6 +1,7 @@
 """The plan of a job: layouts tried, methods compiled, the report put together."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from sbr_jax.methods import build
@@ -18,6 +19,7 @@ from sbr_jax.planning.layouts import Layout, check_layout, layouts
 from sbr_jax.planning.report import Planned
 from sbr_jax.typing import UserError
 
+QUICKLY = "compiled quickly: memory, and what is read of it, are upper bounds"
 ALIKE = ("read", "write")
 """Parts that no method changes."""
 
@@ -33,8 +35,9 @@ def plan(
     job: Job,
     *,
     tries: int = 3,
+    quick: bool = False,
     say: Callable[[str], None] = lambda line: None,
-    compiled: Compile = compile_part,
+    compiled: Compile | None = None,
 ) -> str:
     """Compiles a job's programs for a slice and tells what they need.
 
@@ -45,8 +48,9 @@ def plan(
         layout: the mesh; None for the best of a few.
         job: what is done.
         tries: how many layouts are compiled where none is named.
+        quick: see `compile_part`.
         say: told of each program that is compiled.
-        compiled: how they are.
+        compiled: how they are; None for a process of its own for each.
 
     Returns:
         The report.
@@ -58,8 +62,9 @@ def plan(
     if layout is not None:
         check_layout(layout, topology, case.load)
     candidates = [layout] if layout else layouts(topology, case.load)[:tries]
-    if compiled is compile_part:
+    if compiled is None:
         require_compiler()
+        compiled = functools.partial(compile_part, quick=quick)
     first = dataclasses.replace(case, method=methods[0])
     found: dict[Layout, Found] = {}
     tried = []
@@ -79,6 +84,7 @@ def plan(
         for x in methods
     ]
     heading = [f"layouts  {line}" for line in tried] if len(tried) > 1 else []
+    heading += [QUICKLY] * quick
     return report.text(plans, topology, best, job, heading)
 
 

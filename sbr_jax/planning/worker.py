@@ -17,6 +17,8 @@ from sbr_jax.planning.chips import Topology, parse_topology
 from sbr_jax.planning.layouts import Layout
 
 FULL = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+QUICK = {"exec_time_optimization_effort": -1.0}
+"""Options of a compiler that plans no memory near the chip: a few times faster."""
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -33,7 +35,7 @@ def compiled(request: Mapping[str, Any]) -> dict[str, Any]:
     """What the compiler says of one part of a job on a slice.
 
     Args:
-        request: `case`, `layout`, `topology` and `part`.
+        request: `case`, `layout`, `topology`, `part` and `quick`.
 
     Returns:
         Counts and bytes of one chip; or `full` and `room`, the bytes that it would take
@@ -52,7 +54,7 @@ def compiled(request: Mapping[str, Any]) -> dict[str, Any]:
     part = aot.PARTS[request["part"]](given)
     began = time.perf_counter()
     try:
-        program = part.lowered.compile()
+        program = part.lowered.compile(QUICK if request["quick"] else None)
     except jax.errors.JaxRuntimeError as error:
         found = FULL.search(str(error))
         if found is None:

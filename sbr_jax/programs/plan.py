@@ -70,6 +70,10 @@ class Arguments:
     """Prompts answered at the start and after each domain."""
     seeds: Count = 1
     """Seeds."""
+    quick: bool = False
+    """Compile a few times faster: memory, and what is read of it, are then upper
+    bounds; products and links are the same.
+    """
     quiet: bool = False
     """No lines while it compiles."""
 
@@ -139,6 +143,7 @@ def plan(args: Sequence[str]) -> None:
             layout,
             job,
             tries=arguments.layouts,
+            quick=arguments.quick,
             say=say,
         )
     )

@@ -387,13 +387,15 @@ def test_what_was_found_is_remembered_by_sizes_versions_and_code(
     assert ask() == first
     assert len(asked) == 1
     assert compiler.case_of(json.loads(json.dumps(asked[0]["case"]))) == SEVEN
+    compile_part(SEVEN, Layout(1, 4, 4), V5E, "step", cache=tmp_path, quick=True)
+    assert [request["quick"] for request in asked] == [False, True]
     for change in ({"length": 256}, {"method": "unified"}, {"model": "llama3-8b"}):
         ask(dataclasses.replace(SEVEN, **change))
     monkeypatch.setattr(compiler, "_version", lambda name: "0.0.43")
     ask()
     monkeypatch.setattr(compiler, "_code", lambda: "another")
     ask()
-    assert len(asked) == 6
+    assert len(asked) == 7
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"]
 
 
@@ -445,6 +447,8 @@ def test_the_command_prints_a_plan_and_remembers_it(
     # One layout more of this method; everything else was known.
     assert len(asked) == 8
     assert capsys.readouterr().err == ""
+    assert program.main([*words, "--method", "plain", "--quick"]) == 0
+    assert planner.QUICKLY in capsys.readouterr().out
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
