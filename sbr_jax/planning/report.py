@@ -16,6 +16,8 @@ from sbr_jax.planning.layouts import Layout, smallest
 from sbr_jax.planning.rooflines import LIMITS, Seconds, seconds
 from sbr_jax.reporting.tables import Table
 
+MOST_KINDS = 4
+"""Kinds of communication that are told apart."""
 WORKING = "activations"
 """Memory that is no argument of a program."""
 
@@ -134,6 +136,19 @@ def _over_plain(planned: Planned, plain: Planned | None, topology: Topology) -> 
         return f"~{ratio / forecast.step_flops(load, Cost()):.2f}"
     own, least = (limits(x.found["step"], topology) for x in (planned, plain))
     return f"{own.expected / least.expected:.2f}"
+
+
+def link_lines(plans: Sequence[Planned]) -> list[str]:
+    """What a chip receives in a step, the largest kinds first."""
+    lines = []
+    for planned in plans:
+        step = planned.found.get("step")
+        if step is None or not step.link_bytes:
+            continue
+        links = sorted(step.links, key=lambda link: -link[2])[:MOST_KINDS]
+        shown = ", ".join(f"{kind} of {n} {x / 1e9:.1f}" for kind, n, x in links)
+        lines.append(f"{_name(plans, planned, 'step')}, link GB: {shown}")
+    return lines
 
 
 def hours_table(plans: Sequence[Planned], topology: Topology, job: Job) -> Table:
@@ -289,6 +304,7 @@ def text(
             for part, said in p.failed.items()
         ),
         to_text(work_table(plans, topology)),
+        "\n".join(link_lines(plans)),
         f"job      {job.domains} domains of {job.examples:,} examples, {job.epochs:g} "
         f"epochs; {job.prompts:,} prompts answered at the start and after each domain; "
         f"{job.seeds} seed{'s' * (job.seeds > 1)}\n"

@@ -300,6 +300,7 @@ def test_a_plan_says_what_it_takes():
     assert "1.50" in text  # A step beside plain's.
     assert "smallest slice that fits is v5e:2x2" in text
     assert "loops that end when data say so (write)" in text
+    assert "plain: step, link GB: all-gather of 4 1.0" in text
     assert len(said) == 1 + 3 + 5
 
 
