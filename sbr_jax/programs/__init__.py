@@ -21,6 +21,7 @@ PROGRAMS = {
     "export": "the weights of one run as a PEFT adapter or a merged checkpoint",
     "attack-map": "where each defence breaks under poisoned runs",
     "realtext": "a small chat model trained from real text",
+    "smollm2": "a real chat model fetched, converted and taught to refuse",
 }
 """Name on the command line to what it does."""
 OF_PRESETS = ("run", "attack", "analyse", "export")

