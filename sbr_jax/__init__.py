@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sbr_jax import losses
-    from sbr_jax.fisher import fisher_subspace, per_example_gradients
+    from sbr_jax.fisher import energy_share, fisher_subspace, per_example_gradients
     from sbr_jax.subspace import (
         Subspace,
+        contrast,
         discarded_energy,
         effective_rank,
         empty_subspace,
@@ -46,9 +47,11 @@ __all__ = [
     "Subspace",
     "UserError",
     "add_bypass",
+    "contrast",
     "discarded_energy",
     "effective_rank",
     "empty_subspace",
+    "energy_share",
     "fisher_relaxation",
     "fisher_subspace",
     "from_factors",

@@ -22,7 +22,12 @@ import numpy as np
 
 from sbr_jax import _mesh, checks
 from sbr_jax.subspace import sketch, spectrum, units
-from sbr_jax.subspace.record import Subspace, check_settings, from_rows
+from sbr_jax.subspace.record import (
+    Subspace,
+    check_settings,
+    check_subspace,
+    from_rows,
+)
 from sbr_jax.typing import Batches, LossFn, PyTree, UserError
 
 
@@ -246,6 +251,121 @@ def fisher_subspace(
     )
 
 
+def energy_share(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Batches,
+    subspace: Subspace,
+    *,
+    args: tuple[Any, ...] = (),
+    microbatch: int | None = None,
+) -> PyTree:
+    """Share of examples' gradient energy that lies inside a subspace.
+
+    ``Σ_n ‖Vᵀ g_n‖² / Σ_n ‖g_n‖²``, per unit and layer. On the examples that gave the
+    subspace it is the share of the trace that its columns hold; on others of their kind
+    it is less, and says how far the subspace is about the kind and not about them.
+
+    **Guarantee**: linear in memory, as `per_example_gradients`, for any number of
+    examples; the scale of the loss changes nothing.
+
+    Args:
+        loss_fn: ``(params, example, *args) -> scalar``.
+        params: of the subspace, in the same containers.
+        batches: iterable of pytrees with one leading example axis.
+        subspace: where the gradients may lie.
+        args: further arguments of the loss, e.g. frozen weights.
+        microbatch: how many examples to differentiate at once.
+
+    Returns:
+        Tree of ``[*L]`` in [0, 1], one entry per unit; 0 where no gradient is.
+
+    Raises:
+        UserError: for no batches or an empty one, other parameters than the subspace's,
+            or a loss that is not one number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from sbr_jax import energy_share, from_factors
+        >>> loss = lambda p, x: jnp.vdot(p["w"], x)
+        >>> s = from_factors({"w": jnp.array([[1.0, 0.0]])}, max_rank=1)
+        >>> x = jnp.array([[3.0, 4.0], [0.0, 5.0]])
+        >>> round(float(energy_share(loss, {"w": jnp.zeros(2)}, [x], s)["w"]), 4)
+        0.18
+
+    References:
+        arXiv:2604.17691
+    """
+    checks.function("loss_fn", loss_fn)
+    check_subspace("subspace", subspace)
+    if microbatch is not None:
+        microbatch = checks.whole("microbatch", microbatch)
+    if not isinstance(args, tuple | list):
+        raise UserError(
+            f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
+        )
+    _check_batches(batches)
+    mark = subspace.fingerprint
+    mark.split(params, what="params")
+    if not mark.holds(params):
+        raise UserError(
+            "expected params in the containers that the subspace was computed with, "
+            "got the same names in others; pass the tree that it was computed on"
+        )
+    bases = mark.entries(subspace.basis)
+    inside: Any = None
+    whole: Any = None
+    passes = _passes(
+        batches,
+        functools.partial(_gradients, loss_fn=loss_fn, mark=mark),
+        (params, tuple(args), None),
+        microbatch,
+        None,
+    )
+    with _parts_explained(batches):
+        for parts, norms, count in passes:
+            found = _inside(parts, bases, np.int32(count), mark=mark)
+            inside = found if inside is None else _add(inside, found)
+            whole = norms if whole is None else _add(whole, norms)
+            del parts
+            jax.block_until_ready(inside)
+    if whole is None:
+        raise UserError(
+            "expected at least one batch with an example, got none; "
+            "an iterator that was used before is empty: pass a list"
+        )
+    shares = []
+    for basis, part, total in zip(bases, inside, whole, strict=True):
+        seen = total.value > 0
+        share = part.within(total.unit) / jnp.where(seen, total.value, 1.0)
+        share = jnp.clip(jnp.where(seen, share, 0.0), 0.0, 1.0)
+        shares.append(None if basis is None else share)
+    return mark.join(shares)
+
+
+@functools.partial(jax.jit, static_argnames="mark")
+def _inside(
+    parts: list[PyTree], bases: list[Any], count: jax.Array, *, mark: units.Fingerprint
+) -> list[spectrum.Scaled]:
+    """Squared norms ``[*L]`` of the coordinates of ``count`` examples, per unit."""
+
+    def coordinates(rows: jax.Array, basis: jax.Array) -> jax.Array:
+        return spectrum.dot(rows, basis)
+
+    lifted = units.over_layers(coordinates, mark.layer_axes)
+    out = []
+    for part, basis in zip(parts, bases, strict=True):
+        rows = units.to_vector(part, mark.layer_axes, batch_axes=1)
+        real = jnp.arange(len(rows)) < count
+        rows = jnp.where(real.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0.0)
+        rows = jnp.moveaxis(rows, 0, -2)
+        basis = (
+            jnp.zeros((*rows.shape[:-2], rows.shape[-1], 1)) if basis is None else basis
+        )
+        out.append(spectrum.sum_of_squares(lifted(rows, basis)))
+    return out
+
+
 def _look_ahead(batches: Batches, most: int) -> tuple[list[PyTree], Iterator[PyTree]]:
     """The first batches, all or more than ``most`` examples of them, and the rest."""
     stream, ahead, total = iter(batches), [], 0
@@ -262,7 +382,7 @@ def _passes(
     batches: Iterable[PyTree],
     gradients: Callable[..., Any],
     shared: tuple[PyTree, tuple[Any, ...], jax.Array | None],
-    microbatch: int,
+    microbatch: int | None,
     progress: Callable[[int], None] | None,
     devices: int,
 ) -> Iterator[tuple[list[PyTree], list[spectrum.Scaled], int]]:
@@ -275,7 +395,7 @@ def _passes(
         # Batches of one kind, such as sequences of one length, share a program.
         kind = tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
         most = sizes[kind] = max(sizes.get(kind, 0), count)
-        filled, step = _fill(batch, most), min(most, microbatch)
+        filled, step = _fill(batch, most), min(most, microbatch or most)
         for first in range(0, count, step):
             end = min(first + step, count)
             numbers = [np.int32(x) for x in (first, end, seen)]

@@ -78,6 +78,17 @@ class TokenDataset:
         return self.tokens.shape[1]
 
 
+def first_tokens(dataset: TokenDataset, count: int) -> TokenDataset:
+    """The same examples with the first ``count`` tokens of each answer alone.
+
+    >>> data = TokenDataset(np.ones((1, 5), np.int32), np.array([[0, 0, 1, 1, 1]]))
+    >>> first_tokens(data, 2).mask.tolist()
+    [[0.0, 0.0, 1.0, 1.0, 0.0]]
+    """
+    early = np.cumsum(dataset.mask > 0, axis=1) <= count
+    return dataclasses.replace(dataset, mask=np.where(early, dataset.mask, 0.0))
+
+
 def _token_ids(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     numbers = values.dtype.kind in "iuf"

@@ -45,6 +45,7 @@ def with_projection(
     update_subspace: bool,
     refresh_every: int | None,
     control_spectrum: bool,
+    selectivity: bool = True,
 ) -> Method:
     """Projects a method's steps off the subspaces that ``ssi`` identifies.
 
@@ -56,10 +57,13 @@ def with_projection(
       update_subspace: whether to merge after each domain.
       refresh_every: steps between merges inside a domain; None for none.
       control_spectrum: whether to report the spectrum on random data too.
+      selectivity: whether to report what share of held-out safety and of the task
+        (before the first domain the benign control's) lies in the subspace of half of
+        the calibration set.
 
     Returns:
       The method. Its ``init`` warns with :class:`InertProjectionWarning` where α is
-      above 0.95 in every layer.
+      above 0.95 in every layer, or on average in those of one kind of projection.
     """
     # A copy apart from the active one is needed only where the two differ.
     apart = ssi.basis in ("random", "shuffled") or refresh_every is not None
@@ -75,6 +79,9 @@ def with_projection(
             other = ssi.estimate(problem, base, adapter, control, key)
             diagnostics["random_spectrum"] = other.eigenvalues
             diagnostics["random_trace"] = other.trace
+        if selectivity:
+            benign = problem.calibration_controls.get("benign")
+            diagnostics |= ssi.shares(problem, base, adapter, key, benign)
         state = {"coefficients": alpha, "diagnostics": diagnostics}
         state["subspace"] = ssi.active(found, key)
         if apart:
@@ -102,6 +109,8 @@ def with_projection(
             **describe(stored, alpha, fresh.trace),
             **describe_change(old, fresh, stored),
         }
+        if selectivity and problem.domain is not None:
+            diagnostics |= ssi.shares(problem, base, adapter, key, problem.domain)
         return {
             **state,
             "subspace": ssi.active(stored, key),
@@ -151,11 +160,13 @@ def with_projection(
         refresh_every=refresh_every,
         outline=outline,
     )
+    found = 1 if ssi.contrast is None else 2
     return with_cost(
         projected,
-        fishers=1 + control_spectrum,
-        domain_fishers=int(update_subspace),
-        refresh_fishers=1,
+        # Half of a set and a few examples more are about one of it.
+        fishers=found + control_spectrum + selectivity,
+        domain_fishers=int(update_subspace) * (found + selectivity),
+        refresh_fishers=found,
         columns=ssi.max_rank,
     )
 
@@ -175,6 +186,18 @@ def _warn_if_inert(alpha: PyTree) -> None:
             f"the projection is inert: α is at least {lowest:.3f} in every layer, "
             "because tr F is small against 1/λ; normalise the trace, raise strictness "
             "or use the sampled Fisher",
+            InertProjectionWarning,
+            stacklevel=3,
+        )
+        return
+    means = {name: float(np.mean(a)) for name, a in alpha.items()}
+    idle = {name: mean for name, mean in means.items() if mean > INERT}
+    if idle:
+        told = ", ".join(f"{name} ({mean:.3f})" for name, mean in idle.items())
+        warnings.warn(
+            f"the projection is inert for {told}: mean α of its layers; tr F is small "
+            "there against other projections: normalisation='kind' compares each with "
+            "its own mean",
             InertProjectionWarning,
             stacklevel=3,
         )

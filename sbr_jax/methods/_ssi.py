@@ -9,6 +9,13 @@ A unprotected in the first domain. ``protect_a="perturb"`` adds the missing bloc
 first order ∂ log p/∂A = scale · xᵀ(g Bᵀ) is linear in B, so its directions are measured
 at one small random B (B's own gradient masked out) and its eigenvalues are rescaled to
 the trace of the B block. The two blocks have disjoint support, so their merge is exact.
+
+In its own examples a subspace holds ρ of the energy by construction. Whether it is
+about safety, examples say that had no part in it: the directions of one half of the
+calibration set are measured on the other half and on the task,
+
+    held-out share = Σ ‖Vᵀ s‖² / Σ ‖s‖²  over the other half,   task share likewise,
+    selectivity    = held-out share / task share.
 """
 
 import dataclasses
@@ -20,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.data.batches import take
+from sbr_jax.data.batches import first_tokens, take
 from sbr_jax.data.layout import by_length
-from sbr_jax.fisher import fisher_subspace
+from sbr_jax.fisher import energy_share, fisher_subspace
 from sbr_jax.methods.base import (
     LAYER_AXES,
     Problem,
@@ -32,6 +39,7 @@ from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.progress import task
 from sbr_jax.subspace import (
     Subspace,
+    contrast,
     discarded_energy,
     effective_rank,
     merge,
@@ -45,6 +53,9 @@ from sbr_jax.typing import PyTree, UserError
 
 ANGLES = 8
 """Principal angles kept in the results for each layer."""
+
+SHARED = 64
+"""Examples of either kind that a share is measured on, at most."""
 
 PERTURBATION = 0.01
 """Standard deviation of the random B of ``protect_a``, relative to A's."""
@@ -68,21 +79,77 @@ class Ssi:
     protect_a: str
     keep_base: bool
     basis: str
+    calibration_tokens: int | None = None
+    contrast: float | None = None
 
     def identify(
         self, problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
     ) -> Subspace:
         """The subspace of the present model, from the set that ``basis`` names."""
         check_sizes(problem, adapter, self.max_rank)
-        dataset = problem.calibration
-        if self.basis == "benign":
-            dataset = problem.calibration_controls.get("benign")
-            if dataset is None:
+        sets = self._sets(problem)
+        return self.estimate(problem, base, adapter, sets[0], key, sets[1])
+
+    def _sets(self, problem: Problem) -> tuple[Any, Any]:
+        """The set of the directions, and the one that they are contrasted with."""
+        benign = problem.calibration_controls.get("benign")
+        for name, wanted in (
+            ("basis='benign'", self.basis == "benign"),
+            (f"contrast={self.contrast}", self.contrast is not None),
+        ):
+            if wanted and benign is None:
                 raise UserError(
-                    "basis='benign': expected calibration_controls['benign'] in the "
-                    "study, got none"
+                    f"{name}: expected calibration_controls['benign'] in the study, "
+                    "got none"
                 )
-        return self.estimate(problem, base, adapter, dataset, key)
+        if self.basis == "benign":
+            return benign, None
+        return problem.calibration, None if self.contrast is None else benign
+
+    def shares(
+        self,
+        problem: Problem,
+        base: PyTree,
+        adapter: PyTree,
+        key: jax.Array,
+        task: Any,
+    ) -> dict[str, PyTree]:
+        """How much of held-out safety and of a task lies in the subspace of a half.
+
+        Args:
+          problem: its calibration set gives the half, and what is held out.
+          base: frozen weights.
+          adapter: of the present model.
+          key: as for :meth:`identify`.
+          task: examples of what is to be learnt; None for none.
+
+        Returns:
+          ``held_out_share`` and, with a task, ``task_share`` and their ratio
+          ``selectivity``, for each layer of each unit; empty where a half would be
+          empty.
+        """
+        chosen, against = self._sets(problem)
+        if min(len(chosen), len(problem.calibration)) < 2:
+            return {}
+        halves = [None if x is None else _every_second(x, 0) for x in (chosen, against)]
+        half = self.estimate(problem, base, adapter, halves[0], key, halves[1])
+        active = self.active(half, key)
+        loss_fn = answer_loss(problem.apply_fn, self.reduction)
+
+        def share(dataset: Any) -> PyTree:
+            batches = _batches(problem, self._cut(_some(dataset, SHARED)))
+            return energy_share(loss_fn, adapter, batches, active, args=(base,))
+
+        found = {"held_out_share": share(_every_second(problem.calibration, 1))}
+        if task is not None and len(task):
+            found["task_share"] = share(task)
+            found["selectivity"] = jax.tree.map(_ratio, *found.values())
+        return found
+
+    def _cut(self, dataset: Any) -> Any:
+        """The dataset with as many answer tokens as the Fisher sees."""
+        count = self.calibration_tokens
+        return dataset if count is None else first_tokens(dataset, count)
 
     def estimate(
         self,
@@ -91,15 +158,18 @@ class Ssi:
         adapter: PyTree,
         dataset: Any,
         key: jax.Array,
+        against: Any = None,
     ) -> Subspace:
-        """The leading eigenvectors of the Fisher on one dataset."""
+        """The leading directions of the Fisher on one dataset, or against another's."""
         loss_fn = answer_loss(problem.apply_fn, self.reduction, self.fisher)
-        found = self._fisher(problem, loss_fn, base, adapter, dataset, key)
+        found = self._leading(problem, loss_fn, base, adapter, dataset, key, against)
         if self.protect_a == "perturb" and _all_zero_b(adapter):
             noise_key, key = jax.random.split(key)
             perturbed = perturb_b(noise_key, adapter)
             masked = _without_b_gradient(loss_fn)
-            block = self._fisher(problem, masked, base, perturbed, dataset, key)
+            block = self._leading(
+                problem, masked, base, perturbed, dataset, key, against
+            )
             block = _with_trace(block, found.trace)
             joined = merge(
                 found,
@@ -111,22 +181,58 @@ class Ssi:
             found = dataclasses.replace(joined, trace=found.trace)
         return found
 
-    def _fisher(self, problem, loss_fn, base, adapter, dataset, key):
-        total = min(len(dataset), problem.training.fisher_examples or len(dataset))
-        with task("Fisher, examples", total) as done:
+    def _leading(self, problem, loss_fn, base, adapter, dataset, key, against):
+        if against is None:
+            return self._fisher(
+                problem,
+                loss_fn,
+                base,
+                adapter,
+                dataset,
+                key,
+                self.max_rank,
+                self.energy,
+            )
+        # Every direction of both, as far as the buffer goes.
+        least = max(problem.training.fisher_buffer, self.max_rank)
+        found = [
+            self._fisher(
+                problem,
+                loss_fn,
+                base,
+                adapter,
+                x,
+                key,
+                min(_seen(problem, x), least),
+                1.0,
+            )
+            for x in (dataset, against)
+        ]
+        return contrast(
+            *found,
+            max_rank=self.max_rank,
+            energy=self.energy,
+            regulariser=float(self.contrast or 1.0),
+        )
+
+    def _fisher(
+        self, problem, loss_fn, base, adapter, dataset, key, max_rank, energy
+    ) -> Subspace:
+        dataset = self._cut(dataset)
+        with task("Fisher, examples", _seen(problem, dataset)) as done:
             return fisher_subspace(
                 loss_fn,
                 adapter,
                 _batches(problem, dataset),
-                max_rank=self.max_rank,
-                energy=self.energy,
+                max_rank=max_rank,
+                energy=energy,
                 fisher=self.fisher,
                 unit=is_lora_pair,
                 layer_axes=LAYER_AXES,
                 args=(base,),
                 key=key,
                 microbatch=problem.hardware.fisher_microbatch,
-                buffer_rank=max(problem.training.fisher_buffer, self.max_rank),
+                buffer_rank=max(problem.training.fisher_buffer, max_rank),
                 memory_budget=problem.training.memory_bytes,
                 progress=done,
             )
@@ -216,11 +322,32 @@ def _with_trace(subspace: Subspace, trace: PyTree) -> Subspace:
     return dataclasses.replace(subspace, eigenvalues=eigenvalues, trace=trace)
 
 
+def _seen(problem: Problem, dataset: Any) -> int:
+    """How many of a dataset's examples a Fisher is a mean over."""
+    return min(len(dataset), problem.training.fisher_examples or len(dataset))
+
+
+def _some(dataset: Any, most: int) -> Any:
+    """At most so many examples, evenly spaced."""
+    total = len(dataset)
+    if most >= total:
+        return dataset
+    return take(dataset, np.linspace(0, total - 1, most).round().astype(int))
+
+
+def _every_second(dataset: Any, first: int) -> Any:
+    """Half of a dataset; sets are drawn in random order, so either half is like it."""
+    return take(dataset, np.arange(first, len(dataset), 2))
+
+
+def _ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
+    """Their quotient; 0 where nothing of the task lies in the subspace."""
+    return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 0.0)
+
+
 def _batches(problem: Problem, dataset: Any) -> Iterator[dict]:
     """The dataset by length, in batches of what is differentiated at once."""
-    total, most = len(dataset), problem.training.fisher_examples
-    if most is not None and most < total:
-        dataset = take(dataset, np.linspace(0, total - 1, most).round().astype(int))
+    dataset = _some(dataset, _seen(problem, dataset))
     size = problem.hardware.fisher_microbatch
     yield from by_length(dataset, size, least=size)
 

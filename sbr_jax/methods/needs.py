@@ -26,7 +26,8 @@ ABOUT = {
 
 
 def _safeanchor(options: Any) -> set[str]:
-    return {SAFE, *([BENIGN] if options.basis == "benign" else [])}
+    benign = options.basis == "benign" or options.contrast is not None
+    return {SAFE, *([BENIGN] if benign else [])}
 
 
 def _unified(options: Any) -> set[str]:

@@ -52,6 +52,8 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 _BRIEF = {"control_spectrum": False}
+SELECTIVE = {"calibration_tokens": 4, "contrast": 0.1, "normalisation": "kind"}
+"""The three changes of the subspace and its relaxation together."""
 
 VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # A part missing.
@@ -118,6 +120,21 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "safeanchor-exact:replay-bypass": (
         "safeanchor-exact",
         {"replay_bypass": True, **_BRIEF},
+    ),
+    # Which subspace: where refusing is decided, against what benign answers need too.
+    "safeanchor-exact:first-tokens": (
+        "safeanchor-exact",
+        {"calibration_tokens": 4, **_BRIEF},
+    ),
+    "safeanchor-exact:contrastive": ("safeanchor-exact", {"contrast": 0.1, **_BRIEF}),
+    "safeanchor-exact:per-kind": (
+        "safeanchor-exact",
+        {"normalisation": "kind", **_BRIEF},
+    ),
+    "safeanchor-exact:selective": ("safeanchor-exact", {**SELECTIVE, **_BRIEF}),
+    "safeanchor-exact:selective-only": (
+        "safeanchor-exact",
+        {**SELECTIVE, "kl_weight": 0.0, "monitored": False, **_BRIEF},
     ),
     # Our best with a part missing, or another rater.
     "unified:no-projection": ("unified", {"project": False}),

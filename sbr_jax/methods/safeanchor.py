@@ -33,7 +33,7 @@ from sbr_jax.methods._anchor import with_kl_anchor
 from sbr_jax.methods._projection import with_projection
 from sbr_jax.methods._ssi import Ssi
 from sbr_jax.methods.base import Method, task_gradient, task_loss
-from sbr_jax.settings import Count, NonNegative
+from sbr_jax.settings import Count, NonNegative, Positive
 
 OURS: dict[str, Any] = {
     "projection": "update",
@@ -51,12 +51,14 @@ def safeanchor(
     *,
     projection: Literal["gradient", "update", "metric", "none"] = "gradient",
     weighting: Literal["uniform", "eigenvalue"] = "uniform",
-    normalisation: Literal["none", "mean", "parameter"] = "none",
+    normalisation: Literal["none", "mean", "kind", "parameter"] = "none",
     strictness: NonNegative = 0.5,
     energy: Annotated[float, Range(above=0, most=1)] = 0.9,
     max_rank: Count = 64,
     fisher: Literal["empirical", "sampled"] = "empirical",
     reduction: Literal["sum", "mean"] = "sum",
+    calibration_tokens: Count | None = None,
+    contrast: Positive | None = None,
     basis: Literal["safety", "random", "shuffled", "benign"] = "safety",
     relax: bool = True,
     update_subspace: bool = True,
@@ -69,6 +71,7 @@ def safeanchor(
     kl_batch_size: Count | None = None,
     replay_bypass: bool = False,
     control_spectrum: bool = True,
+    selectivity: bool = True,
     monitored: bool = True,
 ) -> Method:
     """SafeAnchor as published, every part of it an option.
@@ -79,13 +82,19 @@ def safeanchor(
         descends, or ``"none"``.
       weighting: of the merge: ``"uniform"`` (published) or ``"eigenvalue"``.
       normalisation: of tr F in α: ``"none"`` (published), ``"mean"`` (mean over
-        layers = 1) or ``"parameter"``.
+        layers = 1), ``"kind"`` (the same of queries, keys, values and outputs each) or
+        ``"parameter"``.
       strictness: λ ≥ 0.
       energy: ρ in (0, 1].
       max_rank: cap on the columns of one layer's basis.
       fisher: ``"empirical"`` (published; the data's answers) or ``"sampled"`` (answer
         tokens drawn from the model).
       reduction: log p(y | x) as the ``"sum"`` (published) or ``"mean"`` over tokens.
+      calibration_tokens: first tokens of an answer that the Fisher sees, where it is
+        decided whether the answer refuses; None for all of them (published).
+      contrast: ε of directions that lead in F_safety against F_benign (see
+        :func:`sbr_jax.contrast`), from ``calibration_controls["benign"]``; None for the
+        leading ones of F_safety (published).
       basis: ``"safety"``, or a control: ``"random"`` and ``"shuffled"`` of the same
         rank, ``"benign"`` from benign calibration data.
       relax: α from the trace; False is strict projection (α = 0).
@@ -103,11 +112,13 @@ def safeanchor(
       replay_bypass: in a repair, let the safety gradient bypass the projection
         (published: it is projected like the task's).
       control_spectrum: also report the spectrum on ``calibration_controls["random"]``.
+      selectivity: also report how much of held-out safety and of the task lies in a
+        subspace from half of the calibration set.
       monitored: run CSM.
 
     Returns:
       The method. Its ``init`` warns with :class:`InertProjectionWarning` when α is
-      above 0.95 in every layer.
+      above 0.95 in every layer, or on average in those of one kind of projection.
 
     Raises:
       UserError: naming a hyper-parameter that is out of range.
@@ -126,6 +137,8 @@ def safeanchor(
             protect_a=protect_a,
             keep_base=keep_base,
             basis=basis,
+            calibration_tokens=calibration_tokens,
+            contrast=contrast,
         )
         method = with_projection(
             method,
@@ -134,6 +147,7 @@ def safeanchor(
             update_subspace=update_subspace,
             refresh_every=refresh_every,
             control_spectrum=control_spectrum,
+            selectivity=selectivity,
         )
         if replay_bypass:
             method = dataclasses.replace(method, replay_gradient=_bypassing_replay)

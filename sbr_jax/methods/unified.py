@@ -58,7 +58,8 @@ def unified(
       beta_max: β of one of certain risk.
       kl_weight: γ ≥ 0; 0 removes SafeAnchor's own anchor.
       max_rank: cap on the columns of one layer's basis.
-      control_spectrum: also report the spectrum of the random control.
+      control_spectrum: also report the spectrum of the random control, and how
+        selective the subspace is.
       monitored: run CSM.
 
     Returns:
@@ -76,6 +77,7 @@ def unified(
         kl_weight=kl_weight,
         max_rank=max_rank,
         control_spectrum=control_spectrum,
+        selectivity=control_spectrum,
         monitored=monitored,
     )
     if anchors:

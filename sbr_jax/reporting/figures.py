@@ -280,6 +280,14 @@ def warnings(run: Run) -> list[str]:
                 "nothing of the gradient's safety component is removed, and what the "
                 "row gains comes from its other parts (anchor, monitor)."
             )
+        elif alphas:
+            units = layers_by_unit(alphas[-1][1])
+            means = {name: float(a.mean()) for name, a in units.items()}
+            idle = [f"{n} ({m:.3f})" for n, m in means.items() if m >= INERT_ALPHA]
+            if idle:
+                found.append(
+                    f"{method}: the projection is inert for {', '.join(idle)} (mean α)."
+                )
         ranks = run.diagnostics(method, "subspace", "effective_rank")
         if ranks and not _stack(ranks[-1][1]).any():
             found.append(f"{method}: every subspace has rank 0: nothing is protected.")

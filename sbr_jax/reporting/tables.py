@@ -195,6 +195,9 @@ PROJECTION = (
     ("train", "metrics", "safety_update", "‖ΠΔ‖ / ‖Δ‖"),
     ("subspace", "diagnostics", "alpha", "mean α"),
     ("subspace", "diagnostics", "effective_rank", "mean rank"),
+    ("subspace", "diagnostics", "held_out_share", "held-out share"),
+    ("subspace", "diagnostics", "task_share", "task share"),
+    ("subspace", "diagnostics", "selectivity", "selectivity"),
     ("subspace", "diagnostics", "discarded", "old energy lost"),
 )
 """Stage, group, key and heading of what says whether a projection works."""
@@ -213,6 +216,10 @@ def projection_table(run: Run) -> Table:
         "step that was applied after everything.",
         "removed: norm of what the projection takes from g, 0 where α = 1.",
         "old energy lost: share of the old basis that a merge dropped.",
+        "held-out share, task share: of the gradient energy of safe examples, and of "
+        "the task's, in a subspace of safe examples that had no part in them; "
+        "selectivity is their quotient, layer by layer: 1 protects nothing that "
+        "learning does not need.",
     )
     return Table(("method", *(p[3] for p in PROJECTION)), tuple(rows), notes)
 

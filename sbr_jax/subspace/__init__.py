@@ -1,5 +1,6 @@
 """Low-rank subspaces of parameter trees: the record, its merge, its geometry."""
 
+from sbr_jax.subspace.contrasting import contrast
 from sbr_jax.subspace.controls import random_subspace, shuffled_subspace
 from sbr_jax.subspace.geometry import (
     discarded_energy,
@@ -18,6 +19,7 @@ from sbr_jax.subspace.record import (
 
 __all__ = [
     "Subspace",
+    "contrast",
     "discarded_energy",
     "effective_rank",
     "empty_subspace",

@@ -95,6 +95,13 @@ class Fingerprint:
                 )
         return parts, back
 
+    def holds(self, tree: PyTree) -> bool:
+        """Whether a tree comes in the fingerprint's own containers."""
+        try:
+            return all(map(UnitSpec.fits, self.units, self.treedef.flatten_up_to(tree)))
+        except ValueError:
+            return False
+
     def split(self, tree: PyTree, *, what: str = "tree") -> list[PyTree]:
         """The units of ``tree`` alone, see `match`."""
         return self.match(tree, what=what)[0]

@@ -26,6 +26,9 @@ from sbr_jax.transforms.state import (
 )
 from sbr_jax.typing import PyTree
 
+NORMALISATIONS = ("none", "mean", "kind", "parameter")
+"""Of the traces that relaxation compares with 1/λ."""
+
 
 class ProjectionState(NamedTuple):
     """State of `project_onto_complement`: the subspace, owned by the state."""
@@ -188,13 +191,15 @@ def fisher_relaxation(
 
     A large trace (sensitive layer) gives 0: full projection. ``t`` is ``tr F`` as
     published, which depends on how the loss is averaged, on LoRA's rank and on the
-    width; so it saturates easily, and two normalisations are offered.
+    width; so it saturates easily, and three normalisations are offered.
 
     Args:
         subspace: whose traces to use.
         strictness: λ; 0.5 is published.
         normalisation: ``"none"``: t = tr F; ``"mean"``: t = tr F divided by its mean
-            over all units and layers; ``"parameter"``: t = tr F / P.
+            over all units and layers; ``"kind"``: divided by its mean over the layers
+            of its own unit, so that no kind of projection switches another off;
+            ``"parameter"``: t = tr F / P.
 
     Returns:
         Tree of α in [0, 1], entries ``[*L]``, one per unit.
@@ -215,7 +220,7 @@ def fisher_relaxation(
     """
     check_subspace("subspace", subspace)
     checks.number("strictness", strictness, least=0.0)
-    checks.one_of("normalisation", normalisation, ("none", "mean", "parameter"))
+    checks.one_of("normalisation", normalisation, NORMALISATIONS)
     mark = subspace.fingerprint
     traces = mark.entries(subspace.trace)
     known = [t for t in traces if t is not None]
@@ -225,6 +230,9 @@ def fisher_relaxation(
         count = sum(t.size for t in known)
         mean = sum(jnp.sum(t) for t in known) / max(count, 1)
         scales = [jnp.where(mean > 0, mean, 1.0)] * len(traces)
+    elif normalisation == "kind":
+        means = [None if t is None else jnp.mean(t) for t in traces]
+        scales = [1.0 if m is None else jnp.where(m > 0, m, 1.0) for m in means]
     else:
         scales = [float(u.size(mark.layer_axes)) for u in mark.units]
     pairs = zip(traces, scales, strict=True)

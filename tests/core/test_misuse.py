@@ -149,7 +149,10 @@ KINDS = {  # right, wrong
         ["eigenvalue", "uniform"],
         ["median", "", None, 1, True, ["uniform"]],
     ),
-    "scale": (["none", "mean", "parameter"], ["max", "", None, 1, False, ["mean"]]),
+    "scale": (
+        ["none", "mean", "kind", "parameter"],
+        ["max", "", None, 1, False, ["mean"]],
+    ),
     "metric": (["adam", "euclidean"], ["sgd", "", None, 1, True, ["adam"]]),
     "fisher": (["empirical"], ["true", "", None, 1, ["empirical"]]),
     "direction": (["forward", "reverse"], ["both", "", None, 1, True]),
@@ -233,6 +236,12 @@ CALLS = {  # name, how it is called -> kinds of its arguments
         "weighting": "weighting",
         "protected": "no subspace",
     },
+    ("contrast", None): {
+        **PAIR,
+        "max_rank": "cap",
+        "energy": "energy",
+        "regulariser": "eps",
+    },
     ("project_onto", None): {"tree": "tree", "subspace": "subspace"},
     ("project_out", None): {
         "tree": "tree",
@@ -265,6 +274,14 @@ CALLS = {  # name, how it is called -> kinds of its arguments
         "buffer_rank": "buffer",
         "memory_budget": "budget",
         "progress": "progress",
+    },
+    ("energy_share", None): {
+        "loss_fn": "loss",
+        "params": "tree",
+        "batches": "batches",
+        "subspace": "subspace",
+        "args": "args",
+        "microbatch": "count",
     },
     ("fisher_relaxation", None): {
         "subspace": "subspace",
