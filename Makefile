@@ -5,6 +5,8 @@ PYTHON ?= python3.11
 EXTRAS ?= experiments,test
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 DEMO ?= runs/demo
+SMOLLM2 ?= runs/smollm2
+DATA ?=
 
 BIN := .venv/bin
 # The stamp's name carries a checksum of pyproject.toml and of the Python asked for, so
@@ -16,7 +18,7 @@ PAGES := $(filter-out docs/reference,$(wildcard *.md docs/*.md docs/methods)) ex
 CORE := sbr_jax/subspace sbr_jax/transforms sbr_jax/fisher.py sbr_jax/losses.py $(addprefix tests/core/test_,subspace.py subspace_geometry.py transforms.py losses.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo report test test-all test-core parity bench bench-venv lint format docs clean
+.PHONY: help venv demo report smollm2 test test-all test-core parity bench bench-venv lint format docs clean
 
 help: ## list the targets
 	@echo "Targets of this Makefile:"
@@ -61,6 +63,18 @@ demo: $(STAMP) ## plain LoRA against SafeAnchor on the testbed, then the report
 report: $(STAMP) ## tables and report.html from the results of make demo
 	@echo "==> writing the report of $(DEMO)"
 	@$(BIN)/python -m experiments.report "$(DEMO)"
+
+# Without a data folder the sets come from the hub, which has a part of them.
+FROM_DATA = $(if $(DATA),--data "$(DATA)")
+FROM_HUB = $(if $(DATA),,--domains medical code --study.benchmarks advbench jailbreakbench xstest)
+
+smollm2: ## a real chat model fetched, taught to refuse and fine-tuned: DATA=FOLDER
+	@$(if $(DATA),,$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),gguf,eval" venv)
+	@$(if $(DATA),$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),gguf" venv)
+	@echo "==> making a chat model in $(SMOLLM2)-model, then running the preset 'smollm2' into $(SMOLLM2) (about 40 minutes on two cores; what is finished is kept)"
+	@$(BIN)/python -m experiments.smollm2 --output "$(SMOLLM2)-model" $(FROM_DATA)
+	@$(BIN)/python -m experiments.run smollm2 --workdir "$(SMOLLM2)" --model "$(SMOLLM2)-model/aligned" $(FROM_DATA) $(FROM_HUB)
+	@$(BIN)/python -m experiments.report "$(SMOLLM2)"
 
 PYTEST = JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(BIN)/python -m pytest -n $(WORKERS)
 

@@ -20,7 +20,7 @@ calibration set are measured on the other half and on the task,
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -82,6 +82,12 @@ class Ssi:
     calibration_tokens: int | None = None
     contrast: float | None = None
 
+    @classmethod
+    def of(cls, options: Any) -> "Ssi":
+        """Those of a method's hyper-parameters that are about subspaces."""
+        fields = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: getattr(options, name) for name in fields})
+
     def identify(
         self, problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
     ) -> Subspace:
@@ -128,23 +134,50 @@ class Ssi:
           ``selectivity``, for each layer of each unit; empty where a half would be
           empty.
         """
+        sets = {} if task is None or not len(task) else {"task_share": task}
+        half, found = self.half(problem, base, adapter, key, sets)
+        if half is not None and sets:
+            found["selectivity"] = jax.tree.map(_ratio, *found.values())
+        return found
+
+    def half(
+        self,
+        problem: Problem,
+        base: PyTree,
+        adapter: PyTree,
+        key: jax.Array,
+        sets: Mapping[str, Any],
+    ) -> tuple[Subspace | None, dict[str, PyTree]]:
+        """The subspace of half of the calibration set, and what else lies in it.
+
+        Args:
+          problem: see :meth:`shares`.
+          base: frozen weights.
+          adapter: of the present model.
+          key: as for :meth:`identify`.
+          sets: by name; of each, 64 examples at most are measured.
+
+        Returns:
+          The subspace that would be projected away, None where a half would be empty;
+          ``held_out_share`` of the other half, and the share of every set.
+        """
         chosen, against = self._sets(problem)
         if min(len(chosen), len(problem.calibration)) < 2:
-            return {}
+            return None, {}
         halves = [None if x is None else _every_second(x, 0) for x in (chosen, against)]
-        half = self.estimate(problem, base, adapter, halves[0], key, halves[1])
-        active = self.active(half, key)
+        found = self.estimate(problem, base, adapter, halves[0], key, halves[1])
+        half = self.active(found, key)
         loss_fn = answer_loss(problem.apply_fn, self.reduction)
 
         def share(dataset: Any) -> PyTree:
             batches = _batches(problem, self._cut(_some(dataset, SHARED)))
-            return energy_share(loss_fn, adapter, batches, active, args=(base,))
+            return energy_share(loss_fn, adapter, batches, half, args=(base,))
 
-        found = {"held_out_share": share(_every_second(problem.calibration, 1))}
-        if task is not None and len(task):
-            found["task_share"] = share(task)
-            found["selectivity"] = jax.tree.map(_ratio, *found.values())
-        return found
+        other = _every_second(problem.calibration, 1)
+        return half, {
+            name: share(dataset)
+            for name, dataset in {"held_out_share": other, **sets}.items()
+        }
 
     def _cut(self, dataset: Any) -> Any:
         """The dataset with as many answer tokens as the Fisher sees."""

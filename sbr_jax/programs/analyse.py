@@ -9,6 +9,7 @@
     exhaustion    rank, removed gradient and accuracy over up to 20 domains
     coupling      does it hold the refusal direction of the activations?
     probe         does the risk probe tell harmful prompts that it never saw?
+    selectivity   does it hold more of held-out safety than of what is learnt?
 
 Writes `analysis.json`, `analysis.html` and a PNG for each figure into DIR. Analyses of
 one DIR add up; runs below it (`exhaustion`, `coupling`) are resumed where they stopped.
@@ -46,7 +47,7 @@ class AnalyseArguments(JobArguments[Options]):
     """Analyse the safety subspace of a preset's model."""
 
     analysis: str = "all"
-    """harm-types, sensitivity, exhaustion, coupling, probe or all."""
+    """harm-types, sensitivity, exhaustion, coupling, probe, selectivity or all."""
     results: Path | None = None
     """A finished run for exhaustion, in place of a new one."""
     examples: int = 60

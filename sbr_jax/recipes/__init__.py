@@ -19,6 +19,7 @@ MODULES = {
     "llama2-7b": "llama2_7b",
     "mistral-7b": "mistral_7b",
     "realtext": "realtext",
+    "smollm2": "smollm2",
 }
 """Name of a preset to its module in this package."""
 

@@ -246,10 +246,46 @@ def causal_figure(result: Result) -> Figure:
     return figure
 
 
+# --- selectivity ----------------------------------------------------------------------
+
+
+def _selectivity(result: Result) -> list[Drawing]:
+    rows, sets = result["rows"], list(next(iter(result["rows"].values()))["share"])
+    lines = tuple(
+        (
+            name,
+            _number(row["rank"], 1),
+            _number(row["held_out"]),
+            *(
+                f"{_number(row['share'][s])} ({_number(row['selectivity'][s], 2)})"
+                for s in sets
+            ),
+        )
+        for name, row in rows.items()
+    )
+    table = Table(("row", "mean rank", "held-out safety", *sets), lines)
+    caption = (
+        f"Subspaces of the aligned model from {result['examples']} safe examples: the "
+        "share of gradient energy inside, of safe examples that had no part in them "
+        "and of others; in the table, in brackets, the quotient of the two. At 1 it "
+        "protects nothing that learning does not need."
+    )
+    panels = {
+        "share of gradient energy inside": {
+            name: [row["held_out"], *(row["share"][s] for s in sets)]
+            for name, row in rows.items()
+        }
+    }
+    figure = plots.heat_map(panels, columns=["held-out safety", *sets])
+    title = "Is it the safety subspace?"
+    return [Drawing("selectivity", title, caption, figure, table)]
+
+
 DRAWERS: dict[str, Callable[[Result], list[Drawing]]] = {
     "harm-types": _harm_types,
     "sensitivity": _sensitivity,
     "exhaustion": _exhaustion,
     "coupling": _coupling,
     "probe": _probe,
+    "selectivity": _selectivity,
 }

@@ -19,6 +19,8 @@ from sbr_jax.data import TokenDataset
 from sbr_jax.data.batches import take
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
+from sbr_jax.methods import resolve
+from sbr_jax.methods._ssi import Ssi
 from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
 from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.methods.probe import (
@@ -37,7 +39,7 @@ from sbr_jax.studies.examples import (
     with_direction,
 )
 from sbr_jax.studies.options import StudyOptions, TestbedOptions
-from sbr_jax.subspace import Subspace
+from sbr_jax.subspace import Subspace, effective_rank
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree, UserError
 
@@ -327,12 +329,56 @@ def _auroc(found: Any, harmful: np.ndarray, harmless: np.ndarray) -> float:
     return auroc(np.asarray(scores), np.repeat([1, 0], [len(x) for x in sides]))
 
 
+def selectivity(context: Context) -> dict[str, Any]:
+    """How much of held-out safety, and of all else, lies in each row's subspace.
+
+    Raises:
+        UserError: where no row projects anything.
+    """
+    from sbr_jax.training.program import make_program
+
+    study, job = context.study, context.job
+    sets = {name: domain.train for name, domain in study.domains.items()}
+    sets |= {f"{name} control": x for name, x in study.calibration_controls.items()}
+    rows = {}
+    for variant in job.methods:
+        _, options = resolve(variant, job.config.methods)
+        if getattr(options, "projection", "none") == "none":
+            continue
+        ssi = Ssi.of(options)
+        problem = make_program(variant, study, job.config).problem
+        half, shares = ssi.half(
+            problem, study.model.params, context.adapter, jax.random.key(0), sets
+        )
+        if half is None:
+            continue
+        means = {
+            name: float(np.mean([np.mean(x) for x in jax.tree.leaves(tree)]))
+            for name, tree in shares.items()
+        }
+        held = means.pop("held_out_share")
+        ranks = [np.mean(x) for x in jax.tree.leaves(effective_rank(half))]
+        rows[variant] = {
+            "rank": float(np.mean(ranks)),
+            "held_out": held,
+            "share": means,
+            "selectivity": {k: held / v if v else None for k, v in means.items()},
+        }
+    if not rows:
+        raise UserError(
+            "selectivity: expected rows that project, got "
+            f"{', '.join(job.methods)}: add --methods safeanchor-exact"
+        )
+    return {"examples": len(study.calibration) // 2, "rows": rows}
+
+
 ANALYSES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "harm-types": harm_types,
     "sensitivity": sensitivity,
     "exhaustion": exhaustion,
     "coupling": coupling,
     "probe": probe,
+    "selectivity": selectivity,
 }
 LABELLED = ("harm-types", "coupling", "probe")
 """Analyses that need an example's kind."""

@@ -211,6 +211,8 @@ class ModelOptions:
         dtype: of the frozen weights.
         quantize: the frozen projections; None for not at all.
         unaligned_folder: the checkpoint before alignment.
+        calibration_refusals: leave out safe exchanges whose answer refuses nothing, by
+            a list of words; they hold the manner of answering instead.
     """
 
     judge: str = "keyword"
@@ -223,6 +225,7 @@ class ModelOptions:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     quantize: Literal["nf4", "nf4-double", "int8"] | None = None
     unaligned_folder: str | None = None
+    calibration_refusals: bool = False
 
     def __post_init__(self):
         """Refuses values that cannot be meant."""
@@ -280,6 +283,10 @@ class ChatOptions(ModelOptions):
     drop_overlaps: bool = False
     output_folder: str | None = None
 
+    def demanded(self) -> Sequence[str]:
+        """Sources that a command line must name."""
+        return ("model", "data")
+
     def known_domains(self) -> Sequence[str]:
         """The papers' domains, and every public data set with a reader."""
         from sbr_jax.data.registry import DOMAINS as SETS
@@ -290,8 +297,9 @@ class ChatOptions(ModelOptions):
         """Refuses a command line without model, data or what a variant needs."""
         from sbr_jax.methods import build, resolve
 
-        for flag, example in (("model", "FOLDER_OR_HUB_ID"), ("data", "FOLDER")):
-            if getattr(sources, flag) is None:
+        examples = {"model": "FOLDER_OR_HUB_ID", "data": "FOLDER"}
+        for flag, example in examples.items():
+            if getattr(sources, flag) is None and flag in self.demanded():
                 raise UserError(
                     f"expected --{flag} {example}, got none: docs/real-models.md says "
                     "what such a folder holds"
@@ -342,6 +350,24 @@ class RealtextOptions(ChatOptions):
             raise UserError(
                 "expected --model FOLDER, got none: make one with python -m "
                 "experiments.realtext --data FOLDER --output FOLDER"
+            )
+        super().check(variants, methods, sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmollmOptions(ChatOptions):
+    """Options of a study of the chat model that `experiments.smollm2` fetched."""
+
+    def demanded(self) -> Sequence[str]:
+        """Without a data folder, the hub is asked."""
+        return ("model",)
+
+    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+        """Refuses a command line as `ChatOptions` does, saying who makes the model."""
+        if sources.model is None:
+            raise UserError(
+                "expected --model FOLDER, got none: make one with python -m "
+                "experiments.smollm2 --output runs/smollm2-model"
             )
         super().check(variants, methods, sources)
 

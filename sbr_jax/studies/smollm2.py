@@ -57,6 +57,7 @@ FILES = Sets(
     harmful=(("harmbench_standard", None), ("advbench", None)),
     harmless=("alpaca_harmless", "test"),
     asked=(
+        ("harmbench", "all"),
         ("jailbreakbench", "harmful"),
         ("jailbreakbench", "benign"),
         ("xstest", None),
@@ -69,7 +70,7 @@ HUB = Sets(
     ordinary=("alpaca_full", None),
     harmful=(("advbench", None),),
     harmless=None,
-    asked=FILES.asked,
+    asked=FILES.asked[1:],
 )
 """From the hub, which has no copy of the others."""
 
@@ -111,7 +112,8 @@ def read_rows(folder: Path | None) -> Rows:
     pool = ordinary if sets.harmless is None else _asked(sets.harmless, folder)
     harmless = draw(distinct(pool)[0], HARMLESS)
     # A behaviour of HarmBench counts with its context and without.
-    bare = [item.behaviour for item in harmful if isinstance(item, BehaviourItem)]
+    items = (x for x in (*harmful, *asked) if isinstance(x, BehaviourItem))
+    bare = [item.behaviour for item in items]
     kept = [
         distinct(without(rows, harmful, bare, asked, harmless)[0])[0]
         for rows in (safe, ordinary)

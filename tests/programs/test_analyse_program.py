@@ -51,8 +51,14 @@ def test_all_analyses_of_a_tiny_study(tmp_path, monkeypatch):
     assert set(first) == {"of", "sensitivity", "exhaustion"}
     assert first["sensitivity"]["sizes"] == [30, 60, 66]
     analyse.execute(tiny_context(folder), ["harm-types", "coupling", "probe"])
+    analyse.execute(tiny_context(folder), ["selectivity"])
     whole = read_json(folder / "analysis.json")
     assert set(whole) == {"of", *analyses.ANALYSES}
+    (row,) = whole["selectivity"]["rows"].values()
+    assert whole["selectivity"]["examples"] == 33
+    for name, share in row["share"].items():
+        assert 0 < share < row["held_out"] < 1, name
+        assert row["selectivity"][name] == pytest.approx(row["held_out"] / share)
     assert whole["exhaustion"] == first["exhaustion"]
     row = whole["exhaustion"]["safeanchor-exact:projection-only"]
     assert row["rank"][0] > 0
@@ -67,7 +73,14 @@ def test_all_analyses_of_a_tiny_study(tmp_path, monkeypatch):
     found = whole["probe"]["auroc"]["direct"]
     assert set(found) == {"look-alikes", *tiny_context(folder).study.domains}
     assert {len(readings) for readings in found.values()} == {tiny.CONFIG.layers + 2}
-    for name in ("harm-types", "sensitivity", "exhaustion", "coupling-causal", "probe"):
+    for name in (
+        "harm-types",
+        "sensitivity",
+        "exhaustion",
+        "coupling-causal",
+        "probe",
+        "selectivity",
+    ):
         assert (folder / f"{name}.png").stat().st_size > 5000
         assert f'id="{name}-' in text
     before = (folder / "analysis.json").read_bytes()

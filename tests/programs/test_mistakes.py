@@ -182,6 +182,10 @@ MISTAKES = {
     "attack-map --nonsense": "unknown option '--nonsense'",
     "realtext": "expected --data, --output, got none",
     "realtext --data D --output W --steps 0": "--steps: expected at least 1, got 0",
+    "smollm2": "expected --output, got none: add --output runs/smollm2-model",
+    "smollm2 --output W --steps 0": "--steps: expected at least 1, got 0",
+    "smollm2 --output W --data nowhere": "expected a folder with data sets at nowhere",
+    "run smollm2 --workdir W": "python -m experiments.smollm2 --output",
 }
 
 

@@ -19,6 +19,7 @@ from sbr_jax.data.records import ChoiceItem, Record
 from sbr_jax.data.registry import SOURCES
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.errors import check_names
+from sbr_jax.evaluation import KeywordJudge, Verdict
 from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.models import Model
 from sbr_jax.studies.chat.sources import (
@@ -190,7 +191,7 @@ class Parts:
 def make_parts(
     domains: Sequence[str],
     options: ChatOptions,
-    folder: Path,
+    folder: Path | None,
     model: Model,
     measured: Mapping[str, Sequence[str]],
 ) -> Parts:
@@ -199,7 +200,7 @@ def make_parts(
     Args:
         domains: names, in order.
         options: of the study.
-        folder: the data folder.
+        folder: the data folder; None for the hub.
         model: its tokenizer and context; no weights are needed.
         measured: prompts of each benchmark.
 
@@ -282,14 +283,37 @@ def encode_records(
     )
 
 
-def calibration_source(options: ChatOptions, folder: Path) -> str:
+def calibration_source(options: ChatOptions, folder: Path | None) -> str:
     """The data set of the calibration set and the safety mix."""
     name = options.calibration_source
     return source_of("calibration", folder) if name == "auto" else name
 
 
+def only_refusals(examples: Sequence[Example], options: ModelOptions) -> list[Example]:
+    """Exchanges whose answer refuses, by the study's list of words.
+
+    Raises:
+        UserError: where none does.
+    """
+    kind, _, words = options.judge.partition(":")
+    judge = KeywordJudge(words) if kind == "keyword" and words else KeywordJudge()
+    answers = [example.answer for example in examples]
+    verdicts = judge([""] * len(answers), answers)
+    kept = [
+        example
+        for example, verdict in zip(examples, verdicts, strict=True)
+        if verdict is Verdict.REFUSAL
+    ]
+    if not kept:
+        raise UserError(
+            f"study.calibration_refusals: expected safe exchanges that refuse, got "
+            f"{len(examples)} that do not: give others, or leave the option out"
+        )
+    return kept
+
+
 def _draw(
-    domains: Sequence[str], options: ChatOptions, folder: Path, ledger: Ledger
+    domains: Sequence[str], options: ChatOptions, folder: Path | None, ledger: Ledger
 ) -> tuple[dict[str, Split], dict[str, list[Any]]]:
     """All parts, disjoint; tests first, then what defenders and attackers hold."""
     sources = {name: source_of(name, folder) for name in domains}
@@ -310,13 +334,18 @@ def _draw(
     for name, (pool, _) in pools.items():
         take(f"train {name}", sources[name], pool, options.train)
     safe = calibration_source(options, folder)
+    harmful = source_of(options.harmful_source, folder)
+    control = source_of(options.control_source, folder)
     for part, source, size in (
         ("calibration", safe, options.calibration),
         ("safety mix", safe, options.safety_mix),
-        ("harmful", options.harmful_source, options.harmful),
-        ("benign control", options.control_source, options.calibration),
+        ("harmful", harmful, options.harmful),
+        ("benign control", control, options.calibration),
     ):
-        take(part, source, read_domain(source, folder)[0], size)
+        pool = read_domain(source, folder)[0]
+        if source == safe and options.calibration_refusals:
+            pool = only_refusals(pool, options)
+        take(part, source, pool, size)
     splits = {}
     for name, (pool, own) in pools.items():
         test = parts[f"test {name}"]

@@ -52,12 +52,24 @@ class Example(NamedTuple):
     group: str
 
 
-def source_of(role: str, folder: Path) -> str:
+HUB_TWINS = {
+    "alpaca": "alpaca_full",
+    "codealpaca": "codealpaca_20k",
+    "beavertails_unsafe_qa": "beavertails_unsafe",
+}
+"""Sets that the hub has no copy of to the whole of which they are a part."""
+
+
+def source_of(role: str, folder: Path | None) -> str:
     """The data set of a role: the first that is in the folder; others are themselves.
 
     The last one is a role's last resort; if it is missing too, its reader says so.
+    Without a folder it is the first of which the hub has a copy.
     """
     names = ROLES.get(role, (role,))
+    if folder is None:
+        there = [name for name in names if SOURCES[name].hub is not None]
+        return (there or [HUB_TWINS.get(names[-1], names[-1])])[0]
     for name in names[:-1]:
         try:
             find(folder, *FIRST_FILES[name])
@@ -81,13 +93,13 @@ def families(name: str) -> frozenset[str]:
     )
 
 
-def read_domain(name: str, folder: Path) -> tuple[list[Example], list[Example]]:
+def read_domain(name: str, folder: Path | None) -> tuple[list[Example], list[Example]]:
     """Training examples of a domain, and its own test split, which may be empty.
 
     Raises:
         UserError: whatever the reader refuses.
     """
-    if name == "legalbench":
+    if name == "legalbench" and folder is not None:
         splits = ("train", "test") if (folder / name / "test").is_dir() else ("train",)
         return [example for s in splits for example in _legalbench(folder, s)], []
     train, test = OWN_TEST.get(name, (None, None))
@@ -95,7 +107,7 @@ def read_domain(name: str, folder: Path) -> tuple[list[Example], list[Example]]:
     return learnt, [] if test is None else _examples(name, folder, test)
 
 
-def _examples(name: str, folder: Path, split: str | None) -> list[Example]:
+def _examples(name: str, folder: Path | None, split: str | None) -> list[Example]:
     pairs = load_source(name, folder, split=split)
     return [Example(pair.prompt.rstrip(), pair.answer, name) for pair in pairs]
 
@@ -112,7 +124,7 @@ def _legalbench(folder: Path, split: str) -> list[Example]:
     return found
 
 
-def read_probe(name: str, folder: Path) -> list[Any]:
+def read_probe(name: str, folder: Path | None) -> list[Any]:
     """The harmful behaviours of an evaluation set.
 
     Raises:

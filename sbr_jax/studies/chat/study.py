@@ -76,7 +76,7 @@ def build_study(
         domains: names of `ROLES` (medical, legal, code) or of data sets, in order.
         options: of the study.
         sources: a checkpoint of a chat model or its id on the hub, and a folder with a
-            folder for each data set.
+            folder for each data set; None for the hub's copies.
         hardware: how weights are spread and answers batched.
         weights: False leaves them out: everything is checked, nothing can be run.
 
@@ -87,10 +87,10 @@ def build_study(
         UserError: for anything missing or damaged, a model without a chat template,
             empty parts, prompts that are too long, and sets that share prompts.
     """
-    if sources.model is None or sources.data is None:
-        raise UserError(f"expected a model and data, got {sources}")
-    folder = data_folder(sources.data)
-    if not folder.is_dir():
+    if sources.model is None:
+        raise UserError(f"expected a model, got {sources}")
+    folder = None if sources.data is None else data_folder(sources.data)
+    if folder is not None and not folder.is_dir():
         raise UserError(f"--data: expected a folder, got the file {folder}")
     model = checkpoints.read_model(
         sources.model, date=options.date, thinking=options.thinking
@@ -176,7 +176,7 @@ def rendering(model: Model, judge: Judge, options: ModelOptions) -> dict[str, An
 
 
 def _benchmarks(
-    domains: Sequence[str], options: ChatOptions, folder: Path
+    domains: Sequence[str], options: ChatOptions, folder: Path | None
 ) -> tuple[str, ...]:
     """Benchmarks of the study: those of safety, and of a domain's accuracy."""
     check_names("benchmark", options.benchmarks, BENCHMARKS)
@@ -190,7 +190,7 @@ def _runs_code(source: str, options: ChatOptions) -> bool:
 
 
 def _prepare(
-    names: Sequence[str], options: ChatOptions, folder: Path, judge: Judge
+    names: Sequence[str], options: ChatOptions, folder: Path | None, judge: Judge
 ) -> dict[str, PreparedBenchmark]:
     return {
         name: prepare(

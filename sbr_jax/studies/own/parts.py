@@ -18,7 +18,7 @@ from sbr_jax.data.layout import used_lengths
 from sbr_jax.data.records import Record
 from sbr_jax.data.template import render
 from sbr_jax.errors import counted
-from sbr_jax.evaluation.judges import Judge, Verdict
+from sbr_jax.evaluation.judges import Judge, KeywordJudge, Verdict
 from sbr_jax.methods.needs import BENIGN, HARMFUL, MIX, SAFE
 from sbr_jax.models import Model
 from sbr_jax.studies.chat.parts import check_ends, check_prompts, encode_records
@@ -102,6 +102,8 @@ def make_parts(
     }
     if given.safe is not None and safe_needed:
         safe = _unmeasured("--safety", given.safe, [*probe, *measured])
+        if options.calibration_refusals:
+            safe = _refusing(safe, judge)
         rows["calibration"] = _some(safe, options.calibration)
         _warn_unrefused(rows["calibration"], judge)
     if HARMFUL in needed:
@@ -379,6 +381,27 @@ def _unmeasured(option: str, read: Read, measured: Sequence[str]) -> list[Conver
             stacklevel=2,
         )
     return rows
+
+
+def _refusing(rows: Sequence[Conversation], judge: Judge) -> list[Conversation]:
+    """Exchanges whose last answer refuses; others are told."""
+    if judge.describe().get("judge") != "keyword":
+        judge = KeywordJudge()
+    last = [row.records[-1] for row in rows]
+    found = judge([row.prompt for row in rows], [r.response for r in last])
+    kept = [r for r, v in zip(rows, found, strict=True) if v is Verdict.REFUSAL]
+    if not kept:
+        raise UserError(
+            f"--safety: expected answers that refuse, got {len(rows)} that do not: "
+            "give others, or leave out --study.calibration-refusals"
+        )
+    if len(kept) < len(rows):
+        warnings.warn(
+            f"--safety: {len(rows) - len(kept)} of {len(rows)} answers hold no refusal "
+            "and are left out",
+            stacklevel=2,
+        )
+    return kept
 
 
 def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
