@@ -272,7 +272,7 @@ def _selectivity(result: Result) -> list[Drawing]:
     )
     panels = {
         "share of gradient energy inside": {
-            name: [row["held_out"], *(row["share"][s] for s in sets)]
+            name: np.array([row["held_out"], *(row["share"][s] for s in sets)])
             for name, row in rows.items()
         }
     }

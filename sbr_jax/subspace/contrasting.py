@@ -92,7 +92,8 @@ def contrast(
             layer_axes=mark.layer_axes,
         )
         out.append((basis, values, mine[2]))
-    return Subspace(*(mark.join([x[j] for x in out]) for j in range(3)), mark)
+    joined = [mark.join([entry[j] for entry in out]) for j in range(3)]
+    return Subspace(joined[0], joined[1], joined[2], mark)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "energy", "layer_axes"))

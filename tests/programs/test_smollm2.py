@@ -96,7 +96,7 @@ def test_an_index_out_of_reach_is_one_line(said, tmp_path, monkeypatch):
 def test_another_file_is_refused_and_ours_becomes_a_folder(tmp_path):
     pytest.importorskip("gguf")
     path = gguf_case.written(tmp_path / "m.gguf", *gguf_case.parts("llama2"))
-    with pytest.raises(UserError, match="expected SmolLM2-135M.* got another file"):
+    with pytest.raises(UserError, match=r"expected SmolLM2-135M.* got another file"):
         study.convert(path, tmp_path / "folder")
     with pytest.raises(UserError, match="--gguf: expected a file, found no"):
         study.convert(tmp_path / "none.gguf", tmp_path / "folder")
