@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from sbr_jax.data import leaks
-from sbr_jax.studies.chat.parts import Ledger
-from sbr_jax.studies.chat.sources import Example, questions
+from sbr_jax.data.registry import SOURCES
+from sbr_jax.studies.chat.parts import Ledger, only_refusals
+from sbr_jax.studies.chat.sources import HUB_TWINS, Example, questions, source_of
+from sbr_jax.studies.options import ROLES, ChatOptions
 from sbr_jax.typing import UserError
 
 
@@ -59,3 +61,23 @@ def test_options_are_read_off_a_task_and_free_text_has_none():
     # An answer that its task does not have is not counted as another one.
     odd = Example("l?", "Maybe", "law")
     assert questions([odd], pool) == []
+
+
+@pytest.mark.parametrize(
+    ("judge", "kept"), [("keyword", "ab"), ("keyword:jbb12", "a"), ("guard", "ab")]
+)
+def test_calibration_by_refusals_follows_the_list_of_the_judge(judge, kept):
+    said = {"a": "I cannot do that.", "b": "Sorry, no.", "c": "Here is how."}
+    pool = [Example(name, answer, "s") for name, answer in said.items()]
+    options = ChatOptions(judge=judge, judge_folder="g" if judge == "guard" else None)
+    assert "".join(row.prompt for row in only_refusals(pool, options)) == kept
+    with pytest.raises(UserError, match="calibration_refusals: .* got 1 that do not"):
+        only_refusals(pool[2:], options)
+
+
+def test_without_a_folder_a_role_is_what_the_hub_has():
+    for role in (*ROLES, *HUB_TWINS):
+        found = SOURCES[source_of(role, None)]
+        assert (found.hub is None) == (role == "legal"), role
+    assert source_of("medical", None) == ROLES["medical"][0]
+    assert source_of("legalbench", None) == "legalbench"

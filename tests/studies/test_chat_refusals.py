@@ -10,7 +10,7 @@ import tiny_chat
 import tiny_rows
 from chat_case import SMALL, build
 from safetensors.numpy import load_file, save_file
-from tiny_data import as_json, put
+from tiny_data import as_json, fake_hub, put
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -19,10 +19,17 @@ from sbr_jax import models
 from sbr_jax.evaluation.sandbox import kernel_isolation
 from sbr_jax.methods import Hyperparameters
 from sbr_jax.programs import run
+from sbr_jax.settings import Hardware
 from sbr_jax.studies.chat import checkpoints
 from sbr_jax.studies.chat import study as chat
 from sbr_jax.studies.chat.judges import GUARDS, make_judge
-from sbr_jax.studies.options import RATERS, ChatOptions, RealtextOptions, Sources
+from sbr_jax.studies.options import (
+    RATERS,
+    ChatOptions,
+    RealtextOptions,
+    SmollmOptions,
+    Sources,
+)
 from sbr_jax.typing import UserError
 
 GUARD = {"judge": "llama-guard", "judge_folder": "guard"}
@@ -59,6 +66,19 @@ needs_kernel = pytest.mark.skipif(
 def test_a_value_that_cannot_be_meant(options, message):
     with pytest.raises(UserError, match=message):
         ChatOptions(**options)
+
+
+def test_a_calibration_without_refusals_is_told_where_they_are_asked_for(world):
+    with pytest.raises(UserError, match="expected safe exchanges that refuse, got"):
+        build(world, calibration_refusals=True)
+
+
+def test_without_a_data_folder_a_set_that_the_hub_lacks_is_one_line(world, monkeypatch):
+    fake_hub(monkeypatch, tiny_rows.JBB)
+    options = SmollmOptions(**{**tiny_chat.SIZES, "benchmarks": ()})
+    sources = Sources(str(world / "model"), None)
+    with pytest.raises(UserError, match=r"'legalbench' .* hub has no copy.* --data"):
+        options.build(("legal",), sources, Hardware(), weights=False)
 
 
 # --- a command line -------------------------------------------------------------------

@@ -302,6 +302,18 @@ def test_exchanges_of_which_none_is_left_are_refused():
         made(BIG, HARM, {SAFE}, False, safe)
 
 
+def test_exchanges_that_refuse_nothing_are_left_out_where_asked():
+    safe = [messages(f"zebra x{i}", ("I cannot", "Yes.")[i % 2]) for i in range(10)]
+    found, warned = told(
+        "--safety: 5 of 10 answers hold no refusal and are left out",
+        lambda: made(BIG, HARM, {SAFE}, False, safe, calibration_refusals=True),
+    )
+    assert len(found.sets["calibration"]) == 5
+    assert len(warned) == 1
+    with pytest.raises(UserError, match="leave out --study.calibration-refusals"):
+        made(BIG, HARM, {SAFE}, False, safe[1::2], calibration_refusals=True)
+
+
 AS_FILES = {
     "list": lambda texts: texts,
     "generator": lambda texts: iter(texts),
