@@ -54,7 +54,7 @@ from sbr_jax.typing import PyTree, UserError
 ANGLES = 8
 """Principal angles kept in the results for each layer."""
 
-SHARED = 64
+SHARED = 32
 """Examples of either kind that a share is measured on, at most."""
 
 PERTURBATION = 0.01
@@ -155,7 +155,7 @@ class Ssi:
           base: frozen weights.
           adapter: of the present model.
           key: as for :meth:`identify`.
-          sets: by name; of each, 64 examples at most are measured.
+          sets: by name; of each, 32 examples at most are measured.
 
         Returns:
           The subspace that would be projected away, None where a half would be empty;

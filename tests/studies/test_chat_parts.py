@@ -71,7 +71,7 @@ def test_calibration_by_refusals_follows_the_list_of_the_judge(judge, kept):
     pool = [Example(name, answer, "s") for name, answer in said.items()]
     options = ChatOptions(judge=judge, judge_folder="g" if judge == "guard" else None)
     assert "".join(row.prompt for row in only_refusals(pool, options)) == kept
-    with pytest.raises(UserError, match="calibration_refusals: .* got 1 that do not"):
+    with pytest.raises(UserError, match=r"calibration_refusals: .* got 1 that do not"):
         only_refusals(pool[2:], options)
 
 

@@ -310,7 +310,7 @@ def test_exchanges_that_refuse_nothing_are_left_out_where_asked():
     )
     assert len(found.sets["calibration"]) == 5
     assert len(warned) == 1
-    with pytest.raises(UserError, match="leave out --study.calibration-refusals"):
+    with pytest.raises(UserError, match=r"leave out --study\.calibration-refusals"):
         made(BIG, HARM, {SAFE}, False, safe[1::2], calibration_refusals=True)
 
 
