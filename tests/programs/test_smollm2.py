@@ -3,6 +3,7 @@
 import json
 import types
 import zipfile
+from pathlib import Path
 
 import gguf_case
 import jax
@@ -133,9 +134,8 @@ def test_the_program_converts_once_and_hands_over_to_align(
     assert parsed.training.steps_per_domain == 7
     assert parsed.study.max_new_tokens == smollm2.ANSWER
     assert parsed.model == str(output / "original")
-    for option in ("safety", "ordinary", "harmful"):
-        text = (output / "rows" / f"{option}.jsonl").read_text()
-        assert getattr(parsed, option) == str(output / "rows" / f"{option}.jsonl")
+    for given in (parsed.safety, parsed.ordinary, parsed.harmful):
+        text = Path(given).read_text()
         assert all(json.loads(line)["prompt"] for line in text.splitlines())
     assert SECRET not in capsys.readouterr().out
     (output / "aligned").mkdir()
