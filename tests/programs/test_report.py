@@ -1,5 +1,7 @@
 """The report: tables and figures of what a run holds, a sentence for what it lacks."""
 
+import copy
+import dataclasses
 import html.parser
 import json
 import re
@@ -137,6 +139,26 @@ def test_inert_projection_and_flat_spectrum_are_called_out(run, tmp_path):
         tmp_path / "flat", methods=("safeanchor-exact",), decay=0.1
     )
     assert any("premise" in message for message in figures.warnings(read_run(flat)))
+
+
+def test_kinds_that_are_inert_are_named_and_shares_have_columns(run):
+    changed = copy.deepcopy(run.lines)
+    for line in changed:
+        if line["stage"] == "subspace" and line["method"] == "safeanchor-exact":
+            line["diagnostics"]["alpha"]["k_proj"] = [0.97, 0.99, 1.0, 0.96]
+            for name, share in (("held_out_share", 0.5), ("task_share", 0.25)):
+                line["diagnostics"][name] = {"q_proj": [share] * 4}
+            line["diagnostics"]["selectivity"] = {"q_proj": [2.0] * 4}
+    found = dataclasses.replace(run, lines=changed)
+    said = [x for x in figures.warnings(found) if x.startswith("safeanchor-exact")]
+    assert said == [
+        "safeanchor-exact: the projection is inert for k_proj (0.980) (mean α)."
+    ]
+    table = tables.projection_table(found)
+    cells = dict(zip(table.head, table.rows[-1], strict=True))
+    assert cells["method"] == "safeanchor-exact"
+    names = ("held-out share", "task share", "selectivity")
+    assert [cells[name] for name in names] == ["0.500", "0.250", "2.000"]
 
 
 @pytest.mark.parametrize(
