@@ -27,6 +27,7 @@ from sbr_jax.subspace.record import (
     check_settings,
     check_subspace,
     from_rows,
+    same_parameters,
 )
 from sbr_jax.typing import Batches, LossFn, PyTree, UserError
 
@@ -296,8 +297,24 @@ def energy_share(
     References:
         arXiv:2604.17691
     """
-    checks.function("loss_fn", loss_fn)
     check_subspace("subspace", subspace)
+    (share,) = energy_shares(
+        loss_fn, params, batches, [subspace], args=args, microbatch=microbatch
+    )
+    return share
+
+
+def energy_shares(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Batches,
+    subspaces: Sequence[Subspace],
+    *,
+    args: tuple[Any, ...] = (),
+    microbatch: int | None = None,
+) -> list[PyTree]:
+    """As `energy_share`, of several subspaces of one parametrisation in one pass."""
+    checks.function("loss_fn", loss_fn)
     if microbatch is not None:
         microbatch = checks.whole("microbatch", microbatch)
     if not isinstance(args, tuple | list):
@@ -305,15 +322,17 @@ def energy_share(
             f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
         )
     _check_batches(batches)
-    mark = subspace.fingerprint
+    mark = subspaces[0].fingerprint
     mark.split(params, what="params")
     if not mark.holds(params):
         raise UserError(
             "expected params in the containers that the subspace was computed with, "
             "got the same names in others; pass the tree that it was computed on"
         )
-    bases = mark.entries(subspace.basis)
-    inside: Any = None
+    bases = [
+        mark.entries(same_parameters(subspaces[0], other).basis) for other in subspaces
+    ]
+    inside: list[Any] = []
     whole: Any = None
     passes = _passes(
         batches,
@@ -324,8 +343,8 @@ def energy_share(
     )
     with _parts_explained(batches):
         for parts, norms, count in passes:
-            found = _inside(parts, bases, np.int32(count), mark=mark)
-            inside = found if inside is None else _add(inside, found)
+            new = [_inside(parts, b, np.int32(count), mark=mark) for b in bases]
+            inside = list(map(_add, inside, new)) if inside else new
             whole = norms if whole is None else _add(whole, norms)
             del parts
             jax.block_until_ready(inside)
@@ -334,13 +353,22 @@ def energy_share(
             "expected at least one batch with an example, got none; "
             "an iterator that was used before is empty: pass a list"
         )
-    shares = []
-    for basis, part, total in zip(bases, inside, whole, strict=True):
-        seen = total.value > 0
-        share = part.within(total.unit) / jnp.where(seen, total.value, 1.0)
-        share = jnp.clip(jnp.where(seen, share, 0.0), 0.0, 1.0)
-        shares.append(None if basis is None else share)
-    return mark.join(shares)
+    return [
+        mark.join(
+            [
+                None if basis is None else _quotient(part, total)
+                for basis, part, total in zip(own, found, whole, strict=True)
+            ]
+        )
+        for own, found in zip(bases, inside, strict=True)
+    ]
+
+
+def _quotient(part: spectrum.Scaled, total: spectrum.Scaled) -> jax.Array:
+    """A share of a whole, in [0, 1]; 0 of nothing."""
+    seen = total.value > 0
+    share = part.within(total.unit) / jnp.where(seen, total.value, 1.0)
+    return jnp.clip(jnp.where(seen, share, 0.0), 0.0, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames="mark")

@@ -20,7 +20,7 @@ calibration set are measured on the other half and on the task,
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ import numpy as np
 
 from sbr_jax.data.batches import first_tokens, take
 from sbr_jax.data.layout import by_length
-from sbr_jax.fisher import energy_share, fisher_subspace
+from sbr_jax.fisher import energy_shares, fisher_subspace
 from sbr_jax.methods.base import (
     LAYER_AXES,
     Problem,
@@ -134,50 +134,51 @@ class Ssi:
           ``selectivity``, for each layer of each unit; empty where a half would be
           empty.
         """
-        sets = {} if task is None or not len(task) else {"task_share": task}
-        half, found = self.half(problem, base, adapter, key, sets)
-        if half is not None and sets:
+        half = self.half(problem, base, adapter, key)
+        if half is None:
+            return {}
+        sets = {"held_out_share": held_out(problem)}
+        if task is not None and len(task):
+            sets["task_share"] = task
+        found = {
+            name: self.shares_of(problem, base, adapter, dataset, [half])[0]
+            for name, dataset in sets.items()
+        }
+        if len(found) > 1:
             found["selectivity"] = jax.tree.map(_ratio, *found.values())
         return found
 
     def half(
+        self, problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
+    ) -> Subspace | None:
+        """The subspace that half of the examples would have projected away.
+
+        None where a half would be empty.
+        """
+        chosen, against = self._sets(problem)
+        if min(len(chosen), len(problem.calibration)) < 2:
+            return None
+        halves = [None if x is None else _every_second(x, 0) for x in (chosen, against)]
+        found = self.estimate(problem, base, adapter, halves[0], key, halves[1])
+        return self.active(found, key)
+
+    def shares_of(
         self,
         problem: Problem,
         base: PyTree,
         adapter: PyTree,
-        key: jax.Array,
-        sets: Mapping[str, Any],
-    ) -> tuple[Subspace | None, dict[str, PyTree]]:
-        """The subspace of half of the calibration set, and what else lies in it.
-
-        Args:
-          problem: see :meth:`shares`.
-          base: frozen weights.
-          adapter: of the present model.
-          key: as for :meth:`identify`.
-          sets: by name; of each, 32 examples at most are measured.
-
-        Returns:
-          The subspace that would be projected away, None where a half would be empty;
-          ``held_out_share`` of the other half, and the share of every set.
-        """
-        chosen, against = self._sets(problem)
-        if min(len(chosen), len(problem.calibration)) < 2:
-            return None, {}
-        halves = [None if x is None else _every_second(x, 0) for x in (chosen, against)]
-        found = self.estimate(problem, base, adapter, halves[0], key, halves[1])
-        half = self.active(found, key)
-        loss_fn = answer_loss(problem.apply_fn, self.reduction)
-
-        def share(dataset: Any) -> PyTree:
-            batches = _batches(problem, self._cut(_some(dataset, SHARED)))
-            return energy_share(loss_fn, adapter, batches, half, args=(base,))
-
-        other = _every_second(problem.calibration, 1)
-        return half, {
-            name: share(dataset)
-            for name, dataset in {"held_out_share": other, **sets}.items()
-        }
+        dataset: Any,
+        subspaces: Sequence[Subspace],
+        most: int = SHARED,
+    ) -> list[PyTree]:
+        """The share of a set, of so many examples at most, that lies in each."""
+        return energy_shares(
+            answer_loss(problem.apply_fn, self.reduction),
+            adapter,
+            _batches(problem, self._cut(_some(dataset, most))),
+            subspaces,
+            args=(base,),
+        )
 
     def _cut(self, dataset: Any) -> Any:
         """The dataset with as many answer tokens as the Fisher sees."""
@@ -373,6 +374,11 @@ def _every_second(dataset: Any, first: int) -> Any:
     return take(dataset, np.arange(first, len(dataset), 2))
 
 
+def held_out(problem: Problem) -> Any:
+    """The half of the calibration set that :meth:`Ssi.half` does not see."""
+    return _every_second(problem.calibration, 1)
+
+
 def _ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
     """Their quotient; 0 where nothing of the task lies in the subspace."""
     return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 0.0)
@@ -424,4 +430,11 @@ def _spread(angles: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.take_along_axis(angles, places, axis=-1)
 
 
-__all__ = ["Ssi", "check_sizes", "describe", "describe_change", "perturb_b"]
+__all__ = [
+    "Ssi",
+    "check_sizes",
+    "describe",
+    "describe_change",
+    "held_out",
+    "perturb_b",
+]

@@ -51,7 +51,8 @@ class AnalyseArguments(JobArguments[Options]):
     results: Path | None = None
     """A finished run for exhaustion, in place of a new one."""
     examples: int = 60
-    """At most so many examples in each half of a kind (harm-types)."""
+    """At most so many examples in each half of a kind (harm-types), or of each set that
+    is measured (selectivity)."""
     domains: tuple[str, ...] = ()
     """Domains of exhaustion and coupling; default: all for exhaustion, the preset's for
     coupling."""

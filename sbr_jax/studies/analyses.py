@@ -20,7 +20,7 @@ from sbr_jax.data.batches import take
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
 from sbr_jax.methods import resolve
-from sbr_jax.methods._ssi import Ssi
+from sbr_jax.methods._ssi import Ssi, held_out
 from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
 from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.methods.probe import (
@@ -57,7 +57,7 @@ class Context:
 
     Attributes:
         job: a `programs.job.Job`, or what has its attributes.
-        examples: at most so many in each half of a kind.
+        examples: at most so many in each half of a kind, or of a set that is measured.
         domains: for exhaustion; empty for all there are.
         results: a finished run for exhaustion, in place of a new one.
     """
@@ -338,31 +338,43 @@ def selectivity(context: Context) -> dict[str, Any]:
     from sbr_jax.training.program import make_program
 
     study, job = context.study, context.job
-    sets = {name: domain.train for name, domain in study.domains.items()}
-    sets |= {f"{name} control": x for name, x in study.calibration_controls.items()}
-    rows = {}
+    at = study.model.params, context.adapter
+    halves: dict[str, tuple[Ssi, Any, Subspace]] = {}
     for variant in job.methods:
         _, options = resolve(variant, job.config.methods)
         if getattr(options, "projection", "none") == "none":
             continue
-        ssi = Ssi.of(options)
-        problem = make_program(variant, study, job.config).problem
-        half, shares = ssi.half(
-            problem, study.model.params, context.adapter, jax.random.key(0), sets
-        )
-        if half is None:
-            continue
-        means = {
-            name: float(np.mean([np.mean(x) for x in jax.tree.leaves(tree)]))
-            for name, tree in shares.items()
-        }
-        held = means.pop("held_out_share")
+        ssi, problem = Ssi.of(options), make_program(variant, study, job.config).problem
+        half = ssi.half(problem, *at, jax.random.key(0))
+        if half is not None:
+            halves[variant] = ssi, problem, half
+    means: dict[str, dict[str, float]] = {variant: {} for variant in halves}
+    # Rows that see the same gradients share a pass over each set.
+    for seen in dict.fromkeys(map(_sees, halves.values())):
+        group = {v: x for v, x in halves.items() if _sees(x) == seen}
+        ssi, problem, _ = next(iter(group.values()))
+        sets = {"held out": held_out(problem)}
+        sets |= {name: domain.train for name, domain in study.domains.items()}
+        controls = study.calibration_controls.items()
+        sets |= {f"{name} control": x for name, x in controls}
+        for name, dataset in sets.items():
+            subspaces = [half for *_, half in group.values()]
+            most = context.examples
+            found = ssi.shares_of(problem, *at, dataset, subspaces, most)
+            for variant, tree in zip(group, found, strict=True):
+                layers = [np.mean(x) for x in jax.tree.leaves(tree)]
+                means[variant][name] = float(np.mean(layers))
+    rows = {}
+    for variant, (*_, half) in halves.items():
+        held = means[variant].pop("held out")
         ranks = [np.mean(x) for x in jax.tree.leaves(effective_rank(half))]
         rows[variant] = {
             "rank": float(np.mean(ranks)),
             "held_out": held,
-            "share": means,
-            "selectivity": {k: held / v if v else None for k, v in means.items()},
+            "share": means[variant],
+            "selectivity": {
+                k: held / v if v else None for k, v in means[variant].items()
+            },
         }
     if not rows:
         raise UserError(
@@ -370,6 +382,11 @@ def selectivity(context: Context) -> dict[str, Any]:
             f"{', '.join(job.methods)}: add --methods safeanchor-exact"
         )
     return {"examples": len(study.calibration) // 2, "rows": rows}
+
+
+def _sees(row: tuple[Ssi, Any, Subspace]) -> tuple[Any, ...]:
+    """What of a row decides the gradients that its shares are measured on."""
+    return row[0].calibration_tokens, row[0].reduction
 
 
 ANALYSES: dict[str, Callable[[Context], dict[str, Any]]] = {
