@@ -277,7 +277,7 @@ CALLS = {  # name, how it is called -> kinds of its arguments
     },
     ("energy_share", None): {
         "loss_fn": "loss",
-        "params": "tree",
+        "params": "own parameters",
         "batches": "batches",
         "subspace": "subspace",
         "args": "args",
