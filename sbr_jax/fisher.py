@@ -332,6 +332,7 @@ def energy_shares(
     bases = [
         mark.entries(same_parameters(subspaces[0], other).basis) for other in subspaces
     ]
+    mesh = _mesh.holding(params)
     inside: list[Any] = []
     whole: Any = None
     passes = _passes(
@@ -340,8 +341,9 @@ def energy_shares(
         (params, tuple(args), None),
         microbatch,
         None,
+        _mesh.parts(_mesh.ROWS, mesh),
     )
-    with _parts_explained(batches):
+    with _parts_explained(batches), _mesh.using(mesh):
         for parts, norms, count in passes:
             new = [_inside(parts, b, np.int32(count), mark=mark) for b in bases]
             inside = list(map(_add, inside, new)) if inside else new
