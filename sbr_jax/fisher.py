@@ -337,7 +337,7 @@ def energy_shares(
     whole: Any = None
     passes = _passes(
         batches,
-        functools.partial(_gradients, loss_fn=loss_fn, mark=mark),
+        functools.partial(microbatch_gradients, loss_fn=loss_fn, mark=mark),
         (params, tuple(args), None),
         microbatch,
         None,
