@@ -103,7 +103,7 @@ def test_contrast_is_taken_layer_by_layer_and_keeps_a_rank_of_zero():
         from_factors({"w": jnp.asarray(x)}, max_rank=12, energy=1.0, layer_axes=1)
         for x in (rows, other)
     )
-    found = contrast(a, b, max_rank=5, energy=0.8, regulariser=0.1)
+    found = contrast(a, b, max_rank=6, energy=0.8, regulariser=0.1)
     assert rank(found)[1] == 0
     wanted, _ = dense_contrast(
         rows[:, 0].reshape(6, -1), other[:, 0].reshape(6, -1), 0.8, 0.1
