@@ -24,6 +24,8 @@ TINY = {
     # A random model is unsure of everything: its raw traces are far above 1/λ.
     "safeanchor": {"max_rank": 6, "strictness": 1e-3},
     "unified": {"max_rank": 6},
+    "lean": {"max_rank": 6},
+    "lazy": {"refresh_every": 2},
     "salora": {"safety_rank": 4},
     # So that three steps see both states, and a pair lies below the threshold.
     "lisa": {"period": 2, "alignment_share": 0.5},
@@ -80,7 +82,8 @@ def learn(row, seed=0, **changes):
         seen.append(state.get("diagnostics", {}))
         state = without_diagnostics(state)
         train = found.start(adapter, state)
-        data = method.mix(problem, domain.train, seed)
+        mixed = method.mix(problem, domain.train, seed)
+        data, _ = method.begin_domain(problem, base, state, mixed, key)
         for step in range(3):
             if method.refresh is not None and step == method.refresh_every:
                 state = method.refresh(problem, base, train.adapter, state, key)

@@ -40,6 +40,10 @@ class TokenDataset:
     """float32 ``[N]`` in [0, 1]: how harmful it would be to learn each example."""
     escaped: int = 0
     """Records whose text holds control tokens, which were encoded as plain text."""
+    tied: np.ndarray | None = None
+    """int32 ``[N]``: an example's row in a method's cached reference, −1 for none."""
+    quota: int = 0
+    """Examples with such a row in every batch; the others share the rest of it."""
     attention_mask: dataclasses.InitVar[np.ndarray | None] = None
     """``[N, T]``, 1 at what is no padding, as a tokenizer gives it."""
 
@@ -66,7 +70,9 @@ class TokenDataset:
                 f"TokenDataset expected a risk in [0, 1] for each of the "
                 f"{len(tokens)} examples, got shape {risk.shape}"
             )
-        for name, value in (("tokens", tokens), ("mask", mask), ("risk", risk)):
+        tied = None if self.tied is None else _tied(self.tied, self.quota, len(tokens))
+        values = {"tokens": tokens, "mask": mask, "risk": risk, "tied": tied}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
@@ -98,6 +104,18 @@ def _token_ids(values: np.ndarray) -> np.ndarray:
             f"{'other ones' if numbers else values.dtype}"
         )
     return values.astype(np.int32)
+
+
+def _tied(values: np.ndarray, quota: int, count: int) -> np.ndarray:
+    tied = np.asarray(values)
+    whole = tied.dtype.kind in "iu" and tied.shape == (count,)
+    if not whole or quota < 1 or not ((tied >= 0).any() and (tied < 0).any()):
+        raise UserError(
+            f"TokenDataset expected a row of a reference for some of the {count} "
+            f"examples, -1 for the others, and a quota of 1 or more, got shape "
+            f"{tied.shape} and {quota}"
+        )
+    return tied.astype(np.int32)
 
 
 def _last(marked: np.ndarray) -> np.ndarray:
@@ -181,7 +199,8 @@ def batch(
     """The batch of one step: a function of its arguments and of nothing else.
 
     The examples are shuffled anew in every epoch and follow each other without a gap
-    across epochs.
+    across epochs. Of a set with a quota, tied examples and others are shuffled apart,
+    and every batch ends with as many tied ones as the quota says.
 
     **Guarantee**: any ``N`` consecutive draws that start at a multiple of N hold every
     example once; the processes' batches of a step are disjoint parts of the batch that
@@ -197,7 +216,8 @@ def batch(
 
     Returns:
       ``{"tokens": int32 [B / count, T], "mask": float32 [B / count, T]}``, with
-      ``"risk": float32 [B / count]`` where the set has one.
+      ``"risk": float32 [B / count]`` and ``"tied": int32 [B / count]`` where the set
+      has them.
 
     Raises:
       UserError: for an empty data set, or a batch size that is not divisible.
@@ -216,12 +236,29 @@ def batch(
         )
     if seed < 0 or step < 0:
         raise UserError(f"expected seed and step of at least 0, got {seed} and {step}")
-    pipeline = _indices(
-        len(dataset), batch_size, int(seed), process_index, process_count
-    )
-    rows = np.asarray(pipeline[int(step)])
+    parts = []
+    for own, share in _shares(dataset, batch_size, process_count):
+        pipeline = _indices(len(own), share, int(seed), process_index, process_count)
+        parts.append(own[np.asarray(pipeline[int(step)])])
+    rows = np.concatenate(parts)
     drawn = {"tokens": dataset.tokens[rows], "mask": dataset.mask[rows]}
-    return drawn if dataset.risk is None else {**drawn, "risk": dataset.risk[rows]}
+    more = {"risk": dataset.risk, "tied": dataset.tied}
+    return drawn | {k: v[rows] for k, v in more.items() if v is not None}
+
+
+def _shares(dataset: TokenDataset, batch_size: int, process_count: int):
+    """The examples that are shuffled together, and how many of a batch they are."""
+    if dataset.tied is None:
+        return [(np.arange(len(dataset)), batch_size)]
+    quota = dataset.quota
+    if quota >= batch_size or quota % process_count:
+        raise UserError(
+            f"expected a batch of more than the {quota} tied examples, a multiple of "
+            f"the {process_count} processes, got a batch of {batch_size}"
+        )
+    tied = dataset.tied >= 0
+    shares = ((~tied, batch_size - quota), (tied, quota))
+    return [(np.flatnonzero(own), size) for own, size in shares]
 
 
 def subset(dataset: TokenDataset, size: int, seed: int = 0) -> TokenDataset:

@@ -7,7 +7,7 @@ Symbols: B examples of a batch, T tokens, N calibration examples.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,12 @@ LAYER_AXES = 1
 
 class InertProjectionWarning(UserWarning):
     """Warning of a projection that removes almost nothing: α near 1 in every layer."""
+
+
+Answer = Callable[
+    [PyTree, Sequence[Sequence[int]], int, Sequence[int]], list[list[int]]
+]
+"""``(base, prompts, most, stops) -> answers``, token ids."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +58,8 @@ class Problem:
         own direction (Safe LoRA, AsFT, LoX).
       judge: ``judge(dataset) -> risk [N]`` in [0, 1], of learning each example.
       domain: what was just learned; only ``end_domain`` is given it.
+      answer: ``(base, prompts, most, stops) -> answers``: token ids of the greedy
+        answers of a model without adapter, at most so many each, cut before a stop.
     """
 
     apply_fn: ApplyFn
@@ -64,6 +72,7 @@ class Problem:
     unaligned: PyTree | None = None
     judge: Judge | None = None
     domain: Any = None
+    answer: Answer | None = None
 
 
 def task_loss(
@@ -97,6 +106,9 @@ Init = Callable[[Problem, PyTree, PyTree, jax.Array], dict]
 
 Mix = Callable[[Problem, Any, int], Any]
 """``(problem, domain, seed) -> dataset``."""
+
+Begin = Callable[[Problem, PyTree, PyTree, Any, jax.Array], tuple[Any, dict]]
+"""``(problem, base, state, dataset, key) -> (dataset, metrics)``."""
 
 Gradient = Callable[[Problem, PyTree, PyTree, PyTree, Batch, jax.Array], Found]
 """``(problem, base, adapter, state, batch, key) -> Found``."""
@@ -147,6 +159,14 @@ def unmixed(problem: Problem, domain: Any, seed: int) -> Any:
     """Trains on the domain's own examples."""
     del problem, seed
     return domain
+
+
+def as_mixed(
+    problem: Problem, base: PyTree, state: PyTree, examples: Any, key: jax.Array
+) -> tuple[Any, dict]:
+    """Trains on what ``mix`` gave."""
+    del problem, base, state, key
+    return examples, {}
 
 
 def task_gradient(
@@ -266,7 +286,12 @@ class Method:
         that goes into the results; everything else is the method's own.
       optimizer: ``(problem, adapter, learning_rate) -> transformation``. Its state
         must have the same shape in every domain, so that one program serves all.
-      mix: ``(problem, domain, seed) -> TokenDataset``, before each domain.
+      mix: ``(problem, domain, seed) -> TokenDataset``, before each domain; cheap, and
+        asked already by a dry run.
+      begin_domain: ``(problem, base, state, examples, key) -> (examples, metrics)``,
+        after ``mix``, once for each domain: may look at the aligned weights and the
+        state, and ask the model (``problem.answer``). Metrics are numbers that go into
+        the results of the domain's training.
       gradient: ``(problem, base, adapter, state, batch, key) -> (grads, extra_args,
         metrics)``. ``batch`` comes in a layout of :mod:`sbr_jax.models.answers`, and
         ``batch["row"]`` holds each example's number in the whole step; the key is the
@@ -293,6 +318,7 @@ class Method:
     init: Init = no_state
     optimizer: Callable[..., optax.GradientTransformationExtraArgs] = adamw
     mix: Mix = unmixed
+    begin_domain: Begin = as_mixed
     gradient: Gradient = task_gradient
     replay_gradient: Callable[..., Found] = replay_gradient
     end_domain: Callable[..., tuple[PyTree, PyTree]] = unchanged
@@ -359,6 +385,7 @@ def draw_rows(
 
 __all__ = [
     "LAYER_AXES",
+    "Begin",
     "Cost",
     "Found",
     "Gradient",
@@ -369,6 +396,7 @@ __all__ = [
     "Problem",
     "adamw",
     "as_aligned",
+    "as_mixed",
     "as_trained",
     "device_dataset",
     "draw_rows",

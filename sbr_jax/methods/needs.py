@@ -35,11 +35,17 @@ def _unified(options: Any) -> set[str]:
     return {SAFE, *rated, *([HARMFUL] if options.anchors else [])}
 
 
+def _self_answering(options: Any) -> set[str]:
+    return {SAFE} if options.self_answers is None else {SAFE, HARMFUL, BENIGN}
+
+
 _READ: dict[str, set[str] | Callable[[Any], set[str]]] = {
     "plain": set(),
     "safeanchor": _safeanchor,
     "safeanchor-exact": _safeanchor,
     "unified": _unified,
+    "lean": _self_answering,
+    "lazy": _self_answering,
     "sbr": {HARMFUL},
     "adaptive-judge": {JUDGE},
     "adaptive-probe": {HARMFUL, BENIGN},

@@ -17,6 +17,8 @@ from sbr_jax.methods.base import Method
 from sbr_jax.methods.booster import booster
 from sbr_jax.methods.ewc import ewc
 from sbr_jax.methods.interleaving import interleaving
+from sbr_jax.methods.lazy import lazy
+from sbr_jax.methods.lean import lean
 from sbr_jax.methods.lisa import lisa
 from sbr_jax.methods.lox import lox
 from sbr_jax.methods.o_lora import o_lora
@@ -34,6 +36,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "safeanchor": safeanchor,
     "safeanchor-exact": safeanchor_exact,
     "unified": unified,
+    "lean": lean,
+    "lazy": lazy,
     "sbr": sbr,
     "adaptive-judge": adaptive_judge,
     "adaptive-probe": adaptive_probe,
@@ -142,6 +146,9 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "unified:no-risk": ("unified", {"risk": "none", **_BRIEF}),
     "unified:no-kl": ("unified", {"kl_weight": 0.0, **_BRIEF}),
     "unified:judge": ("unified", {"risk": "judge", **_BRIEF}),
+    "lean:self-answers": ("lean", {"self_answers": 0.5}),
+    "lean:trust-region": ("lean", {"epsilon": 1e-3}),
+    "lazy:self-answers": ("lazy", {"self_answers": 0.5}),
     "sbr:one": ("sbr", {"anchors": 1}),
     # The published recipe with a part missing or alone.
     "safeanchor:no-update": ("safeanchor", {"update_subspace": False, **_BRIEF}),

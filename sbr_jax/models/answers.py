@@ -60,6 +60,24 @@ class Answers(NamedTuple):
         mine = self.owners[None] == example
         return jnp.sum(jnp.where(mine, kept[None], 0.0), axis=-1)
 
+    def of_place(self, values: jax.Array) -> jax.Array:
+        """Each place's own value, ``[K]``, of values ``[B]``; -1 at filling."""
+        if self.owners is None:
+            own = jnp.repeat(values, self.places.shape[0] // self.examples)
+            return jnp.where(self.shares > 0, own, -1)
+        return jnp.take(values, self.owners, mode="fill", fill_value=-1)
+
+    def ranks(self) -> jax.Array:
+        """Number of each answer token among its example's, int32 ``[K]``."""
+        real = (self.shares > 0).astype(jnp.int32)
+        if self.owners is None:
+            rows = real.reshape(self.examples, -1)
+            return (jnp.cumsum(rows, axis=-1) - rows).reshape(-1)
+        # Places are listed example by example.
+        example = jnp.arange(self.examples, dtype=self.owners.dtype)[:, None]
+        first = jnp.sum(jnp.where(self.owners[None] < example, real[None], 0), axis=-1)
+        return jnp.cumsum(real) - real - jnp.take(first, self.owners, mode="clip")
+
 
 def find(batch: Mapping[str, jax.Array]) -> Answers:
     """The places of a batch in any layout.

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sbr_jax import _mesh, _rows
+from sbr_jax._rows import Top
 from sbr_jax.typing import PyTree
 
 Head = Callable[[PyTree, jax.Array], jax.Array]
@@ -107,6 +108,65 @@ def divergence(
     size = chunk or max(chunk_size(head, base, hidden) // 2, 1)
     reference = jax.lax.stop_gradient(reference)
     return by_place(place, size, base, hidden, reference, rows=rows)
+
+
+def top(
+    head: Head,
+    base: PyTree,
+    hidden: jax.Array,
+    k: int,
+    *,
+    chunk: int | None = None,
+) -> Top:
+    """The ``k`` likeliest tokens at every place, and one bucket for all others.
+
+    A reference that is told so takes k numbers a place, not V, and needs no head.
+
+    Args:
+      head: of the model.
+      base: its weights.
+      hidden: ``[K, D]``.
+      k: at most V are kept.
+      chunk: C; None for what suits the machine.
+
+    Returns:
+      Arrays ``[K, k]``, ``[K, k]`` and ``[K]``.
+    """
+    return read(head, base, hidden, lambda x: _rows.top(x, k), chunk=chunk)
+
+
+def learnt_or_held(
+    head: Head,
+    base: PyTree,
+    hidden: jax.Array,
+    targets: jax.Array,
+    held: jax.Array,
+    reference: Top,
+    *,
+    chunk: int | None = None,
+) -> jax.Array:
+    """``KL_k(reference ‖ model)`` at held places, ``−log p(target)`` at the others.
+
+    Args:
+      head: of the model.
+      base: its weights.
+      hidden: ``[K, D]``.
+      targets: integers ``[K]``; not looked at where held.
+      held: booleans ``[K]``.
+      reference: :func:`top` of one, ``[K, k]``; not looked at elsewhere.
+      chunk: C; None for what suits the machine.
+
+    Returns:
+      float32 ``[K]``, in nats; differentiable in ``hidden`` and ``base``.
+    """
+
+    def place(base, hidden, targets, held, reference):
+        logits = head(base, hidden)
+        learnt = -_rows.log_likelihood(logits, targets)
+        return jnp.where(held, _rows.top_divergence(reference, logits), learnt)
+
+    size = chunk or chunk_size(head, base, hidden)
+    return by_place(place, size, base, hidden, targets, held, reference)
 
 
 def read(
@@ -277,9 +337,12 @@ def chunk_size(head: Head, base: PyTree, hidden: Any) -> int:
 __all__ = [
     "Head",
     "Place",
+    "Top",
     "by_place",
     "chunk_size",
     "divergence",
+    "learnt_or_held",
     "log_likelihood",
     "read",
+    "top",
 ]

@@ -122,7 +122,7 @@ def _repair_block(
     track, job, program = turn.track, turn.track.job, turn.track.program
     training, name = job.config.training, f"{turn.domain}/repair{count}"
     safe = track.batches(job.study.calibration, f"{name}/safe", packed=False)
-    task, key = track.batches(turn.examples, name), track.key(5, name)
+    task, key = track.batches(turn.examples(state), name), track.key(5, name)
     weight = np.float32(training.replay_weight)
     done = loop.train(
         lambda train, state, step: program.repair_step(

@@ -45,8 +45,12 @@ def train_mapped(
     first, domain, program = turns[0].track, turns[0].domain, turns[0].program
     before = [load(t.track, number, held[i]) for t, i in zip(turns, left, strict=True)]
     starts = [program.start(one.adapter, one.state) for one in before]
-    sources = [turn.track.draws(turn.examples, domain) for turn in turns]
-    layout = widest([turn.track.layout(turn.examples) for turn in turns])
+    begun = [t.begin(one.state) for t, one in zip(turns, before, strict=True)]
+    sources, layouts = [], []
+    for turn, made in zip(turns, begun, strict=True):
+        sources.append(turn.track.draws(made["examples"], domain))
+        layouts.append(turn.track.layout(made["examples"]))
+    layout = widest(layouts)
     keys = jnp.stack([turn.track.key(2, domain) for turn in turns])
     config = first.job.config
 
@@ -65,7 +69,7 @@ def train_mapped(
     timing = {"seconds_per_step": done.seconds_per_step / len(turns)}
     for place, turn in enumerate(turns):
         adapter = jax.tree.map(lambda x, i=place: x[i], done.train.adapter)
-        metrics = loop.summarise(done.history, place)
+        metrics = {**loop.summarise(done.history, place), **begun[place]["metrics"]}
         outcome = Outcome(metrics, adapter, timing=timing)
         found[left[place]] = finish(turn, number, before[place], outcome, began)
     return found

@@ -217,7 +217,9 @@ def train(turn: Turn, held: Held) -> Outcome:
     track, job, program = turn.track, turn.track.job, turn.program
     start = loop.Progress(program.start(held.adapter, held.state), held.state)
     start = _resumed(turn, start)
-    batches, key = track.batches(turn.examples, turn.domain), track.key(2, turn.domain)
+    begun = turn.begin(held.state)
+    batches = track.batches(begun["examples"], turn.domain)
+    key = track.key(2, turn.domain)
     done = loop.train(
         lambda train, state, step: program.step(
             track.base, train, state, batches(step), key
@@ -233,7 +235,7 @@ def train(turn: Turn, held: Held) -> Outcome:
         quiet=job.quiet,
     )
     return Outcome(
-        loop.summarise(done.history),
+        {**loop.summarise(done.history), **begun["metrics"]},
         done.train.adapter,
         done.state if track.method.refresh is not None else None,
         timing={"seconds_per_step": done.seconds_per_step},
@@ -243,7 +245,9 @@ def train(turn: Turn, held: Held) -> Outcome:
 def end_domain(turn: Turn, held: Held) -> Outcome:
     """The method's ``end_domain``: a new subspace, a new reference, an edit."""
     track = turn.track
-    problem = dataclasses.replace(track.program.problem, domain=turn.examples)
+    problem = dataclasses.replace(
+        track.program.problem, domain=turn.examples(held.state)
+    )
     adapter, state = track.method.end_domain(
         problem, track.base, held.adapter, held.state, track.key(3, turn.domain)
     )

@@ -6,7 +6,7 @@ the second domain and a second call in the same process compile nothing.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,6 +122,7 @@ def make_program(
         harmful=study.harmful,
         unaligned=study.unaligned,
         judge=study.judge,
+        answer=functools.partial(_answers, study.model),
     )
     # Shapes alone: an optimizer may hold a subspace's worth of them.
     adapter = jax.eval_shape(lambda: init_adapter(study, config, 0))
@@ -177,6 +178,17 @@ def make_program(
         repair_begin=begun(repair_optimizer),
         repair_step=compiled(repair_step, repair_optimizer),
     )
+
+
+def _answers(
+    model: models.Model,
+    base: PyTree,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    stops: Sequence[int],
+) -> list[list[int]]:
+    """Greedy answers of a model without adapter, cut before a stop."""
+    return models.generate(model, base, None, prompts, max_new_tokens=most, stops=stops)
 
 
 def init_adapter(study: Study, config: Config, seed: int) -> PyTree:

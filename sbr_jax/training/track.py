@@ -163,10 +163,12 @@ class Turn:
     Attributes:
       track: whose.
       index: of the domain.
+      begun: what the method made of the domain's examples, once it has.
     """
 
     track: Track
     index: int
+    begun: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def domain(self) -> str:
@@ -193,16 +195,28 @@ class Turn:
         config = dataclasses.replace(job.config, training=training)
         return make_program(self.track.method.name, job.study, config)
 
-    @functools.cached_property
-    def examples(self) -> Any:
-        """What is trained on: the domain's examples and what the method mixes in.
+    def begin(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Makes what is trained on: ``examples``, and the ``metrics`` of making them.
 
-        Made once: a method may ask a judge about every example.
+        The domain's examples, what the method mixes in, and what it then makes of them.
+        Made once: a method may ask a judge, or the model, about every example.
+
+        Args:
+          state: the method's, before or after the domain.
         """
-        track, name = self.track, self.domain
-        own = track.job.study.domains[name].train
-        seed = track.data_seed(f"{name}/mix")
-        return track.method.mix(self.program.problem, own, seed)
+        if not self.begun:
+            track, method, problem = self.track, self.track.method, self.program.problem
+            own = track.job.study.domains[self.domain].train
+            seed = track.data_seed(f"{self.domain}/mix")
+            mixed = method.mix(problem, own, seed)
+            key = track.key(7, self.domain)
+            made = method.begin_domain(problem, track.base, state, mixed, key)
+            self.begun.update(zip(("examples", "metrics"), made, strict=True))
+        return self.begun
+
+    def examples(self, state: Mapping[str, Any]) -> Any:
+        """What is trained on; see :meth:`begin`."""
+        return self.begin(state)["examples"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""Self-answers: a risky training row keeps its prompt, the aligned model answers it.
+
+Ours, with the probe of Goel, Maji, Mazumder, arXiv:2602.17546. At the start of a domain
+the probe rates every training row once, on the aligned model; a row with
+
+    s ≥ τ
+
+gets the greedy answer that the aligned model itself gives to its prompt, in place of
+the answer in the data. Nothing of this runs in a step. A row that is dropped says
+nothing about its prompt; one that is answered says it as the aligned model would.
+
+The probe knows prompts only: an attack whose prompts look harmless is out of its sight.
+
+Symbols: s risk of a row in [0, 1], τ threshold.
+"""
+
+import dataclasses
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbr_jax.data import TokenDataset
+from sbr_jax.methods._compose import with_state
+from sbr_jax.methods._raters import probe_rater
+from sbr_jax.methods.base import Method, Problem
+from sbr_jax.methods.probe import activations, probe_risk
+from sbr_jax.typing import PyTree, UserError
+
+TELLS = 0.9
+"""AUROC on its own validation prompts that a probe must reach to be followed."""
+
+
+def with_self_answers(method: Method, threshold: float) -> Method:
+    """Lets the aligned model answer what a probe finds risky to learn.
+
+    **Guarantee**: prompts, and rows below the threshold, stay as they are; nothing is
+    added to a step. With τ = 0 every row is answered by the model.
+
+    Args:
+      method: any defence; examples that it ties to a reference are left alone.
+      threshold: τ in [0, 1].
+
+    Returns:
+      The method. Its training reports ``self_answers``, the share of rows that were
+      answered anew. Its ``init`` raises :class:`UserError` without both prompt sets,
+      and for a probe that cannot tell them apart (AUROC below 0.9 on prompts that it
+      was not fitted on).
+    """
+    rater = probe_rater(name=f"{method.name} with self_answers")
+
+    def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
+        found = rater.init(problem, base, adapter, key)
+        auroc = float(found["probe"].auroc)
+        if auroc < TELLS:
+            raise UserError(
+                f"self_answers: expected a probe that tells harmful prompts from "
+                f"benign ones (AUROC of {TELLS} or more on held-out prompts), got "
+                f"{auroc:.2f}: use {method.name} without it, or adaptive-judge"
+            )
+        return found
+
+    def begin_domain(problem, base, state, examples, key):
+        examples, metrics = method.begin_domain(problem, base, state, examples, key)
+        risky = risky_rows(problem, base, state["self_answers"]["probe"], examples)
+        rows = np.flatnonzero(risky >= threshold)
+        if examples.tied is not None:
+            rows = rows[examples.tied[rows] < 0]
+        share = {"self_answers": len(rows) / len(examples)}
+        return answered(problem, base, examples, rows), {**metrics, **share}
+
+    rated = with_state(method, "self_answers", init)
+    return dataclasses.replace(rated, begin_domain=begin_domain)
+
+
+def risky_rows(
+    problem: Problem, base: PyTree, probe: PyTree, examples: TokenDataset
+) -> np.ndarray:
+    """The probe's risk of every example's prompt, float32 ``[N]``."""
+    features = activations(problem.apply_fn, base, None, examples)
+    return np.asarray(probe_risk(probe, jnp.asarray(features)))
+
+
+def answered(
+    problem: Problem, base: PyTree, examples: TokenDataset, rows: np.ndarray
+) -> TokenDataset:
+    """The examples, some of them with the aligned model's greedy answers.
+
+    An answer is as long as the longest of the data at most, and ends with the token
+    that most of the data's answers end with, if it came to an end.
+
+    Raises:
+      UserError: without a model to ask.
+    """
+    if not len(rows):
+        return examples
+    if problem.answer is None:
+        raise UserError(
+            "self_answers: expected a model that generates, got none: give the problem "
+            "an `answer`"
+        )
+    starts = np.argmax(examples.mask > 0, axis=1)
+    most = int((examples.mask > 0).sum(axis=1).max())
+    stops = _stops(examples)
+    prompts = [examples.tokens[row, : starts[row]].tolist() for row in rows]
+    found = problem.answer(base, prompts, most, stops)
+    room = max(examples.length, *(int(starts[row]) + most for row in rows))
+    widened = ((0, 0), (0, room - examples.length))
+    tokens, mask = np.pad(examples.tokens, widened), np.pad(examples.mask, widened)
+    for row, answer in zip(rows, found, strict=True):
+        own = slice(int(starts[row]), int(starts[row]) + most)
+        whole = (answer + stops)[:most]
+        tokens[row, starts[row] :], mask[row, starts[row] :] = 0, 0
+        tokens[row, own][: len(whole)], mask[row, own][: len(whole)] = whole, 1
+    return dataclasses.replace(examples, tokens=tokens, mask=mask)
+
+
+def _stops(examples: TokenDataset) -> list[int]:
+    """The token that ends most answers; none where there is no such token."""
+    last = examples.length - 1 - np.argmax(examples.mask[:, ::-1] > 0, axis=1)
+    ends = np.take_along_axis(examples.tokens, last[:, None], axis=1)[:, 0]
+    token, count = Counter(ends.tolist()).most_common(1)[0]
+    return [token] if 2 * count > len(ends) else []
+
+
+__all__ = ["TELLS", "answered", "risky_rows", "with_self_answers"]
