@@ -7,7 +7,7 @@ import numpy as np
 import tiny
 from trees import jitter
 
-from sbr_jax.data import TokenDataset, batch
+from sbr_jax.data import batch
 from sbr_jax.methods.adaptive import adaptive_loss, adaptive_probe
 from sbr_jax.methods.base import task_gradient
 from sbr_jax.methods.risk import judged
@@ -21,17 +21,10 @@ FRESH = init_adapter(STUDY, tiny.config(), 0)
 TRAIN = STUDY.domains["medical"].train
 
 
-def with_prompts(data, low, high, seed=0):
-    """The same examples, all prompt tokens but the last one drawn from [low, high)."""
-    tokens = data.tokens.copy()
-    tokens[:, :3] = np.random.default_rng(seed).integers(low, high, (len(tokens), 3))
-    return TokenDataset(tokens, data.mask)
-
-
 # Harmful prompts hold other tokens than benign ones, but for the last, which says
 # nothing: only attention can tell.
-HARMFUL = with_prompts(tiny.dataset(4, 64, shift=7), 26, 32)
-BENIGN = with_prompts(tiny.dataset(3, 64, shift=5), 0, 6)
+HARMFUL = tiny.with_prompts(tiny.dataset(4, 64, shift=7), 26, 32)
+BENIGN = tiny.with_prompts(tiny.dataset(3, 64, shift=5), 0, 6)
 PROBLEM = tiny.problem(
     apply_fn=STUDY.model.apply_fn,
     steps_per_domain=6,

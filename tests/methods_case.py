@@ -15,7 +15,14 @@ from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.training.program import init_adapter, make_program
 
-STUDY = tiny.study()
+# Harmful prompts that a probe can tell: it is asked whether it can.
+STUDY = tiny.study(
+    harmful=tiny.with_prompts(tiny.dataset(4, 64, shift=7), 26, 32),
+    calibration_controls={
+        **tiny.study().calibration_controls,
+        "benign": tiny.with_prompts(tiny.dataset(3, 64, shift=5), 0, 6),
+    },
+)
 SETTINGS = tiny.config(steps_per_domain=3)
 
 

@@ -34,6 +34,13 @@ def dataset(seed, size, shift=1):
     return TokenDataset(tokens, mask)
 
 
+def with_prompts(data, low, high, seed=0):
+    """The same examples, all prompt tokens but the last one drawn from [low, high)."""
+    tokens = data.tokens.copy()
+    tokens[:, :3] = np.random.default_rng(seed).integers(low, high, (len(tokens), 3))
+    return TokenDataset(tokens, data.mask)
+
+
 def model(dtype=jnp.float32):
     params = models.init_params(jax.random.key(0), CONFIG)
     return models.make_model(CONFIG, jax.tree.map(lambda x: x.astype(dtype), params))

@@ -150,7 +150,12 @@ def _set_states_on_mesh(apply_fn, size, base, adapter, rows):
 
 
 def safe_batch(
-    problem: Problem, state: Batch, batch: Batch, key: jax.Array, size: int | None
+    problem: Problem,
+    state: Batch,
+    batch: Batch,
+    key: jax.Array,
+    size: int | None,
+    name: str = "kl_batch_size",
 ) -> Batch:
     """Draws a microbatch's share of the safety examples of one step.
 
@@ -160,6 +165,7 @@ def safe_batch(
       batch: the task microbatch.
       key: of the step.
       size: examples of the whole step; None for half the task batch.
+      name: of the size, for messages.
 
     Returns:
       The drawn rows of every array of the state.
@@ -172,7 +178,7 @@ def safe_batch(
         size = max(problem.training.batch_size // (2 * parts), 1) * parts
     if size % parts:
         raise UserError(
-            f"kl_batch_size: expected a multiple of accumulation ({parts}), got {size}"
+            f"{name}: expected a multiple of accumulation ({parts}), got {size}"
         )
     return draw_rows(problem, state, batch, jax.random.fold_in(key, 1), size)
 

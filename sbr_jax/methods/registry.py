@@ -15,6 +15,7 @@ from sbr_jax.methods.antidote import antidote
 from sbr_jax.methods.asft import asft
 from sbr_jax.methods.base import Method
 from sbr_jax.methods.booster import booster
+from sbr_jax.methods.der import der
 from sbr_jax.methods.ewc import ewc
 from sbr_jax.methods.interleaving import interleaving
 from sbr_jax.methods.lazy import lazy
@@ -23,6 +24,7 @@ from sbr_jax.methods.lisa import lisa
 from sbr_jax.methods.lox import lox
 from sbr_jax.methods.o_lora import o_lora
 from sbr_jax.methods.plain import plain
+from sbr_jax.methods.safe_delta import safe_delta
 from sbr_jax.methods.safe_lora import safe_lora
 from sbr_jax.methods.safeanchor import OURS, safeanchor, safeanchor_exact
 from sbr_jax.methods.safegrad import safegrad
@@ -45,7 +47,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ewc": ewc,
     "o-lora": o_lora,
     "safegrad": safegrad,
+    "der": der,
     "safe-lora": safe_lora,
+    "safe-delta": safe_delta,
     "asft": asft,
     "lox": lox,
     "antidote": antidote,
@@ -146,6 +150,7 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "unified:no-risk": ("unified", {"risk": "none", **_BRIEF}),
     "unified:no-kl": ("unified", {"kl_weight": 0.0, **_BRIEF}),
     "unified:judge": ("unified", {"risk": "judge", **_BRIEF}),
+    "der:plus-plus": ("der", {"label_weight": 0.5}),
     "lean:self-answers": ("lean", {"self_answers": 0.5}),
     "lean:trust-region": ("lean", {"epsilon": 1e-3}),
     "lazy:self-answers": ("lazy", {"self_answers": 0.5}),

@@ -110,6 +110,41 @@ def divergence(
     return by_place(place, size, base, hidden, reference, rows=rows)
 
 
+def squared_gap(
+    head: Head,
+    base: PyTree,
+    reference: jax.Array,
+    hidden: jax.Array,
+    *,
+    reduction: str = "mean",
+    chunk: int | None = None,
+) -> jax.Array:
+    """Squared distance of a model's logits from a reference's at every place.
+
+    ``‖head(h) − head(h_ref)‖²``, over V for ``"mean"``. No gradient flows to the
+    reference.
+
+    Args:
+      head: of both.
+      base: its weights.
+      reference: states of the reference, ``[K, D]``.
+      hidden: states of the model, ``[K, D]``.
+      reduction: ``"mean"`` or ``"sum"`` over the vocabulary.
+      chunk: C; None for what suits the machine.
+
+    Returns:
+      float32 ``[K]``.
+    """
+    reduce = jnp.mean if reduction == "mean" else jnp.sum
+
+    def place(base, hidden, reference):
+        told = jax.lax.stop_gradient(head(base, reference)).astype(jnp.float32)
+        return reduce((head(base, hidden).astype(jnp.float32) - told) ** 2, axis=-1)
+
+    size = chunk or max(chunk_size(head, base, hidden) // 2, 1)
+    return by_place(place, size, base, hidden, jax.lax.stop_gradient(reference))
+
+
 def top(
     head: Head,
     base: PyTree,
@@ -344,5 +379,6 @@ __all__ = [
     "learnt_or_held",
     "log_likelihood",
     "read",
+    "squared_gap",
     "top",
 ]

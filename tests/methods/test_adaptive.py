@@ -24,7 +24,6 @@ from adaptive_case import (
     probe_state,
     slow_parts,
     weighted,
-    with_prompts,
 )
 from trees import vector
 
@@ -191,7 +190,7 @@ def test_probe_is_fitted_to_the_defenders_prompts_and_says_how_well():
         PROBLEM, harmful=BENIGN, calibration_controls={"benign": HARMFUL}
     )
     other = adaptive_probe().init(swapped, BASE, FRESH, KEY)["probe"]
-    new = [with_prompts(TRAIN, *tokens, seed=1) for tokens in ((26, 32), (0, 6))]
+    new = [tiny.with_prompts(TRAIN, *tokens, seed=1) for tokens in ((26, 32), (0, 6))]
 
     def risks(probe):
         gradient = gradient_of(adaptive_probe)
