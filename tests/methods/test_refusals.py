@@ -35,7 +35,7 @@ MISTAKES = [
     ("lean", {"epsilon": -1e-3}, "epsilon"),
     ("lean", {"epsilon": NAN}, "epsilon"),
     ("lean", {"self_answers": -0.1}, "self_answers"),
-    ("lean", {"self_answers": 1.5}, "lean.self_answers to be a finite number from 0"),
+    ("lean", {"self_answers": 1.5}, "lean.self_answers to be a finite number in"),
     ("lean", {"self_answers": NAN}, "self_answers"),
     ("lazy", {"kl_weight": -1.0}, "kl_weight"),
     ("lazy", {"kl_batch_size": 0}, "kl_batch_size"),
