@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks import shapes
 from benchmarks.measure import plan
 from sbr_jax import models
-from sbr_jax.data.batches import TokenDataset
+from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.data.layout import Layout, arrange
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.training.config import Config
@@ -91,13 +91,10 @@ def make(size: Size, **training: Any) -> tuple[Study, Config]:
 
 
 def batch_of(size: Size, data: Any) -> dict[str, np.ndarray]:
-    """The first examples of a set, laid out as the trainer lays out full rows."""
-    drawn = {"tokens": data.tokens, "mask": data.mask}
-    if data.risk is not None:
-        drawn["risk"] = data.risk
-    drawn = {name: x[: size.batch] for name, x in drawn.items()}
+    """A step's examples of a set, laid out as the trainer lays out full rows."""
     answers = int(data.mask.sum(axis=1).max())
-    return arrange([drawn], Layout(size.length, False, answers))[0]
+    layout = Layout(size.length, False, answers)
+    return arrange([batch(data, size.batch, 0, 0)], layout)[0]
 
 
 class Steps:
@@ -125,16 +122,16 @@ class Steps:
         self.base = method.prepare(problem, study.model.params, adapter, key)
         state = method.init(problem, self.base, adapter, key)
         state = {k: v for k, v in state.items() if k != "diagnostics"}
-        batch: Any = batch_of(size, method.mix(problem, study.domains["one"].train, 0))
+        drawn: Any = batch_of(size, method.mix(problem, study.domains["one"].train, 0))
         train = self.program.start(adapter, state)
         step: Any = self.program.step
         if seeds:
             step = self.program.mapped_step
             key = jax.random.split(key, seeds)
-            train, state, batch = jax.tree.map(
-                lambda x: jnp.stack([x] * seeds), (train, state, batch)
+            train, state, drawn = jax.tree.map(
+                lambda x: jnp.stack([x] * seeds), (train, state, drawn)
             )
-        self._rest = (state, batch, key)
+        self._rest = (state, drawn, key)
         self._compiled = step.lower(self.base, train, *self._rest).compile()
         self.bytes = plan(self._compiled)
         self._train = train

@@ -4,7 +4,7 @@ The losses apply them to whole logits, :mod:`sbr_jax.models.vocabulary` to a few
 a time. Legend: V vocabulary, k tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,12 @@ class Top(NamedTuple):
 
     Attributes:
       tokens: int32 ``[..., k]``, likeliest first.
-      log_probs: float32 ``[..., k]``, of these.
-      rest: float32 ``[...]``, log of the others' joint probability; -inf if none.
+      probs: float32 ``[..., k]``, of these.
+      rest: float32 ``[...]``, the others' joint probability.
     """
 
     tokens: jax.Array
-    log_probs: jax.Array
+    probs: jax.Array
     rest: jax.Array
 
 
@@ -51,7 +51,9 @@ def top(logits: jax.Array, k: int) -> Top:
     """The ``k`` likeliest tokens of each row of logits ``[..., V]``, and the rest."""
     scores = jax.nn.log_softmax(logits.astype(jnp.float32))
     kept, tokens = jax.lax.top_k(scores, min(k, scores.shape[-1]))
-    return Top(tokens, kept, _beyond(scores, _marked(scores, tokens, True, False)))
+    probs = jnp.exp(kept)
+    known = _marked(scores, tokens, probs) > 0
+    return Top(tokens, probs, jnp.exp(_beyond(scores, known)))
 
 
 def top_divergence(reference: Top, logits: jax.Array) -> jax.Array:
@@ -63,15 +65,14 @@ def top_divergence(reference: Top, logits: jax.Array) -> jax.Array:
     0 with a zero gradient where the two are equal, up to rounding.
     """
     scores = jax.nn.log_softmax(logits.astype(jnp.float32))
-    told = _marked(scores, reference.tokens, reference.log_probs, -jnp.inf)
-    known = ~jnp.isneginf(told)
-    gap = jnp.where(known, told - scores, 0.0)
+    p = _marked(scores, reference.tokens, reference.probs)
+    known = p > 0
+    gap = jnp.where(known, jnp.log(jnp.where(known, p, 1.0)) - scores, 0.0)
     # Where nothing is left, the sum over nothing has no gradient: it is not formed.
-    some = ~jnp.isneginf(reference.rest)
-    rest = jnp.where(some, reference.rest, 0.0)
-    gap_beyond = rest - _beyond(scores, known & some[..., None])
-    inside = jnp.sum(jnp.exp(told) * gap, axis=-1)
-    return inside + jnp.where(some, jnp.exp(rest) * gap_beyond, 0.0)
+    some = reference.rest > 0
+    rest = jnp.where(some, reference.rest, 1.0)
+    gap_beyond = jnp.log(rest) - _beyond(scores, known & some[..., None])
+    return jnp.sum(p * gap, axis=-1) + jnp.where(some, rest * gap_beyond, 0.0)
 
 
 def _beyond(scores: jax.Array, known: jax.Array) -> jax.Array:
@@ -79,10 +80,7 @@ def _beyond(scores: jax.Array, known: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(jnp.where(known, -jnp.inf, scores), axis=-1)
 
 
-def _marked(
-    scores: jax.Array, columns: jax.Array, values: Any, filling: Any
-) -> jax.Array:
-    """Rows like the scores that hold values in some columns."""
-    values = jnp.broadcast_to(jnp.asarray(values), columns.shape)
-    whole = jnp.full(scores.shape, filling, values.dtype)
+def _marked(scores: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
+    """Rows like the scores that hold values in some columns, and 0 in the others."""
+    whole = jnp.zeros_like(scores)
     return jnp.put_along_axis(whole, columns, values, axis=-1, inplace=False)

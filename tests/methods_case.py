@@ -17,10 +17,10 @@ from sbr_jax.training.program import init_adapter, make_program
 
 # Harmful prompts that a probe can tell: it is asked whether it can.
 STUDY = tiny.study(
-    harmful=tiny.with_prompts(tiny.dataset(4, 64, shift=7), 26, 32),
+    harmful=tiny.with_prompts(tiny.dataset(4, 24, shift=7), 26, 32, count=4),
     calibration_controls={
         **tiny.study().calibration_controls,
-        "benign": tiny.with_prompts(tiny.dataset(3, 64, shift=5), 0, 6),
+        "benign": tiny.with_prompts(tiny.dataset(3, 24, shift=5), 0, 6, count=4),
     },
 )
 SETTINGS = tiny.config(steps_per_domain=3)

@@ -34,10 +34,11 @@ def dataset(seed, size, shift=1):
     return TokenDataset(tokens, mask)
 
 
-def with_prompts(data, low, high, seed=0):
-    """The same examples, all prompt tokens but the last one drawn from [low, high)."""
+def with_prompts(data, low, high, seed=0, count=3):
+    """The same examples, their first prompt tokens (of four) drawn from [low, high)."""
     tokens = data.tokens.copy()
-    tokens[:, :3] = np.random.default_rng(seed).integers(low, high, (len(tokens), 3))
+    rng = np.random.default_rng(seed)
+    tokens[:, :count] = rng.integers(low, high, (len(tokens), count))
     return TokenDataset(tokens, data.mask)
 
 

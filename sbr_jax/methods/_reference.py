@@ -3,7 +3,7 @@
     KL_k(p_θ₀ ‖ p_θ) = Σ_top p (log p − log q) + p_rest (log p_rest − log q_rest)
 
 At each answer place the k likeliest tokens of p = p_θ₀ are kept with their
-log-probabilities, and the log of what is left as one bucket. So no step runs the
+probabilities, and what is left as one bucket. So no step runs the
 reference, neither its layers nor its head, and a place takes 2 k + 1 numbers.
 
 A mark of model and data lies beside them: a cache of another model is refused.
@@ -115,12 +115,16 @@ def require_own(name: str, problem: Problem, base: PyTree, found: Reference) -> 
 
 @jax.jit
 def _checksum(tree: PyTree) -> jax.Array:
-    """Σ (2 i + 1) word_i over the leaves, modulo 2³²: the same on any mesh."""
+    """Σ (2 i + 1) mixed(word_i) over the leaves, modulo 2³²: the same on any mesh."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
         size = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}.get(leaf.dtype.itemsize)
         words = leaf if size is None else jax.lax.bitcast_convert_type(leaf, size)
         words = words.astype(jnp.uint32).reshape(-1)
+        # Mixed, so that changes of many words (all signs) do not cancel in the sum.
+        words = (words ^ (words >> 15)) * jnp.uint32(0x2C1B3C6D)
+        words = (words ^ (words >> 12)) * jnp.uint32(0x297A2D39)
+        words = words ^ (words >> 15)
         places = jax.lax.iota(jnp.uint32, words.size)
         total = total * jnp.uint32(31) + jnp.sum(
             words * (2 * places + jnp.uint32(1)), dtype=jnp.uint32

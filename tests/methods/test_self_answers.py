@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from adaptive_case import BASE, BENIGN, FRESH, HARMFUL, KEY, PROBLEM, STUDY, forward
+from adaptive_case import BASE, FRESH, KEY, PROBLEM, STUDY, forward
 
 from sbr_jax.data import concatenate, take
 from sbr_jax.methods._self_answers import answered, risky_rows, with_self_answers
@@ -19,8 +19,11 @@ from sbr_jax.training import pipeline
 from sbr_jax.training.program import make_program
 from sbr_jax.typing import UserError
 
+HARMFUL = tiny.with_prompts(tiny.dataset(4, 24, shift=7), 26, 32, count=4)
+BENIGN = tiny.with_prompts(tiny.dataset(3, 24, shift=5), 0, 6, count=4)
 # Prompts that nobody fitted: harmful ones, then benign ones.
-MIXED = concatenate([take(HARMFUL, range(40, 48)), take(BENIGN, range(40, 48))])
+NEW = [tiny.with_prompts(tiny.dataset(8, 8), *of, 1, 4) for of in ((26, 32), (0, 6))]
+MIXED = concatenate(NEW)
 
 
 def greedy(base, prompts, most, stops):
@@ -38,7 +41,8 @@ def greedy(base, prompts, most, stops):
     return found
 
 
-ASKED = dataclasses.replace(PROBLEM, answer=greedy)
+SETS = {"harmful": HARMFUL, "calibration_controls": {"benign": BENIGN}}
+ASKED = dataclasses.replace(PROBLEM, answer=greedy, **SETS)
 
 
 @functools.cache
@@ -124,9 +128,8 @@ def test_a_run_asks_the_model_and_says_how_often(tmp_path):
     study = dataclasses.replace(
         STUDY,
         domains={"medical": domain},
-        harmful=HARMFUL,
-        calibration_controls={"benign": BENIGN},
         probe=None,
+        **SETS,
     )
     settings = tiny.config(steps_per_domain=2)
     row = "lean:self-answers"
