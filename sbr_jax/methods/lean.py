@@ -11,8 +11,8 @@ plain one does: the reference is cached once, as top tokens
 is that safe rows are held where the aligned model has them, not learnt as texts, and
 that their weight does not hang on their share.
 
-γ = 1, r = 2 and k = 32 were set when it was written; the variants' τ and ε were chosen
-on the validation split.
+γ = 1, r = 2, k = 32 and τ = 0.5 were set when it was written. ε = 3·10⁻⁵ of the variant
+is a sixth of what q reaches without it, on the validation split.
 
 Symbols: θ adapter, θ₀ the aligned model, B rows of a batch, r ``safe_rows``, γ
 ``kl_weight``, k ``top_tokens``, τ ``self_answers``, ε ``epsilon``.

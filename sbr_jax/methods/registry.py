@@ -152,7 +152,7 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "unified:judge": ("unified", {"risk": "judge", **_BRIEF}),
     "der:plus-plus": ("der", {"label_weight": 0.5}),
     "lean:self-answers": ("lean", {"self_answers": 0.5}),
-    "lean:trust-region": ("lean", {"epsilon": 1e-3}),
+    "lean:trust-region": ("lean", {"epsilon": 3e-5}),
     "lazy:self-answers": ("lazy", {"self_answers": 0.5}),
     "sbr:one": ("sbr", {"anchors": 1}),
     # The published recipe with a part missing or alone.
