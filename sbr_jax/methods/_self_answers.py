@@ -43,8 +43,8 @@ def with_self_answers(method: Method, threshold: float) -> Method:
       threshold: τ in [0, 1].
 
     Returns:
-      The method. Its training reports ``self_answers``, the share of rows that were
-      answered anew. Its ``init`` raises :class:`UserError` without both prompt sets,
+      The method. Its training reports ``self_answers``, the share of the data's rows
+      that were answered anew. Its ``init`` raises :class:`UserError` without both prompt sets,
       and for a probe that cannot tell them apart (AUROC below 0.9 on prompts that it
       was not fitted on).
     """
@@ -63,11 +63,10 @@ def with_self_answers(method: Method, threshold: float) -> Method:
 
     def begin_domain(problem, base, state, examples, key):
         examples, metrics = method.begin_domain(problem, base, state, examples, key)
-        risky = risky_rows(problem, base, state["self_answers"]["probe"], examples)
-        rows = np.flatnonzero(risky >= threshold)
-        if examples.tied is not None:
-            rows = rows[examples.tied[rows] < 0]
-        share = {"self_answers": len(rows) / len(examples)}
+        risk = risky_rows(problem, base, state["self_answers"]["probe"], examples)
+        own = np.ones(len(risk), bool) if examples.tied is None else examples.tied < 0
+        rows = np.flatnonzero(own & (risk >= threshold))
+        share = {"self_answers": len(rows) / own.sum()}
         return answered(problem, base, examples, rows), {**metrics, **share}
 
     rated = with_state(method, "self_answers", init)
