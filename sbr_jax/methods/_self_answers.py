@@ -44,9 +44,9 @@ def with_self_answers(method: Method, threshold: float) -> Method:
 
     Returns:
       The method. Its training reports ``self_answers``, the share of the data's rows
-      that were answered anew. Its ``init`` raises :class:`UserError` without both prompt sets,
-      and for a probe that cannot tell them apart (AUROC below 0.9 on prompts that it
-      was not fitted on).
+      that were answered anew. Its ``init`` raises :class:`UserError` without both
+      prompt sets, and for a probe that cannot tell them apart (AUROC below 0.9 on
+      prompts that it was not fitted on).
     """
     rater = probe_rater(name=f"{method.name} with self_answers")
 
