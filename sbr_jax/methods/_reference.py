@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import _mesh
 from sbr_jax.methods._anchor import reference_states
 from sbr_jax.methods.base import Problem, device_dataset
 from sbr_jax.models import answers, vocabulary
@@ -48,7 +49,9 @@ def cache_reference(problem: Problem, base: PyTree, k: int) -> Reference:
     """
     safe = device_dataset(problem.calibration)
     states = reference_states(problem, base, None, safe)
-    return Reference(_top(problem.apply_fn, k, base, states), mark_of(problem, base))
+    with _mesh.using(_mesh.holding(base)):
+        top = _top(problem.apply_fn, k, base, states)
+    return Reference(top, mark_of(problem, base))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -87,7 +90,13 @@ def tied_losses(
         reference.top,
     )
     values = vocabulary.learnt_or_held(
-        answers.head_of(apply_fn), base, hidden, found.targets, row >= 0, picked
+        answers.head_of(apply_fn),
+        base,
+        hidden,
+        found.targets,
+        row >= 0,
+        picked,
+        rows=found.rows,
     )
     return found.mean(values)
 

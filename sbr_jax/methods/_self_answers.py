@@ -69,7 +69,7 @@ def with_self_answers(method: Method, threshold: float) -> Method:
         share = {"self_answers": len(rows) / own.sum()}
         return answered(problem, base, examples, rows), {**metrics, **share}
 
-    rated = with_state(method, "self_answers", init)
+    rated = with_state(method, "self_answers", init, rater.outline)
     return dataclasses.replace(rated, begin_domain=begin_domain)
 
 

@@ -65,11 +65,19 @@ def with_trust_region(method: Method, *, epsilon: float, max_rank: int) -> Metho
         centre = jax.tree.map(jnp.copy, adapter)
         return {**state, "subspace": found, "centre": centre}
 
-    def optimizer(problem: Problem, adapter: PyTree, learning_rate):
-        check_sizes(problem, adapter, max_rank)
-        subspace = empty_subspace(
+    def empty(adapter: PyTree) -> Subspace:
+        return empty_subspace(
             adapter, max_rank=max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
         )
+
+    def outline(problem: Problem, base: PyTree, adapter: PyTree) -> dict:
+        state = method.state_shapes(problem, base, adapter)
+        found = jax.eval_shape(lambda a: (empty(a), a), adapter)
+        return {**state, "subspace": found[0], "centre": found[1]}
+
+    def optimizer(problem: Problem, adapter: PyTree, learning_rate):
+        check_sizes(problem, adapter, max_rank)
+        subspace = jax.eval_shape(empty, adapter)
         inner = method.optimizer(problem, adapter, learning_rate)
         return optax.chain(inner, trust_region(subspace, epsilon))
 
@@ -83,7 +91,9 @@ def with_trust_region(method: Method, *, epsilon: float, max_rank: int) -> Metho
 
         return gradient
 
-    bounded = dataclasses.replace(method, init=init, optimizer=optimizer)
+    bounded = dataclasses.replace(
+        method, init=init, optimizer=optimizer, outline=outline
+    )
     return with_cost(with_gradients(bounded, centred), fishers=1, columns=max_rank)
 
 

@@ -77,7 +77,7 @@ def der(
             hidden = answers.states(problem.apply_fn, base, a, drawn)
             reference = drawn["reference"].reshape(hidden.shape)
             gaps = vocabulary.squared_gap(
-                head, base, reference, hidden, reduction=reduction
+                head, base, reference, hidden, reduction=reduction, rows=found.rows
             )
             logits = jnp.mean(found.mean(gaps))
             nll = answers.cross_entropy(problem.apply_fn, base, hidden, found)

@@ -23,6 +23,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from sbr_jax import _mesh
 from sbr_jax.checks import Range, checked
 from sbr_jax.methods._reference import (
     Reference,
@@ -73,9 +74,9 @@ def lazy(
     def renewed(problem, base, adapter, state, key):
         count = state["safe"]["tokens"].shape[0]
         rows = jax.random.permutation(key, count)[:kl_batch_size]
-        found = _alignment_gradient(
-            problem.apply_fn, base, adapter, state["safe"], state["reference"], rows
-        )
+        parts = (state["safe"], state["reference"], rows)
+        with _mesh.using(_mesh.holding(base)):
+            found = _alignment_gradient(problem.apply_fn, base, adapter, *parts)
         return {**state, "alignment": found}
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:

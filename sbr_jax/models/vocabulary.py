@@ -117,6 +117,7 @@ def squared_gap(
     hidden: jax.Array,
     *,
     reduction: str = "mean",
+    rows: int = 1,
     chunk: int | None = None,
 ) -> jax.Array:
     """Squared distance of a model's logits from a reference's at every place.
@@ -130,6 +131,7 @@ def squared_gap(
       reference: states of the reference, ``[K, D]``.
       hidden: states of the model, ``[K, D]``.
       reduction: ``"mean"`` or ``"sum"`` over the vocabulary.
+      rows: how many equal parts K falls into, for a mesh that splits rows.
       chunk: C; None for what suits the machine.
 
     Returns:
@@ -142,7 +144,8 @@ def squared_gap(
         return reduce((head(base, hidden).astype(jnp.float32) - told) ** 2, axis=-1)
 
     size = chunk or max(chunk_size(head, base, hidden) // 2, 1)
-    return by_place(place, size, base, hidden, jax.lax.stop_gradient(reference))
+    reference = jax.lax.stop_gradient(reference)
+    return by_place(place, size, base, hidden, reference, rows=rows)
 
 
 def top(
@@ -178,6 +181,7 @@ def learnt_or_held(
     held: jax.Array,
     reference: Top,
     *,
+    rows: int = 1,
     chunk: int | None = None,
 ) -> jax.Array:
     """``KL_k(reference ‖ model)`` at held places, ``−log p(target)`` at the others.
@@ -189,6 +193,7 @@ def learnt_or_held(
       targets: integers ``[K]``; not looked at where held.
       held: booleans ``[K]``.
       reference: :func:`top` of one, ``[K, k]``; not looked at elsewhere.
+      rows: how many equal parts K falls into, for a mesh that splits rows.
       chunk: C; None for what suits the machine.
 
     Returns:
@@ -201,7 +206,7 @@ def learnt_or_held(
         return jnp.where(held, _rows.top_divergence(reference, logits), learnt)
 
     size = chunk or chunk_size(head, base, hidden)
-    return by_place(place, size, base, hidden, targets, held, reference)
+    return by_place(place, size, base, hidden, targets, held, reference, rows=rows)
 
 
 def read(
