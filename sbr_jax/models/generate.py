@@ -47,6 +47,12 @@ SAVING = 512
 """Tokens of padding for which prompts are read apart from longer ones."""
 
 
+def split_cache(cache: Cache) -> Cache:
+    """Keys and values with their rows and heads over the mesh in use."""
+    spec = (None, _mesh.ROWS, None, "tp", None)
+    return jax.tree.map(lambda x: _mesh.constrain(x, *spec), cache)
+
+
 def _next_logits(
     config: ModelConfig,
     hardware: Hardware,
@@ -114,7 +120,7 @@ def read_prompts(
     states, cache = extend(config, hardware, base, adapter, tokens)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(states, last, axis=1)[:, 0]
-    return output_logits(config, base, hidden), cache
+    return output_logits(config, base, hidden), split_cache(cache)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "width"))
@@ -137,7 +143,8 @@ def _together(
     caches = [[cache[i] for _, cache in parts] for i in range(2)]
     layers, _, _, *heads = caches[0][0].shape
     keys, values = (joined(x, (layers, rows, width, *heads)) for x in caches)
-    return joined(logits, (1, rows, 1, logits[0].shape[-1]))[0, :, 0], (keys, values)
+    cache = split_cache((keys, values))
+    return joined(logits, (1, rows, 1, logits[0].shape[-1]))[0, :, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "hardware", "slots"))
@@ -197,12 +204,12 @@ def write_answers(
             state["cache"],
             width + done,
         )
-        return take({**state, "cache": cache}, logits)
+        return take({**state, "cache": split_cache(cache)}, logits)
 
     filling = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
     state = {
         "step": jnp.int32(0),
-        "cache": jax.tree.map(lambda x: jnp.pad(x, filling), cache),
+        "cache": split_cache(jax.tree.map(lambda x: jnp.pad(x, filling), cache)),
         "finished": lengths == 0,
         "told": jnp.ones((rows,), bool),
         "count": jnp.zeros((rows,), jnp.int32),

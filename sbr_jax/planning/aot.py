@@ -21,6 +21,7 @@ from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.models import init_params
 from sbr_jax.models.buckets import bucket
 from sbr_jax.models.generate import read_prompts, write_answers
+from sbr_jax.models.sharding import fit_spec
 from sbr_jax.planning.case import Case
 from sbr_jax.planning.layouts import Layout
 from sbr_jax.subspace import Subspace, sketch, spectrum, units
@@ -82,6 +83,12 @@ class Shapes:
     def whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         """An array that every device holds."""
         place = NamedSharding(self.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def cache(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Keys or values ``[L, B, S, K, H]``, as ``models.generate`` keeps them."""
+        spec = PartitionSpec(None, _mesh.ROWS, None, "tp", None)
+        place = NamedSharding(self.mesh, fit_spec(spec, shape, self.mesh))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     def rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -263,14 +270,15 @@ def read(given: Shapes) -> Lowered:
     """Some prompts read, before answers are written."""
     case, model = given.case, given.case.study().model
     width = bucket(case.prompt)
-    lowered = read_prompts.lower(
-        model.config,
-        model.hardware,
-        given.base,
-        given.adapter,
-        given.whole((case.read_rows, width), jnp.int32),
-        given.whole((case.read_rows,), jnp.int32),
-    )
+    with _mesh.using(given.mesh):
+        lowered = read_prompts.lower(
+            model.config,
+            model.hardware,
+            given.base,
+            given.adapter,
+            given.whole((case.read_rows, width), jnp.int32),
+            given.whole((case.read_rows,), jnp.int32),
+        )
     return Lowered("read", lowered, _held(given, {}))
 
 
@@ -279,20 +287,21 @@ def write(given: Shapes) -> Lowered:
     case, model = given.case, given.case.study().model
     config, width, slots = model.config, bucket(case.prompt), bucket(case.new)
     entries = (config.layers, case.rows, width, config.kv_heads, config.head_dim)
-    cache = tuple(given.whole(entries, case.dtype) for _ in range(2))
-    lowered = write_answers.lower(
-        config,
-        model.hardware,
-        slots,
-        given.base,
-        given.adapter,
-        given.whole((case.rows, config.vocab_size), jnp.float32),
-        cache,
-        given.whole((case.rows,), jnp.int32),
-        given.whole((), jnp.int32),
-        None,
-        given.whole((), jnp.float32),
-    )
+    cache = tuple(given.cache(entries, case.dtype) for _ in range(2))
+    with _mesh.using(given.mesh):
+        lowered = write_answers.lower(
+            config,
+            model.hardware,
+            slots,
+            given.base,
+            given.adapter,
+            given.whole((case.rows, config.vocab_size), jnp.float32),
+            cache,
+            given.whole((case.rows,), jnp.int32),
+            given.whole((), jnp.int32),
+            None,
+            given.whole((), jnp.float32),
+        )
     held = _held(given, {"cache": held_bytes(cache)})
     return Lowered("write", lowered, held, case.new)
 

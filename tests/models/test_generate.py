@@ -11,7 +11,8 @@ from checkpoints import CONFIG, STORIES, adapter, golden, needs_stories, params,
 
 from sbr_jax import losses, models
 from sbr_jax.models.buckets import bucket
-from sbr_jax.models.generate import _read, _together, _write
+from sbr_jax.models.generate import _together, read_prompts, write_answers
+from sbr_jax.training import sharding
 from sbr_jax.typing import UserError
 
 generating = sys.modules["sbr_jax.models.generate"]
@@ -89,7 +90,7 @@ def test_samples_follow_the_distribution():
 
 def test_one_program_serves_bases_adapters_lengths_and_limits():
     run(pairs=adapter())
-    programs = (_read, _together, _write)
+    programs = (read_prompts, _together, write_answers)
     sizes = [f._cache_size() for f in programs]
     run(pairs=adapter(seed=7), prompts=[p[::-1] for p in PROMPTS], new=7)
     other = jax.tree.map(lambda x: x * 2, MODEL.params)
@@ -119,8 +120,8 @@ def test_prompts_read_in_parts_are_answered_as_alone(monkeypatch):
     alone = [run(prompts=[prompt], pairs=adapter())[0] for prompt in LONG]
     monkeypatch.setattr(generating, "SAVING", 8)
     monkeypatch.setattr(generating, "READ_AT_ONCE", 64)
-    read = counted(monkeypatch, "_read", lambda a: a[4].shape)
-    written = counted(monkeypatch, "_write", lambda a: a[6][0].shape[1:3])
+    read = counted(monkeypatch, "read_prompts", lambda a: a[4].shape)
+    written = counted(monkeypatch, "write_answers", lambda a: a[6][0].shape[1:3])
     assert run(prompts=LONG, pairs=adapter()) == alone
     # The short ones together, the long ones two at a time, and all written at once.
     assert [rows * width <= 64 for rows, width in read] == [True] * len(read)
@@ -128,10 +129,33 @@ def test_prompts_read_in_parts_are_answered_as_alone(monkeypatch):
     assert written == [(12, 32)]
 
 
+def test_a_mesh_shares_the_cache_and_answers_as_one_device(monkeypatch):
+    mesh = sharding.make_mesh("data=2,fsdp=2,tp=2")
+    base = sharding.place_base(mesh, MODEL.params, ENDLESS)
+    pairs = adapter()
+    caches = []
+    real = generating.write_answers
+
+    def noted(*arguments):
+        caches.extend(arguments[6])
+        return real(*arguments)
+
+    monkeypatch.setattr(generating, "write_answers", noted)
+    alone = run(pairs=pairs)
+    found = models.generate(
+        MODEL, base, sharding.place_state(mesh, pairs), PROMPTS, max_new_tokens=8
+    )
+    assert found == alone
+    assert len(caches) == 4
+    for cache in caches[2:]:
+        _, rows, _, heads, _ = cache.sharding.shard_shape(cache.shape)
+        assert (rows, heads) == (cache.shape[1] // 4, ENDLESS.kv_heads // 2)
+
+
 @pytest.mark.thorough
 def test_a_batch_keeps_to_its_tokens(monkeypatch):
     whole = run(prompts=LONG)
-    written = counted(monkeypatch, "_write", lambda a: a[6][0].shape[1:3])
+    written = counted(monkeypatch, "write_answers", lambda a: a[6][0].shape[1:3])
     # Each row has room for 8 new tokens.
     for most, batches in ((1, 9), (80, 4), (1000, 1)):
         assert run(prompts=LONG, batch_tokens=most) == whole
@@ -157,7 +181,7 @@ def test_no_step_is_run_whose_logits_nobody_reads(monkeypatch):
         (config, PROMPTS[:1], 8),
     ):
         model = models.make_model(settings, MODEL.params)
-        _write.clear_cache()
+        write_answers.clear_cache()
         steps.clear()
         found = run(model, prompts=prompts, new=new)
         jax.effects_barrier()
