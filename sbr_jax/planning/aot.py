@@ -140,7 +140,7 @@ def step(given: Shapes) -> Lowered:
     """The optimizer step."""
     train = jax.eval_shape(given.program.start, given.adapter, given.state)
     train = _placed(given.mesh, train)
-    batch = given.case.batch()
+    batch = given.case.batch(given.program.method, given.program.problem)
     places = sharding.batch_shardings(given.mesh, batch)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name])

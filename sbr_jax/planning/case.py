@@ -12,7 +12,9 @@ import numpy as np
 from sbr_jax import models
 from sbr_jax.costs.forecast import Load
 from sbr_jax.data import TokenDataset
+from sbr_jax.data.batches import batch
 from sbr_jax.data.layout import answer_places
+from sbr_jax.methods.base import Method, Problem
 from sbr_jax.models.buckets import bucket
 from sbr_jax.models.config import Hardware as Execution
 from sbr_jax.models.generate import READ_AT_ONCE
@@ -21,6 +23,9 @@ from sbr_jax.planning.shapes import read_shape
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.training.config import Config
 from sbr_jax.training.study import Study
+
+MIXED = 64
+"""Examples of a domain, enough for any share of them to be replaced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +104,24 @@ class Case:
             calibration_controls={"benign": safe, "random": safe},
             safety_mix=safe,
             harmful=safe,
-            judge=_never,
+            judge=_harmless,
         )
 
-    def batch(self) -> dict[str, np.ndarray]:
-        """A batch whose every place is one of an answer, as a step is given it."""
-        data = self._examples(self.training.batch_size, self.length - 1)
+    def batch(self, method: Method, problem: Problem) -> dict[str, np.ndarray]:
+        """A batch whose every place is one of an answer, as a step is given it.
+
+        Args:
+            method: whose mixture says what a batch holds beside tokens.
+            problem: of :meth:`study`.
+        """
+        size, answers = self.training.batch_size, self.length - 1
+        data = self._examples(size, answers)
         tokens, mask = np.asarray(data.tokens), np.asarray(data.mask)
         rows = {"tokens": tokens, "mask": mask, **answer_places(tokens, mask)}
         kinds = {"mask": np.float32, "shares": np.float32}
-        return {k: x.astype(kinds.get(k, np.int32)) for k, x in rows.items()}
+        laid = {k: x.astype(kinds.get(k, np.int32)) for k, x in rows.items()}
+        mixed = method.mix(problem, self._examples(MIXED + size, answers), 0)
+        return {**batch(mixed, size, 0, 0), **laid}
 
     def _examples(self, count: int, answers: int) -> TokenDataset:
         """As many examples of the full length, all different."""
@@ -118,6 +131,11 @@ class Case:
         mask = np.zeros((count, self.length), np.float32)
         mask[:, self.length - answers :] = 1
         return TokenDataset(tokens, mask)
+
+
+def _harmless(examples: TokenDataset) -> np.ndarray:
+    """The risk of stand-ins, by which no shape is decided."""
+    return np.zeros(len(examples), np.float32)
 
 
 def _never(*_: Any) -> Any:

@@ -8,10 +8,11 @@ import sys
 
 import jax
 import pytest
+from tiers import few
 
 from sbr_jax.costs import forecast
 from sbr_jax.costs.forecast import Load
-from sbr_jax.methods import build
+from sbr_jax.methods import METHODS, build
 from sbr_jax.planning import aot, compiler, planner, report, worker
 from sbr_jax.planning.case import Case
 from sbr_jax.planning.chips import CHIPS, GIB, parse_topology, slices
@@ -260,6 +261,19 @@ def test_a_method_whose_state_is_computed_is_refused(small):
     case = dataclasses.replace(small, method="safe-lora")
     with pytest.raises(UserError, match="--method safe-lora: expected a state that"):
         aot.shapes_of(case, Layout(), jax.devices()[:1])
+
+
+UNTOLD = {"safe-lora", "asft", "salora"}
+"""Two have a state that is computed from the weights, one wants a wider model."""
+TOLD = sorted(set(METHODS) - UNTOLD)
+
+
+@pytest.mark.parametrize("name", few(TOLD, ["lean", "unified"]))
+def test_the_step_of_every_other_method_is_told_by_shapes(name, small):
+    given = aot.shapes_of(
+        dataclasses.replace(small, method=name), Layout(1, 2, 1), jax.devices()[:2]
+    )
+    assert aot.step(given).lowered is not None
 
 
 # --- the report -----------------------------------------------------------------------
