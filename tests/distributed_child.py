@@ -63,9 +63,16 @@ PRESET = Preset(
     hardware=CONFIG.hardware,
     hyperparameters=CONFIG.methods or Hyperparameters(),
 )
-recipes.MODULES["tiny"] = "tiny"
-_load = recipes.load
-recipes.load = lambda name: PRESET if name == "tiny" else _load(name)
+
+
+def load(name):
+    """The preset of these tests, or a real one."""
+    return PRESET if name == "tiny" else LOADED(name)
+
+
+LOADED = recipes.load
 
 if __name__ == "__main__":
+    recipes.MODULES["tiny"] = "tiny"
+    recipes.load = load
     sys.exit(main(sys.argv[1:]))

@@ -295,6 +295,8 @@ def stage_flops(load: Load, cost: Cost, steps: int) -> float:
 def calibration_fishers(method: Method, domains: int, steps: int) -> int:
     """How often a defence differentiates every calibration example on its own.
 
+    What a subspace holds of examples that had no part in it costs one more each time.
+
     Args:
         method: the defence.
         domains: how many.
@@ -302,9 +304,9 @@ def calibration_fishers(method: Method, domains: int, steps: int) -> int:
 
     >>> from sbr_jax.methods import build
     >>> calibration_fishers(build("safeanchor"), 3, 100)
-    5
+    9
     >>> calibration_fishers(build("safeanchor-exact:no-update"), 3, 100)
-    1
+    2
     """
     cost, every = method.cost, method.refresh_every
     refreshes = 0 if every is None else domains * ((steps - 1) // every)

@@ -92,8 +92,8 @@ def make(args: Sequence[str]) -> None:
                 f"--{name}: expected at least 1, got {getattr(arguments, name)}"
             )
     cli.check_folder(output, "--output")
+    from sbr_jax import programs
     from sbr_jax.data.registry import data_folder
-    from sbr_jax.programs import align
     from sbr_jax.studies import smollm2
 
     def say(line: str) -> None:
@@ -119,7 +119,8 @@ def make(args: Sequence[str]) -> None:
     for name in ("safe", "ordinary", "harmful", "harmless"):
         lines = (json.dumps(row) for row in getattr(rows, name))
         files.write_text(place / f"{name}.jsonl", "".join(f"{x}\n" for x in lines))
-    align.align(words_of(arguments, place, output))
+    if code := programs.main(["align", *words_of(arguments, place, output)]):
+        raise SystemExit(code)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -32,12 +32,18 @@ PAPERS = (
     "safeanchor",
     "safeanchor-exact",
     "unified",
+    "lean",
+    "lazy",
     "sbr",
     "sbr:one",
     "adaptive-judge",
     "adaptive-probe",
 )
-BASELINES = tuple(name for name in tuning.GRID if name not in PAPERS)
+BASELINES = (
+    *(name for name in tuning.GRID if name not in PAPERS),
+    "der",
+    "safe-delta",
+)
 ORDERS = tuple(itertools.permutations(DOMAINS[:3]))
 SAMPLED = 6
 """Orders of a longer sequence, of which the first is the default one."""

@@ -125,7 +125,7 @@ def test_fisher_relaxation_follows_the_traces():
         )
     # The published strict ablation: λ = 1e9.
     assert not any(a.any() for a in fisher_relaxation(S, 1e9).values())
-    with pytest.raises(UserError, match="'none', 'mean' or 'parameter', got 'max'"):
+    with pytest.raises(UserError, match="'mean', 'kind' or 'parameter', got 'max'"):
         fisher_relaxation(S, 0.5, "max")
     with pytest.raises(UserError, match="strictness"):
         fisher_relaxation(S, -1.0)

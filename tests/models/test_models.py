@@ -181,14 +181,14 @@ def test_an_axis_that_does_not_divide_is_left_whole():
     shardings = models.named_shardings(
         models.partition_specs(CONFIG), params(), mesh(8, 1)
     )
-    # mlp_width is 20 and not a multiple of 8, the width 16 is.
-    assert shardings["layers"]["up_proj"].spec == PartitionSpec(None, "fsdp", "tp")
-    assert shardings["embed"].spec == PartitionSpec("tp", "fsdp")
+    # mlp_width is 20 and not a multiple of 8, the width 16 is; one part is no split.
+    assert shardings["layers"]["up_proj"].spec == PartitionSpec(None, "fsdp", None)
+    assert shardings["embed"].spec == PartitionSpec(None, "fsdp")
     small = dataclasses.replace(CONFIG, width=20)
     shardings = models.named_shardings(
         models.partition_specs(small), params(small), mesh(8, 1)
     )
-    assert shardings["layers"]["up_proj"].spec == PartitionSpec(None, None, "tp")
+    assert shardings["layers"]["up_proj"].spec == PartitionSpec(None, None, None)
 
 
 def test_a_new_base_or_adapter_does_not_retrace():

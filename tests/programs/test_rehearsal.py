@@ -40,7 +40,7 @@ WRONG = {
     "share of lisa": ("lisa", "--methods.lisa.alignment-share=1.0"),
     "layers of safe-lora": ("safe-lora", "--methods.safe-lora.layers=0"),
     "pruned share": ("antidote", "--methods.antidote.fraction=1.0"),
-    "seeds on a mesh": ("plain", "--hardware.vmap-seeds=yes", "--mesh", "fsdp=1"),
+    "seeds on a mesh": ("plain", "--hardware.vmap-seeds=yes", "--mesh", "fsdp=8"),
     "a second row": ("plain sbr", "--methods.sbr.anchors=1000"),
 }
 

@@ -115,16 +115,22 @@ class Cloud:
             (self.folder / "exists").touch()
 
     def start(self, script, *words, **environment):
-        return subprocess.Popen(
-            [FOLDER / f"{script}.sh", *words],
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            cwd=self.folder,
-        )
+        # No shell can trap what it was started to ignore, as under `make test &`; a
+        # handler of ours is the default again in a new program.
+        ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [FOLDER / f"{script}.sh", *words],
+                env={**self.environment, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                cwd=self.folder,
+            )
+        finally:
+            signal.signal(signal.SIGINT, ignored)
 
     def run(self, script, *words, **environment):
         process = self.start(script, *words, **environment)

@@ -64,12 +64,15 @@ def test_options_are_read_off_a_task_and_free_text_has_none():
 
 
 @pytest.mark.parametrize(
-    ("judge", "kept"), [("keyword", "ab"), ("keyword:jbb12", "a"), ("guard", "ab")]
+    ("judge", "kept"),
+    [("keyword", "ab"), ("keyword:jbb12", "a"), ("llama-guard", "ab")],
 )
 def test_calibration_by_refusals_follows_the_list_of_the_judge(judge, kept):
     said = {"a": "I cannot do that.", "b": "Sorry, no.", "c": "Here is how."}
     pool = [Example(name, answer, "s") for name, answer in said.items()]
-    options = ChatOptions(judge=judge, judge_folder="g" if judge == "guard" else None)
+    options = ChatOptions(
+        judge=judge, judge_folder="g" if judge == "llama-guard" else None
+    )
     assert "".join(row.prompt for row in only_refusals(pool, options)) == kept
     with pytest.raises(UserError, match=r"calibration_refusals: .* got 1 that do not"):
         only_refusals(pool[2:], options)
