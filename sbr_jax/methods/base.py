@@ -26,7 +26,7 @@ LAYER_AXES = 1
 
 
 class InertProjectionWarning(UserWarning):
-    """Warning of a projection that removes almost nothing: α near 1 in every layer."""
+    """Warning of a projection that removes almost nothing, everywhere or in a kind."""
 
 
 Answer = Callable[

@@ -26,11 +26,7 @@ from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
 
-pytestmark = [
-    pytest.mark.usefixtures(registered.__name__),
-    # As published, q and k of the small model are hardly projected: it says so.
-    pytest.mark.filterwarnings("ignore:the projection is inert for"),
-]
+pytestmark = pytest.mark.usefixtures(registered.__name__)
 ASKED = [*METHODS, CONTRIBUTED]
 ROWS = [*ASKED, *VARIANTS]
 # One of each way to make a step.
