@@ -470,7 +470,9 @@ def test_the_command_prints_a_plan_and_remembers_it(
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: name != "libtpu" and real(name)
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "libtpu" else real(name),
     )
     words = ["--model", "llama2-7b", "--topology", "v5e:4x4"]
     assert program.main(words) == 2
