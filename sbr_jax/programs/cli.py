@@ -131,6 +131,7 @@ def start(
     """
     quiet_libraries()
     make_room_for_devices()
+    decompose_in_one_thread()
     given = list(sys.argv[1:] if args is None else args)
     if usage is not None and given[:1] in (["-h"], ["--help"]):
         print(usage)
@@ -201,6 +202,16 @@ def make_room_for_devices() -> None:
     count = simulated_devices()
     if count > 1:
         os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
+
+
+def decompose_in_one_thread() -> None:
+    """Keeps LAPACK to one thread; call it before the first decomposition.
+
+    Matrices here have a few hundred rows, one after the other. OpenBLAS's threads then
+    wait for each other in loops that take the cores from XLA's, and a result depends on
+    how many there are. `OPENBLAS_NUM_THREADS` in the environment is kept.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def enable_compilation_cache() -> Callable[[], str]:

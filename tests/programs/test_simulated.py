@@ -37,6 +37,25 @@ def test_simulated_devices_get_threads_of_their_own(given, count, threads, monke
     assert os.environ.get("NPROC") == (None if threads is None else str(threads))
 
 
+@pytest.mark.parametrize("given", [None, "2"])
+def test_lapack_gets_one_thread_unless_told_otherwise(given, monkeypatch):
+    name = "OPENBLAS_NUM_THREADS"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    cli.decompose_in_one_thread()
+    assert os.environ[name] == (given or "1")
+
+
+def test_a_program_is_loaded_without_lapack():
+    """Its threads are counted when it is loaded: too early, and the setting is lost."""
+    code = "import sys, sbr_jax.programs.run; print('scipy.linalg' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr[-2000:]
+
+
 @pytest.mark.thorough
 def test_the_documented_command_runs_on_few_cores(tmp_path):
     text = (ROOT / "docs/meshes.md").read_text(encoding="utf-8")
