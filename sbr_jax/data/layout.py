@@ -430,12 +430,14 @@ def by_length(
     Yields:
       ``tokens``, ``mask`` and what :func:`answer_places` gives, each with a leading
       axis of examples; shorter ones first, in their order. Batches of one length have
-      one shape, but for the last's number of examples.
+      one shape, but for the last's number of examples, and sets of about one length
+      share shapes: columns are a multiple of 8, or more where there are many, answer
+      places one of 8.
 
     >>> tokens = np.ones((5, 40), np.int32)
     >>> mask = np.arange(40) == np.array([[9], [35], [9], [9], [9]])
     >>> [b["tokens"].shape for b in by_length(TokenDataset(tokens, mask), 3)]
-    [(3, 10), (1, 10), (1, 36)]
+    [(3, 16), (1, 16), (1, 40)]
     """
     lengths = used_lengths(dataset)
     sizes = np.array([_length_bucket(int(n)) for n in lengths])
@@ -451,11 +453,27 @@ def by_length(
         joined = [groups.pop()] if groups else []
         groups.append(np.sort(np.concatenate([*joined, waiting])))
     for group in groups:
-        length = int(lengths[group].max())
-        tokens, mask = dataset.tokens[group, :length], dataset.mask[group, :length]
-        parts = {"tokens": tokens, "mask": mask, **answer_places(tokens, mask)}
+        length = _shared_length(int(lengths[group].max()))
+        tokens, mask = (
+            np.pad(x[group, :length], ((0, 0), (0, max(length - x.shape[1], 0))))
+            for x in (dataset.tokens, dataset.mask)
+        )
+        most = int((mask[:, 1:] > 0).sum(axis=1).max(initial=1))
+        places = answer_places(tokens, mask, _up(most, 8))
+        parts = {"tokens": tokens, "mask": mask, **places}
         for start in range(0, len(group), size):
             yield {name: x[start : start + size] for name, x in parts.items()}
+
+
+def _shared_length(length: int) -> int:
+    """A length that other sets have too, at most an eighth above one beyond 64.
+
+    >>> [_shared_length(n) for n in (3, 9, 31, 38, 260)]
+    [3, 16, 32, 40, 288]
+    """
+    if length <= 8:
+        return _length_bucket(length)
+    return _up(length, max(8, (1 << (length - 1).bit_length()) // 16))
 
 
 def _length_bucket(length: int) -> int:

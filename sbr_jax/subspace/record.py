@@ -245,17 +245,20 @@ def from_rows(
     return Subspace(mark.join(basis), mark.join(values), mark.join(total), mark)
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "energy", "split"))
+@functools.partial(jax.jit, static_argnames=("columns", "split"))
 def unit_eigenpairs(
     rows: jax.Array,
     total: spectrum.Scaled,
     count: jax.Array,
     *,
     columns: int,
-    energy: float,
+    energy: jax.Array | float,
     split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`spectrum.leading_eigenpairs` over layers: ``[*L, N, P]`` and ``[*L]``."""
+    """`spectrum.leading_eigenpairs` over layers: ``[*L, N, P]`` and ``[*L]``.
+
+    The energy is traced: variants that keep another share run the same program.
+    """
     lead = total.value.shape
     totals = spectrum.Scaled(*(x.reshape(-1) for x in total))
     if split is not None:
@@ -292,7 +295,7 @@ def _split_eigenpairs(
     totals: spectrum.Scaled,
     count: jax.Array,
     columns: int,
-    energy: float,
+    energy: jax.Array | float,
     split: Split,
 ) -> tuple[jax.Array, jax.Array]:
     """The same of all layers at once, each device with its own parameters."""

@@ -169,7 +169,7 @@ def kept(
     eigenvalues: jax.Array,
     used: jax.Array,
     total: jax.Array,
-    energy: float,
+    energy: jax.Array | float,
     start: jax.Array | float = 0.0,
 ) -> jax.Array:
     """Marks the leading eigenvalues that reach ``ρ · total``: bool ``[K]``.
@@ -180,10 +180,8 @@ def kept(
     arbitrary column), and equality is judged with a float32 slack of 1e-6.
     ``energy >= 1`` keeps whatever is numerically not zero.
     """
-    if energy >= 1.0:
-        return used
     before = start + jnp.cumsum(eigenvalues) - eigenvalues
-    return used & (before < (energy - _SLACK) * total)
+    return used & ((before < (energy - _SLACK) * total) | (energy >= 1.0))
 
 
 def leading_eigenpairs(
@@ -228,7 +226,7 @@ def layer_eigenpairs(
     layer: Any,
     total: Scaled,
     columns: int,
-    energy: float,
+    energy: jax.Array | float,
     count: Any = 1,
     split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:

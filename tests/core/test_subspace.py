@@ -20,6 +20,7 @@ from sbr_jax import (
     project_out,
     random_subspace,
 )
+from sbr_jax.subspace.record import unit_eigenpairs
 
 # --- factors ---------------------------------------------------------------------
 
@@ -55,6 +56,16 @@ def test_small_directions_beside_a_large_one_survive():
     g = np.diag([1.0, 1e-3, 1e-3]).astype(np.float32) @ normal(3, 3, 40)
     values, _ = reference.eigen(reference.f64(g).T @ reference.f64(g))
     np.testing.assert_allclose(plain(g).eigenvalues["w"][:3], values[:3], rtol=1e-3)
+
+
+def test_other_energies_compile_nothing():
+    rows = normal(3, 9, 14)
+    plain(rows, energy=0.5)
+    before = unit_eigenpairs._cache_size()
+    ranks = [rank(plain(rows, energy=energy)) for energy in (0.3, 0.8, 0.95, 1.0)]
+    assert ranks == sorted(set(ranks))
+    assert ranks[-1] == 9
+    assert unit_eigenpairs._cache_size() == before
 
 
 def test_rank_rule():

@@ -169,6 +169,19 @@ def test_batches_by_length_hold_every_example_once(least):
     assert len(shapes) > 1
 
 
+@pytest.mark.parametrize("longest", [(29, 32), (35, 39), (250, 256)])
+def test_sets_of_about_one_length_share_their_shapes(longest):
+    shapes = [
+        {
+            (part["tokens"].shape[1], part["places"].shape[1])
+            for part in by_length(ragged(7, longest=most, answers=count), 40, least=40)
+        }
+        for most, count in zip(longest, (3, 7), strict=True)
+    ]
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == 1
+
+
 def test_an_example_longer_than_a_row_is_named():
     drawn = batch(ragged(5), 16, 0, 0)
     with pytest.raises(UserError, match=r"at most 10 tokens, got \d+ in example \d+"):
