@@ -10,13 +10,13 @@ from sbr_jax.models import answers, vocabulary
 from sbr_jax.typing import ApplyFn
 
 
-@functools.lru_cache(maxsize=64)
 def answer_loss(
     apply_fn: ApplyFn, reduction: str, fisher: str = "empirical"
 ) -> Callable[..., jax.Array]:
     """−log p(y | x) of one example, as the loss function of a Fisher estimate.
 
-    Cached, so that repeated estimates share one compiled program.
+    Equal settings give the same function, however they are passed, so that estimates
+    and measurements share compiled programs.
 
     Args:
       apply_fn: the model.
@@ -29,6 +29,11 @@ def answer_loss(
       key, base)``, with an example of ``tokens [T]`` and ``mask [T]`` (and its places,
       where they are known).
     """
+    return _made(apply_fn, reduction, fisher)
+
+
+@functools.lru_cache(maxsize=64)
+def _made(apply_fn: ApplyFn, reduction: str, fisher: str) -> Callable[..., jax.Array]:
     head = answers.head_of(apply_fn)
 
     def total(base, hidden, found, mask):

@@ -14,6 +14,7 @@ from sbr_jax import UserError, from_factors
 from sbr_jax.data.batches import first_tokens, take
 from sbr_jax.methods import InertProjectionWarning, build
 from sbr_jax.methods._projection import _warn_if_inert
+from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.methods.needs import needs
 from sbr_jax.training.program import init_adapter
 from sbr_jax.transforms import fisher_relaxation
@@ -101,6 +102,15 @@ def test_shares_are_those_of_a_half_on_the_other_and_on_the_task():
             np.testing.assert_allclose(
                 found["selectivity"][name][layer], shares[0] / shares[1], rtol=1e-3
             )
+
+
+def test_shares_and_subspaces_differentiate_one_function():
+    model = STUDY.model.apply_fn
+    loss = answer_loss(model, "sum")  # As shares ask for it, and then a Fisher.
+    assert answer_loss(model, "sum", "empirical") is loss
+    assert answer_loss(model, fisher="empirical", reduction="sum") is loss
+    others = {answer_loss(model, "mean"), answer_loss(model, "sum", "sampled")}
+    assert len(others - {loss}) == 2
 
 
 def test_a_random_control_is_measured_as_it_is_projected():
