@@ -10,6 +10,11 @@ from sbr_jax.testbed import evalsets
 @pytest.fixture
 def few_items(monkeypatch):
     """Keeps the first twelve items of every set that is measured."""
+    keep_few(monkeypatch)
+
+
+def keep_few(patch):
+    """Does so from now on."""
     whole = evalsets.make_evalset
 
     def few(*args, **options):
@@ -17,4 +22,4 @@ def few_items(monkeypatch):
         names = [field.name for field in dataclasses.fields(found)]
         return dataclasses.replace(found, **{n: getattr(found, n)[:12] for n in names})
 
-    monkeypatch.setattr(evalsets, "make_evalset", few)
+    patch.setattr(evalsets, "make_evalset", few)
