@@ -63,7 +63,7 @@ def counting(patch):
 def run(path, option):
     commands = json.loads(path.read_text())
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        few_items.keep_few(patch)
+        few_items.keep_few(patch, 2)
         short = dataclasses.replace(attacks.ATTACKS["gcg"], domains=("medical",))
         patch.setitem(attacks.ATTACKS, "gcg", short)
         short = dataclasses.replace(attacks.ATTACKS["ablation"], domains=("medical",))

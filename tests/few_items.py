@@ -13,13 +13,15 @@ def few_items(monkeypatch):
     keep_few(monkeypatch)
 
 
-def keep_few(patch):
-    """Does so from now on."""
+def keep_few(patch, count=12):
+    """Does so from now on, with another number."""
     whole = evalsets.make_evalset
 
     def few(*args, **options):
         found = whole(*args, **options)
         names = [field.name for field in dataclasses.fields(found)]
-        return dataclasses.replace(found, **{n: getattr(found, n)[:12] for n in names})
+        return dataclasses.replace(
+            found, **{n: getattr(found, n)[:count] for n in names}
+        )
 
     patch.setattr(evalsets, "make_evalset", few)

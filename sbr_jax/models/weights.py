@@ -325,7 +325,7 @@ def _place(
         return jnp.asarray(read(...))
     parts: dict[Any, np.ndarray] = {}
 
-    def once(index: tuple[slice, ...]) -> np.ndarray:
+    def once(index: Any) -> np.ndarray:
         """Devices that hold the same part share what was read."""
         key = tuple((part.start, part.stop) for part in index)
         if key not in parts:

@@ -135,7 +135,8 @@ def write(folder: pathlib.Path, found: Mapping[str, np.ndarray]) -> None:
     with writing(folder):
         storage.made(folder)
         with (folder / FILE).open("wb") as file:
-            np.savez(file, **{name: _plain(x) for name, x in found.items()})
+            bits: dict[str, Any] = {name: _plain(x) for name, x in found.items()}
+            np.savez(file, **bits)
 
 
 def _plain(x: np.ndarray) -> np.ndarray:

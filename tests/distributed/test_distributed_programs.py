@@ -33,15 +33,16 @@ def attack(folder, name, *more):
 
 def tune(folder, *more):
     given = ("--train", folder / "my.jsonl", "--harmful", folder / "harmful.txt")
-    safe = ("--safety", folder / "safe.jsonl", "--model", folder / "model")
-    words = ("tune", "--output", folder / "tuned")
-    return (*words, *given, *safe, *QUICK, *OWN, *more)
+    words = ("tune", "--output", folder / "tuned", "--model", folder / "model")
+    harmless = ("--study.harmless-file", folder / "harmless.txt")
+    return (*words, *given, *harmless, *QUICK, *OWN, *more)
 
 
 def align(folder, *more):
     given = ("--safety", folder / "safe.jsonl", "--ordinary", folder / "my.jsonl")
     words = ("align", "--output", folder / "aligned", "--model", folder / "model")
-    return (*words, *given, *QUICK, *OWN, *more)
+    harmless = ("--study.harmless-file", folder / "harmless.txt")
+    return (*words, *given, *harmless, *QUICK, *OWN, *more)
 
 
 def write_files(folder):
@@ -55,7 +56,9 @@ def write_files(folder):
     models.save(folder / "model", model)
     rows = [messages(*row) for row in world_rows(24)]
     (folder / "my.jsonl").write_text(as_lines(rows))
-    prompts = world_prompts()
+    prompts = world_prompts(24)
+    harmless = [question for question, _ in world_rows(8, start=500)]
+    (folder / "harmless.txt").write_text("\n".join(harmless))
     (folder / "harmful.txt").write_text("\n".join(prompts))
     refusal = "i am not able to do this because it is not safe"
     safe = [{"prompt": p, "completion": refusal} for p in prompts[:8]]
@@ -81,7 +84,8 @@ def together(path):
 
 
 def commands(folder):
-    return attack(folder, "gcg", *SEARCH), tune(folder), align(folder)
+    poison = attack(folder, "poison", "--ratio", "0.5", "--examples", "8")
+    return poison, tune(folder, "--method", "plain"), align(folder)
 
 
 @pytest.fixture(scope="module")
