@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from own_case import as_lines, messages, world_prompts, world_rows
 from safetensors.numpy import load_file
-from test_distributed_runs import ROOT, address, assert_close, ended, read, start
+from test_distributed_runs import CHILD as REAL
+from test_distributed_runs import (
+    ROOT,
+    address,
+    assert_close,
+    ended,
+    one_line,
+    read,
+    start,
+)
+from tiers import few
 
 from sbr_jax import models, testbed
 
@@ -74,13 +84,49 @@ def write_commands(folder, *commands):
 def together(path):
     """Two processes of a device each do the commands; what they ended with and said."""
     where = address()
-    found = [start((path, f"{where},2,{i}"), devices=1, child=CHILD) for i in range(2)]
+    return finished((path, f"{where},2,{i}") for i in range(2))
+
+
+def both(words):
+    """The same of one real command."""
+    where = address()
+    more = ((*words, "--distributed", f"{where},2,{i}") for i in range(2))
+    return finished(more, child=REAL)
+
+
+def finished(words, child=CHILD):
+    found = [start(each, devices=1, child=child) for each in words]
     try:
         return [ended(process) for process in found]
     finally:
         for process in found:
             process.kill()
             process.communicate()
+
+
+MISTAKES = {
+    "attack": (
+        lambda folder: attack(folder, "poison", "--steps", "3"),
+        "--steps: the attack 'poison' searches nothing; drop it",
+    ),
+    "tune": (
+        lambda folder: tune(folder, "--method", "plane"),
+        "unknown method 'plane'; nearest: plain",
+    ),
+    "align": (
+        lambda folder: align(folder, "--share", "1.5"),
+        "--share: expected a number between 0 and 1, got 1.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("program", few(MISTAKES, ["tune"]))
+def test_a_mistake_is_one_line_from_one_process_and_leaves_nothing(program, tmp_path):
+    write_files(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    words, said = MISTAKES[program]
+    one_line(both(words(tmp_path)), said)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def commands(folder):

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -254,5 +253,4 @@ def test_hosts_with_other_data_are_refused(tmp_path, monkeypatch):
     each = ({}, {"SBR_JAX_DATA": "other"})
     found = both("--workdir", tmp_path / "run", each=each)
     one_line(found, "has another data or model than process 0: other there, tiny here")
-    assert not (tmp_path / "run" / "config.json").exists()
-    shutil.rmtree(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
