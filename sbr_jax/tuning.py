@@ -178,14 +178,23 @@ class Tuned:
         )
         _fill(folder, write)
 
+    def merged(self) -> "Tuned":
+        """The same with base and adapter in one, dense.
+
+        Of several processes all must ask for it, and process 0 alone has the weights.
+        """
+        merged = dequantize(merge_adapter(self.base, self.adapter))
+        whole = arrays.fetch_to_first(merged)
+        return dataclasses.replace(self, base=whole, adapter=None)
+
     def save_merged(self, folder: str | Path) -> None:
         """Writes base and adapter in one, as a Hugging Face checkpoint.
 
         Args:
             folder: new or empty.
         """
-        merged = dequantize(merge_adapter(self.base, self.adapter))
-        model = dataclasses.replace(self.model, params=merged)
+        whole = self if self.adapter is None else self.merged()
+        model = dataclasses.replace(self.model, params=dequantize(whole.base))
         _fill(folder, functools.partial(save, model=model, max_shard_bytes=SHARD_BYTES))
 
 
@@ -327,17 +336,20 @@ def carry_out(made: Plan, study: ChatStudy) -> Tuned:
         },
         quiet=request.quiet,
     )
-    lines = [record["line"] for record in RunFolder(request.folder).lines(())]
-    metrics = measured_of(lines, request.method, request.seed)
+    metrics = distributed.decide(lambda: _measured(request))
     opened = deployed.reopen(request.folder, study, made.config, made.domains)
     base, adapter = deployed.weights(opened, request.method, request.seed)
     if base is opened.base:  # It may have been copied to a mesh.
         base = study.model.params
-    elif distributed.current() is not None:
-        base = arrays.fetch(base)
     if distributed.current() is not None:
         adapter = arrays.fetch(adapter)
     return Tuned(study.model, base, adapter, metrics, request.method)
+
+
+def _measured(request: Request) -> dict[str, Mapping[str, float]]:
+    """What the request's folder says of it."""
+    lines = [record["line"] for record in RunFolder(request.folder).lines(())]
+    return measured_of(lines, request.method, request.seed)
 
 
 def measured_of(

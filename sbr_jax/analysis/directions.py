@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax.distributed import arrays
 from sbr_jax.models import answers
 from sbr_jax.models.buckets import bucket
 from sbr_jax.typing import ApplyFn, PyTree, UserError
@@ -85,7 +86,7 @@ def last_token_states(
       float64 ``[L + 1, N, D]``: before each block, and after the last.
     """
     parts = [
-        np.asarray(_states(apply_fn, base, adapter, tokens, last))[:, :count]
+        arrays.fetch(_states(apply_fn, base, adapter, tokens, last))[:, :count]
         for tokens, last, count in _batches(prompts, batch_size)
     ]
     return np.concatenate(parts, axis=1).astype(np.float64)
@@ -311,11 +312,10 @@ def _logits(
         direction = jnp.asarray(direction, jnp.float32)
     if shift is not None:
         shift = jnp.asarray(shift, jnp.float32)
-    parts = [
-        _last_logits(apply_fn, ablate, base, direction, shift, tokens, last)[:count]
-        for tokens, last, count in _batches(prompts, batch_size)
-    ]
-    return jnp.concatenate(parts)
+    batches = _batches(prompts, batch_size)
+    run = functools.partial(_last_logits, apply_fn, ablate, base, direction, shift)
+    parts = [arrays.fetch(run(*given))[:count] for *given, count in batches]
+    return jnp.asarray(np.concatenate(parts))
 
 
 @jax.jit

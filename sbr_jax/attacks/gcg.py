@@ -35,6 +35,7 @@ from sbr_jax.attacks.suffix import (
     lay_out,
     survivors,
 )
+from sbr_jax.distributed import arrays
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 REDUCED: Mapping[str, int] = {"suffix_length": 20, "steps": 20, "candidates": 256}
@@ -167,19 +168,17 @@ def gcg(
     )
 
     each = np.arange(count)
-    loss, found = move_from(current, jnp.int32(0))
-    loss = np.asarray(loss)
+    loss, found = arrays.fetch(move_from(current, jnp.int32(0)))
     best, best_loss = current, loss
     losses, best_losses = [loss], [best_loss]
     for step in range(steps):
         if step:
-            _, found = move_from(current, jnp.int32(step))
-        found = np.asarray(found)
+            _, found = arrays.fetch(move_from(current, jnp.int32(step)))
         kept = np.ones(found.shape[:2], bool)
         if round_trip is not None:
             kept = survivors(layout, round_trip, found)
             found = np.where(kept[..., None], found, current[:, None])
-        scores = np.where(kept, score(found), np.inf)
+        scores = np.where(kept, arrays.fetch(score(found)), np.inf)
         chosen = np.argmin(scores, axis=1)
         move = (scores[each, chosen] < loss) | (always_move & kept.any(axis=1))
         current = np.where(move[:, None], found[each, chosen], current)

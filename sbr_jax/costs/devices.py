@@ -50,7 +50,7 @@ def make_device(options: DeviceOptions) -> Device:
     """The device of a forecast: this machine's, with what the options change."""
     import jax
 
-    found = jax.devices()
+    found = jax.local_devices()  # Those of other hosts tell nothing of themselves.
     kind = found[0].device_kind
     device = dataclasses.replace(A100, name="assumed: A100, 80 GB")
     if found[0].platform != "cpu":

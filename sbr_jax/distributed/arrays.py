@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbr_jax.distributed.agreement import current
+from sbr_jax.distributed.agreement import current, is_first
 from sbr_jax.typing import PyTree
 
 
@@ -14,6 +14,29 @@ def fetch(tree: PyTree) -> PyTree:
     if current() is None:
         return jax.device_get(tree)
     return jax.tree.map(_fetch, tree)
+
+
+def fetch_to_first(tree: PyTree) -> PyTree:
+    """The values of arrays, whole in process 0, and None in the others.
+
+    All processes must ask for them. An array of several axes is fetched a part of its
+    first axis at a time, so that no device ever has more than one layer's weight whole.
+    """
+    if current() is None:
+        return tree
+    return jax.tree.map(_fetch_to_first, tree)
+
+
+def _fetch_to_first(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.ndim < 3:
+        whole = _fetch(x)
+        return whole if is_first() else None
+    found = np.empty(x.shape, x.dtype) if is_first() else None
+    for i in range(len(x)):
+        part = _fetch(x[i])
+        if found is not None:
+            found[i] = part
+    return found
 
 
 def _fetch(x: Any) -> Any:

@@ -303,9 +303,17 @@ def join(
         if session.index:
             session.log = stack.enter_context(logs.Log(session.index))
         if folder is not None:
+            if session.index == 0 and isinstance(folder, Path) and not folder.exists():
+                stack.callback(_leave_no_empty, folder)
             logs.require_shared(session, folder)
         _initialise(session, place, coordinator)
         yield
+
+
+def _leave_no_empty(folder: Path) -> None:
+    """Takes back a folder that was made to be seen, where nothing was written."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _leave(session: Session, error: BaseException | None) -> None:

@@ -93,7 +93,7 @@ def _next_logits(
     carry = (embed_tokens(config, base, token[:, None]), *cache)
     (x, keys, values), _ = scan_layers(config, hardware, body, carry, xs)
     hidden = final_norm(config, base, x[:, 0])
-    return output_logits(config, base, hidden), (keys, values)
+    return output_logits(config, base, hidden, next_only=True), (keys, values)
 
 
 def _pick(
@@ -120,7 +120,8 @@ def read_prompts(
     states, cache = extend(config, hardware, base, adapter, tokens)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(states, last, axis=1)[:, 0]
-    return output_logits(config, base, hidden), split_cache(cache)
+    logits = output_logits(config, base, hidden, next_only=True)
+    return logits, split_cache(cache)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "width"))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from sbr_jax import _mesh
 from sbr_jax.models.config import AttentionKernel, ModelConfig
 from sbr_jax.models.layers import attend, rms_norm, rope_table, soft_cap
-from sbr_jax.models.sharding import gathered_vocabulary
+from sbr_jax.models.sharding import gathered_vocabulary, stream
 from sbr_jax.typing import PyTree, UserError
 
 Rope = tuple[jax.Array, jax.Array]
@@ -42,9 +42,11 @@ def embed_tokens(
       rows: ``[B, T, D]`` in the place of the tokens' rows of the embedding, or None.
     """
     if rows is None:
-        embed = gathered_vocabulary("embed", base["embed"])
+        embed = base["embed"]
+        if tokens.shape[1] > 1:
+            embed = gathered_vocabulary("embed", embed)
         rows = jnp.take(embed, tokens, axis=0, mode="clip")
-    rows = _mesh.constrain_rows(rows)
+    rows = stream(rows)
     scale = config.embedding_multiplier
     scale *= math.sqrt(config.width) if config.scaled_embedding else 1.0
     # The root is rounded to the weights' dtype first: these models were trained so.
@@ -56,22 +58,33 @@ def final_norm(config: ModelConfig, base: PyTree, x: jax.Array) -> jax.Array:
     return rms_norm(x, base["final_norm"], config.norm_eps, config.unit_offset)
 
 
-def output_logits(config: ModelConfig, base: PyTree, hidden: jax.Array) -> jax.Array:
+def output_logits(
+    config: ModelConfig, base: PyTree, hidden: jax.Array, *, next_only: bool = False
+) -> jax.Array:
     """Logits of hidden states after the final norm.
 
     Args:
       config: of the model.
       base: its weights.
       hidden: ``[..., D]``.
+      next_only: whether this is one state of each row, ``[B, D]``, so that the head
+        stays where it lies on a mesh.
 
     Returns:
       float32 ``[..., V]``.
     """
     name = "embed" if config.tied else "head"
-    head = gathered_vocabulary(name, base[name])
+    head = base[name]
+    if next_only:
+        hidden = _mesh.constrain(hidden, "data", "fsdp")
+    else:
+        head = gathered_vocabulary(name, head)
     spec = "...d,vd->...v" if config.tied else "...d,dv->...v"
     logits = jnp.einsum(spec, hidden, head, preferred_element_type=jnp.float32)
-    logits = _mesh.constrain_last(logits)
+    if next_only:
+        logits = _mesh.constrain(logits, _mesh.ROWS, "tp")
+    else:
+        logits = _mesh.constrain_last(logits)
     if config.logit_divisor != 1.0:
         logits = logits / config.logit_divisor
     return soft_cap(logits, config.logit_cap)

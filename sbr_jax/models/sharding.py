@@ -28,6 +28,7 @@ _LAYER = {
     "down_proj": _ROW,
 }
 _BIASES = {bias_of(name) for name in BIASED}
+_ASKED = ("q_proj", "k_proj", "v_proj")
 
 
 def partition_specs(config: ModelConfig) -> dict[str, Any]:
@@ -180,3 +181,36 @@ def gathering(name: str, tokens: int) -> Any:
 def gathered_vocabulary(name: str, weight: jax.Array) -> jax.Array:
     """The embedding ``[V, D]`` or the head ``[D, V]``: whole but for V over ``tp``."""
     return _mesh.constrain(weight, *(("tp", None) if name == "embed" else (None, "tp")))
+
+
+# --- single tokens --------------------------------------------------------------------
+
+
+def stream(x: jax.Array) -> jax.Array:
+    """The residual stream ``[B, T, D]`` as it lies: rows over ``data`` and ``fsdp``.
+
+    A single token of each row is smaller than any weight. There no weight moves: rows
+    lie over ``data`` alone and D over ``fsdp``, as that dimension of the weights does,
+    so that a product is a sum over devices of what each has.
+    """
+    if x.shape[1] > 1:
+        return _mesh.constrain_rows(x)
+    return _mesh.constrain(x, "data", None, "fsdp")
+
+
+def entering(name: str, x: jax.Array) -> jax.Array:
+    """What a projection multiplies; of single tokens, where its weight's inputs lie."""
+    if x.shape[1] > 1:
+        return x
+    return _mesh.constrain(x, "data", None, _LAYER[name][1])
+
+
+def leaving(name: str, y: jax.Array) -> jax.Array:
+    """What a projection gives; of single tokens, where its weight's outputs lie.
+
+    What attention is asked goes to the rows that have the keys.
+    """
+    if y.shape[1] > 1:
+        return y
+    rows = _mesh.ROWS if name in _ASKED else "data"
+    return _mesh.constrain(y, rows, None, _LAYER[name][2])

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sbr_jax import _mesh
 from sbr_jax.models.config import BIASED, TARGETS, Hardware, ModelConfig
 from sbr_jax.models.layers import (
     ACTIVATIONS,
@@ -41,7 +40,7 @@ from sbr_jax.models.parts import (
     layer_rope,
     output_logits,
 )
-from sbr_jax.models.sharding import gathering
+from sbr_jax.models.sharding import entering, gathering, leaving, stream
 from sbr_jax.typing import PyTree, UserError
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -98,12 +97,12 @@ class Block(nnx.Module):
         out, extra = attention(rotate(query, rope), rotate(key, rope), value)
         attended = linear("o_proj", out.reshape(batch, length, -1))
         attended = self._residual(norm("attention_out_norm", attended))
-        x = _mesh.constrain_rows(x + (attended if shift is None else attended + shift))
+        x = stream(x + (attended if shift is None else attended + shift))
 
         y = norm("mlp_norm", x)
         gate = ACTIVATIONS[config.activation](linear("gate_proj", y))
         y = linear("down_proj", gate * linear("up_proj", y))
-        return _mesh.constrain_rows(x + self._residual(norm("mlp_out_norm", y))), extra
+        return stream(x + self._residual(norm("mlp_out_norm", y))), extra
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         """The norm of this name, where the family has it."""
@@ -131,15 +130,16 @@ class Block(nnx.Module):
             tap(name, x)
         biased = self.config.qkv_bias and name in BIASED
         bias = getattr(self, bias_of(name))[...] if biased else None
+        x = entering(name, x)
         y = project(x, getattr(self, name)[...], bias, gathering(name, x.shape[1]))
         if name not in adapter:
-            return y
+            return leaving(name, y)
         pair = adapter[name]
         if dropout is not None:
             key, rate = dropout
             x = drop(x, jax.random.fold_in(key, TARGETS.index(name)), rate)
         update = (x @ pair.lora_a.astype(x.dtype)) @ pair.lora_b.astype(x.dtype)
-        return y + pair.scale * update
+        return leaving(name, y + pair.scale * update)
 
 
 @functools.lru_cache(maxsize=64)

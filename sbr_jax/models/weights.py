@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sbr_jax import distributed
 from sbr_jax.files import is_there, read_object
 from sbr_jax.models.codes import QuantisedWeight, encode, stack_layers
 from sbr_jax.models.config import BIASED, TARGETS, ModelConfig
@@ -242,10 +243,13 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
 
 def _check_tied_head(file: Checkpoint) -> None:
     """A tied model may store its head again, but then it must be the embedding."""
-    alike = not not_floats({_HEAD: file.slice(_HEAD).get_dtype()}) and np.array_equal(
-        file.slice(_HEAD)[:], file.slice(_EMBED)[:]
-    )
-    if not alike:
+
+    def alike() -> bool:
+        head, embed = (file.slice(name)[:] for name in (_HEAD, _EMBED))
+        return np.array_equal(head, embed)
+
+    numbers = not not_floats({_HEAD: file.slice(_HEAD).get_dtype()})
+    if not (numbers and distributed.decide(alike)):
         raise UserError(
             f"extra {_HEAD} in {file.places[_HEAD]} differs from {_EMBED} although "
             "config.json ties them; correct tie_word_embeddings"
@@ -263,8 +267,8 @@ def load_weights(
     """Reads the base weights of a folder.
 
     **Guarantee**: without ``dtype``, what ``save_weights`` wrote comes back bit for
-    bit. With a mesh each device's slice is read by itself; no host holds a whole
-    weight. With ``quantize`` one matrix of one layer is dense at a time, and codes
+    bit. With a mesh a host reads the parts that its devices hold, each once, and no
+    other. With ``quantize`` one matrix of one layer is dense at a time, and codes
     equal those of ``models.quantize`` bit for bit (the mean of ``"nf4-double"`` on a
     mesh up to rounding).
 
@@ -319,7 +323,16 @@ def _place(
 ) -> jax.Array:
     if sharding is None:
         return jnp.asarray(read(...))
-    return jax.make_array_from_callback(shape, sharding, read)
+    parts: dict[Any, np.ndarray] = {}
+
+    def once(index: Any) -> np.ndarray:
+        """Devices that hold the same part share what was read."""
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, once)
 
 
 def _place_codes(

@@ -171,7 +171,6 @@ def execute(job: AttackJob) -> None:
     """Builds the study, runs it, writes its report."""
     cli.enable_compilation_cache()
     from sbr_jax.provenance.code_version import recorder
-    from sbr_jax.reporting import report
     from sbr_jax.training import pipeline
 
     pipeline.run(
@@ -184,7 +183,13 @@ def execute(job: AttackJob) -> None:
         code=recorder(f"attack:{job.attack}"),
         quiet=job.quiet,
     )
-    if distributed.is_first() and not storage.is_bucket(job.workdir):
-        runs, output = report.build([job.workdir])
-        if not job.quiet:
-            report.print_tables(runs, output)
+    if not storage.is_bucket(job.workdir):
+        distributed.decide(lambda: _report(job))
+
+
+def _report(job: AttackJob) -> None:
+    from sbr_jax.reporting import report
+
+    runs, output = report.build([job.workdir])
+    if not job.quiet:
+        report.print_tables(runs, output)

@@ -209,6 +209,8 @@ def execute(
         lines = [f"{'cost' * (not i):<8} {line}" for i, line in enumerate(cost)]
         say([*report.study_lines(study), *lines])
         tuned = tuning.carry_out(plan, study)
+        if merged:
+            tuned = tuned.merged()
         distributed.decide(
             lambda: report.write(
                 output, plan, study, tuned, merged=merged, taught=taught

@@ -8,6 +8,7 @@ after a kill; ``results.jsonl`` is then, byte for byte, what an uninterrupted ru
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -22,7 +23,7 @@ from sbr_jax.data.leaks import refuse_leaks
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.base import as_aligned
 from sbr_jax.progress import task
-from sbr_jax.training import code_record, loop, sharding
+from sbr_jax.training import code_record, loop, sharding, snapshot
 from sbr_jax.training.config import Config
 from sbr_jax.training.csm import repair
 from sbr_jax.training.finite import require_finite, require_number
@@ -42,7 +43,6 @@ from sbr_jax.training.track import (
     deployed,
     init_state,
     once,
-    restore,
     shown,
 )
 from sbr_jax.typing import PyTree, UserError
@@ -220,20 +220,20 @@ def train(turn: Turn, held: Held) -> Outcome:
     begun = turn.begin(held.state)
     batches = track.batches(begun["examples"], turn.domain)
     key = track.key(2, turn.domain)
-    done = loop.train(
-        lambda train, state, step: program.step(
-            track.base, train, state, batches(step), key
-        ),
-        start,
-        program.problem.training.steps_per_domain,
-        where=turn.where,
-        log_every=job.config.hardware.log_every,
-        refresh=_refresher(turn),
-        checkpoint=loop.Every(
-            job.config.hardware.checkpoint_every, lambda now: _checkpoint(turn, now)
-        ),
-        quiet=job.quiet,
-    )
+    save = functools.partial(_checkpoint, turn, held.state)
+    with track.stages.writing():
+        done = loop.train(
+            lambda train, state, step: program.step(
+                track.base, train, state, batches(step), key
+            ),
+            start,
+            program.problem.training.steps_per_domain,
+            where=turn.where,
+            log_every=job.config.hardware.log_every,
+            refresh=_refresher(turn),
+            checkpoint=loop.Every(job.config.hardware.checkpoint_every, save),
+            quiet=job.quiet,
+        )
     return Outcome(
         {**loop.summarise(done.history), **begun["metrics"]},
         done.train.adapter,
@@ -290,19 +290,23 @@ def _scores(
 
 def _resumed(turn: Turn, start: loop.Progress) -> loop.Progress:
     """The newest checkpoint inside the train stage, or its start."""
-    partial = turn.track.stages.partial(turn.number(TRAIN))
+    like = snapshot.changed(start.train, start.state)
+    partial = turn.track.stages.partial(turn.number(TRAIN), like)
     if partial is None:
         return start
-    path, record = partial
-    train, state = restore(turn.track, path, (start.train, start.state))
+    found, record = partial
+    train, state = snapshot.put_back(found, start.train, start.state)
+    if any(name.startswith("state") for name in found):
+        opt_state = turn.track.program.insert(train.opt_state, state)
+        train = TrainState(train.adapter, opt_state, train.step)
     return loop.Progress(train, state, record["step"], record["history"])
 
 
-def _checkpoint(turn: Turn, now: loop.Progress) -> None:
-    tree = (now.train, now.state)
-    require_finite(tree, f"{turn.where}, after step {now.step}")
+def _checkpoint(turn: Turn, before: PyTree, now: loop.Progress) -> None:
+    require_finite((now.train, now.state), f"{turn.where}, after step {now.step}")
+    found = snapshot.changed(now.train, now.state, before)
     number = turn.number(TRAIN)
-    turn.track.stages.save_partial(number, now.step, tree, now.history)
+    turn.track.stages.save_partial(number, now.step, found, now.history)
 
 
 def _refresher(turn: Turn) -> loop.Every | None:

@@ -75,11 +75,17 @@ def write_result(
 
 
 def write_history(
-    folder: pathlib.Path, run: str, step: int, history: Mapping[str, Any]
+    folder: pathlib.Path, run: str, content: Mapping[str, Any], names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Marks a checkpoint inside a stage, after ``step`` steps, as complete."""
-    content = {"step": step, "history": history}
-    return _write(folder / HISTORY, run, content, ("tree",))
+    """Marks a checkpoint inside a stage as complete.
+
+    Args:
+      folder: of the checkpoint.
+      run: see :func:`write_result`.
+      content: ``step``, after which it is, ``history``, and names of what is ``split``.
+      names: of what is in the folder, which must be complete.
+    """
+    return _write(folder / HISTORY, run, dict(content), names)
 
 
 def _write(

@@ -8,14 +8,15 @@ Stages of domain i (from 0), after stage 0 (the method's ``init``): 4i+1 train, 
 repair (monitored variants), 4i+3 subspace (``end_domain``), 4i+4 evaluate.
 """
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbr_jax import distributed, storage
-from sbr_jax.training import checkpoint
+from sbr_jax.training import checkpoint, snapshot
 from sbr_jax.training.records import DamagedError, writing
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import (
@@ -28,9 +29,12 @@ from sbr_jax.training.stage_records import (
     write_history,
     write_result,
 )
-from sbr_jax.typing import PyTree
+from sbr_jax.typing import PyTree, UserError
 
 TRAIN, REPAIR, SUBSPACE, EVALUATE = 1, 2, 3, 4
+WHOLE, SPLIT = "tree", "split"
+"""Of a checkpoint inside a stage: what every device has, and what each has a part of.
+"""
 KEPT = 2
 """Checkpoints inside a stage: should the newest be damaged, there is another."""
 NAMES = {TRAIN: "train", REPAIR: "repair", SUBSPACE: "subspace", EVALUATE: "evaluate"}
@@ -54,6 +58,7 @@ class Stages:
     domains: int
     monitored: bool
     _records: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    _writer: snapshot.Writer = dataclasses.field(default_factory=snapshot.Writer)
 
     @property
     def kinds(self) -> list[int]:
@@ -170,30 +175,95 @@ class Stages:
 
         self._records[number] = distributed.decide(write)
 
+    # --- inside a stage -------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Lets no checkpoint inside a stage be left half written, however it ends.
+
+        Raises:
+          UserError: where the last one cannot be written, and nothing else went wrong.
+        """
+        try:
+            yield
+        except distributed.Terminated:
+            self._settle()  # It says that it has saved itself.
+            raise
+        except BaseException:
+            with contextlib.suppress(UserError):
+                self._writer.wait()
+            raise
+        self._settle()
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        distributed.decide(self._writer.wait)
+
     def save_partial(
-        self, number: int, step: int, tree: PyTree, history: Mapping[str, Any]
+        self,
+        number: int,
+        step: int,
+        found: Mapping[str, Any],
+        history: Mapping[str, Any],
     ) -> None:
-        """Writes a checkpoint inside a stage; of older ones the newest stays."""
+        """Begins to write a checkpoint inside a stage, inside :meth:`writing`.
+
+        Older ones go when it is whole, all but the newest. What is split over devices
+        is written at once, by all processes; the rest by a thread of the first.
+
+        Args:
+          number: of the stage.
+          step: after which it is.
+          found: arrays by name.
+          history: up to there.
+        """
         path = self.path(number) / f"{PARTIAL}{step:08d}"
-        self._write(path, {"tree": tree})
+        self._settle()
+        self._write(path, {})
+        whole, split = snapshot.apart(found)
+        if split:
+            checkpoint.save(path / SPLIT, split)
+        if distributed.is_first():
+            names = (WHOLE, SPLIT) if split else (WHOLE,)
+            content = {"step": step, "history": history, "split": sorted(split)}
+            self._writer.start(lambda: self._complete(path, whole, content, names))
 
-        def write() -> None:
-            write_history(path, self.folder.run, step, history)
-            there = sorted(path.parent.glob(f"{PARTIAL}*"))
-            kept = [x for x in there if x <= path][-KEPT:]
-            _drop(x for x in there if x not in kept)
+    def _complete(
+        self,
+        path: Path,
+        whole: Mapping[str, Any],
+        content: Mapping[str, Any],
+        names: tuple[str, ...],
+    ) -> None:
+        snapshot.write(path / WHOLE, whole)
+        write_history(path, self.folder.run, content, names)
+        there = sorted(path.parent.glob(f"{PARTIAL}*"))
+        kept = [x for x in there if x <= path][-KEPT:]
+        _drop(x for x in there if x not in kept)
 
-        distributed.decide(write)
+    def partial(
+        self, number: int, like: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The newest intact checkpoint inside a stage: its arrays and its record.
 
-    def partial(self, number: int) -> tuple[Path, dict[str, Any]] | None:
-        """The newest intact checkpoint inside a stage: its tree and its record.
+        Args:
+          number: of the stage.
+          like: by name, arrays as they would be read.
 
         Raises:
           DamagedError: where there are damaged ones only.
         """
         folder = self.path(number)
-        found = distributed.decide(lambda: _newest(folder, self.folder.run))
-        return None if found is None else (folder / found[0] / "tree", found[1])
+        newest = distributed.decide(lambda: _newest(folder, self.folder.run))
+        if newest is None:
+            return None
+        path, record = folder / newest[0], newest[1]
+        found: dict[str, Any] = {**snapshot.read(path / WHOLE, like)}
+        if split := record["split"]:
+            found |= checkpoint.restore(
+                path / SPLIT, {name: like[name] for name in split}
+            )
+        return found, record
 
 
 def _newest(folder: Path, run: str) -> tuple[str, dict[str, Any]] | None:
@@ -203,7 +273,8 @@ def _newest(folder: Path, run: str) -> tuple[str, dict[str, Any]] | None:
             record = read_result(path, run, HISTORY)
             if record is None:
                 continue
-            require_intact(path / "tree", run)
+            for name in record["files"]:
+                require_intact(path / name, run)
         except DamagedError as error:
             damaged.append(error)
             continue

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from cloud_case import Cloud, wait_for
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHILD = ROOT / "tests" / "distributed_child.py"
@@ -23,21 +24,23 @@ LIMIT = 240.0
 """Seconds after which a process that should have ended is a failure."""
 
 
-def start(words, *, devices=DEVICES // 2, cwd=ROOT, **environment):
-    """One process of the real command, with simulated devices."""
-    count = f"--xla_force_host_platform_device_count={devices}"
-    changed = {
+def shared(devices):
+    """Variables of a process with so many simulated devices."""
+    return {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "XLA_FLAGS": count,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         # XLA sizes its pool by this, and devices that wait for each other fill it.
         "NPROC": "16",
         "SBR_JAX_WAIT": "120",
-        **environment,
     }
+
+
+def start(words, *, devices=DEVICES // 2, cwd=ROOT, child=CHILD, **environment):
+    """One process of the real command, with simulated devices."""
     return subprocess.Popen(
-        [sys.executable, str(CHILD), *map(str, words)],
+        [sys.executable, str(child), *map(str, words)],
         cwd=cwd,
-        env={**os.environ, **changed},
+        env={**os.environ, **shared(devices), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -183,6 +186,42 @@ def test_a_host_that_dies_is_named_and_the_rest_is_kept(whole, tmp_path):
     assert (folder / "results.jsonl").read_bytes() == plain(whole[0])
 
 
+@pytest.mark.thorough
+def test_a_launch_on_two_workers_is_stopped_once_and_gives_the_same_table(
+    whole, tmp_path
+):
+    workers, folder = Cloud(tmp_path), tmp_path / "run"
+    (tmp_path / "real").touch()
+    steps = tmp_path / "steps"
+    environment = {
+        **shared(DEVICES // 2),
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+        "TPU_GRACE": "60",
+        "TPU_PATIENCE": "60",
+        "SBR_JAX_PAUSE": "0.3",
+        "SBR_JAX_STEPS": str(steps),
+    }
+    command = [*RUN, "--workdir", folder, *PLAIN]
+    words = map(str, ("--", "python", CHILD, *command))
+    process = workers.start("launch", *words, **environment)
+    try:
+        # Both workers tell their steps; the first one compiles.
+        wait_for(lambda: steps.exists() and steps.stat().st_size >= 4, LIMIT)
+        pid = (tmp_path / "worker-1" / "sbr_jax.run" / "pid").read_text()
+        os.killpg(int(pid), signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+        workers.run("launch", "--stop")
+    assert process.returncode == 0, printed
+    assert workers.acts[:2] == ["run", "run"]
+    assert (folder / "results.jsonl").read_bytes() == plain(whole[0])
+    for number in (0, 1):
+        log = (tmp_path / "logs" / f"worker-{number}.log").read_text()
+        codes = re.findall(r"^exit (\d+)$", log, re.MULTILINE)
+        assert codes == ["143", "0"]
+
+
 def test_a_host_that_is_absent_is_named(tmp_path):
     words = [*RUN, "--workdir", tmp_path, "--distributed", f"{address()},2,0"]
     code, said = ended(start(words, SBR_JAX_WAIT="1"))
@@ -214,5 +253,4 @@ def test_hosts_with_other_data_are_refused(tmp_path, monkeypatch):
     each = ({}, {"SBR_JAX_DATA": "other"})
     found = both("--workdir", tmp_path / "run", each=each)
     one_line(found, "has another data or model than process 0: other there, tiny here")
-    assert not (tmp_path / "run" / "config.json").exists()
-    shutil.rmtree(tmp_path / "run")
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Generation equals recomputation; padding, batches and keys do what they say."""
 
 import dataclasses
+import re
 import sys
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import CONFIG, STORIES, adapter, golden, needs_stories, params, tokens
+from tiers import few
 
-from sbr_jax import losses, models
+from sbr_jax import _mesh, losses, models
 from sbr_jax.models.buckets import bucket
 from sbr_jax.models.generate import _together, read_prompts, write_answers
 from sbr_jax.training import sharding
@@ -150,6 +152,44 @@ def test_a_mesh_shares_the_cache_and_answers_as_one_device(monkeypatch):
     for cache in caches[2:]:
         _, rows, _, heads, _ = cache.sharding.shard_shape(cache.shape)
         assert (rows, heads) == (cache.shape[1] // 4, ENDLESS.kv_heads // 2)
+
+
+WIDE = models.ModelConfig(
+    vocab_size=40, width=128, mlp_width=256, layers=3, heads=4, kv_heads=2, eos=()
+)
+LAYOUTS = [
+    (mesh, kind)
+    for mesh in ("data=2,fsdp=2,tp=2", "fsdp=4,tp=2", "fsdp=8")
+    for kind in (None, "nf4")
+]
+
+
+@pytest.mark.parametrize(("mesh", "kind"), few(LAYOUTS, 1))
+def test_no_weight_moves_while_answers_are_written(mesh, kind):
+    rows, width, slots = 8, 16, 4
+    grid = sharding.make_mesh(mesh)
+
+    def made():
+        base = models.init_params(jax.random.key(0), WIDE)
+        return base if kind is None else models.quantize(base, kind)
+
+    base = jax.eval_shape(made)
+    base = sharding.shapes(base, sharding.base_shardings(grid, base, WIDE))
+    entries = (WIDE.layers, rows, width, WIDE.kv_heads, WIDE.head_dim)
+    cache = (jax.ShapeDtypeStruct(entries, jnp.float32),) * 2
+    logits = jax.ShapeDtypeStruct((rows, WIDE.vocab_size), jnp.float32)
+    given = (logits, cache, np.ones(rows, np.int32), np.int32(slots), None, 0.0)
+    hardware = models.Hardware(unroll=1)
+    with _mesh.using(grid):
+        lowered = write_answers.lower(WIDE, hardware, slots, base, None, *given)
+    text = lowered.compile().as_text()
+    kinds = "all-gather|all-to-all|collective-permute"
+    moved = re.findall(rf"= (.*?) (?:{kinds})[(-]", text)
+    shapes = [s for line in moved for s in re.findall(r"\[([\d,]+)\]", line)]
+    sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes]
+    # What moves is a token of each row: less than a weight's codes over tp (2,048).
+    assert sizes
+    assert max(sizes) <= rows * WIDE.width
 
 
 @pytest.mark.thorough

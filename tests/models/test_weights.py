@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit there and back, and every mismatch named."""
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from trees import same
 
 from sbr_jax import models
+from sbr_jax.models import weights
 from sbr_jax.typing import UserError
 
 
@@ -71,6 +73,38 @@ def test_a_mesh_reads_the_same_weights_in_slices(folder):
     same(spread, models.load(folder).params)
     weight = spread["layers"]["down_proj"]
     assert weight.addressable_shards[0].data.shape == (2, 10, 4)
+
+
+def counted(monkeypatch):
+    """Bytes that are read of each tensor from now on."""
+    read = collections.Counter()
+    real = weights.Checkpoint.slice
+
+    def noted(self, name):
+        handle = real(self, name)
+
+        class Handle:
+            def __getattr__(self, attribute):
+                return getattr(handle, attribute)
+
+            def __getitem__(self, index):
+                found = handle[index]
+                read[name] += found.nbytes
+                return found
+
+        return Handle()
+
+    monkeypatch.setattr(weights.Checkpoint, "slice", noted)
+    return read
+
+
+def test_a_part_that_several_devices_hold_is_read_once(folder, monkeypatch):
+    devices = np.array(jax.devices()).reshape(2, 2, 2)
+    mesh = Mesh(devices, ("data", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
+    read = counted(monkeypatch)
+    models.load(folder, mesh=mesh)
+    tensors = load_file(folder / "model.safetensors")
+    assert read == {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
 def test_a_missing_tensor_is_named(folder):

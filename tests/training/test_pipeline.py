@@ -119,7 +119,7 @@ class StopError(Exception):
 def test_a_crash_at_every_stage_boundary_changes_nothing(whole, tmp_path, monkeypatch):
     # Dies right before every other result, and before every third checkpoint's end.
     calls = {"n": 0, "alive": 0}
-    original, save = stages.write_result, stages.checkpoint.save
+    original = stages.write_result
 
     def dying(*args, **options):
         calls["n"] += 1
@@ -128,14 +128,16 @@ def test_a_crash_at_every_stage_boundary_changes_nothing(whole, tmp_path, monkey
         calls["alive"] += 1
         return original(*args, **options)
 
-    def dying_save(folder, tree):
+    def dying_save(save, folder, tree):
         save(folder, tree)
         calls["n"] += 1
         if calls["n"] % 3 == 0:
             raise StopError
 
     monkeypatch.setattr(stages, "write_result", dying)
-    monkeypatch.setattr(stages.checkpoint, "save", dying_save)
+    for place, name in ((stages.checkpoint, "save"), (stages.snapshot, "write")):
+        save = functools.partial(dying_save, getattr(place, name))
+        monkeypatch.setattr(place, name, save)
     for _ in range(300):
         with contextlib.suppress(StopError):
             pipeline_child.main(tmp_path, seeds=(0,))
