@@ -83,9 +83,10 @@ def with_projection(
             benign = problem.calibration_controls.get("benign")
             diagnostics |= ssi.shares(problem, base, adapter, key, benign)
         state = {"coefficients": alpha, "diagnostics": diagnostics}
-        state["subspace"] = ssi.active(found, key)
+        stored = ssi.stored(found)
+        state["subspace"] = ssi.active(stored, key)
         if apart:
-            state["stored"] = found
+            state["stored"] = stored
         if ssi.keep_base:
             state["protected"] = found
         return state

@@ -120,6 +120,10 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"fisher": "sampled", **_BRIEF},
     ),
     "safeanchor-exact:refresh": ("safeanchor-exact", {"refresh_every": 50, **_BRIEF}),
+    "safeanchor-exact:unit-trace": (
+        "safeanchor-exact",
+        {"weighting": "unit-trace", **_BRIEF},
+    ),
     "safeanchor-exact:keep-base": ("safeanchor-exact", {"keep_base": True, **_BRIEF}),
     "safeanchor-exact:protect-a": (
         "safeanchor-exact",
