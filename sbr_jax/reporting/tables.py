@@ -205,6 +205,7 @@ PROJECTION = (
     ("train", "metrics", "safety_gradient", "‖Πg‖ / ‖g‖"),
     ("train", "metrics", "removed", "removed / ‖g‖"),
     ("train", "metrics", "safety_update", "‖ΠΔ‖ / ‖Δ‖"),
+    ("train", "metrics", "safety_task", "‖ΠΔ_g‖ / ‖Δ_g‖"),
     ("subspace", "diagnostics", "alpha", "mean α"),
     ("subspace", "diagnostics", "effective_rank", "mean rank"),
     ("subspace", "diagnostics", "held_out_share", "held-out share"),
@@ -225,7 +226,8 @@ def projection_table(run: Run) -> Table:
             rows.append((method, *(Cell(mean, digits=3).text() for mean in means)))
     notes = (
         "Π projects onto the safety subspace; g is the task gradient before, Δ the "
-        "step that was applied after everything.",
+        "step that was applied after everything, Δ_g the task's part of it: without "
+        "what an anchor brought past the projection.",
         "removed: norm of what the projection takes from g, 0 where α = 1.",
         "old energy lost: share of the old basis that a merge dropped.",
         "held-out share, task share: of the gradient energy of safe examples, and of "
