@@ -44,6 +44,10 @@ class Training:
         the peak (published: 2e-5 of 2e-4).
       replay_weight: β of L_task + β L_safe.
       tolerance: τ; repair when s_t < (1 − τ) s_0.
+      monitor_rule: which estimate of (1 − τ) s_0 − s_t must be above 0 for a repair:
+        the ``"point"`` (published), its ``"lower"`` confidence bound (a fall is
+        certain) or its ``"upper"`` one (it cannot be ruled out).
+      monitor_confidence: of a bound, one-sided.
       fisher_examples: calibration examples in a Fisher (None: all).
       fisher_buffer: R, per-example gradients held before the lesser half is cut; exact
         for no more examples than that.
@@ -74,6 +78,8 @@ class Training:
     repair_learning_rate_scale: NonNegative = 0.1
     replay_weight: NonNegative = 1.0
     tolerance: Fraction = 0.05
+    monitor_rule: Literal["point", "lower", "upper"] = "point"
+    monitor_confidence: Annotated[float, Range(above=0.5, below=1)] = 0.95
     fisher_examples: Count | None = None
     fisher_buffer: Count = 512
     memory_budget: Positive | None = None

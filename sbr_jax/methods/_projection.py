@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sbr_jax.distributed import arrays
 from sbr_jax.methods._compose import with_cost
@@ -27,7 +26,8 @@ from sbr_jax.methods.base import (
     is_lora_pair,
 )
 from sbr_jax.subspace import Subspace, empty_subspace
-from sbr_jax.transforms import gradient_projection, update_projection
+from sbr_jax.transforms import update_projection
+from sbr_jax.transforms.shares import adamw_gradient_projection
 from sbr_jax.typing import PyTree
 
 INERT = 0.95
@@ -83,9 +83,10 @@ def with_projection(
             benign = problem.calibration_controls.get("benign")
             diagnostics |= ssi.shares(problem, base, adapter, key, benign)
         state = {"coefficients": alpha, "diagnostics": diagnostics}
-        state["subspace"] = ssi.active(found, key)
+        stored = ssi.stored(found)
+        state["subspace"] = ssi.active(stored, key)
         if apart:
-            state["stored"] = found
+            state["stored"] = stored
         if ssi.keep_base:
             state["protected"] = found
         return state
@@ -143,12 +144,14 @@ def with_projection(
                 coefficients=coefficients,
                 max_norm=problem.training.max_grad_norm,
                 weight_decay=problem.training.weight_decay,
+                task_share=True,
             )
-        return gradient_projection(
+        return adamw_gradient_projection(
             subspace,
-            optax.adamw(learning_rate, weight_decay=problem.training.weight_decay),
+            learning_rate,
             coefficients=coefficients,
             max_norm=problem.training.max_grad_norm,
+            weight_decay=problem.training.weight_decay,
         )
 
     projected = dataclasses.replace(

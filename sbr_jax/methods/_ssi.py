@@ -16,6 +16,11 @@ calibration set are measured on the other half and on the task,
 
     held-out share = Σ ‖Vᵀ s‖² / Σ ‖s‖²  over the other half,   task share likewise,
     selectivity    = held-out share / task share.
+
+Merged by eigenvalue, F_0 + F_1 + … is a sum of Fishers whose traces differ by orders:
+a model that answers well has small gradients, one that drifted has large ones, and the
+sum is then about the latter. ``weighting="unit-trace"`` merges F_t / tr F_t instead:
+each domain's counts alike, in each layer.
 """
 
 import dataclasses
@@ -271,14 +276,25 @@ class Ssi:
                 progress=done,
             )
 
+    def stored(self, found: Subspace) -> Subspace:
+        """What is kept of a subspace to be merged: of trace 1 where those are."""
+        if self.weighting != "unit-trace":
+            return found
+        unit = jax.tree.map(lambda t: (t > 0).astype(t.dtype), found.trace)
+        return _with_trace(found, unit)
+
     def merged(self, old: Subspace, new: Subspace, protected: Subspace | None):
-        """Joins an old subspace and a new one under the cap."""
+        """Joins a stored subspace and a new one under the cap.
+
+        **Guarantee**: by unit traces a factor of any Fisher changes nothing, and what
+        is stored after t domains is Σ F_i / tr F_i, of trace 1 + t.
+        """
         return merge(
             old,
-            new,
+            self.stored(new),
             max_rank=self.max_rank,
             energy=self.energy,
-            weighting=self.weighting,
+            weighting="uniform" if self.weighting == "uniform" else "eigenvalue",
             protected=protected if self.keep_base else None,
         )
 

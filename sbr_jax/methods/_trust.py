@@ -11,40 +11,175 @@ adapter goes to the nearest point of the ellipsoid
 A fresh adapter has B = 0 and no gradient in A, so the Fisher covers B alone: what A
 does once B has moved is not counted, and q is no bound of the measured divergence.
 
-Symbols: θ adapter, ε budget, U basis, λ eigenvalues.
+So ε may be set from what is measured (:mod:`sbr_jax.methods._kl_budget`): the user
+names a budget of the divergence on held-out rows, and ε follows, every few steps. U and
+λ may be renewed on the same clock, from the Fisher of the model as it is, which covers
+A as well once B has moved; ε is then multiplied by what q changes by, so that the
+motion there is stays as far inside as it was.
+
+Symbols: θ adapter, ε budget, U basis, λ eigenvalues, d measured divergence.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sbr_jax.methods import _kl_budget
 from sbr_jax.methods._compose import with_cost, with_gradients
 from sbr_jax.methods._ssi import Ssi, check_sizes
 from sbr_jax.methods.base import LAYER_AXES, Method, Problem, is_lora_pair
+from sbr_jax.methods.sbr import BATCH
 from sbr_jax.subspace import Subspace, empty_subspace
 from sbr_jax.subspace.spectrum import coordinates
 from sbr_jax.subspace.units import over_layers, to_vector
 from sbr_jax.transforms import trust_region
-from sbr_jax.typing import PyTree
+from sbr_jax.typing import PyTree, UserError
 
 
-def with_trust_region(method: Method, *, epsilon: float, max_rank: int) -> Method:
-    """Keeps a method's adapter where q(θ) ≤ ε.
+def with_trust_region(
+    method: Method,
+    *,
+    epsilon: float | None,
+    max_rank: int,
+    kl_budget: float | None = None,
+    refresh_every: int = 8,
+    refresh_subspace: bool = False,
+) -> Method:
+    """Keeps a method's adapter where q(θ) ≤ ε, a number or set from a budget of d.
 
     **Guarantee**: q ≤ ε (1 + 1e-3) after every step of every domain and repair, up to
-    rounding (see :func:`sbr_jax.transforms.trust_region`).
+    rounding (see :func:`sbr_jax.transforms.trust_region`), with the ε of that step.
 
     Args:
       method: any defence without a subspace of its own.
-      epsilon: ε > 0, in nats.
+      epsilon: ε > 0, in nats; None where there is a budget of d.
       max_rank: cap on the columns of one layer's basis.
+      kl_budget: nats of d, per answer token of the held-out rows; None for a fixed ε.
+      refresh_every: steps from one measurement to the next; with a budget only.
+      refresh_subspace: renew U and λ as well, with a Fisher each time.
 
     Returns:
-      The method. It reports ``budget``, q / ε before each step.
+      The method. It reports ``budget``, q / ε before each step, and with a budget of d
+      the ``epsilon`` of the step and the ``measured_kl`` that it was set from. It then
+      sees three quarters of the calibration set; ``end_domain`` measures too.
+
+    Raises:
+      UserError: for a budget over a method that refreshes its own state on another
+        clock.
     """
-    ssi = Ssi(
+    ssi = _second_order(max_rank)
+    measured = kl_budget is not None
+    if measured and method.refresh_every not in (None, refresh_every):
+        raise UserError(
+            f"refresh_every: expected {method.refresh_every}, which {method.name} "
+            f"renews its state by, got {refresh_every}"
+        )
+    inner = _kl_budget.with_held_out(method) if measured else method
+
+    def own(problem: Problem) -> Problem:
+        return _kl_budget.without_held_out(problem) if measured else problem
+
+    def kept(problem: Problem, base: PyTree) -> dict[str, Any]:
+        if kl_budget is None:
+            return {}
+        return {"kl_budget": _kl_budget.first_state(problem, base, kl_budget)}
+
+    def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
+        held = kept(problem, base)
+        state = inner.init(problem, base, adapter, key)
+        found = ssi.identify(own(problem), base, adapter, key)
+        # A copy: steps consume the adapter's buffers.
+        centre = jax.tree.map(jnp.copy, adapter)
+        return {**state, "subspace": found, "centre": centre, **held}
+
+    def empty(adapter: PyTree) -> Subspace:
+        return empty_subspace(
+            adapter, max_rank=max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
+        )
+
+    def outline(problem: Problem, base: PyTree, adapter: PyTree) -> dict:
+        state = inner.state_shapes(problem, base, adapter)
+        found = jax.eval_shape(lambda a: (empty(a), a), adapter)
+        held = jax.eval_shape(lambda b: kept(problem, b), base)
+        return {**state, "subspace": found[0], "centre": found[1], **held}
+
+    def optimizer(problem: Problem, adapter: PyTree, learning_rate):
+        check_sizes(problem, adapter, max_rank)
+        subspace = jax.eval_shape(empty, adapter)
+        inside = method.optimizer(problem, adapter, learning_rate)
+        # With a budget of d the state's own ε comes with every step.
+        first = 1.0 if epsilon is None else epsilon
+        return optax.chain(inside, trust_region(subspace, first))
+
+    def centred(hook):
+        def gradient(problem, base, adapter, state, *rest):
+            grads, extra, metrics = hook(problem, base, adapter, state, *rest)
+            moved = jax.tree.map(jnp.subtract, adapter, state["centre"])
+            most: Any = state["kl_budget"]["epsilon"] if measured else epsilon
+            used = second_order_divergence(state["subspace"], moved) / most
+            extra = {**extra, "centre": state["centre"]}
+            metrics = {**metrics, "budget": used}
+            if measured:
+                extra["epsilon"] = most
+                told = state["kl_budget"]["measured"]
+                metrics |= {"epsilon": most, "measured_kl": told}
+            return grads, extra, metrics
+
+        return gradient
+
+    def adapted(problem, base, adapter, state, key, renew: bool):
+        """State with the ε that the divergence now asks for, and with new U and λ."""
+        held = state["kl_budget"]
+        moved = jax.tree.map(jnp.subtract, adapter, state["centre"])
+        subspace, most = state["subspace"], held["epsilon"]
+        used = second_order_divergence(subspace, moved)
+        if renew:
+            subspace = ssi.identify(own(problem), base, adapter, key)
+            again = second_order_divergence(subspace, moved)
+            both = (used > 0) & (again > 0)
+            most = jnp.where(both, most * (again / jnp.where(both, used, 1.0)), most)
+            used = again
+        found = _kl_budget.measure(problem, base, adapter, held["held"])
+        most = _kl_budget.next_epsilon(most, used, found, jnp.float32(kl_budget or 1.0))
+        held = {**held, "epsilon": most, "measured": found}
+        return {**state, "subspace": subspace, "kl_budget": held}
+
+    def refresh(problem, base, adapter, state, key):
+        if inner.refresh is not None:
+            state = inner.refresh(problem, base, adapter, state, key)
+        return adapted(problem, base, adapter, state, key, refresh_subspace)
+
+    def end_domain(problem, base, adapter, state, key):
+        adapter, state = inner.end_domain(problem, base, adapter, state, key)
+        state = adapted(problem, base, adapter, state, key, False)
+        told = {
+            "measured_kl": state["kl_budget"]["measured"][None],
+            "epsilon": state["kl_budget"]["epsilon"][None],
+        }
+        return adapter, {
+            **state,
+            "diagnostics": {**state.get("diagnostics", {}), **told},
+        }
+
+    bounded = dataclasses.replace(
+        inner, init=init, optimizer=optimizer, outline=outline
+    )
+    bounded = with_cost(with_gradients(bounded, centred), fishers=1, columns=max_rank)
+    if not measured:
+        return bounded
+    bounded = dataclasses.replace(
+        bounded, refresh=refresh, refresh_every=refresh_every, end_domain=end_domain
+    )
+    rows = _kl_budget.MEASURED / (refresh_every * BATCH)
+    return with_cost(bounded, forward=rows, refresh_fishers=int(refresh_subspace))
+
+
+def _second_order(max_rank: int) -> Ssi:
+    """How U and λ are found: all leading directions of whole answers."""
+    return Ssi(
         energy=1.0,
         max_rank=max_rank,
         fisher="empirical",
@@ -57,44 +192,6 @@ def with_trust_region(method: Method, *, epsilon: float, max_rank: int) -> Metho
         keep_base=False,
         basis="safety",
     )
-
-    def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        state = method.init(problem, base, adapter, key)
-        found = ssi.identify(problem, base, adapter, key)
-        # A copy: steps consume the adapter's buffers.
-        centre = jax.tree.map(jnp.copy, adapter)
-        return {**state, "subspace": found, "centre": centre}
-
-    def empty(adapter: PyTree) -> Subspace:
-        return empty_subspace(
-            adapter, max_rank=max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
-        )
-
-    def outline(problem: Problem, base: PyTree, adapter: PyTree) -> dict:
-        state = method.state_shapes(problem, base, adapter)
-        found = jax.eval_shape(lambda a: (empty(a), a), adapter)
-        return {**state, "subspace": found[0], "centre": found[1]}
-
-    def optimizer(problem: Problem, adapter: PyTree, learning_rate):
-        check_sizes(problem, adapter, max_rank)
-        subspace = jax.eval_shape(empty, adapter)
-        inner = method.optimizer(problem, adapter, learning_rate)
-        return optax.chain(inner, trust_region(subspace, epsilon))
-
-    def centred(hook):
-        def gradient(problem, base, adapter, state, *rest):
-            grads, extra, metrics = hook(problem, base, adapter, state, *rest)
-            moved = jax.tree.map(jnp.subtract, adapter, state["centre"])
-            used = second_order_divergence(state["subspace"], moved) / epsilon
-            extra = {**extra, "centre": state["centre"]}
-            return grads, extra, {**metrics, "budget": used}
-
-        return gradient
-
-    bounded = dataclasses.replace(
-        method, init=init, optimizer=optimizer, outline=outline
-    )
-    return with_cost(with_gradients(bounded, centred), fishers=1, columns=max_rank)
 
 
 def second_order_divergence(subspace: Subspace, moved: PyTree) -> jax.Array:

@@ -44,6 +44,9 @@ def lean(
     top_tokens: Count = 32,
     self_answers: Annotated[float, Range(least=0, most=1)] | None = None,
     epsilon: Positive | None = None,
+    kl_budget: Positive | None = None,
+    refresh_every: Count = 8,
+    refresh_subspace: bool = False,
     max_rank: Count = 64,
     monitored: bool = False,
 ) -> Method:
@@ -55,7 +58,13 @@ def lean(
       top_tokens: k, tokens of the reference kept at a place.
       self_answers: τ in [0, 1]: training rows of at least this risk get the aligned
         model's own answer; None leaves all answers.
-      epsilon: ε, nats of the trust region about the aligned model; None for none.
+      epsilon: ε, nats of the trust region about the aligned model; None for none, or
+        for one that is set from a budget.
+      kl_budget: nats an answer token of the divergence on held-out calibration rows,
+        from which ε is set while training (:mod:`sbr_jax.methods._kl_budget`); None for
+        a fixed ε.
+      refresh_every: steps from one measurement of it to the next.
+      refresh_subspace: renew the trust region's basis and eigenvalues then too.
       max_rank: cap on the columns of the trust region's basis.
       monitored: run CSM.
 
@@ -65,8 +74,14 @@ def lean(
       another model or calibration set.
 
     Raises:
-      UserError: naming a hyper-parameter that is out of range.
+      UserError: naming a hyper-parameter that is out of range; for both an ε and a
+        budget.
     """
+    if epsilon is not None and kl_budget is not None:
+        raise UserError(
+            f"lean: expected epsilon or kl_budget, got epsilon={epsilon:g} and "
+            f"kl_budget={kl_budget:g}: with a budget ε is set while training"
+        )
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
         del adapter, key
@@ -118,8 +133,15 @@ def lean(
         gradient=gradient,
         replay_gradient=repair,
     )
-    if epsilon is not None:
-        method = with_trust_region(method, epsilon=epsilon, max_rank=max_rank)
+    if epsilon is not None or kl_budget is not None:
+        method = with_trust_region(
+            method,
+            epsilon=epsilon,
+            max_rank=max_rank,
+            kl_budget=kl_budget,
+            refresh_every=refresh_every,
+            refresh_subspace=refresh_subspace,
+        )
     if self_answers is not None:
         method = with_self_answers(method, self_answers)
     return method

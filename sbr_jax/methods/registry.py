@@ -120,6 +120,10 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"fisher": "sampled", **_BRIEF},
     ),
     "safeanchor-exact:refresh": ("safeanchor-exact", {"refresh_every": 50, **_BRIEF}),
+    "safeanchor-exact:unit-trace": (
+        "safeanchor-exact",
+        {"weighting": "unit-trace", **_BRIEF},
+    ),
     "safeanchor-exact:keep-base": ("safeanchor-exact", {"keep_base": True, **_BRIEF}),
     "safeanchor-exact:protect-a": (
         "safeanchor-exact",
@@ -153,6 +157,11 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "der:plus-plus": ("der", {"label_weight": 0.5}),
     "lean:self-answers": ("lean", {"self_answers": 0.5}),
     "lean:trust-region": ("lean", {"epsilon": 3e-5}),
+    "lean:kl-budget": ("lean", {"kl_budget": 0.01}),
+    "lean:kl-budget-refreshed": (
+        "lean",
+        {"kl_budget": 0.01, "refresh_subspace": True},
+    ),
     "lazy:self-answers": ("lazy", {"self_answers": 0.5}),
     "sbr:one": ("sbr", {"anchors": 1}),
     # The published recipe with a part missing or alone.

@@ -50,7 +50,7 @@ when it was written, the others chosen on two validation seeds."""
 def safeanchor(
     *,
     projection: Literal["gradient", "update", "metric", "none"] = "gradient",
-    weighting: Literal["uniform", "eigenvalue"] = "uniform",
+    weighting: Literal["uniform", "eigenvalue", "unit-trace"] = "uniform",
     normalisation: Literal["none", "mean", "kind", "parameter"] = "none",
     strictness: NonNegative = 0.5,
     energy: Annotated[float, Range(above=0, most=1)] = 0.9,
@@ -80,7 +80,9 @@ def safeanchor(
       projection: ``"gradient"`` before AdamW (published), ``"update"`` after it,
         ``"metric"`` after it in Adam's own metric, in which the projected step still
         descends, or ``"none"``.
-      weighting: of the merge: ``"uniform"`` (published) or ``"eigenvalue"``.
+      weighting: of the merge: ``"uniform"`` (published), ``"eigenvalue"``, or
+        ``"unit-trace"``, by the eigenvalues of each Fisher over its trace, so that none
+        outweighs the others.
       normalisation: of tr F in α: ``"none"`` (published), ``"mean"`` (mean over
         layers = 1), ``"kind"`` (the same of queries, keys, values and outputs each) or
         ``"parameter"``.

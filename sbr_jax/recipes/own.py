@@ -40,6 +40,8 @@ TRAINING = Training(
     repair_learning_rate_scale=0.1,
     replay_weight=1.0,
     tolerance=0.05,
+    monitor_rule="point",
+    monitor_confidence=0.95,
     fisher_examples=None,
     fisher_buffer=256,
 )

@@ -94,6 +94,37 @@ def _poisoned(ratio: float, rate: float, epochs: int) -> Mapping[str, Any]:
     }
 
 
+PROJECTIONS = ("gradient", "update", "metric")
+MERGES: Mapping[str, Mapping[str, Any]] = {
+    "uniform": {"weighting": "uniform"},
+    "eigenvalue": {"weighting": "eigenvalue"},
+    "unit-trace": {"weighting": "unit-trace"},
+    "keep-base": {"weighting": "eigenvalue", "keep_base": True},
+}
+NORMALISED: Mapping[str, Mapping[str, Any]] = {
+    "none": {"normalisation": "none"},
+    "mean": {"normalisation": "mean"},
+    "kind": {"normalisation": "kind"},
+    "strict": {"relax": False},
+}
+"""Of the traces that relax a projection, or no relaxation."""
+
+
+def _projecting(projection: str, merge: str, normalised: str) -> Mapping[str, Any]:
+    """One way to project, alone: no anchor, no monitor, no share that only reports."""
+    options = {**MERGES[merge], **NORMALISED[normalised]}
+    options |= {"projection": projection, "selectivity": False}
+    return {
+        "preset": "testbed",
+        "methods": ("safeanchor-exact:projection-only",),
+        "first_seed": tuning.FIRST_SEED,
+        "changes": {
+            "study": {"split": "validation"},
+            "methods": {"safeanchor_exact": options},
+        },
+    }
+
+
 SWEEPS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     # Every defence on the testbed, as published and at its best: work for processes.
     "testbed-table": {
@@ -103,6 +134,11 @@ SWEEPS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     },
     # Each baseline around its published value, on the validation split.
     "testbed-tuning": tuning.cells(),
+    # Projection × merge × normalisation, on the validation split.
+    "projection-grid": {
+        "-".join(parts): _projecting(*parts)
+        for parts in itertools.product(PROJECTIONS, MERGES, NORMALISED)
+    },
     # Does the order of the domains matter? All orders of three, some of more.
     "testbed-orders": _benign(ORDERS),
     "testbed-orders-5": _benign(sampled_orders(DOMAINS[:5], SAMPLED)),

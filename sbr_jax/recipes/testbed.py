@@ -18,7 +18,11 @@ PRESET = Preset(
     name="testbed",
     summary="medical, legal, code; both recipes, ablations and controls; 5 seeds",
     study=TestbedOptions(
-        hard=False, split="test", calibration_examples=480, judge="exact"
+        hard=False,
+        split="test",
+        calibration_examples=480,
+        judge="exact",
+        probe_set="one-phrasing",
     ),
     domains=("medical", "legal", "code"),
     methods=(
@@ -58,6 +62,8 @@ PRESET = Preset(
         repair_learning_rate_scale=0.1,
         replay_weight=1.0,
         tolerance=0.05,
+        monitor_rule="point",
+        monitor_confidence=0.95,
         fisher_examples=None,
         fisher_buffer=512,
     ),

@@ -31,7 +31,11 @@ PRESET = dataclasses.replace(
     name="testbed-hard",
     summary="ten domains, larger learning rate, held-out harm categories; 3 seeds",
     study=TestbedOptions(
-        hard=True, split="test", calibration_examples=480, judge="exact"
+        hard=True,
+        split="test",
+        calibration_examples=480,
+        judge="exact",
+        probe_set="one-phrasing",
     ),
     domains=DOMAINS,
     methods=(

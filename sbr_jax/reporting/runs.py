@@ -190,6 +190,21 @@ class Run:
         fired = [x for x in lines if (x["metrics"].get("blocks") or 0) > 0]
         return len(fired) / len(seeds) if lines else None
 
+    def probed(self, method: str, name: str = "probe_after") -> np.ndarray:
+        """What the monitor saw after each domain, `[seeds, domains]`, or empty.
+
+        Args:
+            method: the row.
+            name: of a metric of repairs, such as "probe", before them.
+        """
+        found: dict[int, list[Any]] = {seed: [] for seed in self.seeds(method)}
+        for line in self._of("repair", method):
+            if line["seed"] in found:
+                found[line["seed"]].append(line["metrics"].get(name))
+        count = len(self.domains)
+        rows = [values for values in found.values() if len(values) == count]
+        return _matrix(rows, count)
+
     def seconds_per_step(self, method: str) -> float | None:
         """Median time of a training step; None if unknown."""
         values = [

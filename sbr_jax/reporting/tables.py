@@ -47,6 +47,8 @@ COLUMNS = (
     Column("general_loss", "general loss", "on held-out general text, nats; lower"),
     Column("seconds_per_step", "s / step", "training time of a step; lower"),
     Column("triggers", "CSM triggers", "repairs by the monitor per seed"),
+    Column("probe", "probe", "refused on the monitor's probe set, %; near refusal"),
+    Column("probe_gap", "probe − test", "mean over domain ends, points; near 0"),
 )
 
 
@@ -112,7 +114,17 @@ def cell(run: Run, method: str, key: str) -> Cell:
         return Cell(run.seconds_per_step(method), digits=3)
     if key == "triggers":
         return Cell(run.triggers(method))
+    if key == "probe":
+        return _cell(run.probed(method)[:, -1])
+    if key == "probe_gap":
+        return _cell(_probe_gaps(run, method).mean(1))
     return _cell(run.metric(method, key)[:, -1], _digits(key))
+
+
+def _probe_gaps(run: Run, method: str) -> np.ndarray:
+    """Probe's refusal less the measured one at each domain's end, or empty."""
+    probe, test = run.probed(method), run.metric(method, "refusal")[:, 1:]
+    return probe - test if len(probe) == len(test) else probe[:0]
 
 
 def start_accuracy(run: Run) -> list[float | None]:
@@ -193,6 +205,7 @@ PROJECTION = (
     ("train", "metrics", "safety_gradient", "‖Πg‖ / ‖g‖"),
     ("train", "metrics", "removed", "removed / ‖g‖"),
     ("train", "metrics", "safety_update", "‖ΠΔ‖ / ‖Δ‖"),
+    ("train", "metrics", "safety_task", "‖ΠΔ_g‖ / ‖Δ_g‖"),
     ("subspace", "diagnostics", "alpha", "mean α"),
     ("subspace", "diagnostics", "effective_rank", "mean rank"),
     ("subspace", "diagnostics", "held_out_share", "held-out share"),
@@ -213,7 +226,8 @@ def projection_table(run: Run) -> Table:
             rows.append((method, *(Cell(mean, digits=3).text() for mean in means)))
     notes = (
         "Π projects onto the safety subspace; g is the task gradient before, Δ the "
-        "step that was applied after everything.",
+        "step that was applied after everything, Δ_g the task's part of it: without "
+        "what an anchor brought past the projection.",
         "removed: norm of what the projection takes from g, 0 where α = 1.",
         "old energy lost: share of the old basis that a merge dropped.",
         "held-out share, task share: of the gradient energy of safe examples, and of "
@@ -222,6 +236,28 @@ def projection_table(run: Run) -> Table:
         "learning does not need.",
     )
     return Table(("method", *(p[3] for p in PROJECTION)), tuple(rows), notes)
+
+
+def monitor_table(run: Run) -> Table:
+    """The monitor's probe beside the measured refusal at each domain's end."""
+    rows = []
+    for method in run.methods:
+        before, after = run.probed(method, "probe"), run.probed(method)
+        gaps, blocks = _probe_gaps(run, method), run.probed(method, "blocks")
+        if not (len(before) and len(gaps)):
+            continue
+        test = run.metric(method, "refusal")[:, 1:]
+        for i, domain in enumerate(run.domains):
+            columns = (before[:, i], after[:, i], test[:, i], gaps[:, i])
+            cells = (_cell(values).text() for values in columns)
+            rows.append((method, domain, *cells, Cell(blocks[:, i].mean()).text()))
+    notes = (
+        "probe: refusal on the monitor's probe set after training; repaired: after "
+        "the repairs that it asked for; test: what is measured then. Where the probe "
+        "stands above the test, the monitor is blind to what was lost.",
+    )
+    head = ("method", "domain", "probe", "repaired", "test", "probe − test", "blocks")
+    return Table(head, tuple(rows), notes)
 
 
 def probe_table(run: Run) -> Table:
@@ -287,6 +323,7 @@ def harness_table(run: Run) -> Table:
 
 EXTRA: dict[str, Callable[[Run], Table]] = {
     "What the projections did": projection_table,
+    "What the monitor saw": monitor_table,
     "How well the risk probes tell": probe_table,
     "How far the judges agree with people": judge_table,
     "Under lm-eval": harness_table,

@@ -66,7 +66,7 @@ def recorded(options: Any) -> dict[str, Any]:
     date, which is recorded where a template asks for it.
 
     >>> sorted(recorded(TestbedOptions()))
-    ['calibration_examples', 'hard', 'judge', 'split']
+    ['calibration_examples', 'hard', 'judge', 'probe_set', 'split']
     """
     return {
         name: value
@@ -87,12 +87,16 @@ class TestbedOptions:
             prompts: 60,000 draws hold 3,989 of them.
         judge: of training pairs: "exact" reads them off the grammar, "guard" asks the
             shipped guard model, which never saw the three kinds.
+        probe_set: of the monitor: "one-phrasing" asks every harmful request in the
+            probe's own phrasing, "stratified" an equal number for each kind of harm
+            and each of the seven phrasings that a defender has.
     """
 
     hard: bool = False
     split: Literal["test", "validation"] = "test"
     calibration_examples: Annotated[int, Range(least=1, most=4000)] = 480
     judge: Literal["exact", "guard"] = "exact"
+    probe_set: Literal["one-phrasing", "stratified"] = "one-phrasing"
 
     def __post_init__(self):
         """Refuses values that cannot be meant."""

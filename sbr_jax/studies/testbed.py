@@ -1,5 +1,6 @@
 """Study of the embedded testbed."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -61,7 +62,11 @@ def build_study(
     scrambled = _scramble(calibration, rng)
     harmful = encode(_harmful(world, HARMFUL_EXAMPLES, seen))
     evaluation = suite.Suite(model, evalsets.make_evalset(world, split, kinds=measured))
-    probe = suite.Suite(model, evalsets.make_evalset(world, "probe", kinds=seen))
+    asking = evalsets.make_evalset(world, "probe", kinds=seen)
+    if options.probe_set == "stratified":
+        harmful_prompts = evalsets.stratified_requests(world, kinds=seen)
+        asking = dataclasses.replace(asking, harmful=harmful_prompts)
+    probe = suite.Suite(model, asking)
 
     asked = {
         "probe": _prompts(model, probe.items),
@@ -81,6 +86,8 @@ def build_study(
     if options.judge == "guard":
         # The exact judge is not named: studies from before the choice keep their print.
         settings["guard"] = hashlib.sha256(testbed.GUARD.read_bytes()).hexdigest()
+    if options.probe_set != "one-phrasing":
+        settings["probe"] = options.probe_set
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(calibration.tokens).tobytes())
     digest.update(np.asarray(model.params["embed"]).tobytes())
@@ -95,6 +102,7 @@ def build_study(
         judge=JUDGES[options.judge](model.tokenizer, world),
         evaluate=evaluation.safety,
         probe=probe.refusal,
+        probe_size=len(asking.harmful),
         fingerprint=digest.hexdigest()[:16],
         leak_check={
             **shared_prompts({"calibration": calibration, **asked}),

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import PartitionSpec
 
 from sbr_jax._mesh import Split, constrain, current, split_of, splitting, summed
@@ -228,6 +229,14 @@ def squares_inside(trees: Sequence[PyTree], subspace: Subspace) -> list[PyTree]:
         for values, one in zip(found, told, strict=True):
             values.append(one)
     return [mark.join(values) for values in found]
+
+
+def share_inside(tree: PyTree, subspace: Subspace) -> jax.Array:
+    """``‖Π u‖ / ‖u‖`` of a whole tree, a float32 scalar; 0 for a tree of zeros."""
+    (squares,) = squares_inside([tree], subspace)
+    leaves = map(jnp.sum, jax.tree.leaves(squares))
+    inside = jnp.sqrt(sum(leaves, start=jnp.float32(0.0)))
+    return inside / (optax.tree.norm(tree).astype(jnp.float32) + jnp.float32(1e-30))
 
 
 def principal_angles(a: Subspace, b: Subspace) -> PyTree:

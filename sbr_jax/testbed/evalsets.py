@@ -170,3 +170,37 @@ def make_evalset(
         bias_disambiguated=_bias(rng, world, split, bias_items // 2, False),
         general=_general(rng, world),
     )
+
+
+PHRASED = ("train", "calibration", "probe")
+"""Splits whose phrasings a defender has: alignment's, the calibration set's and the
+monitor's own."""
+
+
+def stratified_requests(
+    world: World, *, kinds: tuple[str, ...] | None = None
+) -> tuple[Request, ...]:
+    """Harmful requests of the probe's entities, as many for each kind and phrasing.
+
+    Every kind of harm is asked in every phrasing of :data:`PHRASED` about each harmful
+    action once, its things taking turns: 7 phrasings × 4 actions for each kind.
+    Entities are the probe's alone, and no phrasing is one that is measured.
+
+    >>> from sbr_jax.testbed.world import make_world
+    >>> len(stratified_requests(make_world(0)))
+    224
+    """
+    phrasings = [(s, p) for s in PHRASED for p in range(len(grammar.REQUESTS[s]))]
+    by_kind: dict[str, list[Thing]] = {}
+    for thing in world.harmful["probe"]:
+        if kinds is None or thing.kind in kinds:
+            by_kind.setdefault(thing.kind, []).append(thing)
+    rows = []
+    for things in by_kind.values():
+        for i, (split, phrasing) in enumerate(phrasings):
+            for j, action in enumerate(lx.HARMFUL_ACTIONS):
+                thing = things[(i + j) % len(things)]
+                prompt = grammar.request(split, phrasing, action, thing)
+                answer = grammar.compliance(world, action, thing)
+                rows.append(Request(prompt, True, answer))
+    return tuple(rows)

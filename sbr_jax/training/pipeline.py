@@ -25,7 +25,7 @@ from sbr_jax.methods.base import as_aligned
 from sbr_jax.progress import task
 from sbr_jax.training import code_record, loop, sharding, snapshot
 from sbr_jax.training.config import Config
-from sbr_jax.training.csm import repair
+from sbr_jax.training.csm import check_rule, repair
 from sbr_jax.training.finite import require_finite, require_number
 from sbr_jax.training.mapped import maps_seeds, train_mapped
 from sbr_jax.training.program import init_adapter, make_program
@@ -142,6 +142,14 @@ def check(
         raise UserError(f"expected seeds of at least 0, got {min(seeds)}")
     refuse_leaks(study.leak_check)
     check_sizes(study, domains, config.training)
+    if study.probe is not None:
+        training = config.training
+        check_rule(
+            training.monitor_rule,
+            training.tolerance,
+            study.probe_size,
+            training.monitor_confidence,
+        )
     sharding.check_mesh(config.hardware, config.training, study.model.config)
     maps_seeds(config)
 

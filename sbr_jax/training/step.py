@@ -20,6 +20,7 @@ import optax
 from sbr_jax import _mesh
 from sbr_jax.subspace import project_onto
 from sbr_jax.subspace.geometry import squares_inside
+from sbr_jax.transforms.shares import read_task_share
 from sbr_jax.typing import PyTree
 
 
@@ -68,7 +69,8 @@ def make_step(
       goes to the hook before its key (a repair passes a safety batch and β). Metrics
       are float32 scalars: ``loss``, ``grad_norm``, ``update_norm``, ``finite`` (1 or
       0), what the hook returns and, where the state holds a subspace,
-      ``safety_gradient``, ``removed`` and ``safety_update``.
+      ``safety_gradient``, ``removed``, ``safety_update`` and, where it can be told
+      apart, ``safety_task``: the share inside of the step without the bypass's part.
     """
 
     def step(base, train, state, batch, key, *more):
@@ -96,6 +98,11 @@ def make_step(
             "update_norm": update_norm,
             **_safety_components(state, grads, updates),
         }
+        if "safety_update" in metrics:
+            share = read_task_share(opt_state)
+            if share is None and "bypass" not in extra:  # All of it is the task's.
+                share = metrics["safety_update"]
+            metrics |= {} if share is None else {"safety_task": share}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         metrics["finite"] = finite & jnp.isfinite(update_norm)
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}

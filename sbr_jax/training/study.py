@@ -42,6 +42,7 @@ class Study:
       evaluate: ``(base, adapter) -> metrics``, 0 to 100; ``"composite"`` among them.
       probe: ``(base, adapter) -> refusal rate`` on the probe set, 0 to 100; None
         switches monitoring off.
+      probe_size: n, prompts of the probe set; a rule with a confidence bound needs it.
       fingerprint: of data and model; a working directory belongs to one.
       leak_check: shared examples by pair of sets, e.g. ``{"calibration/probe": 0}``;
         any above 0 is refused.
@@ -59,6 +60,7 @@ class Study:
     unaligned: PyTree | None = None
     judge: Callable[[Any], np.ndarray] | None = None
     probe: Callable[[PyTree, PyTree], float] | None = None
+    probe_size: int = 0
     fingerprint: str = ""
     leak_check: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)

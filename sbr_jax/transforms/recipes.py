@@ -18,6 +18,7 @@ import optax
 
 from sbr_jax import checks
 from sbr_jax.subspace import Subspace, project_onto
+from sbr_jax.subspace.geometry import share_inside
 from sbr_jax.subspace.spectrum import length_ratio
 from sbr_jax.subspace.units import to_vector
 from sbr_jax.transforms.bypass import add_bypass, matching_bypass
@@ -89,7 +90,8 @@ class UpdateProjectionState(NamedTuple):
 
     ``together`` is the second moment of g + b, ``apart`` that of both parts by
     themselves, g² + b². They are mixed when they are used, so that a new α, or a new
-    subspace, counts at once.
+    subspace, counts at once. ``inside`` is the share ``‖Π u‖ / ‖u‖`` of the last step
+    without what was let past, where it is kept.
     """
 
     count: jax.Array
@@ -98,6 +100,7 @@ class UpdateProjectionState(NamedTuple):
     together: PyTree
     apart: PyTree
     projection: RelaxedState
+    inside: jax.Array | None = None
 
 
 def update_projection(
@@ -111,6 +114,7 @@ def update_projection(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.01,
+    task_share: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW whose applied step stays out of the subspace, but for a bypass.
 
@@ -154,6 +158,8 @@ def update_projection(
         b2: decay of the second moment.
         eps: Adam's ε.
         weight_decay: ω, decoupled.
+        task_share: keep in the state, as ``inside``, what share of the step without
+            what is let past lies in the subspace: one more product with its basis.
 
     Returns:
         A transformation whose ``update`` needs ``params`` and takes an optional
@@ -199,7 +205,9 @@ def update_projection(
 
         inner: Any = projection.init(params)
         count = jnp.zeros([], jnp.int32)
-        return UpdateProjectionState(count, zeros(), zeros(), zeros(), zeros(), inner)
+        moments = (zeros(), zeros(), zeros(), zeros())
+        inside = jnp.float32(0.0) if task_share else None
+        return UpdateProjectionState(count, *moments, inner, inside)
 
     def update(
         updates: PyTree,
@@ -221,7 +229,7 @@ def update_projection(
             bypass_grad = jax.tree.map(jnp.zeros_like, task_grad)
         else:
             bypass_grad = jax.tree.map(_f32, matching_bypass(updates, bypass))
-        factor = _clip_factor(task_grad, bypass_grad, max_norm)
+        factor = clip_factor(task_grad, bypass_grad, max_norm)
         task_grad, bypass_grad = (
             jax.tree.map(lambda g: factor * g, t) for t in (task_grad, bypass_grad)
         )
@@ -269,6 +277,9 @@ def update_projection(
         )
         found: tuple[Any, Any] = projection.update(step, state.projection, **extra)
         step, inner = found
+        inside = None
+        if task_share:
+            inside = share_inside(step, find_subspaces(inner)[0])
         past = jax.tree.map(adam, passed, scale)
         if metric == "adam":
             past = _inside(passed, past, state.projection)
@@ -276,7 +287,7 @@ def update_projection(
             lambda s, x, u: (s - rate * x).astype(u.dtype), step, past, updates
         )
         moments = (task, passed, together, apart)
-        return step, UpdateProjectionState(count, *moments, inner)
+        return step, UpdateProjectionState(count, *moments, inner, inside)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -369,7 +380,7 @@ def _f32(x: jax.Array) -> jax.Array:
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def _clip_factor(
+def clip_factor(
     task: PyTree, bypass: PyTree, max_norm: float | None
 ) -> jax.Array | float:
     """Scale of both gradients that clips their sum to ``max_norm``."""

@@ -68,7 +68,8 @@ def trust_region(
     Returns:
         A transformation with the state `TrustRegionState`, whose centre is the
         parameters of ``init``. Its ``update`` needs ``params`` and takes an optional
-        ``centre``, a tree θ₀ to use in place of the state's.
+        ``centre``, a tree θ₀ to use in place of the state's, and an optional
+        ``epsilon``, an array above 0 to use in place of ε, which may be traced.
 
     Raises:
         UserError: for an ε that is not above 0; by ``init``, if the parameters are not
@@ -90,6 +91,7 @@ def trust_region(
     """
     check_subspace("subspace", subspace)
     checks.number("epsilon", epsilon, above=0.0)
+    budget = epsilon
 
     def init(params: PyTree) -> Any:
         subspace.fingerprint.split(params, what="parameters")
@@ -101,6 +103,7 @@ def trust_region(
         params: PyTree = None,
         *,
         centre: PyTree = None,
+        epsilon: Any = None,
         **extra: Any,
     ) -> tuple[PyTree, Any]:
         del extra
@@ -110,7 +113,8 @@ def trust_region(
                 "trust region lies about them"
             )
         middle = state.centre if centre is None else centre
-        return _kept_inside(updates, params, middle, state.subspace, epsilon), state
+        most = budget if epsilon is None else epsilon
+        return _kept_inside(updates, params, middle, state.subspace, most), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -46,6 +46,8 @@ def test_row_changes_the_result_and_leaves_the_base_alone(row):
     shipped, metrics = learned(row)[:2]
     assert all(np.isfinite(v) for v in metrics.values())
     assert metrics["finite"] == 1
+    # Whoever projects tells what of the task's own part of the step is inside.
+    assert ("safety_task" in metrics) == ("safety_update" in metrics)
     result = vector(shipped)
     if row in SAME_STEPS:
         np.testing.assert_array_equal(result, vector(learned(SAME_STEPS[row])[0]))

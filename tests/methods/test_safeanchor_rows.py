@@ -142,6 +142,16 @@ def test_diagnostics_say_what_the_report_draws():
     )
 
 
+def test_the_tasks_part_is_told_apart_from_what_the_anchor_brought():
+    strict = learned("safeanchor-exact:no-relaxation")[1]
+    assert strict["safety_task"] < 1e-5
+    assert strict["safety_update"] > 1e-3  # The anchor's, let past on purpose.
+    relaxed = learned("safeanchor-exact")[1]
+    assert relaxed["safety_task"] > 1e-3
+    alone = learned("safeanchor-exact:projection-only")[1]
+    np.testing.assert_allclose(alone["safety_task"], alone["safety_update"], rtol=1e-3)
+
+
 @pytest.mark.thorough
 def test_replay_bypass_lets_the_safety_gradient_past():
     key, adapter = jax.random.key(0), init_adapter(STUDY, SETTINGS, 0)

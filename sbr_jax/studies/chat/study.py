@@ -154,6 +154,7 @@ def build_study(
         judge=risk_judge(judge, model.tokenizer),
         evaluate=evaluate,
         probe=make_probe(parts.probe, judge, runner, options),
+        probe_size=len(parts.probe),
         fingerprint=_fingerprint(places, sets, texts, model, options),
         leak_check=parts.leaks,
         notes={"data": parts.record, **described, **rendering(model, judge, options)},

@@ -161,6 +161,7 @@ def build_study(
         judge=risk_judge(judge, loaded.tokenizer),
         evaluate=evaluate,
         probe=make_probe(parts.probe, judge, runner, options) if parts.probe else None,
+        probe_size=len(parts.probe),
         fingerprint=_fingerprint(mark, sets, texts),
         leak_check=parts.leaks,
         notes={
