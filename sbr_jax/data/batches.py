@@ -187,6 +187,14 @@ def _indices(size: int, batch_size: int, seed: int, index: int, count: int):
     return rows[index::count].batch(batch_size // count, drop_remainder=True)
 
 
+# Grain takes a millisecond for an index of a small set, and every variant and seed
+# draws the steps that a layout is chosen by.
+@functools.lru_cache(maxsize=4096)
+def _drawn(size: int, batch_size: int, seed: int, index: int, count: int, step: int):
+    """The rows of one step of that pipeline."""
+    return np.asarray(_indices(size, batch_size, seed, index, count)[step])
+
+
 def batch(
     dataset: TokenDataset,
     batch_size: int,
@@ -238,8 +246,8 @@ def batch(
         raise UserError(f"expected seed and step of at least 0, got {seed} and {step}")
     parts = []
     for own, share in _shares(dataset, batch_size, process_count):
-        pipeline = _indices(len(own), share, int(seed), process_index, process_count)
-        parts.append(own[np.asarray(pipeline[int(step)])])
+        place = int(seed), process_index, process_count, int(step)
+        parts.append(own[_drawn(len(own), share, *place)])
     rows = np.concatenate(parts)
     drawn = {"tokens": dataset.tokens[rows], "mask": dataset.mask[rows]}
     more = {"risk": dataset.risk, "tied": dataset.tied}
