@@ -62,6 +62,7 @@ def binary_unit(
     return jnp.where(peak > 0, jnp.ldexp(jnp.float32(1.0), power), 1.0)
 
 
+@jax.jit
 def sum_of_squares(rows: jax.Array) -> Scaled:
     """``Σ M²`` over the last two axes, whatever the scale of M."""
     unit = binary_unit(rows, (-2, -1))
