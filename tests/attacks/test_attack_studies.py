@@ -185,8 +185,9 @@ def test_what_is_asked_is_what_was_searched(setting, adapter, monkeypatch):
     losses = []
 
     def watched(*args, **options):
-        losses.append(attacks.gcg(*args, **options).best_losses[:, -1])
-        return attacks.gcg(*args, **options)
+        result = attacks.gcg(*args, **options)
+        losses.append(result.best_losses[:, -1])
+        return result
 
     monkeypatch.setattr(prompts, "gcg", watched)
     model = setting.study.model
@@ -200,7 +201,7 @@ def test_what_is_asked_is_what_was_searched(setting, adapter, monkeypatch):
         answer = tokenizer.encode(target, add_special_tokens=False)
         tokens = np.array([prompt + answer])
         mask = np.array([[0.0] * len(prompt) + [1.0] * len(answer)], np.float32)
-        logits = model.apply_fn(model.params, adapter, tokens)
+        logits = jax.jit(model.apply_fn)(model.params, adapter, tokens)
         # Another shape, and the adapter's zeros: float32 rounding of a loss near 10.
         own = token_cross_entropy(logits, tokens, mask)[0]
         assert float(own) == pytest.approx(float(loss), abs=1e-4)

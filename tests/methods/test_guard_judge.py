@@ -51,7 +51,8 @@ def dense_risk(model, adapter, dataset):
     risks = []
     for tokens, mask in zip(dataset.tokens, dataset.mask, strict=True):
         ids = [*tokens[: np.flatnonzero(mask)[-1] + 1], *QUESTION]
-        logits = model.apply_fn(model.params, adapter, np.array([ids], np.int32))
+        forward = jax.jit(model.apply_fn)  # One program a length, not one an operation.
+        logits = forward(model.params, adapter, np.array([ids], np.int32))
         p = np.exp(np.asarray(logits, np.float64)[0, -1])
         risks.append(p[LABELS[0]] / (p[LABELS[0]] + p[LABELS[1]]))
     return np.array(risks)
