@@ -18,7 +18,7 @@ PAGES := $(filter-out docs/reference,$(wildcard *.md docs/*.md docs/methods)) ex
 CORE := sbr_jax/subspace sbr_jax/transforms sbr_jax/fisher.py sbr_jax/losses.py $(addprefix tests/core/test_,subspace.py subspace_geometry.py transforms.py losses.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo report smollm2 test test-all test-core parity bench bench-venv lint format docs clean
+.PHONY: help venv demo report smollm2 test test-all test-core cases parity bench bench-venv lint style types format docs clean
 
 help: ## list the targets
 	@echo "Targets of this Makefile:"
@@ -78,13 +78,17 @@ smollm2: ## a real chat model fetched, taught to refuse and fine-tuned: DATA=FOL
 
 PYTEST = JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(BIN)/python -m pytest -n $(WORKERS)
 
-test: lint ## lint, types, doctests and tests; the last line counts them
-	@echo "==> doctests and tests, $(WORKERS) at a time"
-	@$(PYTEST) --dist loadfile --doctest-modules sbr_jax experiments tools tests $(ARGS)
+# Pyright has one thread: the tests need not wait for it.
+test: style ## lint, types, doctests and tests; the last line counts them
+	@$(MAKE) --no-print-directory -j 2 types cases
 
-test-all: lint ## every case of every table too: what make test leaves out
-	@echo "==> doctests and tests, the thorough ones too, $(WORKERS) at a time"
-	@$(PYTEST) --dist loadfile -m "" --doctest-modules sbr_jax experiments tools tests $(ARGS)
+test-all: style ## every case of every table too: what make test leaves out
+	@$(MAKE) --no-print-directory -j 2 types cases EVERY=yes
+
+cases: $(STAMP)
+	@echo "==> doctests and tests, $(WORKERS) at a time"
+	@$(PYTEST) $(if $(EVERY),-m "") --dist loadfile --no-loadscope-reorder \
+	  --doctest-modules sbr_jax experiments tools tests $(ARGS)
 
 test-core: $(STAMP) ## the mathematics alone: any pytree, no language model
 	@$(PYTEST) --doctest-modules $(CORE) $(ARGS)
@@ -117,7 +121,9 @@ bench: $(STAMP) $(PEERS) ## tables of speed and memory, beside peers; BENCH="lor
 	  JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m benchmarks.$$name $(ARGS); \
 	done
 
-lint: $(STAMP) ## ruff, pyright, mdformat and shellcheck, changing nothing
+lint: style types ## ruff, mdformat, shellcheck and pyright, changing nothing
+
+style: $(STAMP)
 	@echo "==> ruff check and format --check"
 	@$(BIN)/ruff check --quiet $(SOURCES)
 	@$(BIN)/ruff format --check --quiet $(SOURCES)
@@ -125,6 +131,8 @@ lint: $(STAMP) ## ruff, pyright, mdformat and shellcheck, changing nothing
 	@$(BIN)/mdformat --check $(PAGES)
 	@echo "==> shellcheck"
 	@$(BIN)/shellcheck --external-sources tpu_setup/*.sh
+
+types: $(STAMP)
 	@echo "==> pyright"
 	@$(BIN)/basedpyright --level error
 

@@ -36,6 +36,25 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 gc.set_threshold(200_000, 50, 100)
 
 
+# Minutes alone: a worker that begins one of these last has the others wait for it.
+LONG = (
+    *("methods/test_methods", "training/test_sharding", "programs/test_tune"),
+    *("distributed/test_distributed_runs", "training/test_pipeline"),
+    *("programs/test_analyse_program", "core/test_misuse", "methods/test_adaptive"),
+    *("core/test_subspace", "programs/test_chat_runs", "programs/test_rehearsal"),
+    *("methods/test_lean", "methods/test_guard_judge", "core/test_subspace_geometry"),
+    *("models/test_generate", "core/test_containers", "training/test_run_folders"),
+    *("training/test_loop", "attacks/test_attack_studies", "core/test_metric"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files go first; xdist hands them to its workers in this order."""
+    here = pathlib.Path(__file__).parent
+    place = {here / f"{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
 def pytest_collection_finish():
     """Leaves what was imported out of every later search for garbage."""
     gc.collect()
