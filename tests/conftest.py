@@ -12,6 +12,9 @@ _FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
+    # A program cut into parts for many threads costs a quarter more, and other workers
+    # of pytest are using the cores.
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 _GIVEN = os.environ.get("XLA_FLAGS", "").split()
 _NAMES = {flag.split("=")[0] for flag in _GIVEN}
