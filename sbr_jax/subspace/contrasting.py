@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sbr_jax import checks
-from sbr_jax.subspace import spectrum, units
+from sbr_jax.subspace import decompositions, spectrum, units
 from sbr_jax.subspace.record import Subspace, check_settings, same_parameters
 
 
@@ -135,18 +135,17 @@ def _contrast(
     count = jnp.maximum(jnp.sum(others > 0), 1).astype(jnp.float32)
     metric = spectrum.dot(against.T, against) + regulariser / count * jnp.eye(size)
     # Whitened by the metric, μ are squared singular values: no digits are lost.
-    factor = jnp.linalg.cholesky(metric)
-    solve = functools.partial(jax.scipy.linalg.solve_triangular, factor, lower=True)
-    _, sigma, right = jnp.linalg.svd(solve(rows.T).T, full_matrices=False)
+    factor = decompositions.cholesky(metric)
+    _, sigma, right = decompositions.svd(decompositions.forward(factor, rows.T).T)
     floor = 16 * jnp.finfo(jnp.float32).eps * size**0.5
     used = sigma > floor * jnp.linalg.norm(sigma)
-    w = spectrum.masked(solve(right.T, trans=1), used)
+    w = spectrum.masked(decompositions.backward(factor, right.T), used)
     w = spectrum.polish(spectrum.orthonormal(w))
     held = jnp.sum(spectrum.dot(rows, w) ** 2, axis=0)
     keep = spectrum.kept(held, used, trace / scale, energy)
     w = _first(spectrum.masked(w, keep), columns)
     # The eigenvectors of F_a inside the span, as every other subspace has them.
-    _, sigma, right = jnp.linalg.svd(spectrum.dot(rows, w), full_matrices=False)
+    _, sigma, right = decompositions.svd(spectrum.dot(rows, w))
     short = columns - len(sigma)
     sigma, right = jnp.pad(sigma, (0, short)), jnp.pad(right.T, ((0, 0), (0, short)))
     used = sigma > floor * jnp.linalg.norm(sigma)

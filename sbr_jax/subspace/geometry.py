@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from sbr_jax._mesh import Split, constrain, current, split_of, splitting, summed
-from sbr_jax.subspace import spectrum, units
+from sbr_jax.subspace import decompositions, spectrum, units
 from sbr_jax.subspace.record import Subspace, check_subspace, same_parameters
 from sbr_jax.typing import PyTree
 
@@ -129,12 +129,12 @@ def _outside_in(
     scale = jnp.where(trace > 0, scale / jnp.where(trace > 0, trace, 1.0), 1.0)
     weighted = scale[:, None] * v
     gram = summed(spectrum.dot(v.T, weighted), split)
-    factor = jnp.linalg.cholesky(gram + _JITTER * jnp.eye(gram.shape[0]))
+    factor = decompositions.cholesky(gram + _JITTER * jnp.eye(gram.shape[0]))
     out = u
     for _ in range(2):  # the second time undoes the jitter and the rounding of G
-        inside = jax.scipy.linalg.cho_solve(
-            (factor, True), spectrum.coordinates(out, v, split)
-        )
+        inside = spectrum.coordinates(out, v, split)
+        inside = decompositions.forward(factor, inside)
+        inside = decompositions.backward(factor, inside)
         out = out - spectrum.dot(weighted, inside)
     out = out - spectrum.dot(v, spectrum.coordinates(out, v, split))
     return jnp.minimum(spectrum.length_ratio(u, out, split), 1.0) * out
@@ -274,15 +274,15 @@ def principal_angles(a: Subspace, b: Subspace) -> PyTree:
         inner = summed(spectrum.dot(va.T, vb), split)
         rest = vb - spectrum.dot(va, inner)
         rest = rest - spectrum.dot(va, summed(spectrum.dot(va.T, rest), split))
-        small = jnp.linalg.qr(rest, mode="r")
+        small = decompositions.triangle(rest)
         if split is not None:  # That of all rows is that of all devices' own.
             every = jax.lax.all_gather(small, split.axes, axis=0, tiled=True)
-            small = jnp.linalg.qr(every, mode="r")
+            small = decompositions.triangle(every)
         ranks = [jnp.sum(spectrum.used_columns(v, split)) for v in (va, vb)]
         count = min(va.shape[1], vb.shape[1])
         place = jnp.arange(count)
-        cos = jnp.linalg.svd(inner, compute_uv=False)[:count]
-        sin = jnp.linalg.svd(small, compute_uv=False)[::-1]
+        cos = decompositions.singular_values(inner)[:count]
+        sin = decompositions.singular_values(small)[::-1]
         # Ascending sines start with a zero for every unused column of b.
         spare = vb.shape[1] - ranks[1]
         short = vb.shape[1] - sin.shape[0]  # more columns than parameters

@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sbr_jax import _mesh
 from sbr_jax._mesh import Split
-from sbr_jax.subspace import blocks, spectrum, units
+from sbr_jax.subspace import blocks, decompositions, spectrum, units
 from sbr_jax.typing import PyTree, UserError
 
 OVERHEAD = 1.3
@@ -209,7 +209,7 @@ def cut(rows: jax.Array, *, keep: int, split: Split | None = None) -> jax.Array:
 
     def one(layer: Any, rows: jax.Array, unit: jax.Array) -> jax.Array:
         gram = blocks.gram(rows, layer, unit[layer], split)
-        values, q = spectrum.apart(spectrum.eigh, split)(gram)
+        values, q = spectrum.apart(decompositions.eigh, split)(gram)
         values, q = jnp.maximum(values[::-1], 0.0), q[:, ::-1]
         less = jnp.where(jnp.arange(keep) < keep // 2, 0.0, values[keep])
         held = values[:keep]

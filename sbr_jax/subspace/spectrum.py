@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from sbr_jax import _mesh
 from sbr_jax._mesh import Split
-from sbr_jax.subspace import blocks
+from sbr_jax.subspace import blocks, decompositions
 from sbr_jax.subspace.blocks import dot as dot
 
 # How far below ρ·total a float32 cumulative sum may fall by rounding alone.
@@ -295,29 +295,20 @@ def _ritz(
     count = min(columns, rows.shape[1], size)
     floor = 16 * jnp.finfo(jnp.float32).eps * rows.shape[1] ** 0.5
     if rows.shape[1] > size and split is None:  # Rᵀ R = Mᵀ M, and R is smaller
-        rows = jnp.linalg.qr(rows[layer] / unit, mode="r")[None]
+        rows = decompositions.triangle(rows[layer] / unit)[None]
         layer, unit = 0, jnp.ones_like(unit)
     gram = blocks.gram(rows, layer, unit, split)
     norm = jnp.sqrt(jnp.trace(gram)) if norm is None else norm
-    _, q = apart(eigh, split)(gram)
+    _, q = apart(decompositions.eigh, split)(gram)
     # As wide as the result from the start, which then need not be a copy.
     x = blocks.transposed_times(rows, layer, unit, _pad(q[:, ::-1][:, :count], columns))
     x = orthonormal(x, count, split)
     products = blocks.times(rows, layer, unit, x, split)[:, :count]
-    _, sigma, right = apart(_svd, split)(products)
+    _, sigma, right = apart(decompositions.svd, split)(products)
     sigma = _pad(sigma, columns)
     right = jnp.pad(right.T, [(0, columns - count)] * 2)
     used = sigma > floor * norm
     return x, right, jnp.where(used, sigma, 0.0) ** 2, used
-
-
-def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues, ascending, and eigenvectors of one symmetric matrix."""
-    return tuple(jnp.linalg.eigh(x))
-
-
-def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return tuple(jnp.linalg.svd(x, full_matrices=False))
 
 
 @functools.lru_cache
