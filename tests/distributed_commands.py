@@ -66,8 +66,6 @@ def run(path, option):
         few_items.keep_few(patch, 2)
         short = dataclasses.replace(attacks.ATTACKS["gcg"], domains=("medical",))
         patch.setitem(attacks.ATTACKS, "gcg", short)
-        short = dataclasses.replace(attacks.ATTACKS["ablation"], domains=("medical",))
-        patch.setitem(attacks.ATTACKS, "ablation", short)
         patch.setattr(hosts, "joined", once(stack))
         read = counting(patch)
         codes = [main([*words, "--distributed", option]) for words in commands]

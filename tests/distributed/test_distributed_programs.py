@@ -186,7 +186,6 @@ def test_tune_and_align_leave_what_one_process_leaves(done, tmp_path):
     [
         ("poison", ("--ratio", "0.5", "--examples", "8")),
         ("gcg", SEARCH),
-        ("ablation", ()),
     ],
 )
 def test_attacks_leave_what_one_process_leaves(name, more, tmp_path):
