@@ -112,6 +112,12 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
         raise _refusal(name, f"{', '.join(first)} or {last}", value)
 
 
+def switch(name: str, value: Any) -> None:
+    """Refuse a value that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise _refusal(name, "True or False", value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Range:
     """Range of a number beside its type, as in ``Annotated[int, Range(least=1)]``.
@@ -165,8 +171,10 @@ def _fits(name: str, value: Any, kind: Any) -> None:
         number(name, value, **limits)
     elif typing.get_origin(kind) is typing.Literal:
         one_of(name, value, typing.get_args(kind))
-    elif kind in (str, bool) and not isinstance(value, kind):
-        raise _refusal(name, {str: "text", bool: "True or False"}[kind], value)
+    elif kind is bool:
+        switch(name, value)
+    elif kind is str and not isinstance(value, str):
+        raise _refusal(name, "text", value)
     elif typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if not isinstance(value, tuple) or not all(isinstance(x, item) for x in value):

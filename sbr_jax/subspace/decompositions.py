@@ -6,6 +6,9 @@ batches at once, as a step with several units does, two threads wait for each ot
 ever (two cores, 8 units of 4 layers: at the second step). So a CPU never gets a batch:
 mapped over layers, a decomposition is a loop. Elsewhere it is one call, as usual. None
 has a derivative in reverse.
+
+Symbols: L lower factor, K rows of a square matrix, U and V singular vectors, σ singular
+values, R triangle.
 """
 
 from collections.abc import Callable
@@ -25,6 +28,10 @@ def _in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
             x if own else jnp.broadcast_to(x, (size, *x.shape))
             for x, own in zip(given, batched, strict=True)
         ]
+        if jax.typeof(matrices[0]).sharding.spec[0] is not None:
+            # A loop cannot run over layers that are spread over devices.
+            found = jax.vmap(function)(*matrices)
+            return found, jax.tree.map(lambda x: True, found)
         found = jax.lax.platform_dependent(
             *matrices,
             cpu=lambda *x: jax.lax.map(lambda one: alone(*one), x),

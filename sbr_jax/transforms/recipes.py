@@ -187,6 +187,7 @@ def update_projection(
         arXiv:2604.17691; AdamW: arXiv:1711.05101
     """
     checks.one_of("metric", metric, ("adam", "euclidean"))
+    checks.switch("task_share", task_share)
     if not checks.is_function(learning_rate):
         checks.number("learning_rate", learning_rate, least=0.0)
     if max_norm is not None:

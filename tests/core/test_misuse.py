@@ -153,6 +153,7 @@ KINDS = {  # right, wrong
         ["none", "mean", "kind", "parameter"],
         ["max", "", None, 1, False, ["mean"]],
     ),
+    "switch": ([True, False], ["yes", None, 2, 0.5, NAN, [], {}, S]),
     "metric": (["adam", "euclidean"], ["sgd", "", None, 1, True, ["adam"]]),
     "fisher": (["empirical"], ["true", "", None, 1, ["empirical"]]),
     "direction": (["forward", "reverse"], ["both", "", None, 1, True]),
@@ -315,6 +316,7 @@ CALLS = {  # name, how it is called -> kinds of its arguments
         **RECIPE,
         **ADAM,
         "metric": "metric",
+        "task_share": "switch",
         "params": "tree",
     },
     ("trust_region", from_init): {
