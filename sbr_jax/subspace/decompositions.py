@@ -22,21 +22,24 @@ def _in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of matrices that ``vmap`` makes a loop on a CPU."""
     alone = jax.custom_batching.custom_vmap(function)
 
+    # Made once: outside of a program, every call would compile a loop of its own.
+    @jax.jit
+    def each(*matrices: jax.Array) -> Any:
+        return jax.lax.platform_dependent(
+            *matrices,
+            cpu=lambda *x: jax.lax.map(lambda one: alone(*one), x),
+            default=jax.vmap(function),
+        )
+
     @alone.def_vmap
     def rule(size: int, batched: list[bool], *given: jax.Array) -> tuple[Any, Any]:
         matrices = [
             x if own else jnp.broadcast_to(x, (size, *x.shape))
             for x, own in zip(given, batched, strict=True)
         ]
-        if jax.typeof(matrices[0]).sharding.spec[0] is not None:
-            # A loop cannot run over layers that are spread over devices.
-            found = jax.vmap(function)(*matrices)
-            return found, jax.tree.map(lambda x: True, found)
-        found = jax.lax.platform_dependent(
-            *matrices,
-            cpu=lambda *x: jax.lax.map(lambda one: alone(*one), x),
-            default=jax.vmap(function),
-        )
+        # A loop cannot run over layers that are spread over devices.
+        spread = jax.typeof(matrices[0]).sharding.spec[0] is not None
+        found = (jax.vmap(function) if spread else each)(*matrices)
         return found, jax.tree.map(lambda x: True, found)
 
     return alone

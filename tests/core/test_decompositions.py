@@ -98,6 +98,23 @@ def test_a_factor_or_a_vector_may_be_shared_by_the_layers(axes):
         np.testing.assert_allclose(found[i], want, atol=1e-4)
 
 
+def test_a_second_call_outside_of_a_program_compiles_nothing():
+    angles = principal_angles(S, OTHER)
+    compiled = []
+
+    def noted(name, _, **more):
+        if name.endswith("backend_compile_duration"):
+            compiled.append(more)
+
+    jax.monitoring.register_event_duration_secs_listener(noted)
+    try:
+        again = principal_angles(S, OTHER)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(noted)
+    assert compiled == []
+    jax.tree.map(np.testing.assert_array_equal, again, angles)
+
+
 STEPS = """
 import os
 os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[:2]))
