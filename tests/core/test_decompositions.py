@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def test_mapped_over_layers_it_is_the_decomposition_of_each(name, axes):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_program_gives_lapack_a_batch(name):
     """Two batches at once stop a program for ever where two threads run it."""
-    text = jax.jit(PROGRAMS[name]).lower(PARAMS).compile().as_text()
+    text = jax.jit(PROGRAMS[name]).lower(PARAMS).compile().as_text() or ""
     calls = [
         line.split("custom_call_target")[0]
         for line in text.splitlines()
@@ -102,9 +103,9 @@ def test_a_second_call_outside_of_a_program_compiles_nothing():
     angles = principal_angles(S, OTHER)
     compiled = []
 
-    def noted(name, _, **more):
-        if name.endswith("backend_compile_duration"):
-            compiled.append(more)
+    def noted(event: str, duration_secs: float, **more: Any):
+        if event.endswith("backend_compile_duration"):
+            compiled.append((duration_secs, more))
 
     jax.monitoring.register_event_duration_secs_listener(noted)
     try:
