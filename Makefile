@@ -15,7 +15,7 @@ STAMP := .venv/.installed-$(shell { cat pyproject.toml; echo "$(EXTRAS) $(PYTHON
 SOURCES := sbr_jax experiments tools tests $(wildcard benchmarks)
 PAGES := $(filter-out docs/reference,$(wildcard *.md docs/*.md docs/methods)) experiments/README.md $(wildcard tests/*.md tests/*/README.md)
 # What needs no language model: the mathematics, in about a minute.
-CORE := sbr_jax/subspace sbr_jax/transforms sbr_jax/fisher.py sbr_jax/losses.py $(addprefix tests/core/test_,subspace.py subspace_geometry.py transforms.py losses.py trust_region.py)
+CORE := sbr_jax/subspace sbr_jax/transforms sbr_jax/fisher sbr_jax/losses.py $(addprefix tests/core/test_,subspace.py subspace_geometry.py transforms.py losses.py trust_region.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo report smollm2 test test-all test-core cases parity bench bench-venv lint style types format docs clean

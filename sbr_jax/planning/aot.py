@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sbr_jax import _mesh, fisher
+from sbr_jax import _mesh
 from sbr_jax.data.layout import by_length
+from sbr_jax.fisher import gradients
 from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
 from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.models import init_params
@@ -198,7 +199,7 @@ def fisher_gradients(given: Shapes) -> Lowered:
 
     def one(held: Any, params: PyTree, batch: PyTree, base: PyTree, *numbers: Any):
         first, count, seen, place = numbers
-        parts, norms = fisher.microbatch_gradients(
+        parts, norms = gradients.microbatch_gradients(
             params, batch, first, count, seen, (base,), None,
             loss_fn=loss_fn, mark=mark, size=size,
         )  # fmt: skip

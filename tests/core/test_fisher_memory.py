@@ -9,7 +9,8 @@ import pytest
 import reference
 from subspace_case import normal
 
-from sbr_jax import UserError, effective_rank, fisher, fisher_subspace
+from sbr_jax import UserError, effective_rank, fisher_subspace
+from sbr_jax.fisher import gradients as of_examples
 from sbr_jax.subspace import sketch, spectrum, units
 from sbr_jax.subspace.record import unit_eigenpairs
 
@@ -142,7 +143,7 @@ def peak_bytes(examples):
     params = {"w": shape((LAYERS, SIZE), "f4")}
     parts = [shape((BATCH, LAYERS, SIZE), "f4")]
     batch = shape((BATCH, LAYERS), "f4")
-    gradients = fisher.microbatch_gradients.lower(
+    gradients = of_examples.microbatch_gradients.lower(
         params,
         batch,
         *[number] * 3,

@@ -1,0 +1,7 @@
+"""Fisher subspaces: gradients of single examples, their second moment, its share."""
+
+from sbr_jax.fisher.estimate import fisher_subspace
+from sbr_jax.fisher.gradients import per_example_gradients
+from sbr_jax.fisher.share import energy_share
+
+__all__ = ["energy_share", "fisher_subspace", "per_example_gradients"]

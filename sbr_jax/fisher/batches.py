@@ -1,0 +1,73 @@
+"""Batches as users give them: their first ones, and what is wrong with them.
+
+Symbols: B batch.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbr_jax import checks
+from sbr_jax.subspace import units
+from sbr_jax.typing import Batches, PyTree, UserError
+
+
+def look_ahead(batches: Batches, most: int) -> tuple[list[PyTree], Iterator[PyTree]]:
+    """The first batches, all or more than ``most`` examples of them, and the rest."""
+    stream, ahead, total = iter(batches), [], 0
+    while total <= most:
+        batch = next(stream, None)
+        if batch is None:
+            break
+        ahead.append(batch)
+        total += units.examples(batch, what="batch")
+    return ahead, stream
+
+
+def check(batches: Any) -> None:
+    """Refuse one batch where a list of them is wanted, as far as it can be told."""
+    one = isinstance(batches, Mapping | str | bytes | jax.Array | np.ndarray)
+    one = one or not isinstance(batches, Iterable) or hasattr(batches, "_fields")
+    # All batches of a loss are of one kind; x [B, P] and y [B] are parts of one.
+    kinds = {(x.ndim, jnp.issubdtype(x.dtype, jnp.floating)) for x in _arrays(batches)}
+    if one or len(kinds) > 1:
+        raise _unlisted(batches)
+
+
+@contextlib.contextmanager
+def parts_explained(batches: Any) -> Iterator[None]:
+    """Explain a loss that fails on ``x`` of a batch ``(x, y)``: it is in no list."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        if not isinstance(batches, tuple) or len(_arrays(batches)) < 2:
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise _unlisted(
+            batches, f", whose first loss_fn does not take ({why:.80})"
+        ) from error
+
+
+def _arrays(batches: Any) -> Sequence[Any]:
+    """The items of a tuple or list of arrays, and none of anything else."""
+    if not isinstance(batches, tuple | list):
+        return ()
+    bare = all(isinstance(x, jax.Array | np.ndarray) for x in batches)
+    return batches if bare else ()
+
+
+def _unlisted(batches: Any, why: str = "") -> UserError:
+    arrays = _arrays(batches)
+    got = checks.shown(batches)
+    if arrays:
+        shown = ", ".join(map(checks.shown, arrays))
+        got = f"a {type(batches).__name__} of arrays ({shown})"
+    return UserError(
+        f"expected batches to be a list of batches, got {got}{why}; pass [batch]"
+    )
