@@ -34,7 +34,8 @@ import numpy as np
 
 from sbr_jax.data.batches import first_tokens, take
 from sbr_jax.data.layout import by_length
-from sbr_jax.fisher import energy_shares, fisher_subspace
+from sbr_jax.fisher import fisher_subspace
+from sbr_jax.fisher.share import energy_shares
 from sbr_jax.methods.base import (
     LAYER_AXES,
     Problem,
