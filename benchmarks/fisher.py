@@ -4,17 +4,20 @@ A residual network of linear layers with LoRA, on which PyTorch computes the sam
 Fisher pass is set beside the least that any estimate from per-example gradients has to
 do (their squared norms), and beside as many plain gradient steps, batched alike;
 per-example gradients beside a loop of ``jax.grad`` and ``torch.func.vmap(grad)``.
+These networks are so small that the eigenvectors weigh as much as the gradients; in a
+language model, measured last, they hardly do.
 
 Memory is what the compiled programs plan, beside what a dense F would weigh.
 """
 
 import argparse
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import measure, worker
+from benchmarks import measure, study, worker
 from benchmarks.projection import is_pair
 from sbr_jax import fisher_subspace, per_example_gradients
 
@@ -24,6 +27,8 @@ SIZES = {  # layers, width, LoRA rank, examples, tokens of each
     "medium": (2, 1024, 16, 32, 32),
 }
 BATCH, KEPT = 8, 32
+MODEL = dataclasses.replace(study.SMALL, rank=8, calibration=128)
+"""A language model and its calibration set, of full rows of 128 tokens."""
 
 
 def loss_fn(params: dict, example: jax.Array, frozen: jax.Array) -> jax.Array:
@@ -119,6 +124,16 @@ def measure_size(
         report.measure(name, runs, pairs, memory=memory, more=more)
 
 
+def measure_model(report: measure.Pairs, size: study.Size) -> None:
+    """Measures a Fisher pass of a language model beside plain gradients."""
+    passes = study.Calibration(size, min(KEPT, size.calibration))
+    runs = {
+        "Fisher subspace": measure.timed(passes.fisher),
+        "plain gradients": measure.timed(passes.gradients),
+    }
+    report.measure("language model", runs, [("Fisher subspace", "plain gradients")])
+
+
 def main(given: list[str] | None = None) -> None:
     """Measures every size."""
     args = measure.options(__doc__, given)
@@ -132,6 +147,7 @@ def main(given: list[str] | None = None) -> None:
         size = 2 * width * rank
         dense, kept = layers * size**2 / 2**18, layers * size * KEPT / 2**18
         print(f"  dense F {dense:.0f} MiB, basis of {KEPT} columns {kept:.1f} MiB")
+    measure_model(report, study.SMOKE if args.smoke else MODEL)
     report.close()
 
 

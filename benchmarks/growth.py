@@ -6,16 +6,9 @@ size's own ratio, time that grows with it to the power p shows p = log time / lo
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
-
-import jax
 
 from benchmarks import measure, study
-from sbr_jax import fisher_subspace, models
-from sbr_jax.methods.base import LAYER_AXES, task_loss
 
 AXES: dict[str, tuple[int, ...]] = {
     "layers": (2, 4, 8, 16),
@@ -51,41 +44,6 @@ def size_of(axis: str, value: int, smoke: bool) -> study.Size:
     return dataclasses.replace(size, shape=dataclasses.replace(size.shape, **changes))
 
 
-def example_loss(adapter: Any, example: Any, base: Any, problem: Any) -> jax.Array:
-    """The loss of one example, as a Fisher pass differentiates it."""
-    batch = {name: x[None] for name, x in example.items()}
-    return task_loss(problem, base, adapter, batch, jax.random.key(0))
-
-
-def fisher_of(size: study.Size) -> Callable[[], Any]:
-    """A Fisher pass over the calibration set."""
-    made, config = study.make(size)
-    steps = study.Steps("plain", size, (made, config))
-    loss = functools.partial(example_loss, problem=steps.program.problem)
-    adapter = models.init_adapter(
-        jax.random.key(0), made.model.config, rank=size.rank, alpha=2.0 * size.rank
-    )
-    data = {"tokens": made.calibration.tokens, "mask": made.calibration.mask}
-    batches = [
-        {name: x[i : i + 8] for name, x in data.items()}
-        for i in range(0, size.calibration, 8)
-    ]
-
-    def run() -> Any:
-        found = fisher_subspace(
-            loss,
-            adapter,
-            batches,
-            max_rank=16,
-            unit=models.is_lora_pair,
-            layer_axes=LAYER_AXES,
-            args=(made.model.params,),
-        )
-        return jax.tree.leaves(found)
-
-    return run
-
-
 def main(given: list[str] | None = None) -> None:
     """Measures every axis, all its points in turns."""
     parser = measure.parser(__doc__)
@@ -99,7 +57,7 @@ def main(given: list[str] | None = None) -> None:
         for value in values:
             size = size_of(axis, value, args.smoke)
             if axis == "calibration":
-                runs[str(value)] = measure.timed(fisher_of(size))
+                runs[str(value)] = measure.timed(study.Calibration(size, 16).fisher)
                 continue
             steps = study.Steps("plain", size)
             runs[str(value)], memory[value] = measure.timed(steps), steps.bytes

@@ -1,6 +1,7 @@
 """Made-up studies over random Llamas of any size, for what needs no peer."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 
 from benchmarks import shapes
 from benchmarks.measure import plan
-from sbr_jax import models
+from sbr_jax import fisher_subspace, models
 from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.data.layout import Layout, arrange
+from sbr_jax.methods.base import LAYER_AXES, task_loss
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.training.config import Config
 from sbr_jax.training.program import Program, init_adapter, make_program
@@ -140,3 +142,60 @@ class Steps:
         """Takes one step; the state is consumed and replaced."""
         self._train, metrics = self._compiled(self.base, self._train, *self._rest)
         return metrics["loss"], jax.tree.leaves(self._train)
+
+
+def batch_loss(adapter: Any, rows: Any, base: Any, problem: Any) -> jax.Array:
+    """The loss of some examples, as a plain step differentiates it."""
+    return task_loss(problem, base, adapter, rows, jax.random.key(0))
+
+
+def example_loss(adapter: Any, example: Any, base: Any, problem: Any) -> jax.Array:
+    """The loss of one example, as a Fisher pass differentiates it."""
+    rows = {name: x[None] for name, x in example.items()}
+    return batch_loss(adapter, rows, base, problem)
+
+
+class Calibration:
+    """Passes over the calibration set, eight examples at a time.
+
+    Args:
+      size: of model and set.
+      columns: K, of the subspace.
+    """
+
+    def __init__(self, size: Size, columns: int):
+        """Makes the set and an adapter."""
+        study, config = make(size)
+        problem = make_program("plain", study, config).problem
+        self._base, self._columns = study.model.params, columns
+        self._adapter = models.init_adapter(
+            jax.random.key(0), study.model.config, rank=size.rank, alpha=2.0 * size.rank
+        )
+        rows = {"tokens": study.calibration.tokens, "mask": study.calibration.mask}
+        self._batches = [
+            jax.tree.map(lambda x, i=i: x[i : i + 8], rows)
+            for i in range(0, size.calibration, 8)
+        ]
+        self._loss = functools.partial(example_loss, problem=problem)
+        self._gradient = jax.jit(
+            jax.grad(functools.partial(batch_loss, problem=problem))
+        )
+
+    def fisher(self) -> Any:
+        """A subspace of the set's gradients."""
+        found = fisher_subspace(
+            self._loss,
+            self._adapter,
+            self._batches,
+            max_rank=self._columns,
+            unit=models.is_lora_pair,
+            layer_axes=LAYER_AXES,
+            args=(self._base,),
+        )
+        return jax.tree.leaves(found)
+
+    def gradients(self) -> Any:
+        """As many plain gradients, batched alike."""
+        return [
+            self._gradient(self._adapter, rows, self._base) for rows in self._batches
+        ]

@@ -7,6 +7,7 @@ those of a bucket ``etils.epath`` ones, which ask the extra ``gcs`` for ``gs://`
 
 import contextlib
 import importlib.util
+import os
 import pathlib
 import re
 import shutil
@@ -17,6 +18,8 @@ from sbr_jax.typing import UserError
 
 NEEDED = {"gs": "gcsfs", "s3": "s3fs"}
 """What reads and writes the buckets of a scheme."""
+JOBS = "jobs"
+"""Folder of a run's parts, where several processes work at it."""
 
 
 def folder(place: str | pathlib.Path) -> pathlib.Path:
@@ -55,6 +58,11 @@ def folder(place: str | pathlib.Path) -> pathlib.Path:
 def is_bucket(path: Any) -> bool:
     """Whether a path of :func:`folder` is in a bucket."""
     return not isinstance(path, pathlib.Path)
+
+
+def has_parts(run: pathlib.Path) -> bool:
+    """Whether processes have left parts of a run in its folder; never in a bucket."""
+    return not is_bucket(run) and os.path.isdir(run / JOBS)
 
 
 def remove(path: pathlib.Path) -> None:

@@ -220,6 +220,31 @@ def _with_mesh(arguments: JobArguments[Any], forecast: bool) -> Hardware:
     return hardware
 
 
+def check_folder(job: Job) -> None:
+    """Refuses a job's folder of other settings, before its study is built.
+
+    Nor may it hold what no run has written. What only the study knows is compared when
+    the job is run.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    from sbr_jax.training.records import plain_numbers
+    from sbr_jax.training.run_folder import read_config, refuse_foreign
+
+    if not (job.workdir / "config.json").exists():
+        cli.check_folder(job.workdir)
+        refuse_foreign(job.workdir, "config.json", own=(storage.JOBS,))
+        return
+    there, here = read_config(job.workdir), plain_numbers(job.config.mathematics())
+    here["domains"] = list(job.domains)
+    if any(plain_numbers(there.get(name)) != here[name] for name in here):
+        raise UserError(
+            f"{job.workdir} belongs to a run with other settings or domains than "
+            "these; choose another --workdir"
+        )
+
+
 def execute(job: Job, study: Any = None) -> Any:
     """Builds the study and runs it, or what is left of it.
 

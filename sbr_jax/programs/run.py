@@ -3,7 +3,7 @@
     python -m experiments.run PRESET --workdir DIR [--methods A B ...] [--domains ...]
         [--seed N N ...] [--mesh fsdp=4,tp=2] [--model M] [--data D] [--quiet]
         [--training.learning-rate 1e-3 ...] [--harness [TASK ...]] [--dry-run]
-        [--distributed auto|HOST:PORT,N,I]
+        [--distributed auto|HOST:PORT,N,I] [--jobs N|auto]
     python -m experiments.run PRESET --help    # every setting, with the preset's value
     python -m experiments.run --list
 
@@ -14,13 +14,15 @@ is one line on stderr and exit code 2, before any work is spent.
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from sbr_jax import recipes
+from sbr_jax import recipes, storage
 from sbr_jax.costs.devices import DeviceOptions
 from sbr_jax.methods import METHODS, VARIANTS
-from sbr_jax.programs import cli, harness, hosts
+from sbr_jax.programs import cli, harness, hosts, spread
 from sbr_jax.programs.job import Job, JobArguments, Options, execute, make_job, parse
+from sbr_jax.programs.spread import Jobs
 from sbr_jax.recipes.preset import Preset
 from sbr_jax.typing import UserError
 
@@ -41,6 +43,10 @@ class RunArguments(JobArguments[Options]):
     """Check every file and print memory and hours; train nothing."""
     device: DeviceOptions = DeviceOptions()
     """The device of --dry-run, in place of this machine's."""
+    jobs: Jobs = 1
+    """Processes that share the variants and seeds, on a CPU; auto: one a core."""
+    only: tuple[str, ...] = ()
+    """Of the variants and seeds only these, as VARIANT/SEED."""
 
 
 def check(arguments: RunArguments, job: Job) -> None:
@@ -59,6 +65,9 @@ def check(arguments: RunArguments, job: Job) -> None:
         raise UserError(
             f"--harness-limit {limit}: expected a number of at least 1 beside --harness"
         )
+    if arguments.jobs != 1:
+        hosts.require_one(arguments, "--jobs")
+    spread.check(job, arguments.jobs, arguments.only)
 
 
 def listing() -> str:
@@ -85,10 +94,20 @@ def run(args: Sequence[str]) -> None:
         return
     preset, arguments = parse(RunArguments, args, PROGRAM)
     with hosts.joined(arguments, args):
-        _run(preset, arguments)
+        _run(preset, arguments, args)
 
 
-def _run(preset: Preset, arguments: RunArguments[Any]) -> None:
+def _gather(folder: Path, distributed: str) -> None:
+    """Moves in what an earlier command with --jobs has left in folders of its own."""
+    if distributed == "off" and storage.has_parts(storage.folder(folder)):
+        from sbr_jax.training import parts
+
+        parts.gather(storage.folder(folder))
+
+
+def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> None:
+    if arguments.workdir is not None and not arguments.dry_run:
+        _gather(arguments.workdir, arguments.distributed)
     job = make_job(preset, arguments, forecast=arguments.dry_run)
     check(arguments, job)
     if arguments.dry_run:
@@ -102,6 +121,13 @@ def _run(preset: Preset, arguments: RunArguments[Any]) -> None:
     if arguments.harness is not None:
         # Read before the hours that the run takes: a missing file is told at once.
         tasks = harness.read(job, arguments.harness, arguments.harness_limit)
+    if arguments.only:
+        study = job.make_study()
+        for one in spread.chosen(job, arguments.only):
+            execute(one, study)
+        return
+    if arguments.jobs != 1:
+        spread.execute(job, words, arguments.jobs)
     study = execute(job)
     if tasks is not None:
         harness.evaluate(job, study, tasks)

@@ -100,7 +100,7 @@ def make_sweep(arguments: Arguments) -> Sweep:
         if not arguments.cells or name in arguments.cells
     }
     for cell in jobs.values():
-        check_folder(cell)
+        job.check_folder(cell)
     if (workdir / "table.md").exists() and not any(workdir.glob("*/config.json")):
         raise UserError(
             f"--workdir: expected to write {workdir}/table.md, found one there, but no "
@@ -143,31 +143,6 @@ def make_cell(fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]) -
 def _study(options: Any, domains: tuple[str, ...], sources: Any, hardware: Any) -> Any:
     """Each study once: programs are compiled by study."""
     return options.build(domains, sources, hardware)
-
-
-def check_folder(cell: Job) -> None:
-    """Refuses a cell's folder of other settings: its results would be in the table.
-
-    Nor may it hold what no run has written. What only the study knows is compared when
-    the cell is run.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    from sbr_jax.training.records import plain_numbers
-    from sbr_jax.training.run_folder import read_config, refuse_foreign
-
-    if not (cell.workdir / "config.json").exists():
-        cli.check_folder(cell.workdir)
-        refuse_foreign(cell.workdir, "config.json")
-        return
-    there, here = read_config(cell.workdir), plain_numbers(cell.config.mathematics())
-    here["domains"] = list(cell.domains)
-    if any(plain_numbers(there.get(name)) != here[name] for name in here):
-        raise UserError(
-            f"{cell.workdir} belongs to a run with other settings or domains than this "
-            "sweep's; choose another --workdir"
-        )
 
 
 def summary(sweep: Sweep) -> str:

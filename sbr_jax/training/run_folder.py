@@ -80,7 +80,7 @@ class RunFolder:
                 raise UserError(f"workdir {folder}: expected a folder, found a file")
             if not path.exists():
                 if not self._all_of(run_of(config)):
-                    refuse_foreign(folder, "config.json")
+                    refuse_foreign(folder, "config.json", own=(storage.JOBS,))
                 return
         whole = read_config(folder, f"{again(path)}, or {RESTORE}")
         differences = _differences(whole, config)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -82,6 +83,10 @@ def both(*words, **options):
 def read(folder):
     lines = (folder / "results.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def results(folder):
+    return (folder / "results.jsonl").read_bytes()
 
 
 def plain(folder):
@@ -184,6 +189,31 @@ def test_a_host_that_dies_is_named_and_the_rest_is_kept(whole, tmp_path):
     assert "process 1 (" in said.splitlines()[-1]
     assert [code for code, _ in both("--workdir", folder, *PLAIN)] == [0, 0]
     assert (folder / "results.jsonl").read_bytes() == plain(whole[0])
+
+
+@pytest.mark.thorough
+def test_twenty_kills_of_either_process_change_no_byte(whole, tmp_path):
+    rng, kills, folders = random.Random(0), 0, 0
+    slow = {"SBR_JAX_PAUSE": "0.3"}
+    while kills < 20:
+        folder, codes = tmp_path / str(folders), []
+        while codes != [0, 0]:
+            # Starts and compilations are killed as well as steps and evaluations.
+            wait, victim = rng.uniform(3, 30), rng.randrange(2)
+            with two("--workdir", folder, each=(slow, slow)) as processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    processes[victim].wait(wait if kills < 20 else LIMIT)
+                killed = processes[victim].poll() is None
+                if killed:
+                    kills += 1
+                    number = rng.choice((signal.SIGKILL, signal.SIGTERM))
+                    processes[victim].send_signal(number)
+                codes = [ended(process)[0] for process in processes]
+            # Left alone they finish; a partner that is awaited in vain says so with 2.
+            assert killed or codes == [0, 0], codes
+            assert set(codes) <= {0, 2, 134, 137, 143, -signal.SIGKILL, -signal.SIGTERM}
+        assert results(folder) == results(whole[0])
+        folders += 1
 
 
 @pytest.mark.thorough

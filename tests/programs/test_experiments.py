@@ -106,6 +106,16 @@ def test_the_same_command_has_nothing_left_to_do(finished):
     assert (workdir / "results.jsonl").read_bytes() == results
 
 
+def test_two_processes_write_what_one_writes(finished, tmp_path):
+    arguments, workdir = finished
+    folder = tmp_path / "run"
+    words = [str(folder) if word == str(workdir) else word for word in arguments]
+    assert run.main([*words, "--jobs", "2"]) == 0
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["stages"]
+    found = (folder / "results.jsonl").read_bytes()
+    assert found == (workdir / "results.jsonl").read_bytes()
+
+
 def test_a_folder_of_other_settings_is_refused_untouched(finished, capsys):
     arguments, workdir = finished
     before = snapshot(workdir)

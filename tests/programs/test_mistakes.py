@@ -48,6 +48,13 @@ MISTAKES = {
     f"{RUN} --training.batch-size": "--training.batch-size: expected INT, got none",
     f"{RUN} --training.batch-size=": "--training.batch-size: expected a value, got ''",
     f"{RUN} - ---": "unknown option '---'",
+    # Processes.
+    f"{RUN} --jobs 0": "--jobs: expected auto, or from 1 to 1000, got 0",
+    f"{RUN} --jobs many": "--jobs: expected",
+    f"{RUN} --jobs 2 --only plain/0": "--jobs 2 with --only: expected one of the two",
+    f"{RUN} --jobs 2 --mesh data=1": "--jobs 2 with a mesh: expected one process",
+    f"{RUN} --only plain": "unknown variant and seed 'plain'; nearest: plain/0",
+    f"{RUN} --only plain/7": "unknown variant and seed 'plain/7'",
     f"{RUN} {'x' * 300}": f"unexpected word '{'x' * 300}'",
     f"{RUN} é": "unexpected word 'é'",
     "run demo --workdir=": "--workdir: expected a value, got ''",

@@ -1,0 +1,213 @@
+"""A run's variants and seeds shared among processes, each in a folder of its own.
+
+The command starts itself once a process, with `--only` what falls to it. When all have
+ended, their stages are gathered, and the command finds everything finished.
+"""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from sbr_jax import errors, files
+from sbr_jax.programs import job, terminal
+from sbr_jax.programs.job import Job
+from sbr_jax.typing import UserError
+
+Jobs = int | Literal["auto"]
+MOST = 1000
+"""Processes: beyond it somebody has mistyped."""
+
+
+def check(wanted: Job, jobs: Jobs, only: Sequence[str]) -> None:
+    """Refuses numbers of processes, and variants and seeds that are none of the job's.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    if jobs != "auto" and not 1 <= jobs <= MOST:
+        raise UserError(f"--jobs: expected auto, or from 1 to {MOST}, got {jobs}")
+    errors.check_names("variant and seed", only, named(pairs(wanted)))
+    if jobs == 1:
+        return
+    if only:
+        raise UserError(f"--jobs {jobs} with --only: expected one of the two; drop one")
+    if wanted.config.hardware.mesh is not None and jobs != "auto":
+        raise UserError(
+            f"--jobs {jobs} with a mesh: expected one process, as a mesh has all "
+            "devices; drop one"
+        )
+    files.require_disk(wanted.workdir)
+
+
+def pairs(wanted: Job) -> list[tuple[str, int]]:
+    """The variants and seeds of a job, in order."""
+    return [(name, seed) for name in wanted.methods for seed in wanted.seeds]
+
+
+def named(chosen: Sequence[tuple[str, int]]) -> list[str]:
+    """Variants and seeds as `--only` takes them.
+
+    >>> named([("plain", 0), ("lean", 3)])
+    ['plain/0', 'lean/3']
+    """
+    return [f"{variant}/{seed}" for variant, seed in chosen]
+
+
+def chosen(wanted: Job, only: Sequence[str]) -> Iterator[Job]:
+    """The job of every variant with those of its seeds that were asked for."""
+    for variant in wanted.methods:
+        seeds = tuple(s for s in wanted.seeds if f"{variant}/{s}" in only)
+        if seeds:
+            yield dataclasses.replace(wanted, methods=(variant,), seeds=seeds)
+
+
+def processes(wanted: Job, jobs: Jobs, left: int) -> int:
+    """How many processes share what is left: at most one a core where jobs is auto.
+
+    Raises:
+        UserError: where several would share an accelerator.
+    """
+    if jobs == "auto" and wanted.config.hardware.mesh is not None:
+        return 1
+    import jax
+
+    on = jax.default_backend()
+    if on != "cpu":
+        if jobs == "auto":
+            return 1
+        raise UserError(
+            f"--jobs {jobs}: expected one process, as all would share one {on}; drop it"
+        )
+    return min(len(_cores()) if jobs == "auto" else jobs, left)
+
+
+def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
+    """Runs what is left in so many processes; then every stage is in the job's folder.
+
+    However this process ends, no other outlives it, and what was finished is found by
+    the next command on the same folder.
+
+    Args:
+        wanted: the job.
+        words: of its command line.
+        jobs: how many processes.
+
+    Raises:
+        UserError: for a folder of another run, or processes that were killed.
+        SystemExit: with the code of a process that failed; it has said why.
+    """
+    from sbr_jax.training import locks, parts
+
+    job.check_folder(wanted)
+    left = parts.unfinished(wanted.workdir, pairs(wanted), wanted.domains)
+    count = processes(wanted, jobs, len(left))
+    if count < 2:
+        return
+    with locks.taken(wanted.workdir):
+        running = []
+        try:
+            for index in range(count):
+                own = left[index::count]
+                folder = parts.hand_out(wanted.workdir, str(index), own)
+                with _on(_cores()[index::count]):
+                    running.append(_Process(_command(words, folder, own)))
+            codes = [process.wait() for process in running]
+        finally:
+            for process in running:
+                process.end()
+    parts.gather(wanted.workdir)
+    if killed := [-code for code in codes if code < 0]:
+        raise UserError(
+            f"{len(killed)} of {count} processes were killed (signal {killed[0]}): run "
+            "the same command again, with fewer --jobs if memory was short"
+        )
+    if any(codes):
+        raise SystemExit(max(codes))
+
+
+def _command(
+    words: Sequence[str], folder: Path, own: Sequence[tuple[str, int]]
+) -> list[str]:
+    """The command line of a part: the same, in another folder."""
+    kept = without(words, "--workdir", "--jobs")
+    command = [sys.executable, "-m", "sbr_jax.programs.run", *kept]
+    return [*command, "--workdir", str(folder), "--only", *named(own)]
+
+
+def without(words: Sequence[str], *options: str) -> list[str]:
+    """A command line without some options of one value.
+
+    >>> without(["demo", "--jobs", "2", "--quiet"], "--jobs")
+    ['demo', '--quiet']
+    """
+    kept, value = [], False
+    for word in words:
+        named = word.partition("=")[0] in options
+        if not named and not value:
+            kept.append(word)
+        value = named and "=" not in word
+    return kept
+
+
+class _Process:
+    """A process whose lines are passed on, whole, as they come."""
+
+    def __init__(self, command: Sequence[str]):
+        environment = {**os.environ, terminal.PARENT: str(os.getpid())}
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self._process = subprocess.Popen(
+            command, env=environment, text=True, errors="replace", **streams
+        )
+        pipes = (self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)
+        self._readers = [threading.Thread(target=_pass_on, args=pair) for pair in pipes]
+        for reader in self._readers:
+            reader.start()
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended and said all."""
+        for reader in self._readers:
+            reader.join()
+        return self._process.wait()
+
+    def end(self) -> None:
+        """Ends it, if it has not: it saves itself first."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        self.wait()
+
+
+def _pass_on(lines: IO[str], to: IO[str]) -> None:
+    with lines:
+        for line in lines:
+            print(line, end="", file=to, flush=True)
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def _on(cores: Sequence[int]) -> Iterator[None]:
+    """Starts processes on some cores only, where the system has a way to say so.
+
+    XLA starts a thread for each core that it sees: processes with all of them would
+    wait for each other's.
+    """
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

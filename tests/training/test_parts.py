@@ -1,0 +1,105 @@
+"""A run in parts: several folders become the one that a single process would write."""
+
+import contextlib
+
+import pytest
+from run_folder_case import VARIANTS, go, results
+from test_damaged_runs import KilledError, kill_after
+
+from sbr_jax.training import locks, parts
+from sbr_jax.typing import UserError
+
+SEEDS = (0, 1)
+PAIRS = [(variant, seed) for variant in VARIANTS for seed in SEEDS]
+DOMAINS = ("medical", "legal")
+SETTINGS = {"seeds": SEEDS}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of a run in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    go(folder, **SETTINGS)
+    return results(folder)
+
+
+def work(folder, part, pairs, **settings):
+    """Does a part, as one process of several."""
+    own = parts.hand_out(folder, part, pairs)
+    for variant, seed in pairs:
+        go(own, (variant,), seeds=(seed,), **settings)
+    return own
+
+
+def test_parts_become_the_run_of_one_process(whole, tmp_path):
+    for part in range(2):
+        work(tmp_path, str(part), PAIRS[part::2])
+    parts.gather(tmp_path)
+    assert not (tmp_path / "jobs").exists()
+    assert parts.unfinished(tmp_path, PAIRS, DOMAINS) == []
+    go(tmp_path, **SETTINGS)
+    assert results(tmp_path) == whole
+
+
+@pytest.mark.parametrize("writes", [3, 9, 15])
+def test_a_part_that_was_killed_is_continued_in_another(whole, tmp_path, writes):
+    work(tmp_path, "0", PAIRS[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, writes)
+        with contextlib.suppress(KilledError):
+            work(tmp_path, "1", PAIRS[1:])
+    parts.gather(tmp_path)
+    left = parts.unfinished(tmp_path, PAIRS, DOMAINS)
+    assert PAIRS[0] not in left
+    assert PAIRS[-1] in left
+    work(tmp_path, "0", left[::2])
+    work(tmp_path, "1", left[1::2])
+    parts.gather(tmp_path)
+    go(tmp_path, **SETTINGS)
+    assert results(tmp_path) == whole
+
+
+def test_what_was_begun_is_handed_out_and_what_is_finished_stays(tmp_path):
+    go(tmp_path, ("plain",))
+    begun = tmp_path / "stages/plain/0"
+    (begun / "08-evaluate/result.json").unlink()
+    go_on = parts.unfinished(tmp_path, [("plain", 0)], DOMAINS)
+    own = parts.hand_out(tmp_path, "0", go_on)
+    assert go_on == [("plain", 0)]
+    assert not begun.exists()
+    assert (own / "stages/plain/0/01-train/result.json").exists()
+    assert (own / "stages/base/all/00-base/result.json").exists()
+    assert (own / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+
+
+def test_the_copy_with_more_stages_stays(tmp_path):
+    own = work(tmp_path, "0", PAIRS[:1])
+    before = (own / "stages/plain/0/08-evaluate/result.json").read_bytes()
+    go(tmp_path, ("plain",), domains=DOMAINS)
+    (tmp_path / "stages/plain/0/08-evaluate/result.json").unlink()
+    parts.gather(tmp_path)
+    after = (tmp_path / "stages/plain/0/08-evaluate/result.json").read_bytes()
+    assert after == before
+
+
+def test_a_part_of_other_settings_is_refused_and_stays(tmp_path):
+    go(tmp_path, ("plain",))
+    own = tmp_path / "jobs/0"
+    go(own, ("lisa",), learning_rate=1e-5)
+    with pytest.raises(UserError, match=r"other settings than .*: expected a part"):
+        parts.gather(tmp_path)
+    assert (own / "results.jsonl").exists()
+    assert not (tmp_path / "stages/lisa").exists()
+
+
+def test_a_part_that_somebody_works_in_is_refused(tmp_path):
+    own = work(tmp_path, "0", PAIRS[:1])
+    with locks.taken(own), pytest.raises(UserError, match="in use by another run"):
+        parts.gather(tmp_path)
+    assert (own / "results.jsonl").exists()
+
+
+def test_folders_that_are_no_parts_are_left_alone(tmp_path):
+    (tmp_path / "jobs/mine").mkdir(parents=True)
+    parts.gather(tmp_path)
+    assert (tmp_path / "jobs/mine").is_dir()
