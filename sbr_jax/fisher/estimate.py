@@ -144,6 +144,10 @@ def fisher_subspace(
         )
     microbatch = microbatch or max(counts)
     sizes = sketch.plan(parameters, max_rank, microbatch, buffer_rank, memory_budget)
+    # The buffer may hold more rows than were looked at, and the stream go on.
+    more, stream = given.look_ahead(stream, sizes.rows - sum(counts))
+    ahead += more
+    counts += [units.examples(batch, what="batch") for batch in more]
     full = min(sum(counts), sizes.rows)
     mesh = _mesh.holding(params)
     held = sketch.reserve(mark, full, mesh)

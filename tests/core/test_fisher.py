@@ -110,6 +110,35 @@ def test_small_buffer_approaches_from_below_and_keeps_the_trace():
     assert np.all(b[:, 0] >= 0.95 * a[:, 0])  # the leading one hardly suffers
 
 
+def linear(params, x):
+    return jnp.vdot(params["w"], x)
+
+
+@pytest.mark.parametrize(
+    ("max_rank", "buffer", "batch", "microbatch"),
+    [(4, 4, 3, None), (5, 5, 7, 4)],
+)
+def test_a_full_buffer_loses_no_example_however_batches_fill_it(
+    max_rank, buffer, batch, microbatch
+):
+    """One example outweighs all others, wherever in the stream it stands."""
+    for place in range(0, 24, 5):
+        x = normal(9, 24, 12)
+        x[place] *= 30
+        s = fisher_subspace(
+            linear,
+            {"w": jnp.zeros(12)},
+            [x[i : i + batch] for i in range(0, 24, batch)],
+            max_rank=max_rank,
+            energy=1.0,
+            buffer_rank=buffer,
+            microbatch=microbatch,
+        )
+        most = np.linalg.eigvalsh(reference.f64(x).T @ x / 24)[-1]
+        assert 0.95 * most <= float(s.eigenvalues["w"][0]) <= most * (1 + 1e-5)
+        np.testing.assert_allclose(s.trace["w"], (x**2).sum() / 24, rtol=1e-5)
+
+
 def test_per_example_gradients_are_a_loop_of_grad():
     batch = cut(11)[0]
     want = [
