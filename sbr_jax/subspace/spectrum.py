@@ -71,7 +71,10 @@ def sum_of_squares(rows: jax.Array) -> Scaled:
 
 def add(a: Scaled, b: Scaled) -> Scaled:
     """Sum of two."""
-    unit = jnp.maximum(a.unit, b.unit)
+    # The unit of zeros is 1, in which a small number would be lost.
+    units = [jnp.where(x.value == 0, 0.0, x.unit) for x in (a, b)]
+    unit = jnp.maximum(*units)
+    unit = jnp.where(unit > 0, unit, 1.0)
     return Scaled(a.within(unit) + b.within(unit), unit)
 
 

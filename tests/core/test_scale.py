@@ -8,6 +8,7 @@ import pytest
 from subspace_case import normal, plain, rank
 
 from sbr_jax import (
+    energy_share,
     fisher_subspace,
     from_factors,
     merge,
@@ -69,6 +70,38 @@ def test_losses_of_any_scale_give_the_same_directions(power, buffer):
     np.testing.assert_array_equal(got.basis["w"], want.basis["w"])
     wanted = scaled(want.eigenvalues["w"], power)
     np.testing.assert_array_equal(got.eigenvalues["w"], wanted)
+
+
+def half(params, x, size):
+    """Of a pair only B has a gradient, as in a fresh adapter."""
+    return size * jnp.vdot(params["pair"]["b"], x)
+
+
+@pytest.mark.parametrize("power", [-100, -66, 40])
+def test_zeros_beside_gradients_of_any_scale_change_nothing(power):
+    """A leaf without a gradient, and a batch without one."""
+    x = jnp.asarray(normal(1, 8, 12))
+    batches = [jnp.zeros_like(x), x]
+    params = {"pair": {"a": jnp.zeros((3, 2)), "b": jnp.zeros(12)}}
+
+    def found(size):
+        args = (jnp.float32(size),)
+        s = fisher_subspace(
+            half,
+            params,
+            batches,
+            max_rank=4,
+            unit=lambda node: isinstance(node, dict) and "a" in node,
+            args=args,
+        )
+        return s, energy_share(half, params, batches, s, args=args)["pair"]
+
+    (want, share), (got, other) = found(1.0), found(2.0**power)
+    assert got.basis["pair"].any()
+    np.testing.assert_array_equal(got.basis["pair"], want.basis["pair"])
+    trace = np.maximum(scaled(want.trace["pair"], power), 4 * TINY)
+    np.testing.assert_array_equal(got.trace["pair"], trace)
+    assert 0.5 < share == other
 
 
 def test_batches_of_very_different_scale_add_up():
