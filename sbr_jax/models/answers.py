@@ -73,10 +73,14 @@ class Answers(NamedTuple):
         if self.owners is None:
             rows = real.reshape(self.examples, -1)
             return (jnp.cumsum(rows, axis=-1) - rows).reshape(-1)
-        # Places are listed example by example.
+        # An example's places stand together, those of a row's examples before the next
+        # row's: with several rows not in the examples' order.
         example = jnp.arange(self.examples, dtype=self.owners.dtype)[:, None]
-        first = jnp.sum(jnp.where(self.owners[None] < example, real[None], 0), axis=-1)
-        return jnp.cumsum(real) - real - jnp.take(first, self.owners, mode="clip")
+        mine = (self.owners[None] == example) & (real[None] > 0)
+        first = jnp.argmax(mine, axis=-1).astype(jnp.int32)
+        place = jnp.arange(self.owners.shape[0], dtype=jnp.int32)
+        rank = place - jnp.take(first, self.owners, mode="clip")
+        return jnp.where(self.shares > 0, rank, 0)
 
 
 def find(batch: Mapping[str, jax.Array]) -> Answers:

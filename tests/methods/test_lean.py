@@ -22,8 +22,10 @@ from adaptive_case import (
 from trees import vector
 
 from sbr_jax import _rows
-from sbr_jax.data.batches import batch
+from sbr_jax.data.batches import TokenDataset, batch
+from sbr_jax.data.layout import arrange, choose
 from sbr_jax.methods.lean import lean, tied_mixture
+from sbr_jax.models import answers
 from sbr_jax.typing import UserError
 
 WIDTHS = (1, 3, 8, 31, 32, 50)
@@ -161,6 +163,23 @@ def test_microbatches_share_one_objective_wherever_the_held_rows_lie():
     for ours, theirs in zip(mean, whole, strict=True):
         if jax.tree.leaves(theirs):
             np.testing.assert_allclose(vector(ours), vector(theirs), atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_each_answer_token_meets_its_own_reference_in_packed_rows(rows):
+    """Several rows list their examples' places row by row, not example by example."""
+    rng, size = np.random.default_rng(0), 8
+    kept = np.arange(20) < rng.permutation(np.arange(5, 5 + 2 * size, 2))[:, None]
+    tokens, mask = np.where(kept, 7, 0), kept & (np.arange(20) > 2)
+    drawn = batch(TokenDataset(tokens, mask), size, 0, 0)
+    layout = choose(TokenDataset(tokens, mask), size, packing="yes", rows=rows)
+    (laid,) = arrange([drawn], layout)
+    ranks = np.asarray(jax.jit(lambda b: answers.find(b).ranks())(laid))
+    told = laid["shares"] > 0
+    for example in range(size):
+        own = ranks[told & (laid["owners"] == example)]
+        assert own.tolist() == list(range(int(drawn["mask"][example].sum())))
+    assert (ranks >= 0).all()
 
 
 def test_weights_of_the_task_leave_the_held_rows_alone():
