@@ -5,7 +5,8 @@ text in them. :func:`pack` puts the examples of a step behind each other in one 
 which everything but attention walks through token by token; attention meets them in
 *blocks*, rows that are about as long as the longest example and hold several, kept
 apart by segments. What is drawn for a step does not depend on it
-(:mod:`sbr_jax.data.batches`), and neither do the numbers, up to rounding.
+(:mod:`sbr_jax.data.batches`), and neither do the numbers, up to rounding, but for the
+masks of dropout.
 
 Shapes are few: the length of a row and the number of answer places are rounded up, so a
 program is compiled for each size that occurs and serves every step of that size.
@@ -429,10 +430,10 @@ def by_length(
 
     Yields:
       ``tokens``, ``mask`` and what :func:`answer_places` gives, each with a leading
-      axis of examples; shorter ones first, in their order. Batches of one length have
-      one shape, but for the last's number of examples, and sets of about one length
-      share shapes: columns are a multiple of 8, or more where there are many, answer
-      places one of 8.
+      axis of examples; shorter ones first, in an order that neither number changes.
+      Batches of one length have one shape, but for the last's number of examples, and
+      sets of about one length share shapes: columns are a multiple of 8, or more where
+      there are many, answer places one of 8.
 
     >>> tokens = np.ones((5, 40), np.int32)
     >>> mask = np.arange(40) == np.array([[9], [35], [9], [9], [9]])
@@ -444,14 +445,14 @@ def by_length(
     groups: list[np.ndarray] = []
     waiting = np.zeros(0, np.int64)
     for each in sorted(set(sizes.tolist())):
-        waiting = np.sort(np.concatenate([waiting, np.flatnonzero(sizes == each)]))
+        waiting = np.concatenate([waiting, np.flatnonzero(sizes == each)])
         if len(waiting) >= least:
             groups.append(waiting)
             waiting = waiting[:0]
     if len(waiting):
         # The longest are too few: they go with those before them.
         joined = [groups.pop()] if groups else []
-        groups.append(np.sort(np.concatenate([*joined, waiting])))
+        groups.append(np.concatenate([*joined, waiting]))
     for group in groups:
         length = _shared_length(int(lengths[group].max()))
         tokens, mask = (

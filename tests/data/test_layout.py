@@ -169,6 +169,18 @@ def test_batches_by_length_hold_every_example_once(least):
     assert len(shapes) > 1
 
 
+def test_batches_by_length_come_in_one_order():
+    """A stream's n-th example, and what is drawn for it, is not the hardware's."""
+    data = ragged(4, size=60, longest=100)
+
+    def order(size, least):
+        parts = by_length(data, size, least=least)
+        return [t[t > 0].tolist() for part in parts for t in part["tokens"]]
+
+    for size, least in ((16, 16), (5, 1), (60, 60)):
+        assert order(size, least) == order(1, 1)
+
+
 @pytest.mark.parametrize("longest", [(29, 32), (35, 39), (250, 256)])
 def test_sets_of_about_one_length_share_their_shapes(longest):
     shapes = [
