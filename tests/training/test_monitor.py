@@ -18,7 +18,7 @@ from sbr_jax.testbed import evalsets, grammar
 from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.world import make_world
 from sbr_jax.training import pipeline
-from sbr_jax.training.csm import check_rule, excess_bounds, monitor
+from sbr_jax.training.csm import check_rule, excess_bounds, monitor, needs_repair
 from sbr_jax.typing import UserError
 
 TAU = 0.05
@@ -148,6 +148,15 @@ def test_the_rule_decides_each_block_from_the_newest_score(rule, n, wanted):
     _, scores = monitor("x", lambda x: next(left), repair, 100.0, **asked)
     assert scores == wanted
     assert done == list(range(len(wanted) - 1))
+
+
+def test_a_fall_of_exactly_the_tolerance_is_not_below_it():
+    """95 % of 20 of 85 prompts are 19, which percentages round to less than 95 %."""
+    for n in range(20, 401):
+        for before in range(20, n + 1, 20):
+            rates = [100.0 * (before * 19 // 20 - less) / n for less in (0, 1)]
+            asked = [needs_repair(rate, 100.0 * before / n, TAU) for rate in rates]
+            assert asked == [False, True], (n, before)
 
 
 # --- the probe set --------------------------------------------------------------------
