@@ -35,7 +35,7 @@ from sbr_jax.methods.sbr import BATCH
 from sbr_jax.subspace import Subspace, empty_subspace
 from sbr_jax.subspace.spectrum import coordinates
 from sbr_jax.subspace.units import over_layers, to_vector
-from sbr_jax.transforms import trust_region
+from sbr_jax.transforms import add_bypass, trust_region
 from sbr_jax.typing import PyTree, UserError
 
 
@@ -54,7 +54,8 @@ def with_trust_region(
     rounding (see :func:`sbr_jax.transforms.trust_region`), with the ε of that step.
 
     Args:
-      method: any defence without a subspace of its own.
+      method: any defence without a subspace of its own; pulls on it, or on the result,
+        are felt.
       epsilon: ε > 0, in nats; None where there is a budget of d.
       max_rank: cap on the columns of one layer's basis.
       kl_budget: nats of d, per answer token of the held-out rows; None for a fixed ε.
@@ -112,7 +113,8 @@ def with_trust_region(
         inside = method.optimizer(problem, adapter, learning_rate)
         # With a budget of d the state's own ε comes with every step.
         first = 1.0 if epsilon is None else epsilon
-        return optax.chain(inside, trust_region(subspace, first))
+        # Nothing is projected here: what pulls sent around a projection joins the rest.
+        return optax.chain(add_bypass(), inside, trust_region(subspace, first))
 
     def centred(hook):
         def gradient(problem, base, adapter, state, *rest):

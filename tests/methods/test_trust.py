@@ -8,9 +8,14 @@ import tiny
 from methods_case import SETTINGS, STUDY, without_diagnostics
 from trees import vector
 
+from sbr_jax import empty_subspace
 from sbr_jax.data.batches import batch
+from sbr_jax.methods._compose import with_pull
 from sbr_jax.methods._ssi import perturb_b
+from sbr_jax.methods._trust import with_trust_region
+from sbr_jax.methods.base import Method, is_lora_pair
 from sbr_jax.training.program import init_adapter
+from sbr_jax.training.step import TrainState, make_step
 
 BASE = STUDY.model.params
 KEY = jax.random.key(0)
@@ -86,3 +91,43 @@ def test_a_large_budget_is_no_trust_region(bounded):
     free, none = walked(1e9)[2], walked(None)[2]
     np.testing.assert_allclose(free, none, atol=1e-6)
     assert np.abs(bounded[2] - none).max() > 1e-3
+
+
+def still(problem, base, adapter, state, batch, key):
+    """No task at all."""
+    del problem, base, state, batch, key
+    return jax.tree.map(jnp.zeros_like, adapter), {}, {"loss": jnp.float32(0)}
+
+
+def pulled(method):
+    """With a penalty on the adapter's size."""
+
+    def loss(problem, base, adapter, state, batch, key):
+        del problem, base, state, batch, key
+        return 0.5 * sum(jnp.sum(x**2) for x in jax.tree.leaves(adapter))
+
+    return with_pull(method, "size", lambda *args: {}, loss)
+
+
+def bound(method):
+    return with_trust_region(method, epsilon=1e9, max_rank=2)
+
+
+@pytest.mark.parametrize("nesting", [(pulled, bound), (bound, pulled)])
+def test_a_pull_is_felt_inside_and_outside_of_a_trust_region(nesting):
+    """A region that is no bound changes nothing, least of all who is heard."""
+    adapter = perturb_b(KEY, init_adapter(STUDY, SETTINGS, 0), 1.0)
+    bare = Method("still", gradient=still)
+    both = nesting[1](nesting[0](bare))
+    empty = empty_subspace(adapter, max_rank=2, unit=is_lora_pair, layer_axes=1)
+    state = {"size": {}, "subspace": empty, "centre": adapter}
+    problem = tiny.problem(STUDY.model.apply_fn, STUDY.calibration)
+    after = []
+    for method, own in ((pulled(bare), {"size": {}}), (both, state)):
+        optimizer = method.optimizer(problem, adapter, 1e-2)
+        step = jax.jit(make_step(problem, method.gradient, optimizer))
+        train = TrainState(adapter, optimizer.init(adapter), jnp.int32(0))
+        rows = {"tokens": jnp.zeros((1, 1), jnp.int32)}
+        after.append(vector(step(BASE, train, own, rows, KEY)[0].adapter))
+    assert np.abs(after[0] - vector(adapter)).max() > 5e-3
+    np.testing.assert_allclose(after[1], after[0], atol=1e-7)
