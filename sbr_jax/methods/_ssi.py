@@ -8,7 +8,8 @@ A fresh adapter has B = 0, so ∂/∂A = 0: the first Fisher has a B block only 
 A unprotected in the first domain. ``protect_a="perturb"`` adds the missing block: to
 first order ∂ log p/∂A = scale · xᵀ(g Bᵀ) is linear in B, so its directions are measured
 at one small random B (B's own gradient masked out) and its eigenvalues are rescaled to
-the trace of the B block. The two blocks have disjoint support, so their merge is exact.
+the trace of the B block. The two blocks have disjoint support, so their merge is exact;
+its trace is twice that of the B block.
 
 In its own examples a subspace holds ρ of the energy by construction. Whether it is
 about safety, examples say that had no part in it: the directions of one half of the
@@ -211,14 +212,13 @@ class Ssi:
                 problem, masked, base, perturbed, dataset, key, against
             )
             block = _with_trace(block, found.trace)
-            joined = merge(
+            found = merge(
                 found,
                 block,
                 max_rank=self.max_rank,
                 energy=self.energy,
                 weighting="eigenvalue",
             )
-            found = dataclasses.replace(joined, trace=found.trace)
         return found
 
     def _leading(self, problem, loss_fn, base, adapter, dataset, key, against):
@@ -363,13 +363,18 @@ def _without_b_gradient(loss_fn):
 
 
 def _with_trace(subspace: Subspace, trace: PyTree) -> Subspace:
-    """Rescales eigenvalues so that the trace of each layer becomes ``trace``."""
+    """Rescales eigenvalues so that the trace of each layer becomes ``trace``.
+
+    A layer without a trace stays so.
+    """
 
     def rescale(values, old, new):
         ratio = jnp.where(old > 0, new / jnp.where(old > 0, old, 1.0), 0.0)
         return values * ratio[..., None]
 
-    eigenvalues = jax.tree.map(rescale, subspace.eigenvalues, subspace.trace, trace)
+    old = subspace.trace
+    eigenvalues = jax.tree.map(rescale, subspace.eigenvalues, old, trace)
+    trace = jax.tree.map(lambda o, n: jnp.where(o > 0, n, 0.0), old, trace)
     return dataclasses.replace(subspace, eigenvalues=eigenvalues, trace=trace)
 
 

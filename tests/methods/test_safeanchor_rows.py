@@ -114,6 +114,10 @@ def test_protect_a_gives_the_first_subspace_an_a_block():
         state = method.init(program("plain").problem, base, adapter, jax.random.key(0))
         basis = np.asarray(state["subspace"].basis["q_proj"])
         blocks[protect_a] = (basis[:, :size] ** 2).sum(), (basis[:, size:] ** 2).sum()
+        # A merge keeps ρ of the traces: were they less than is there, too little.
+        values, traces = state["subspace"].eigenvalues, state["subspace"].trace
+        for name, trace in traces.items():
+            assert (values[name].sum(-1) <= trace * (1 + 1e-5)).all()
     assert blocks["none"][1] == 0
     assert blocks["perturb"][1] > 0.5
     assert blocks["perturb"][0] > 0.5
