@@ -120,7 +120,7 @@ def lisa(
         loss, grads = jax.lax.cond(
             aligned, lambda: gradient_on(safe), lambda: gradient_on(batch)
         )
-        warm = state["age"].astype(jnp.float32) > warmup_share * steps
+        warm = state["age"].astype(jnp.float32) >= warmup_share * steps
         weight = jnp.where(warm, jnp.float32(proximal), jnp.float32(0))
         drift = jax.tree.map(jnp.subtract, adapter, state["other"])
         grads = jax.tree.map(lambda g, d: g + weight.astype(g.dtype) * d, grads, drift)

@@ -56,6 +56,24 @@ def test_lisa_gradient_equals_its_twin(phase, age):
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("share", "ages"), [(0.0, {0: True}), (0.1, {19: False, 20: True})]
+)
+def test_lisas_warm_up_is_its_share_of_the_steps(share, ages):
+    """Step 20 is the 21st: it is not among the first tenth of 200."""
+    problem = tiny.changed(PROBLEM, steps_per_domain=200)
+    method = lisa(warmup_share=share, proximal=0.7)
+    hook = jax.jit(functools.partial(method.gradient, problem))
+    adapter = moved(1)
+    drift = vector(adapter) - vector(moved(2))
+    wanted = vector(toy_loss(BASE, adapter, arrays(TASK))[1])
+    for age, pulled in ages.items():
+        state = started(USER, age, moved(2))
+        grads = hook(BASE, adapter, state, ROWS, KEY)[0]
+        pull = 0.7 * drift if pulled else 0.0
+        np.testing.assert_allclose(vector(grads), wanted + pull, atol=5e-6)
+
+
 def run_lisa(method, steps, watch=None):
     """A domain as the pipeline runs it: the loop's result, and its compiled step."""
     problem = tiny.changed(PROBLEM, steps_per_domain=steps)
