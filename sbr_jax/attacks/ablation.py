@@ -83,6 +83,7 @@ def _without(weights: dict[str, jax.Array], unit: jax.Array) -> dict[str, jax.Ar
     def project(weight: jax.Array) -> jax.Array:
         wide = weight.astype(jnp.float32)
         row = unit.reshape((1,) * (wide.ndim - 1) + (-1,))
-        return (wide - (wide @ unit)[..., None] * row).astype(weight.dtype)
+        along = jnp.matmul(wide, unit, precision="highest")
+        return (wide - along[..., None] * row).astype(weight.dtype)
 
     return jax.tree.map(project, weights)

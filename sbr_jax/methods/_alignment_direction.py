@@ -117,8 +117,8 @@ def project(rows: jax.Array, alignment: Alignment) -> jax.Array:
     """
     rows = rows.astype(jnp.float32)
     direction = alignment.direction.astype(jnp.float32)
-    inner = jnp.einsum("lro,lio->lri", rows, direction)
-    outer = jnp.einsum("lri,lio->lro", inner, direction)
+    inner = jnp.einsum("lro,lio->lri", rows, direction, precision="highest")
+    outer = jnp.einsum("lri,lio->lro", inner, direction, precision="highest")
     norm = alignment.norm[:, None, None]
     return jnp.where(norm > 0, outer / jnp.where(norm > 0, norm, 1.0), rows)
 
@@ -133,8 +133,8 @@ def inner_product(lora_a: jax.Array, left: jax.Array, right: jax.Array) -> jax.A
     [24.0]
     """
     lora_a, left, right = (x.astype(jnp.float32) for x in (lora_a, left, right))
-    inputs = jnp.einsum("lir,lis->lrs", lora_a, lora_a)
-    outputs = jnp.einsum("lro,lso->lrs", left, right)
+    inputs = jnp.einsum("lir,lis->lrs", lora_a, lora_a, precision="highest")
+    outputs = jnp.einsum("lro,lso->lrs", left, right, precision="highest")
     return jnp.sum(inputs * outputs, axis=(1, 2))
 
 

@@ -123,12 +123,13 @@ def _square_sums(
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Sums over the real tokens of x² and (x A)²."""
     _, seen = apply_fn(base, adapter, tokens, capture=True)
+    product = functools.partial(jnp.einsum, precision="highest")
     sums = {}
     for name, pair in adapter.items():
         x = seen["inputs"][name].astype(jnp.float32)
-        down = jnp.einsum("lbti,lir->lbtr", x, pair.lora_a.astype(jnp.float32))
+        down = product("lbti,lir->lbtr", x, pair.lora_a.astype(jnp.float32))
         sums[name] = tuple(
-            jnp.einsum("lbti,bt->li", jnp.square(value), real) for value in (x, down)
+            product("lbti,bt->li", jnp.square(value), real) for value in (x, down)
         )
     return sums
 

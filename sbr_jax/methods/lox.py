@@ -87,7 +87,8 @@ def truncate(matrix: jax.Array, rank: int) -> jax.Array:
     [[3.0, 0.0], [0.0, 0.0]]
     """
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
-    return (left[:, :rank] * values[None, :rank]) @ right[:rank]
+    scaled = left[:, :rank] * values[None, :rank]
+    return jnp.matmul(scaled, right[:rank], precision="highest")
 
 
 __all__ = ["lox", "truncate"]

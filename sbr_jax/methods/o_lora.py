@@ -153,6 +153,7 @@ def overlap(frozen: PyTree, new: PyTree) -> jax.Array:
             "lik,lij->lkj",
             old.lora_a.astype(jnp.float32),
             pair.lora_a.astype(jnp.float32),
+            precision="highest",
         )
         return jnp.sum(jnp.abs(products))
 

@@ -115,9 +115,8 @@ def _outer_sums(
 ) -> dict[str, jax.Array]:
     _, seen = apply_fn(base, None, tokens, capture=True)
     inputs = {name: seen["inputs"][name].astype(jnp.float32) for name in names}
-    return {
-        name: jnp.einsum("lbti,lbtj,bt->lij", x, x, real) for name, x in inputs.items()
-    }
+    outer = functools.partial(jnp.einsum, "lbti,lbtj,bt->lij", precision="highest")
+    return {name: outer(x, x, real) for name, x in inputs.items()}
 
 
 @functools.partial(jax.jit, static_argnames="strength")

@@ -97,8 +97,10 @@ def constrain(
 
     def fold(pair: LoraPair, basis: jax.Array) -> LoraPair:
         lora_b = pair.lora_b.astype(jnp.float32)
-        along = jnp.einsum("lro,los->lrs", lora_b, basis)
-        lora_b = lora_b - jnp.einsum("lrs,los->lro", along, basis)
+        # Accelerators would leave a thousandth of B along V_s by default.
+        along = jnp.einsum("lro,los->lrs", lora_b, basis, precision="highest")
+        inside = jnp.einsum("lrs,los->lro", along, basis, precision="highest")
+        lora_b = lora_b - inside
         return dataclasses.replace(pair, lora_b=lora_b.astype(pair.lora_b.dtype))
 
     return {name: fold(pair, directions[name]) for name, pair in adapter.items()}
@@ -145,8 +147,8 @@ def _gram_part(
     _, seen = apply_fn(base, None, tokens, capture=True)
     x = seen["inputs"][target].astype(jnp.float32) * answers[None, :, :, None]
     weight = as_dense(base["layers"][target], jnp.float32)
-    y = jnp.einsum("lbti,lio->lbto", x, weight)
-    return jnp.einsum("lbto,lbtp->lop", y, y)
+    y = jnp.einsum("lbti,lio->lbto", x, weight, precision="highest")
+    return jnp.einsum("lbto,lbtp->lop", y, y, precision="highest")
 
 
 @functools.partial(jax.jit, static_argnames="rank")

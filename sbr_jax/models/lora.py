@@ -134,7 +134,8 @@ def merge_adapter(base: PyTree, adapter: dict[str, LoraPair] | None) -> PyTree:
                 f"the adapter has {name!r}, the base only {', '.join(sorted(layers))}"
             )
         lora_a, lora_b = (x.astype(jnp.float32) for x in (pair.lora_a, pair.lora_b))
-        delta = pair.scale * jnp.einsum("lir,lro->lio", lora_a, lora_b)
+        product = jnp.einsum("lir,lro->lio", lora_a, lora_b, precision="highest")
+        delta = pair.scale * product
         weight = layers[name]
         wide = as_dense(weight, jnp.float32)
         layers[name] = (wide + delta).astype(weight.dtype)

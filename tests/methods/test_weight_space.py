@@ -27,10 +27,19 @@ from weight_space_case import (
 )
 
 from sbr_jax import models
+from sbr_jax.attacks import ablate_direction
 from sbr_jax.data.batches import TokenDataset
-from sbr_jax.methods._alignment_direction import alignments, inner_product, project
-from sbr_jax.methods.antidote import antidote
-from sbr_jax.methods.lox import lox
+from sbr_jax.methods._alignment_direction import (
+    Alignment,
+    alignments,
+    inner_product,
+    project,
+)
+from sbr_jax.methods.antidote import _square_sums, antidote
+from sbr_jax.methods.lox import lox, truncate
+from sbr_jax.methods.o_lora import overlap
+from sbr_jax.methods.safe_delta import _outer_sums
+from sbr_jax.methods.salora import _gram_part, constrain
 from sbr_jax.typing import UserError
 
 every = pytest.mark.parametrize("row", list(MAKERS))
@@ -162,3 +171,49 @@ def test_lox_truncation_matters_and_the_dtype_stays():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
     found = prepared(1, base=half)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found))
+
+
+# --- digits -------------------------------------------------------------------------
+
+
+def seen(base, adapter, tokens, capture):
+    """A model of nothing but the inputs of one projection."""
+    return None, {"inputs": {"q_proj": jnp.ones((2, *tokens.shape, 16))}}
+
+
+def products(jaxpr):
+    """The precision of every matrix product of a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+TOKENS, REAL = jnp.zeros((3, 4), jnp.int32), jnp.ones((3, 4))
+DIRECTION = Alignment(jnp.ones((2, 16, 16)), jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda pair: project(pair.lora_b, DIRECTION),
+        lambda pair: inner_product(pair.lora_a, pair.lora_b, pair.lora_b),
+        lambda pair: constrain({"q_proj": pair}, {"q_proj": jnp.ones((2, 16, 3))}),
+        lambda pair: _gram_part(seen, BASE, TOKENS, REAL, "q_proj"),
+        lambda pair: _outer_sums(seen, ("q_proj",), BASE, TOKENS, REAL),
+        lambda pair: _square_sums(seen, BASE, {"q_proj": pair}, TOKENS, REAL),
+        lambda pair: truncate(pair.lora_a[0], 1),
+        lambda pair: overlap({"q_proj": pair}, {"q_proj": pair}),
+        lambda pair: models.merge_adapter(BASE, {"q_proj": pair}),
+        lambda pair: ablate_direction(BASE, pair.lora_b[0, 0]),
+    ],
+)
+def test_edits_of_weights_multiply_in_float32_on_accelerators(function):
+    """Their default, of 8 to 11 bits, leaves a thousandth of what is to be removed."""
+    found = list(products(jax.make_jaxpr(function)(TUNED["q_proj"]).jaxpr))
+    highest = jax.lax.Precision.HIGHEST
+    assert found
+    assert set(found) == {(highest, highest)}
