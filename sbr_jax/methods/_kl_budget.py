@@ -9,8 +9,9 @@ grows in proportion to q, q · budget / d is the q at which d meets the budget; 
 there, by a factor of 4 at most at a time. Where the region does not bind, q and d stay
 as they are and so does that target: ε does not run away.
 
-A quarter of the calibration set is held out: no row of it is learnt, tied or in the
-Fisher, so that d is not the divergence on what is held anyway.
+A quarter of the calibration set is held out: no step learns or ties a row of it and no
+Fisher has one, so that d is not the divergence on what is held anyway. (A repair of the
+monitor replays the whole set; after one, d is flattered.)
 
 Symbols: θ parameters, θ₀ the aligned model, d measured divergence in nats an answer
 token, q second-order divergence, ε its budget.

@@ -11,7 +11,8 @@ The conflict is removed in every step; g_a is kept in the state, and computed be
 two steps, not by a branch inside one, which mapped seeds would both run. The reference
 is cached once (:mod:`sbr_jax.methods._reference`), so no step sees safe data at all.
 
-At the start of the first domain θ = θ₀ and g_a = 0: its first E steps are plain.
+At the start of the first domain θ = θ₀ and g_a = 0: its first E steps are plain. With
+gradient accumulation each microbatch's g_u is tested for conflict on its own.
 
 Symbols: θ adapter, θ₀ the aligned model, E ``refresh_every``, r ``kl_batch_size``, ρ
 ``kl_weight``, k ``top_tokens``, τ ``self_answers``.
