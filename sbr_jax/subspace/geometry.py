@@ -269,30 +269,30 @@ def principal_angles(a: Subspace, b: Subspace) -> PyTree:
     References:
         Knyazev and Argentati, SIAM J. Sci. Comput. 23 (2002); arXiv:2604.17691
     """
+    return _pairwise(_angles, a, b)
 
-    def angles(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
-        inner = summed(spectrum.dot(va.T, vb), split)
-        rest = vb - spectrum.dot(va, inner)
-        rest = rest - spectrum.dot(va, summed(spectrum.dot(va.T, rest), split))
-        small = decompositions.triangle(rest)
-        if split is not None:  # That of all rows is that of all devices' own.
-            every = jax.lax.all_gather(small, split.axes, axis=0, tiled=True)
-            small = decompositions.triangle(every)
-        ranks = [jnp.sum(spectrum.used_columns(v, split)) for v in (va, vb)]
-        count = min(va.shape[1], vb.shape[1])
-        place = jnp.arange(count)
-        cos = decompositions.singular_values(inner)[:count]
-        sin = decompositions.singular_values(small)[::-1]
-        # Ascending sines start with a zero for every unused column of b.
-        spare = vb.shape[1] - ranks[1]
-        short = vb.shape[1] - sin.shape[0]  # more columns than parameters
-        at = jnp.clip(place + spare - short, 0, sin.shape[0] - 1)
-        fine = jnp.arcsin(jnp.clip(sin[at], 0.0, 1.0))
-        coarse = jnp.arccos(jnp.clip(cos, 0.0, 1.0))
-        theta = jnp.where(cos**2 > 0.5, fine, coarse)
-        return jnp.where(place < jnp.minimum(*ranks), theta, 0.0)
 
-    return _pairwise(angles, a, b)
+def _angles(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
+    inner = summed(spectrum.dot(va.T, vb), split)
+    rest = vb - spectrum.dot(va, inner)
+    rest = rest - spectrum.dot(va, summed(spectrum.dot(va.T, rest), split))
+    small = decompositions.triangle(rest)
+    if split is not None:  # That of all rows is that of all devices' own.
+        every = jax.lax.all_gather(small, split.axes, axis=0, tiled=True)
+        small = decompositions.triangle(every)
+    ranks = [jnp.sum(spectrum.used_columns(v, split)) for v in (va, vb)]
+    count = min(va.shape[1], vb.shape[1])
+    place = jnp.arange(count)
+    cos = decompositions.singular_values(inner)[:count]
+    sin = decompositions.singular_values(small)[::-1]
+    # Ascending sines start with a zero for every unused column of b.
+    spare = vb.shape[1] - ranks[1]
+    short = vb.shape[1] - sin.shape[0]  # more columns than parameters
+    at = jnp.clip(place + spare - short, 0, sin.shape[0] - 1)
+    fine = jnp.arcsin(jnp.clip(sin[at], 0.0, 1.0))
+    coarse = jnp.arccos(jnp.clip(cos, 0.0, 1.0))
+    theta = jnp.where(cos**2 > 0.5, fine, coarse)
+    return jnp.where(place < jnp.minimum(*ranks), theta, 0.0)
 
 
 def overlap(a: Subspace, b: Subspace) -> PyTree:
@@ -318,13 +318,13 @@ def overlap(a: Subspace, b: Subspace) -> PyTree:
         >>> float(overlap(a, b)["w"])
         0.5
     """
+    return _pairwise(_shared, a, b)
 
-    def share(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
-        ranks = [jnp.sum(spectrum.used_columns(v, split)) for v in (va, vb)]
-        least = jnp.maximum(jnp.minimum(*ranks), 1).astype(jnp.float32)
-        return jnp.sum(summed(spectrum.dot(va.T, vb), split) ** 2) / least
 
-    return _pairwise(share, a, b)
+def _shared(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
+    ranks = [jnp.sum(spectrum.used_columns(v, split)) for v in (va, vb)]
+    least = jnp.maximum(jnp.minimum(*ranks), 1).astype(jnp.float32)
+    return jnp.sum(summed(spectrum.dot(va.T, vb), split) ** 2) / least
 
 
 def discarded_energy(old: Subspace, new: Subspace) -> PyTree:
@@ -350,14 +350,14 @@ def discarded_energy(old: Subspace, new: Subspace) -> PyTree:
         >>> float(discarded_energy(old, new)["w"])
         0.5
     """
+    return _pairwise(_lost, old, new)
 
-    def lost(before: jax.Array, after: jax.Array, split: Split | None) -> jax.Array:
-        inside = summed(spectrum.dot(after.T, before), split)
-        rest = before - spectrum.dot(after, inside)
-        rank = jnp.maximum(jnp.sum(spectrum.used_columns(before, split)), 1)
-        return summed(jnp.sum(rest**2), split) / rank.astype(jnp.float32)
 
-    return _pairwise(lost, old, new)
+def _lost(before: jax.Array, after: jax.Array, split: Split | None) -> jax.Array:
+    inside = summed(spectrum.dot(after.T, before), split)
+    rest = before - spectrum.dot(after, inside)
+    rank = jnp.maximum(jnp.sum(spectrum.used_columns(before, split)), 1)
+    return summed(jnp.sum(rest**2), split) / rank.astype(jnp.float32)
 
 
 def _pairwise(
@@ -374,18 +374,27 @@ def _pairwise(
             return None
         split = split_of(x, -2)
         split = None if split != split_of(y, -2) else split
-        own = functools.partial(function, split=split)
-        lifted = units.over_layers(own, mark.layer_axes)
-        if split is None:
-            return lifted(x, y)
-        held = PartitionSpec(*[None] * mark.layer_axes, split.axes)
-        mapped = jax.shard_map(
-            lifted,
-            mesh=split.mesh,
-            in_specs=(held, held),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )
-        return jax.jit(mapped)(x, y)
+        return _over_pairs(function, mark.layer_axes, split)(x, y)
 
     return mark.join(list(map(one, mark.entries(a.basis), mark.entries(b.basis))))
+
+
+# Made once for each: a program of its own would be compiled at every call.
+@functools.lru_cache(maxsize=64)
+def _over_pairs(
+    function: Callable[..., jax.Array], layer_axes: int, split: Split | None
+) -> Callable[..., jax.Array]:
+    """A function ``(x, y, split)`` of two bases, over layers and devices."""
+    own = functools.partial(function, split=split)
+    lifted = units.over_layers(own, layer_axes)
+    if split is None:
+        return lifted
+    held = PartitionSpec(*[None] * layer_axes, split.axes)
+    mapped = jax.shard_map(
+        lifted,
+        mesh=split.mesh,
+        in_specs=(held, held),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return jax.jit(mapped)

@@ -4,6 +4,8 @@ Symbols: α relaxation coefficient, L layers, K columns.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -248,7 +250,15 @@ def _moved(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.device_put(jnp.array(new, dtype=old.dtype, copy=True), old.sharding)
 
     # By the devices themselves: a sharding may span hosts.
-    def copy(x: jax.Array) -> jax.Array:
-        return jnp.array(x, dtype=old.dtype, copy=True)
+    return _placed(jnp.dtype(old.dtype), old.sharding)(new)
 
-    return jax.jit(copy, out_shardings=old.sharding)(new)
+
+# Made once for each: a program of its own would be compiled at every call.
+@functools.lru_cache(maxsize=64)
+def _placed(dtype: Any, sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    """Copies an array to where a sharding says."""
+
+    def copy(x: jax.Array) -> jax.Array:
+        return jnp.array(x, dtype=dtype, copy=True)
+
+    return jax.jit(copy, out_shardings=sharding)

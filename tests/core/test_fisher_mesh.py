@@ -1,5 +1,6 @@
 """Fisher subspaces on eight simulated devices: one device's, and nothing gathered."""
 
+import contextlib
 import functools
 import re
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,9 +19,11 @@ from sbr_jax import (
     discarded_energy,
     fisher_subspace,
     from_factors,
+    gradient_projection,
     merge,
     overlap,
     principal_angles,
+    replace_subspace,
 )
 from sbr_jax._mesh import AXES, splitting
 from sbr_jax.subspace import sketch, spectrum, units
@@ -146,6 +150,40 @@ def test_merges_and_angles_of_split_bases_are_those_of_whole_ones(weighting):
         *(discarded_energy(p[0], m) for p, m in zip(pairs, merged, strict=True)),
         atol=2e-5,
     )
+
+
+@contextlib.contextmanager
+def compiled():
+    """Times of what is compiled meanwhile, as JAX tells its listeners."""
+    events = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_second_call_on_a_mesh_compiles_nothing():
+    """A run asks after each domain, and a refresh replaces every few steps."""
+    found = estimate("all", 12)
+    params, _ = case()
+    state = gradient_projection(found, optax.sgd(0.1)).init(params)
+    whole = NamedSharding(mesh("all"), P())
+    state = jax.device_put(state, whole)
+    calls = [
+        lambda: principal_angles(found, found),
+        lambda: overlap(found, found),
+        lambda: discarded_energy(found, found),
+        lambda: replace_subspace(state, found),
+    ]
+    for call in calls:
+        call()
+        with compiled() as again:
+            jax.block_until_ready(call())
+        assert again == []
 
 
 # --- the compiled text ----------------------------------------------------------------
