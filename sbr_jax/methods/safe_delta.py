@@ -32,7 +32,7 @@ import numpy as np
 from sbr_jax.checks import checked
 from sbr_jax.data.batches import subset
 from sbr_jax.methods.base import Method, Problem
-from sbr_jax.models import merge_adapter
+from sbr_jax.models import as_dense, merge_adapter
 from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import ApplyFn, PyTree
 
@@ -69,7 +69,7 @@ def safe_delta(
         found = hessians(problem, base, list(adapter), examples)
         tuned, layers = merge_adapter(base, adapter)["layers"], dict(base["layers"])
         for name in adapter:
-            parts = (layers[name], tuned[name], found[name])
+            parts = (as_dense(layers[name]), tuned[name], found[name])
             layers[name] = jax.lax.map(lambda x: safe_weights(*x, strength), parts)
         return {**base, "layers": layers}, None
 

@@ -1,5 +1,7 @@
 """Safe Delta against a loop, and both ends of its budget."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from weight_space_case import BASE, PROBLEM, STUDY, TUNED, capture, dense
 
 from sbr_jax import models
+from sbr_jax.data import subset
 from sbr_jax.methods.safe_delta import hessians, safe_delta, safe_weights
 
 
@@ -81,3 +84,11 @@ def test_what_is_deployed_lies_between_the_aligned_and_the_tuned_model():
     for name in names:
         tuned = np.isclose(ends[1e9][name], merged[name], atol=1e-6).mean()
         assert 0.8 < tuned < 0.9  # The dearest 15 % are never kept.
+
+
+def test_weights_in_codes_come_back_dense():
+    coded = models.quantize(BASE, "int8", targets="(q|k|v|o)_proj")
+    problem = dataclasses.replace(PROBLEM, calibration=subset(STUDY.calibration, 4))
+    base, _ = safe_delta(strength=0.0).deploy(problem, coded, TUNED, {})
+    decoded = models.dequantize(coded)
+    jax.tree.map(np.testing.assert_array_equal, base["layers"], decoded["layers"])
