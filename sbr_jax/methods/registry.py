@@ -1,6 +1,6 @@
 """Registry of defences: ``METHODS`` makes them, ``VARIANTS`` names changes of them.
 
-Adding one: write its file, add one line to ``METHODS`` and one to the README's table.
+Adding one: write its file and add a line to ``METHODS``; CONTRIBUTING.md has the rest.
 ``build`` makes any of either dict by name.
 """
 
