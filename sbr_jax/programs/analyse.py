@@ -1,7 +1,8 @@
 """Analyses of the safety subspace: is it what it is taken for, and does it last?
 
     python -m experiments.analyse PRESET --workdir DIR [--analysis NAME] [--results DIR]
-        [--methods A B ...] [--domains ...] [--seed N ...] [--training.lora-rank 8 ...]
+        [--examples N] [--methods A B ...] [--domains ...] [--seed N ...]
+        [--training.lora-rank 8 ...]
     python -m experiments.analyse --list
 
     harm-types    are refusal, truthfulness and bias one subspace?
@@ -117,7 +118,7 @@ def check_folder(folder: Path) -> None:
 
 
 def identity(context: Context) -> dict[str, Any]:
-    """What a folder's analyses have in common; others are refused."""
+    """Preset, settings and model that all analyses of a folder share."""
     return {
         "preset": context.job.preset,
         "training": dataclasses.asdict(context.job.config.training),
@@ -205,7 +206,7 @@ def write_page(
 
 
 def listing() -> str:
-    """What `--list` prints."""
+    """The analyses, and the presets that have each, as `--list` prints them."""
     lines = ["analyses"]
     for name, analysis in ANALYSES.items():
         lines.append(f"  {name:<14} {(analysis.__doc__ or '').partition('.')[0]}")

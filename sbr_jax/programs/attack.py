@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 
 
 def listing() -> str:
-    """What `--list` prints."""
+    """The attacks, methods and variants, as `--list` prints them."""
     from sbr_jax.studies.attacks import ATTACKS
 
     lines = ["attacks"]

@@ -50,7 +50,7 @@ class AttackArguments(JobArguments[Options]):
 
 @dataclasses.dataclass(frozen=True)
 class AttackJob(Job):
-    """An attack that was found to be in order.
+    """A training job under an attack, found to be in order.
 
     Attributes:
         attack: its name.

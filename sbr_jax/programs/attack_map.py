@@ -1,4 +1,4 @@
-"""Where does each defence break? Poisoned runs over ratio, learning rate and epochs.
+"""Map of where each defence breaks: poison by ratio, learning rate and epochs.
 
     python -m experiments.attack_map DIR [--limit 10] [--cost 5]
 

@@ -27,7 +27,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def command(program: str) -> str:
-    """How to call a program, as this process was called: installed, or in a clone."""
+    """The words that call a program: as installed, or in a clone, as here."""
     if Path(sys.argv[0]).name == "sbr-jax":
         return f"sbr-jax {program}"
     return f"python -m experiments.{program.replace('-', '_')}"
@@ -140,7 +140,7 @@ def start(
 
 
 def system_line(error: OSError) -> str:
-    """What the system refused, and where; drops output that cannot be printed.
+    """The line for what the system refused, and where; drops unprintable output.
 
     >>> system_line(FileNotFoundError(2, "No such file or directory", "a"))
     "expected to use 'a', got 'No such file or directory'"
@@ -183,7 +183,7 @@ def quiet_libraries() -> None:
 
 
 def simulated_devices() -> int:
-    """How many devices a CPU is to stand for; 1 where nobody asked.
+    """The number of devices that a CPU stands for; 1 where nobody asked.
 
     Asked for by `JAX_NUM_CPU_DEVICES`, or by the flag that it replaces.
     """

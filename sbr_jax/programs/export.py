@@ -1,8 +1,8 @@
 """Take the weights of one variant out of a run: a PEFT adapter, or a merged checkpoint.
 
     python -m experiments.export PRESET --workdir DIR --variant NAME --seed N
-        --output FOLDER [--merged] [--stage K] [--data DIR] [--model DIR] [--judge DIR]
-        [--unaligned DIR]
+        --output FOLDER [--merged] [--stage K] [--base-name NAME] [--data DIR]
+        [--model DIR] [--judge DIR] [--unaligned DIR]
 
 Settings, domains and hyper-parameters are those of the run's `config.json`; the folders
 of data and model, which it does not hold, are named again. What is written is what was
@@ -72,7 +72,7 @@ class Arguments:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A command line that was found to be in order.
+    """An export that was found to be in order: run, stage and output.
 
     Attributes:
         job: of the run, with one variant and seed.

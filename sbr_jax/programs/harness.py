@@ -209,7 +209,7 @@ def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
 
 
 def _identity(job: Job, tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """What all entries of one `harness.json` have in common."""
+    """Run, version and items that all entries of one `harness.json` share."""
     from sbr_jax.evaluation.harness_tasks import import_harness
     from sbr_jax.training.run_folder import RunFolder
 

@@ -22,7 +22,7 @@ Options = TypeVar("Options")
 
 @dataclasses.dataclass(frozen=True)
 class JobArguments(Generic[Options]):
-    """What every program that trains takes; its defaults are a preset's.
+    """Arguments of every program that trains; their defaults are a preset's.
 
     The fields of `study`, `training`, `hardware` and, by method, `methods` are options
     of their own: `--training.learning-rate 1e-3`, `--methods.sbr.anchors 4`.
@@ -61,7 +61,7 @@ class JobArguments(Generic[Options]):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A command line that was found to be in order.
+    """A training job that was found to be in order: variants, seeds, settings, place.
 
     Attributes:
         preset: that was asked for by name.

@@ -66,7 +66,7 @@ def _refuse_unsaid(words: Sequence[str]) -> None:
 
 
 def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:
-    """What the parser has against a command line, in one line."""
+    """The parser's complaint about a command line, in one line."""
     name = type(event).__name__
     known = list(flags(kind))
     for word in words:
@@ -96,7 +96,7 @@ def _unknown(option: str, known: Sequence[str]) -> str:
 
 
 def values_of(flag: str, words: Sequence[str]) -> list[str]:
-    """What a command line says after an option; nothing where it is not said.
+    """The words after an option on a command line; none where it is not said.
 
     >>> values_of("--a-b", ["--a_b=1", "2", "--c", "3"])
     ['1', '2']

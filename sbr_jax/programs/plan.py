@@ -1,4 +1,4 @@
-"""What a job needs on a slice of TPUs, before one is rented.
+"""Plan of a job on a slice of TPUs before one is rented: memory, hours, layout.
 
     sbr-jax plan --model llama2-7b --topology v5e:4x4 [--mesh data=,fsdp=,tp=]
         [--method NAME] [--length 512] [--batch 16]
@@ -26,7 +26,7 @@ PROGRAM = cli.command("plan")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What a job needs on a slice of TPUs, before one is rented."""
+    """Plan a job on a slice of TPUs before one is rented: memory, hours, layout."""
 
     model: str | None = None
     """A known shape such as llama2-7b, or a config.json, or its folder."""

@@ -57,7 +57,7 @@ def _checked(arguments: Arguments) -> Arguments:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code."""
+    """Runs the program and returns its exit code."""
     cli.quiet_libraries()
 
     def program() -> None:

@@ -4,7 +4,8 @@
 
 Writes `report.html` (one self-contained page) and `report.md` beside it, by default
 into the first DIR, and prints the main table. A pure function of `results.jsonl`,
-`timings.jsonl` and `config.json`: what a run does not hold is said, not invented.
+`timings.jsonl`, `config.json` and `harness.json`: what a run does not hold is said, not
+invented.
 """
 
 import dataclasses

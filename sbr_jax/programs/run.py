@@ -71,7 +71,7 @@ def check(arguments: RunArguments, job: Job) -> None:
 
 
 def listing() -> str:
-    """What `--list` prints."""
+    """The presets, methods, variants and domains, as `--list` prints them."""
     presets = {name: recipes.load(name) for name in recipes.MODULES}
     lines = ["presets", *(f"  {n:<14} {p.summary}" for n, p in presets.items())]
     lines += ["", "methods", *(f"  {name}" for name in METHODS)]

@@ -6,9 +6,10 @@
 
 Each cell of the sweep (`recipes/sweeps.py`) is a working directory `DIR/CELL` of
 `experiments.run` or `experiments.attack`, and can be continued or reported by them.
-The first seed of everything comes first, so that a whole table appears early. Finished
-stages are kept: the same command continues after a kill. A variant that refuses its
-settings is named at the end, and does not keep others from being run.
+The first seed of everything comes first, so that a whole table appears early; with
+`--jobs` each cell goes through its own seeds. Finished stages are kept: the same
+command continues after a kill. A variant that refuses its settings is named at the end,
+and does not keep others from being run.
 """
 
 import dataclasses
@@ -146,7 +147,7 @@ def _study(options: Any, domains: tuple[str, ...], sources: Any, hardware: Any) 
 
 
 def summary(sweep: Sweep) -> str:
-    """What is done, what is left and how long it will take, cell by cell."""
+    """A sweep cell by cell: variants and seeds done, left, and for how long."""
     times = spent(sweep)
     left = [part for part in sweep.parts if not times.get(part, (0.0, False))[1]]
     rows = []
@@ -206,7 +207,7 @@ def execute(sweep: Sweep, *, quiet: bool) -> None:
 
 
 def cell_command(sweep: Sweep, name: str, *, quiet: bool) -> list[str]:
-    """What runs one cell in a process of its own."""
+    """The command that runs one cell in a process of its own."""
     command = [sys.executable, "-m", "sbr_jax.programs.sweep", sweep.name]
     command += ["--workdir", str(sweep.workdir), "--cells", name]
     command += ["--seeds", str(len(sweep.seeds))]
@@ -245,7 +246,7 @@ def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
 
 
 def listing() -> str:
-    """What `--list` prints."""
+    """The sweeps and their cells, as `--list` prints them."""
     lines = []
     for name, cells in SWEEPS.items():
         lines += [name, *(f"  {cell}" for cell in cells)]

@@ -1,4 +1,4 @@
-"""What a sweep has done, how long the rest will take, and its table."""
+"""State of a sweep: what is done, how long the rest will take, and its table."""
 
 import dataclasses
 import warnings
@@ -29,7 +29,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A command line that was found to be in order.
+    """A sweep that was found to be in order: its cells as jobs, and seeds.
 
     Attributes:
         name: of the sweep.
@@ -193,7 +193,7 @@ def merged_table(sweep: Sweep) -> Table:
 
 
 def write_table(sweep: Sweep) -> Path | None:
-    """Write `table.md`, or nothing before the first part is finished.
+    """Writes `table.md`, or nothing before the first part is finished.
 
     A sweep of one cell writes into the cell's own folder, so that processes with a
     cell each do not write the same file.

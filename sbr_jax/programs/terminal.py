@@ -1,4 +1,4 @@
-"""What surrounds a program: its streams, and the signals that end it."""
+"""Streams of a program, and the signals that end it."""
 
 import codecs
 import contextlib

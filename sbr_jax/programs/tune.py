@@ -34,7 +34,7 @@ STEPS = "--training.steps-per-domain"
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What `tune` and `align` take alike."""
+    """Arguments that `tune` and `align` share."""
 
     model: str | None = None
     """Checkpoint folder of a chat model, a hub id, or a .gguf file."""
@@ -87,7 +87,7 @@ def work_of(output: Path) -> Path:
 
 
 def work_folder(arguments: Shared) -> Path | None:
-    """The same of a command line; None where it names no output."""
+    """The work folder of a command line; None where it names no output."""
     return work_of(arguments.output) if arguments.output else None
 
 

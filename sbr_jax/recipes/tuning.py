@@ -1,4 +1,4 @@
-"""How every baseline was tuned: one hyper-parameter each, around the published value.
+"""Tuning of every baseline: one hyper-parameter each, around the published value.
 
     python -m experiments.sweep testbed-tuning --seeds 2 --jobs 2
 
