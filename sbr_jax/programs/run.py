@@ -24,6 +24,7 @@ from sbr_jax.programs import cli, harness, hosts, spread
 from sbr_jax.programs.job import Job, JobArguments, Options, execute, make_job, parse
 from sbr_jax.programs.spread import Jobs
 from sbr_jax.recipes.preset import Preset
+from sbr_jax.storage import is_bucket
 from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("run")
@@ -133,7 +134,13 @@ def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> 
         harness.evaluate(job, study, tasks)
     if not job.quiet:
         print(f"results: {job.workdir / 'results.jsonl'}")
-        print(f"next:    {cli.command('report')} {job.workdir}")
+        print(f"next:    {report_command(job.workdir)}")
+
+
+def report_command(workdir: Path) -> str:
+    """The command that reads the results, which it wants on a disk."""
+    place = "FOLDER, a copy of it on a disk" if is_bucket(workdir) else workdir
+    return f"{cli.command('report')} {place}"
 
 
 def main(args: Sequence[str] | None = None) -> int:

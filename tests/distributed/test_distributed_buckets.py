@@ -9,6 +9,7 @@ from run_folder_case import go, results
 
 from sbr_jax import files, storage
 from sbr_jax.programs import analyse, cli
+from sbr_jax.programs import run as run_program
 from sbr_jax.training import checkpoint
 from sbr_jax.typing import UserError
 
@@ -113,6 +114,13 @@ def test_a_bucket_out_of_reach_is_refused(address, said, monkeypatch):
     for place in (address, files.pathlib.Path(address)):
         with pytest.raises(UserError, match=said):
             storage.folder(place)
+
+
+def test_a_report_is_asked_for_of_a_folder_that_it_can_read(bucket):
+    assert run_program.report_command(storage.folder("runs/a")).endswith(" runs/a")
+    asked = run_program.report_command(storage.folder(RUN))
+    assert RUN not in asked
+    assert "a copy of it on a disk" in asked
 
 
 def test_other_folders_are_on_a_disk(tmp_path, monkeypatch):
