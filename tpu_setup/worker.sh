@@ -50,7 +50,7 @@ install() {
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --seed --clear --python 3.12 .venv
   fi
-  .venv/bin/python -m pip install --quiet --editable ".[experiments,tpu]"
+  .venv/bin/python -m pip install --quiet --editable ".[experiments,tpu,gcs]"
   printf '%s\n' "$wanted" >.venv/.installed
   tell installed
 }

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from cloud_case import FOLDER, PLACE, ROOT, SETTINGS, Cloud, wait_for
 
+from sbr_jax import storage
 from sbr_jax.programs import cli, run
 from sbr_jax.programs import job as job_program
 
@@ -503,6 +504,15 @@ def test_the_requirements_of_gpus_are_those_of_the_package():
     assert wanted == [jax.replace("jax", "jax[cuda13]"), "-e .[experiments,test]"]
     assert {"experiments", "test", "tpu"} <= set(project["optional-dependencies"])
     assert project["optional-dependencies"]["tpu"] == [jax.replace("jax", "jax[tpu]")]
+
+
+@pytest.mark.parametrize("name", ["worker.sh", "gke.yaml", "Dockerfile"])
+def test_what_is_installed_on_tpus_reaches_the_compiler_and_a_bucket(name):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (words,) = re.findall(r"\.\[([a-z,]+)\]", (FOLDER / name).read_text())
+    parts = [project["optional-dependencies"][extra] for extra in words.split(",")]
+    brought = {re.split(r"[^\w-]", line)[0] for lines in parts for line in lines}
+    assert {"flax", "jax", storage.NEEDED["gs"]} <= brought
 
 
 @pytest.mark.parametrize(
