@@ -5,6 +5,7 @@
 
 import ast
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ PROGRAMS = {
 """Name on the command line to what it does."""
 OF_PRESETS = ("run", "attack", "analyse", "export")
 """Programs whose first word is a preset."""
+ASKED = ("tyro", "flax")
+"""Packages that every program loads; they come with the extra `experiments`."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -54,9 +57,20 @@ def usage(program: str) -> str:
 
 
 def _check(words: Sequence[str]) -> None:
-    """Refuses an unknown program or preset before the program is loaded."""
+    """Refuses what can be refused before the program is loaded.
+
+    Raises:
+        UserError: for an unknown program or preset, and a core installed by itself.
+    """
     from sbr_jax import errors, recipes
+    from sbr_jax.typing import UserError
 
     errors.check_names("program", words[:1] or [""], PROGRAMS)
     if words[0] in OF_PRESETS and len(words) > 1 and not words[1].startswith("-"):
         errors.check_names("preset", words[1:2], recipes.MODULES)
+    for package in ASKED:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"sbr-jax {words[0]}: expected the package {package}, found none: pip "
+                "install 'sbr_jax[experiments]'"
+            )

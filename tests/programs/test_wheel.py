@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sbr_jax.programs
-from sbr_jax.programs import PROGRAMS, cli, main
+from sbr_jax.programs import ASKED, PROGRAMS, cli, main
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -48,6 +48,18 @@ def test_messages_name_the_command_that_was_called(monkeypatch):
     assert cli.command("run") == "sbr-jax run"
     monkeypatch.setattr("sys.argv", ["/clone/experiments/run.py"])
     assert cli.command("run") == "python -m experiments.run"
+
+
+def test_a_core_that_is_alone_says_what_to_install(monkeypatch, capsys):
+    extra = " ".join(PROJECT["project"]["optional-dependencies"]["experiments"])
+    for package in ASKED:
+        assert package in extra
+        with monkeypatch.context() as patch:
+            patch.setattr(sbr_jax.programs, "ASKED", (f"{package}_that_is_not_there",))
+            assert main(["run", "--list"]) == cli.EXIT_USER
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "pip install 'sbr_jax[experiments]'" in said
 
 
 def test_no_program_imports_another():
