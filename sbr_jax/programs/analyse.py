@@ -55,8 +55,8 @@ class AnalyseArguments(JobArguments[Options]):
     """At most so many examples in each half of a kind (harm-types), or of each set that
     is measured (selectivity)."""
     domains: tuple[str, ...] = ()
-    """Domains of exhaustion and coupling; default: all for exhaustion, the preset's for
-    coupling."""
+    """Domains of exhaustion and coupling; default: the preset's, and for exhaustion all
+    of the testbed's."""
 
 
 def make_context(

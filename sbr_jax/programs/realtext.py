@@ -18,7 +18,7 @@ from sbr_jax.recipes.realtext import BENCHMARKS
 from sbr_jax.studies import realtext
 from sbr_jax.typing import UserError
 
-PROGRAM = "python -m experiments.realtext"
+PROGRAM = cli.command("realtext")
 
 
 @dataclasses.dataclass(frozen=True)
