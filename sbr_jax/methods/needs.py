@@ -1,9 +1,13 @@
-"""Parts of a study that a variant reads: nobody is asked for what is never used."""
+"""Parts of a study that a variant reads, and whether an adapter holds its result.
+
+Nobody is asked for what is never used.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
-from sbr_jax.methods.registry import resolve
+from sbr_jax.methods.base import as_aligned
+from sbr_jax.methods.registry import build, resolve
 
 SAFE, MIX, HARMFUL = "calibration", "safety_mix", "harmful"
 PAIRS, BENIGN = "harmful_answers", "benign"
@@ -87,4 +91,29 @@ def needs(variant: str, methods: Any = None) -> frozenset[str]:
     return frozenset(found(options) if callable(found) else found)
 
 
-__all__ = ["ABOUT", "needs"]
+_EDITED: dict[str, Callable[[Any], bool]] = {
+    "antidote": lambda options: options.weights == "merged",
+    "safe-delta": lambda options: True,
+}
+"""Methods whose ``deploy`` may edit base weights; whether it does, by options."""
+
+
+def fits_adapter(variant: str, methods: Any = None) -> bool:
+    """Whether a variant's deployed weights are an adapter of those it was given.
+
+    Args:
+      variant: a key of ``METHODS`` or ``VARIANTS``.
+      methods: a ``Hyperparameters``; None for the published values.
+
+    Raises:
+      UserError: for an unknown variant.
+
+    >>> fits_adapter("safegrad"), fits_adapter("antidote"), fits_adapter("lox")
+    (True, False, False)
+    """
+    method, options = resolve(variant, methods)
+    edited = method in _EDITED and _EDITED[method](options)
+    return not edited and build(variant, methods).prepare is as_aligned
+
+
+__all__ = ["ABOUT", "fits_adapter", "needs"]

@@ -20,8 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sbr_jax import errors, files, recipes
-from sbr_jax.methods import Hyperparameters, build
-from sbr_jax.methods.base import as_aligned
+from sbr_jax.methods import Hyperparameters
+from sbr_jax.methods.needs import fits_adapter
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job
 from sbr_jax.recipes.preset import Preset
@@ -108,8 +108,8 @@ def make_export(preset: Preset, arguments: Arguments) -> Export:
             f"--output {output}: expected a new or empty folder, found something there"
         )
     job = _job(preset, arguments, record, workdir)
-    method = build(arguments.variant, job.config.methods)
-    if method.prepare is not as_aligned and not arguments.merged:
+    fits = fits_adapter(arguments.variant, job.config.methods)
+    if not fits and not arguments.merged:
         raise _needs_merging(arguments.variant)
     base_name = arguments.base_name or arguments.model
     return Export(job, record, stage, output, arguments.merged, base_name)

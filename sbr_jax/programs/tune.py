@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import tyro
 
 from sbr_jax import distributed, files
-from sbr_jax.methods import Hyperparameters, build
-from sbr_jax.methods.base import as_aligned
+from sbr_jax.methods import Hyperparameters
+from sbr_jax.methods.needs import fits_adapter
 from sbr_jax.programs import cli, hosts
 from sbr_jax.programs.parsing import values_of
 from sbr_jax.recipes.own import EPOCHS, HARDWARE, HYPERPARAMETERS, METHOD, TRAINING
@@ -160,8 +160,8 @@ def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
     if not arguments.train:
         raise UserError("expected --train, got none: add --train my.jsonl")
     check(arguments, words, PROGRAM)
-    method = build(arguments.method, arguments.hyperparameters)
-    if method.prepare is not as_aligned and not arguments.merged:
+    fits = fits_adapter(arguments.method, arguments.hyperparameters)
+    if not fits and not arguments.merged:
         raise UserError(
             f"--method {arguments.method}: it changes base weights too, which an "
             "adapter does not hold: add --merged"

@@ -1,10 +1,14 @@
 """What a variant says it reads of a study is what its hooks read."""
 
+import dataclasses
+
 import jax
 import pytest
 from methods_case import SETTINGS, STUDY, program
 
-from sbr_jax.methods import METHODS, Hyperparameters
+from sbr_jax.methods import METHODS, Hyperparameters, build
+from sbr_jax.methods.base import as_trained
+from sbr_jax.methods.needs import fits_adapter
 from sbr_jax.methods.needs import needs as needs_of
 from sbr_jax.training.program import init_adapter
 from sbr_jax.typing import UserError
@@ -52,6 +56,17 @@ def test_parts_that_are_read_are_declared_and_others_are_not(row):
     declared -= {"benign"}
     assert watched.read <= declared
     assert bool(watched.read) == bool(declared)
+
+
+def test_what_deploys_other_base_weights_is_no_adapter():
+    others = {row for row in METHODS if not fits_adapter(row)}
+    assert others == {"lox", "vaccine", "booster", "antidote", "safe-delta"}
+    # These deploy another adapter on the same base; whoever joins them says which.
+    deploying = {row for row in METHODS if build(row).deploy is not as_trained}
+    assert deploying - others == {"salora", "o-lora"}
+    settings = Hyperparameters()
+    factors = dataclasses.replace(settings.antidote, weights="adapter")
+    assert fits_adapter("antidote", dataclasses.replace(settings, antidote=factors))
 
 
 def test_options_change_what_is_read():

@@ -203,9 +203,13 @@ BAD_WORDS = {
     ),
     "no safe exchange": (("--method", "safegrad"), r"safegrad: expected safe exchange"),
     "no harmful prompt": (("--method", "sbr"), r"sbr: expected harmful prompts"),
-    "no pairs": (("--method", "antidote"), r"antidote: .*--study.pairs-file"),
+    "no pairs": (
+        ("--method", "antidote", "--merged"),
+        r"antidote: .*--study.pairs-file",
+    ),
     "no judge": (("--method", "adaptive-judge"), r"adaptive-judge: .*--study.judge ll"),
     "an adapter without its base": (("--method", "lox"), r"lox: .*add --merged"),
+    "an edited base": (("--method", "safe-delta"), r"safe-delta: .*add --merged"),
     "two files to measure on": (("--eval", "a", "b"), r"--eval: expected one file, or"),
     "few harmful prompts": (
         ("--method", "sbr", "--harmful", "few.txt"),
