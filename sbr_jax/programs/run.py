@@ -24,7 +24,6 @@ from sbr_jax.programs import cli, harness, hosts, spread
 from sbr_jax.programs.job import Job, JobArguments, Options, execute, make_job, parse
 from sbr_jax.programs.spread import Jobs
 from sbr_jax.recipes.preset import Preset
-from sbr_jax.storage import is_bucket
 from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("run")
@@ -139,7 +138,8 @@ def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> 
 
 def report_command(workdir: Path) -> str:
     """The command that reads the results, which it wants on a disk."""
-    place = "FOLDER, a copy of it on a disk" if is_bucket(workdir) else workdir
+    bucket = storage.is_bucket(workdir)
+    place = "FOLDER, a copy of it on a disk" if bucket else workdir
     return f"{cli.command('report')} {place}"
 
 
