@@ -58,6 +58,11 @@ def check(arguments: RunArguments, job: Job) -> None:
     if arguments.device != DeviceOptions() and not arguments.dry_run:
         raise UserError("--device: only --dry-run has use for a device; drop it")
     if arguments.harness is not None:
+        if arguments.only:
+            raise UserError(
+                "--only with --harness: expected a whole run for lm-eval, got a part "
+                "of one; drop one, and put the whole through it afterwards"
+            )
         hosts.require_one(arguments, "--harness")
         harness.check(arguments.harness, job)
     limit = arguments.harness_limit

@@ -135,23 +135,25 @@ def _command(
     words: Sequence[str], folder: Path, own: Sequence[tuple[str, int]]
 ) -> list[str]:
     """The command line of a part: the same, in another folder."""
-    kept = without(words, "--workdir", "--jobs")
+    # The whole is put through lm-eval at the end, by this process.
+    kept = without(words, "--workdir", "--jobs", "--harness", "--harness-limit")
     command = [sys.executable, "-m", "sbr_jax.programs.run", *kept]
     return [*command, "--workdir", str(folder), "--only", *named(own)]
 
 
 def without(words: Sequence[str], *options: str) -> list[str]:
-    """A command line without some options of one value.
+    """A command line without some options and their values.
 
-    >>> without(["demo", "--jobs", "2", "--quiet"], "--jobs")
+    >>> words = ["demo", "--harness", "bbq", "mmlu", "--quiet", "--harness_limit=2"]
+    >>> without(words, "--harness", "--harness-limit")
     ['demo', '--quiet']
     """
-    kept, value = [], False
+    kept, inside = [], False
     for word in words:
-        named = word.partition("=")[0] in options
-        if not named and not value:
+        if word.startswith("--"):
+            inside = word.partition("=")[0].replace("_", "-") in options
+        if not inside:
             kept.append(word)
-        value = named and "=" not in word
     return kept
 
 

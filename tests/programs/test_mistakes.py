@@ -53,6 +53,7 @@ MISTAKES = {
     f"{RUN} --jobs many": "--jobs: expected",
     f"{RUN} --jobs 2 --only plain/0": "--jobs 2 with --only: expected one of the two",
     f"{RUN} --jobs 2 --mesh data=1": "--jobs 2 with a mesh: expected one process",
+    f"{RUN} --only plain/0 --harness": "--only with --harness: expected a whole run",
     f"{RUN} --only plain": "unknown variant and seed 'plain'; nearest: plain/0",
     f"{RUN} --only plain/7": "unknown variant and seed 'plain/7'",
     f"{RUN} {'x' * 300}": f"unexpected word '{'x' * 300}'",
