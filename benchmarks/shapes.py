@@ -69,6 +69,7 @@ class Shape:
 
 SHAPES = {
     "smoke": Shape(64, 128, 2, 4, 4, 512),
+    "testbed": Shape(128, 344, 4, 4, 4, 986),
     "small": Shape(256, 704, 6, 4, 2, 4096),
     "smollm2-135m": Shape(576, 1536, 30, 9, 3, 49_152),
     "7b": Shape(4096, 11_008, 32, 32, 32, 32_000, tied=False),

@@ -2,7 +2,7 @@
 
 Whole processes, from their start to their end: ``import sbr_jax`` beside its imports
 JAX and Optax, ``sbr-jax --help`` beside an interpreter that does nothing, and the first
-training step of a small model with nothing compiled beside the same with the
+training step of the testbed's size with nothing compiled beside the same with the
 persistent cache that the programs keep (``JAX_COMPILATION_CACHE_DIR``).
 """
 
@@ -59,7 +59,7 @@ def main(given: list[str] | None = None) -> None:
             "import jax, optax": python("import jax, optax"),
         }
         report.measure("import", runs, [("import sbr_jax", "import jax, optax")])
-        first = FIRST_STEP.format(size="SMALL")
+        first = FIRST_STEP.format(size="TESTBED")
         with tempfile.TemporaryDirectory() as folder:
             runs = {
                 "cache": python(first, JAX_COMPILATION_CACHE_DIR=folder),

@@ -33,6 +33,7 @@ class Size:
 
 
 SMOKE = Size(shapes.SHAPES["smoke"], length=16, batch=4, rank=2, calibration=8)
+TESTBED = Size(shapes.SHAPES["testbed"], length=40, rank=8)
 SMALL = Size(shapes.SHAPES["small"])
 
 
