@@ -40,7 +40,7 @@ from sbr_jax.typing import Batch, PyTree, UserError
 def lean(
     *,
     safe_rows: Count = 2,
-    kl_weight: NonNegative = 1.0,
+    kl_weight: NonNegative = 3.0,
     top_tokens: Count = 32,
     self_answers: Annotated[float, Range(least=0, most=1)] | None = None,
     epsilon: Positive | None = None,
