@@ -1,4 +1,6 @@
-"""What a compiled program holds: for tests that nothing in it is as wide as logits."""
+"""What a compiled program holds, nothing as wide as logits, and when one is made."""
+
+import contextlib
 
 import jax
 
@@ -19,3 +21,17 @@ def sizes(jaxpr):
 def widest(function, *arguments):
     """Size of the largest array that a function makes of its arguments."""
     return max(sizes(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+@contextlib.contextmanager
+def compiled():
+    """Seconds of each compilation meanwhile, as JAX tells its listeners."""
+    events = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -70,7 +70,7 @@ def safe_delta(
         tuned, layers = merge_adapter(base, adapter)["layers"], dict(base["layers"])
         for name in adapter:
             parts = (as_dense(layers[name]), tuned[name], found[name])
-            layers[name] = jax.lax.map(lambda x: safe_weights(*x, strength), parts)
+            layers[name] = _safe_layers(parts, strength)
         return {**base, "layers": layers}, None
 
     return Method("safe-delta", monitored, deploy=deploy)
@@ -117,6 +117,13 @@ def _outer_sums(
     inputs = {name: seen["inputs"][name].astype(jnp.float32) for name in names}
     outer = functools.partial(jnp.einsum, "lbti,lbtj,bt->lij", precision="highest")
     return {name: outer(x, x, real) for name, x in inputs.items()}
+
+
+# As a whole: the loop would be compiled at every call.
+@functools.partial(jax.jit, static_argnames="strength")
+def _safe_layers(parts: tuple[jax.Array, ...], strength: float) -> jax.Array:
+    """:func:`safe_weights` of one layer after the other."""
+    return jax.lax.map(lambda x: safe_weights(*x, strength), parts)
 
 
 @functools.partial(jax.jit, static_argnames="strength")

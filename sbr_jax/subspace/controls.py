@@ -6,6 +6,7 @@ Symbols: V basis [P, K], P parameters of a unit, K columns, L layers.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -37,15 +38,16 @@ def random_subspace(key: jax.Array, like: Subspace) -> Subspace:
         >>> int(effective_rank(r)["w"]), bool((r.basis["w"] != s.basis["w"]).any())
         (3, True)
     """
+    return _with_keys(_drawn, key, like)
 
-    def draw(k: jax.Array, v: jax.Array) -> jax.Array:
-        used = spectrum.used_columns(v)
-        # Masked before, so that no used column is made orthogonal to an unused one.
-        normal = spectrum.masked(jax.random.normal(k, v.shape, v.dtype), used)
-        q = spectrum.orthonormal(normal)
-        return spectrum.polish(spectrum.masked(q, used))
 
-    return _with_keys(draw, key, like)
+def _drawn(key: jax.Array, v: jax.Array) -> jax.Array:
+    """A random basis with the rank of another."""
+    used = spectrum.used_columns(v)
+    # Masked before, so that no used column is made orthogonal to an unused one.
+    normal = spectrum.masked(jax.random.normal(key, v.shape, v.dtype), used)
+    q = spectrum.orthonormal(normal)
+    return spectrum.polish(spectrum.masked(q, used))
 
 
 def shuffled_subspace(key: jax.Array, subspace: Subspace) -> Subspace:
@@ -71,14 +73,18 @@ def shuffled_subspace(key: jax.Array, subspace: Subspace) -> Subspace:
         >>> float(overlap(s, shuffled_subspace(jax.random.key(0), s))["w"])
         0.0
     """
-    return _with_keys(lambda k, v: jax.random.permutation(k, v, axis=0), key, subspace)
+    return _with_keys(_permuted, key, subspace)
+
+
+def _permuted(key: jax.Array, v: jax.Array) -> jax.Array:
+    """A basis with its rows in another order."""
+    return jax.random.permutation(key, v, axis=0)
 
 
 def _with_keys(function: Callable, key: jax.Array, subspace: Subspace) -> Subspace:
     checks.random_key("key", key)
     check_subspace("subspace", subspace)
     mark = subspace.fingerprint
-    lifted = units.over_layers(function, mark.layer_axes)
     out = []
     for i, basis in enumerate(mark.entries(subspace.basis)):
         if basis is None:
@@ -86,5 +92,15 @@ def _with_keys(function: Callable, key: jax.Array, subspace: Subspace) -> Subspa
             continue
         layers = basis.shape[: mark.layer_axes]
         keys = jax.random.split(jax.random.fold_in(key, i), math.prod(layers))
-        out.append(lifted(keys.reshape(*layers, *keys.shape[1:]), basis))
+        keys = keys.reshape(*layers, *keys.shape[1:])
+        options = {"function": function, "layer_axes": mark.layer_axes}
+        out.append(_over_layers(keys, basis, **options))
     return dataclasses.replace(subspace, basis=mark.join(out))
+
+
+# As a whole: the loop inside would be compiled at every call.
+@functools.partial(jax.jit, static_argnames=("function", "layer_axes"))
+def _over_layers(
+    keys: jax.Array, basis: jax.Array, *, function: Callable, layer_axes: int
+) -> jax.Array:
+    return units.over_layers(function, layer_axes)(keys, basis)

@@ -1,6 +1,5 @@
 """Fisher subspaces on eight simulated devices: one device's, and nothing gathered."""
 
-import contextlib
 import functools
 import re
 from typing import Any
@@ -12,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from programs_case import compiled
 from tiers import few
 
 from sbr_jax import (
@@ -150,20 +150,6 @@ def test_merges_and_angles_of_split_bases_are_those_of_whole_ones(weighting):
         *(discarded_energy(p[0], m) for p, m in zip(pairs, merged, strict=True)),
         atol=2e-5,
     )
-
-
-@contextlib.contextmanager
-def compiled():
-    """Times of what is compiled meanwhile, as JAX tells its listeners."""
-    events = []
-
-    def listen(event, duration, **_):
-        if "backend_compile" in event:
-            events.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_second_call_on_a_mesh_compiles_nothing():

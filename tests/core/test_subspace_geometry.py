@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from programs_case import compiled
 from subspace_case import gram_error, normal, plain, rank
 from tiers import few
 
@@ -166,6 +167,9 @@ def test_control_subspaces_keep_the_size_and_lose_the_meaning():
         # Two random 4-dimensional subspaces of 400: mean squared cosine 4/400.
         assert float(overlap(s, c)["w"].max()) < 0.1
         assert bool(jnp.any(c.basis["w"][0] != c.basis["w"][1]))
+        with compiled() as again:
+            control(jax.random.key(1), s)
+        assert again == []
     c = shuffled_subspace(jax.random.key(0), s)
     np.testing.assert_array_equal(
         np.sort(c.basis["w"], axis=1), np.sort(s.basis["w"], axis=1)

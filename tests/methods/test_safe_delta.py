@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from weight_space_case import BASE, PROBLEM, STUDY, TUNED, capture, dense
+from programs_case import compiled
+from weight_space_case import (
+    BASE,
+    PROBLEM,
+    STUDY,
+    TUNED,
+    capture,
+    dense,
+    random_adapter,
+)
 
 from sbr_jax import models
 from sbr_jax.data import subset
@@ -79,6 +88,11 @@ def test_what_is_deployed_lies_between_the_aligned_and_the_tuned_model():
         base, adapter = safe_delta(strength=strength).deploy(PROBLEM, BASE, TUNED, {})
         assert adapter is None
         ends[strength] = base["layers"]
+    # Every domain and every probe deploys: the second time nothing is compiled.
+    other = random_adapter(1)
+    with compiled() as again:
+        safe_delta(strength=1e9).deploy(PROBLEM, BASE, other, {})
+    assert again == []
     merged = models.merge_adapter(BASE, TUNED)["layers"]
     jax.tree.map(np.testing.assert_array_equal, ends[0.0], BASE["layers"])
     for name in names:
