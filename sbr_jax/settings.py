@@ -98,10 +98,11 @@ class Training:
 class Hardware:
     """How results are computed; changes none beyond floating-point rounding.
 
-    Three things follow the layout all the same: the masks of LoRA dropout (`packing`,
+    Four things follow the layout all the same: the masks of LoRA dropout (`packing`,
     `accumulation`), tests of single microbatches (`accumulation` in SafeGrad and lazy),
-    and where a full Fisher buffer is cut (`fisher_microbatch`, with more examples than
-    `fisher_buffer`).
+    how many safety examples half a batch is (`accumulation`, where that does not divide
+    it), and where a full Fisher buffer is cut (`fisher_microbatch`, with more examples
+    than `fisher_buffer`).
 
     Attributes:
       mesh: all devices, by axis, ``"data=2,fsdp=4,tp=2"``; None for one device.

@@ -164,7 +164,8 @@ def safe_batch(
       state: of :func:`anchored_set`.
       batch: the task microbatch.
       key: of the step.
-      size: examples of the whole step; None for half the task batch.
+      size: examples of the whole step; None for half the task batch, or the nearest
+        multiple of the microbatches below (one for each at least).
       name: of the size, for messages.
 
     Returns:
