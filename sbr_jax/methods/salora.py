@@ -97,7 +97,7 @@ def constrain(
 
     def fold(pair: LoraPair, basis: jax.Array) -> LoraPair:
         lora_b = pair.lora_b.astype(jnp.float32)
-        # Accelerators would leave a thousandth of B along V_s by default.
+        # By default accelerators would leave up to a thousandth of B along V_s.
         along = jnp.einsum("lro,los->lrs", lora_b, basis, precision="highest")
         inside = jnp.einsum("lrs,los->lro", along, basis, precision="highest")
         lora_b = lora_b - inside

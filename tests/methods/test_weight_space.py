@@ -212,7 +212,7 @@ DIRECTION = Alignment(jnp.ones((2, 16, 16)), jnp.ones(2))
     ],
 )
 def test_edits_of_weights_multiply_in_float32_on_accelerators(function):
-    """Their default, of 8 to 11 bits, leaves a thousandth of what is to be removed."""
+    """Their default, of 8 to 11 bits, leaves up to a thousandth of what goes."""
     found = list(products(jax.make_jaxpr(function)(TUNED["q_proj"]).jaxpr))
     highest = jax.lax.Precision.HIGHEST
     assert found
