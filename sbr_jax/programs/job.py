@@ -229,19 +229,30 @@ def check_folder(job: Job) -> None:
     Raises:
         UserError: naming the folder.
     """
-    from sbr_jax.training.records import plain_numbers
-    from sbr_jax.training.run_folder import read_config, refuse_foreign
+    from sbr_jax.training.run_folder import refuse_foreign
 
     if not (job.workdir / "config.json").exists():
         cli.check_folder(job.workdir)
         refuse_foreign(job.workdir, "config.json", own=(storage.JOBS,))
         return
-    there, here = read_config(job.workdir), plain_numbers(job.config.mathematics())
+    check_settings(job, job.workdir)
+
+
+def check_settings(job: Job, folder: Path) -> None:
+    """Refuses a folder of a run, or a part of one, that has other settings.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    from sbr_jax.training.records import plain_numbers
+    from sbr_jax.training.run_folder import read_config
+
+    there, here = read_config(folder), plain_numbers(job.config.mathematics())
     here["domains"] = list(job.domains)
     if any(plain_numbers(there.get(name)) != here[name] for name in here):
         raise UserError(
-            f"{job.workdir} belongs to a run with other settings or domains than "
-            "these; choose another --workdir"
+            f"{folder} belongs to a run with other settings or domains than these; "
+            "choose another --workdir"
         )
 
 

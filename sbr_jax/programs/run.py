@@ -102,17 +102,7 @@ def run(args: Sequence[str]) -> None:
         _run(preset, arguments, args)
 
 
-def _gather(folder: Path, distributed: str) -> None:
-    """Moves in what an earlier command with --jobs has left in folders of its own."""
-    if distributed == "off" and storage.has_parts(storage.folder(folder)):
-        from sbr_jax.training import parts
-
-        parts.gather(storage.folder(folder))
-
-
 def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> None:
-    if arguments.workdir is not None and not arguments.dry_run:
-        _gather(arguments.workdir, arguments.distributed)
     job = make_job(preset, arguments, forecast=arguments.dry_run)
     check(arguments, job)
     if arguments.dry_run:
@@ -122,6 +112,8 @@ def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> 
             harness.read(job, arguments.harness, arguments.harness_limit)
         print(dry_run.execute(job, arguments.device))
         return
+    if arguments.distributed == "off":
+        spread.gather(job)
     tasks = None
     if arguments.harness is not None:
         # Read before the hours that the run takes: a missing file is told at once.

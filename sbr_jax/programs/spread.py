@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from sbr_jax import errors, files
-from sbr_jax.programs import job, terminal
+from sbr_jax import errors, files, storage
+from sbr_jax.programs import cli, job, terminal
 from sbr_jax.programs.job import Job
 from sbr_jax.typing import UserError
 
@@ -87,6 +87,21 @@ def processes(wanted: Job, jobs: Jobs, left: int) -> int:
     return min(len(_cores()) if jobs == "auto" else jobs, left)
 
 
+def gather(wanted: Job) -> None:
+    """Moves in what an earlier command has left in folders of parts.
+
+    Raises:
+        UserError: for parts of another run, none of which is touched.
+    """
+    if not storage.has_parts(wanted.workdir):
+        return
+    from sbr_jax.training import parts
+
+    for part in parts.found(wanted.workdir):
+        job.check_settings(wanted, part)
+    parts.gather(wanted.workdir)
+
+
 def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
     """Runs what is left in so many processes; then every stage is in the job's folder.
 
@@ -104,21 +119,28 @@ def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
     """
     from sbr_jax.training import locks, parts
 
+    stages, config = wanted.workdir / "stages", wanted.workdir / "config.json"
+    if stages.exists() and not config.exists():
+        return  # One process compares the stages with the run, and writes it anew.
     job.check_folder(wanted)
     left = parts.unfinished(wanted.workdir, pairs(wanted), wanted.domains)
     count = processes(wanted, jobs, len(left))
     if count < 2:
         return
     with locks.taken(wanted.workdir):
-        running = []
+        running: list[_Process] = []
+        said = _Said()
         try:
             for index in range(count):
                 own = left[index::count]
                 folder = parts.hand_out(wanted.workdir, str(index), own)
+                command = _command(words, wanted, folder, own)
                 with _on(_cores()[index::count]):
-                    running.append(_Process(_command(words, folder, own)))
+                    running.append(_Process(command, said))
             codes = [process.wait() for process in running]
         finally:
+            for process in running:
+                process.terminate()
             for process in running:
                 process.end()
     parts.gather(wanted.workdir)
@@ -128,17 +150,22 @@ def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
             "the same command again, with fewer --jobs if memory was short"
         )
     if any(codes):
+        if max(codes) in (cli.EXIT_INTERRUPTED, cli.EXIT_TERMINATED):
+            terminal.complain(cli.KEPT)
         raise SystemExit(max(codes))
 
 
 def _command(
-    words: Sequence[str], folder: Path, own: Sequence[tuple[str, int]]
+    words: Sequence[str], wanted: Job, folder: Path, own: Sequence[tuple[str, int]]
 ) -> list[str]:
     """The command line of a part: the same, in another folder."""
     # The whole is put through lm-eval at the end, by this process.
-    kept = without(words, "--workdir", "--jobs", "--harness", "--harness-limit")
-    command = [sys.executable, "-m", "sbr_jax.programs.run", *kept]
-    return [*command, "--workdir", str(folder), "--only", *named(own)]
+    given = ("--workdir", "--jobs", "--harness", "--harness-limit", "--study.date")
+    command = [*terminal.python("sbr_jax.programs.run"), *without(words, *given)]
+    if date := getattr(wanted.study, "date", None):  # Lest midnight come between two.
+        command.append(f"--study.date={date}")
+    # A folder that begins with a dash is no option.
+    return [*command, f"--workdir={folder}", "--only", *named(own)]
 
 
 def without(words: Sequence[str], *options: str) -> list[str]:
@@ -157,37 +184,74 @@ def without(words: Sequence[str], *options: str) -> list[str]:
     return kept
 
 
-class _Process:
-    """A process whose lines are passed on, whole, as they come."""
+class _Said:
+    """Lines of several processes, passed on whole, as they come.
 
-    def __init__(self, command: Sequence[str]):
+    What two processes complain of in the same words is said once, and that finished
+    stages are kept is left to this process.
+    """
+
+    def __init__(self):
+        self._complaints, self._lock = {cli.KEPT}, threading.Lock()
+
+    def __call__(self, line: str, to: IO[str]) -> None:
+        text = line.strip()
+        with self._lock:
+            if text in self._complaints:
+                return
+            if text.startswith(("error: ", "warning: ")):
+                self._complaints.add(text)
+            print(line, end="", file=to, flush=True)
+
+
+class _Process:
+    """A process whose lines are passed on."""
+
+    def __init__(self, command: Sequence[str], said: _Said):
         environment = {**os.environ, terminal.PARENT: str(os.getpid())}
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._process = subprocess.Popen(
             command, env=environment, text=True, errors="replace", **streams
         )
+        self._said, self._failed = said, []
         pipes = (self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)
-        self._readers = [threading.Thread(target=_pass_on, args=pair) for pair in pipes]
+        # Should this process be ended twice, it does not wait for them.
+        self._readers = [
+            threading.Thread(target=self._pass_on, args=pair, daemon=True)
+            for pair in pipes
+        ]
         for reader in self._readers:
             reader.start()
 
+    def _pass_on(self, lines: IO[str], to: IO[str]) -> None:
+        with lines:
+            try:
+                for line in lines:
+                    self._said(line, to)
+            except OSError as error:
+                self._failed.append(error)  # With its pipe closed the process ends.
+
     def wait(self) -> int:
-        """Its exit code, once it has ended and said all."""
+        """Its exit code, once it has ended and said all.
+
+        Raises:
+            OSError: where its lines could not be passed on.
+        """
+        code = self.end()
+        for error in self._failed:
+            raise error
+        return code
+
+    def terminate(self) -> None:
+        """Asks it to end, if it has not: it saves itself first."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
+    def end(self) -> int:
+        """Waits until it has ended and said all."""
         for reader in self._readers:
             reader.join()
         return self._process.wait()
-
-    def end(self) -> None:
-        """Ends it, if it has not: it saves itself first."""
-        if self._process.poll() is None:
-            self._process.terminate()
-        self.wait()
-
-
-def _pass_on(lines: IO[str], to: IO[str]) -> None:
-    with lines:
-        for line in lines:
-            print(line, end="", file=to, flush=True)
 
 
 def _cores() -> list[int]:

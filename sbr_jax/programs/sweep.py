@@ -208,8 +208,8 @@ def execute(sweep: Sweep, *, quiet: bool) -> None:
 
 def cell_command(sweep: Sweep, name: str, *, quiet: bool) -> list[str]:
     """The command that runs one cell in a process of its own."""
-    command = [sys.executable, "-m", "sbr_jax.programs.sweep", sweep.name]
-    command += ["--workdir", str(sweep.workdir), "--cells", name]
+    command = [*terminal.python("sbr_jax.programs.sweep"), sweep.name]
+    command += [f"--workdir={sweep.workdir}", "--cells", name]
     command += ["--seeds", str(len(sweep.seeds))]
     return [*command, *(["--quiet"] if quiet else [])]
 

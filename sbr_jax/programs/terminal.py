@@ -60,6 +60,16 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def python(module: str) -> list[str]:
+    """The command that runs a module in a process of its own, as found from here.
+
+    Python looks for it in the working directory first, where a file of the user's may
+    have the name of a package: not where this process did not look there either.
+    """
+    here = {"", os.getcwd()} & set(sys.path)
+    return [sys.executable, *([] if here else ["-P"]), "-m", module]
+
+
 def _spell(error: UnicodeError) -> tuple[str, int]:
     """Writes what a stream's encoding lacks in letters that every encoding has."""
     if not isinstance(error, UnicodeEncodeError):

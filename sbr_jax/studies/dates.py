@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sbr_jax import storage
+
 Options = TypeVar("Options")
 
 KEY = "rendering"
@@ -30,7 +32,9 @@ def dated(options: Options, folder: Path) -> Options:
     if getattr(options, "date", "") is not None:
         return options
     remedy = "restore it, or choose another folder"
-    records = (path for name in RECORDS if (path := folder / name).is_file())
+    records = [path for name in RECORDS if (path := folder / name).is_file()]
+    if storage.has_parts(folder):
+        records += sorted((folder / storage.JOBS).glob("*/config.json"))
     found = (date_of(read_json(path, remedy)) for path in records)
     date = next(filter(None, found), None) or process_date()
     return dataclasses.replace(options, date=date)  # pyright: ignore[reportArgumentType, reportCallIssue]

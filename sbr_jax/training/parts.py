@@ -11,16 +11,30 @@ import shutil
 from collections.abc import Sequence
 
 from sbr_jax import storage
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.storage import JOBS
 from sbr_jax.training import locks
-from sbr_jax.training.records import write_atomically, writing
-from sbr_jax.training.run_folder import RunFolder
-from sbr_jax.training.stage_records import BASE, RESULT
+from sbr_jax.training.records import (
+    DamagedError,
+    again,
+    read_json,
+    write_atomically,
+    writing,
+)
+from sbr_jax.training.run_folder import (
+    PUBLISHED,
+    RESTORE,
+    RunFolder,
+    refuse_foreign,
+    run_of,
+)
+from sbr_jax.training.stage_records import BASE, RESULT, read_result
 from sbr_jax.training.stages import EVALUATE, NAMES
 from sbr_jax.typing import UserError
 
 Pair = tuple[str, int]
 """A variant and a seed."""
+CONFIG = "config.json"
 
 
 def unfinished(
@@ -45,9 +59,14 @@ def hand_out(folder: pathlib.Path, part: str, pairs: Sequence[Pair]) -> pathlib.
 
     Returns:
         The part's folder.
+
+    Raises:
+        UserError: where it cannot be written, or holds files of somebody else.
     """
     own = folder / JOBS / part
-    config, run, base = folder / "config.json", RunFolder(folder), f"stages/{BASE}"
+    if not (own / CONFIG).exists():
+        refuse_foreign(own, CONFIG, own=("stages",))
+    config, run, base = folder / CONFIG, RunFolder(folder), f"stages/{BASE}"
     with writing(own):
         own.mkdir(parents=True, exist_ok=True)
         if config.exists():
@@ -61,46 +80,119 @@ def hand_out(folder: pathlib.Path, part: str, pairs: Sequence[Pair]) -> pathlib.
     return own
 
 
+def found(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The parts in a run's folder, in order; touches nothing.
+
+    Raises:
+        UserError: for a link, as what it points to is not the run's to move.
+    """
+    if not storage.has_parts(folder):
+        return []
+    parts = sorted(path.parent for path in (folder / JOBS).glob(f"*/{CONFIG}"))
+    for place in (folder / JOBS, *parts):
+        if place.is_symlink():
+            raise UserError(
+                f"{place} is a link: expected a folder, as its stages are moved to "
+                f"{folder}; put there a copy of what it points to"
+            )
+    return parts
+
+
 def gather(folder: pathlib.Path) -> None:
     """Moves the stages of all parts into the run's folder, and drops the parts.
 
-    Of two copies of a variant and seed the one with more finished stages stays.
+    Of two copies of a variant and seed the one with more finished stages stays. Files
+    in a part that no run has written stay where they are.
 
     Raises:
         UserError: for a part that another process works in, or one of a run with other
-            settings.
+            settings; then no part was touched.
     """
     if not storage.has_parts(folder):
         return
-    with locks.taken(folder):
-        for config in sorted((folder / JOBS).glob("*/config.json")):
-            with locks.taken(config.parent), writing(folder):
-                _take(folder, config.parent)
-            storage.remove(config.parent)
+    _require_one_run(folder)
+    if not any(map(_is_ours, (folder / JOBS).iterdir())):
+        return
+    with locks.taken(folder), contextlib.ExitStack() as held:
+        _require_one_run(folder)
+        parts = found(folder)
+        for part in parts:
+            held.enter_context(locks.taken(part))
+        with writing(folder):
+            for part in parts:
+                _take(folder, part)
+            for path in list((folder / JOBS).iterdir()):
+                _drop(path)
         with contextlib.suppress(OSError):  # There is more, which is none of ours.
             (folder / JOBS).rmdir()
+        if any(folder.glob(f"stages/*/*/*/{RESULT}")):
+            RunFolder(folder).publish([*METHODS, *VARIANTS])
+
+
+def _require_one_run(folder: pathlib.Path) -> None:
+    """Refuses parts that are not all of the folder's run."""
+    config = folder / CONFIG
+    remedies = {config: f"{again(config)}, or {RESTORE}"} if config.exists() else {}
+    for part in found(folder):
+        remedies[part / CONFIG] = f"move {part} away"
+    runs = {
+        path.parent: run_of(read_json(path, remedy, sealed=True))
+        for path, remedy in remedies.items()
+    }
+    for place, run in runs.items():
+        first = next(iter(runs))
+        if run != runs[first]:
+            raise UserError(
+                f"{place} belongs to a run with other settings than {first}: expected "
+                "a part of it; move it away, or run the command that began it"
+            )
 
 
 def _take(folder: pathlib.Path, part: pathlib.Path) -> None:
     """Moves one part's stages, and its settings where the run has none."""
-    config, run = folder / "config.json", RunFolder(part).run
+    config, run = folder / CONFIG, RunFolder(part).run
     if not config.exists():
         write_atomically(config, (part / config.name).read_text())
-    if run != RunFolder(folder).run:
-        raise UserError(
-            f"{part} belongs to a run with other settings than {folder}: expected a "
-            "part of it; move it away, or run the command that began it"
-        )
     for place in sorted((part / "stages").glob("*/*")):
         to = folder / place.relative_to(part)
-        if _finished(to) < _finished(place):
+        if _finished(to, run) < _finished(place, run):
             storage.remove(to)
         if not to.exists():
             _move(place, to)
 
 
-def _finished(place: pathlib.Path) -> int:
-    return len(list(place.glob(f"*/{RESULT}")))
+def _finished(place: pathlib.Path, run: str) -> int:
+    """How many stages of a variant and seed are finished, and are what they say."""
+    count = 0
+    for path in place.glob(f"*/{RESULT}"):
+        with contextlib.suppress(DamagedError):
+            count += read_result(path.parent, run) is not None
+    return count
+
+
+def _is_ours(part: pathlib.Path) -> bool:
+    """Whether it is a part, or what a kill has left of one."""
+    return (part / CONFIG).exists() or _is_left(part)
+
+
+def _is_left(part: pathlib.Path) -> bool:
+    """Whether nothing is in a part but what a kill leaves there."""
+    files = (*PUBLISHED, CONFIG)
+    left = {locks.NAME, *(f".{name}.tmp" for name in files)}
+    return not part.is_symlink() and part.is_dir() and storage.names(part) <= left
+
+
+def _drop(part: pathlib.Path) -> None:
+    """Deletes what a run has written in a part, its settings last.
+
+    A kill in between leaves a part that the next command drops.
+    """
+    if (part / CONFIG).exists():
+        storage.remove(part / "stages")
+        for name in (*PUBLISHED, CONFIG):
+            (part / name).unlink(missing_ok=True)
+    if _is_left(part):
+        storage.remove(part)
 
 
 def _move(place: pathlib.Path, to: pathlib.Path) -> None:

@@ -30,6 +30,8 @@ from sbr_jax.typing import UserError
 
 ENVIRONMENT = ("versions", "hardware")
 """Keys of ``config.json`` that are recorded and not compared."""
+PUBLISHED = ("results.jsonl", "timings.jsonl", "summary.json")
+"""Functions of the finished stages."""
 RESTORE = "restore it, or choose another folder"
 
 
@@ -235,11 +237,12 @@ class RunFolder:
         self._require_held()
         records = self.lines(order)
         summary = plain_numbers(summarise(records, BASE))
-        for name, text in (
-            ("results.jsonl", _lines(record["line"] for record in records)),
-            ("timings.jsonl", _lines(map(_times, records))),
-            ("summary.json", json.dumps(summary, indent=2) + "\n"),
-        ):
+        texts = (
+            _lines(record["line"] for record in records),
+            _lines(map(_times, records)),
+            json.dumps(summary, indent=2) + "\n",
+        )
+        for name, text in zip(PUBLISHED, texts, strict=True):
             write_atomically(self.folder / name, text)
         return summary
 

@@ -1,12 +1,17 @@
 """Several processes for one run: what they are told, and what happens when they end."""
 
 import dataclasses
+import errno
+import io
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_preset import make_job
 
-from sbr_jax.programs import spread
+from sbr_jax.programs import cli, spread, terminal
+from sbr_jax.training.records import plain_numbers, write_record
 from sbr_jax.typing import UserError
 
 METHODS = ("plain", "lisa")
@@ -22,7 +27,7 @@ def instead(monkeypatch, code):
     """Every process runs some lines of Python; gives what each was to do."""
     given = []
 
-    def command(words, folder, own):
+    def command(words, wanted, folder, own):
         given.append((folder.name, spread.named(own)))
         return [sys.executable, "-c", code]
 
@@ -48,10 +53,60 @@ def test_no_more_processes_than_work(job, monkeypatch):
     assert len(given) == 4
 
 
+def test_a_run_that_has_lost_its_settings_is_left_to_one_process(job, monkeypatch):
+    given = instead(monkeypatch, "pass")
+    (job.workdir / "stages/plain/0").mkdir(parents=True)
+    spread.execute(job, (), 2)
+    assert given == []
+    assert (job.workdir / "stages/plain/0").exists()
+
+
 def test_lines_are_passed_on(job, monkeypatch, capsys):
     instead(monkeypatch, "import sys; print('said'); print('warned', file=sys.stderr)")
     spread.execute(job, (), 2)
     assert capsys.readouterr() == ("said\n" * 2, "warned\n" * 2)
+
+
+def test_what_all_processes_complain_of_is_said_once(job, monkeypatch, capsys):
+    code = "import sys; sys.exit('error: no data')"
+    instead(monkeypatch, code)
+    with pytest.raises(SystemExit):
+        spread.execute(job, (), 2)
+    assert capsys.readouterr().err == "error: no data\n"
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_that_finished_stages_are_kept_is_said_once(job, monkeypatch, capsys, code):
+    instead(monkeypatch, f"print({cli.KEPT!r}); raise SystemExit({code})")
+    with pytest.raises(SystemExit) as error:
+        spread.execute(job, (), 2)
+    assert error.value.code == code
+    assert capsys.readouterr() == ("", f"{cli.KEPT}\n")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_lines_that_nobody_takes_end_all_processes(job, monkeypatch, number):
+    instead(monkeypatch, "while True: print('said', flush=True)")
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(number, "said")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OSError, match="said") as error:
+        spread.execute(job, (), 2)
+    assert error.value.errno == number
+
+
+def test_a_run_of_other_settings_leaves_the_parts_alone(job):
+    own = job.workdir / "jobs/0"
+    own.mkdir(parents=True)
+    settings = {**plain_numbers(job.config.mathematics()), "domains": ["legal"]}
+    write_record(own / "config.json", settings)
+    with pytest.raises(UserError, match="jobs/0 belongs to a run with other settings"):
+        spread.gather(job)
+    assert [path.name for path in own.iterdir()] == ["config.json"]
+    assert not (job.workdir / "config.json").exists()
 
 
 def test_the_code_of_a_mistake_is_that_of_the_command(job, monkeypatch):
@@ -73,10 +128,10 @@ def test_no_process_outlives_a_failure_to_start_another(job, monkeypatch, tmp_pa
     given = instead(monkeypatch, code)
     command = spread._command
 
-    def failing(words, folder, own):
+    def failing(words, wanted, folder, own):
         if given:
             raise KeyboardInterrupt
-        return command(words, folder, own)
+        return command(words, wanted, folder, own)
 
     monkeypatch.setattr(spread, "_command", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -84,13 +139,34 @@ def test_no_process_outlives_a_failure_to_start_another(job, monkeypatch, tmp_pa
     assert not sign.exists()
 
 
-def test_a_part_has_the_words_of_the_whole(tmp_path):
+def test_a_part_has_the_words_of_the_whole(job):
     words = ["demo", "--workdir", "W", "--jobs=2", "--seed", "0", "1", "--quiet"]
-    found = spread._command(words, tmp_path, [("plain", 1)])
-    assert found[3:] == [
+    found = spread._command(words, job, Path("-runs/0"), [("plain", 1)])
+    assert found[found.index("-m") + 2 :] == [
         *("demo", "--seed", "0", "1", "--quiet"),
-        *("--workdir", str(tmp_path), "--only", "plain/1"),
+        *("--workdir=-runs/0", "--only", "plain/1"),
     ]
+
+
+def test_all_parts_have_the_date_of_the_whole(job):
+    @dataclasses.dataclass(frozen=True)
+    class Dated:
+        date: str = "2024-07-26"
+
+    dated = dataclasses.replace(job, study=Dated())
+    found = spread._command(["demo"], dated, Path("W"), [("plain", 1)])
+    assert "--study.date=2024-07-26" in found
+
+
+@pytest.mark.parametrize("looked", [True, False])
+def test_a_process_finds_packages_where_its_parent_did(monkeypatch, tmp_path, looked):
+    (tmp_path / "this.py").write_text("print('of the working directory')")
+    monkeypatch.chdir(tmp_path)
+    path = [name for name in sys.path if name not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] * looked + path)
+    command = terminal.python("this")
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (said == "of the working directory\n") == looked
 
 
 def test_only_gives_each_variant_its_seeds(job):

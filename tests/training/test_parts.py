@@ -3,10 +3,11 @@
 import contextlib
 
 import pytest
-from run_folder_case import VARIANTS, go, results
+from run_folder_case import VARIANTS, content, files, go, results
 from test_damaged_runs import KilledError, kill_after
 
 from sbr_jax.training import locks, parts
+from sbr_jax.training.records import read_json, write_record
 from sbr_jax.typing import UserError
 
 SEEDS = (0, 1)
@@ -92,6 +93,29 @@ def test_a_part_of_other_settings_is_refused_and_stays(tmp_path):
     assert not (tmp_path / "stages/lisa").exists()
 
 
+def test_of_several_parts_none_is_touched_where_one_is_of_another_run(tmp_path):
+    ours, other = tmp_path / "jobs/0", tmp_path / "jobs/1"
+    go(ours, ("plain",))
+    settings = read_json(ours / "config.json")
+    other.mkdir()
+    write_record(other / "config.json", {**settings, "domains": ["legal"]})
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=r"jobs/1 belongs .* other settings than .*/0"):
+        parts.gather(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_a_copy_of_another_run_replaces_none_of_ours(tmp_path):
+    own = work(tmp_path, "0", PAIRS[:1])
+    for path in own.glob("stages/plain/0/*/result.json"):
+        write_record(path, {**read_json(path), "run": "another"})
+    go(tmp_path, ("plain",))
+    (tmp_path / "stages/plain/0/08-evaluate/result.json").unlink()
+    before = content(tmp_path / "stages")
+    parts.gather(tmp_path)
+    assert content(tmp_path / "stages") == before
+
+
 def test_a_part_that_somebody_works_in_is_refused(tmp_path):
     own = work(tmp_path, "0", PAIRS[:1])
     with locks.taken(own), pytest.raises(UserError, match="in use by another run"):
@@ -99,7 +123,54 @@ def test_a_part_that_somebody_works_in_is_refused(tmp_path):
     assert (own / "results.jsonl").exists()
 
 
-def test_folders_that_are_no_parts_are_left_alone(tmp_path):
-    (tmp_path / "jobs/mine").mkdir(parents=True)
+@pytest.mark.parametrize(
+    "mine", ["mine/notes.txt", "0/notes.txt", "0/config.json", "notes.txt"]
+)
+def test_files_that_are_no_parts_are_left_alone(tmp_path, mine):
+    file = tmp_path / "jobs" / mine
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    before, said = files(tmp_path), ""
+    try:
+        parts.gather(tmp_path)
+        parts.hand_out(tmp_path, "0", ())
+    except UserError as error:
+        said = str(error)
+    assert files(tmp_path) == before
+    assert ("jobs/0" in said) == (file.parent.name == "0")
+
+
+def test_a_part_goes_and_what_somebody_has_laid_there_stays(tmp_path):
+    own = work(tmp_path, "0", PAIRS[:1])
+    (own / "notes.txt").touch()
     parts.gather(tmp_path)
-    assert (tmp_path / "jobs/mine").is_dir()
+    assert [path.name for path in files(own)] == [".lock", "notes.txt"]
+    assert (tmp_path / "stages/plain/0/08-evaluate/result.json").exists()
+
+
+def test_what_a_kill_leaves_of_a_part_goes(tmp_path):
+    for name in (".lock", ".results.jsonl.tmp"):
+        (tmp_path / "jobs/0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "jobs/0" / name).touch()
+    parts.gather(tmp_path)
+    assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize("link", ["jobs", "jobs/0"])
+def test_what_a_link_points_to_is_left_alone(tmp_path, link):
+    run, place = tmp_path / "run", tmp_path / "run" / link
+    work(tmp_path / "elsewhere", "0", PAIRS[:1])
+    place.parent.mkdir(parents=True)
+    place.symlink_to(tmp_path / "elsewhere" / link)
+    before = content(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{link} is a link: expected a folder"):
+        parts.gather(run)
+    assert content(tmp_path / "elsewhere") == before
+
+
+def test_what_is_finished_is_published_though_more_is_left(tmp_path, whole):
+    work(tmp_path, "0", PAIRS[:1])
+    parts.gather(tmp_path)
+    lines = results(tmp_path).splitlines()
+    assert lines
+    assert lines == whole.splitlines()[: len(lines)]
