@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from sbr_jax import errors, files, storage
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import cli, job, terminal
 from sbr_jax.programs.job import Job
 from sbr_jax.typing import UserError
 
 Jobs = int | Literal["auto"]
+ORDER = (*METHODS, *VARIANTS)
+"""Variants, as `results.jsonl` has them."""
 MOST = 1000
 """Processes: beyond it somebody has mistyped."""
 
@@ -99,7 +102,7 @@ def gather(wanted: Job) -> None:
 
     for part in parts.found(wanted.workdir):
         job.check_settings(wanted, part)
-    parts.gather(wanted.workdir)
+    parts.gather(wanted.workdir, ORDER)
 
 
 def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
@@ -143,7 +146,7 @@ def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
                 process.terminate()
             for process in running:
                 process.end()
-    parts.gather(wanted.workdir)
+    parts.gather(wanted.workdir, ORDER)
     if killed := [-code for code in codes if code < 0]:
         raise UserError(
             f"{len(killed)} of {count} processes were killed (signal {killed[0]}): run "
@@ -162,7 +165,8 @@ def _command(
     # The whole is put through lm-eval at the end, by this process.
     given = ("--workdir", "--jobs", "--harness", "--harness-limit", "--study.date")
     command = [*terminal.python("sbr_jax.programs.run"), *without(words, *given)]
-    if date := getattr(wanted.study, "date", None):  # Lest midnight come between two.
+    date = getattr(wanted.study, "date", None)
+    if date is not None:  # Lest midnight come between two of them.
         command.append(f"--study.date={date}")
     # A folder that begins with a dash is no option.
     return [*command, f"--workdir={folder}", "--only", *named(own)]

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Sequence
 
 from sbr_jax import storage
-from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.storage import JOBS
 from sbr_jax.training import locks
 from sbr_jax.training.records import (
@@ -25,6 +24,7 @@ from sbr_jax.training.run_folder import (
     PUBLISHED,
     RESTORE,
     RunFolder,
+    read_config,
     refuse_foreign,
     run_of,
 )
@@ -41,12 +41,17 @@ def unfinished(
     folder: pathlib.Path, pairs: Sequence[Pair], domains: Sequence[str]
 ) -> list[Pair]:
     """The variants and seeds without a last evaluation, in order."""
-    run, last = RunFolder(folder), 4 * (len(domains) - 1) + EVALUATE
+    run, last = RunFolder(folder), _last(domains)
     return [
         (variant, seed)
         for variant, seed in pairs
         if not (run.stage(variant, seed, last, NAMES[EVALUATE]) / RESULT).exists()
     ]
+
+
+def _last(domains: Sequence[str]) -> int:
+    """The number of the last evaluation."""
+    return 4 * (len(domains) - 1) + EVALUATE
 
 
 def hand_out(folder: pathlib.Path, part: str, pairs: Sequence[Pair]) -> pathlib.Path:
@@ -98,11 +103,15 @@ def found(folder: pathlib.Path) -> list[pathlib.Path]:
     return parts
 
 
-def gather(folder: pathlib.Path) -> None:
+def gather(folder: pathlib.Path, order: Sequence[str] = ()) -> None:
     """Moves the stages of all parts into the run's folder, and drops the parts.
 
     Of two copies of a variant and seed the one with more finished stages stays. Files
     in a part that no run has written stay where they are.
+
+    Args:
+        folder: of the run.
+        order: of variants in the joint files; see :meth:`RunFolder.lines`.
 
     Raises:
         UserError: for a part that another process works in, or one of a run with other
@@ -125,8 +134,19 @@ def gather(folder: pathlib.Path) -> None:
                 _drop(path)
         with contextlib.suppress(OSError):  # There is more, which is none of ours.
             (folder / JOBS).rmdir()
-        if any(folder.glob(f"stages/*/*/*/{RESULT}")):
-            RunFolder(folder).publish([*METHODS, *VARIANTS])
+        _publish(folder, order)
+
+
+def _publish(folder: pathlib.Path, order: Sequence[str]) -> None:
+    """Writes the joint files once a variant and seed is finished, as every run does.
+
+    Summaries take the longest one for a whole.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    last = f"{_last(read_config(folder)['domains']):02d}-{NAMES[EVALUATE]}"
+    if any(folder.glob(f"stages/*/*/{last}/{RESULT}")):
+        RunFolder(folder).publish(order)
 
 
 def _require_one_run(folder: pathlib.Path) -> None:
@@ -172,11 +192,11 @@ def _finished(place: pathlib.Path, run: str) -> int:
 
 def _is_ours(part: pathlib.Path) -> bool:
     """Whether it is a part, or what a kill has left of one."""
-    return (part / CONFIG).exists() or _is_left(part)
+    return (part / CONFIG).exists() or (part.name.isdigit() and _is_left(part))
 
 
 def _is_left(part: pathlib.Path) -> bool:
-    """Whether nothing is in a part but what a kill leaves there."""
+    """Whether nothing is in a folder but what a kill leaves in a part."""
     files = (*PUBLISHED, CONFIG)
     left = {locks.NAME, *(f".{name}.tmp" for name in files)}
     return not part.is_symlink() and part.is_dir() and storage.names(part) <= left
@@ -187,10 +207,11 @@ def _drop(part: pathlib.Path) -> None:
 
     A kill in between leaves a part that the next command drops.
     """
-    if (part / CONFIG).exists():
-        storage.remove(part / "stages")
-        for name in (*PUBLISHED, CONFIG):
-            (part / name).unlink(missing_ok=True)
+    if not _is_ours(part):
+        return
+    storage.remove(part / "stages")
+    for name in (*PUBLISHED, CONFIG):
+        (part / name).unlink(missing_ok=True)
     if _is_left(part):
         storage.remove(part)
 

@@ -148,12 +148,16 @@ def test_a_part_goes_and_what_somebody_has_laid_there_stays(tmp_path):
     assert (tmp_path / "stages/plain/0/08-evaluate/result.json").exists()
 
 
-def test_what_a_kill_leaves_of_a_part_goes(tmp_path):
+@pytest.mark.parametrize("mine", [(), ("mine",)])
+def test_what_a_kill_leaves_of_a_part_goes(tmp_path, mine):
+    for name in ("0", "1", *mine):
+        (tmp_path / "jobs" / name).mkdir(parents=True)
     for name in (".lock", ".results.jsonl.tmp"):
-        (tmp_path / "jobs/0").mkdir(parents=True, exist_ok=True)
         (tmp_path / "jobs/0" / name).touch()
     parts.gather(tmp_path)
-    assert not (tmp_path / "jobs").exists()
+    left = {path.name for path in tmp_path.glob("jobs/*")}
+    assert left == set(mine)
+    assert (tmp_path / "jobs").exists() == bool(mine)
 
 
 @pytest.mark.parametrize("link", ["jobs", "jobs/0"])
@@ -168,8 +172,14 @@ def test_what_a_link_points_to_is_left_alone(tmp_path, link):
     assert content(tmp_path / "elsewhere") == before
 
 
-def test_what_is_finished_is_published_though_more_is_left(tmp_path, whole):
-    work(tmp_path, "0", PAIRS[:1])
+def test_a_finished_seed_is_published_though_more_is_left(tmp_path, whole):
+    own = work(tmp_path, "0", PAIRS[:1])
+    last = own / "stages/plain/0/08-evaluate"
+    last.rename(tmp_path / "last")
+    parts.gather(tmp_path)
+    assert not (tmp_path / "results.jsonl").exists()
+    parts.hand_out(tmp_path, "0", PAIRS)
+    (tmp_path / "last").rename(last)
     parts.gather(tmp_path)
     lines = results(tmp_path).splitlines()
     assert lines
