@@ -45,7 +45,7 @@ class RunArguments(JobArguments[Options]):
     """The device of --dry-run, in place of this machine's."""
     jobs: Jobs = 1
     """Processes that share the variants and seeds, on a CPU; auto: one a core."""
-    only: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
     """Of the variants and seeds only these, as VARIANT/SEED."""
 
 
@@ -58,7 +58,7 @@ def check(arguments: RunArguments, job: Job) -> None:
     if arguments.device != DeviceOptions() and not arguments.dry_run:
         raise UserError("--device: only --dry-run has use for a device; drop it")
     if arguments.harness is not None:
-        if arguments.only:
+        if arguments.only is not None:
             raise UserError(
                 "--only with --harness: expected a whole run for lm-eval, got a part "
                 "of one; drop one, and put the whole through it afterwards"
@@ -118,7 +118,7 @@ def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> 
     if arguments.harness is not None:
         # Read before the hours that the run takes: a missing file is told at once.
         tasks = harness.read(job, arguments.harness, arguments.harness_limit)
-    if arguments.only:
+    if arguments.only is not None:
         study = job.make_study()
         for one in spread.chosen(job, arguments.only):
             execute(one, study)

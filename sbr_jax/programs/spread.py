@@ -27,7 +27,7 @@ MOST = 1000
 """Processes: beyond it somebody has mistyped."""
 
 
-def check(wanted: Job, jobs: Jobs, only: Sequence[str]) -> None:
+def check(wanted: Job, jobs: Jobs, only: Sequence[str] | None) -> None:
     """Refuses numbers of processes, and variants and seeds that are none of the job's.
 
     Raises:
@@ -35,10 +35,12 @@ def check(wanted: Job, jobs: Jobs, only: Sequence[str]) -> None:
     """
     if jobs != "auto" and not 1 <= jobs <= MOST:
         raise UserError(f"--jobs: expected auto, or from 1 to {MOST}, got {jobs}")
-    errors.check_names("variant and seed", only, named(pairs(wanted)))
+    if only is not None:  # None at all may be a variable of a shell that is not set.
+        errors.check_some("variant and seed", only)
+        errors.check_names("variant and seed", only, named(pairs(wanted)))
     if jobs == 1:
         return
-    if only:
+    if only is not None:
         raise UserError(f"--jobs {jobs} with --only: expected one of the two; drop one")
     if wanted.config.hardware.mesh is not None and jobs != "auto":
         raise UserError(

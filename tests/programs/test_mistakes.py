@@ -54,6 +54,7 @@ MISTAKES = {
     f"{RUN} --jobs 2 --only plain/0": "--jobs 2 with --only: expected one of the two",
     f"{RUN} --jobs 2 --mesh data=8": "--jobs 2 with a mesh: expected one process",
     f"{RUN} --only plain/0 --harness": "--only with --harness: expected a whole run",
+    f"{RUN} --only": "expected at least one variant and seed, got none",
     f"{RUN} --only plain": "seed 'plain'; nearest: plain/2, plain/1, plain/0 (known",
     f"{RUN} --only plain/7": "unknown variant and seed 'plain/7'",
     f"{RUN} {'x' * 300}": f"unexpected word '{'x' * 300}'",
