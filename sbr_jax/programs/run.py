@@ -63,15 +63,12 @@ def check(arguments: RunArguments, job: Job) -> None:
                 "--only with --harness: expected a whole run for lm-eval, got a part "
                 "of one; drop one, and put the whole through it afterwards"
             )
-        hosts.require_one(arguments, "--harness")
         harness.check(arguments.harness, job)
     limit = arguments.harness_limit
     if limit is not None and (arguments.harness is None or limit < 1):
         raise UserError(
             f"--harness-limit {limit}: expected a number of at least 1 beside --harness"
         )
-    if arguments.jobs != 1:
-        hosts.require_one(arguments, "--jobs")
     spread.check(job, arguments.jobs, arguments.only)
 
 
@@ -98,6 +95,9 @@ def run(args: Sequence[str]) -> None:
         print(listing())
         return
     preset, arguments = parse(RunArguments, args, PROGRAM)
+    alone = {"--harness": arguments.harness is not None, "--jobs": arguments.jobs != 1}
+    for option in (name for name, given in alone.items() if given):
+        hosts.require_one(arguments, option)  # Before it waits for the others.
     with hosts.joined(arguments, args):
         _run(preset, arguments, args)
 

@@ -54,6 +54,8 @@ MISTAKES = {
     f"{RUN} --jobs 2 --only plain/0": "--jobs 2 with --only: expected one of the two",
     f"{RUN} --jobs 2 --mesh data=8": "--jobs 2 with a mesh: expected one process",
     f"{RUN} --only plain/0 --harness": "--only with --harness: expected a whole run",
+    f"{RUN} --jobs 2 --distributed localhost:1,2,0": "--jobs is the work of one",
+    f"{RUN} --harness --distributed localhost:1,2,0": "--harness is the work of one",
     f"{RUN} --only": "expected at least one variant and seed, got none",
     f"{RUN} --only plain": "seed 'plain'; nearest: plain/2, plain/1, plain/0 (known",
     f"{RUN} --only plain/7": "unknown variant and seed 'plain/7'",
