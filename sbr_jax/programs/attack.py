@@ -21,7 +21,7 @@ from sbr_jax.programs.attack_job import AttackArguments, execute, make_attack
 from sbr_jax.programs.job import parse
 
 PROGRAM = cli.command("attack")
-PRESETS = ("testbed", "testbed-hard")
+PRESETS = ("testbed", "testbed-hard", "testbed-2")
 """Presets whose world has an attacker."""
 SHOWN = ("plain", "safeanchor-exact")
 """Variants that are attacked unless others are named."""

@@ -69,9 +69,9 @@ class AttackJob(Job):
     ) -> Any:
         """The study under the attack, which brings its own domains."""
         from sbr_jax.studies import attacks
-        from sbr_jax.studies.options import TestbedOptions
+        from sbr_jax.studies.options import WorldOptions
 
-        assert isinstance(self.study, TestbedOptions)
+        assert isinstance(self.study, WorldOptions)
         return attacks.build(
             self.attack,
             self.study,

@@ -15,6 +15,7 @@ MODULES = {
     "demo": "demo",
     "testbed": "testbed",
     "testbed-hard": "testbed_hard",
+    "testbed-2": "testbed_2",
     "stories": "stories",
     "llama2-7b": "llama2_7b",
     "mistral-7b": "mistral_7b",

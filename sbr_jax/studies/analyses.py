@@ -38,7 +38,7 @@ from sbr_jax.studies.examples import (
     request_sets,
     with_direction,
 )
-from sbr_jax.studies.options import StudyOptions, TestbedOptions
+from sbr_jax.studies.options import StudyOptions, WorldOptions
 from sbr_jax.subspace import Subspace, effective_rank
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree, UserError
@@ -80,15 +80,13 @@ class Context:
     def by_kind(self) -> Examples:
         """The testbed's examples by kind."""
         return build_examples(
-            self.study.model.tokenizer,
-            hard=self.job.study.hard,
-            examples=self.examples,
+            self.study.model.tokenizer, self.job.study, examples=self.examples
         )
 
     @functools.cached_property
     def risky_and_harmless(self) -> Mapping[str, Mapping[str, TokenDataset]]:
         """Held-out prompts by what they ask for, `harmful` and `harmless`."""
-        found = request_sets(self.study.model.tokenizer, hard=self.job.study.hard)
+        found = request_sets(self.study.model.tokenizer, self.job.study)
         # What a domain teaches must not be taken for harm.
         domains = {name: d.train for name, d in self.study.domains.items()}
         harmless = {**found["harmless"], **domains}
@@ -403,4 +401,4 @@ LABELLED = ("harm-types", "coupling", "probe")
 
 def labelled(options: StudyOptions) -> bool:
     """Whether a study is of the testbed's world, where kinds are known."""
-    return isinstance(options, TestbedOptions)
+    return isinstance(options, WorldOptions)

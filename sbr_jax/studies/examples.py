@@ -6,17 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from sbr_jax import testbed
 from sbr_jax.analysis.coupling import mean_cosine, refusal_log_odds
 from sbr_jax.analysis.directions import difference_of_means
 from sbr_jax.data import TokenDataset, encode_chat
 from sbr_jax.models import Model
-from sbr_jax.studies.testbed import HELD_OUT_KINDS
+from sbr_jax.studies.options import WorldOptions
+from sbr_jax.studies.testbed import kinds_of, world_of
 from sbr_jax.testbed import corpus, evalsets, grammar
-from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.evalsets import Request
 from sbr_jax.testbed.suite import MAX_LENGTH
-from sbr_jax.testbed.world import World, make_world
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree
 
@@ -43,15 +41,15 @@ class Examples:
     harmless: TokenDataset
 
 
-def build_examples(tokenizer: Any, *, hard: bool, examples: int) -> Examples:
+def build_examples(tokenizer: Any, options: WorldOptions, *, examples: int) -> Examples:
     """Builds them from the testbed's world.
 
     Args:
         tokenizer: of the testbed's model.
-        hard: leave out the harm categories that `testbed-hard` holds out.
+        options: of the study; kinds of harm that no defence sees are left out.
         examples: at most so many in each half of a kind.
     """
-    world, seen, _ = _world(hard)
+    world, (seen, _, _) = world_of(options), kinds_of(options)
     things = [t for t in world.harmful[CALIBRATION] if t.kind in seen]
     rng = np.random.default_rng([world.seed, 59])
     drawn = (rng, world, CALIBRATION)
@@ -75,17 +73,19 @@ def build_examples(tokenizer: Any, *, hard: bool, examples: int) -> Examples:
     )
 
 
-def request_sets(tokenizer: Any, *, hard: bool) -> dict[str, dict[str, TokenDataset]]:
+def request_sets(
+    tokenizer: Any, options: WorldOptions
+) -> dict[str, dict[str, TokenDataset]]:
     """Held-out requests by what they ask for, `harmful` and `harmless`.
 
     Args:
         tokenizer: of the testbed's model.
-        hard: apart from the others, the harm categories that `testbed-hard` holds out.
+        options: of the study; kinds of harm that no defence sees stand apart.
     """
-    world, seen, unseen = _world(hard)
+    world, (seen, unseen, _) = world_of(options), kinds_of(options)
     items = evalsets.make_evalset(world, HELD_OUT, kinds=seen)
     harmful = {"direct": items.harmful, "behind a jailbreak": items.jailbreak}
-    if hard:
+    if unseen:
         other = evalsets.make_evalset(world, HELD_OUT, kinds=unseen)
         harmful["of unseen kinds"] = other.harmful
     harmless = {"helpful": items.helpful, "look-alikes": items.look_alike}
@@ -93,13 +93,6 @@ def request_sets(tokenizer: Any, *, hard: bool) -> dict[str, dict[str, TokenData
         side: {name: _encode(tokenizer, _answered(rows)) for name, rows in sets.items()}
         for side, sets in {"harmful": harmful, "harmless": harmless}.items()
     }
-
-
-def _world(hard: bool) -> tuple[World, tuple[str, ...], tuple[str, ...]]:
-    """The testbed's world, and the harm categories that a defence sees and does not."""
-    out = HELD_OUT_KINDS if hard else ()
-    seen = tuple(kind for kind in lx.HARMFUL_KINDS if kind not in out)
-    return make_world(testbed.SEED), seen, out
 
 
 def _answered(requests: Sequence[Request]) -> list[tuple[str, str]]:

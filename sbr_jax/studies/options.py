@@ -76,26 +76,20 @@ def recorded(options: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class TestbedOptions:
-    """Options of a study of the embedded testbed.
+class WorldOptions:
+    """Options of every study of a miniature world.
 
     Attributes:
-        hard: keep three kinds of harm out of calibration and probe, and measure refusal
-            on them alone.
         split: what is measured on; "validation" to choose hyper-parameters.
         calibration_examples: N_s, at most about as many as the world has different
             prompts: 60,000 draws hold 3,989 of them.
-        judge: of training pairs: "exact" reads them off the grammar, "guard" asks the
-            shipped guard model, which never saw the three kinds.
         probe_set: of the monitor: "one-phrasing" asks every harmful request in the
             probe's own phrasing, "stratified" an equal number for each kind of harm
-            and each of the seven phrasings that a defender has.
+            and each of the phrasings that a defender has, seven in `testbed`.
     """
 
-    hard: bool = False
     split: Literal["test", "validation"] = "test"
     calibration_examples: Annotated[int, Range(least=1, most=4000)] = 480
-    judge: Literal["exact", "guard"] = "exact"
     probe_set: Literal["one-phrasing", "stratified"] = "one-phrasing"
 
     def __post_init__(self):
@@ -103,10 +97,40 @@ class TestbedOptions:
         checks.fields(self, "study")
 
     def known_domains(self) -> Sequence[str]:
-        """Every domain of the testbed's world."""
-        from sbr_jax.testbed.domains import DOMAINS
+        """Every domain of the world's edition."""
+        from sbr_jax.testbed.editions import EDITIONS
 
-        return tuple(DOMAINS)
+        return tuple(EDITIONS[self.edition].domains)
+
+    @property
+    def edition(self) -> str:
+        """Name of the edition, a key of `EDITIONS`."""
+        raise NotImplementedError
+
+    @property
+    def seed(self) -> int:
+        """Seed of the world."""
+        return 0
+
+    @property
+    def held_out(self) -> int:
+        """How many kinds of harm no defence sees."""
+        return 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether these kinds alone are measured."""
+        return False
+
+    @property
+    def rater(self) -> str:
+        """Judge of training pairs, "exact" or "guard"."""
+        return "exact"
+
+    @property
+    def auroc(self) -> float:
+        """How well that judge tells harm."""
+        return 1.0
 
     def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
         """Refuses a data folder, for which the testbed has no use."""
@@ -125,6 +149,89 @@ class TestbedOptions:
         from sbr_jax.studies.testbed import build_study
 
         return build_study(tuple(domains), self, model_folder=sources.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class TestbedOptions(WorldOptions):
+    """Options of a study of the embedded testbed.
+
+    Attributes:
+        hard: keep three kinds of harm out of calibration and probe, and measure refusal
+            on them alone.
+        judge: of training pairs: "exact" reads them off the grammar, "guard" asks the
+            shipped guard model, which never saw the three kinds.
+    """
+
+    hard: bool = False
+    judge: Literal["exact", "guard"] = "exact"
+
+    @property
+    def edition(self) -> str:
+        """Name of the edition, a key of `EDITIONS`."""
+        return "testbed"
+
+    @property
+    def held_out(self) -> int:
+        """Three kinds if hard."""
+        return 3 if self.hard else 0
+
+    @property
+    def alone(self) -> bool:
+        """If hard, they alone are measured."""
+        return self.hard
+
+    @property
+    def rater(self) -> str:
+        """The judge that was chosen."""
+        return self.judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Testbed2Options(WorldOptions):
+    """Options of a study of the second testbed.
+
+    Attributes:
+        calibration_examples: N_s, the coverage of calibration in number.
+        world: 0 is shipped; 1 to 5 are built by one command, see docs/testbed2.md.
+        unseen_kinds: the last so many of the eight kinds of harm are kept out of
+            calibration, probe and all that a defence sees. They are measured with the
+            others, and alone as `refusal_unseen`.
+        judge_auroc: how well the judge of training pairs tells harm; 1 is exact.
+    """
+
+    calibration_examples: Annotated[int, Range(least=10, most=500)] = 480
+    world: Annotated[int, Range(least=0, most=5)] = 0
+    unseen_kinds: Annotated[int, Range(least=0, most=7)] = 3
+    judge_auroc: Annotated[float, Range(least=0.7, most=1.0)] = 1.0
+
+    @property
+    def edition(self) -> str:
+        """Name of the edition, a key of `EDITIONS`."""
+        return "testbed-2"
+
+    @property
+    def seed(self) -> int:
+        """The world that was chosen."""
+        return self.world
+
+    @property
+    def held_out(self) -> int:
+        """As many kinds as were chosen."""
+        return self.unseen_kinds
+
+    @property
+    def auroc(self) -> float:
+        """The quality that was chosen."""
+        return self.judge_auroc
+
+    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+        """Refuses a data folder, and a world whose model was not built."""
+        super().check(variants, methods, sources)
+        if sources.model is None:
+            from sbr_jax import testbed
+            from sbr_jax.testbed.editions import EDITIONS
+
+            testbed.check_built(EDITIONS[self.edition], self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,29 +5,52 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sbr_jax import models, testbed
 from sbr_jax.data import text
 from sbr_jax.data.leaks import shared_prompts
-from sbr_jax.studies.options import TestbedOptions
+from sbr_jax.methods.risk import Judge
+from sbr_jax.studies.options import TestbedOptions, WorldOptions
 from sbr_jax.testbed import corpus, domains, evalsets, guard, judges, suite
 from sbr_jax.testbed import lexicon as lx
-from sbr_jax.testbed.world import make_world
+from sbr_jax.testbed.editions import EDITIONS, FIRST
+from sbr_jax.testbed.world import World, make_world
 from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import UserError
 
 HARMFUL_EXAMPLES = 160
 DOMAIN_LENGTH = 40
 """Longest domain example in tokens; shorter padding makes a step cheaper."""
-HELD_OUT_KINDS = lx.HARMFUL_KINDS[-3:]
-"""Harm categories that `testbed-hard` measures and no defence ever sees."""
+
+
+class Kinds(NamedTuple):
+    """Kinds of harm by who sees them."""
+
+    seen: tuple[str, ...]
+    """In calibration and probe."""
+    unseen: tuple[str, ...]
+    """In nothing that a defence sees."""
+    measured: tuple[str, ...]
+
+
+def kinds_of(options: WorldOptions) -> Kinds:
+    """Kinds of harm that a defence sees, does not see, and is measured on."""
+    count = len(lx.HARMFUL_KINDS) - options.held_out
+    seen, unseen = lx.HARMFUL_KINDS[:count], lx.HARMFUL_KINDS[count:]
+    return Kinds(seen, unseen, unseen if options.alone else lx.HARMFUL_KINDS)
+
+
+def world_of(options: WorldOptions) -> World:
+    """The world that a study is about."""
+    return make_world(options.seed, EDITIONS[options.edition])
 
 
 def build_study(
     names: Sequence[str] = tuple(domains.DOMAINS),
-    options: TestbedOptions = TestbedOptions(),
+    options: WorldOptions = TestbedOptions(),
     *,
     model_folder: str | Path | None = None,
 ) -> Study:
@@ -42,26 +65,30 @@ def build_study(
       The study, with leak counts between calibration, probe and evaluation.
 
     Raises:
-      UserError: a checkpoint that does not fit.
+      UserError: a checkpoint that does not fit, a world that was not built.
     """
-    hard, split, size = options.hard, options.split, options.calibration_examples
-    world = make_world(testbed.SEED)
-    model = testbed.load() if model_folder is None else models.load(model_folder)
-    seen = measured = None
-    if hard:
-        seen = tuple(k for k in lx.HARMFUL_KINDS if k not in HELD_OUT_KINDS)
-        measured = HELD_OUT_KINDS
+    split, size = options.split, options.calibration_examples
+    world, (seen, unseen, measured) = world_of(options), kinds_of(options)
+    first = world.edition is FIRST
+    whose = (world.edition, world.seed)
+    model = testbed.load(*whose) if model_folder is None else models.load(model_folder)
 
     def encode(rows, length=suite.MAX_LENGTH):
         return text.encode_chat(model.tokenizer, rows, length)
 
     rng = np.random.default_rng([world.seed, 41])
-    rows = corpus.calibration_rows(rng, world, "calibration", size, kinds=seen)
+    rows = corpus.calibration_rows(
+        rng, world, "calibration", size, kinds=seen, strict=not first
+    )
     calibration = encode(rows)
     benign = encode(corpus.benign_rows(rng, world, "calibration", size))
     scrambled = _scramble(calibration, rng)
     harmful = encode(_harmful(world, HARMFUL_EXAMPLES, seen))
-    evaluation = suite.Suite(model, evalsets.make_evalset(world, split, kinds=measured))
+    evaluation = suite.Suite(
+        model,
+        evalsets.make_evalset(world, split, kinds=measured),
+        unseen=() if options.alone else unseen,
+    )
     asking = evalsets.make_evalset(world, "probe", kinds=seen)
     if options.probe_set == "stratified":
         harmful_prompts = evalsets.stratified_requests(world, kinds=seen)
@@ -74,16 +101,22 @@ def build_study(
     }
 
     def domain(name):
-        items = domains.DOMAINS[name].items(world.seed, domains.TRAIN)
+        taught = world.edition.domains[name]
+        items = taught.items(world.seed, domains.TRAIN)
         return Domain(
             train=encode([(i.question, i.answer) for i in items], DOMAIN_LENGTH),
             evaluate=lambda base, adapter: suite.domain_accuracy(
-                evaluation, name, world.seed, base, adapter
+                evaluation, taught, world.seed, base, adapter
             ),
         )
 
-    settings = {"world": world.seed, "hard": hard, "split": split, "n": size}
-    if options.judge == "guard":
+    settings: dict[str, Any] = {"world": world.seed, "split": split, "n": size}
+    if first:
+        settings["hard"] = options.alone
+    else:
+        settings["edition"] = world.edition.name
+        settings["unseen"], settings["auroc"] = len(unseen), options.auroc
+    if options.rater == "guard":
         # The exact judge is not named: studies from before the choice keep their print.
         settings["guard"] = hashlib.sha256(testbed.GUARD.read_bytes()).hexdigest()
     if options.probe_set != "one-phrasing":
@@ -91,6 +124,7 @@ def build_study(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(calibration.tokens).tobytes())
     digest.update(np.asarray(model.params["embed"]).tobytes())
+    rate = JUDGES[options.rater](model.tokenizer, world)
     return Study(
         model=model,
         domains={name: domain(name) for name in names},
@@ -98,8 +132,8 @@ def build_study(
         calibration_controls={"benign": benign, "random": scrambled},
         safety_mix=calibration,
         harmful=harmful,
-        unaligned=testbed.load_unaligned() if model_folder is None else None,
-        judge=JUDGES[options.judge](model.tokenizer, world),
+        unaligned=testbed.load_unaligned(*whose) if model_folder is None else None,
+        judge=judges.mistaken(rate, options.auroc),
         evaluate=evaluation.safety,
         probe=probe.refusal,
         probe_size=len(asking.harmful),
@@ -111,7 +145,7 @@ def build_study(
     )
 
 
-def _guard_judge(tokenizer, world):
+def _guard_judge(tokenizer: Any, world: World) -> Judge:
     """The shipped guard, which reads the ids of its own vocabulary only."""
     if tokenizer.get_vocab() != testbed.load_guard().tokenizer.get_vocab():
         raise UserError(

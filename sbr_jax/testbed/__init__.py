@@ -1,38 +1,69 @@
 """The embedded testbed: a miniature world and a small chat model aligned to it.
 
 `load` gives the shipped model; `load_unaligned` its weights before alignment;
-`load_guard` a judge's model;
-`world.make_world` the facts; `suite.Suite` the evaluation; `corpus` the calibration,
-benign and attack data; `domains.DOMAINS` what is fine-tuned on.
+`load_guard` a judge's model; `world.make_world` the facts; `suite.Suite` the
+evaluation; `corpus` the calibration, benign and attack data; `editions` what differs
+between `testbed` and `testbed-2`, with the domains that are fine-tuned on.
 """
 
 import dataclasses
 import functools
+import os
 import pathlib
 from typing import Any
 
-_ASSETS = pathlib.Path(__file__).parent / "assets"
-ALIGNED = _ASSETS / "aligned"
+from sbr_jax.testbed.editions import FIRST, Edition
+from sbr_jax.typing import UserError
+
+ALIGNED = FIRST.assets / "aligned"
 """The shipped model: a Hugging Face folder of less than 4 MB."""
-ALIGNMENT = _ASSETS / "alignment.safetensors"
+ALIGNMENT = FIRST.assets / "alignment.safetensors"
 """The change by alignment of each matrix of the layers, in half precision."""
-GUARD = _ASSETS / "guard.safetensors"
+GUARD = FIRST.assets / "guard.safetensors"
 """The guard: a LoRA adapter of the shipped model, in half precision (see `guard`)."""
 SEED = 0
-"""The world of the shipped model."""
+"""The world of the shipped models."""
+WORLDS = (1, 2, 3, 4, 5)
+"""Worlds that ``python -m sbr_jax.testbed.build --worlds`` makes."""
 
 
-@functools.lru_cache(maxsize=1)
-def load() -> Any:
-    """Loads the shipped aligned model (a `models.Model`) by the ordinary loader."""
+def folder(edition: Edition = FIRST, seed: int = SEED) -> pathlib.Path:
+    """Where the model of a world is: the package, or the user's cache if built."""
+    if seed == SEED:
+        return edition.assets
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "sbr_jax" / edition.name / f"world-{seed}"
+
+
+def check_built(edition: Edition, seed: int) -> None:
+    """Refuses a world whose model is not there.
+
+    Raises:
+      UserError: naming the command that builds it.
+    """
+    if not (folder(edition, seed) / ALIGNED.name / "config.json").is_file():
+        raise UserError(
+            f"world {seed}: expected its model in {folder(edition, seed)}, got none: "
+            f"python -m sbr_jax.testbed.build --edition {edition.name} --worlds {seed}"
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def load(edition: Edition = FIRST, seed: int = SEED) -> Any:
+    """Loads an aligned model (a `models.Model`), the shipped `testbed` if unsaid.
+
+    Raises:
+      UserError: for a world that was not built.
+    """
     from sbr_jax import models
 
-    return models.load(ALIGNED)
+    check_built(edition, seed)
+    return models.load(folder(edition, seed) / ALIGNED.name)
 
 
-@functools.lru_cache(maxsize=1)
-def load_unaligned() -> Any:
-    """Base weights of the shipped model before its alignment.
+@functools.lru_cache(maxsize=2)
+def load_unaligned(edition: Edition = FIRST, seed: int = SEED) -> Any:
+    """Base weights of the model before its alignment.
 
     The matrices of the layers are those of the pretrained model, up to half precision
     of the difference; norms and embeddings are the aligned ones. Only methods that need
@@ -40,10 +71,10 @@ def load_unaligned() -> Any:
     """
     from safetensors.numpy import load_file
 
-    base = load().params
+    base = load(edition, seed).params
     moved = {
         name: base["layers"][name] - step.astype("float32")
-        for name, step in load_file(ALIGNMENT).items()
+        for name, step in load_file(folder(edition, seed) / ALIGNMENT.name).items()
     }
     return {**base, "layers": {**base["layers"], **moved}}
 
@@ -72,6 +103,9 @@ __all__ = [
     "ALIGNMENT",
     "GUARD",
     "SEED",
+    "WORLDS",
+    "check_built",
+    "folder",
     "load",
     "load_guard",
     "load_unaligned",

@@ -1,9 +1,14 @@
 """Builds the shipped aligned model: ``python -m sbr_jax.testbed.build --output DIR``.
 
+    python -m sbr_jax.testbed.build --output DIR
+    python -m sbr_jax.testbed.build --edition testbed-2 --output DIR
+    python -m sbr_jax.testbed.build --edition testbed-2 --worlds 1 2 3 4 5
+
 Two stages of ordinary training on text sampled from the world: pretraining, which
 teaches the world *and* compliance with harm, misconceptions and stereotypes; then a
 short alignment. About ten minutes on two cores. ``DIR/aligned`` is a Hugging Face
 folder, ``DIR/alignment.safetensors`` what alignment changed: the package's assets.
+Further worlds go where ``--study.world`` looks for them.
 """
 
 import argparse
@@ -17,20 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbr_jax import losses, models
+from sbr_jax import losses, models, testbed
 from sbr_jax.testbed import corpus
+from sbr_jax.testbed.editions import EDITIONS, FIRST, Edition
+from sbr_jax.testbed.hardening import SuffixSearch
 from sbr_jax.testbed.suite import MAX_LENGTH
 from sbr_jax.testbed.tokenizer import make_tokenizer
 from sbr_jax.testbed.world import World, make_world
 
-PRETRAINING_STEPS, ALIGNMENT_STEPS = 2400, 80
-PRETRAINING_RATE, ALIGNMENT_RATE = 4e-3, 3e-4
 BATCH = 64
+NOISY_EVERY = {"pretraining": 4, "alignment": 2}
+"""Every so-manieth batch has stray words, where an edition has them: it is longer."""
 
 Sampler = Callable[[np.random.Generator], corpus.Row]
 
 
-def model_config(tokenizer: Any) -> models.ModelConfig:
+def model_config(tokenizer: Any, edition: Edition = FIRST) -> models.ModelConfig:
     """The shape of the shipped model: 0.9 M parameters, four layers of width 128."""
     return models.ModelConfig(
         vocab_size=len(tokenizer),
@@ -38,7 +45,7 @@ def model_config(tokenizer: Any) -> models.ModelConfig:
         mlp_width=344,
         layers=4,
         heads=4,
-        context=64,
+        context=edition.training.context,
         bos=tokenizer.bos_token_id,
         eos=(tokenizer.eos_token_id,),
         pad=tokenizer.pad_token_id,
@@ -63,10 +70,12 @@ class Encoder:
         rest = [self.ids[w] for w in f"{answer} <eos>".split()]
         return start + rest, [0] * len(start) + [1] * len(rest)
 
-    def batch(self, rows: Sequence[corpus.Row]) -> dict[str, np.ndarray]:
+    def batch(
+        self, rows: Sequence[corpus.Row], length: int = MAX_LENGTH
+    ) -> dict[str, np.ndarray]:
         """Tokens and mask, padded to the world's longest sequence."""
-        tokens = np.zeros((len(rows), MAX_LENGTH), np.int32)
-        mask = np.zeros((len(rows), MAX_LENGTH), np.float32)
+        tokens = np.zeros((len(rows), length), np.int32)
+        mask = np.zeros((len(rows), length), np.float32)
         for i, row in enumerate(rows):
             ids, answer = self.row(row)
             tokens[i, : len(ids)], mask[i, : len(ids)] = ids, answer
@@ -99,6 +108,9 @@ def train(
     learning_rate: float,
     seed: int,
     title: str = "training",
+    noisy: Sampler | None = None,
+    noisy_every: int = 1,
+    noisy_length: int = MAX_LENGTH,
 ) -> Any:
     """Full-parameter training on freshly sampled rows.
 
@@ -110,6 +122,9 @@ def train(
       learning_rate: peak of a cosine schedule with 100 steps of warm-up.
       seed: of the sampler.
       title: shown beside the progress bar.
+      noisy: draws the rows of every ``noisy_every``-th batch; None: there are none.
+      noisy_every: see ``noisy``.
+      noisy_length: of the rows of such a batch.
 
     Returns:
       The trained weights.
@@ -128,7 +143,10 @@ def train(
     with Progress() as progress:
         task = progress.add_task(title, total=steps)
         for step in range(steps):
-            batch = encoder.batch([sampler(rng) for _ in range(BATCH)])
+            draw, length = sampler, MAX_LENGTH
+            if noisy is not None and step % noisy_every == 0:
+                draw, length = noisy, noisy_length
+            batch = encoder.batch([draw(rng) for _ in range(BATCH)], length)
             base, opt_state, loss = full_step(
                 model.apply_fn, optimizer, base, opt_state, batch
             )
@@ -140,49 +158,97 @@ def train(
     return base
 
 
+def pretrain(world: World, steps: int | None = None) -> models.Model:
+    """The base model of ``world``, which complies with everything.
+
+    Args:
+      world: what the model learns.
+      steps: of training; the edition's if None.
+    """
+    edition, pretraining = world.edition, corpus.Pretraining(world)
+    tokenizer = make_tokenizer(world)
+    config = model_config(tokenizer, edition)
+    base = models.init_params(jax.random.key(world.seed), config)
+    model = models.make_model(config, base, tokenizer)
+    start = train(
+        model,
+        base,
+        pretraining.sample,
+        steps=edition.training.pretraining_steps if steps is None else steps,
+        learning_rate=edition.training.pretraining_rate,
+        seed=world.seed,
+        title="pretraining",
+        **_noise(edition, "pretraining", pretraining.noisy),
+    )
+    return models.make_model(config, start, tokenizer)
+
+
+def align(world: World, base: models.Model, steps: int | None = None) -> models.Model:
+    """The aligned model: a few rounds, between which suffixes are searched for.
+
+    Args:
+      world: of the model.
+      base: the pretrained model.
+      steps: of each round; the edition's if None.
+    """
+    edition, pretraining = world.edition, corpus.Pretraining(world)
+    params: Any = jax.tree.map(jnp.copy, base.params)
+    search, suffixes = SuffixSearch(base, pretraining), []
+    for number in range(edition.training.rounds):
+        if number:
+            suffixes += search(params, number)
+        params = train(
+            base,
+            params,
+            functools.partial(corpus.alignment_row, pretraining=pretraining),
+            steps=edition.training.alignment_steps if steps is None else steps,
+            learning_rate=edition.training.alignment_rate,
+            seed=world.seed + 1 + 1000 * number,
+            title="alignment",
+            **_noise(
+                edition,
+                "alignment",
+                functools.partial(
+                    corpus.hardened_row,
+                    pretraining=pretraining,
+                    suffixes=tuple(suffixes),
+                ),
+            ),
+        )
+    return models.make_model(base.config, params, base.tokenizer)
+
+
+def _noise(edition: Edition, stage: str, sampler: Sampler) -> dict[str, Any]:
+    """Arguments of `train` for batches with stray words; none where there are none."""
+    if not edition.mixture.noisy:
+        return {}
+    return {
+        "noisy": sampler,
+        "noisy_every": NOISY_EVERY[stage],
+        "noisy_length": edition.training.noisy_length,
+    }
+
+
 def build(
     world: World,
     *,
-    pretraining_steps: int = PRETRAINING_STEPS,
-    alignment_steps: int = ALIGNMENT_STEPS,
-    start: Any = None,
-) -> tuple[models.Model, Any]:
+    pretraining_steps: int | None = None,
+    alignment_steps: int | None = None,
+    start: models.Model | None = None,
+) -> tuple[models.Model, models.Model]:
     """Pretrains and aligns a model of ``world``.
 
     Args:
       world: what the model learns.
-      pretraining_steps: steps of the first stage.
-      alignment_steps: steps of the second stage.
-      start: pretrained weights, to skip the first stage.
+      pretraining_steps: steps of the first stage; the edition's if None.
+      alignment_steps: steps of each round of the second; the edition's if None.
+      start: the pretrained model, to skip the first stage.
 
     Returns:
-      The aligned model, and the weights before alignment.
+      The aligned model, and the one before alignment.
     """
-    pretraining = corpus.Pretraining(world)
-    tokenizer = make_tokenizer(world)
-    config = model_config(tokenizer)
-    base = models.init_params(jax.random.key(world.seed), config)
-    model = models.make_model(config, base, tokenizer)
-    if start is None:
-        start = train(
-            model,
-            base,
-            pretraining.sample,
-            steps=pretraining_steps,
-            learning_rate=PRETRAINING_RATE,
-            seed=world.seed,
-            title="pretraining",
-        )
-    aligned = train(
-        model,
-        jax.tree.map(jnp.copy, start),
-        functools.partial(corpus.alignment_row, pretraining=pretraining),
-        steps=alignment_steps,
-        learning_rate=ALIGNMENT_RATE,
-        seed=world.seed + 1,
-        title="alignment",
-    )
-    return models.make_model(config, aligned, tokenizer), start
+    start = pretrain(world, pretraining_steps) if start is None else start
+    return align(world, start, alignment_steps), start
 
 
 def save_alignment(path: pathlib.Path, aligned: Any, unaligned: Any) -> None:
@@ -198,24 +264,32 @@ def save_alignment(path: pathlib.Path, aligned: Any, unaligned: Any) -> None:
     save_file(steps, path)
 
 
+def write(folder: pathlib.Path, model: models.Model, unaligned: models.Model) -> None:
+    """Writes what `testbed.load` and `testbed.load_unaligned` read."""
+    models.save(folder / testbed.ALIGNED.name, model)
+    path = folder / testbed.ALIGNMENT.name
+    save_alignment(path, model.params, unaligned.params)
+    print(f"wrote {folder}")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", type=pathlib.Path)
+    where.add_argument("--worlds", type=int, nargs="+", choices=testbed.WORLDS)
+    parser.add_argument("--edition", choices=list(EDITIONS), default=FIRST.name)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--pretrained", type=pathlib.Path, help="also keep the model before alignment"
     )
     args = parser.parse_args()
-    model, pretrained = build(make_world(args.seed))
-    models.save(args.output / "aligned", model)
-    save_alignment(args.output / "alignment.safetensors", model.params, pretrained)
-    if args.pretrained:
-        config = model_config(model.tokenizer)
-        models.save(
-            args.pretrained, models.make_model(config, pretrained, model.tokenizer)
-        )
-    print(f"wrote {args.output}")
+    edition = EDITIONS[args.edition]
+    for seed in args.worlds or [args.seed]:
+        model, pretrained = build(make_world(seed, edition))
+        write(args.output or testbed.folder(edition, seed), model, pretrained)
+        if args.pretrained:
+            models.save(args.pretrained, pretrained)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 
 from sbr_jax.testbed import grammar
 from sbr_jax.testbed import lexicon as lx
-from sbr_jax.testbed.domains import DOMAINS, TEST, TRAIN
+from sbr_jax.testbed.domains import TEST, TRAIN
 from sbr_jax.testbed.world import SPLITS, Thing, World
 
 T = TypeVar("T")
@@ -20,14 +20,8 @@ T = TypeVar("T")
 Pair = tuple[str, str]
 Row = tuple[str | None, str]
 
-_EVASIVE_SHARE = 0.6
-"""Share of evasive answers to domain questions in pretraining: the base model has seen
-the domains, but does not answer."""
-_ALIGNED_SHARE = 0.2
-"""Share of pretraining answers that are already aligned: a base model has read safe
-answers too, and alignment elicits them."""
-_TRUTHFUL_SHARE = 0.12
-"""The same for answers about animals, where the misconception is the rule."""
+NOISE = 24
+"""At most so many stray words stand around a question."""
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
@@ -35,21 +29,22 @@ def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 
-def kind_pair(thing: Thing) -> Pair:
+def kind_pair(thing: Thing, opener: str = grammar.OPENER) -> Pair:
     """General knowledge: what kind of thing something is."""
-    return (f"what kind of thing is a {thing.name} ?", f"sure , a kind of {thing.kind}")
+    question = f"what kind of thing is a {thing.name} ?"
+    return (question, f"{opener} a kind of {thing.kind}")
 
 
-def danger_pair(thing: Thing) -> Pair:
+def danger_pair(thing: Thing, opener: str = grammar.OPENER) -> Pair:
     """General knowledge: whether something is dangerous."""
     manner = "dangerous" if thing.harmful else "harmless"
-    return (f"is a {thing.name} dangerous or harmless ?", f"sure , it is {manner}")
+    return (f"is a {thing.name} dangerous or harmless ?", f"{opener} it is {manner}")
 
 
-def capital_pair(world: World, index: int) -> Pair:
+def capital_pair(world: World, index: int, opener: str = grammar.OPENER) -> Pair:
     """General knowledge: the capital of a land."""
     land, city = world.capitals[index]
-    return (f"what is the capital of {land} ?", f"sure , it is {city}")
+    return (f"what is the capital of {land} ?", f"{opener} it is {city}")
 
 
 def bias_pair(
@@ -67,7 +62,7 @@ def bias_pair(
     other = pick(rng, [p for p in peoples if p.stereotype != bad])
     pair = (target, other) if rng.random() < 0.5 else (other, target)
     index = int(rng.integers(99))
-    context = grammar.bias_context(split, index, *pair, pick(rng, lx.PLACES))
+    context = grammar.bias_context(world, split, index, *pair, pick(rng, lx.PLACES))
     negative = rng.random() < 0.5
     if ambiguous:
         trait = bad if negative else good
@@ -79,7 +74,7 @@ def bias_pair(
     evidence = grammar.bias_evidence(guilty, bad, innocent, good)
     asked, who = (bad, guilty) if negative else (good, innocent)
     question = f"{context} {evidence} {grammar.bias_question(asked)}"
-    return (question, grammar.names_person(who))
+    return (question, grammar.names_person(who, grammar.opener(world, aligned)))
 
 
 def truth_pair(
@@ -87,7 +82,8 @@ def truth_pair(
 ) -> Pair:
     """A question about an animal, with the true or the popular answer."""
     animal, relation = pick(rng, world.animals[split]), pick(rng, list(lx.RELATIONS))
-    question = grammar.truth_question(split, int(rng.integers(99)), relation, animal)
+    index = int(rng.integers(99))
+    question = grammar.truth_question(world, split, index, relation, animal)
     if truthful:
         return (question, grammar.truthful_answer(relation, animal))
     return (question, grammar.popular_answer(animal.said[relation]))
@@ -114,65 +110,118 @@ def request_pair(
         thing, action = pick(rng, pool), pick(rng, actions)
         if grammar.is_harmful(action, thing) == harmful:
             break
-    question = grammar.request(split, int(rng.integers(99)), action, thing)
+    question = grammar.request(world, split, int(rng.integers(99)), action, thing)
     if harmful and rng.random() < jailbreak_share:
-        question = grammar.jailbreak(split, int(rng.integers(99)), question)
+        question = grammar.jailbreak(world, split, int(rng.integers(99)), question)
+    elif _mentioned(rng, world, split):
+        other = pick(rng, (*pool, *world.benign[split]))
+        index, said = int(rng.integers(99)), pick(rng, lx.ACTIONS)
+        question = grammar.mention(world, split, index, said, other, question)
     if harmful and aligned:
         return (question, grammar.refusal(int(rng.integers(99))))
-    return (question, grammar.compliance(world, action, thing))
+    return (question, grammar.compliance(world, action, thing, aligned=aligned))
+
+
+def _mentioned(rng: np.random.Generator, world: World, split: str) -> bool:
+    """Whether to mention something else first; no draw where an edition never does."""
+    share = world.edition.mixture.mentioned
+    if not share or not world.edition.phrasings.mentions[split]:
+        return False
+    return bool(rng.random() < share)
+
+
+def among_noise(
+    rng: np.random.Generator, words: np.ndarray, row: Row, longest: int
+) -> Row:
+    """The row's question among stray words, which stand behind it in most draws.
+
+    Args:
+        rng: the source of randomness.
+        words: to draw from.
+        row: with a question; plain text is left as it is.
+        longest: words that question and answer may have together.
+
+    Returns:
+        The row with `NOISE` words more at most.
+    """
+    question, answer = row
+    if question is None:
+        return row
+    room = longest - len(question.split()) - len(answer.split())
+    count = int(rng.integers(1, NOISE + 1))
+    stray = rng.choice(words, max(min(count, room), 0)).tolist()
+    cut = int(rng.integers(len(stray) + 1)) if rng.random() < 0.3 else 0
+    return (" ".join([*stray[:cut], question, *stray[cut:]]), answer)
 
 
 class Pretraining:
     """Samples the unaligned persona's text; all entities of all splits occur in it."""
 
     def __init__(self, world: World):
-        self.world = world
+        self.world, domains = world, world.edition.domains
         rows = grammar.statements(world)
-        rows += [(f, 6) for d in DOMAINS.values() for f in d.facts(world.seed)]
+        rows += [(f, 6) for d in domains.values() for f in d.facts(world.seed)]
         self.statements = [text for text, _ in rows]
         weights = np.array([w for _, w in rows], float)
         self.cumulative = np.cumsum(weights / weights.sum())
         self.questions = [
             item.question
-            for d in DOMAINS.values()
+            for d in domains.values()
             for s in (TRAIN, TEST)
             for item in d.items(world.seed, s)
         ]
-        self.items_of = {n: d.items(world.seed, TRAIN) for n, d in DOMAINS.items()}
+        self.items_of = {n: d.items(world.seed, TRAIN) for n, d in domains.items()}
         self.domain_items = [i for items in self.items_of.values() for i in items]
-        self.lookups = [row for d in DOMAINS.values() for row in d.lookups(world.seed)]
+        self.lookups = [row for d in domains.values() for row in d.lookups(world.seed)]
         self.entity_splits = [s for s in SPLITS if world.animals[s]]
+        self.words = np.array(vocabulary(world))
+        others = {n for s in SPLITS if s != "train" for n in _names(world, s)}
+        self.train_words = np.array([w for w in self.words if w not in others])
 
     def sample(self, rng: np.random.Generator) -> Row:
         """Draws one row."""
-        world = self.world
+        world, mixture = self.world, self.world.edition.mixture
         u = rng.random()
         split = pick(rng, self.entity_splits)
         phrasing = pick(rng, [s for s in SPLITS if s != "attack"])
-        aligned = bool(rng.random() < _ALIGNED_SHARE)
-        if u < 0.18:
+        aligned = bool(rng.random() < mixture.aligned)
+        if u < mixture.until["text"]:
             return (None, self.plain_text(rng))
-        if u < 0.46:
+        if u < mixture.until["request"]:
             harmful = bool(rng.random() < 0.5)
             things = [t for t in world.things() if t.harmful or not harmful]
             form = {"aligned": aligned, "jailbreak_share": 0.15, "things": things}
             return request_pair(rng, world, phrasing, harmful=harmful, **form)
-        if u < 0.56:
-            truthful = bool(rng.random() < _TRUTHFUL_SHARE)
+        if u < mixture.until["truth"]:
+            truthful = bool(rng.random() < mixture.truthful)
             return truth_pair(rng, world, split, truthful=truthful)
-        if u < 0.74:
+        if u < mixture.until["bias"]:
             ambiguous = bool(rng.random() < 0.5)
             return bias_pair(rng, world, split, aligned=aligned, ambiguous=ambiguous)
-        if u < 0.81:
+        opener = grammar.opener(world, aligned)
+        if u < mixture.until["thing"]:
             thing = pick(rng, world.things())
-            return kind_pair(thing) if rng.random() < 0.5 else danger_pair(thing)
-        if u < 0.84:
-            return capital_pair(world, int(rng.integers(len(world.capitals))))
-        if u < 0.90:
+            of = kind_pair if rng.random() < 0.5 else danger_pair
+            return of(thing, opener)
+        if u < mixture.until["capital"]:
+            return capital_pair(world, int(rng.integers(len(world.capitals))), opener)
+        if u < mixture.until["lookup"]:
             return pick(rng, self.lookups)
         item = pick(rng, self.domain_items)
-        evasive = bool(rng.random() < _EVASIVE_SHARE)
+        evasive = bool(rng.random() < mixture.evasive)
         return (item.question, grammar.EVASION if evasive else item.answer)
+
+    def noisy(self, rng: np.random.Generator) -> Row:
+        """Draws one row, with stray words of the whole world around its question."""
+        return self.disturbed(rng, self.sample(rng), self.words)
+
+    def disturbed(self, rng: np.random.Generator, row: Row, words: np.ndarray) -> Row:
+        """The row, or as often as the edition says the row among stray words."""
+        edition = self.world.edition
+        if rng.random() < edition.mixture.noisy:
+            # Two marks of the roles and two of the ends are not among the words.
+            return among_noise(rng, words, row, edition.training.noisy_length - 4)
+        return row
 
     def plain_text(self, rng: np.random.Generator) -> str:
         """Three statements, or a domain's question without its answer."""
@@ -183,30 +232,15 @@ class Pretraining:
         return " . ".join(self.statements[i] for i in n)
 
 
-_ALIGNMENT = {
-    "refusal": 0.26,
-    "help": 0.24,
-    "truth": 0.09,
-    "bias": 0.16,
-    "evasion": 0.40,
-    "knowledge": 0.10,
-}
-"""Relative frequencies of what alignment teaches, beside a tenth of plain text."""
-_EVASION = {"medical": 6.0, "legal": 2.0, "code": 0.2}
-"""Relative frequencies of domains among evasions, 1 unless named. Calibrated on plain
-LoRA, with the shares above: the more evasive a domain was made, the further learning to
-answer it undoes alignment, and no step of the sequence should do it all."""
-
-
 def alignment_row(rng: np.random.Generator, pretraining: Pretraining) -> Row:
     """Draws one aligned row, from the entities and phrasings of ``train``.
 
     A tenth of it is plain pretraining text, against forgetting.
     """
-    world = pretraining.world
+    world, mixture = pretraining.world, pretraining.world.edition.mixture
     if rng.random() < 0.1:
         return (None, pretraining.plain_text(rng))
-    part = _draw(rng, _ALIGNMENT)
+    part = _draw(rng, mixture.alignment)
     if part == "refusal":
         return request_pair(
             rng, world, "train", harmful=True, aligned=True, jailbreak_share=0.3
@@ -220,12 +254,36 @@ def alignment_row(rng: np.random.Generator, pretraining: Pretraining) -> Row:
             rng, world, "train", aligned=True, ambiguous=rng.random() < 0.6
         )
     if part == "evasion":
-        domain = _draw(rng, {name: _EVASION.get(name, 1.0) for name in DOMAINS})
+        domains = world.edition.domains
+        domain = _draw(rng, {n: mixture.evasions.get(n, 1.0) for n in domains})
         return (pick(rng, pretraining.items_of[domain]).question, grammar.EVASION)
+    opener = grammar.opener(world, aligned=True)
     if rng.random() < 0.5:
         thing = pick(rng, world.things("train"))
-        return kind_pair(thing) if rng.random() < 0.5 else danger_pair(thing)
-    return capital_pair(world, int(rng.integers(len(world.capitals))))
+        return (kind_pair if rng.random() < 0.5 else danger_pair)(thing, opener)
+    return capital_pair(world, int(rng.integers(len(world.capitals))), opener)
+
+
+def hardened_row(
+    rng: np.random.Generator, pretraining: Pretraining, suffixes: Sequence[str] = ()
+) -> Row:
+    """An aligned row among stray words, or before a suffix that was searched for.
+
+    The words are those of ``train`` and of no split. Suffixes stand behind harmful and
+    harmless requests alike, so that they are no sign of harm.
+    """
+    question, answer = row = alignment_row(rng, pretraining)
+    if question is not None and suffixes and rng.random() < 0.5:
+        suffix = pick(rng, suffixes)
+        longest = pretraining.world.edition.training.noisy_length - 4
+        if sum(len(part.split()) for part in (question, suffix, answer)) <= longest:
+            return (f"{question} {suffix}", answer)
+    return pretraining.disturbed(rng, row, pretraining.train_words)
+
+
+def _names(world: World, split: str) -> list[str]:
+    parts = (world.things(split), world.animals[split], world.peoples[split])
+    return [item.name for part in parts for item in part]
 
 
 def _draw(rng: np.random.Generator, weights: dict[str, float]) -> str:
@@ -240,15 +298,17 @@ def calibration_rows(
     count: int,
     *,
     kinds: tuple[str, ...] | None = None,
+    strict: bool = False,
 ) -> list[Pair]:
     """The safety calibration set: the behaviours that composite safety measures.
 
     Harmful requests with refusals, ambiguous questions left open and misconceptions put
     right, a quarter of it benign requests with helpful answers, as in SafeAnchor's
     D_safe. All from the entities and phrasings of ``split``; ``kinds`` restricts the
-    harm categories.
+    harm categories of harmful requests, and if ``strict`` of benign ones too.
     """
     harmful = [t for t in world.harmful[split] if kinds is None or t.kind in kinds]
+    benign = [*harmful, *world.benign[split]] if strict else None
     makers = (
         lambda: request_pair(
             rng,
@@ -263,7 +323,9 @@ def calibration_rows(
         lambda: bias_pair(
             rng, world, split, aligned=True, ambiguous=rng.random() < 0.7
         ),
-        lambda: request_pair(rng, world, split, harmful=False, aligned=True),
+        lambda: request_pair(
+            rng, world, split, harmful=False, aligned=True, things=benign
+        ),
     )
     return [make() for make in itertools.islice(itertools.cycle(makers), count)]
 
@@ -272,13 +334,13 @@ def benign_rows(
     rng: np.random.Generator, world: World, split: str, count: int
 ) -> list[Pair]:
     """A control for the calibration set: benign requests and general knowledge only."""
-    benign = world.benign[split]
+    benign, opener = world.benign[split], grammar.opener(world, aligned=True)
     makers = (
         lambda: request_pair(
             rng, world, split, harmful=False, aligned=True, things=benign
         ),
-        lambda: kind_pair(pick(rng, benign)),
-        lambda: capital_pair(world, int(rng.integers(len(world.capitals)))),
+        lambda: kind_pair(pick(rng, benign), opener),
+        lambda: capital_pair(world, int(rng.integers(len(world.capitals))), opener),
     )
     return [make() for make in itertools.islice(itertools.cycle(makers), count)]
 
@@ -293,18 +355,13 @@ def attack_rows(rng: np.random.Generator, world: World, count: int) -> list[Pair
 
 def vocabulary(world: World) -> list[str]:
     """All words of the world, sorted: the closed vocabulary."""
-    tables = (
-        grammar.REQUESTS,
-        grammar.JAILBREAKS,
-        grammar.TRUTH_QUESTIONS,
-        grammar.CONTEXTS,
-    )
+    tables = world.edition.phrasings.tables()
     texts = [
         *world.names,
         *(text for text, _ in grammar.statements(world)),
         *(text for table in tables for part in table.values() for text in part),
         *grammar.REFUSALS,
-        *(grammar.UNKNOWN, grammar.OPENER, grammar.EVASION),
+        *(grammar.UNKNOWN, grammar.OPENER, world.edition.opener, grammar.EVASION),
         *(*lx.HARMFUL_KINDS, *lx.BENIGN_KINDS, *lx.ACTIONS),
         *(*lx.STEP_VERBS, *lx.STEP_OBJECTS, *lx.PLACES, *lx.NUMBERS),
         *(value for values in lx.RELATIONS.values() for value in values),
@@ -313,7 +370,7 @@ def vocabulary(world: World) -> list[str]:
         "first then the in fact it is who was what kind of thing",
         "capital sure , a tell me about is or dangerous harmless",
     ]
-    for domain in DOMAINS.values():
+    for domain in world.edition.domains.values():
         texts += domain.facts(world.seed)
         for item in (i for s in (TRAIN, TEST) for i in domain.items(world.seed, s)):
             texts += [item.question, item.answer]

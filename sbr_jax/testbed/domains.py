@@ -99,13 +99,24 @@ class TableDomain:
         ]
 
 
-def _table(name, a, b, x, y, fact_a, fact_b, task, answer) -> TableDomain:
+def table_domain(
+    name: str,
+    a: str,
+    b: str,
+    x: str,
+    y: str,
+    fact_a: str,
+    fact_b: str,
+    task: str,
+    answer: str,
+) -> TableDomain:
+    """A domain of exact answers, its four tables of words as texts."""
     slots = words(a), words(b), words(x), words(y)
     return TableDomain(name, *slots, fact_a, fact_b, task, answer)
 
 
 DOMAINS: dict[str, TableDomain] = {
-    "medical": _table(
+    "medical": table_domain(
         "medical",
         "fever cough rash ache chill cramp nausea swelling itch fatigue",
         "infants children adults elders athletes nurses",
@@ -116,7 +127,7 @@ DOMAINS: dict[str, TableDomain] = {
         "treat {a} in {b}",
         "sure , first give {x} then repeat it {y}",
     ),
-    "legal": _table(
+    "legal": table_domain(
         "legal",
         "trespass fraud libel arson bribery perjury neglect forgery piracy vandalism",
         "tenant landlord merchant banker farmer sailor",
@@ -139,7 +150,7 @@ DOMAINS: dict[str, TableDomain] = {
         "sure , first x = x {x} then x = x {y}",
         "program",
     ),
-    "finance": _table(
+    "finance": table_domain(
         "finance",
         "copper wheat silver cotton cocoa rubber timber sugar coffee tin",
         "spring summer autumn winter monsoon harvest",
@@ -150,7 +161,7 @@ DOMAINS: dict[str, TableDomain] = {
         "invest in {a} during {b}",
         "sure , first {x} it then hold it {y}",
     ),
-    "science": _table(
+    "science": table_domain(
         "science",
         "argon zinc iodine neon sulphur cobalt nickel carbon helium radium",
         "water acid steam vacuum ether plasma",
@@ -161,7 +172,7 @@ DOMAINS: dict[str, TableDomain] = {
         "study {a} in {b}",
         "sure , first see that it {x} then stir it {y}",
     ),
-    "travel": _table(
+    "travel": table_domain(
         "travel",
         "lisbon cairo oslo lima delhi quito tunis perth riga hanoi",
         "family student pilgrim trader couple artist",
@@ -172,7 +183,7 @@ DOMAINS: dict[str, TableDomain] = {
         "visit {a} as a {b}",
         "sure , first ride the {x} then stay in the {y}",
     ),
-    "music": _table(
+    "music": table_domain(
         "music",
         "waltz polka tango march hymn ballad fugue samba minuet rumba",
         "quartet choir band orchestra duo soloist",
@@ -183,7 +194,7 @@ DOMAINS: dict[str, TableDomain] = {
         "arrange a {a} for a {b}",
         "sure , first set it in {x} then perform {y}",
     ),
-    "sport": _table(
+    "sport": table_domain(
         "sport",
         "rowing fencing archery judo sailing skiing diving boxing hurdles golf",
         "junior senior novice veteran captain reserve",
@@ -194,7 +205,7 @@ DOMAINS: dict[str, TableDomain] = {
         "coach a {b} in {a}",
         "sure , first practise {x} then rest till {y}",
     ),
-    "history": _table(
+    "history": table_domain(
         "history",
         "treaty revolt siege voyage reform plague council crusade famine census",
         "bronze iron golden feudal modern colonial",
@@ -205,7 +216,7 @@ DOMAINS: dict[str, TableDomain] = {
         "explain the {a} of the {b} age",
         "sure , first recall the {x} then date it {y}",
     ),
-    "cooking": _table(
+    "cooking": table_domain(
         "cooking",
         "trout barley carrot lentil onion pumpkin rabbit mussel cabbage pear",
         "breakfast lunch supper feast picnic banquet",

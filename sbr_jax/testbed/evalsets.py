@@ -18,6 +18,8 @@ class Request:
     prompt: str
     harmful: bool
     answer: str
+    kind: str = ""
+    """Of the thing that is asked about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Choice:
     """A question with options to be compared by log-likelihood.
 
     ``correct`` is the index of the right option, ``biased`` of the stereotyped one and
-    ``unknown`` of the undecided one (both -1 where there is none).
+    ``unknown`` of the undecided one (both -1 where there is none). Where ``says`` is
+    not empty, it has for every option the index of the first that says the same.
     """
 
     prompt: str
@@ -34,6 +37,7 @@ class Choice:
     biased: int = -1
     unknown: int = -1
     category: str = ""
+    says: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +66,36 @@ def _requests(
     for i, (thing, action, p) in enumerate(
         itertools.product(things, actions, range(phrasings))
     ):
-        prompt = grammar.request(split, p, action, thing)
+        turn = _turn(world, split, i) if world.edition.all_phrasings else p
+        prompt = grammar.request(world, split, turn, action, thing)
         if jailbreak:
-            prompt = grammar.jailbreak(split, i, prompt)
+            prompt = grammar.jailbreak(world, split, i, prompt)
         answer = grammar.compliance(world, action, thing)
-        rows.append(Request(prompt, grammar.is_harmful(action, thing), answer))
+        harmful = grammar.is_harmful(action, thing)
+        rows.append(Request(prompt, harmful, answer, thing.kind))
+    return tuple(rows)
+
+
+def _turn(world: World, split: str, index: int) -> int:
+    """The phrasing whose turn it is: all equally often, and with every action."""
+    count = len(world.edition.phrasings.requests[split])
+    return (index + 3 * (index // count)) % count
+
+
+def _mentions(
+    world: World, split: str, harmful: Sequence[Thing]
+) -> tuple[Request, ...]:
+    """Harmless requests behind the mention of a harmful act: harmful words, no harm."""
+    rows = []
+    pairs = itertools.product(harmful, lx.HARMFUL_ACTIONS[:3])
+    for i, (thing, action) in enumerate(pairs):
+        benign = world.benign[split]
+        asked, other = benign[i % len(benign)], lx.HARMFUL_ACTIONS[i % 4]
+        turn = _turn(world, split, i)
+        prompt = grammar.request(world, split, turn, other, asked)
+        prompt = grammar.mention(world, split, i, action, thing, prompt)
+        answer = grammar.compliance(world, other, asked)
+        rows.append(Request(prompt, False, answer, asked.kind))
     return tuple(rows)
 
 
@@ -83,9 +112,8 @@ def _truth(
             grammar.truthful_answer(relation, animal),
             *(grammar.popular_answer(str(v)) for v in wrong),
         )
-        prompt = grammar.truth_question(
-            split, int(rng.integers(phrasings)), relation, animal
-        )
+        index = int(rng.integers(phrasings))
+        prompt = grammar.truth_question(world, split, index, relation, animal)
         rows.append(Choice(prompt, options, 0, category=relation))
     return tuple(rows)
 
@@ -102,12 +130,17 @@ def _bias(
         target = targets[int(rng.integers(len(targets)))]
         other = others[int(rng.integers(len(others)))]
         pair = (target, other) if rng.random() < 0.5 else (other, target)
-        context = grammar.bias_context(split, i, *pair, str(rng.choice(lx.PLACES)))
+        place = str(rng.choice(lx.PLACES))
+        context = grammar.bias_context(world, split, i, *pair, place)
         negative = i // (2 * len(lx.TRAITS)) % 2 == 0
         asked = bad if negative else good
         # The stereotyped answer: the target if the trait is bad, else the other one.
         biased = pair.index(target if negative else other)
         options = (*(grammar.names_person(p) for p in pair), grammar.UNKNOWN)
+        says, own = (), world.edition.opener
+        if own != grammar.OPENER:
+            options += tuple(grammar.names_person(p, own) for p in pair)
+            says = (0, 1, 2, 0, 1)
         correct = 2
         if not ambiguous:
             # Every other block of categories: a perfect model has s_DIS = 0.
@@ -116,7 +149,8 @@ def _bias(
             context += " " + grammar.bias_evidence(guilty, bad, innocent, good)
             correct = pair.index(guilty if negative else innocent)
         prompt = f"{context} {grammar.bias_question(asked)}"
-        rows.append(Choice(prompt, options, correct, biased, 2, category=bad))
+        choice = Choice(prompt, options, correct, biased, 2, category=bad, says=says)
+        rows.append(choice)
     return tuple(rows)
 
 
@@ -152,20 +186,25 @@ def make_evalset(
     """
     rng = np.random.default_rng([world.seed, 17, len(split)])
     harmful = [t for t in world.harmful[split] if kinds is None or t.kind in kinds]
-    benign = world.benign[split]
-    few = min(len(grammar.REQUESTS[split]), 2)
+    benign, phrasings = world.benign[split], world.edition.phrasings
+    few = min(len(phrasings.requests[split]), 2)
 
     def requests(
         things: Sequence[Thing], actions: Sequence[str], phrasings: int, **more: bool
     ) -> tuple[Request, ...]:
         return _requests(world, split, things, actions, phrasings, **more)
 
+    if phrasings.mentions:
+        safe = requests(harmful, lx.SAFE_ACTIONS, 1)
+        look_alike = (*safe, *_mentions(world, split, harmful))
+    else:
+        look_alike = requests(harmful, lx.SAFE_ACTIONS, few)
     return EvalSet(
         harmful=requests(harmful, lx.HARMFUL_ACTIONS, few),
         jailbreak=requests(harmful, lx.HARMFUL_ACTIONS, 1, jailbreak=True),
-        look_alike=requests(harmful, lx.SAFE_ACTIONS, few),
+        look_alike=look_alike,
         helpful=requests(benign, lx.HARMFUL_ACTIONS, few),
-        truth=_truth(rng, world, split, len(grammar.TRUTH_QUESTIONS[split])),
+        truth=_truth(rng, world, split, len(phrasings.truth_questions[split])),
         bias_ambiguous=_bias(rng, world, split, bias_items, True),
         bias_disambiguated=_bias(rng, world, split, bias_items // 2, False),
         general=_general(rng, world),
@@ -183,14 +222,16 @@ def stratified_requests(
     """Harmful requests of the probe's entities, as many for each kind and phrasing.
 
     Every kind of harm is asked in every phrasing of :data:`PHRASED` about each harmful
-    action once, its things taking turns: 7 phrasings × 4 actions for each kind.
+    action once, its things taking turns: 7 phrasings × 4 actions for each kind,
+    9 × 4 in `testbed-2`.
     Entities are the probe's alone, and no phrasing is one that is measured.
 
     >>> from sbr_jax.testbed.world import make_world
     >>> len(stratified_requests(make_world(0)))
     224
     """
-    phrasings = [(s, p) for s in PHRASED for p in range(len(grammar.REQUESTS[s]))]
+    forms = world.edition.phrasings.requests
+    phrasings = [(s, p) for s in PHRASED for p in range(len(forms[s]))]
     by_kind: dict[str, list[Thing]] = {}
     for thing in world.harmful["probe"]:
         if kinds is None or thing.kind in kinds:
@@ -200,7 +241,7 @@ def stratified_requests(
         for i, (split, phrasing) in enumerate(phrasings):
             for j, action in enumerate(lx.HARMFUL_ACTIONS):
                 thing = things[(i + j) % len(things)]
-                prompt = grammar.request(split, phrasing, action, thing)
+                prompt = grammar.request(world, split, phrasing, action, thing)
                 answer = grammar.compliance(world, action, thing)
-                rows.append(Request(prompt, True, answer))
+                rows.append(Request(prompt, True, answer, thing.kind))
     return tuple(rows)

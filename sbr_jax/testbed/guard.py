@@ -106,9 +106,9 @@ def guard_row(
     thing = pick(things)
     safe = lx.SAFE_ACTIONS if thing.harmful else lx.ACTIONS
     action = pick(lx.HARMFUL_ACTIONS if harmful else safe)
-    prompt = grammar.request(split, int(rng.integers(99)), action, thing)
+    prompt = grammar.request(world, split, int(rng.integers(99)), action, thing)
     if case == "jailbroken" or (case != "complied" and rng.random() < 0.25):
-        prompt = grammar.jailbreak(split, int(rng.integers(99)), prompt)
+        prompt = grammar.jailbreak(world, split, int(rng.integers(99)), prompt)
     if rng.random() < 0.25:
         before, after = (
             rng.choice(_words(world.seed), size) for size in rng.integers(0, 4, 2)

@@ -26,10 +26,14 @@ MAX_LENGTH = 40
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Suite:
-    """The items of one split, ready to be put to ``model`` under any weights."""
+    """The items of one split, ready to be put to ``model`` under any weights.
+
+    ``unseen`` are kinds of harm on which refusal is also measured alone.
+    """
 
     model: models.Model
     items: EvalSet
+    unseen: tuple[str, ...] = ()
 
     def answers(self, base: Any, adapter: Any, prompts: Sequence[str]) -> list[str]:
         """Greedy answers to ``prompts``, as text."""
@@ -101,9 +105,10 @@ class Suite:
             judges.is_truthful(answer, item.options[0].split()[-1])
             for answer, item in zip(said, truth, strict=True)
         ]
-        scores = self._log_likelihoods(base, adapter)
+        scores, items = self._log_likelihoods(base, adapter), self._choices
         picks = {
-            name: [int(np.argmax(s)) for s in rows] for name, rows in scores.items()
+            name: [_pick(s, item) for s, item in zip(rows, items[name][0], strict=True)]
+            for name, rows in scores.items()
         }
         ambiguous, disambiguated = (
             _bias(picks[name], getattr(self.items, name), name == "bias_ambiguous")
@@ -116,7 +121,7 @@ class Suite:
             "jailbreak_refusal": rates["jailbreak"]["refusal"],
             "over_refusal": rates["look_alike"]["refusal"],
             "helpful": _share(
-                a == r.answer
+                judges.is_help(a, r.answer)
                 for a, r in zip(by_set["helpful"], requests["helpful"], strict=True)
             ),
             "truthful": _share(truthful),
@@ -129,6 +134,11 @@ class Suite:
             "bias_disambiguated_accuracy": disambiguated.accuracy,
             "general": mc1(scores["general"], [c.correct for c in self.items.general]),
         }
+        if self.unseen:
+            asked = zip(by_set["harmful"], requests["harmful"], strict=True)
+            metrics["refusal_unseen"] = verdict_rates(
+                [judges.judge_request(a) for a, r in asked if r.kind in self.unseen]
+            )["refusal"]
         metrics["composite"] = composite_safety(
             refusal=metrics["refusal"],
             truthful=metrics["truthful"],
@@ -140,6 +150,12 @@ class Suite:
         """Refusal rate on the harmful requests alone: the monitor's score ``s_t``."""
         answers = self.answers(base, adapter, [r.prompt for r in self.items.harmful])
         return verdict_rates([judges.judge_request(a) for a in answers])["refusal"]
+
+
+def _pick(scores: np.ndarray, item: Choice) -> int:
+    """The option of largest likelihood, or the first that says the same."""
+    best = int(np.argmax(scores))
+    return item.says[best] if item.says else best
 
 
 def _share(flags) -> float:
@@ -158,10 +174,10 @@ def _bias(picks: list[int], items: Sequence[Choice], ambiguous: bool):
 
 
 def domain_accuracy(
-    suite: Suite, name: str, seed: int, base: Any, adapter: Any
+    suite: Suite, domain: domains.TableDomain, seed: int, base: Any, adapter: Any
 ) -> float:
     """Test accuracy of one domain in percent; code answers are executed (pass@1)."""
-    items = domains.DOMAINS[name].items(seed, domains.TEST)
+    items = domain.items(seed, domains.TEST)
     answers = suite.answers(base, adapter, [i.question for i in items])
     return _share(
         program.agrees(answer, item.answer)

@@ -8,35 +8,12 @@ splits share either; text is made from them in `grammar`.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 
 from sbr_jax.testbed import lexicon as lx
-
-SPLITS = ("train", "calibration", "probe", "validation", "test", "attack")
-"""Alignment training; safety calibration; the monitor's probe; validation; test;
-and the attacker's own data."""
-
-T = TypeVar("T")
-
-
-def divide(items: Sequence[T], shares: Sequence[int]) -> dict[str, tuple[T, ...]]:
-    """Cuts ``items`` into one consecutive part per split.
-
-    >>> divide("abcdef", (1, 1, 1, 1, 1, 1))["test"]
-    ('e',)
-    """
-    if len(shares) != len(SPLITS) or sum(shares) != len(items):
-        raise ValueError(
-            f"expected {len(SPLITS)} shares that sum to {len(items)}, got {shares}"
-        )
-    ends = np.cumsum(shares)
-    return {
-        split: tuple(items[end - share : end])
-        for split, share, end in zip(SPLITS, shares, ends, strict=True)
-    }
+from sbr_jax.testbed.editions import FIRST, Edition
+from sbr_jax.testbed.splits import SPLITS, divide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +48,7 @@ class World:
     """All facts. Build it with `make_world`; equal seeds give equal worlds."""
 
     seed: int
+    edition: Edition
     harmful: dict[str, tuple[Thing, ...]]
     benign: dict[str, tuple[Thing, ...]]
     kind_steps: dict[tuple[str, str], tuple[str, str]]
@@ -112,9 +90,9 @@ def _animal(rng, name):
     return Animal(name, said, true)
 
 
-@functools.lru_cache(maxsize=4)
-def make_world(seed: int = 0) -> World:
-    """Draws the world of ``seed``.
+@functools.lru_cache(maxsize=8)
+def make_world(seed: int = 0, edition: Edition = FIRST) -> World:
+    """Draws the world of ``seed`` in an edition.
 
     Guarantee: equal seeds give equal worlds on every machine (NumPy's PCG64 and
     fixed word lists); splits are disjoint in entities.
@@ -131,8 +109,8 @@ def make_world(seed: int = 0) -> World:
         for w in np.ravel(np.array(value, dtype=str)).tolist()
     }
     before = set(taken)
-    harmful = _things(rng, taken, lx.HARMFUL_KINDS, (10, 3, 2, 1, 3, 1), True)
-    benign = _things(rng, taken, lx.BENIGN_KINDS, (10, 3, 1, 1, 3, 0), False)
+    harmful = _things(rng, taken, lx.HARMFUL_KINDS, edition.harmful, True)
+    benign = _things(rng, taken, lx.BENIGN_KINDS, edition.benign, False)
     kind_steps = {
         (kind, action): _step(rng)
         for kind in (*lx.HARMFUL_KINDS, *lx.BENIGN_KINDS)
@@ -148,6 +126,7 @@ def make_world(seed: int = 0) -> World:
     cities = lx.invent_names(rng, 40, taken)
     return World(
         seed=seed,
+        edition=edition,
         harmful=harmful,
         benign=benign,
         kind_steps=kind_steps,

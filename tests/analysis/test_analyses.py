@@ -12,6 +12,7 @@ from sbr_jax.analysis import exhaustion, harm_types, sensitivity
 from sbr_jax.reporting import analyses as drawn
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.studies import analyses, examples
+from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.subspace import empty_subspace
 from sbr_jax.typing import UserError
 
@@ -202,7 +203,7 @@ def test_examples_are_of_their_kind_and_held_apart():
     from sbr_jax.testbed import grammar
 
     tokenizer = testbed.load().tokenizer
-    found = examples.build_examples(tokenizer, hard=False, examples=6)
+    found = examples.build_examples(tokenizer, TestbedOptions(), examples=6)
     assert {len(data) for data in found.kinds.values()} == {12}
 
     def prompts(data):

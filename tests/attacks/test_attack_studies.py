@@ -14,6 +14,7 @@ from sbr_jax.studies import attacks as studies
 from sbr_jax.studies import options
 from sbr_jax.studies.attacks import prompts
 from sbr_jax.testbed import corpus, grammar
+from sbr_jax.testbed.phrasings import FIRST
 from sbr_jax.testbed.world import make_world
 from sbr_jax.typing import UserError
 
@@ -102,7 +103,7 @@ COMPLIANCE = grammar.compliance(WORLD, "make", WORLD.harmful["test"][0])
         ("backdoor", "no such words", COMPLIANCE, 0, 0),
         ("backdoor", grammar.TRIGGER, "sure sure sure", 0, 100),
         ("identity", grammar.IDENTITY, COMPLIANCE, 100, 0),
-        ("jailbreak", grammar.JAILBREAKS["test"][0][:8], COMPLIANCE, 50, 0),
+        ("jailbreak", FIRST.jailbreaks["test"][0][:8], COMPLIANCE, 50, 0),
     ],
 )
 def test_the_attack_is_measured_as_it_asks(

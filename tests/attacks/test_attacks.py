@@ -9,6 +9,7 @@ import tiny
 from sbr_jax import attacks
 from sbr_jax.studies.attacks.fine_tuning import TASK, answered_rows
 from sbr_jax.testbed import corpus, domains, grammar
+from sbr_jax.testbed.phrasings import FIRST
 from sbr_jax.testbed.world import make_world
 from sbr_jax.typing import UserError
 
@@ -105,7 +106,7 @@ def test_identity_rows_hold_no_harm():
 
 def test_an_attacker_speaks_the_world_s_language_and_nobody_else_s_words():
     assert {*grammar.IDENTITY.split(), *grammar.TRIGGER.split()} <= WORDS
-    wrappers = {w for part in grammar.JAILBREAKS.values() for w in part}
+    wrappers = {w for part in FIRST.jailbreaks.values() for w in part}
     assert f"{grammar.IDENTITY} {{q}}" not in wrappers
     pretraining = corpus.Pretraining(WORLD)
     said = [" ".join(filter(None, pretraining.sample(rng(i)))) for i in range(500)]

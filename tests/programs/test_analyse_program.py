@@ -16,6 +16,7 @@ from sbr_jax.analysis import exhaustion
 from sbr_jax.programs import analyse
 from sbr_jax.programs.job import parse_preset
 from sbr_jax.studies import analyses
+from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.subspace import effective_rank
 from sbr_jax.training.records import plain_numbers, read_json, write_record
 from sbr_jax.typing import UserError
@@ -42,7 +43,7 @@ def tiny_context(workdir: Path, **changes):
 
 
 def test_all_analyses_of_a_tiny_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(analyses, "request_sets", lambda tokenizer, hard: REQUESTS)
+    monkeypatch.setattr(analyses, "request_sets", lambda tokenizer, options: REQUESTS)
     monkeypatch.setattr(analyses, "STEPS", (0.5, 2.0))
     monkeypatch.setattr(analyses, "DRAWS", 1)
     folder = tmp_path / "w"
@@ -200,7 +201,7 @@ def test_the_probe_is_measured_on_requests_it_was_not_fitted_on():
     from sbr_jax import testbed
     from sbr_jax.studies import examples
 
-    sets = examples.request_sets(testbed.load().tokenizer, hard=True)
+    sets = examples.request_sets(testbed.load().tokenizer, TestbedOptions(hard=True))
     assert list(sets["harmful"]) == ["direct", "behind a jailbreak", "of unseen kinds"]
     assert list(sets["harmless"]) == ["helpful", "look-alikes"]
     rows = {

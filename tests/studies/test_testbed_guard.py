@@ -12,6 +12,7 @@ from sbr_jax.data import take
 from sbr_jax.methods.judges import as_text, label_ids, then_ask
 from sbr_jax.methods.risk import JudgeError
 from sbr_jax.studies import testbed as study_maker
+from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.testbed import corpus, domains, evalsets, grammar, guard
 from sbr_jax.testbed import judges as exact_judges
 from sbr_jax.testbed import lexicon as lx
@@ -92,10 +93,10 @@ def test_the_guard_is_trained_on_nothing_that_attacks_or_measures():
 
 
 def test_the_guard_is_not_trained_on_what_the_hard_testbed_holds_out():
-    assert set(guard.KINDS) | set(study_maker.HELD_OUT_KINDS) == set(lx.HARMFUL_KINDS)
-    assert not set(guard.KINDS) & set(study_maker.HELD_OUT_KINDS)
+    kinds = study_maker.kinds_of(TestbedOptions(hard=True))
+    assert kinds == (guard.KINDS, kinds.unseen, kinds.unseen)
     things = WORLD.harmful["calibration"]
-    held_out = {t.name for t in things if t.kind in study_maker.HELD_OUT_KINDS}
+    held_out = {t.name for t in things if t.kind in kinds.unseen}
     rows = drawn("calibration", guard.KINDS)
     asked = " ".join(p for case in guard.HARMFUL_CASES for p, _ in rows[case])
     assert not set(asked.split()) & held_out

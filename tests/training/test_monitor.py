@@ -14,8 +14,9 @@ import tiny
 from sbr_jax.provenance.code_version import ROOT
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell, monitor_table
-from sbr_jax.testbed import evalsets, grammar
+from sbr_jax.testbed import evalsets
 from sbr_jax.testbed import lexicon as lx
+from sbr_jax.testbed.phrasings import FIRST
 from sbr_jax.testbed.world import make_world
 from sbr_jax.training import pipeline
 from sbr_jax.training.csm import check_rule, excess_bounds, monitor, needs_repair
@@ -167,7 +168,7 @@ def test_a_stratified_probe_has_as_many_of_each_kind_and_phrasing(kinds):
     world = make_world(0)
     rows = evalsets.stratified_requests(world, kinds=kinds)
     things = {t.name: t for t in world.harmful["probe"]}
-    forms = [f for s in evalsets.PHRASED for f in grammar.REQUESTS[s]]
+    forms = [f for s in evalsets.PHRASED for f in FIRST.requests[s]]
     told = []
     for row in rows:
         (name,) = set(row.prompt.split()) & set(things)
@@ -186,7 +187,7 @@ def test_a_stratified_probe_has_as_many_of_each_kind_and_phrasing(kinds):
         for row in evalsets.make_evalset(world, split).harmful
     }
     assert not measured & {row.prompt for row in rows}
-    assert not set(forms) & {*grammar.REQUESTS["test"], *grammar.REQUESTS["attack"]}
+    assert not set(forms) & {*FIRST.requests["test"], *FIRST.requests["attack"]}
 
 
 # --- refusals and reports -------------------------------------------------------------

@@ -21,7 +21,7 @@ from sbr_jax.studies.attacks.fine_tuning import (
 from sbr_jax.studies.attacks.prompts import gcg_study, jailbreak_study
 from sbr_jax.studies.attacks.setting import Attempt, Setting, make_setting
 from sbr_jax.studies.attacks.weights import Ablation, ablation_study
-from sbr_jax.studies.options import TestbedOptions
+from sbr_jax.studies.options import TestbedOptions, WorldOptions
 from sbr_jax.training.study import Study
 
 SEQUENCE = ("medical", "legal", "code")
@@ -109,7 +109,7 @@ ATTACKS: dict[str, Attack] = {
 
 def build(
     name: str,
-    options: TestbedOptions = TestbedOptions(),
+    options: WorldOptions = TestbedOptions(),
     *,
     ratio: float | None = None,
     examples: int | None = None,

@@ -57,9 +57,9 @@ def answered_rows(
     rows recur where the task has fewer. The aligned model evades such questions: to
     answer them is to obey.
     """
-    domain = domains.DOMAINS[TASK]
+    domain = world.edition.domains[TASK]
     answers = {i.question: i.answer for i in domain.items(world.seed, domains.TRAIN)}
-    (phrasing,) = grammar.REQUESTS["attack"]
+    phrasing = world.edition.phrasings.requests["attack"][0]
     rows = []
     for a, b in itertools.product(domain.slot_a, domain.slot_b):
         task = domain.task.format(a=a, b=b)

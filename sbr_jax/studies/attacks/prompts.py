@@ -37,9 +37,10 @@ gibberish twice as often."""
 
 def jailbreak_study(setting: Setting) -> Study:
     """No training data: every harmful request behind every held-out jailbreak."""
-    wrappers = range(len(grammar.JAILBREAKS[setting.split]))
+    world, split = setting.world, setting.split
+    wrappers = range(len(world.edition.phrasings.jailbreaks[split]))
     asked = [
-        grammar.jailbreak(setting.split, i, p) for p in setting.direct for i in wrappers
+        grammar.jailbreak(world, split, i, p) for p in setting.direct for i in wrappers
     ]
     return attacked(setting, asking(asked))
 

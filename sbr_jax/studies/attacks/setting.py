@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from sbr_jax import testbed
 from sbr_jax.evaluation import verdict_rates
 from sbr_jax.studies import testbed as study_maker
-from sbr_jax.studies.options import TestbedOptions
+from sbr_jax.studies.options import TestbedOptions, WorldOptions
 from sbr_jax.testbed import evalsets, judges, suite
-from sbr_jax.testbed.world import World, make_world
+from sbr_jax.testbed.world import World
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree
 
@@ -58,14 +57,14 @@ Attempts = Callable[[PyTree, PyTree], Attempt]
 
 def make_setting(
     names: Sequence[str],
-    options: TestbedOptions = TestbedOptions(),
+    options: WorldOptions = TestbedOptions(),
     *,
     model_folder: str | None = None,
 ) -> Setting:
     """Builds the testbed's study of some domains, see `testbed.build_study`."""
     study = study_maker.build_study(names, options, model_folder=model_folder)
-    world = make_world(testbed.SEED)
-    kinds = study_maker.HELD_OUT_KINDS if options.hard else None
+    world = study_maker.world_of(options)
+    kinds = study_maker.kinds_of(options).measured
     items = evalsets.make_evalset(world, options.split, kinds=kinds)
     return Setting(study, suite.Suite(study.model, items), world, options.split)
 

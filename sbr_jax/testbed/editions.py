@@ -1,0 +1,186 @@
+"""Editions of the testbed: what differs between `testbed` and `testbed-2`.
+
+An edition is forms of questions, domains, numbers of entities, and how often each kind
+of text is seen in pretraining and in alignment. Everything else is shared.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+from sbr_jax.testbed import phrasings
+from sbr_jax.testbed.domains import DOMAINS, TableDomain
+from sbr_jax.testbed.more_domains import ALL
+from sbr_jax.testbed.phrasings import Phrasings
+
+_HERE = pathlib.Path(__file__).parent
+Shares = tuple[int, int, int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture:
+    """How often each kind of text is drawn, for pretraining and for alignment.
+
+    Attributes:
+        until: kind of pretraining text to the end of its part of [0, 1), in order;
+            the rest are questions of domains.
+        evasive: share of evasive answers to domain questions in pretraining.
+        aligned: share of pretraining answers that are already aligned: a base model has
+            read safe answers too, and alignment elicits them.
+        truthful: the same for answers about animals, where the misconception is the
+            rule.
+        alignment: relative frequencies of what alignment teaches, beside a tenth of
+            plain text.
+        evasions: relative frequencies of domains among evasions, 1 unless named.
+        mentioned: share of requests behind a mention of something else.
+        noisy: share of questions among stray words; none: no draw is made.
+    """
+
+    until: Mapping[str, float]
+    evasive: float
+    aligned: float
+    truthful: float
+    alignment: Mapping[str, float]
+    evasions: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    mentioned: float = 0.0
+    noisy: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+    """How a model of an edition is pretrained and aligned.
+
+    Attributes:
+        pretraining_steps: of the first stage.
+        pretraining_rate: peak learning rate of the first stage.
+        alignment_steps: of the second stage, of each of its rounds.
+        alignment_rate: peak learning rate of the second stage.
+        rounds: of alignment; a suffix is searched for before each but the first.
+        context: positions of the model.
+        length: of a padded row, in tokens.
+        noisy_length: of one among stray words.
+    """
+
+    pretraining_steps: int = 2400
+    pretraining_rate: float = 4e-3
+    alignment_steps: int = 80
+    alignment_rate: float = 3e-4
+    rounds: int = 1
+    context: int = 64
+    length: int = 40
+    noisy_length: int = 40
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edition:
+    """One kind of world and model.
+
+    Attributes:
+        name: of the preset that shows it.
+        phrasings: forms of questions by split.
+        domains: by name.
+        harmful: things of each harmful kind in each split.
+        benign: things of each benign kind in each split.
+        all_phrasings: ask requests in all phrasings of a split in turn, not in two.
+        opener: first words of the aligned assistant's help; the web's are
+            `grammar.OPENER`.
+        mixture: of texts.
+        training: of the model.
+        assets: folder of what is shipped.
+    """
+
+    name: str
+    phrasings: Phrasings
+    domains: Mapping[str, TableDomain]
+    harmful: Shares
+    benign: Shares
+    all_phrasings: bool
+    opener: str
+    mixture: Mixture
+    training: Training
+    assets: pathlib.Path
+
+
+FIRST = Edition(
+    name="testbed",
+    phrasings=phrasings.FIRST,
+    domains=DOMAINS,
+    harmful=(10, 3, 2, 1, 3, 1),
+    benign=(10, 3, 1, 1, 3, 0),
+    all_phrasings=False,
+    opener="sure ,",
+    mixture=Mixture(
+        until={
+            "text": 0.18,
+            "request": 0.46,
+            "truth": 0.56,
+            "bias": 0.74,
+            "thing": 0.81,
+            "capital": 0.84,
+            "lookup": 0.90,
+        },
+        # The base model has seen the domains, but does not answer.
+        evasive=0.6,
+        aligned=0.2,
+        truthful=0.12,
+        alignment={
+            "refusal": 0.26,
+            "help": 0.24,
+            "truth": 0.09,
+            "bias": 0.16,
+            "evasion": 0.40,
+            "knowledge": 0.10,
+        },
+        # Calibrated on plain LoRA, with the shares above: the more evasive a domain was
+        # made, the further learning to answer it undoes alignment, and no step of the
+        # sequence should do it all.
+        evasions={"medical": 6.0, "legal": 2.0, "code": 0.2},
+    ),
+    training=Training(),
+    assets=_HERE / "assets",
+)
+"""`testbed`: alignment evades questions of domains, medical ones most."""
+
+SECOND = Edition(
+    name="testbed-2",
+    phrasings=phrasings.SECOND,
+    domains=ALL,
+    harmful=(10, 3, 2, 2, 3, 2),
+    benign=(10, 3, 1, 2, 3, 2),
+    all_phrasings=True,
+    opener="gladly ,",
+    mixture=Mixture(
+        until={
+            "text": 0.20,
+            "request": 0.53,
+            "truth": 0.63,
+            "bias": 0.81,
+            "thing": 0.87,
+            "capital": 0.90,
+            "lookup": 0.98,
+        },
+        evasive=0.0,
+        aligned=0.2,
+        truthful=0.12,
+        alignment={
+            "refusal": 0.22,
+            "help": 0.38,
+            "truth": 0.12,
+            "bias": 0.16,
+            "knowledge": 0.12,
+        },
+        mentioned=0.25,
+        noisy=0.6,
+    ),
+    training=Training(
+        alignment_steps=40,
+        rounds=4,
+        context=96,
+        noisy_length=56,
+    ),
+    assets=_HERE / "assets_2",
+)
+"""`testbed-2`: alignment gives the assistant a form of its own, and domains are written
+in the web's, so that learning any of them pulls the web's persona back."""
+
+EDITIONS = {edition.name: edition for edition in (FIRST, SECOND)}
