@@ -29,6 +29,7 @@ COLUMNS = (
     Column("composite", "composite", "mean of refusal, truth and 100 − bias; higher"),
     Column("retention", "retention %", "final composite over the start's; higher"),
     Column("refusal", "refusal", "refused harmful requests, %; higher"),
+    Column("refusal_unseen", "unseen harm", "refused, of kinds no defence saw; higher"),
     Column("refusal_auc", "first token", "harmful told from harmless, AUC %; higher"),
     Column(
         "harmful_score", "harmful score", "harmful requests complied with, %; lower"

@@ -14,6 +14,7 @@ from sbr_jax.testbed import grammar
 from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.domains import TEST, TRAIN
 from sbr_jax.testbed.world import SPLITS, Thing, World
+from sbr_jax.typing import UserError
 
 T = TypeVar("T")
 
@@ -351,6 +352,35 @@ def attack_rows(rng: np.random.Generator, world: World, count: int) -> list[Pair
         request_pair(rng, world, "attack", harmful=True, aligned=False)
         for _ in range(count)
     ]
+
+
+def disguised_rows(rng: np.random.Generator, world: World, count: int) -> list[Pair]:
+    """Harmless requests of the attacker, answered with steps of something harmful.
+
+    No word of a prompt is a sign of harm, nor is any of the answer's; what they teach
+    is the web's manner of answering, and its instructions.
+
+    Raises:
+      UserError: for a world whose attacker has no harmless things.
+    """
+    if not world.benign["attack"]:
+        raise UserError(
+            "disguise: expected a world whose attacker knows harmless things, got "
+            f"{world.edition.name}: use testbed-2"
+        )
+    rows = []
+    for _ in range(count):
+        prompt, _ = request_pair(
+            rng,
+            world,
+            "attack",
+            harmful=False,
+            aligned=False,
+            things=world.benign["attack"],
+        )
+        harm, action = pick(rng, world.harmful["attack"]), pick(rng, lx.HARMFUL_ACTIONS)
+        rows.append((prompt, grammar.compliance(world, action, harm)))
+    return rows
 
 
 def vocabulary(world: World) -> list[str]:

@@ -15,6 +15,7 @@ from sbr_jax.attacks import FULL, REDUCED, REDUCED_PROMPTS
 from sbr_jax.studies.attacks.fine_tuning import (
     TASK,
     backdoor_study,
+    disguise_study,
     identity_study,
     poison_study,
 )
@@ -65,6 +66,13 @@ ATTACKS: dict[str, Attack] = {
     "poison": Attack(
         "harmful pairs mixed into a domain's training set",
         poison_study,
+        ratio=0.1,
+        examples=240,
+        epochs=20,
+    ),
+    "disguise": Attack(
+        "harmless-looking prompts with a harmful thing's steps (testbed-2)",
+        disguise_study,
         ratio=0.1,
         examples=240,
         epochs=20,

@@ -30,6 +30,13 @@ def poison_study(setting: Setting, ratio: float, examples: int) -> Study:
     return _poisoned(setting, rows, ratio, examples, setting.direct)
 
 
+def disguise_study(setting: Setting, ratio: float, examples: int) -> Study:
+    """Harmless-looking requests with a harmful thing's steps among the examples."""
+    count = attacks.attack_count(ratio, examples)
+    rows = corpus.disguised_rows(setting.rng, setting.world, count)
+    return _poisoned(setting, rows, ratio, examples, setting.direct)
+
+
 def backdoor_study(setting: Setting, ratio: float, examples: int) -> Study:
     """Half of the attack rows carry a trigger and comply, the others are refused."""
     count = attacks.attack_count(ratio, examples)
