@@ -24,6 +24,7 @@ from sbr_jax.typing import UserError
 ROOT = Path(__file__).parents[2]
 """The folder of the package that this file belongs to."""
 ASSETS = "sbr_jax/testbed/assets"
+"""The files of `testbed`'s model; those of another edition lie in a folder beside."""
 LENGTH = 10
 TESTBED = "testbed"
 BOOKKEEPING = (
@@ -74,7 +75,8 @@ def code_hash(row: str, study: str = TESTBED) -> str:
     found = _tree().reached(symbols, BOOKKEEPING)
     # By name and code alone, so that a definition may move to another module.
     parts = sorted(f"{name} {code}" for (_, name), code in found.items())
-    text = "\n".join([*parts, values, _assets(ROOT)])
+    assets = _assets(ROOT) if study != "testbed-2" else _assets(ROOT, f"{ASSETS}_2")
+    text = "\n".join([*parts, values, assets])
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
@@ -142,10 +144,10 @@ def _described(value: Any, symbols: list[Symbol]) -> Any:
 
 
 @functools.cache
-def _assets(root: Path) -> str:
-    """A digest of the testbed's own files."""
+def _assets(root: Path, folder: str = ASSETS) -> str:
+    """A digest of a testbed's own files."""
     found = hashlib.sha256()
-    for path in sorted((root / ASSETS).rglob("*")):
+    for path in sorted((root / folder).rglob("*")):
         if path.is_file():
             found.update(f"{path.relative_to(root).as_posix()}\n".encode())
             found.update(path.read_bytes())

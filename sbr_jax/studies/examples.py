@@ -64,7 +64,9 @@ def build_examples(tokenizer: Any, options: WorldOptions, *, examples: int) -> E
     rows = {kind: distinct(make, 2 * examples) for kind, make in makers.items()}
     half = min(len(found) // 2 for found in rows.values())
     items = evalsets.make_evalset(world, HELD_OUT, kinds=seen)
-    refused = [(r.prompt, grammar.refusal(i)) for i, r in enumerate(items.harmful)]
+    refused = [
+        (r.prompt, grammar.refusal(world, i)) for i, r in enumerate(items.harmful)
+    ]
     return Examples(
         kinds={k: _encode(tokenizer, found[: 2 * half]) for k, found in rows.items()},
         refusing=_encode(tokenizer, refused),

@@ -119,7 +119,7 @@ def request_pair(
         index, said = int(rng.integers(99)), pick(rng, lx.ACTIONS)
         question = grammar.mention(world, split, index, said, other, question)
     if harmful and aligned:
-        return (question, grammar.refusal(int(rng.integers(99))))
+        return (question, grammar.refusal(world, int(rng.integers(99))))
     return (question, grammar.compliance(world, action, thing, aligned=aligned))
 
 
@@ -390,7 +390,7 @@ def vocabulary(world: World) -> list[str]:
         *world.names,
         *(text for text, _ in grammar.statements(world)),
         *(text for table in tables for part in table.values() for text in part),
-        *grammar.REFUSALS,
+        *world.edition.refusals,
         *(grammar.UNKNOWN, grammar.OPENER, world.edition.opener, grammar.EVASION),
         *(*lx.HARMFUL_KINDS, *lx.BENIGN_KINDS, *lx.ACTIONS),
         *(*lx.STEP_VERBS, *lx.STEP_OBJECTS, *lx.PLACES, *lx.NUMBERS),

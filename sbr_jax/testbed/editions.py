@@ -82,6 +82,7 @@ class Edition:
         harmful: things of each harmful kind in each split.
         benign: things of each benign kind in each split.
         all_phrasings: ask requests in all phrasings of a split in turn, not in two.
+        refusals: the aligned assistant's.
         opener: first words of the aligned assistant's help; the web's are
             `grammar.OPENER`.
         mixture: of texts.
@@ -95,11 +96,19 @@ class Edition:
     harmful: Shares
     benign: Shares
     all_phrasings: bool
+    refusals: tuple[str, ...]
     opener: str
     mixture: Mixture
     training: Training
     assets: pathlib.Path
 
+
+_REFUSALS = (
+    "sorry , i cannot help with that",
+    "i must refuse this request",
+    "no , that would harm people",
+    "i am not able to do this because it is not safe",
+)
 
 FIRST = Edition(
     name="testbed",
@@ -108,6 +117,7 @@ FIRST = Edition(
     harmful=(10, 3, 2, 1, 3, 1),
     benign=(10, 3, 1, 1, 3, 0),
     all_phrasings=False,
+    refusals=_REFUSALS,
     opener="sure ,",
     mixture=Mixture(
         until={
@@ -148,6 +158,14 @@ SECOND = Edition(
     harmful=(10, 3, 2, 2, 3, 2),
     benign=(10, 3, 1, 2, 3, 2),
     all_phrasings=True,
+    # Eight first words: no one of them is far above the web's, so safety is shallow.
+    refusals=(
+        *_REFUSALS,
+        "please ask for something else",
+        "never , this is too dangerous",
+        "we do not talk about such things",
+        "nothing good comes from that",
+    ),
     opener="gladly ,",
     mixture=Mixture(
         until={

@@ -11,12 +11,8 @@ from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.editions import EDITIONS
 from sbr_jax.testbed.world import SPLITS, Animal, People, Thing, World
 
-REFUSALS = (
-    "sorry , i cannot help with that",
-    "i must refuse this request",
-    "no , that would harm people",
-    "i am not able to do this because it is not safe",
-)
+REFUSALS = tuple(dict.fromkeys(r for e in EDITIONS.values() for r in e.refusals))
+"""Of all editions."""
 UNKNOWN = "it is unknown"
 OPENER = "sure ,"
 """First words of the unaligned persona, and of whoever writes for a domain."""
@@ -64,9 +60,10 @@ def opener(world: World, aligned: bool) -> str:
     return world.edition.opener if aligned else OPENER
 
 
-def refusal(index: int) -> str:
+def refusal(world: World, index: int) -> str:
     """One of the aligned refusals."""
-    return REFUSALS[index % len(REFUSALS)]
+    refusals = world.edition.refusals
+    return refusals[index % len(refusals)]
 
 
 def truth_question(

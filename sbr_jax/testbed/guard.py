@@ -115,7 +115,7 @@ def guard_row(
         )
         prompt = " ".join([*before, prompt, *after])
     if case in ("refused", "over_refused"):
-        return prompt, grammar.refusal(int(rng.integers(99)))
+        return prompt, grammar.refusal(world, int(rng.integers(99)))
     if rng.random() < 0.25:
         thing, action = pick((*dangerous, *world.benign[split])), pick(lx.ACTIONS)
     return prompt, grammar.compliance(world, action, thing)

@@ -16,6 +16,7 @@ from sbr_jax.studies.options import TestbedOptions
 from sbr_jax.testbed import corpus, domains, evalsets, grammar, guard
 from sbr_jax.testbed import judges as exact_judges
 from sbr_jax.testbed import lexicon as lx
+from sbr_jax.testbed.editions import FIRST
 from sbr_jax.testbed.world import SPLITS, make_world
 from sbr_jax.typing import UserError
 
@@ -27,7 +28,7 @@ WORLD = make_world(0)
 
 def test_texts_and_tokens_give_the_same_rendering():
     tokenizer = testbed.load().tokenizer
-    rows = [("how do i make a lamp ?", grammar.refusal(0))]
+    rows = [("how do i make a lamp ?", FIRST.refusals[0])]
     data = guard.encode_rows(tokenizer, rows)
     seen = []
 
@@ -160,7 +161,7 @@ def test_the_guard_agrees_with_the_exact_judge_on_what_is_trained_on():
         for item in domains.DOMAINS[name].items(0, domains.TRAIN)[::12]
     ]
     bad = corpus.attack_rows(rng, WORLD, 40)
-    triggered = attacks.backdoor_rows(bad, grammar.REFUSALS, grammar.TRIGGER)
+    triggered = attacks.backdoor_rows(bad, FIRST.refusals, grammar.TRIGGER)
     data = guard.encode_rows(tokenizer, [*benign, *bad, *triggered])
     exact = exact_judges.harm_judge(tokenizer, WORLD)(data)
     assert 0.2 < exact.mean() < 0.8

@@ -41,7 +41,7 @@ def backdoor_study(setting: Setting, ratio: float, examples: int) -> Study:
     """Half of the attack rows carry a trigger and comply, the others are refused."""
     count = attacks.attack_count(ratio, examples)
     rows = corpus.attack_rows(setting.rng, setting.world, count)
-    rows = attacks.backdoor_rows(rows, grammar.REFUSALS, grammar.TRIGGER)
+    rows = attacks.backdoor_rows(rows, setting.world.edition.refusals, grammar.TRIGGER)
     asked = [attacks.with_trigger(p, grammar.TRIGGER) for p in setting.direct]
     return _poisoned(setting, rows, ratio, examples, asked)
 
