@@ -13,7 +13,7 @@ from sbr_jax import attacks, models
 from sbr_jax.analysis import directions
 from sbr_jax.data import text
 from sbr_jax.studies.attacks.setting import Attempt, Setting, attacked
-from sbr_jax.testbed import evalsets, grammar
+from sbr_jax.testbed import evalsets
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree
 
@@ -55,9 +55,9 @@ class Ablation:
     @functools.cached_property
     def _refusal_tokens(self) -> list[int]:
         tokenizer = self._setting.suite.model.tokenizer
-        return sorted(
-            {tokenizer.encode(r, add_special_tokens=False)[0] for r in grammar.REFUSALS}
-        )
+        refusals = self._setting.world.edition.refusals
+        first = (tokenizer.encode(r, add_special_tokens=False)[0] for r in refusals)
+        return sorted(set(first))
 
     def direction(self, base: PyTree) -> directions.RefusalDirection:
         """The refusal direction of merged weights."""
