@@ -31,8 +31,12 @@ from sbr_jax.testbed.tokenizer import make_tokenizer
 from sbr_jax.testbed.world import World, make_world
 
 BATCH = 64
-NOISY_EVERY = {"pretraining": 4, "alignment": 2}
-"""Every so-manieth batch has stray words, where an edition has them: it is longer."""
+PART = 16
+"""Rows of a batch that are padded together, the shortest first."""
+ROUND = 8
+"""Padded lengths are multiples of it, so that few programs are compiled."""
+NOISY = {"pretraining": 0.15, "alignment": 0.5}
+"""Share of rows that may have stray words, where an edition has them."""
 
 Sampler = Callable[[np.random.Generator], corpus.Row]
 
@@ -74,12 +78,48 @@ class Encoder:
         self, rows: Sequence[corpus.Row], length: int = MAX_LENGTH
     ) -> dict[str, np.ndarray]:
         """Tokens and mask, padded to the world's longest sequence."""
+        return self._padded([self.row(row) for row in rows], length)
+
+    def parts(self, rows: Sequence[corpus.Row]) -> list[dict[str, np.ndarray]]:
+        """The rows in parts of `PART`, the shortest first, each padded alike."""
+        encoded = sorted((self.row(row) for row in rows), key=lambda row: len(row[0]))
+        parts = [encoded[i : i + PART] for i in range(0, len(encoded), PART)]
+        return [
+            self._padded(part, -(-len(part[-1][0]) // ROUND) * ROUND) for part in parts
+        ]
+
+    @staticmethod
+    def _padded(
+        rows: Sequence[tuple[list[int], list[int]]], length: int
+    ) -> dict[str, np.ndarray]:
         tokens = np.zeros((len(rows), length), np.int32)
         mask = np.zeros((len(rows), length), np.float32)
-        for i, row in enumerate(rows):
-            ids, answer = self.row(row)
+        for i, (ids, answer) in enumerate(rows):
             tokens[i, : len(ids)], mask[i, : len(ids)] = ids, answer
         return {"tokens": tokens, "mask": mask}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _add_gradient(apply_fn, base, total, batch):
+    """``total``, gradients and loss so far, with those of a part's rows added."""
+
+    def loss(base):
+        logits = apply_fn(base, None, batch["tokens"])
+        return jnp.sum(
+            losses.token_cross_entropy(logits, batch["tokens"], batch["mask"])
+        )
+
+    value, gradient = jax.value_and_grad(loss)(base)
+    return jax.tree.map(jnp.add, total, (gradient, value))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _update(optimizer, base, opt_state, gradient):
+    gradient = jax.tree.map(lambda x: x / BATCH, gradient)
+    # Optax counts in integers and promotes them: let it, also in strict mode.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradient, opt_state, base)
+    return optax.apply_updates(base, updates), opt_state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -108,9 +148,6 @@ def train(
     learning_rate: float,
     seed: int,
     title: str = "training",
-    noisy: Sampler | None = None,
-    noisy_every: int = 1,
-    noisy_length: int = MAX_LENGTH,
 ) -> Any:
     """Full-parameter training on freshly sampled rows.
 
@@ -122,9 +159,6 @@ def train(
       learning_rate: peak of a cosine schedule with 100 steps of warm-up.
       seed: of the sampler.
       title: shown beside the progress bar.
-      noisy: draws the rows of every ``noisy_every``-th batch; None: there are none.
-      noisy_every: see ``noisy``.
-      noisy_length: of the rows of such a batch.
 
     Returns:
       The trained weights.
@@ -143,13 +177,12 @@ def train(
     with Progress() as progress:
         task = progress.add_task(title, total=steps)
         for step in range(steps):
-            draw, length = sampler, MAX_LENGTH
-            if noisy is not None and step % noisy_every == 0:
-                draw, length = noisy, noisy_length
-            batch = encoder.batch([draw(rng) for _ in range(BATCH)], length)
-            base, opt_state, loss = full_step(
-                model.apply_fn, optimizer, base, opt_state, batch
-            )
+            total = jax.tree.map(jnp.zeros_like, (base, jnp.float32(0)))
+            for part in encoder.parts([sampler(rng) for _ in range(BATCH)]):
+                total = _add_gradient(model.apply_fn, base, total, part)
+            gradient, loss = total
+            base, opt_state = _update(optimizer, base, opt_state, gradient)
+            loss = loss / BATCH
             if step % 100 == 99:
                 progress.update(
                     task, completed=step + 1, description=f"{title} {float(loss):.3f}"
@@ -173,12 +206,11 @@ def pretrain(world: World, steps: int | None = None) -> models.Model:
     start = train(
         model,
         base,
-        pretraining.sample,
+        _at_times(pretraining.sample, pretraining.noisy, edition, "pretraining"),
         steps=edition.training.pretraining_steps if steps is None else steps,
         learning_rate=edition.training.pretraining_rate,
         seed=world.seed,
         title="pretraining",
-        **_noise(edition, "pretraining", pretraining.noisy),
     )
     return models.make_model(config, start, tokenizer)
 
@@ -197,36 +229,33 @@ def align(world: World, base: models.Model, steps: int | None = None) -> models.
     for number in range(edition.training.rounds):
         if number:
             suffixes += search(params, number)
+        ordinary = functools.partial(corpus.alignment_row, pretraining=pretraining)
+        hardened = functools.partial(
+            corpus.hardened_row, pretraining=pretraining, suffixes=tuple(suffixes)
+        )
         params = train(
             base,
             params,
-            functools.partial(corpus.alignment_row, pretraining=pretraining),
+            _at_times(ordinary, hardened, edition, "alignment"),
             steps=edition.training.alignment_steps if steps is None else steps,
             learning_rate=edition.training.alignment_rate,
             seed=world.seed + 1 + 1000 * number,
             title="alignment",
-            **_noise(
-                edition,
-                "alignment",
-                functools.partial(
-                    corpus.hardened_row,
-                    pretraining=pretraining,
-                    suffixes=tuple(suffixes),
-                ),
-            ),
         )
     return models.make_model(base.config, params, base.tokenizer)
 
 
-def _noise(edition: Edition, stage: str, sampler: Sampler) -> dict[str, Any]:
-    """Arguments of `train` for batches with stray words; none where there are none."""
+def _at_times(
+    ordinary: Sampler, noisy: Sampler, edition: Edition, stage: str
+) -> Sampler:
+    """Draws a noisy row now and then, where an edition has such rows."""
     if not edition.mixture.noisy:
-        return {}
-    return {
-        "noisy": sampler,
-        "noisy_every": NOISY_EVERY[stage],
-        "noisy_length": edition.training.noisy_length,
-    }
+        return ordinary
+
+    def draw(rng: np.random.Generator) -> corpus.Row:
+        return (noisy if rng.random() < NOISY[stage] else ordinary)(rng)
+
+    return draw
 
 
 def build(

@@ -33,7 +33,8 @@ class Mixture:
             plain text.
         evasions: relative frequencies of domains among evasions, 1 unless named.
         mentioned: share of requests behind a mention of something else.
-        noisy: share of questions among stray words; none: no draw is made.
+        noisy: share of stray words or suffixes among rows that may have them; at 0 no
+            row may.
     """
 
     until: Mapping[str, float]
@@ -57,8 +58,7 @@ class Training:
         alignment_rate: peak learning rate of the second stage.
         rounds: of alignment; a suffix is searched for before each but the first.
         context: positions of the model.
-        length: of a padded row, in tokens.
-        noisy_length: of one among stray words.
+        noisy_length: of a row among stray words, in tokens.
     """
 
     pretraining_steps: int = 2400
@@ -67,7 +67,6 @@ class Training:
     alignment_rate: float = 3e-4
     rounds: int = 1
     context: int = 64
-    length: int = 40
     noisy_length: int = 40
 
 
