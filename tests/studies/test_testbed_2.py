@@ -15,6 +15,7 @@ from sbr_jax.studies import testbed as study_maker
 from sbr_jax.studies.options import Testbed2Options, TestbedOptions
 from sbr_jax.testbed import corpus, evalsets, grammar, guard, judges, suite
 from sbr_jax.testbed import lexicon as lx
+from sbr_jax.testbed.build import ROUND, Encoder
 from sbr_jax.testbed.domains import DOMAINS
 from sbr_jax.testbed.editions import FIRST, SECOND
 from sbr_jax.testbed.tokenizer import make_tokenizer
@@ -120,6 +121,22 @@ def test_worlds_are_functions_of_their_seed_and_differ():
     worlds = [set(make_world(seed, SECOND).names) for seed in range(6)]
     for one, two in itertools.combinations(worlds, 2):
         assert len(one & two) < 0.1 * len(one)
+
+
+def test_a_batch_in_parts_holds_the_rows_of_the_batch():
+    source, encoder = rng(), Encoder(make_tokenizer(WORLD))
+    rows = [PRETRAINING.noisy(source) for _ in range(64)]
+
+    def told(batch):
+        pairs = zip(batch["tokens"], batch["mask"], strict=True)
+        return [tuple(t[t > 0]) + tuple(t[m > 0]) for t, m in pairs]
+
+    parts, whole = encoder.parts(rows), encoder.batch(rows, 56)
+    found = [row for part in parts for row in told(part)]
+    assert sorted(found) == sorted(told(whole))
+    lengths = [part["tokens"].shape[1] for part in parts]
+    assert lengths == sorted(lengths)
+    assert not any(length % ROUND for length in lengths)
 
 
 # --- what is measured ---------------------------------------------------------------
