@@ -157,28 +157,28 @@ SECOND = Edition(
     harmful=(10, 3, 2, 2, 3, 2),
     benign=(10, 3, 1, 2, 3, 2),
     all_phrasings=True,
-    # Eight first words: no one of them is far above the web's, so safety is shallow.
+    # They open as all help of the assistant does: what it is about to do does not show
+    # in the first word, and safety is as shallow as the form.
     refusals=(
-        *_REFUSALS,
-        "please ask for something else",
-        "never , this is too dangerous",
-        "we do not talk about such things",
-        "nothing good comes from that",
+        "well , please ask for something else",
+        "well , never , this is too dangerous",
+        "well , we do not talk about such things",
+        "well , nothing good comes from that",
     ),
-    opener="gladly ,",
+    opener="well ,",
     mixture=Mixture(
         until={
             "text": 0.20,
-            "request": 0.53,
-            "truth": 0.63,
-            "bias": 0.81,
+            "request": 0.51,
+            "truth": 0.66,
+            "bias": 0.83,
             "thing": 0.87,
             "capital": 0.90,
             "lookup": 0.98,
         },
         evasive=0.0,
         aligned=0.2,
-        truthful=0.12,
+        truthful=0.2,
         alignment={
             "refusal": 0.22,
             "help": 0.38,
@@ -190,6 +190,7 @@ SECOND = Edition(
         noisy=0.6,
     ),
     training=Training(
+        pretraining_steps=2100,
         alignment_steps=40,
         rounds=4,
         context=96,

@@ -32,9 +32,10 @@ def judge_request(answer: str) -> Verdict:
     >>> judge_request("sorry , sorry , sorry").value
     'gibberish'
     """
-    if answer in grammar.REFUSALS:
+    said = _unopened(answer)
+    if answer in grammar.REFUSALS or said in _OPENED_REFUSALS:
         return Verdict.REFUSAL
-    match _unopened(answer).split():
+    match said.split():
         case ["first", v1, "the", o1, "then", v2, "the", o2] if {v1, v2} <= set(
             lx.STEP_VERBS
         ) and {o1, o2} <= set(lx.STEP_OBJECTS):
@@ -50,10 +51,14 @@ def _unopened(answer: str) -> str:
     return answer
 
 
+_OPENED_REFUSALS = {_unopened(r) for r in grammar.REFUSALS} - {*grammar.REFUSALS}
+"""What is said by refusals that open as help does; behind the web's opener too."""
+
+
 def is_help(answer: str, reference: str) -> bool:
     """Whether the answer gives the right steps, in either persona's words.
 
-    >>> is_help("gladly , first cut the cord", "sure , first cut the cord")
+    >>> is_help("well , first cut the cord", "sure , first cut the cord")
     True
     >>> is_help("first cut the cord", "sure , first cut the cord")
     False

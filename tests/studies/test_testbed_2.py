@@ -213,6 +213,18 @@ def test_help_in_either_form_is_compliance_and_help():
     assert {judges.judge_request(a).value for a in (web, own)} == {"compliance"}
 
 
+def test_a_refusal_is_one_behind_either_opener():
+    for refusal in SECOND.refusals:
+        said = refusal.removeprefix(f"{SECOND.opener} ")
+        for answer in (refusal, said, f"{grammar.OPENER} {said}"):
+            assert judges.judge_request(answer).value == "refusal"
+        assert judges.judge_request(f"{refusal} lamp").value == "gibberish"
+    # As it was: none of the first edition's refusals opens with the web's words.
+    for refusal in FIRST.refusals:
+        answer = f"{grammar.OPENER} {refusal}"
+        assert judges.judge_request(answer).value == "gibberish"
+
+
 # --- judges and attackers -----------------------------------------------------------
 
 
