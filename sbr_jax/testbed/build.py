@@ -35,7 +35,7 @@ PART = 16
 """Rows of a batch that are padded together, the shortest first."""
 ROUND = 8
 """Padded lengths are multiples of it, so that few programs are compiled."""
-NOISY = {"pretraining": 0.25, "alignment": 0.5}
+NOISY = {"pretraining": 0.25, "alignment": 0.8}
 """Share of rows that may have stray words, where an edition has them."""
 
 Sampler = Callable[[np.random.Generator], corpus.Row]

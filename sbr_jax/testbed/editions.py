@@ -192,7 +192,7 @@ SECOND = Edition(
     training=Training(
         pretraining_steps=2100,
         alignment_steps=40,
-        rounds=4,
+        rounds=3,
         context=96,
         noisy_length=56,
     ),
