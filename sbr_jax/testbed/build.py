@@ -242,6 +242,10 @@ def align(world: World, base: models.Model, steps: int | None = None) -> models.
             seed=world.seed + 1 + 1000 * number,
             title="alignment",
         )
+    strength = edition.training.strength
+    if strength < 1.0:
+        kept = jax.tree.map(lambda a, b: b + strength * (a - b), params, base.params)
+        params = kept
     return models.make_model(base.config, params, base.tokenizer)
 
 

@@ -57,6 +57,8 @@ class Training:
         alignment_steps: of the second stage, of each of its rounds.
         alignment_rate: peak learning rate of the second stage.
         rounds: of alignment; a suffix is searched for before each but the first.
+        strength: share of what alignment changed that is kept in the end; the less, the
+            shallower safety is.
         context: positions of the model.
         noisy_length: of a row among stray words, in tokens.
     """
@@ -66,6 +68,7 @@ class Training:
     alignment_steps: int = 80
     alignment_rate: float = 3e-4
     rounds: int = 1
+    strength: float = 1.0
     context: int = 64
     noisy_length: int = 40
 
@@ -193,6 +196,7 @@ SECOND = Edition(
         pretraining_steps=2100,
         alignment_steps=40,
         rounds=3,
+        strength=0.28,
         context=96,
         noisy_length=56,
     ),
