@@ -5,7 +5,7 @@ Sampling is a pure function of the generator it is given.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -287,7 +287,7 @@ def _names(world: World, split: str) -> list[str]:
     return [item.name for part in parts for item in part]
 
 
-def _draw(rng: np.random.Generator, weights: dict[str, float]) -> str:
+def _draw(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
     shares = np.array(list(weights.values()))
     return list(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
 
