@@ -1,11 +1,13 @@
-"""The second testbed: erosion in every order, a robust aligned model, unseen harm.
+"""The second testbed: erosion in every order, harm that no defence sees.
 
     python -m experiments.run testbed-2 --workdir runs/testbed-2
     python -m experiments.report runs/testbed-2
 
-Cost and expected scores: see `docs/testbed2.md`. Learning rate, steps and alignment
-were chosen on plain LoRA alone, on the validation split and seeds that no table uses,
-before any defence was run.
+Expected, on the validation split: plain LoRA falls from a composite of 95.8 to between
+44 and 71 in the six orders of its domains, and learns each to 92 at least. Learning
+rate and the share of alignment that is kept were chosen on plain LoRA alone, with a
+seed that no table uses, before any defence was run; `docs/testbed2.md` has what the
+model misses.
 """
 
 from sbr_jax.recipes.preset import Preset
