@@ -28,7 +28,8 @@ MISTAKES = {
     "run": "expected a preset first, got none",
     "run --workdir W": "expected a preset first, got --workdir",
     "run demmo --workdir W": "unknown preset 'demmo'; nearest: demo",
-    "attack": "expected a preset first, got none (known: testbed, testbed-hard, testbed-2)",
+    "attack": "expected a preset first, got none (known: testbed, testbed-hard, "
+    "testbed-2)",
     "attack testbd": "unknown preset 'testbd'; nearest: testbed",
     "attack stories --workdir W": "unknown preset 'stories'",
     "analyse": "python -m experiments.analyse demo --help shows all settings",
