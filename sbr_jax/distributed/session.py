@@ -58,6 +58,7 @@ class Session:
         self.index, self.count, self.links = index, count, links
         self.patience = patience
         self.log: logs.Log | None = None
+        self.made: Path | None = None
         self._alone = 0
         self._labels = self._polls = 0
         self._left = threading.Event()
@@ -203,7 +204,14 @@ class Session:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if self.log is not None:
             self.log.close()
+        self.leave_no_empty()
         os._exit(code)
+
+    def leave_no_empty(self) -> None:
+        """Takes back the folder that was made to be seen, if nothing was written."""
+        if self.made is not None:
+            with contextlib.suppress(OSError):
+                self.made.rmdir()
 
     def _tell(self, code: int, line: str = "") -> None:
         for link in self.links:
@@ -304,16 +312,11 @@ def join(
             session.log = stack.enter_context(logs.Log(session.index))
         if folder is not None:
             if session.index == 0 and isinstance(folder, Path) and not folder.exists():
-                stack.callback(_leave_no_empty, folder)
+                session.made = folder
+                stack.callback(session.leave_no_empty)
             logs.require_shared(session, folder)
         _initialise(session, place, coordinator)
         yield
-
-
-def _leave_no_empty(folder: Path) -> None:
-    """Takes back a folder that was made to be seen, where nothing was written."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def _leave(session: Session, error: BaseException | None) -> None:

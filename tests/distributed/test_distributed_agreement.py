@@ -384,3 +384,20 @@ def test_one_process_decides_by_itself():
     assert is_first()
     assert not stopping.asked()
     assert json.dumps(CARD)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_process_that_a_thread_ends_leaves_no_empty_folder(
+    written, tmp_path, monkeypatch
+):
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    session, folder = Session(0, 1, []), tmp_path / "made"
+    folder.mkdir()
+    if written:
+        (folder / "results.jsonl").touch()
+    session.made = folder
+    # What happens when another process has ended and this one is slow to notice.
+    session._break(Ended(2, ""), 2)
+    assert codes == [2]
+    assert folder.exists() == written
