@@ -6,7 +6,7 @@ and a bad command line is refused at once.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from sbr_jax import checks, errors
 from sbr_jax.checks import Range
@@ -88,6 +88,8 @@ class WorldOptions:
             and each of the phrasings that a defender has, seven in `testbed`.
     """
 
+    edition: ClassVar[str]
+    """Name of the edition, a key of `EDITIONS`."""
     split: Literal["test", "validation"] = "test"
     calibration_examples: Annotated[int, Range(least=1, most=4000)] = 480
     probe_set: Literal["one-phrasing", "stratified"] = "one-phrasing"
@@ -101,11 +103,6 @@ class WorldOptions:
         from sbr_jax.testbed.editions import EDITIONS
 
         return tuple(EDITIONS[self.edition].domains)
-
-    @property
-    def edition(self) -> str:
-        """Name of the edition, a key of `EDITIONS`."""
-        raise NotImplementedError
 
     @property
     def seed(self) -> int:
@@ -162,13 +159,9 @@ class TestbedOptions(WorldOptions):
             shipped guard model, which never saw the three kinds.
     """
 
+    edition = "testbed"
     hard: bool = False
     judge: Literal["exact", "guard"] = "exact"
-
-    @property
-    def edition(self) -> str:
-        """Name of the edition, a key of `EDITIONS`."""
-        return "testbed"
 
     @property
     def held_out(self) -> int:
@@ -199,15 +192,11 @@ class Testbed2Options(WorldOptions):
         judge_auroc: how well the judge of training pairs tells harm; 1 is exact.
     """
 
+    edition = "testbed-2"
     calibration_examples: Annotated[int, Range(least=10, most=500)] = 480
     world: Annotated[int, Range(least=0, most=5)] = 0
     unseen_kinds: Annotated[int, Range(least=0, most=7)] = 3
     judge_auroc: Annotated[float, Range(least=0.7, most=1.0)] = 1.0
-
-    @property
-    def edition(self) -> str:
-        """Name of the edition, a key of `EDITIONS`."""
-        return "testbed-2"
 
     @property
     def seed(self) -> int:
