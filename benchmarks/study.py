@@ -89,7 +89,7 @@ def make(size: Size, **training: Any) -> tuple[Study, Config]:
         lora_alpha=2.0 * size.rank,
         **training,
     )
-    how = Hardware(remat=False, fisher_microbatch=min(8, size.calibration))
+    how = Hardware(fisher_microbatch=min(8, size.calibration))
     return study, Config(settings, how)
 
 

@@ -114,7 +114,8 @@ class Hardware:
       log_every: steps between fetches of the metrics.
       packing: several examples in a row of a step: ``"auto"`` does so where it saves a
         fifth of the places.
-      remat: recompute layers in the backward pass (chat models).
+      remat: recompute layers in the backward pass: ``"auto"`` does so where they would
+        not fit into a quarter of the device, and chat models on a mesh.
       generation_batch: the most answers written at once (chat models).
       score_tokens: tokens whose keys and values are held at once, where answers are
         written or scored (chat models).
@@ -130,7 +131,7 @@ class Hardware:
     fisher_microbatch: Count = 32
     log_every: Count = 50
     packing: Literal["auto", "yes", "no"] = "auto"
-    remat: bool = True
+    remat: Literal["auto", "yes", "no"] = "auto"
     generation_batch: Count = 16
     score_tokens: Count = 16_384
 

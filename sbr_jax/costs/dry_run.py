@@ -135,7 +135,7 @@ def execute(job: Any, device: DeviceOptions = DeviceOptions()) -> str:
     study = job.make_study(weights=False)
     pipeline.check(study, job.methods, job.seeds, job.domains, job.config)
     rehearse(job, study)
-    load = estimates.load_of(job, study)
+    load = estimates.load_of(job, study, chosen.memory)
     config, settings = load.config, job.config.training
     phases = estimates.memory(job, study, load)
     peak = max(sum(phase.values()) for phase in phases.values())

@@ -15,8 +15,8 @@ from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.methods import Method, build
 from sbr_jax.methods.base import Cost
 from sbr_jax.settings import Hardware
-from sbr_jax.studies.options import ModelOptions
 from sbr_jax.subspace import sketch
+from sbr_jax.training.recompute import is_recomputed
 
 FRAME, PER_CHARACTER = 30, 0.25
 """Tokens of a template, and of a character, in a prompt that was not encoded."""
@@ -27,15 +27,20 @@ def tokens_of(characters: float) -> int:
     return round(FRAME + PER_CHARACTER * characters)
 
 
-def load_of(job: Any, study: Any) -> Load:
-    """What a step of this job costs, from its settings and the longest domain."""
+def load_of(job: Any, study: Any, memory: float | None = None) -> Load:
+    """What a step of this job costs, from its settings and the longest domain.
+
+    Args:
+        job: of the forecast.
+        study: that it runs over.
+        memory: bytes of the device; None for this machine's.
+    """
     import jax
 
     options, training = job.study, job.config.training
     dtype = getattr(options, "dtype", None)
     if dtype is None:
         dtype = str(jax.tree.leaves(study.model.params)[0].dtype)
-    chat = isinstance(options, ModelOptions)
     hardware = job.config.hardware
     tokens, answers = _mean_sizes(
         [study.domains[name].train for name in job.domains],
@@ -51,7 +56,7 @@ def load_of(job: Any, study: Any) -> Load:
         batch=training.batch_size,
         accumulation=hardware.accumulation,
         length=max(study.domains[name].train.length for name in job.domains),
-        remat=hardware.remat if chat else study.model.hardware.remat,
+        remat=is_recomputed(study, training, hardware, memory),
         tokens=tokens,
         answers=answers,
     )

@@ -18,6 +18,7 @@ from sbr_jax.models.lora import select_targets
 from sbr_jax.models.parameters import base_shapes
 from sbr_jax.models.quantize import weight_bytes
 from sbr_jax.subspace import sketch
+from sbr_jax.training.recompute import activation_bytes
 
 GIB = 2**30
 FLOAT32 = 4
@@ -180,14 +181,8 @@ def _logit_bytes(load: Load, places: float) -> float:
 
 def _inside_layer(load: Load) -> float:
     """Activations that the backward pass of one layer needs, for one microbatch."""
-    config, size = load.config, BYTES[load.dtype]
-    queries = config.heads * config.head_dim
-    keys = config.kv_heads * config.head_dim
-    # Normed inputs twice, queries, keys, values, attention's output, and the MLP's
-    # gate before and after its activation, the other factor, and their product.
-    token = 2 * config.width + 2 * queries + 2 * keys + 4 * config.mlp_width
-    scores = 2 * config.heads * load.length * FLOAT32
-    return load.microbatch * load.width * (token * size + scores)
+    tokens = load.microbatch * load.width
+    return activation_bytes(load.config, tokens, load.length, BYTES[load.dtype])
 
 
 def training_memory(load: Load) -> dict[str, float]:

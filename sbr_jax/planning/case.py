@@ -85,6 +85,7 @@ class Case:
             accumulation=self.accumulation,
             fisher_microbatch=self.fisher,
             packing="no",
+            remat="yes",
         )
         return Config(training=self.training, hardware=hardware)
 

@@ -81,6 +81,10 @@ PRESET = Preset(
     # Five seeds at once would hold five times the activations, and a killed domain
     # should not start over.
     hardware=Hardware(
-        accumulation=2, vmap_seeds="no", checkpoint_every=200, fisher_microbatch=8
+        accumulation=2,
+        vmap_seeds="no",
+        checkpoint_every=200,
+        fisher_microbatch=8,
+        remat="yes",
     ),
 )

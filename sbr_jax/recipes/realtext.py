@@ -74,5 +74,5 @@ PRESET = Preset(
         lora_alpha=16.0,
         repair_steps=15,
     ),
-    hardware=Hardware(remat=False, generation_batch=16),
+    hardware=Hardware(generation_batch=16),
 )

@@ -58,5 +58,5 @@ PRESET = Preset(
         lora_alpha=16.0,
         repair_steps=4,
     ),
-    hardware=Hardware(remat=False, vmap_seeds="no", log_every=4, fisher_microbatch=8),
+    hardware=Hardware(vmap_seeds="no", log_every=4, fisher_microbatch=8),
 )

@@ -19,6 +19,7 @@ from sbr_jax.methods import build
 from sbr_jax.methods.base import Method, Problem
 from sbr_jax.training import sharding
 from sbr_jax.training.config import Config
+from sbr_jax.training.recompute import training_apply_fn
 from sbr_jax.training.step import TrainState, compiled_step, make_step
 from sbr_jax.training.study import Study
 from sbr_jax.transforms import replace_subspace
@@ -113,7 +114,7 @@ def make_program(
     mesh = sharding.mesh_of(config.hardware) if mesh is None else mesh
     training, accumulation = config.training, config.hardware.accumulation
     problem = Problem(
-        apply_fn=study.model.apply_fn,
+        apply_fn=training_apply_fn(study, training, config.hardware),
         calibration=study.calibration,
         training=training,
         hardware=config.hardware,

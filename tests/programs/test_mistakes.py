@@ -96,7 +96,7 @@ MISTAKES = {
     f"{RUN} --training.fisher-examples abc": "expected {None}|INT, got 'abc'",
     f"{RUN} --hardware.accumulation 3": "a multiple of hardware.accumulation (3)",
     f"{RUN} --hardware.vmap-seeds maybe": "expected {auto,yes,no}, got 'maybe'",
-    f"{RUN} --hardware.remat False": "a switch is --NAME or --no-NAME",
+    f"{RUN} --methods.safeanchor.relax False": "a switch is --NAME or --no-NAME",
     f"{RUN} --methods.plan.x 1": "unknown option '--methods.plan.x'",
     f"{RUN} --methods.safeanchor.max-ran 1": "nearest: --methods.safeanchor.max-rank",
     f"{RUN} --methods.safeanchor.max-rank 0": "max_rank",

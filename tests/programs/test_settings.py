@@ -137,8 +137,7 @@ SPELT = {
     "underscores": (["--training.lora_rank", "4"], "lora_rank", 4),
     "none": (["--training.fisher-examples", "None"], "fisher_examples", None),
     "number or none": (["--training.fisher-examples", "7"], "fisher_examples", 7),
-    "switch on": (["--hardware.remat"], "remat", True),
-    "switch off": (["--hardware.no-remat"], "remat", False),
+    "switch on": (["--methods.safegrad.monitored"], "monitored", True),
     "tuple": ([PROBE, "0", "1"], "probe_layers", (0, 1)),
     "tuple or none": ([PROBE, "None"], "probe_layers", None),
     "method's switch": (["--methods.safeanchor.no-relax"], "relax", False),
@@ -182,7 +181,7 @@ def test_every_option_is_among_those_that_the_nearest_are_taken_from():
     known = set(parsing.flags(kind))
     for scope, tree in trees(PRESETS["realtext"]).items():
         assert {option for option, _ in options(tree, f"{scope}.")} <= known
-    assert {"--hardware.no-remat", "--device.memory-gb", "--dry-run"} <= known
+    assert {"--methods.safeanchor.no-relax", "--device.memory-gb", "--dry-run"} <= known
     assert not any("hyperparameters" in option for option in known)
 
 

@@ -138,7 +138,7 @@ def test_sets_of_one_origin_give_way_without_being_asked(copy):
 
 
 def test_the_fingerprint_is_of_data_and_weights_and_not_of_hardware(world, copy, study):
-    hardware = Hardware(generation_batch=2, remat=False)
+    hardware = Hardware(generation_batch=2)
     assert build(world, hardware=hardware).fingerprint == study.fingerprint
     assert build(world, calibration=5).fingerprint != study.fingerprint
     assert build(copy).fingerprint == study.fingerprint

@@ -112,7 +112,7 @@ def build_study(
             dtype=options.dtype,
             quantize=options.quantize,
             mesh=hardware.mesh,
-            remat=hardware.remat,
+            remat=hardware.remat != "no",
         )
         model = dataclasses.replace(loaded, tokenizer=model.tokenizer)
         judge = make_judge(options)

@@ -186,7 +186,7 @@ def _loaded(place: Path, options: OwnOptions, hardware: Hardware) -> Model:
         dtype=options.dtype,
         quantize=options.quantize,
         mesh=hardware.mesh,
-        remat=hardware.remat,
+        remat=hardware.remat != "no",
     )
 
 

@@ -1,0 +1,99 @@
+"""Layers kept for the backward pass, or recomputed where memory is short.
+
+Recomputing them costs a third of a step's products again.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+
+from sbr_jax.models import ModelConfig, make_apply_fn
+from sbr_jax.settings import Hardware, Training
+from sbr_jax.training.study import Study
+from sbr_jax.typing import ApplyFn
+
+FLOAT32 = 4
+SHARE = 0.25
+"""Of a device's memory that stored activations may fill: what else is alive in a step
+(weights, a reference's pass, fragments) is not counted."""
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def activation_bytes(
+    config: ModelConfig, tokens: float, length: int, size: int = FLOAT32
+) -> float:
+    """Bytes of what the backward pass of one layer needs.
+
+    Normed inputs twice, queries, keys, values, attention's output, the gate before and
+    after its activation, the other factor, their product; scores twice, in float32.
+
+    Args:
+      config: of the model.
+      tokens: of all rows.
+      length: T, of a row; what attention looks over.
+      size: bytes of a number.
+
+    >>> tiny = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
+    >>> activation_bytes(tiny, 10, 5)
+    3040
+    """
+    queries = config.heads * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    token = 2 * config.width + 2 * queries + 2 * keys + 4 * config.mlp_width
+    return tokens * (token * size + 2 * config.heads * length * FLOAT32)
+
+
+def device_memory() -> float:
+    """Bytes of the first device; of a CPU those that this process may have."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    said = (Path(name) for name in _LIMITS)
+    limits = [x.read_text().strip() for x in said if x.is_file()]
+    return min([whole, *(int(x) for x in limits if x.isdigit())])
+
+
+def is_recomputed(
+    study: Study,
+    training: Training,
+    hardware: Hardware,
+    memory: float | None = None,
+) -> bool:
+    """Whether this job recomputes its layers in the backward pass.
+
+    With `hardware.remat` at "auto", a model that was loaded to do so does where the
+    activations of all layers, of a microbatch or of a Fisher's, in float32, are more
+    than `SHARE` of the device, and on a mesh: shares differ by layout there, and all
+    hosts must agree. The same for all methods, so that their steps can be compared.
+
+    Args:
+      study: with the model and the lengths of its sets.
+      training: with the batch size.
+      hardware: of the job.
+      memory: bytes of the device; None for this machine's.
+    """
+    loaded = study.model.hardware.remat
+    if hardware.remat != "auto":
+        return hardware.remat == "yes"
+    if hardware.mesh is not None or not loaded:
+        return loaded
+    step = training.batch_size // hardware.accumulation
+    rows = [(step, domain.train.length) for domain in study.domains.values()]
+    if study.calibration is not None:
+        rows.append((hardware.fisher_microbatch, study.calibration.length))
+    config = study.model.config
+    most = max(activation_bytes(config, n * length, length) for n, length in rows)
+    room = SHARE * (device_memory() if memory is None else memory)
+    return config.layers * most > room
+
+
+def training_apply_fn(study: Study, training: Training, hardware: Hardware) -> ApplyFn:
+    """The model as training differentiates it, see :func:`is_recomputed`."""
+    model, remat = study.model, is_recomputed(study, training, hardware)
+    if remat == model.hardware.remat:
+        return model.apply_fn
+    own = dataclasses.replace(model.hardware, remat=remat)
+    return make_apply_fn(model.config, own)
