@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,22 +21,13 @@ from sbr_jax import _mesh
 from sbr_jax.distributed import arrays
 from sbr_jax.models.buckets import bucket, neighbours
 from sbr_jax.models.config import Hardware, ModelConfig
+from sbr_jax.models.decoding import next_logits, open_cache, split_cache
 from sbr_jax.models.finite import comparable, require_comparable
 from sbr_jax.models.layers import sees
 from sbr_jax.models.loading import Model
-from sbr_jax.models.lora import LoraPair
-from sbr_jax.models.parts import (
-    Flags,
-    attend_as,
-    embed_tokens,
-    final_norm,
-    layer_flags,
-    layer_mask,
-    layer_rope,
-    output_logits,
-)
+from sbr_jax.models.parts import layer_mask, output_logits
 from sbr_jax.models.prefix import Cache, extend
-from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
+from sbr_jax.models.transformer import check_adapter
 from sbr_jax.progress import task
 from sbr_jax.typing import PyTree, UserError
 
@@ -45,55 +36,6 @@ READ_AT_ONCE = 4096
 
 SAVING = 512
 """Tokens of padding for which prompts are read apart from longer ones."""
-
-
-def split_cache(cache: Cache) -> Cache:
-    """Keys and values with their rows and heads over the mesh in use."""
-    spec = (None, _mesh.ROWS, None, "tp", None)
-    return jax.tree.map(lambda x: _mesh.constrain(x, *spec), cache)
-
-
-def _next_logits(
-    config: ModelConfig,
-    hardware: Hardware,
-    base: PyTree,
-    adapter: Mapping[str, LoraPair],
-    token: jax.Array,
-    place: jax.Array,
-    pick: Callable[[Flags], jax.Array],
-    cache: Cache,
-    slot: jax.Array,
-) -> tuple[jax.Array, Cache]:
-    """Logits ``[B, V]`` after one more token ``[B]`` at its place ``[B]`` of each row.
-
-    Its keys and values go to ``slot`` of the cache; ``pick`` is that of ``layer_mask``.
-    """
-    pick_rope = layer_rope(config, place[:, None])
-    zero = jnp.int32(0)
-
-    def body(carry, layer):
-        x, keys, values = carry
-        weights, pairs, i, flags = layer
-
-        def attention(query, key, value):
-            start = (i, zero, slot, zero, zero)
-            new_keys = jax.lax.dynamic_update_slice(keys, key[None], start)
-            new_values = jax.lax.dynamic_update_slice(values, value[None], start)
-            # An explicit mask for every query, so cuDNN's rules never apply here.
-            mask = pick(flags)
-            out = attend_as(config, query, new_keys[i], new_values[i], mask, "xla")
-            return out, (new_keys, new_values)
-
-        block = build_block(config, weights)
-        x, (keys, values) = block(x, pick_rope(flags), pairs, attention)
-        return (x, keys, values), None
-
-    depth = jnp.arange(config.layers, dtype=jnp.int32)
-    xs = (base["layers"], adapter, depth, layer_flags(config))
-    carry = (embed_tokens(config, base, token[:, None]), *cache)
-    (x, keys, values), _ = scan_layers(config, hardware, body, carry, xs)
-    hidden = final_norm(config, base, x[:, 0])
-    return output_logits(config, base, hidden, next_only=True), (keys, values)
 
 
 def _pick(
@@ -194,7 +136,7 @@ def write_answers(
         done = state["step"] - 1
         query = (lengths + done)[:, None]
         near = functools.partial(sees, query, places)
-        logits, cache = _next_logits(
+        logits, cache = next_logits(
             config,
             hardware,
             base,
@@ -205,12 +147,11 @@ def write_answers(
             state["cache"],
             width + done,
         )
-        return take({**state, "cache": split_cache(cache)}, logits)
+        return take({**state, "cache": cache}, logits)
 
-    filling = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
     state = {
         "step": jnp.int32(0),
-        "cache": split_cache(jax.tree.map(lambda x: jnp.pad(x, filling), cache)),
+        "cache": open_cache(hardware, cache, slots),
         "finished": lengths == 0,
         "told": jnp.ones((rows,), bool),
         "count": jnp.zeros((rows,), jnp.int32),
@@ -242,7 +183,7 @@ def _generate(
       logits of all could be compared ``[B]``.
     """
     # Without a backward pass the rolled loop is as fast and compiles in half the time.
-    hardware = dataclasses.replace(hardware, unroll=hardware.unroll or 1)
+    rolled = dataclasses.replace(hardware, unroll=hardware.unroll or 1)
     rows, width = tokens.shape
     parts, owners = [], []
     for size, group in neighbours(lengths[lengths > 0], most=width, saving=SAVING):
@@ -253,7 +194,7 @@ def _generate(
             filling = (0, min(bucket(count, 1), max(few, count), rows) - len(own))
             given = np.pad(tokens[own, :size], (filling, (0, 0)))
             ends = np.pad(lengths[own], filling)
-            parts.append(read_prompts(config, hardware, base, adapter, given, ends))
+            parts.append(read_prompts(config, rolled, base, adapter, given, ends))
             owners.append(np.pad(own, filling, constant_values=rows))
     known = parts[0]
     if len(parts) > 1 or len(owners[0]) != rows:

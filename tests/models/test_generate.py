@@ -206,13 +206,13 @@ def test_a_batch_keeps_to_its_tokens(monkeypatch):
 
 def test_no_step_is_run_whose_logits_nobody_reads(monkeypatch):
     steps = []
-    real = generating._next_logits
+    real = generating.next_logits
 
     def noted(*arguments):
         jax.debug.callback(lambda: steps.append(1))
         return real(*arguments)
 
-    monkeypatch.setattr(generating, "_next_logits", noted)
+    monkeypatch.setattr(generating, "next_logits", noted)
     # A stop that one answer reaches early, and a limit, end the batch at once.
     config = dataclasses.replace(CONFIG, eos=(run()[0][3],))
     for settings, prompts, new in (

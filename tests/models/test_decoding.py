@@ -1,0 +1,67 @@
+"""A token at a time, in both layouts of the cache, against the whole sequence."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import CONFIG, adapter, params
+
+from sbr_jax import models
+from sbr_jax.models.decoding import next_logits, open_cache
+from sbr_jax.models.layers import sees
+from sbr_jax.models.parts import layer_mask
+from sbr_jax.models.prefix import extend
+
+READ, NEW = 5, 3
+LOOP, LAYERS = models.Hardware(unroll=1), models.Hardware()
+slides = tuple(i % 2 == 0 for i in range(CONFIG.layers))
+KINDS = {
+    "grouped heads": {},
+    "a window in some layers": {"window": 3, "sliding": slides},
+    "capped scores": {"attention_cap": 0.5},
+    "another scale": {"attention_multiplier": 0.7},
+    "layers without RoPE": {"rope_layers": slides},
+}
+
+
+@pytest.mark.parametrize("hardware", [LOOP, LAYERS], ids=["loop", "layers"])
+@pytest.mark.parametrize("change", KINDS.values(), ids=KINDS)
+def test_every_next_token_is_that_of_the_whole_sequence(change, hardware):
+    config = dataclasses.replace(CONFIG, **change)
+    assert config.heads > config.kv_heads > 1
+    base, pairs = params(), adapter()
+    ids = np.random.default_rng(0).integers(3, config.vocab_size, (2, READ + NEW))
+    ids = ids.astype(np.int32)
+    wanted = jax.jit(models.make_apply_fn(config))(base, pairs, ids)
+    _, known = extend(config, LOOP, base, pairs, ids[:, :READ])
+    cache = open_cache(hardware, known, NEW)
+    assert isinstance(cache, list) is (hardware is LAYERS)
+    places = jnp.arange(READ + NEW, dtype=jnp.int32)[None]
+    for slot in range(READ, READ + NEW):
+        place = jnp.full((2,), slot, jnp.int32)
+        pick = layer_mask(config, functools.partial(sees, place[:, None], places))
+        found, cache = next_logits(
+            config, hardware, base, pairs, ids[:, slot], place, pick, cache, slot
+        )
+        # Sums of some tens of products, in another order.
+        np.testing.assert_allclose(found, wanted[:, slot], rtol=0, atol=2e-5)
+
+
+def test_codes_are_decoded_layer_by_layer_too():
+    base = models.quantize(params(), "nf4")
+    prompts = [[1, 5, 9], [1, 7]]
+    found = [
+        models.generate(
+            models.make_model(CONFIG, base, hardware=hardware),
+            base,
+            adapter(),
+            prompts,
+            max_new_tokens=4,
+        )
+        for hardware in (LOOP, LAYERS)
+    ]
+    assert found[0] == found[1]
+    assert any(found[0])
