@@ -60,5 +60,8 @@ PRESET = Preset(
         lora_alpha=16.0,
         repair_steps=4,
     ),
-    hardware=Hardware(vmap_seeds="no", log_every=4, fisher_microbatch=8),
+    # A benchmark's answers at once: a token reads all weights, for one row or for forty.
+    hardware=Hardware(
+        vmap_seeds="no", log_every=4, fisher_microbatch=8, generation_batch=64
+    ),
 )
