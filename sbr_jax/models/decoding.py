@@ -30,6 +30,10 @@ from sbr_jax.models.prefix import Cache
 from sbr_jax.models.transformer import build_block, scan_layers
 from sbr_jax.typing import PyTree
 
+MOST_COPIED = 4 * 2**30
+"""Bytes of layers' weights that may be alive twice: unrolled, the compiler takes each
+layer's out of the stack before the first token."""
+
 LayerCaches = list[tuple[jax.Array, jax.Array]]
 """Keys ``[B, K, H, S]`` and values ``[B, K, S, H]`` of each layer."""
 
@@ -40,15 +44,19 @@ def split_cache(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: _mesh.constrain(x, *spec), cache)
 
 
-def open_cache(hardware: Hardware, cache: Cache, slots: int) -> Cache | LayerCaches:
+def open_cache(
+    hardware: Hardware, base: PyTree, cache: Cache, slots: int
+) -> Cache | LayerCaches:
     """A cache with room for ``slots`` tokens more, laid out for this device.
 
-    Layer by layer on one CPU, unless ``hardware.unroll`` asks for a loop.
+    Layer by layer on one CPU, unless ``hardware.unroll`` asks for a loop or the weights
+    are larger than `MOST_COPIED`.
     """
     filling = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
     keys, values = jax.tree.map(lambda x: jnp.pad(x, filling), cache)
     single = jax.default_backend() == "cpu" and _mesh.current() is None
-    if hardware.unroll or not single:
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base["layers"]))
+    if hardware.unroll or not single or weights > MOST_COPIED:
         return split_cache((keys, values))
     pairs = zip(keys.transpose(0, 1, 3, 4, 2), values.swapaxes(2, 3), strict=True)
     return list(pairs)

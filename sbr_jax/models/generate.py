@@ -151,7 +151,7 @@ def write_answers(
 
     state = {
         "step": jnp.int32(0),
-        "cache": open_cache(hardware, cache, slots),
+        "cache": open_cache(hardware, base, cache, slots),
         "finished": lengths == 0,
         "told": jnp.ones((rows,), bool),
         "count": jnp.zeros((rows,), jnp.int32),

@@ -10,6 +10,7 @@ import pytest
 from checkpoints import CONFIG, adapter, params
 
 from sbr_jax import models
+from sbr_jax.models import decoding
 from sbr_jax.models.decoding import next_logits, open_cache
 from sbr_jax.models.layers import sees
 from sbr_jax.models.parts import layer_mask
@@ -37,7 +38,7 @@ def test_every_next_token_is_that_of_the_whole_sequence(change, hardware):
     ids = ids.astype(np.int32)
     wanted = jax.jit(models.make_apply_fn(config))(base, pairs, ids)
     _, known = extend(config, LOOP, base, pairs, ids[:, :READ])
-    cache = open_cache(hardware, known, NEW)
+    cache = open_cache(hardware, base, known, NEW)
     assert isinstance(cache, list) is (hardware is LAYERS)
     places = jnp.arange(READ + NEW, dtype=jnp.int32)[None]
     for slot in range(READ, READ + NEW):
@@ -48,6 +49,14 @@ def test_every_next_token_is_that_of_the_whole_sequence(change, hardware):
         )
         # Sums of some tens of products, in another order.
         np.testing.assert_allclose(found, wanted[:, slot], rtol=0, atol=2e-5)
+
+
+def test_large_weights_are_not_alive_twice(monkeypatch):
+    known = (jnp.zeros((CONFIG.layers, 1, 4, CONFIG.kv_heads, CONFIG.head_dim)),) * 2
+    size = sum(x.nbytes for x in jax.tree.leaves(params()["layers"]))
+    for most, kind in ((size, list), (size - 1, tuple)):
+        monkeypatch.setattr(decoding, "MOST_COPIED", most)
+        assert type(decoding.open_cache(LAYERS, params(), known, 1)) is kind
 
 
 def test_codes_are_decoded_layer_by_layer_too():
