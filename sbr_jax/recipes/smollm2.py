@@ -60,7 +60,7 @@ PRESET = Preset(
         lora_alpha=16.0,
         repair_steps=4,
     ),
-    # A benchmark's answers at once: a token reads all weights, for one row or for forty.
+    # A benchmark's answers at once: a token reads all weights, for one row or forty.
     hardware=Hardware(
         vmap_seeds="no", log_every=4, fisher_microbatch=8, generation_batch=64
     ),
