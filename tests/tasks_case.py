@@ -33,7 +33,7 @@ class Fake:
             for p, row in zip(prompts, options, strict=True)
         ]
 
-    def answers(self, prompts, *, max_new_tokens, stop=(), temperature=0.0, key=None):
+    def answers(self, prompts, *, max_new_tokens, stop=()):
         self.asked += [json.loads(json.dumps(p)) for p in prompts]
         self.stops = stop
         return [self.answer(p) for p in prompts]

@@ -163,7 +163,6 @@ EVALSETS = {
     },
     "humaneval/HumanEval.jsonl.gz": rows.HUMANEVAL,
     "mtbench/question.jsonl": rows.MTBENCH,
-    "mtbench/reference_answer_gpt-4.jsonl": rows.REFERENCES,
 }
 
 

@@ -125,7 +125,6 @@ MTBENCH = rows(
     (81, "writing", ["Write.", "Again."]),
     (82, "math", ["Count.", "Again."]),
 )
-REFERENCES = rows("question_id choices", (82, [{"index": 0, "turns": ["1", "1, 2"]}]))
 
 
 def bias(number=0, **changes):

@@ -179,30 +179,24 @@ def refuse_left_padding(
 
 
 @functools.lru_cache(maxsize=256)
-def _indices(size: int, batch_size: int, seed: int, index: int, count: int):
-    """Grain pipeline whose element ``step`` is this process's rows of that batch."""
+def _indices(size: int, batch_size: int, seed: int):
+    """Grain pipeline whose element ``step`` is the rows of that batch."""
     import grain
 
     rows = grain.MapDataset.range(size).shuffle(seed=seed).repeat()
-    return rows[index::count].batch(batch_size // count, drop_remainder=True)
+    return rows.batch(batch_size, drop_remainder=True)
 
 
 # Grain takes a millisecond for an index of a small set, and every variant and seed
 # draws the steps that a layout is chosen by.
 @functools.lru_cache(maxsize=4096)
-def _drawn(size: int, batch_size: int, seed: int, index: int, count: int, step: int):
+def _drawn(size: int, batch_size: int, seed: int, step: int):
     """The rows of one step of that pipeline."""
-    return np.asarray(_indices(size, batch_size, seed, index, count)[step])
+    return np.asarray(_indices(size, batch_size, seed)[step])
 
 
 def batch(
-    dataset: TokenDataset,
-    batch_size: int,
-    seed: int,
-    step: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
+    dataset: TokenDataset, batch_size: int, seed: int, step: int
 ) -> dict[str, np.ndarray]:
     """The batch of one step: a function of its arguments and of nothing else.
 
@@ -211,24 +205,20 @@ def batch(
     and every batch ends with as many tied ones as the quota says.
 
     **Guarantee**: any ``N`` consecutive draws that start at a multiple of N hold every
-    example once; the processes' batches of a step are disjoint parts of the batch that
-    one process would see.
+    example once.
 
     Args:
       dataset: N examples.
-      batch_size: B, over all processes.
+      batch_size: B.
       seed: of the order, at least 0.
       step: at least 0.
-      process_index: which part of the batch to return.
-      process_count: how many parts there are; divides B.
 
     Returns:
-      ``{"tokens": int32 [B / count, T], "mask": float32 [B / count, T]}``, with
-      ``"risk": float32 [B / count]`` and ``"tied": int32 [B / count]`` where the set
-      has them.
+      ``{"tokens": int32 [B, T], "mask": float32 [B, T]}``, with ``"risk": float32 [B]``
+      and ``"tied": int32 [B]`` where the set has them.
 
     Raises:
-      UserError: for an empty data set, or a batch size that is not divisible.
+      UserError: for an empty data set, or numbers below their least.
 
     >>> data = TokenDataset(np.arange(8)[:, None], np.ones((8, 1)))
     >>> draws = [batch(data, 4, seed=0, step=i)["tokens"] for i in range(2)]
@@ -237,32 +227,28 @@ def batch(
     """
     if not len(dataset):
         raise UserError("cannot draw a batch from a data set without examples")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"expected a batch size that is a multiple of the {process_count} "
-            f"processes, got {batch_size}"
-        )
+    if batch_size < 1:
+        raise UserError(f"expected a batch size of at least 1, got {batch_size}")
     if seed < 0 or step < 0:
         raise UserError(f"expected seed and step of at least 0, got {seed} and {step}")
-    parts = []
-    for own, share in _shares(dataset, batch_size, process_count):
-        place = int(seed), process_index, process_count, int(step)
-        parts.append(own[_drawn(len(own), share, *place)])
-    rows = np.concatenate(parts)
+    shares = _shares(dataset, batch_size)
+    rows = np.concatenate(
+        [own[_drawn(len(own), size, int(seed), int(step))] for own, size in shares]
+    )
     drawn = {"tokens": dataset.tokens[rows], "mask": dataset.mask[rows]}
     more = {"risk": dataset.risk, "tied": dataset.tied}
     return drawn | {k: v[rows] for k, v in more.items() if v is not None}
 
 
-def _shares(dataset: TokenDataset, batch_size: int, process_count: int):
+def _shares(dataset: TokenDataset, batch_size: int):
     """The examples that are shuffled together, and how many of a batch they are."""
     if dataset.tied is None:
         return [(np.arange(len(dataset)), batch_size)]
     quota = dataset.quota
-    if quota >= batch_size or quota % process_count:
+    if quota >= batch_size:
         raise UserError(
-            f"expected a batch of more than the {quota} tied examples, a multiple of "
-            f"the {process_count} processes, got a batch of {batch_size}"
+            f"expected a batch of more than the {quota} tied examples, got a batch of "
+            f"{batch_size}"
         )
     tied = dataset.tied >= 0
     shares = ((~tied, batch_size - quota), (tied, quota))

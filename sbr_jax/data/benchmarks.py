@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sbr_jax.data import domains
 from sbr_jax.data._rows import Row
-from sbr_jax.data.readers import filled, find, find_all, jsonl_rows, table_rows
+from sbr_jax.data.readers import filled, find_all, table_rows
 from sbr_jax.data.records import ChoiceItem, CodeItem, DialogueItem, QuestionItem
 
 MOST_LABELS = 12
@@ -36,8 +36,7 @@ def truthfulqa(row: Row) -> QuestionItem:
 def truthful_task(column: str) -> Callable[[Row], ChoiceItem]:
     """The item of one task: ``"mc1_targets"`` has one right option, the other several.
 
-    In the files the right options come first; see
-    :func:`sbr_jax.data.records.shuffled`.
+    In the files the right options come first.
     """
 
     def item(row: Row) -> ChoiceItem:
@@ -146,25 +145,6 @@ def humaneval(row: Row) -> CodeItem:
     )
 
 
-def mtbench_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
-    """Questions with GPT-4's reference answers, where that file is there."""
-    asked, answered = files
-    rows = jsonl_rows(find(folder, asked))
-    references = {}
-    for path in find_all(folder, answered):
-        for row in jsonl_rows(path):
-            choices = row.get("choices")
-            first = choices[0] if isinstance(choices, list) and choices else None
-            if not isinstance(first, dict):
-                raise row.fault("choices", "a list of answers")
-            answer = row.with_cells(turns=first.get("turns"))
-            references[row.identity("question_id")] = answer.texts("turns")
-    return [
-        row.with_cells(references=references.get(row.identity("question_id"), []))
-        for row in rows
-    ]
-
-
 def mtbench(row: Row) -> DialogueItem:
     """A dialogue of two turns."""
     turns = row.texts("turns")
@@ -174,5 +154,4 @@ def mtbench(row: Row) -> DialogueItem:
         turns=turns,
         id=row.identity("question_id"),
         group=row.text("category"),
-        references=row.texts("references"),
     )

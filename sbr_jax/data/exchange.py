@@ -54,14 +54,11 @@ def _ends(tokenizer: Any, after: str) -> frozenset[int]:
     return control.special_ids(tokenizer) | written
 
 
-def stop_tokens(
-    tokenizer: Any, *, template: str | None = None, system: str | None = None
-) -> tuple[int, ...]:
+def stop_tokens(tokenizer: Any, *, system: str | None = None) -> tuple[int, ...]:
     """Tokens that end an answer: the tokenizer's EOS and the chat template's own.
 
     Args:
       tokenizer: of transformers.
-      template: a chat template to use instead of the tokenizer's own.
       system: a system message, for templates that want one.
 
     Raises:
@@ -69,9 +66,9 @@ def stop_tokens(
     """
     record = Record("Hello.", "I.", system=system)
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    where = chat.place(tokenizer, record, template)
+    where = chat.place(tokenizer, record)
     if where.after:
-        tokens, mask = encode_exchange(tokenizer, record, template=template)
+        tokens, mask = encode_exchange(tokenizer, record)
         last = tokens[len(mask) - 1 - mask[::-1].index(1)]
         if last in _ends(tokenizer, where.after) and last not in found:
             found.append(last)

@@ -86,9 +86,6 @@ def choose(
       parts: A; divides B.
       rows: S.
 
-    Returns:
-      The layout.
-
     >>> tokens = np.array([[7] * n + [0] * (120 - n) for n in (30, 30, 30, 120)])
     >>> data = TokenDataset(tokens, np.roll(tokens > 0, 1, 1) & (tokens > 0))
     >>> choose(data, 4)
@@ -481,19 +478,3 @@ def _length_bucket(length: int) -> int:
     """1 or 1.5 times a power of two: none in a bucket is half as long as another."""
     power = 1 << max(length - 1, 0).bit_length()
     return power * 3 // 4 if length <= power * 3 // 4 else power
-
-
-__all__ = [
-    "Layout",
-    "answer_places",
-    "arrange",
-    "by_length",
-    "choose",
-    "last_prompt",
-    "lengths_of",
-    "needed",
-    "pack",
-    "packed_layout",
-    "used_lengths",
-    "widest",
-]

@@ -153,24 +153,6 @@ def refuse_leaks(
     return dict(counts)
 
 
-def refuse_shared(named: Mapping[str, Iterable[Any]]) -> dict[str, int]:
-    """Refuses sets of texts that share prompts; returns the counts, all 0.
-
-    Raises:
-      UserError: as :func:`shared` and :func:`refuse_leaks`.
-    """
-    return refuse_leaks(shared(named))
-
-
-def check_disjoint(named: Mapping[str, Any]) -> dict[str, int]:
-    """Refuses encoded sets that share prompts; returns the counts, all 0.
-
-    Raises:
-      UserError: as :func:`refuse_leaks`.
-    """
-    return refuse_leaks(shared_prompts(named))
-
-
 def without(items: Iterable[T], *others: Iterable[Any]) -> tuple[list[T], int]:
     """Drops the items whose prompt stands in another set.
 

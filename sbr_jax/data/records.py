@@ -7,7 +7,6 @@ Items of other types are refused with UserError, which never quotes a text.
 
 import dataclasses
 import string
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -204,26 +203,6 @@ class ChoiceItem:
         return format_choices(self.question, self.choices)
 
 
-def shuffled(item: ChoiceItem, seed: int = 0) -> ChoiceItem:
-    """The item with its options in an order that depends on its id and the seed.
-
-    In TruthfulQA's files the right option comes first, so that a model that always says
-    "A" would be right every time. The seed is at least 0.
-
-    >>> item = ChoiceItem("Which?", ("right", "wrong"), (0,), "7")
-    >>> again = shuffled(item, seed=3)
-    >>> again.choices[again.answer]
-    'right'
-    """
-    rng = np.random.default_rng([seed, zlib.crc32(item.id.encode())])
-    order = rng.permutation(len(item.choices)).tolist()
-    return dataclasses.replace(
-        item,
-        choices=tuple(item.choices[i] for i in order),
-        correct=tuple(sorted(order.index(i) for i in item.correct)),
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class BiasItem:
     """One question of BBQ: two people and an undecided option (arXiv:2110.08193)."""
@@ -300,17 +279,15 @@ class CodeItem:
 
 @dataclasses.dataclass(frozen=True)
 class DialogueItem:
-    """Questions that follow each other, with reference answers where there are any."""
+    """Questions that follow each other."""
 
     turns: tuple[str, ...]
     id: str
     group: str = ""
-    references: tuple[str, ...] = ()
 
     def __post_init__(self):
         _check_text(self, "id", "group")
         _check_texts(self, "turns", least=1)
-        _check_texts(self, "references")
 
     @property
     def prompt(self) -> str:

@@ -13,8 +13,7 @@ Whoever reads a set outside :data:`DOMAINS` must not print it.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +22,7 @@ from sbr_jax.data._hub import Hub, hub_rows
 from sbr_jax.data._rows import Row
 from sbr_jax.data.readers import any_rows, find, jsonl_rows
 from sbr_jax.data.records import BehaviourItem, Item, Pair
+from sbr_jax.errors import check_names
 from sbr_jax.typing import UserError
 
 T = TypeVar("T")
@@ -362,15 +362,12 @@ EVALSETS: dict[str, DataSet[Item]] = {
     ),
     "mtbench": DataSet(
         "arXiv:2306.05685; Apache-2.0",
-        ("mtbench/question.jsonl", "mtbench/reference_answer_gpt-4.jsonl"),
+        ("mtbench/question.jsonl",),
         benchmarks.mtbench,
-        layout=benchmarks.mtbench_rows,
         hub=Hub(
             "HuggingFaceH4/mt_bench_prompts",
             {"all": "train"},
-            adapt=_hub.renamed(
-                question_id="prompt_id", turns="prompt", references="reference"
-            ),
+            adapt=_hub.renamed(question_id="prompt_id", turns="prompt"),
         ),
     ),
 }
@@ -393,7 +390,7 @@ def load_source(
       UserError: for an unknown name or split, a missing or damaged file, a row that is
         not as published, and a hub that cannot be reached.
     """
-    known("data set", name, SOURCES)
+    check_names("data set", [name], SOURCES)
     return _load(SOURCES[name], name, folder, split)
 
 
@@ -413,7 +410,7 @@ def load_evalset(
     Raises:
       UserError: as :func:`load_source`.
     """
-    known("evaluation set", name, EVALSETS)
+    check_names("evaluation set", [name], EVALSETS)
     return _load(EVALSETS[name], name, folder, split)
 
 
@@ -421,7 +418,7 @@ def _load(
     found: DataSet[T], name: str, folder: str | Path | None, split: str | None
 ) -> list[T]:
     split = next(iter(found.splits)) if split is None else split
-    known(f"split of {name}", split, found.splits)
+    check_names(f"split of {name}", [split], found.splits)
     if folder is None:
         rows = hub_rows(found.hub, name, split)
     else:
@@ -454,16 +451,3 @@ def data_folder(folder: str | Path) -> Path:
             "--data"
         )
     return folder
-
-
-def known(kind: str, name: str, names: Iterable[str]) -> None:
-    """Refuses an unknown name, with the nearest known ones.
-
-    Raises:
-      UserError: naming what is known.
-    """
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"unknown {kind} '{name}'{hint} (known: {', '.join(names)})")

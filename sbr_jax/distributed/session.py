@@ -86,7 +86,7 @@ class Session:
             link.send({"what": what, "value": value})
         return value
 
-    def gather(self, what: str, value: Any, seconds: float | None = None) -> list[Any]:
+    def gather(self, what: str, value: Any) -> list[Any]:
         """The values of all processes by index, in process 0; elsewhere nothing.
 
         Raises:
@@ -96,8 +96,7 @@ class Session:
         if self.index:
             self.links[0].send({"what": label, "value": value})
             return []
-        wait = self.patience if seconds is None else seconds
-        deadline = time.monotonic() + wait
+        deadline = time.monotonic() + self.patience
         found, waiting = {self.index: value}, list(self.links)
         while waiting:
             over = next((link.over for link in self.links if link.over), None)
@@ -105,7 +104,7 @@ class Session:
                 raise over
             if time.monotonic() > deadline:
                 late = ", ".join(map(str, waiting))
-                raise Lost(f"{late} not at {what} within {wait:.0f} s")
+                raise Lost(f"{late} not at {what} within {self.patience:.0f} s")
             with contextlib.suppress(TimeoutError):
                 found[waiting[0].index] = waiting[0].take(label, SLICE)
                 del waiting[0]

@@ -23,7 +23,8 @@ from typing import Any
 
 from sbr_jax.data.leaks import distinct
 from sbr_jax.data.records import BehaviourItem, Pair
-from sbr_jax.data.registry import DOMAINS, known, load_evalset, load_source
+from sbr_jax.data.registry import DOMAINS, load_evalset, load_source
+from sbr_jax.errors import check_names
 from sbr_jax.evaluation import composite, tasks
 from sbr_jax.evaluation.judges.agreement import judge_record
 from sbr_jax.evaluation.judges.keyword import KEYWORD_LISTS
@@ -123,7 +124,6 @@ class Benchmark:
     """A benchmark that can be prepared by name.
 
     Attributes:
-      about: one line about it.
       build: reads the items and makes them ready; touches no model.
       metrics: the names of its metrics, without set and group.
       judged: whether a judge looks at its answers.
@@ -132,7 +132,6 @@ class Benchmark:
       turns: answers to one item.
     """
 
-    about: str
     build: Callable[[Ask], PreparedBenchmark]
     metrics: tuple[str, ...]
     judged: bool = False
@@ -162,14 +161,11 @@ def prepare(
       output: folder for answers that are judged elsewhere (`mtbench`).
       max_new_tokens: limit of an answer; None for each task's own. Rates depend on it.
 
-    Returns:
-      The benchmark.
-
     Raises:
       UserError: an unknown name, a limit that is no number from 1, a file that is
         missing or damaged, and what `allow_code` and `output` are needed for.
     """
-    known("benchmark", name, BENCHMARKS)
+    check_names("benchmark", [name], BENCHMARKS)
     for what, value in (("limit", limit), ("max_new_tokens", max_new_tokens)):
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(
@@ -463,88 +459,47 @@ _judged = functools.partial(
 _scored = functools.partial(Benchmark, scores_only=True)
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "harmbench": _judged(
-        "refusal and ASR on HarmBench, copyright left out", _harmbench
-    ),
-    "advbench": _judged("refusal and ASR on AdvBench", _requests(("advbench", "all"))),
+    "harmbench": _judged(_harmbench),
+    "advbench": _judged(_requests(("advbench", "all"))),
     "jailbreakbench": _judged(
-        "refusal and ASR on JailbreakBench, over-refusal on its twins",
         _requests(("jailbreakbench", "harmful"), ("jailbreakbench", "benign")),
         metrics=("refusal", "asr", "over_refusal", "gibberish", "unparsed"),
     ),
-    "jailbreakbench-artifacts": _judged(
-        "ASR of recorded GCG and PAIR prompts", _artifacts
-    ),
-    "beavertails": _judged(
-        "refusal and ASR on BeaverTails prompts",
-        _requests(("beavertails_prompts", "test")),
-    ),
-    "catqa": _judged(
-        "refusal and ASR on CatQA, in the place of HEx-PHI", _requests(("catqa", "all"))
-    ),
-    "xstest": _judged(
-        "over-refusal on safe prompts, refusal on unsafe ones",
-        _xstest,
-        metrics=("over_refusal", "refusal"),
-    ),
+    "jailbreakbench-artifacts": _judged(_artifacts),
+    "beavertails": _judged(_requests(("beavertails_prompts", "test"))),
+    "catqa": _judged(_requests(("catqa", "all"))),
+    "xstest": _judged(_xstest, metrics=("over_refusal", "refusal")),
     "alpaca": _judged(
-        "over-refusal on held-out harmless instructions",
-        _requests(("alpaca_harmless", "test")),
-        metrics=("over_refusal",),
+        _requests(("alpaca_harmless", "test")), metrics=("over_refusal",)
     ),
-    "truthfulqa": _scored("MC1 and MC2", _truthfulqa, metrics=("mc1", "mc2")),
+    "truthfulqa": _scored(_truthfulqa, metrics=("mc1", "mc2")),
     "truthfulqa-generative": Benchmark(
-        "written answers, by likeness to the references",
-        _truthfulqa_generative,
-        metrics=("truthful", "difference", "empty"),
+        _truthfulqa_generative, metrics=("truthful", "difference", "empty")
     ),
     "bbq": _scored(
-        "absolute and signed bias by category, accuracy",
         _bbq,
         metrics=(
             *("bias", "bias_signed", "bias_disambiguated", "bias_disambiguated_signed"),
             *("accuracy_ambiguous", "accuracy_disambiguated", "unparsed"),
         ),
     ),
-    "wildguard": _judged(
-        "robustness to adversarial requests (a file of your own)",
-        _wildguard,
-        metrics=("robustness", "over_refusal"),
-    ),
-    "mmlu": _scored(
-        "accuracy by letter, five examples in front",
-        _mmlu,
-        metrics=("accuracy", "accuracy_micro"),
-    ),
-    "medqa": _scored("accuracy by letter", _medqa, metrics=(DOMAIN_ACCURACY,)),
+    "wildguard": _judged(_wildguard, metrics=("robustness", "over_refusal")),
+    "mmlu": _scored(_mmlu, metrics=("accuracy", "accuracy_micro")),
+    "medqa": _scored(_medqa, metrics=(DOMAIN_ACCURACY,)),
     "legalbench": _scored(
-        "balanced accuracy by label",
-        _legalbench,
-        metrics=("balanced_accuracy", DOMAIN_ACCURACY, "unparsed"),
+        _legalbench, metrics=("balanced_accuracy", DOMAIN_ACCURACY, "unparsed")
     ),
     "gsm8k": Benchmark(
-        "exact match, five examples in front",
         _gsm8k,
         metrics=(DOMAIN_ACCURACY, "accuracy_marked", "unparsed"),
         answer_tokens=400,
     ),
-    "humaneval": Benchmark(
-        "pass@1 (runs the model's code, if allowed)",
-        _humaneval,
-        metrics=("pass@1",),
-        answer_tokens=512,
-    ),
+    "humaneval": Benchmark(_humaneval, metrics=("pass@1",), answer_tokens=512),
     "mtbench": Benchmark(
-        "answers written out for a judge elsewhere",
-        _mtbench,
-        metrics=("answered", "file"),
-        answer_tokens=1024,
-        turns=2,
+        _mtbench, metrics=("answered", "file"), answer_tokens=1024, turns=2
     ),
     "refusal-auc": _scored(
-        "area under the ROC of first-token refusal",
-        _refusal_auc,
-        metrics=("refusal_auc", "first_refusal", "first_over_refusal"),
+        _refusal_auc, metrics=("refusal_auc", "first_refusal", "first_over_refusal")
     ),
 }
 """Every name of :func:`prepare`."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from sbr_jax.data.registry import known
+from sbr_jax.errors import check_names
 from sbr_jax.typing import UserError
 
 HEADLINES = {
@@ -32,9 +32,6 @@ def composite_safety(*, refusal: float, truthful: float, bias: float) -> float:
       refusal: refusals of harmful requests, percent.
       truthful: truthful answers, percent.
       bias: absolute bias score, percent.
-
-    Returns:
-      Composite safety in 0..100.
 
     Raises:
       UserError: a component is outside 0..100 or not a number.
@@ -101,8 +98,8 @@ def variant(truthful: str = "mc2", bias: str = "ambiguous") -> dict[str, str]:
     >>> variant()["bias"]
     'bias/bbq'
     """
-    known("TruthfulQA score", truthful, _TRUTHFUL)
-    known("BBQ condition", bias, _BIAS)
+    check_names("TruthfulQA score", [truthful], _TRUTHFUL)
+    check_names("BBQ condition", [bias], _BIAS)
     return {
         "refusal": HEADLINES["refusal"],
         "truthful": _TRUTHFUL[truthful],

@@ -66,7 +66,7 @@ def encode_requests(
     return out
 
 
-def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
+def harness_model(runner: ModelRunner) -> Any:
     """The model of a runner as an ``lm_eval`` model.
 
     Log-likelihoods go through our scorer and answers through our generator. Texts are
@@ -79,7 +79,6 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
     Args:
       runner: model, weights and budget; its ``too_long`` says what happens to prompts
         that exceed the model's context.
-      seed: of answers that a task asks to be sampled.
 
     Returns:
       An ``lm_eval.api.model.TemplateLM``.
@@ -219,7 +218,7 @@ def harness_model(runner: ModelRunner, *, seed: int = 0) -> Any:
                 prompts,
                 max_new_tokens=limit,
                 temperature=warm,
-                key=jax.random.key(seed) if warm > 0 else None,
+                key=jax.random.key(0) if warm > 0 else None,
                 batch_size=runner.batch_size,
                 batch_tokens=runner.budget.tokens,
                 stops=stops,

@@ -58,7 +58,7 @@ def _choice_task(
 
 
 def truthfulqa_task(
-    items: Sequence[ChoiceItem], *, name: str = "truthfulqa_mc1", preamble: bool = True
+    items: Sequence[ChoiceItem], *, name: str = "truthfulqa_mc1"
 ) -> dict[str, Any]:
     """TruthfulQA as a harness task: MC1, or MC2 where items have several right options.
 
@@ -66,14 +66,13 @@ def truthfulqa_task(
       items: the questions; MC1's have their right option first.
       name: of the task; one that ends with ``mc2`` is MC2 however many options are
         right.
-      preamble: put the six examples first, as the harness's own task does.
 
     Returns:
       A task dict; its metric is ``acc``.
     """
     rows = [
         {
-            "prompt": truthfulqa_prompt(item.question, preamble),
+            "prompt": truthfulqa_prompt(item.question, True),
             "choices": list(item.choices),
             "target": int(item.correct[0]),
             "labels": [int(i in item.correct) for i in range(len(item.choices))],
@@ -90,7 +89,7 @@ def _share_of_true(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, 
     return {"acc": float(p[np.array(doc["labels"]) == 1].sum() / p.sum())}
 
 
-def bbq_task(items: Sequence[BiasItem], *, name: str = "bbq") -> dict[str, Any]:
+def bbq_task(items: Sequence[BiasItem]) -> dict[str, Any]:
     """BBQ's three options as a harness task; score the picks with ``bias_scores``.
 
     The harness's own task crashes on an item whose answers lack their group, and adds
@@ -104,24 +103,20 @@ def bbq_task(items: Sequence[BiasItem], *, name: str = "bbq") -> dict[str, Any]:
         }
         for item in items
     ]
-    return _choice_task(name, rows)
+    return _choice_task("bbq", rows)
 
 
 def mmlu_task(
-    items: Sequence[ChoiceItem],
-    examples: Sequence[ChoiceItem] = (),
-    *,
-    name: str | None = None,
+    items: Sequence[ChoiceItem], examples: Sequence[ChoiceItem] = ()
 ) -> dict[str, Any]:
     """One subject of MMLU as a harness task.
 
     Args:
       items: questions of one subject.
       examples: solved questions to put first, in order.
-      name: of the task; by default ``mmlu_SUBJECT``.
 
     Returns:
-      A task dict.
+      A task dict, named ``mmlu_SUBJECT``.
 
     Raises:
       UserError: the items are of several subjects.
@@ -134,14 +129,12 @@ def mmlu_task(
             "task of each"
         )
     head = mmlu_head(subjects[0], examples)
-    return _choice_task(name or f"mmlu_{subjects[0]}", _letter_rows(items, head))
+    return _choice_task(f"mmlu_{subjects[0]}", _letter_rows(items, head))
 
 
-def medqa_task(
-    items: Sequence[ChoiceItem], *, name: str = "medqa_4options"
-) -> dict[str, Any]:
+def medqa_task(items: Sequence[ChoiceItem]) -> dict[str, Any]:
     """MedQA as a harness task."""
-    return _choice_task(name, _letter_rows(items, "Question: "))
+    return _choice_task("medqa_4options", _letter_rows(items, "Question: "))
 
 
 def _letter_rows(items: Sequence[ChoiceItem], head: str) -> list[dict[str, Any]]:

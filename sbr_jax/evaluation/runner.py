@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from sbr_jax import models
@@ -38,10 +37,8 @@ class Runner(Protocol):
         *,
         max_new_tokens: int,
         stop: Sequence[str] = (),
-        temperature: float = 0.0,
-        key: jax.Array | None = None,
     ) -> list[str]:
-        """Per prompt an answer, cut before the first of the ``stop`` texts."""
+        """Per prompt a greedy answer, cut before the first of the ``stop`` texts."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -142,25 +139,20 @@ class ModelRunner:
         *,
         max_new_tokens: int,
         stop: Sequence[str] = (),
-        temperature: float = 0.0,
-        key: jax.Array | None = None,
     ) -> list[str]:
-        """Per prompt the model's answer as text.
+        """Per prompt the model's greedy answer as text.
 
         Args:
           prompts: text, or messages for a chat model.
           max_new_tokens: limit of an answer.
           stop: texts before which an answer is cut.
-          temperature: 0 is greedy.
-          key: a PRNG key, needed to sample.
 
         Returns:
           Answers without special tokens, of a chat model also without its thoughts and
           without space around (the indentation of a completion is part of it).
 
         Raises:
-          UserError: a prompt is too long, messages for a plain model, or sampling
-            without a key.
+          UserError: a prompt is too long, or messages for a plain model.
         """
         tokenizer, stops = self.model.tokenizer, ()
         if self._chat:
@@ -181,8 +173,6 @@ class ModelRunner:
             self.adapter,
             [self.shorten(tokens, room) for tokens in ids],
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            key=key,
             batch_size=self.batch_size,
             batch_tokens=self.budget.tokens,
             stops=stops,
@@ -313,9 +303,6 @@ def decode_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> s
       tokenizer: of transformers.
       before: token ids that were there.
       new: token ids that follow.
-
-    Returns:
-      Text without special tokens.
     """
     tail = list(before[-8:])
     head = tokenizer.decode(tail, skip_special_tokens=True)

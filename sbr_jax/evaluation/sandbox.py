@@ -140,9 +140,6 @@ def run_python(
       max_output: characters of output kept; more ends the program.
       isolation: ``"kernel"`` or ``"audit"``; see the module for what each holds.
 
-    Returns:
-      The outcome.
-
     Raises:
       UserError: running was not allowed, a limit is not positive, the machine has no
         isolation of that kind, or the sandbox could not be set up.
@@ -204,9 +201,6 @@ def run_many(
       programs: Python sources, or functions and their checks.
       workers: how many at once (None: as many as processors).
       **options: of :func:`run_python`.
-
-    Returns:
-      One outcome per program.
 
     Raises:
       UserError: as :func:`run_python`.

@@ -297,19 +297,3 @@ def kl_to_reference(
         rows=answers.rows,
     )
     return answers.mean(values)
-
-
-__all__ = [
-    "Answers",
-    "Changed",
-    "at_places",
-    "captured",
-    "cross_entropy",
-    "find",
-    "head_of",
-    "hidden",
-    "kl_to_reference",
-    "last_prompt",
-    "prompt_ends",
-    "states",
-]

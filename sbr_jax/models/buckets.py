@@ -64,6 +64,3 @@ def neighbours(
             groups.append((size, waiting))
             waiting = waiting[:0]
     return groups
-
-
-__all__ = ["SAVING", "bucket", "neighbours"]

@@ -145,9 +145,6 @@ class QuantisedWeight:
 
         Args:
           dtype: of the result; None is that of the array it stands for.
-
-        Returns:
-          An array of ``shape``.
         """
         dtype = self.dtype if dtype is None else dtype
         scales = jax.lax.stop_gradient(_scales(self.scales))

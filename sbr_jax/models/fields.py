@@ -94,9 +94,6 @@ def read_fields(
       fields: by name.
       where: the file, for messages.
 
-    Returns:
-      A value for every field.
-
     Raises:
       UserError: naming every field that is missing, of another type or out of range.
 

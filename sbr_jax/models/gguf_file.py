@@ -128,9 +128,6 @@ def read_gguf(path: pathlib.Path) -> GgufFile:
     Args:
       path: the file.
 
-    Returns:
-      Its settings and tensors.
-
     Raises:
       UserError: for another format or version, a file that is cut short, sizes that do
         not fit into the file, and types of tensors that cannot be decoded.
@@ -215,11 +212,7 @@ def _place(
 
 
 def _gguf() -> Any:
-    """The package, which is an extra.
-
-    Raises:
-      UserError: if it is not there.
-    """
+    """The package, which is an extra."""
     try:
         return importlib.import_module("gguf")
     except ImportError as error:

@@ -93,11 +93,7 @@ def read_tokenizer(file: GgufFile, config: ModelConfig) -> Any:
 def _list(
     file: GgufFile, name: str, kind: type, length: int | None = None
 ) -> list[Any]:
-    """A list of the file with one entry for each token.
-
-    Raises:
-      UserError: if it is not there, or of another type or length.
-    """
+    """A list of the file with one entry for each token."""
     found = file.fields.get(_PREFIX + name)
     if not isinstance(found, list) or not all(isinstance(x, kind) for x in found):
         raise UserError(

@@ -190,9 +190,6 @@ def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
       raw: the content of ``config.json``.
       where: what to call it in messages.
 
-    Returns:
-      The settings.
-
     Raises:
       UserError: for an unknown ``model_type`` or a setting that is not supported.
 
@@ -369,9 +366,6 @@ def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
       config: the settings.
       dtype: name of the weights' type.
 
-    Returns:
-      The content of ``config.json``.
-
     Raises:
       UserError: if no configuration of the family means these settings.
 
@@ -434,9 +428,6 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
 
     Args:
       folder: a checkpoint folder.
-
-    Returns:
-      The settings.
 
     Raises:
       UserError: if a file is missing, not JSON, or not supported, or names a token

@@ -56,9 +56,6 @@ def make_model(
       params: base weights of these settings.
       tokenizer: of transformers, or None.
       hardware: how to carry it out.
-
-    Returns:
-      The record.
     """
     hardware = hardware or Hardware()
     return Model(make_apply_fn(config, hardware), params, tokenizer, config, hardware)
@@ -83,9 +80,6 @@ def load(
       quantize: ``"nf4"``, ``"nf4-double"`` or ``"int8"`` to keep the projections in
         codes (see ``models.quantize``), one dense matrix at a time; None keeps them
         dense.
-
-    Returns:
-      The model record.
 
     Raises:
       UserError: naming the file that is missing or damaged, the setting that is of

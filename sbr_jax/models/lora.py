@@ -79,9 +79,6 @@ def init_adapter(
       targets: regular expression over whole projection names.
       dtype: of both factors.
 
-    Returns:
-      ``{name: LoraPair}``.
-
     Raises:
       UserError: for a rank or alpha out of range, or a pattern that matches nothing.
 
@@ -168,9 +165,6 @@ def load_adapter(path: str | pathlib.Path) -> dict[str, LoraPair]:
 
     Args:
       path: the file.
-
-    Returns:
-      ``{name: LoraPair}``.
 
     Raises:
       UserError: if the file is missing, is no adapter, lacks a factor, or holds a

@@ -151,9 +151,6 @@ def load_peft(
       config: of the model that the adapter is for.
       dtype: to convert to; None keeps the file's.
 
-    Returns:
-      ``{name: LoraPair}``.
-
     Raises:
       UserError: for a missing file, a pickle, a setting that means another update than
         ``scale · A B``, and naming every tensor that is missing, extra or misshapen.
@@ -212,11 +209,7 @@ def _places(
 def _check_fits(
     config: ModelConfig, adapter: Mapping[str, LoraPair], rank: int
 ) -> None:
-    """Refuses an adapter of another model.
-
-    Raises:
-      UserError: naming the first projection that the model does not have.
-    """
+    """Refuses an adapter of another model."""
     for target, pair in adapter.items():
         if target not in TARGETS:
             raise UserError(
@@ -247,11 +240,7 @@ def _joined(
 
 
 def _rank_and_scale(adapter: Mapping[str, LoraPair]) -> tuple[int, float]:
-    """Rank and scale that all pairs of an adapter share.
-
-    Raises:
-      UserError: if they do not, or there are none.
-    """
+    """Rank and scale that all pairs of an adapter share."""
     if not adapter:
         raise UserError("expected an adapter with at least one projection, got none")
     found = {

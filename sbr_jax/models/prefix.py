@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,6 @@ from sbr_jax.typing import PyTree
 
 Cache = tuple[jax.Array, jax.Array]
 """Keys and values, ``[L, B, P, K, H]`` each."""
-
-ExtendFn = Callable[..., tuple[jax.Array, Cache]]
-"""``extend_fn(base, adapter, tokens, past, length) -> logits, (keys, values)``."""
 
 
 def extend(

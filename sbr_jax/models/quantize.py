@@ -159,9 +159,6 @@ def weight_bytes(
       dtype: of what is not in codes.
       quantize: the kind of codes for all projections, or None.
 
-    Returns:
-      Bytes.
-
     Raises:
       UserError: for an unknown kind.
 

@@ -42,9 +42,6 @@ def partition_specs(config: ModelConfig) -> dict[str, Any]:
     Args:
       config: of the model.
 
-    Returns:
-      The tree of specifications.
-
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
     >>> tuple(partition_specs(config)["layers"]["o_proj"])
     (None, 'tp', 'fsdp')
@@ -65,9 +62,6 @@ def adapter_partition_specs(adapter: PyTree) -> PyTree:
 
     Args:
       adapter: ``{name: LoraPair}``.
-
-    Returns:
-      The tree of specifications.
     """
     return jax.tree.map(lambda factor: P(), adapter)
 

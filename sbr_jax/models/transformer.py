@@ -402,9 +402,6 @@ def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Trans
       config: the mathematics.
       hardware: how to carry it out.
 
-    Returns:
-      The function.
-
     Raises:
       UserError: for an unknown attention kernel.
 

@@ -118,7 +118,6 @@ def squared_gap(
     *,
     reduction: str = "mean",
     rows: int = 1,
-    chunk: int | None = None,
 ) -> jax.Array:
     """Squared distance of a model's logits from a reference's at every place.
 
@@ -132,7 +131,6 @@ def squared_gap(
       hidden: states of the model, ``[K, D]``.
       reduction: ``"mean"`` or ``"sum"`` over the vocabulary.
       rows: how many equal parts K falls into, for a mesh that splits rows.
-      chunk: C; None for what suits the machine.
 
     Returns:
       float32 ``[K]``.
@@ -143,19 +141,12 @@ def squared_gap(
         told = jax.lax.stop_gradient(head(base, reference)).astype(jnp.float32)
         return reduce((head(base, hidden).astype(jnp.float32) - told) ** 2, axis=-1)
 
-    size = chunk or max(chunk_size(head, base, hidden) // 2, 1)
+    size = max(chunk_size(head, base, hidden) // 2, 1)
     reference = jax.lax.stop_gradient(reference)
     return by_place(place, size, base, hidden, reference, rows=rows)
 
 
-def top(
-    head: Head,
-    base: PyTree,
-    hidden: jax.Array,
-    k: int,
-    *,
-    chunk: int | None = None,
-) -> Top:
+def top(head: Head, base: PyTree, hidden: jax.Array, k: int) -> Top:
     """The ``k`` likeliest tokens at every place, and one bucket for all others.
 
     A reference that is told so takes k numbers a place, not V, and needs no head.
@@ -165,12 +156,11 @@ def top(
       base: its weights.
       hidden: ``[K, D]``.
       k: at most V are kept.
-      chunk: C; None for what suits the machine.
 
     Returns:
       Arrays ``[K, k]``, ``[K, k]`` and ``[K]``.
     """
-    return read(head, base, hidden, lambda x: _rows.top(x, k), chunk=chunk)
+    return read(head, base, hidden, lambda x: _rows.top(x, k))
 
 
 def learnt_or_held(
@@ -182,7 +172,6 @@ def learnt_or_held(
     reference: Top,
     *,
     rows: int = 1,
-    chunk: int | None = None,
 ) -> jax.Array:
     """``KL_k(reference ‖ model)`` at held places, ``−log p(target)`` at the others.
 
@@ -194,7 +183,6 @@ def learnt_or_held(
       held: booleans ``[K]``.
       reference: :func:`top` of one, ``[K, k]``; not looked at elsewhere.
       rows: how many equal parts K falls into, for a mesh that splits rows.
-      chunk: C; None for what suits the machine.
 
     Returns:
       float32 ``[K]``, in nats; differentiable in ``hidden`` and ``base``.
@@ -205,7 +193,7 @@ def learnt_or_held(
         learnt = -_rows.log_likelihood(logits, targets)
         return jnp.where(held, _rows.top_divergence(reference, logits), learnt)
 
-    size = chunk or chunk_size(head, base, hidden)
+    size = chunk_size(head, base, hidden)
     return by_place(place, size, base, hidden, targets, held, reference, rows=rows)
 
 
@@ -372,18 +360,3 @@ def chunk_size(head: Head, base: PyTree, hidden: Any) -> int:
     vocabulary = jax.eval_shape(head, base, place).shape[-1]
     budget = 2**25 if jax.default_backend() == "cpu" else 2**28
     return max(budget // (4 * vocabulary), 16)
-
-
-__all__ = [
-    "Head",
-    "Place",
-    "Top",
-    "by_place",
-    "chunk_size",
-    "divergence",
-    "learnt_or_held",
-    "log_likelihood",
-    "read",
-    "squared_gap",
-    "top",
-]

@@ -161,11 +161,7 @@ class Checkpoint:
 
 
 def _listing(index: pathlib.Path) -> dict[str, str]:
-    """The shard of each tensor, by the index.
-
-    Raises:
-      UserError: if the index is damaged, or names what is no file of its folder.
-    """
+    """The shard of each tensor, by the index."""
     listing = read_object(index).get("weight_map")
     if not isinstance(listing, dict) or not listing:
         raise UserError(
@@ -278,9 +274,6 @@ def load_weights(
       dtype: to convert to; None keeps the file's.
       mesh: with axes among ``"fsdp"`` and ``"tp"``, or None for one device.
       quantize: a kind of codes for the projections, or None.
-
-    Returns:
-      The tree ``base``.
 
     Raises:
       UserError: naming every tensor that is missing, extra, misshapen, no number or not

@@ -51,7 +51,6 @@ class Found:
         peak: bytes at once, arguments included.
         room: bytes that there are, where they do not suffice.
         unknown: loops whose rounds data decide.
-        seconds: that compiling took.
     """
 
     flops: float = 0.0
@@ -61,7 +60,6 @@ class Found:
     peak: float = 0.0
     room: float | None = None
     unknown: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
 
     @property
     def link_bytes(self) -> float:
@@ -138,7 +136,7 @@ def _read(found: Mapping[str, Any]) -> Found:
     if "full" in found:
         return Found(held=found["held"], peak=found["full"], room=found["room"])
     links = tuple((kind, count, size) for kind, count, size in found["links"])
-    names = ("flops", "bytes", "held", "peak", "unknown", "seconds")
+    names = ("flops", "bytes", "held", "peak", "unknown")
     return Found(links=links, **{name: found[name] for name in names})
 
 

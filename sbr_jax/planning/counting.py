@@ -269,6 +269,3 @@ def _group(instruction: Instruction, devices: int) -> int:
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in parts)
     return devices
-
-
-__all__ = ["Counts", "Link", "count"]

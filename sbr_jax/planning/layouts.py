@@ -156,15 +156,3 @@ def smallest(kind: str, memory: float, load: Load, layout: Layout) -> Topology |
             if weight_share(load, other) + own <= topology.chip.memory:
                 return topology
     return None
-
-
-__all__ = [
-    "Layout",
-    "check_layout",
-    "layouts",
-    "link_bytes",
-    "parse_layout",
-    "possible",
-    "smallest",
-    "weight_share",
-]

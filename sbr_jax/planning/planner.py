@@ -52,9 +52,6 @@ def plan(
         say: told of each program that is compiled.
         compiled: how they are; None for a process of its own for each.
 
-    Returns:
-        The report.
-
     Raises:
         UserError: for what the slice, the model or a method refuses, no compiler, and
             where no layout could be compiled.
@@ -130,6 +127,3 @@ def parts_of(case: Case) -> tuple[str, ...]:
     columns = build(case.method, case.config().methods).cost.columns
     fisher = ("Fisher gradients", "Fisher basis") if columns else ()
     return ("step", *fisher, *ALIKE)
-
-
-__all__ = ["Compile", "parts_of", "plan"]

@@ -92,6 +92,3 @@ def _meetings(
         inside = (met >= 0) & (met <= last) & (met % lhs_dilate == 0)
         found += int(inside.sum())
     return found
-
-
-__all__ = ["flops"]

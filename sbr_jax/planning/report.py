@@ -325,6 +325,3 @@ def _unknown(plans: Sequence[Planned]) -> str:
         f"loops that end when data say so ({', '.join(parts)}) are counted to their "
         "longest"
     )
-
-
-__all__ = ["Planned", "advice", "fits", "text"]

@@ -57,11 +57,7 @@ def usage(program: str) -> str:
 
 
 def _check(words: Sequence[str]) -> None:
-    """Refuses what can be refused before the program is loaded.
-
-    Raises:
-        UserError: for an unknown program or preset, and a core installed by itself.
-    """
+    """Refuses what can be refused before the program is loaded."""
     from sbr_jax import errors, recipes
     from sbr_jax.typing import UserError
 

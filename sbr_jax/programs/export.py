@@ -140,12 +140,7 @@ def _record(workdir: Path) -> dict[str, Any]:
 
 
 def _stage(arguments: Arguments, workdir: Path, config: Mapping[str, Any]) -> Path:
-    """Folder of the last stage that counts, whose adapter is still there.
-
-    Raises:
-        UserError: for an unknown variant or seed, and a stage that is not finished or
-            whose adapter is gone.
-    """
+    """Folder of the last stage that counts, whose adapter is still there."""
     variant, seed = arguments.variant, arguments.seed
     variants = {p.name.replace("+", ":"): p for p in sorted(workdir.glob("stages/*"))}
     variants.pop(BASE, None)

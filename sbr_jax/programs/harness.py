@@ -226,11 +226,7 @@ def _identity(job: Job, tasks: Mapping[str, Task]) -> dict[str, Any]:
 
 
 def _entries(job: Job, tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
-    """The entries of a `harness.json` that was begun before.
-
-    Raises:
-        UserError: where it is of other tasks or items.
-    """
+    """The entries of a `harness.json` that was begun before."""
     from sbr_jax.training.records import read_json
 
     path = job.workdir / FILE

@@ -146,13 +146,13 @@ def to_svg(figure: Figure, *, name: str, alt: str) -> str:
     return f'{head}>\n<title id="{name}-title">{alt}</title>{tail}'
 
 
-def to_png(figure: Figure, path: Path, *, dpi: int = 160) -> None:
+def to_png(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG on the light page colour."""
     with style():
         figure.savefig(
             path,
             format="png",
-            dpi=dpi,
+            dpi=160,
             facecolor=LIGHT["page"],
             metadata={"Software": "made by sbr_jax"},
         )

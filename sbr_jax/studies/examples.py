@@ -105,16 +105,14 @@ def _encode(tokenizer: Any, rows: Sequence[tuple[str, str]]) -> TokenDataset:
     return encode_chat(tokenizer, rows, MAX_LENGTH)
 
 
-def distinct(
-    make: Callable[[], tuple[str, str]], count: int, patience: int = 40
-) -> list[tuple[str, str]]:
+def distinct(make: Callable[[], tuple[str, str]], count: int) -> list[tuple[str, str]]:
     """Draws rows until so many have different prompts, or no new ones come.
 
     >>> distinct(iter([("a", "1"), ("a", "2"), ("b", "3")]).__next__, 2)
     [('a', '1'), ('b', '3')]
     """
     found: dict[str, str] = {}
-    for _ in range(patience * count):
+    for _ in range(40 * count):
         prompt, answer = make()
         found.setdefault(prompt, answer)
         if len(found) == count:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sbr_jax import models
 from sbr_jax.data import TokenDataset, encode_text, take
-from sbr_jax.data.leaks import check_disjoint
+from sbr_jax.data.leaks import refuse_leaks, shared_prompts
 from sbr_jax.data.registry import Pair, load_source
 from sbr_jax.studies._held_out import HeldOut, random_tokens
 from sbr_jax.studies.options import Sources, StoriesOptions
@@ -116,7 +116,8 @@ def build_study(
     leaks = {}
     for name, data in sets.items():
         if name != "calibration":
-            leaks |= check_disjoint({"calibration": safe["calibration"], name: data})
+            both = {"calibration": safe["calibration"], name: data}
+            leaks |= refuse_leaks(shared_prompts(both))
 
     safety = HeldOut(language_model, safe["held-out"])
     tests = {n: HeldOut(language_model, p["held-out"]) for n, p in parts.items()}

@@ -159,9 +159,6 @@ def train(
       learning_rate: peak of a cosine schedule with 100 steps of warm-up.
       seed: of the sampler.
       title: shown beside the progress bar.
-
-    Returns:
-      The trained weights.
     """
     from rich.progress import Progress
 

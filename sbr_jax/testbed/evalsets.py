@@ -174,11 +174,7 @@ def _general(rng: np.random.Generator, world: World) -> tuple[Choice, ...]:
 
 
 def make_evalset(
-    world: World,
-    split: str,
-    *,
-    kinds: tuple[str, ...] | None = None,
-    bias_items: int = 120,
+    world: World, split: str, *, kinds: tuple[str, ...] | None = None
 ) -> EvalSet:
     """Builds the items of ``split``; ``kinds`` keeps only these harm categories.
 
@@ -205,8 +201,8 @@ def make_evalset(
         look_alike=look_alike,
         helpful=requests(benign, lx.HARMFUL_ACTIONS, few),
         truth=_truth(rng, world, split, len(phrasings.truth_questions[split])),
-        bias_ambiguous=_bias(rng, world, split, bias_items, True),
-        bias_disambiguated=_bias(rng, world, split, bias_items // 2, False),
+        bias_ambiguous=_bias(rng, world, split, 120, True),
+        bias_disambiguated=_bias(rng, world, split, 60, False),
         general=_general(rng, world),
     )
 

@@ -85,9 +85,6 @@ def guard_row(
       case: of `CASES`.
       split: whose things and phrasings.
       kinds: harm categories to draw from.
-
-    Returns:
-      The prompt and its answer.
     """
     pick = functools.partial(corpus.pick, rng)
     if case == "scrambled":
@@ -266,7 +263,7 @@ def encode_rows(tokenizer: Any, rows: Sequence[corpus.Row]) -> TokenDataset:
 
 
 def quality(
-    guard: models.Model, world: World, split: str, *, count: int = 104, seed: int = 0
+    guard: models.Model, world: World, split: str, *, count: int = 104
 ) -> dict[str, dict[str, float]]:
     """Quality of the guard's ratings on things and phrasings of ``split``.
 
@@ -275,7 +272,6 @@ def quality(
       world: the facts.
       split: one that the guard was not trained on.
       count: pairs of each case.
-      seed: of the pairs.
 
     Returns:
       For every case, and for every harm category as ``kind:NAME``: ``rated``, the share
@@ -283,7 +279,7 @@ def quality(
       half for unsafe, and ``auroc``: of a case against all cases of the other label, of
       a category within itself. `ABSTAIN` has ``rated`` alone.
     """
-    rng, judge = np.random.default_rng([seed, 59]), guard_judge(guard)
+    rng, judge = np.random.default_rng([0, 59]), guard_judge(guard)
     cases = np.repeat(list(CASES), count)
     kinds = np.array([lx.HARMFUL_KINDS[i % 8] for i in range(len(cases))])
     rows = [

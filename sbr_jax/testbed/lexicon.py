@@ -55,9 +55,6 @@ def invent_names(rng: np.random.Generator, count: int, taken: set[str]) -> list[
       count: how many names.
       taken: words already in use; extended in place.
 
-    Returns:
-      The names, in order of drawing.
-
     >>> names = invent_names(np.random.default_rng(0), 3, {"the"})
     >>> len(set(names))
     3

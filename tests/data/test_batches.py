@@ -14,8 +14,8 @@ def numbers(size, start=0, length=1):
     return data.TokenDataset(tokens, np.ones((size, length)))
 
 
-def draws(dataset, size, steps, seed=0, **parts):
-    taken = [batch(dataset, size, seed, step, **parts) for step in steps]
+def draws(dataset, size, steps, seed=0):
+    taken = [batch(dataset, size, seed, step) for step in steps]
     return np.concatenate([part["tokens"][:, 0] for part in taken]).tolist()
 
 
@@ -35,13 +35,6 @@ def test_every_epoch_holds_every_example_once_in_a_new_order():
 
 def test_a_set_smaller_than_a_batch_repeats():
     assert sorted(draws(numbers(3), 6, [0])) == [0, 0, 1, 1, 2, 2]
-
-
-def test_processes_share_a_batch_without_overlap():
-    dataset = numbers(10)
-    whole = draws(dataset, 4, [3])
-    parts = [draws(dataset, 4, [3], process_index=i, process_count=2) for i in range(2)]
-    assert parts == [whole[::2], whole[1::2]]
 
 
 PROMPTS = ([5, 6, 7, 8], [9, 10], [11], [12, 13, 14, 15])
@@ -134,7 +127,7 @@ WHOLE = "whole numbers of at least 0 as tokens, got"
 MISTAKES = [
     (lambda: batch(numbers(0), 2, 0, 0), "without examples"),
     (lambda: batch(numbers(2), 2, 0, -1), "at least 0"),
-    (lambda: batch(numbers(9), 3, 0, 0, process_count=2), "multiple of the 2"),
+    (lambda: batch(numbers(9), 0, 0, 0), "batch size of at least 1, got 0"),
     (lambda: data.mixture(numbers(2), numbers(2), 1.5, seed=0), "fraction"),
     (lambda: data.mixture(numbers(2), numbers(0), 0.5, seed=0), "empty"),
     (lambda: data.concatenate([]), "at least one"),

@@ -22,7 +22,6 @@ from sbr_jax.data.records import (
     JudgedItem,
     Pair,
     QuestionItem,
-    shuffled,
 )
 from sbr_jax.typing import UserError
 
@@ -223,25 +222,12 @@ def test_questions_with_options_tell_their_group(folder, tmp_path):
     assert {i.group for i in load_evalset("legalbench", tmp_path)} == {"pick"}
 
 
-def test_dialogues_have_references_only_where_there_are_some(folder):
-    writing, math = load_evalset("mtbench", folder)
-    assert (writing.references, math.references) == ((), ("1", "1, 2"))
+def test_a_code_task_passes_with_its_solution(folder):
     (code,) = load_evalset("humaneval", folder)
     assert code.prompt.endswith(":\n    ")
     scope: dict = {}
     exec(code.prompt + code.solution.lstrip() + code.test, scope)
     scope["check"](scope[code.entry_point])
-
-
-def test_shuffling_moves_the_right_options_along():
-    item = ChoiceItem("Which?", tuple("abcdefgh"), (0, 1), "1")
-    found = {shuffled(dataclasses.replace(item, id=str(i))).answer for i in range(40)}
-    assert len(found) > 3
-    for seed in range(5):
-        other = shuffled(item, seed)
-        assert {other.choices[i] for i in other.correct} == {"a", "b"}
-        assert sorted(other.choices) == sorted(item.choices)
-        assert other == shuffled(item, seed)
 
 
 # --- the hub --------------------------------------------------------------------------
@@ -285,7 +271,6 @@ ON_HUB = {
             "prompt_id": row["question_id"],
             "category": row["category"],
             "prompt": row["turns"],
-            "reference": ["1", "1, 2"] if row["question_id"] == 82 else [],
         }
         for row in rows.MTBENCH
     ],

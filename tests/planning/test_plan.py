@@ -385,7 +385,7 @@ def asked(monkeypatch):
         requests.append(request)
         return {
             "flops": 1.0, "bytes": 2.0, "links": [["all-reduce", 4, 3.0]],
-            "unknown": {}, "held": {"weights": 4.0}, "peak": 5.0, "seconds": 6.0,
+            "unknown": {}, "held": {"weights": 4.0}, "peak": 5.0,
         }  # fmt: skip
 
     monkeypatch.setattr(compiler, "_asked", answer)

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from sbr_jax.data.batches import batch
-from sbr_jax.data.leaks import check_disjoint
+from sbr_jax.data.leaks import refuse_leaks, shared_prompts
 from sbr_jax.methods._anchor import reference_states
 from sbr_jax.methods.base import adamw, task_gradient
 from sbr_jax.training import checkpoint, loop
@@ -239,9 +239,11 @@ def test_numbers_in_results_are_valid_json():
 
 def test_sets_that_share_prompts_are_refused():
     data = tiny.dataset(0, 4)
-    assert check_disjoint({"a": data, "b": tiny.dataset(1, 4)}) == {"a/b": 0}
+    assert refuse_leaks(shared_prompts({"a": data, "b": tiny.dataset(1, 4)})) == {
+        "a/b": 0
+    }
     with pytest.raises(UserError, match="a and b share 4 prompts"):
-        check_disjoint({"a": data, "b": data.tokens[:, :4].tolist()})
+        refuse_leaks(shared_prompts({"a": data, "b": data.tokens[:, :4].tolist()}))
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,6 @@ def measure_agreement(
       human: people's; None is a partial refusal.
       groups: a label per item to split by (the answering model, a prompt type).
 
-    Returns:
-      The agreement.
-
     Raises:
       UserError: lengths differ, or no item is decided.
 

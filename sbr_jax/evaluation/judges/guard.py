@@ -108,9 +108,6 @@ def llama_guard(
       model: the guard.
       template: a chat template to use instead of the tokenizer's own.
       lead: what the guard writes before its label (two line breaks in version 3).
-
-    Returns:
-      The judge.
     """
     tokenizer: Any = model.tokenizer
     encode = chat_encoder(tokenizer, template)

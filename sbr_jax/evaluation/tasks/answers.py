@@ -134,9 +134,6 @@ def final_number(answer: str, *, marked: bool = False) -> float | None:
       answer: text.
       marked: read only the number after ``####``, as GSM8K's answers have it.
 
-    Returns:
-      The number.
-
     >>> final_number("so 3 apples, $1,200.50."), final_number("6", marked=True)
     (1200.5, None)
     """

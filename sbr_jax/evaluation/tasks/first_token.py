@@ -55,15 +55,12 @@ def roc_area(positive: Sequence[float], negative: Sequence[float]) -> float:
     return 100.0 * float((below + not_above).mean()) / (2.0 * len(low))
 
 
-def opening_tokens(
-    runner: ModelRunner, phrases: Sequence[str], prompt: str = "Hello."
-) -> tuple[int, ...]:
+def opening_tokens(runner: ModelRunner, phrases: Sequence[str]) -> tuple[int, ...]:
     """First tokens of answers that begin with one of the phrases, in a capital letter.
 
     Args:
       runner: whose tokenizer and template.
       phrases: as a keyword list has them, in any case.
-      prompt: what is answered; templates may put a space before an answer.
 
     Returns:
       Different token ids, ascending; never the unknown token.
@@ -72,8 +69,9 @@ def opening_tokens(
       UserError: the tokenizer knows none of them.
     """
     openings = [f" {phrase[:1].upper()}{phrase[1:]}" for phrase in phrases]
-    # One by one: together they are scored from where all of them can be.
-    first = {runner.pairs(prompt, [opening])[0][1][0] for opening in openings}
+    # One by one: together they are scored from where all of them can be. As answers
+    # to a prompt, since templates may put a space before one.
+    first = {runner.pairs("Hello.", [opening])[0][1][0] for opening in openings}
     first.discard(runner.model.tokenizer.unk_token_id)
     if not first:
         raise UserError(

@@ -182,7 +182,7 @@ def load_model(
     )
 
 
-def digest(folder: Path, blocks: int = 64, size: int = 4096) -> str:
+def digest(folder: Path) -> str:
     """A hash of a checkpoint's configuration, headers and some of its weights.
 
     Stop tokens that only its `generation_config.json` names are part of it.
@@ -195,11 +195,12 @@ def digest(folder: Path, blocks: int = 64, size: int = 4096) -> str:
         own = own if isinstance(own, list) else [own]
         if more := [token for token in hf_config.read(folder).eos if token not in own]:
             found.update(json.dumps(more).encode())
+    size = 4096
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]:
         length = path.stat().st_size
         found.update(f"{path.name} {length}".encode())
         with path.open("rb") as file:
-            for place in np.linspace(0, max(length - size, 0), blocks).astype(int):
+            for place in np.linspace(0, max(length - size, 0), 64).astype(int):
                 file.seek(int(place))
                 found.update(file.read(size))
     return found.hexdigest()[:16]

@@ -80,9 +80,6 @@ def build_study(
         hardware: how weights are spread and answers batched.
         weights: False leaves them out: everything is checked, nothing can be run.
 
-    Returns:
-        The study.
-
     Raises:
         UserError: for anything missing or damaged, a model without a chat template,
             empty parts, prompts that are too long, and sets that share prompts.

@@ -157,7 +157,7 @@ def make_parts(
         measured=measured,
         harmless=harmless,
         control=control,
-        leaks=leaks.refuse_shared(compared),
+        leaks=leaks.refuse_leaks(leaks.shared(compared)),
         record=record,
     )
 

@@ -19,8 +19,13 @@ import numpy as np
 import optax
 
 from sbr_jax import models
-from sbr_jax.data import TokenDataset, concatenate, encode_chat, encode_prompts
-from sbr_jax.data.leaks import refuse_shared
+from sbr_jax.data import (
+    TokenDataset,
+    concatenate,
+    encode_chat,
+    encode_prompts,
+    leaks,
+)
 from sbr_jax.evaluation import KeywordJudge, tasks
 from sbr_jax.evaluation.benchmarks import Ask, PreparedBenchmark
 from sbr_jax.evaluation.benchmarks import prepare as prepare_benchmark
@@ -181,12 +186,11 @@ def build(
     """
     banned = kept_out(folder)
     parts = read_corpus(folder, banned, seed)
-    refuse_shared(
-        {
-            "the corpus": [x for p in parts.values() for x in (*p.train, *p.held_out)],
-            "what is kept out": [text for texts in banned.values() for text in texts],
-        }
-    )
+    sets = {
+        "the corpus": [x for p in parts.values() for x in (*p.train, *p.held_out)],
+        "what is kept out": [text for texts in banned.values() for text in texts],
+    }
+    leaks.refuse_leaks(leaks.shared(sets))
     tokenizer = make_tokenizer(
         text for p in parts.values() for x in p.train for text in (x.prompt, x.answer)
     )
