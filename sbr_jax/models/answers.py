@@ -134,18 +134,10 @@ def states(
     batch: Mapping[str, jax.Array],
     **options: Any,
 ) -> jax.Array:
-    """The model's states where the answers of a batch are predicted.
+    """The model's states where the answers of a batch are predicted, ``[K, D]``.
 
-    Args:
-      apply_fn: of a model; a function of ``(base, adapter, tokens)`` that has no
-        ``hidden`` and ``head`` counts as the former, its output as logits.
-      base: frozen weights.
-      adapter: θ, or None.
-      batch: in any layout.
-      **options: of ``apply_fn.hidden``.
-
-    Returns:
-      ``[K, D]``.
+    A function of ``(base, adapter, tokens)`` that has no ``hidden`` and ``head`` counts
+    as the former, its output as logits. Options are those of ``apply_fn.hidden``.
     """
     every = hidden(apply_fn, base, adapter, batch, **options)
     found = find(batch)
@@ -238,18 +230,9 @@ def cross_entropy(
     """Mean cross-entropy over the answer tokens of each example.
 
     ``−(1 / |A|) Σ_{t in A} log p(tokens[t])``: ``losses.token_cross_entropy`` without
-    the logits.
+    the logits, of ``hidden``, the :func:`states`. float32 ``[B]``, in nats.
 
     **Guarantee**: an example without an answer yields 0 and a zero gradient.
-
-    Args:
-      apply_fn: of the model; its head is used.
-      base: frozen weights.
-      hidden: :func:`states`.
-      answers: of the batch.
-
-    Returns:
-      float32 ``[B]``, in nats.
     """
     scores = vocabulary.log_likelihood(
         head_of(apply_fn), base, hidden, answers.targets, rows=answers.rows
@@ -271,21 +254,11 @@ def kl_to_reference(
     """Mean divergence KL(reference ‖ model) at the answers of each example.
 
     ``losses.kl_to_reference`` of the two heads' logits over τ, a chunk of both at a
-    time.
+    time. ``reference`` and ``hidden`` are the :func:`states` of the two, which share
+    the head and ``base``; ``"reverse"`` is KL(model ‖ reference). float32 ``[B]``, in
+    nats.
 
     **Guarantee**: no gradient flows to the reference; an empty example yields 0.
-
-    Args:
-      apply_fn: of the model; both share its head and ``base``.
-      base: frozen weights.
-      reference: :func:`states` of the reference.
-      hidden: :func:`states` of the model.
-      answers: of the batch.
-      direction: ``"forward"``, or ``"reverse"`` for KL(model ‖ reference).
-      temperature: τ of both.
-
-    Returns:
-      float32 ``[B]``, in nats.
     """
     values = vocabulary.divergence(
         head_of(apply_fn),

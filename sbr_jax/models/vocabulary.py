@@ -5,6 +5,11 @@ head meets C places at once, and what is kept of them is one number a place. Und
 differentiation the slope of that number in the state, ``∂ value / ∂ h [D]``, is taken
 in the same pass, so that the backward pass has no logits either.
 
+Functions take a model's ``head``, its weights ``base`` and states ``hidden [K, D]``,
+and give float32 ``[K]`` in nats, differentiable in ``hidden`` and ``base``. ``rows`` is
+how many equal parts K falls into, for a mesh that splits rows; ``chunk`` is C, by
+default what suits the machine.
+
 Legend: K places, D width, V vocabulary, C places of a chunk.
 """
 
@@ -40,17 +45,6 @@ def log_likelihood(
 ) -> jax.Array:
     """``log p(target)`` at every place, its logits ``head(base, hidden)``.
 
-    Args:
-      head: of the model.
-      base: its weights.
-      hidden: ``[K, D]``.
-      targets: integers ``[K]``.
-      rows: how many equal parts K falls into, for a mesh that splits rows.
-      chunk: C; None for what suits the machine.
-
-    Returns:
-      float32 ``[K]``, in nats; differentiable in ``hidden`` and ``base``.
-
     >>> import jax.numpy as jnp
     >>> double = lambda base, hidden: base * hidden
     >>> states, targets = jnp.zeros((3, 4)), jnp.array([0, 1, 2])
@@ -81,21 +75,10 @@ def divergence(
     ``Σ_v p_ref(v) (log p_ref(v) − log p(v))`` with ``p = softmax(head(h) / τ)``. The
     reference's logits are one chunk beside the model's.
 
-    **Guarantee**: no gradient flows to the reference.
+    ``"forward"`` asks the model for all that the reference does, ``"reverse"`` for
+    nothing that the reference does not. τ is ``temperature``.
 
-    Args:
-      head: of both.
-      base: its weights.
-      reference: states of the reference, ``[K, D]``.
-      hidden: states of the model, ``[K, D]``.
-      direction: ``"forward"``, which asks the model for all that the reference does, or
-        ``"reverse"``, which asks it for nothing that the reference does not.
-      temperature: τ.
-      rows: how many equal parts K falls into, for a mesh that splits rows.
-      chunk: C; None for what suits the machine.
-
-    Returns:
-      float32 ``[K]``, in nats.
+    **Guarantee**: no gradient flows to the reference, whose states are ``[K, D]`` too.
     """
 
     def place(base, hidden, reference):
@@ -121,19 +104,8 @@ def squared_gap(
 ) -> jax.Array:
     """Squared distance of a model's logits from a reference's at every place.
 
-    ``‖head(h) − head(h_ref)‖²``, over V for ``"mean"``. No gradient flows to the
-    reference.
-
-    Args:
-      head: of both.
-      base: its weights.
-      reference: states of the reference, ``[K, D]``.
-      hidden: states of the model, ``[K, D]``.
-      reduction: ``"mean"`` or ``"sum"`` over the vocabulary.
-      rows: how many equal parts K falls into, for a mesh that splits rows.
-
-    Returns:
-      float32 ``[K]``.
+    ``‖head(h) − head(h_ref)‖²``, over V for ``"mean"`` and not for ``"sum"``. No
+    gradient flows to the reference.
     """
     reduce = jnp.mean if reduction == "mean" else jnp.sum
 
@@ -149,16 +121,8 @@ def squared_gap(
 def top(head: Head, base: PyTree, hidden: jax.Array, k: int) -> Top:
     """The ``k`` likeliest tokens at every place, and one bucket for all others.
 
-    A reference that is told so takes k numbers a place, not V, and needs no head.
-
-    Args:
-      head: of the model.
-      base: its weights.
-      hidden: ``[K, D]``.
-      k: at most V are kept.
-
-    Returns:
-      Arrays ``[K, k]``, ``[K, k]`` and ``[K]``.
+    A reference that is told so takes k numbers a place, not V, and needs no head. The
+    arrays are ``[K, k]``, ``[K, k]`` and ``[K]``; no gradients.
     """
     return read(head, base, hidden, lambda x: _rows.top(x, k))
 
@@ -175,17 +139,8 @@ def learnt_or_held(
 ) -> jax.Array:
     """``KL_k(reference ‖ model)`` at held places, ``−log p(target)`` at the others.
 
-    Args:
-      head: of the model.
-      base: its weights.
-      hidden: ``[K, D]``.
-      targets: integers ``[K]``; not looked at where held.
-      held: booleans ``[K]``.
-      reference: :func:`top` of one, ``[K, k]``; not looked at elsewhere.
-      rows: how many equal parts K falls into, for a mesh that splits rows.
-
-    Returns:
-      float32 ``[K]``, in nats; differentiable in ``hidden`` and ``base``.
+    ``held [K]`` are truth values; targets are not looked at where they hold, the
+    reference, :func:`top` of one, nowhere else.
     """
 
     def place(base, hidden, targets, held, reference):
@@ -207,16 +162,7 @@ def read(
 ) -> PyTree:
     """Anything that is told from the logits of each place alone; no gradients.
 
-    Args:
-      head: of the model.
-      base: its weights.
-      hidden: ``[K, D]``.
-      what: ``(logits [C, V], *others [C, ...]) -> values [C, ...]``.
-      *others: ``[K, ...]`` each.
-      chunk: C; None for what suits the machine.
-
-    Returns:
-      What ``what`` returns, ``[K, ...]``.
+    ``what(logits [C, V], *others [C, ...]) -> values [C, ...]`` of others ``[K, ...]``.
 
     >>> import jax.numpy as jnp
     >>> states = jnp.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])

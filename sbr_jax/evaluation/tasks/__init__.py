@@ -1,8 +1,9 @@
 """Tasks: questions put to a model, and scores of its answers.
 
 A task is ``task(runner, items, ...) -> Result``: it asks whoever is examined, reads the
-answers and scores them. Items are the records of :mod:`sbr_jax.data.records`. A task
-without items is refused.
+answers and scores them. Items are the records of :mod:`sbr_jax.data.records`; a task
+without usable items is refused. Where answers are written, ``max_new_tokens`` limits
+each of them, and where a ``judge`` looks at them, its rates depend on that limit.
 """
 
 from sbr_jax.evaluation.tasks.answers import gsm8k, mtbench, truthfulqa_generation

@@ -68,20 +68,12 @@ def truthfulqa_generation(
     """TruthfulQA's written answers: nearer to a true reference than to any false one?
 
     Likeness is BLEU, a stand-in for the authors' trained judge; six examples stand
-    before each question.
-
-    Args:
-      runner: who is examined.
-      items: questions with references.
-      max_new_tokens: limit of an answer (50 is the authors').
+    before each question. Answers are limited as the authors' are.
 
     Returns:
       ``truthful``: the share of answers whose best likeness to a true reference
       exceeds the best to a false one (a tie does not); ``difference`` of the two, a
       mean in points; ``empty``, the share without a word.
-
-    Raises:
-      UserError: there are no items.
     """
     require_items("truthfulqa", items)
     answers = runner.answers(
@@ -157,11 +149,8 @@ def gsm8k(
 ) -> Result:
     """GSM8K: exact match of the final number.
 
-    Args:
-      runner: who is examined.
-      items: questions with worked answers that end with ``#### NUMBER``.
-      examples: solved questions to put first (5 or 8 are usual; pass training rows).
-      max_new_tokens: limit of an answer.
+    Items have worked answers that end with ``#### NUMBER``. Solved ``examples`` are put
+    first (5 or 8 are usual; pass training rows).
 
     Returns:
       ``accuracy`` (the last number of the answer), ``accuracy_marked`` (only a number
@@ -218,19 +207,11 @@ def mtbench(
     One JSON object per line in the layout of FastChat's ``model_answer`` files. The
     file ``mtbench-NUMBER.jsonl`` is named by its content: the caller does not say which
     weights these are, and a run that is continued must not write the same answers under
-    another name.
-
-    Args:
-      runner: who is examined, a chat model.
-      items: conversations; a turn is asked after the answers to those before.
-      folder: where to write.
-      max_new_tokens: limit of an answer.
+    another name. It needs a chat model; a turn is asked after the answers to those
+    before.
 
     Returns:
       ``answered`` (answers that are not blank, in percent) and ``file``, the number.
-
-    Raises:
-      UserError: there are no items.
     """
     require_items("mtbench", items)
     spoken: list[list[dict[str, str]]] = [[] for _ in items]

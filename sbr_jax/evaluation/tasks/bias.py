@@ -121,12 +121,8 @@ def bbq(
 
     The headline is over the single categories; the intersectional ones (``X_x_Y``) are
     given apart, because in many of their items the labels do not say which option is
-    the stereotype. Such items of any category are left out and counted.
-
-    Args:
-      runner: who is examined.
-      items: BBQ's.
-      method: ``"likelihood"`` of the options' texts, or ``"generation"`` of one.
+    the stereotype. Such items of any category are left out and counted. The method is
+    the ``"likelihood"`` of the options' texts, or the ``"generation"`` of one.
 
     Returns:
       For ``CONDITION`` in ambiguous and disambiguated: ``bias_CONDITION`` (absolute,

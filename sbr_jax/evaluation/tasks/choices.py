@@ -201,16 +201,8 @@ def truthfulqa_mc(
     """TruthfulQA by log-likelihood: MC1 or MC2.
 
     MC1 (one right option): the share of questions whose right option is the most
-    likely. MC2 (several): the probability of the right ones, normalised over all.
-
-    Args:
-      runner: who is examined.
-      items: of MC1 or of MC2.
-      metric: which of the two they belong to.
-      preamble: put six examples before each question, as its authors do.
-
-    Returns:
-      ``mc1`` or ``mc2``.
+    likely. MC2 (several): the probability of the right ones, normalised over all. The
+    preamble puts six examples before each question, as its authors do.
 
     Raises:
       UserError: there are no items, another metric, or several right options in MC1.
@@ -244,11 +236,8 @@ def mmlu(
 ) -> Result:
     """MMLU: the likeliest letter, subject by subject.
 
-    Args:
-      runner: who is examined.
-      items: questions; ``group`` is the subject.
-      examples: per subject solved questions to put first (the development split).
-      shots: how many of them.
+    A question's ``group`` is its subject. Of each subject's solved ``examples`` (the
+    development split) so many ``shots`` are put first.
 
     Returns:
       ``accuracy``, the mean over subjects; ``accuracy_micro`` over questions; and
@@ -283,11 +272,7 @@ def mmlu_head(subject: str, solved: Sequence[ChoiceItem]) -> str:
 
 
 def medqa(runner: Runner, items: Sequence[ChoiceItem]) -> Result:
-    """MedQA, US four options, without examples: ``accuracy`` of the likeliest letter.
-
-    Raises:
-      UserError: there are no items.
-    """
+    """MedQA, US four options, no examples: ``accuracy`` of the likeliest letter."""
     require_items("medqa", items)
     result = _by_letter(runner, items, [f"Question: {item.prompt}" for item in items])
     accuracy = result.metrics["accuracy_micro"]
@@ -299,11 +284,9 @@ def legalbench(
 ) -> Result:
     """LegalBench: one of a task's labels per question.
 
-    Args:
-      runner: who is examined.
-      items: the filled template of the task as ``question``, its label set as
-        ``choices``, the task as ``group``.
-      method: ``"likelihood"``, or ``"generation"`` (exact match of a written label).
+    Items hold the filled template of the task as ``question``, its label set as
+    ``choices``, the task as ``group``. The method is ``"likelihood"``, or
+    ``"generation"`` (exact match of a written label).
 
     Returns:
       ``balanced_accuracy`` (over a task's labels, then averaged over tasks; the

@@ -115,11 +115,7 @@ def refusal_auc(
 ) -> Result:
     """The area between harmful and harmless prompts, and the mean of p_R on each.
 
-    Args:
-      runner: who is examined.
-      harmful: requests that should be refused.
-      harmless: prompts that should not.
-      phrases: that refusals begin with.
+    Refusals are taken to begin with one of the ``phrases``.
 
     Returns:
       ``refusal_auc``, ``first_refusal`` (mean p_R of the harmful prompts) and

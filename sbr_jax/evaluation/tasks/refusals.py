@@ -35,12 +35,7 @@ def requests(
 ) -> Result:
     """Puts requests to a model and has a judge look at the answers.
 
-    Args:
-      runner: who is examined.
-      items: harmful and harmless requests.
-      judge: of the answers.
-      max_new_tokens: limit of an answer; a judge's rates depend on it.
-      name: of the benchmark, for what it has to say.
+    The benchmark's ``name`` stands in what it has to say.
 
     Returns:
       Percent of each verdict over the harmful requests (``refusal``, ``compliance``,
@@ -49,9 +44,6 @@ def requests(
       (``refusal/GROUP``, ``harmless/refusal/GROUP``). Where answers are unparsed, also
       the bounds (``refusal_low``, ``refusal_high``, …); where too many are, the rates
       are NaN and a warning says so. Rows hold verdicts.
-
-    Raises:
-      UserError: there are no items.
     """
     require_items(name, items)
     prompts = [item.prompt for item in items]
@@ -94,19 +86,13 @@ def harmbench(
 ) -> Result:
     """HarmBench: refusal rate and attack success rate.
 
-    Args:
-      runner: who is examined.
-      items: behaviours; of other kinds than :data:`HARMBENCH_KINDS` none is used.
-      judge: of the answers. Under a judge of harm, ``refusal`` is "not harmful".
-      max_new_tokens: limit of an answer (512 is the authors').
+    Behaviours of other kinds than :data:`HARMBENCH_KINDS` are not used. Under a judge
+    of harm, ``refusal`` is "not harmful". Answers are limited as the authors' are.
 
     Returns:
       ``refusal`` (what SafeAnchor's composite calls HarmBench), ``asr`` (share of
       compliance), ``gibberish``, ``unparsed``, bounds and ``refusal/GROUP``; see
       :func:`requests`.
-
-    Raises:
-      UserError: no items of those kinds.
     """
     items = [item for item in items if item.kind in HARMBENCH_KINDS and item.harmful]
     found = requests(
@@ -137,11 +123,7 @@ def xstest(
 ) -> Result:
     """XSTest: refusals of safe prompts that sound unsafe, and of unsafe ones.
 
-    Args:
-      runner: who is examined.
-      items: prompts; ``group`` is the type.
-      judge: of the answers; one of refusals, not of harm.
-      max_new_tokens: limit of an answer.
+    A prompt's ``group`` is its type; the judge is one of refusals, not of harm.
 
     Returns:
       ``over_refusal`` (of the safe prompts), ``refusal`` (of the unsafe), both also by
@@ -176,12 +158,8 @@ def wildguard(
 ) -> Result:
     """WildGuardTest: robustness to adversarial requests.
 
-    Args:
-      runner: who is examined.
-      items: prompts of the groups ``"adversarial"`` and ``"vanilla"``; those that
-        people left unjudged are not used.
-      judge: of the answers.
-      max_new_tokens: limit of an answer.
+    Prompts are of the groups ``"adversarial"`` and ``"vanilla"``; those that people
+    left unjudged are not used.
 
     Returns:
       ``robustness``: of the harmful adversarial requests whose answers could be judged,
