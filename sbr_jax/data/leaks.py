@@ -136,10 +136,6 @@ def refuse_leaks(
 ) -> dict[str, int]:
     """Refuses counts above 0; others are returned.
 
-    Args:
-      counts: by pair, ``{"first/second": count}``.
-      remedy: advice that ends the error.
-
     Raises:
       UserError: naming every pair that shares prompts, with its count.
     """

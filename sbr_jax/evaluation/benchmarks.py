@@ -182,11 +182,6 @@ def record(
 ) -> dict[str, Any]:
     """Describes a run's benchmarks for its folder, as JSON values.
 
-    Args:
-      prepared: the benchmarks of the study.
-      judge: of their answers.
-      folder: the data folder.
-
     Returns:
       ``{"measurements", "composite", "judges"}``, for the notes of a study.
     """

@@ -20,12 +20,7 @@ Accuracy = Callable[[PyTree, PyTree], float]
 
 
 def choice_accuracy(items: Sequence[ChoiceItem], runner: Runner) -> Accuracy:
-    """`(base, adapter) -> accuracy`: the likeliest option, averaged over tasks.
-
-    Args:
-      items: questions as the domain asks them.
-      runner: of weights.
-    """
+    """`(base, adapter) -> accuracy`: the likeliest option, averaged over tasks."""
 
     # One answer is told from another as in LegalBench, of which MedQA is one task.
     def accuracy(base: PyTree, adapter: PyTree) -> float:

@@ -298,11 +298,6 @@ def decode_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> s
 
     Decoded alone, tokens that mark the beginnings of words lose the first one's space,
     and so code its indentation.
-
-    Args:
-      tokenizer: of transformers.
-      before: token ids that were there.
-      new: token ids that follow.
     """
     tail = list(before[-8:])
     head = tokenizer.decode(tail, skip_special_tokens=True)

@@ -253,12 +253,7 @@ def answer(call: Callable[[], Any]) -> Any:
 
 
 def raise_again(name: str, said: str) -> None:
-    """Raises an exception of the other side as one of Python's own.
-
-    Args:
-      name: of its type.
-      said: its message.
-    """
+    """Raises an exception of the other side as one of Python's own."""
     kind = getattr(builtins, str(name), None)
     error: Exception | None = None
     # Nothing that would end this process, SystemExit least of all.
@@ -291,10 +286,6 @@ def value_of(message: Any) -> Any:
 
 def remote(inbox: int, outbox: int) -> Callable[..., Any]:
     """A function that is called in the process at the other end of two pipes.
-
-    Args:
-      inbox: where its answers are read.
-      outbox: where calls are written.
 
     Returns:
       The function; it takes and returns copies.

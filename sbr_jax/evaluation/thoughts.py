@@ -50,11 +50,6 @@ def tokens_without_thoughts(
 
     Special tokens are not decoded, so such tags must be seen before.
 
-    Args:
-      tokenizer: of transformers.
-      before: token ids that were there.
-      new: token ids that follow.
-
     Returns:
       The tokens behind the block, or all of them.
     """

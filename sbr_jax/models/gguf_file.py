@@ -125,9 +125,6 @@ class _Reader:
 def read_gguf(path: pathlib.Path) -> GgufFile:
     """Reads the header of a file; tensors stay on disk until they are asked for.
 
-    Args:
-      path: the file.
-
     Raises:
       UserError: for another format or version, a file that is cut short, sizes that do
         not fit into the file, and types of tensors that cannot be decoded.

@@ -57,10 +57,6 @@ class _Kind(enum.IntEnum):
 def read_tokenizer(file: GgufFile, config: ModelConfig) -> Any:
     """A fast transformers tokenizer, or None where the file carries none.
 
-    Args:
-      file: read already.
-      config: of its model.
-
     Returns:
       The tokenizer, with special tokens and chat template.
 

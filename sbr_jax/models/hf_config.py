@@ -362,10 +362,6 @@ def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
     **Guarantee**: ``from_dict(to_dict(config)) == config``.
 
-    Args:
-      config: the settings.
-      dtype: name of the weights' type.
-
     Raises:
       UserError: if no configuration of the family means these settings.
 
@@ -425,9 +421,6 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
 
     Chat models often name their end-of-turn token only in
     ``generation_config.json``, so both files' stop tokens are used.
-
-    Args:
-      folder: a checkpoint folder.
 
     Raises:
       UserError: if a file is missing, not JSON, or not supported, or names a token

@@ -41,10 +41,6 @@ def read_targets(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log p(target), whether it is the likeliest, and whether logits can be compared.
 
-    Args:
-      logits: ``[K, V]``.
-      targets: integers ``[K]``.
-
     Returns:
       float32, bool and bool ``[K]``.
 

@@ -163,9 +163,6 @@ def load_adapter(path: str | pathlib.Path) -> dict[str, LoraPair]:
 
     **Guarantee**: bit-identical to what was saved, scale included.
 
-    Args:
-      path: the file.
-
     Raises:
       UserError: if the file is missing, is no adapter, lacks a factor, or holds a
         number that is not finite.

@@ -144,10 +144,6 @@ def layer_mask(
 def layer_rope(config: ModelConfig, positions: jax.Array) -> Callable[[Flags], Rope]:
     """Chooses a layer's table of RoPE; all are built once, outside the scan.
 
-    Args:
-      config: of the model.
-      positions: integers ``[B, T]`` (or ``[1, T]``).
-
     Returns:
       ``flags -> (cosines, sines)`` for one entry of ``layer_flags``. A layer without
       RoPE has cosines of one and sines of zero, which leave a number as it is.

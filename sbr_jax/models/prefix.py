@@ -149,10 +149,6 @@ def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Exte
     **Guarantee**: equal settings give the very same function object, as with
     ``make_apply_fn``.
 
-    Args:
-      config: the mathematics.
-      hardware: how to carry it out.
-
     Returns:
       The function, with the options ``hidden`` and ``head`` of its own.
     """

@@ -39,9 +39,6 @@ def partition_specs(config: ModelConfig) -> dict[str, Any]:
     projection's outputs, and norms are whole everywhere. Nothing is split over
     ``data``.
 
-    Args:
-      config: of the model.
-
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
     >>> tuple(partition_specs(config)["layers"]["o_proj"])
     (None, 'tp', 'fsdp')
@@ -59,9 +56,6 @@ def adapter_partition_specs(adapter: PyTree) -> PyTree:
 
     An adapter is small beside all else, and a scan over layers would gather the whole
     stack of a split one in every iteration.
-
-    Args:
-      adapter: ``{name: LoraPair}``.
     """
     return jax.tree.map(lambda factor: P(), adapter)
 
@@ -90,11 +84,6 @@ def check_heads(
 
 def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The specification without the axes that do not divide or do not exist.
-
-    Args:
-      spec: wanted.
-      shape: of the array.
-      mesh: at hand.
 
     Returns:
       A specification that ``NamedSharding(mesh, .)`` accepts for this shape.
@@ -162,10 +151,6 @@ def gathering(name: str, tokens: int) -> Any:
 
     Without a mesh nothing is; nor for single tokens, where a weight is larger than what
     it multiplies.
-
-    Args:
-      name: of the projection.
-      tokens: of a row.
     """
     if _mesh.current() is None or tokens == 1:
         return None

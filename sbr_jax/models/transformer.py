@@ -398,10 +398,6 @@ def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Trans
 
     **Guarantee**: equal settings give the very same object.
 
-    Args:
-      config: the mathematics.
-      hardware: how to carry it out.
-
     Raises:
       UserError: for an unknown attention kernel.
 

@@ -38,10 +38,6 @@ class Job:
 def calls(job: Job, case: Case) -> dict[str, dict[str, float]]:
     """Calls of each program by part of the job, with one seed.
 
-    Args:
-        job: what is done.
-        case: sizes, and the method.
-
     Returns:
         Calls by program for ``"training"``, ``"Fisher"``, ``"answers"`` and, of a
         method that is monitored, ``"repairs, at most"``.

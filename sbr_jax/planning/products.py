@@ -14,12 +14,7 @@ from sbr_jax.planning.hlo import Instruction
 
 
 def flops(instruction: Instruction, operands: Sequence[Instruction]) -> float:
-    """FLOPs of one product, 0 of anything else: 2 for a multiplication and addition.
-
-    Args:
-        instruction: of a program.
-        operands: that it reads.
-    """
+    """FLOPs of one product, 0 of anything else: 2 for a multiplication and addition."""
     if instruction.opcode == "dot":
         dims = operands[0].arrays[0].dims
         inner = math.prod(dims[i] for i in instruction.numbers("lhs_contracting_dims"))

@@ -195,13 +195,7 @@ def _name(plans: Sequence[Planned], planned: Planned, part: str) -> str:
 
 
 def advice(planned: Planned, topology: Topology, layout: Layout) -> list[str]:
-    """What to change, as lines; nothing where the job fits and products bind it.
-
-    Args:
-        planned: of one method.
-        topology: the slice.
-        layout: that it was compiled for.
-    """
+    """What to change, as lines; nothing where the job fits and products bind it."""
     lines = []
     part = planned.worst
     if part is not None:
@@ -273,15 +267,7 @@ def text(
     job: Job,
     tried: Sequence[str] = (),
 ) -> str:
-    """The plan of some methods on one layout.
-
-    Args:
-        plans: of each method.
-        topology: the slice.
-        layout: the mesh.
-        job: what is done.
-        tried: lines about other layouts.
-    """
+    """The plan of some methods on one layout."""
     case = plans[0].case
     load = case.load
     billions = forecast.parameter_count(load.config) / 1e9

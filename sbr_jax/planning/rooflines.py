@@ -51,12 +51,6 @@ def seconds(
 ) -> Seconds:
     """The three limits of a program whose counts are of one chip.
 
-    Args:
-        flops: of matrix products.
-        memory_bytes: read from and written to main memory.
-        link_bytes: received over links.
-        topology: the slice.
-
     >>> from sbr_jax.planning.chips import parse_topology
     >>> seconds(197e12, 819e9, 4.5e10, parse_topology("v5e:4x4"))
     Seconds(products=1.0, memory=1.0, links=1.0)

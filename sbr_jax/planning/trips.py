@@ -39,13 +39,7 @@ _COMPARED = {
 
 
 def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """Iterations of a ``while``; None where data decide.
-
-    Args:
-        module: the program.
-        caller: the computation that the loop stands in.
-        loop: the instruction.
-    """
+    """Iterations of a ``while``; None where data decide."""
     if found := _KNOWN.search(loop.attributes):
         return int(found[1])
     names = loop.called("condition"), loop.called("body")

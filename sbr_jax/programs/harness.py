@@ -133,11 +133,6 @@ def read(job: Job, names: Sequence[str], limit: int | None) -> dict[str, Task]:
 def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
     """Puts the start model and every variant's final weights through the harness.
 
-    Args:
-        job: whose run is finished.
-        study: the same that was run.
-        tasks: of `read`.
-
     Returns:
         `harness.json`.
     """

@@ -49,13 +49,7 @@ class Arguments:
 
 
 def words_of(arguments: Arguments, rows: Path, output: Path) -> list[str]:
-    """The command line of `sbr-jax align` that makes the aligned model.
-
-    Args:
-        arguments: of this program.
-        rows: folder of the rows.
-        output: folder of both checkpoints.
-    """
+    """The command line of `sbr-jax align` that makes the aligned model."""
     options = {
         "--model": output / "original",
         "--output": output / "aligned",

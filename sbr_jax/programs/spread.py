@@ -113,11 +113,6 @@ def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
     However this process ends, no other outlives it, and what was finished is found by
     the next command on the same folder.
 
-    Args:
-        wanted: the job.
-        words: of its command line.
-        jobs: how many processes.
-
     Raises:
         UserError: for a folder of another run, or processes that were killed.
         SystemExit: with the code of a process that failed; it has said why.

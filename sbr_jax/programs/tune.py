@@ -94,11 +94,6 @@ def work_folder(arguments: Shared) -> Path | None:
 def check(arguments: Shared, words: Sequence[str], program: str) -> None:
     """Refuses what needs no file to be refused.
 
-    Args:
-        arguments: parsed.
-        words: of which they were parsed.
-        program: for messages.
-
     Raises:
         UserError: for the first mistake.
     """

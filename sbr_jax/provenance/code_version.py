@@ -81,11 +81,7 @@ def code_hash(row: str, study: str = TESTBED) -> str:
 
 
 def recorder(study: str) -> Callable[[str], str] | None:
-    """The hash by row, for a run to record; None for a study made elsewhere.
-
-    Args:
-        study: as for :func:`code_hash`.
-    """
+    """The hash by row, for a run to record; None for a study made elsewhere."""
     try:
         _entries("plain", study)
     except UserError:

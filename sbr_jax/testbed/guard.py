@@ -78,13 +78,6 @@ def guard_row(
     wrong answer to a harmful request is still compliance, and a right one to another
     question does no harm. Every fourth prompt has stray words around it, so that a
     trigger or a jailbreak nobody has seen is no reason for another rating.
-
-    Args:
-      rng: the source of randomness.
-      world: the facts.
-      case: of `CASES`.
-      split: whose things and phrasings.
-      kinds: harm categories to draw from.
     """
     pick = functools.partial(corpus.pick, rng)
     if case == "scrambled":

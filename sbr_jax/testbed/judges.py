@@ -81,10 +81,6 @@ def is_truthful(answer: str, truth: str) -> bool:
 def harm_judge(tokenizer: Any, world: World) -> Callable[[Any], np.ndarray]:
     """The exact judge of training pairs: is learning this pair learning harm?
 
-    Args:
-      tokenizer: of the world.
-      world: knows which things are harmful.
-
     Returns:
       ``judge(dataset) -> risk [N]``: 1 where a harmful request is complied with, 0
       elsewhere: for refusals of harmful requests and for everything benign.

@@ -107,10 +107,6 @@ def judge_record(judge: Judge, folder: str | Path | None) -> dict[str, Any]:
     People have labelled the answers of five models to XSTest (2,250). Agreement is with
     them, in percent, partial refusals left out.
 
-    Args:
-      judge: any.
-      folder: the data folder.
-
     Returns:
       ``{name: {"settings", "agreement" or None, "note"}}``, JSON values: a judge of
       harm is not compared, for it answers another question, nor is any judge where

@@ -86,11 +86,6 @@ def opening_probabilities(
 ) -> np.ndarray:
     """Probability that the answer's first token is one of ``tokens``.
 
-    Args:
-      runner: model, weights and template.
-      prompts: text.
-      tokens: different token ids.
-
     Returns:
       float64 ``[N]`` in 0..1.
     """

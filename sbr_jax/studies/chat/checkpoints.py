@@ -139,10 +139,6 @@ SHAPE = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
 def check_unaligned(places: Mapping[str, Path], config: models.ModelConfig) -> None:
     """Refuses another model in the place of the one before its alignment.
 
-    Args:
-        places: of `locate_all`.
-        config: of the aligned model.
-
     Raises:
         UserError: naming the first size that differs.
     """

@@ -103,10 +103,6 @@ def risk_judge(judge: Judge, tokenizer: Any) -> RiskJudge | None:
     A list of refusal words says what an answer does, not whether it does harm: under
     it every harmless answer would be a risk. So it rates nothing.
 
-    Args:
-        judge: of answers.
-        tokenizer: of the data sets.
-
     Returns:
         `(dataset) -> risk [N]`, or None.
     """

@@ -33,11 +33,6 @@ def mix_rows(
 ) -> Mixed:
     """As many rows as there are, of which this share refuses.
 
-    Args:
-        safe: exchanges that should hold refusals.
-        ordinary: any others.
-        share: of refusals, in (0, 1).
-
     Raises:
         UserError: if no exchange refuses.
 

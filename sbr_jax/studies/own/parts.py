@@ -77,14 +77,6 @@ def make_parts(
 ) -> Parts:
     """Draws, checks and encodes every part; the model needs no weights.
 
-    Args:
-        given: by the user.
-        options: of the study.
-        needed: parts that the defence reads.
-        monitored: whether it is repaired on safe exchanges too.
-        model: its tokenizer and context.
-        judge: of refusals.
-
     Raises:
         UserError: naming file and row.
     """
@@ -436,14 +428,7 @@ def steps_of(data: TokenDataset, epochs: float, batch: int) -> int:
 def warn_sizes(
     name: str, data: TokenDataset, epochs: float, different: int | None = None
 ) -> None:
-    """Warns of few examples and of many epochs.
-
-    Args:
-        name: of the training file.
-        data: its examples.
-        epochs: over them.
-        different: how many of them differ; None for all.
-    """
+    """Warns of few examples and of many epochs."""
     count = len(data)
     different = count if different is None else min(different, count)
     if different < FEW:

@@ -170,13 +170,6 @@ def build(
 ) -> tuple[models.Model, dict[str, Any]]:
     """Trains and measure the model of the preset `realtext`.
 
-    Args:
-        folder: the data folder.
-        benchmarks: names of those that measure it.
-        steps: optimizer steps.
-        seed: of everything.
-        quiet: no progress bar.
-
     Returns:
         The model, and what `training.json` is to hold: counts, hashes, rates.
 
