@@ -1,6 +1,7 @@
 """Command-line programs: ``sbr-jax run``, ``attack``, ``analyse``, ``sweep``, ...
 
-``sbr-jax NAME ...`` is the same as ``python -m experiments.NAME ...`` in a clone.
+``sbr-jax NAME ...`` is the same as ``python -m experiments.NAME ...`` in a clone. A
+program raises UserError for the first mistake of its command line.
 """
 
 import ast

@@ -9,7 +9,6 @@ checkpoint: the start that `sbr-jax tune` then keeps. All settings: sbr-jax alig
 """
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,11 +39,7 @@ class Arguments(tune.Shared):
 
 
 def align(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     with hosts.joined(arguments, args, tune.work_folder(arguments)):
         _align(arguments, args)
@@ -83,7 +78,3 @@ def _align(arguments: Arguments, args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     return cli.start(align, args, None, interrupted=cli.KEPT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

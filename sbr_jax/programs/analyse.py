@@ -66,9 +66,6 @@ def make_context(
 
     Returns:
         What the analyses share, and the names of those to do.
-
-    Raises:
-        UserError: for the first mistake.
     """
     if arguments.workdir is None:
         raise UserError(
@@ -219,11 +216,7 @@ def listing() -> str:
 
 
 def analyse(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     if "--list" in args:
         print(listing())
         return
@@ -237,7 +230,3 @@ def analyse(args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     return cli.start(analyse, args, __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,6 @@ same command continues, and the folder holds the same files, with `harmful_score
 `asr` for every variant. The report is written at once.
 """
 
-import sys
 from collections.abc import Sequence
 
 from sbr_jax.methods import METHODS, VARIANTS
@@ -50,11 +49,7 @@ def listing() -> str:
 
 
 def attack(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     if "--list" in args:
         print(listing())
         return
@@ -68,7 +63,3 @@ def attack(args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     return cli.start(attack, args, __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -101,9 +101,6 @@ def make_attack(
         arguments: parsed.
         words: of which they were parsed. Epochs decide the number of steps, whatever
             the preset's, unless steps are said.
-
-    Raises:
-        UserError: for the first mistake.
     """
     from sbr_jax.attacks import attack_count, steps_for_epochs
     from sbr_jax.studies.attacks import ATTACKS

@@ -8,7 +8,6 @@ directories of `experiments.attack ... --attack poison`. What holds is defined i
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +52,3 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"map: {output}")
 
     return cli.guarded(program, interrupted="interrupted: run the same command again")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,6 @@ they were given are written with `--merged` only, which joins base and adapter.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,11 +91,7 @@ class Export:
 
 
 def make_export(preset: Preset, arguments: Arguments) -> Export:
-    """Checks a command line, the cheap questions first.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Checks a command line, the cheap questions first."""
     for name, example in (("workdir", "runs/NAME"), ("output", "exported")):
         if getattr(arguments, name) is None:
             raise UserError(f"expected a folder, got none: add --{name} {example}")
@@ -259,11 +254,7 @@ def execute(wanted: Export) -> None:
 
 
 def export(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     errors.check_names("preset", args[:1], recipes.MODULES)
     if not args:
         raise UserError(
@@ -276,7 +267,3 @@ def export(args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     return cli.start(export, args, __doc__, interrupted="interrupted: nothing written")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

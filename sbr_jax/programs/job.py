@@ -167,9 +167,6 @@ def make_job(
         arguments: parsed.
         forecast: nothing will be trained: no folder is needed, and the mesh may be of
             other devices than this machine's.
-
-    Raises:
-        UserError: for the first mistake.
     """
     if arguments.workdir is None and not forecast:
         raise UserError(

@@ -11,7 +11,6 @@ nothing. All settings: sbr-jax plan --help.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 from sbr_jax import checks, errors
@@ -95,11 +94,7 @@ def check(arguments: Arguments) -> tuple[str, ...]:
 
 
 def plan(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     methods = check(arguments)
     from sbr_jax.planning import planner
@@ -153,7 +148,3 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     done = "interrupted: what was compiled is kept; the same command continues"
     return cli.start(plan, args, None, interrupted=done)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,6 @@ refuse harmful ones (`studies.realtext`), and measures it. About 32 minutes on o
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,7 +79,3 @@ def main(args: Sequence[str] | None = None) -> int:
     return cli.guarded(
         program, interrupted="interrupted: nothing was written; start again"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,6 @@ invented.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +42,3 @@ def main(args: Sequence[str] | None = None) -> int:
             print_tables(runs, output)
 
     return cli.guarded(program, interrupted="interrupted: nothing else was written")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

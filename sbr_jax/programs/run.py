@@ -12,7 +12,6 @@ is one line on stderr and exit code 2, before any work is spent.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,11 +49,7 @@ class RunArguments(JobArguments[Options]):
 
 
 def check(arguments: RunArguments, job: Job) -> None:
-    """Refuses what only this program knows.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Refuses what only this program knows."""
     if arguments.device != DeviceOptions() and not arguments.dry_run:
         raise UserError("--device: only --dry-run has use for a device; drop it")
     if arguments.harness is not None:
@@ -86,11 +81,7 @@ def listing() -> str:
 
 
 def run(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     if "--list" in args:
         print(listing())
         return
@@ -143,7 +134,3 @@ def report_command(workdir: Path) -> str:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     return cli.start(run, args, __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

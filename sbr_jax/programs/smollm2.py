@@ -10,7 +10,6 @@ preset `smollm2`. What is done already is kept. All settings: sbr-jax smollm2 --
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,11 +70,7 @@ def words_of(arguments: Arguments, rows: Path, output: Path) -> list[str]:
 
 
 def make(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     if arguments.output is None:
         raise UserError("expected --output, got none: add --output runs/smollm2-model")
@@ -120,7 +115,3 @@ def make(args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     return cli.start(make, args, None, interrupted=cli.KEPT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,11 +28,7 @@ MOST = 1000
 
 
 def check(wanted: Job, jobs: Jobs, only: Sequence[str] | None) -> None:
-    """Refuses numbers of processes, and variants and seeds that are none of the job's.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Refuses numbers of processes, and variants and seeds that the job has not."""
     if jobs != "auto" and not 1 <= jobs <= MOST:
         raise UserError(f"--jobs: expected auto, or from 1 to {MOST}, got {jobs}")
     if only is not None:  # None at all may be a variable of a shell that is not set.
@@ -161,7 +157,7 @@ def _command(
     """The command line of a part: the same, in another folder."""
     # The whole is put through lm-eval at the end, by this process.
     given = ("--workdir", "--jobs", "--harness", "--harness-limit", "--study.date")
-    command = [*terminal.python("sbr_jax.programs.run"), *without(words, *given)]
+    command = [*terminal.python("sbr_jax.programs"), "run", *without(words, *given)]
     date = getattr(wanted.study, "date", None)
     if date is not None:  # Lest midnight come between two of them.
         command.append(f"--study.date={date}")

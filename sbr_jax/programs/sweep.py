@@ -72,11 +72,7 @@ class Arguments:
 
 
 def make_sweep(arguments: Arguments) -> Sweep:
-    """Checks a command line and every cell's settings.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Checks a command line and every cell's settings."""
     if not arguments.name:
         known = ", ".join(SWEEPS)
         raise UserError(f"expected a sweep, got none (known: {known})")
@@ -208,7 +204,7 @@ def execute(sweep: Sweep, *, quiet: bool) -> None:
 
 def cell_command(sweep: Sweep, name: str, *, quiet: bool) -> list[str]:
     """The command that runs one cell in a process of its own."""
-    command = [*terminal.python("sbr_jax.programs.sweep"), sweep.name]
+    command = [*terminal.python("sbr_jax.programs"), "sweep", sweep.name]
     command += [f"--workdir={sweep.workdir}", "--cells", name]
     command += ["--seeds", str(len(sweep.seeds))]
     return [*command, *(["--quiet"] if quiet else [])]
@@ -254,11 +250,7 @@ def listing() -> str:
 
 
 def sweep(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     if arguments.list:
         print(listing())
@@ -279,7 +271,3 @@ def sweep(args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     return cli.start(sweep, args, None)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

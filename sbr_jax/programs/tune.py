@@ -11,7 +11,6 @@ the output, in FOLDER.work. All other settings: sbr-jax tune --help.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,11 +91,7 @@ def work_folder(arguments: Shared) -> Path | None:
 
 
 def check(arguments: Shared, words: Sequence[str], program: str) -> None:
-    """Refuses what needs no file to be refused.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Refuses what needs no file to be refused."""
     for name, example in (("model", "FOLDER_OR_HUB_ID"), ("output", "adapters/mine")):
         if not getattr(arguments, name):
             raise UserError(
@@ -147,11 +142,7 @@ def request_of(
 
 
 def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
-    """Checks a command line, the cheap questions first; see :func:`check`.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Checks a command line, the cheap questions first; see :func:`check`."""
     if not arguments.train:
         raise UserError("expected --train, got none: add --train my.jsonl")
     check(arguments, words, PROGRAM)
@@ -219,11 +210,7 @@ def execute(
 
 
 def tune(args: Sequence[str]) -> None:
-    """Does what a command line asks for.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Does what a command line asks for."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     with hosts.joined(arguments, args, work_folder(arguments)):
         request = make_request(arguments, args)
@@ -233,7 +220,3 @@ def tune(args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     return cli.start(tune, args, None, interrupted=cli.KEPT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
