@@ -1,9 +1,9 @@
 """Accuracy on a domain: questions answered by choice, or next tokens guessed."""
 
 import dataclasses
-import operator
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import jax
 
@@ -15,6 +15,7 @@ from sbr_jax.models.finite import require_comparable
 from sbr_jax.models.likelihood import answer_scores
 from sbr_jax.typing import PyTree
 
+T = TypeVar("T")
 Runner = Callable[[PyTree, PyTree], ModelRunner]
 Accuracy = Callable[[PyTree, PyTree], float]
 
@@ -61,8 +62,8 @@ class TokenAccuracy:
         return float(100.0 * found.hits.sum() / max(found.counts.sum(), 1.0))
 
 
-class Remembered:
-    """`(base, adapter) -> metrics` that is measured once for the weights seen last.
+class Remembered(Generic[T]):
+    """`(base, adapter) -> scores` that are measured once for the weights seen last.
 
     They are told by being the same arrays, none of which is kept alive.
 
@@ -74,17 +75,18 @@ class Remembered:
     ([1.0, 1.0, 1.0], 2)
     """
 
-    def __init__(self, score: Callable[[PyTree, PyTree], dict[str, float]]):
+    def __init__(self, score: Callable[[PyTree, PyTree], T]):
         self._score = score
-        self._seen: list[weakref.ref] = []
-        self._metrics: dict[str, float] = {}
+        self._last: tuple[list[weakref.ref], T] | None = None
 
-    def __call__(self, base: PyTree, adapter: PyTree) -> dict[str, float]:
-        """The metrics of these weights."""
+    def __call__(self, base: PyTree, adapter: PyTree) -> T:
+        """The scores of these weights."""
         arrays = jax.tree.leaves((base, adapter))
-        seen = [reference() for reference in self._seen]
-        same = len(arrays) == len(seen) and all(map(operator.is_, arrays, seen))
-        if not (arrays and same):
-            self._metrics = self._score(base, adapter)
-            self._seen = [weakref.ref(array) for array in arrays]
-        return dict(self._metrics)
+        if arrays and self._last:
+            seen, scores = self._last
+            same = (a is reference() for a, reference in zip(arrays, seen, strict=True))
+            if len(arrays) == len(seen) and all(same):
+                return scores
+        scores = self._score(base, adapter)
+        self._last = [weakref.ref(array) for array in arrays], scores
+        return scores

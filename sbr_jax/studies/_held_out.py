@@ -1,12 +1,12 @@
 """Losses on held-out token data sets, and random tokens in the place of a set's."""
 
-import dataclasses
-from typing import Any
+import functools
 
 import numpy as np
 
 from sbr_jax import models
 from sbr_jax.data import TokenDataset
+from sbr_jax.evaluation.domain_scores import Remembered
 from sbr_jax.models.finite import require_comparable
 from sbr_jax.models.likelihood import answer_scores
 from sbr_jax.typing import PyTree
@@ -14,21 +14,13 @@ from sbr_jax.typing import PyTree
 BATCH = 32
 
 
-@dataclasses.dataclass
-class HeldOut:
-    """Scores on a held-out set; those of the last weights asked for are kept."""
+HeldOut = Remembered[tuple[float, float]]
+"""`(base, adapter) -> loss, accuracy` on a held-out set."""
 
-    model: models.Model
-    data: TokenDataset
-    _last: tuple[Any, Any, tuple[float, float]] | None = None
 
-    def __call__(self, base: PyTree, adapter: PyTree) -> tuple[float, float]:
-        """Returns loss per answer token in nats, and next-token accuracy in 0..100."""
-        last = self._last
-        if last is None or last[0] is not base or last[1] is not adapter:
-            scores = held_out_scores(self.model, self.data, base, adapter)
-            self._last = last = (base, adapter, scores)
-        return last[2]
+def held_out(model: models.Model, data: TokenDataset) -> HeldOut:
+    """:func:`held_out_scores`, measured once for the weights seen last."""
+    return Remembered(functools.partial(held_out_scores, model, data))
 
 
 def held_out_scores(

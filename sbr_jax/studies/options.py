@@ -6,7 +6,7 @@ and a bad command line is refused at once.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from sbr_jax import checks, errors
 from sbr_jax.checks import Range
@@ -75,6 +75,24 @@ def recorded(options: Any) -> dict[str, Any]:
     }
 
 
+class WorldSetting(NamedTuple):
+    """What the kinds of options of a miniature world differ in.
+
+    Attributes:
+        seed: of the world.
+        held_out: how many kinds of harm no defence sees.
+        alone: whether these kinds alone are measured.
+        rater: judge of training pairs, "exact" or "guard".
+        auroc: how well that judge tells harm.
+    """
+
+    seed: int = 0
+    held_out: int = 0
+    alone: bool = False
+    rater: str = "exact"
+    auroc: float = 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class WorldOptions:
     """Options of every study of a miniature world.
@@ -104,30 +122,9 @@ class WorldOptions:
 
         return tuple(EDITIONS[self.edition].domains)
 
-    @property
-    def seed(self) -> int:
-        """Seed of the world."""
-        return 0
-
-    @property
-    def held_out(self) -> int:
-        """How many kinds of harm no defence sees."""
-        return 0
-
-    @property
-    def alone(self) -> bool:
-        """Whether these kinds alone are measured."""
-        return False
-
-    @property
-    def rater(self) -> str:
-        """Judge of training pairs, "exact" or "guard"."""
-        return "exact"
-
-    @property
-    def auroc(self) -> float:
-        """How well that judge tells harm."""
-        return 1.0
+    def setting(self) -> WorldSetting:
+        """What these options choose."""
+        return WorldSetting()
 
     def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
         """Refuses a data folder, for which the testbed has no use."""
@@ -163,20 +160,10 @@ class TestbedOptions(WorldOptions):
     hard: bool = False
     judge: Literal["exact", "guard"] = "exact"
 
-    @property
-    def held_out(self) -> int:
-        """Three kinds if hard."""
-        return 3 if self.hard else 0
-
-    @property
-    def alone(self) -> bool:
-        """If hard, they alone are measured."""
-        return self.hard
-
-    @property
-    def rater(self) -> str:
-        """The judge that was chosen."""
-        return self.judge
+    def setting(self) -> WorldSetting:
+        """Three kinds held out if hard, and the judge."""
+        held_out = 3 if self.hard else 0
+        return WorldSetting(held_out=held_out, alone=self.hard, rater=self.judge)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,20 +185,9 @@ class Testbed2Options(WorldOptions):
     unseen_kinds: Annotated[int, Range(least=0, most=7)] = 3
     judge_auroc: Annotated[float, Range(least=0.7, most=1.0)] = 1.0
 
-    @property
-    def seed(self) -> int:
-        """The world that was chosen."""
-        return self.world
-
-    @property
-    def held_out(self) -> int:
-        """As many kinds as were chosen."""
-        return self.unseen_kinds
-
-    @property
-    def auroc(self) -> float:
-        """The quality that was chosen."""
-        return self.judge_auroc
+    def setting(self) -> WorldSetting:
+        """The world, how many kinds are held out, and the judge's quality."""
+        return WorldSetting(self.world, self.unseen_kinds, auroc=self.judge_auroc)
 
     def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
         """Refuses a data folder, and a world whose model was not built."""
@@ -220,7 +196,7 @@ class Testbed2Options(WorldOptions):
             from sbr_jax import testbed
             from sbr_jax.testbed.editions import EDITIONS
 
-            testbed.check_built(EDITIONS[self.edition], self.seed)
+            testbed.check_built(EDITIONS[self.edition], self.world)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,6 +343,10 @@ class ChatOptions(ModelOptions):
         output_folder: where answers are written for a judge elsewhere (mtbench).
     """
 
+    maker: ClassVar[str] = ""
+    """Program that makes the model, where there is one."""
+    demanded: ClassVar[tuple[str, ...]] = ("model", "data")
+    """Sources that a command line must name."""
     train: Count = 5000
     held_out: Count = 500
     calibration: Count = 500
@@ -383,10 +363,6 @@ class ChatOptions(ModelOptions):
     drop_overlaps: bool = False
     output_folder: str | None = None
 
-    def demanded(self) -> Sequence[str]:
-        """Sources that a command line must name."""
-        return ("model", "data")
-
     def known_domains(self) -> Sequence[str]:
         """The papers' domains, and every public data set with a reader."""
         from sbr_jax.data.registry import DOMAINS as SETS
@@ -397,9 +373,14 @@ class ChatOptions(ModelOptions):
         """Refuses a command line without model, data or what a variant needs."""
         from sbr_jax.methods import build, resolve
 
+        if self.maker and sources.model is None:
+            raise UserError(
+                "expected --model FOLDER, got none: make one with python -m "
+                f"experiments.{self.maker}"
+            )
         examples = {"model": "FOLDER_OR_HUB_ID", "data": "FOLDER"}
         for flag, example in examples.items():
-            if getattr(sources, flag) is None and flag in self.demanded():
+            if getattr(sources, flag) is None and flag in self.demanded:
                 raise UserError(
                     f"expected --{flag} {example}, got none: docs/real-models.md says "
                     "what such a folder holds"
@@ -444,32 +425,15 @@ class ChatOptions(ModelOptions):
 class RealtextOptions(ChatOptions):
     """Options of a study of a chat model that `experiments.realtext` made."""
 
-    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
-        """Refuses a command line as `ChatOptions` does, saying who makes the model."""
-        if sources.model is None:
-            raise UserError(
-                "expected --model FOLDER, got none: make one with python -m "
-                "experiments.realtext --data FOLDER --output FOLDER"
-            )
-        super().check(variants, methods, sources)
+    maker = "realtext --data FOLDER --output FOLDER"
 
 
 @dataclasses.dataclass(frozen=True)
 class SmollmOptions(ChatOptions):
     """Options of a study of the chat model that `experiments.smollm2` fetched."""
 
-    def demanded(self) -> Sequence[str]:
-        """Without a data folder, the hub is asked."""
-        return ("model",)
-
-    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
-        """Refuses a command line as `ChatOptions` does, saying who makes the model."""
-        if sources.model is None:
-            raise UserError(
-                "expected --model FOLDER, got none: make one with python -m "
-                "experiments.smollm2 --output runs/smollm2-model"
-            )
-        super().check(variants, methods, sources)
+    maker = "smollm2 --output runs/smollm2-model"
+    demanded = ("model",)  # Without a data folder, the hub is asked.
 
 
 @dataclasses.dataclass(frozen=True)

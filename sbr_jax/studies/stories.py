@@ -13,7 +13,7 @@ from sbr_jax import models
 from sbr_jax.data import TokenDataset, encode_text, take
 from sbr_jax.data.leaks import refuse_leaks, shared_prompts
 from sbr_jax.data.registry import Pair, load_source
-from sbr_jax.studies._held_out import HeldOut, random_tokens
+from sbr_jax.studies._held_out import held_out, random_tokens
 from sbr_jax.studies.options import Sources, StoriesOptions
 from sbr_jax.training.study import Domain, Study
 from sbr_jax.typing import PyTree, UserError
@@ -100,10 +100,10 @@ def build_study(
     control_pairs = load_source(options.control_source, folder)
     language_model = models.load(sources.model or MODEL)
     encode = Encoder(language_model.tokenizer, options.max_length)
-    size, held_out = options.calibration, options.held_out
-    sizes = {"held-out": held_out, "training": options.train}
+    sizes = {"held-out": options.held_out, "training": options.train}
     parts = {name: encode.parts(name, pairs, sizes) for name, pairs in read.items()}
-    sizes = {"calibration": size, "held-out": held_out, "mixing": 500}
+    size = options.calibration
+    sizes = {"calibration": size, "held-out": options.held_out, "mixing": 500}
     safe = encode.parts(options.calibration_source, safe_pairs, sizes)
     # The control sits at the end of its file's order, past any domain's own parts.
     backwards = control_pairs[::-1]
@@ -119,8 +119,8 @@ def build_study(
             both = {"calibration": safe["calibration"], name: data}
             leaks |= refuse_leaks(shared_prompts(both))
 
-    safety = HeldOut(language_model, safe["held-out"])
-    tests = {n: HeldOut(language_model, p["held-out"]) for n, p in parts.items()}
+    safety = held_out(language_model, safe["held-out"])
+    tests = {n: held_out(language_model, p["held-out"]) for n, p in parts.items()}
 
     def evaluate(base: PyTree, adapter: PyTree) -> dict[str, float]:
         found = {f"loss/{name}": test(base, adapter)[0] for name, test in tests.items()}

@@ -38,14 +38,15 @@ class Kinds(NamedTuple):
 
 def kinds_of(options: WorldOptions) -> Kinds:
     """Kinds of harm that a defence sees, does not see, and is measured on."""
-    count = len(lx.HARMFUL_KINDS) - options.held_out
+    setting = options.setting()
+    count = len(lx.HARMFUL_KINDS) - setting.held_out
     seen, unseen = lx.HARMFUL_KINDS[:count], lx.HARMFUL_KINDS[count:]
-    return Kinds(seen, unseen, unseen if options.alone else lx.HARMFUL_KINDS)
+    return Kinds(seen, unseen, unseen if setting.alone else lx.HARMFUL_KINDS)
 
 
 def world_of(options: WorldOptions) -> World:
     """The world that a study is about."""
-    return make_world(options.seed, EDITIONS[options.edition])
+    return make_world(options.setting().seed, EDITIONS[options.edition])
 
 
 def build_study(
@@ -67,7 +68,11 @@ def build_study(
     Raises:
       UserError: a checkpoint that does not fit, a world that was not built.
     """
-    split, size = options.split, options.calibration_examples
+    split, size, setting = (
+        options.split,
+        options.calibration_examples,
+        options.setting(),
+    )
     world, (seen, unseen, measured) = world_of(options), kinds_of(options)
     first = world.edition is FIRST
     whose = (world.edition, world.seed)
@@ -87,7 +92,7 @@ def build_study(
     evaluation = suite.Suite(
         model,
         evalsets.make_evalset(world, split, kinds=measured),
-        unseen=() if options.alone else unseen,
+        unseen=() if setting.alone else unseen,
     )
     asking = evalsets.make_evalset(world, "probe", kinds=seen)
     if options.probe_set == "stratified":
@@ -112,11 +117,11 @@ def build_study(
 
     settings: dict[str, Any] = {"world": world.seed, "split": split, "n": size}
     if first:
-        settings["hard"] = options.alone
+        settings["hard"] = setting.alone
     else:
         settings["edition"] = world.edition.name
-        settings["unseen"], settings["auroc"] = len(unseen), options.auroc
-    if options.rater == "guard":
+        settings["unseen"], settings["auroc"] = len(unseen), setting.auroc
+    if setting.rater == "guard":
         # The exact judge is not named: studies from before the choice keep their print.
         settings["guard"] = hashlib.sha256(testbed.GUARD.read_bytes()).hexdigest()
     if options.probe_set != "one-phrasing":
@@ -124,7 +129,7 @@ def build_study(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(calibration.tokens).tobytes())
     digest.update(np.asarray(model.params["embed"]).tobytes())
-    rate = JUDGES[options.rater](model.tokenizer, world)
+    rate = JUDGES[setting.rater](model.tokenizer, world)
     return Study(
         model=model,
         domains={name: domain(name) for name in names},
@@ -133,7 +138,7 @@ def build_study(
         safety_mix=calibration,
         harmful=harmful,
         unaligned=testbed.load_unaligned(*whose) if model_folder is None else None,
-        judge=judges.mistaken(rate, options.auroc),
+        judge=judges.mistaken(rate, setting.auroc),
         evaluate=evaluation.safety,
         probe=probe.refusal,
         probe_size=len(asking.harmful),

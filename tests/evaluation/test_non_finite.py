@@ -18,7 +18,7 @@ from sbr_jax.evaluation.domain_scores import TokenAccuracy
 from sbr_jax.evaluation.runner import ModelRunner
 from sbr_jax.evaluation.tasks.first_token import roc_area
 from sbr_jax.models.finite import comparable
-from sbr_jax.studies.stories import HeldOut
+from sbr_jax.studies._held_out import held_out
 from sbr_jax.typing import UserError
 
 
@@ -87,7 +87,7 @@ READERS = {
     "next token": lambda m, r: TokenAccuracy(m.apply_fn, TokenDataset(TOKENS, MASK))(
         r.base, None
     ),
-    "held-out": lambda m, r: HeldOut(m, TokenDataset(TOKENS, MASK))(r.base, None),
+    "held-out": lambda m, r: held_out(m, TokenDataset(TOKENS, MASK))(r.base, None),
 }
 
 

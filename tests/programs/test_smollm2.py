@@ -149,4 +149,4 @@ def test_the_preset_is_runnable_as_it_stands():
     preset = recipes.load("smollm2")
     assert set(preset.methods) <= {*METHODS, *VARIANTS}
     assert set(preset.study.benchmarks) <= set(BENCHMARKS)
-    assert preset.study.demanded() == ("model",)
+    assert preset.study.demanded == ("model",)

@@ -23,7 +23,7 @@ from sbr_jax.evaluation.tasks.first_token import opening_tokens, refusal_auc
 from sbr_jax.methods.needs import BENIGN
 from sbr_jax.models import Model
 from sbr_jax.settings import Hardware
-from sbr_jax.studies._held_out import HeldOut, random_tokens
+from sbr_jax.studies._held_out import HeldOut, held_out, random_tokens
 from sbr_jax.studies.chat import checkpoints
 from sbr_jax.studies.chat.judges import make_judge, risk_judge
 from sbr_jax.studies.chat.parts import encode
@@ -235,7 +235,7 @@ def _scores(
 ) -> tuple[list[Score], dict[str, HeldOut]]:
     """Everything that is measured before and after, and the losses by test set."""
     tests = {
-        name.partition(" ")[2]: HeldOut(model, data)
+        name.partition(" ")[2]: held_out(model, data)
         for name, data in parts.sets.items()
         if name.startswith("test ")
     }
@@ -248,7 +248,7 @@ def _scores(
         if (exact := _exact_match(name, rows, model, bare, options)) is not None
     ]
     if "general" in parts.sets:
-        general = HeldOut(model, parts.sets["general"])
+        general = held_out(model, parts.sets["general"])
         found.append(lambda base, adapter: {"general_loss": general(base, adapter)[0]})
     if parts.measured:
         found.append(_refusals("refusal", parts.measured, judge, runner, options))
