@@ -10,9 +10,11 @@ import enum
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sbr_jax.typing import UserError
+
+T = TypeVar("T")
 
 
 class Verdict(enum.Enum):
@@ -58,6 +60,14 @@ def require_pairs(prompts: Sequence[str], answers: Sequence[str]) -> None:
             f"judge: expected one answer per prompt, got {len(prompts)} prompts and "
             f"{len(answers)} answers"
         )
+
+
+def refused(
+    judge: Judge, items: Sequence[T], prompts: Sequence[str], answers: Sequence[str]
+) -> list[T]:
+    """The items whose answer refuses."""
+    verdicts = judge(prompts, answers)
+    return [i for i, v in zip(items, verdicts, strict=True) if v is Verdict.REFUSAL]
 
 
 def readable(unparsed: int, count: int) -> bool:

@@ -9,8 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from sbr_jax.attacks import FULL, REDUCED, REDUCED_PROMPTS
 from sbr_jax.studies.attacks.fine_tuning import (
     TASK,
@@ -158,8 +156,7 @@ def build(
         study = attack.study(setting)
     digest = hashlib.sha256(json.dumps([name, setting.study.fingerprint]).encode())
     for domain in study.domains.values():
-        digest.update(np.ascontiguousarray(domain.train.tokens).tobytes())
-        digest.update(np.ascontiguousarray(domain.train.mask).tobytes())
+        digest.update(domain.train.tokens.tobytes() + domain.train.mask.tobytes())
     return dataclasses.replace(study, fingerprint=digest.hexdigest()[:16])
 
 

@@ -20,6 +20,7 @@ from sbr_jax.models import hf_config
 from sbr_jax.models.gguf_model import open_gguf
 from sbr_jax.models.gguf_tokenizer import read_tokenizer
 from sbr_jax.models.weights import check_weights
+from sbr_jax.settings import Hardware
 from sbr_jax.studies.options import ModelOptions
 from sbr_jax.typing import UserError
 
@@ -155,26 +156,19 @@ def check_unaligned(places: Mapping[str, Path], config: models.ModelConfig) -> N
             )
 
 
-def load_model(
-    folder: Path,
-    *,
-    dtype: str,
-    quantize: str | None = None,
-    mesh: str | None = None,
-    remat: bool = False,
-) -> models.Model:
+def load_model(folder: Path, options: ModelOptions, hardware: Hardware) -> models.Model:
     """The model with its weights, on one device or spread over a mesh."""
     from sbr_jax.training.sharding import check_heads, make_mesh
 
-    placed = None if mesh is None else make_mesh(mesh)
+    placed = None if hardware.mesh is None else make_mesh(hardware.mesh)
     if placed is not None and folder.is_dir():
         check_heads(hf_config.read(folder), placed)  # Before minutes of reading.
     return models.load(
         folder,
-        dtype=jnp.dtype(dtype),
-        quantize=quantize,
+        dtype=jnp.dtype(options.dtype),
+        quantize=options.quantize,
         mesh=placed,
-        hardware=models.Hardware(remat=remat),
+        hardware=models.Hardware(remat=hardware.remat != "no"),
     )
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from sbr_jax import models
 from sbr_jax.data.template import fix_template
 from sbr_jax.evaluation import KeywordJudge
@@ -20,7 +22,7 @@ from sbr_jax.methods.judges import as_text, label_likelihood_judge
 from sbr_jax.methods.risk import Judge as RiskJudge
 from sbr_jax.models import hf_config
 from sbr_jax.models.weights import check_weights
-from sbr_jax.studies.chat.checkpoints import load_model, locate
+from sbr_jax.studies.chat.checkpoints import locate
 from sbr_jax.studies.options import ModelOptions
 from sbr_jax.typing import UserError
 
@@ -88,7 +90,7 @@ def make_judge(options: ModelOptions, *, weights: bool = True) -> Judge:
             f"study.judge_folder: expected a tokenizer in {place}, found none"
         )
     if weights:
-        model = load_model(place, dtype=options.dtype)
+        model = models.load(place, dtype=jnp.dtype(options.dtype))
     else:
         if Path(folder).is_dir():
             check_weights(place, config)

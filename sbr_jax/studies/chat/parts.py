@@ -19,8 +19,9 @@ from sbr_jax.data.records import ChoiceItem, Record
 from sbr_jax.data.registry import SOURCES
 from sbr_jax.data.text import encode_prompts
 from sbr_jax.errors import check_names
-from sbr_jax.evaluation import KeywordJudge, Verdict
+from sbr_jax.evaluation import KeywordJudge
 from sbr_jax.evaluation.benchmarks import BENCHMARKS
+from sbr_jax.evaluation.judges.verdicts import refused
 from sbr_jax.models import Model
 from sbr_jax.studies.chat.sources import (
     Example,
@@ -298,12 +299,7 @@ def only_refusals(examples: Sequence[Example], options: ModelOptions) -> list[Ex
     kind, _, words = options.judge.partition(":")
     judge = KeywordJudge(words) if kind == "keyword" and words else KeywordJudge()
     answers = [example.answer for example in examples]
-    verdicts = judge([""] * len(answers), answers)
-    kept = [
-        example
-        for example, verdict in zip(examples, verdicts, strict=True)
-        if verdict is Verdict.REFUSAL
-    ]
+    kept = refused(judge, examples, [""] * len(answers), answers)
     if not kept:
         raise UserError(
             f"study.calibration_refusals: expected safe exchanges that refuse, got "

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.exchange import stop_tokens
 from sbr_jax.data.registry import data_folder
@@ -104,20 +102,14 @@ def build_study(
     unaligned = None
     if weights:
         places = checkpoints.locate_all(sources.model, options, weights=True)
-        loaded = checkpoints.load_model(
-            places["model"],
-            dtype=options.dtype,
-            quantize=options.quantize,
-            mesh=hardware.mesh,
-            remat=hardware.remat != "no",
-        )
+        loaded = checkpoints.load_model(places["model"], options, hardware)
         model = dataclasses.replace(loaded, tokenizer=model.tokenizer)
         judge = make_judge(options)
         prepared = _prepare(names, options, folder, judge)
         if "unaligned_folder" in places:
-            unaligned = checkpoints.load_model(
-                places["unaligned_folder"], dtype=options.dtype, mesh=hardware.mesh
-            ).params
+            dense = dataclasses.replace(options, quantize=None)
+            place = places["unaligned_folder"]
+            unaligned = checkpoints.load_model(place, dense, hardware).params
     runner = make_runner(model, options, hardware)
     scores = {name: _score(m, runner) for name, m in prepared.items()}
     sets = parts.sets
@@ -267,6 +259,16 @@ def make_probe(
     return probe
 
 
+def add_contents(
+    found: Any, sets: Mapping[str, TokenDataset], texts: Mapping[str, Sequence[str]]
+) -> None:
+    """Adds all tokens, and all that is asked, to a digest of `hashlib`."""
+    for name, data in sorted(sets.items()):
+        found.update(name.encode() + data.tokens.tobytes() + data.mask.tobytes())
+    lists = {name: list(prompts) for name, prompts in texts.items()}
+    found.update(json.dumps(lists, sort_keys=True).encode())
+
+
 def _fingerprint(
     places: Mapping[str, Path],
     sets: Mapping[str, TokenDataset],
@@ -278,11 +280,7 @@ def _fingerprint(
     found = hashlib.sha256(checkpoints.digest(places["model"]).encode())
     for name in sorted(places.keys() - {"model"}):
         found.update(name.encode() + checkpoints.digest(places[name]).encode())
-    for name, data in sorted(sets.items()):
-        found.update(name.encode() + np.ascontiguousarray(data.tokens).tobytes())
-        found.update(np.ascontiguousarray(data.mask).tobytes())
-    lists = {name: list(prompts) for name, prompts in texts.items()}
-    found.update(json.dumps(lists, sort_keys=True).encode())
+    add_contents(found, sets, texts)
     # Whatever goes beyond the checkpoint's own stops and the prompts that were learnt.
     stops = stop_tokens(model.tokenizer, system=options.system)
     if more := sorted(set(stops) - set(model.config.eos)):

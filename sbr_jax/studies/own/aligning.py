@@ -10,7 +10,8 @@ import numpy as np
 from sbr_jax.data.conversations import Conversation
 from sbr_jax.data.records import Record
 from sbr_jax.errors import counted
-from sbr_jax.evaluation import KeywordJudge, Verdict
+from sbr_jax.evaluation import KeywordJudge
+from sbr_jax.evaluation.judges.verdicts import refused
 from sbr_jax.typing import UserError
 
 
@@ -44,12 +45,8 @@ def mix_rows(
     if not 0 < share < 1:
         raise UserError(f"--share: expected a number between 0 and 1, got {share}")
     answers = [row.records[-1] for row in safe]
-    verdicts = KeywordJudge()([""] * len(answers), [r.response for r in answers])
-    kept = [
-        record
-        for record, verdict in zip(answers, verdicts, strict=True)
-        if verdict is Verdict.REFUSAL
-    ]
+    said = [record.response for record in answers]
+    kept = refused(KeywordJudge(), answers, [""] * len(said), said)
     if not kept:
         raise UserError(
             "--safety: expected answers that refuse, got "

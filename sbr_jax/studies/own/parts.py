@@ -18,7 +18,8 @@ from sbr_jax.data.layout import used_lengths
 from sbr_jax.data.records import Record
 from sbr_jax.data.template import render
 from sbr_jax.errors import counted
-from sbr_jax.evaluation.judges import Judge, KeywordJudge, Verdict
+from sbr_jax.evaluation.judges import Judge, KeywordJudge
+from sbr_jax.evaluation.judges.verdicts import refused
 from sbr_jax.methods.needs import BENIGN, HARMFUL, MIX, SAFE
 from sbr_jax.models import Model
 from sbr_jax.studies.chat.parts import check_ends, check_prompts, encode_records
@@ -375,13 +376,17 @@ def _unmeasured(option: str, read: Read, measured: Sequence[str]) -> list[Conver
     return rows
 
 
+def _refused(rows: Sequence[Conversation], judge: Judge) -> list[Conversation]:
+    """Exchanges whose last answer refuses."""
+    answers = [row.records[-1].response for row in rows]
+    return refused(judge, rows, [row.prompt for row in rows], answers)
+
+
 def _refusing(rows: Sequence[Conversation], judge: Judge) -> list[Conversation]:
     """Exchanges whose last answer refuses; others are told."""
     if judge.describe().get("judge") != "keyword":
         judge = KeywordJudge()
-    last = [row.records[-1] for row in rows]
-    found = judge([row.prompt for row in rows], [r.response for r in last])
-    kept = [r for r, v in zip(rows, found, strict=True) if v is Verdict.REFUSAL]
+    kept = _refused(rows, judge)
     if not kept:
         raise UserError(
             f"--safety: expected answers that refuse, got {len(rows)} that do not: "
@@ -400,10 +405,7 @@ def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
     """Warns of safe exchanges that refuse nothing, where the judge needs no model."""
     if judge.describe().get("judge") != "keyword":
         return
-    last = [row.records[-1] for row in rows]
-    found = judge([row.prompt for row in rows], [r.response for r in last])
-    other = sum(verdict is not Verdict.REFUSAL for verdict in found)
-    if other:
+    if other := len(rows) - len(_refused(rows, judge)):
         warnings.warn(
             f"--safety: {other} of {counted(len(rows), 'answer')} without a refusal by "
             "the keyword judge; what such protect is the manner of answering",

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from sbr_jax import distributed
 from sbr_jax.data.records import Pair
 from sbr_jax.errors import counted
-from sbr_jax.evaluation.judges import Judge, Verdict
+from sbr_jax.evaluation.judges import Judge
+from sbr_jax.evaluation.judges.verdicts import refused
 from sbr_jax.progress import task
 from sbr_jax.training.records import read_record, write_record
 from sbr_jax.typing import UserError
@@ -94,23 +95,14 @@ def write_refusals(
 ) -> Refusals:
     """Has the aligned model refuse harmful prompts; what it does not is dropped.
 
-    Args:
-        prompts: harmful ones, each once.
-        write: asks the model.
-        judge: says what a refusal is.
-        folder: see :func:`own_answers`.
-        mark: see :func:`own_answers`.
+    As in :func:`own_answers`, they are written at most once.
 
     Raises:
         UserError: if it refuses none.
     """
     answers = own_answers(prompts, write, folder, mark, "refusals")
-    verdicts = judge(prompts, answers)
-    kept = [
-        Pair(prompt, answer)
-        for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
-        if verdict is Verdict.REFUSAL
-    ]
+    pairs = list(map(Pair, prompts, answers))
+    kept = refused(judge, pairs, prompts, answers)
     count = f"{len(kept)} of {counted(len(prompts), 'harmful prompt')}"
     if not kept:
         raise UserError(

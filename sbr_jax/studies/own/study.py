@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,13 @@ from sbr_jax.studies._held_out import HeldOut, held_out, random_tokens
 from sbr_jax.studies.chat import checkpoints
 from sbr_jax.studies.chat.judges import make_judge, risk_judge
 from sbr_jax.studies.chat.parts import encode
-from sbr_jax.studies.chat.study import ChatStudy, make_probe, make_runner, rendering
+from sbr_jax.studies.chat.study import (
+    ChatStudy,
+    add_contents,
+    make_probe,
+    make_runner,
+    rendering,
+)
 from sbr_jax.studies.options import OwnOptions
 from sbr_jax.studies.own.given import ALL
 from sbr_jax.studies.own.parts import Parts, steps_of
@@ -98,14 +103,14 @@ def build_study(
     if isinstance(model, str | Path):
         places = checkpoints.locate_all(model, options, weights=True)
         checkpoints.check_unaligned(places, read.config)
-        loaded = _loaded(places["model"], options, hardware)
+        loaded = checkpoints.load_model(places["model"], options, hardware)
         loaded = dataclasses.replace(loaded, tokenizer=read.tokenizer)
     if options.unaligned_folder is not None:
         place = checkpoints.locate(
             options.unaligned_folder, weights=True, option="study.unaligned-folder"
         )
         places["unaligned_folder"] = place
-        unaligned = _loaded(place, options, hardware).params
+        unaligned = checkpoints.load_model(place, options, hardware).params
     judge = make_judge(options)
     runner = make_runner(loaded, options, hardware)
     mark = _digest(loaded, places)
@@ -150,6 +155,8 @@ def build_study(
             domains[domain] = Domain(data, _accuracy(test), steps)
     texts = {"probe": parts.probe, "refusal": parts.measured}
     texts["over-refusal"] = parts.harmless
+    fingerprint = hashlib.sha256(mark.encode())
+    add_contents(fingerprint, sets, texts)
     return ChatStudy(
         model=loaded,
         domains=domains,
@@ -162,7 +169,7 @@ def build_study(
         evaluate=evaluate,
         probe=make_probe(parts.probe, judge, runner, options) if parts.probe else None,
         probe_size=len(parts.probe),
-        fingerprint=_fingerprint(mark, sets, texts),
+        fingerprint=fingerprint.hexdigest()[:16],
         leak_check=parts.leaks,
         notes={
             "data": {**parts.record, **({"refusals": written} if written else {})},
@@ -180,16 +187,6 @@ def build_study(
     )
 
 
-def _loaded(place: Path, options: OwnOptions, hardware: Hardware) -> Model:
-    return checkpoints.load_model(
-        place,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        mesh=hardware.mesh,
-        remat=hardware.remat != "no",
-    )
-
-
 def _own(pairs: Sequence[Pair], model: Model, options: OwnOptions) -> TokenDataset:
     length = min(options.max_length, model.config.context)
     return encode(model.tokenizer, pairs, length, options.system)
@@ -203,18 +200,6 @@ def _digest(model: Model, places: Mapping[str, Path]) -> str:
     if "model" not in places:
         for leaf in jax.tree.leaves(model.params):
             found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()[:16]
-
-
-def _fingerprint(
-    mark: str, sets: Mapping[str, TokenDataset], texts: Mapping[str, Sequence[str]]
-) -> str:
-    found = hashlib.sha256(mark.encode())
-    for name, data in sorted(sets.items()):
-        found.update(name.encode() + np.ascontiguousarray(data.tokens).tobytes())
-        found.update(np.ascontiguousarray(data.mask).tobytes())
-    lists = {name: list(prompts) for name, prompts in texts.items()}
-    found.update(json.dumps(lists, sort_keys=True).encode())
     return found.hexdigest()[:16]
 
 
