@@ -227,6 +227,14 @@ def draw(
     return [items[i] for i in sorted(i for _, _, i in sorted(turns)[:limit])]
 
 
+def by_group(items: Iterable[Any]) -> dict[str, list[Any]]:
+    """Items by their group, in order."""
+    found: dict[str, list[Any]] = {}
+    for item in items:
+        found.setdefault(item.group, []).append(item)
+    return found
+
+
 def flat(result: Result, name: str) -> dict[str, float]:
     """The metrics of a task by METRIC/SET/GROUP.
 
@@ -362,10 +370,7 @@ def _bbq(ask: Ask) -> PreparedBenchmark:
 
 def _mmlu(ask: Ask) -> PreparedBenchmark:
     items = ask.items("mmlu", part=lambda item: item.group)
-    solved: dict[str, list[Any]] = {}
-    dev: list[Any] = load_evalset("mmlu", ask.folder, split="dev")
-    for item in dev:
-        solved.setdefault(item.group, []).append(item)
+    solved = by_group(load_evalset("mmlu", ask.folder, split="dev"))
     shots = min(5, *(len(solved.get(item.group, ())) for item in items))
     return ask.made(
         items,

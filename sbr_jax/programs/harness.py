@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbr_jax import errors
-from sbr_jax.evaluation.benchmarks import draw
+from sbr_jax.data.registry import load_evalset
+from sbr_jax.evaluation import harness_tasks
+from sbr_jax.evaluation.benchmarks import by_group, draw
+from sbr_jax.evaluation.tasks.bias import item_scores
 from sbr_jax.programs.job import Job
 from sbr_jax.training.deployed import deployments
 from sbr_jax.typing import UserError
@@ -35,58 +38,44 @@ class Task(NamedTuple):
     tasks: Sequence[Mapping[str, Any]]
 
 
-def _truthfulqa(name: str) -> Callable[[Path, int | None], Task]:
-    def read(folder: Path, limit: int | None) -> Task:
-        from sbr_jax.data import load_evalset
-        from sbr_jax.evaluation.harness_tasks import truthfulqa_task
+class Source(NamedTuple):
+    """Where the items of a name come from, and what makes the harness's tasks of them.
 
-        items = draw(load_evalset(name, folder), limit)
-        return Task(items, [truthfulqa_task(items, name=name)])
+    Attributes:
+        evalset: the data set.
+        make: of its items and the data folder.
+        part: label of an item's part, of which parts take turns.
+    """
 
-    return read
-
-
-def _bbq(folder: Path, limit: int | None) -> Task:
-    from sbr_jax.data import load_evalset
-    from sbr_jax.evaluation.harness_tasks import bbq_task
-
-    found = load_evalset("bbq", folder)
-    items = draw(found, limit, lambda item: (item.category, item.ambiguous))
-    return Task(items, [bbq_task(items)])
+    evalset: str
+    make: Callable[[Any, Path], list[dict[str, Any]]]
+    part: Callable[[Any], Any] | None = None
 
 
-def _mmlu(folder: Path, limit: int | None) -> Task:
-    from sbr_jax.data import load_evalset
-    from sbr_jax.evaluation.harness_tasks import mmlu_task
+def _mmlu(items: Any, folder: Path) -> list[dict[str, Any]]:
+    solved = by_group(load_evalset("mmlu", folder, split="dev"))
+    subjects = by_group(items).items()
+    return [harness_tasks.mmlu_task(i, solved.get(n, [])[:5]) for n, i in subjects]
 
-    items = draw(load_evalset("mmlu", folder), limit, lambda item: item.group)
-    solved: dict[str, list[Any]] = {}
-    examples: Any = load_evalset("mmlu", folder, split="dev")
-    for item in examples:
-        solved.setdefault(item.group, []).append(item)
-    subjects: dict[str, list[Any]] = {}
-    for item in items:
-        subjects.setdefault(item.group, []).append(item)
-    return Task(
-        items,
-        [mmlu_task(own, solved.get(name, [])[:5]) for name, own in subjects.items()],
+
+def _truthfulqa(name: str) -> Source:
+    return Source(
+        name, lambda items, _: [harness_tasks.truthfulqa_task(items, name=name)]
     )
 
 
-def _medqa(folder: Path, limit: int | None) -> Task:
-    from sbr_jax.data import load_evalset
-    from sbr_jax.evaluation.harness_tasks import medqa_task
-
-    items = draw(load_evalset("medqa", folder), limit)
-    return Task(items, [medqa_task(items)])
-
-
-TASKS: dict[str, Callable[[Path, int | None], Task]] = {
+TASKS = {
     "truthfulqa_mc1": _truthfulqa("truthfulqa_mc1"),
     "truthfulqa_mc2": _truthfulqa("truthfulqa_mc2"),
-    "bbq": _bbq,
-    "mmlu": _mmlu,
-    "medqa_4options": _medqa,
+    "bbq": Source(
+        "bbq",
+        lambda items, _: [harness_tasks.bbq_task(items)],
+        lambda item: (item.category, item.ambiguous),
+    ),
+    "mmlu": Source("mmlu", _mmlu, lambda item: item.group),
+    "medqa_4options": Source(
+        "medqa", lambda items, _: [harness_tasks.medqa_task(items)]
+    ),
 }
 
 
@@ -120,12 +109,14 @@ def read(job: Job, names: Sequence[str], limit: int | None) -> dict[str, Task]:
         UserError: without lm-eval, for missing or damaged files, and a folder whose
             `harness.json` is of other tasks or items.
     """
-    from sbr_jax.evaluation.harness_tasks import import_harness
-
-    import_harness()
+    harness_tasks.import_harness()
     folder = Path(job.sources.data or "")
     limit = limit or getattr(job.study, "limit", None)
-    found = {name: TASKS[name](folder, limit) for name in names or TASKS}
+    found = {}
+    for name in names or TASKS:
+        source = TASKS[name]
+        items = draw(load_evalset(source.evalset, folder), limit, source.part)
+        found[name] = Task(items, source.make(items, folder))
     _entries(job, found)
     return found
 
@@ -183,29 +174,16 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
 
 def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
     """The absolute bias in ambiguous contexts of the single categories, if any."""
-    from sbr_jax.evaluation.tasks.bias import bias_scores
-
     used = [
         (pick, item)
         for pick, item in zip(picks, items, strict=True)
         if item.ambiguous and item.biased is not None and "_x_" not in item.category
     ]
-    if not used:
-        return {}
-    scores = bias_scores(
-        [pick for pick, _ in used],
-        [item.biased for _, item in used],
-        [item.unknown for _, item in used],
-        [item.correct for _, item in used],
-        [item.category for _, item in used],
-        ambiguous=True,
-    )
-    return {"bbq_bias": scores.absolute}
+    return {"bbq_bias": item_scores(used, ambiguous=True).absolute} if used else {}
 
 
 def _identity(job: Job, tasks: Mapping[str, Task]) -> dict[str, Any]:
     """Run, version and items that all entries of one `harness.json` share."""
-    from sbr_jax.evaluation.harness_tasks import import_harness
     from sbr_jax.training.run_folder import RunFolder
 
     def digest(items: Sequence[Any]) -> str:
@@ -213,7 +191,7 @@ def _identity(job: Job, tasks: Mapping[str, Task]) -> dict[str, Any]:
 
     return {
         "run": RunFolder(job.workdir).run,
-        "lm_eval": import_harness().__version__,
+        "lm_eval": harness_tasks.import_harness().__version__,
         "items": {name: len(task.items) for name, task in tasks.items()},
         "ids": {name: digest(task.items) for name, task in tasks.items()},
         "system": getattr(job.study, "system", None),

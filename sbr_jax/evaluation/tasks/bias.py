@@ -114,6 +114,18 @@ def _signed(biased: int, named: int, hits: int, count: int) -> float:
     return 100.0 * (s * (1.0 - hits / count))
 
 
+def item_scores(here: Sequence[tuple[int, BiasItem]], *, ambiguous: bool) -> BiasScores:
+    """:func:`bias_scores` of the picks of items."""
+    return bias_scores(
+        [pick for pick, _ in here],
+        [int(item.biased or 0) for _, item in here],
+        [item.unknown for _, item in here],
+        [item.correct for _, item in here],
+        [item.category for _, item in here],
+        ambiguous=ambiguous,
+    )
+
+
 def bbq(
     runner: Runner, items: Sequence[BiasItem], *, method: str = "likelihood"
 ) -> Result:
@@ -154,14 +166,7 @@ def bbq(
             ]
             if not here:
                 continue
-            scores = bias_scores(
-                [pick for pick, _ in here],
-                [int(item.biased or 0) for _, item in here],
-                [item.unknown for _, item in here],
-                [item.correct for _, item in here],
-                [item.category for _, item in here],
-                ambiguous=ambiguous,
-            )
+            scores = item_scores(here, ambiguous=ambiguous)
             warn_unparsed(f"bbq, {start}{condition}", scores.unparsed, len(here))
             name = f"{start}bias_{condition}"
             if scores.unparsed:
