@@ -137,9 +137,7 @@ def measure_model(report: measure.Pairs, size: study.Size) -> None:
 def main(given: list[str] | None = None) -> None:
     """Measures every size."""
     args = measure.options(__doc__, given)
-    peer, missing = worker.peer_python(args.peers, "torch")
-    if missing:
-        print(missing)
+    peer = worker.peer_python(args.peers, "torch")
     report = measure.Pairs("fisher", args)
     for name in ["miniature"] if args.smoke else SIZES:
         measure_size(report, args, name, peer)

@@ -24,9 +24,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a turn")
     args = parser.parse_args(given)
     args.rounds = args.rounds or (2 if args.smoke else 4)
-    peer, missing = worker.peer_python(args.peers, "torch", "transformers")
-    if missing:
-        print(missing)
+    peer = worker.peer_python(args.peers, "torch", "transformers")
     inside = args.smoke and peer is None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -25,9 +25,7 @@ def main(given: list[str] | None = None) -> None:
     args.rounds = args.rounds or (2 if args.smoke else 4)
     count, new = (4, 8) if args.smoke else (args.prompts, args.new)
     scale = 0.1 if args.smoke else 1.0
-    peer, missing = worker.peer_python(args.peers, "torch", "transformers")
-    if missing:
-        print(missing)
+    peer = worker.peer_python(args.peers, "torch", "transformers")
     inside = args.smoke and peer is None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

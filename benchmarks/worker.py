@@ -126,8 +126,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peer_python(given: str | None, *modules: str) -> tuple[str | None, str]:
-    """The interpreter that has the peers, or None and a line that says what is missing.
+def peer_python(given: str | None, *modules: str) -> str | None:
+    """The interpreter that has the peers; None, with a line that says what is missing.
 
     Args:
       given: from the command line; None for ``.venv-peers``, else this interpreter.
@@ -136,7 +136,8 @@ def peer_python(given: str | None, *modules: str) -> tuple[str | None, str]:
     own = PEER_PYTHON if PEER_PYTHON.is_file() else sys.executable
     python = shutil.which(str(given or own))
     if python is None:
-        return None, f"no {given}: {', '.join(modules)} are missing, so ours alone"
+        print(f"no {given}: {', '.join(modules)} are missing, so ours alone")
+        return None
     look = (
         "import importlib.util, sys;"
         "print(*[m for m in sys.argv[1:] if importlib.util.find_spec(m) is None])"
@@ -145,8 +146,9 @@ def peer_python(given: str | None, *modules: str) -> tuple[str | None, str]:
     missing = subprocess.run(command, capture_output=True, text=True, check=True)
     if names := missing.stdout.split():
         hint = "make bench-venv installs them into .venv-peers"
-        return None, f"not installed: {', '.join(names)} ({hint}), so ours alone"
-    return python, ""
+        print(f"not installed: {', '.join(names)} ({hint}), so ours alone")
+        return None
+    return python
 
 
 class Inside:
