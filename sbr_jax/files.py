@@ -30,6 +30,12 @@ LAST = ("config.json", "adapter_config.json")
 """Without these nobody takes a folder for a model."""
 
 
+def cache_folder() -> pathlib.Path:
+    """The package's folder in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "sbr_jax"
+
+
 def is_there(path: pathlib.Path) -> bool:
     """Whether there is a file; something else of that name is no absence.
 

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sbr_jax import files
 from sbr_jax.planning.case import Case
 from sbr_jax.planning.chips import Topology
 from sbr_jax.planning.layouts import Layout
@@ -116,7 +117,7 @@ def compile_part(
         "part": part,
         "quick": quick,
     }
-    path = (cache or cache_folder()) / f"{digest(request)}.json"
+    path = (cache or files.cache_folder() / "plan") / f"{digest(request)}.json"
     if path.is_file():
         return _read(json.loads(path.read_text("utf-8"))["found"])
     found = _asked(request)
@@ -138,12 +139,6 @@ def _read(found: Mapping[str, Any]) -> Found:
     links = tuple((kind, count, size) for kind, count, size in found["links"])
     names = ("flops", "bytes", "held", "peak", "unknown")
     return Found(links=links, **{name: found[name] for name in names})
-
-
-def cache_folder() -> Path:
-    """Where what was found is kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "sbr_jax" / "plan"
 
 
 def digest(request: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sbr_jax import errors
+from sbr_jax import errors, files
 from sbr_jax.distributed.errors import Ended, Lost
 from sbr_jax.programs import terminal
 from sbr_jax.programs.parsing import parse as parse
@@ -234,8 +234,8 @@ def enable_compilation_cache() -> Callable[[], str]:
     jax.monitoring.register_event_listener(lambda event, **_: seen.update([event]))
     jax.monitoring.register_event_duration_secs_listener(timed)
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "sbr_jax" / "jax"))
+        folder = str(files.cache_folder() / "jax")
+        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     def told() -> str:

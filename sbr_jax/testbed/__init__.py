@@ -8,10 +8,10 @@ between `testbed` and `testbed-2`, with the domains that are fine-tuned on.
 
 import dataclasses
 import functools
-import os
 import pathlib
 from typing import Any
 
+from sbr_jax import files
 from sbr_jax.testbed.editions import FIRST, Edition
 from sbr_jax.typing import UserError
 
@@ -31,8 +31,7 @@ def folder(edition: Edition = FIRST, seed: int = SEED) -> pathlib.Path:
     """Where the model of a world is: the package, or the user's cache if built."""
     if seed == SEED:
         return edition.assets
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(cache) / "sbr_jax" / edition.name / f"world-{seed}"
+    return files.cache_folder() / edition.name / f"world-{seed}"
 
 
 def check_built(edition: Edition, seed: int) -> None:
