@@ -77,7 +77,7 @@ class _Counting(NodeTransformer):
     def visit_Operand(self, node: nodes.Operand) -> nodes.Operand:
         self.generic_visit(node)
         if not isinstance(node.expr, nodes.Const):
-            node.expr = _call("search", [node.expr])
+            node.expr = _call("weigh", [node.expr])
         return node
 
     def _collection(self, node: Any) -> nodes.Expr:
@@ -188,11 +188,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return ""
 
     def weigh(self, value: Any) -> Any:
-        """Charges a value that is written or put into a collection."""
-        return work.charge_tree(value)
-
-    def search(self, value: Any) -> Any:
-        """Charges a value that something is compared with or looked for in."""
+        """Charges a value that is written, compared, or put into a collection."""
         return work.charge_tree(value)
 
     def slice(self, value: Any) -> Any:

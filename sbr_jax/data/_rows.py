@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sbr_jax.errors import counted
 from sbr_jax.typing import UserError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -52,16 +53,20 @@ class Row(NamedTuple):
     def get(self, column: str) -> Any:
         """A cell as it is."""
         if column not in self.values:
-            # In a file without a header, the "names" are a row's texts.
-            names = [name for name in self.values if _is_name(name)]
-            more = len(self.values) - len(names)
-            found = ", ".join([*names, *([f"{more} longer names"] if more else [])])
             place = f"row {self.number}" if self.number else "header"
             raise UserError(
                 f"{self.where}, {place}: expected a column '{column}', got "
-                f"{found or 'none'}; use the file as its owner publishes it"
+                f"{self.columns()}; use the file as its owner publishes it"
             )
         return self.values[column]
+
+    def columns(self) -> str:
+        """The names of its columns; longer ones are counted."""
+        # In a file without a header, the "names" are a row's texts.
+        names = [name for name in map(str, self.values) if _is_name(name)]
+        more = len(self.values) - len(names)
+        counts = [counted(more, "longer name")] if more else []
+        return ", ".join([*names, *counts]) or "none"
 
     def text(self, column: str, *, empty: bool = False) -> str:
         """A text, unchanged; null or a blank one only where it may be ``empty``."""

@@ -22,7 +22,6 @@ from sbr_jax.data._rows import Row, describe
 from sbr_jax.data.readers import READERS, any_rows, rows_of, whole_text
 from sbr_jax.data.records import Messages, Record, message
 from sbr_jax.data.registry import EVALSETS, SOURCES, load_evalset, load_source
-from sbr_jax.errors import counted
 from sbr_jax.typing import UserError
 
 ROLES = {
@@ -109,7 +108,8 @@ def _given(values: Sequence[Any], option: str) -> Read:
     for number, value in enumerate(values, 1):
         where = f"{option}, row {number}"
         if isinstance(value, list | tuple) and len(value) == 2:
-            value = _record(Row(where, number, dict(zip("pa", value, strict=True))))
+            row = Row(where, number, dict(zip("pa", value, strict=True)))
+            value = Record(row.text("p"), row.text("a"))
         if not isinstance(value, Record) or not value.response.strip():
             raise UserError(
                 f"{where}: expected a dict, a pair (prompt, answer) or a Record with "
@@ -119,10 +119,6 @@ def _given(values: Sequence[Any], option: str) -> Read:
     if not rows:
         raise UserError(f"{option}: expected at least one example, got none")
     return Read("examples", "pairs", rows)
-
-
-def _record(row: Row) -> Record:
-    return Record(row.text("p"), row.text("a"))
 
 
 def read_prompts(source: str | Path | Iterable[str], option: str) -> list[str]:
@@ -158,7 +154,7 @@ def read_prompts(source: str | Path | Iterable[str], option: str) -> list[str]:
         if column is None:
             raise UserError(
                 f"{rows[0].where}: expected a column {', '.join(PROMPTS)}, got "
-                f"{_columns(rows[0])}: rename one, or write one prompt a line into a "
+                f"{rows[0].columns()}: rename one, or write one prompt a line into a "
                 ".txt file"
             )
         found = [row.text(column) for row in rows]
@@ -239,7 +235,7 @@ def in_layout(rows: Sequence[Row]) -> tuple[str, list[Conversation]]:
         if missing := [column for column in needed if column not in row.values]:
             raise UserError(
                 f"{where}: expected '{missing[0]}', as row {rows[0].number} has it, "
-                f"got {_columns(row)}: {MEND}"
+                f"got {row.columns()}: {MEND}"
             )
         found.append(Conversation(read(row, where), where))
     return name, found
@@ -261,7 +257,7 @@ def _layout_of(row: Row) -> tuple[str, tuple[str, ...], Reader]:
     raise UserError(
         f"{row.where}, row {row.number}: expected the columns messages, conversations, "
         "or instruction, prompt or question with one of "
-        f"{', '.join(ANSWERS)}; got {_columns(row)}: rename them"
+        f"{', '.join(ANSWERS)}; got {row.columns()}: rename them"
     )
 
 
@@ -269,16 +265,6 @@ def _column(row: Row, names: Sequence[str]) -> str | None:
     """The row's column of the first of these names, in whatever case."""
     own = {str(name).lower(): name for name in row.values}
     return next((own[name] for name in names if name in own), None)
-
-
-def _columns(row: Row) -> str:
-    """The names of a row's columns; long ones may be texts, and are counted."""
-    names = [name for name in map(str, row.values) if re.fullmatch(r"\w{1,30}", name)]
-    more = len(row.values) - len(names)
-    return (
-        ", ".join([*names, *([counted(more, "longer name")] if more else [])])
-        or "nothing"
-    )
 
 
 def _exchange(row: Row, where: str, column: str, answer: str) -> tuple[Record, ...]:
