@@ -160,9 +160,6 @@ def refuse_left_padding(
       last: ``[N]``, the last place of each row that is no padding; -1 if unknown.
       free: ``[N]``, how many places of each row may be padding: those before an answer.
 
-    Raises:
-      UserError: for such rows.
-
     >>> rows = np.array([[0, 0, 5, 6], [7, 5, 8, 6]])
     >>> refuse_left_padding("rows", rows[:, ::-1], np.array([1, 3]), 3)
     >>> refuse_left_padding("rows", rows, np.array([3, 3]), 3)

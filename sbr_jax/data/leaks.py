@@ -134,11 +134,7 @@ def refuse_leaks(
     remedy: str = "drop them from the first of each pair (sbr_jax.data.leaks.without), "
     "or the second measures nothing",
 ) -> dict[str, int]:
-    """Refuses counts above 0; others are returned.
-
-    Raises:
-      UserError: naming every pair that shares prompts, with its count.
-    """
+    """Refuses counts above 0; others are returned."""
     found = [
         f"{pair.replace('/', ' and ', 1)} share {count} prompts"
         for pair, count in counts.items()

@@ -82,11 +82,7 @@ class Log:
 
 
 def require_shared(session: "Session", folder: Path) -> None:
-    """Refuses hosts that see another folder than process 0 by the same name.
-
-    Raises:
-      UserError: naming them.
-    """
+    """Refuses hosts that see another folder than process 0 by the same name."""
     token = f"{TOKEN}{os.urandom(8).hex()}"
     token = session.decide(lambda: _leave(folder, token))
     found = session.gather("the folder", _sees(folder, token))

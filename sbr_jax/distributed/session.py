@@ -120,11 +120,7 @@ class Session:
         self.decide(lambda: None)
 
     def require_same(self, what: str, value: str, remedy: str) -> None:
-        """Refuses processes that differ.
-
-        Raises:
-          UserError: naming the first that does.
-        """
+        """Refuses processes that differ."""
         found = self.gather(what, value)
         for link, theirs in zip(self.links, found[1:], strict=False):
             if theirs != value:

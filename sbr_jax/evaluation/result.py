@@ -21,10 +21,6 @@ class Result(NamedTuple):
 
 
 def require_items(task: str, items: Sequence[Any]) -> None:
-    """Refuses an empty set of items.
-
-    Raises:
-      UserError: there are none.
-    """
+    """Refuses an empty set of items."""
     if not items:
         raise UserError(f"{task}: expected at least one item, got none")

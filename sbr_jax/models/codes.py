@@ -183,11 +183,7 @@ def as_dense(weight: jax.Array | QuantisedWeight, dtype: Any = None) -> jax.Arra
 
 
 def check_kind(kind: str, block: int = BLOCK) -> None:
-    """Refuses an unknown kind of codes or an odd block.
-
-    Raises:
-      UserError: naming the kinds, or the block that cannot be packed.
-    """
+    """Refuses an unknown kind of codes or an odd block."""
     if kind not in KINDS:
         raise UserError(f"quantize: expected one of {', '.join(KINDS)}, got {kind!r}")
     if not isinstance(block, int) or block < 2 or block % 2:

@@ -33,9 +33,6 @@ def require_comparable(what: str, found: Sequence[bool] | np.ndarray) -> None:
     Args:
       what: names the computation, for the message.
       found: the result of ``comparable`` for each text.
-
-    Raises:
-      UserError: naming how many texts have others, and the first.
     """
     bad = np.flatnonzero(~np.asarray(found, bool))
     if len(bad):

@@ -112,9 +112,6 @@ def require_dense(
       base: a tree of weights.
       who: asks, for the message.
       remedy: what to do instead, for the message.
-
-    Raises:
-      UserError: naming the weights that are in codes.
     """
     leaves = jax.tree_util.tree_leaves_with_path(base, is_leaf=is_quantised)
     found = {_name(path): leaf.kind for path, leaf in leaves if is_quantised(leaf)}

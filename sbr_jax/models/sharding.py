@@ -68,9 +68,6 @@ def check_heads(
     Args:
       config: of the model.
       mesh: the mesh, or its sizes by axis.
-
-    Raises:
-      UserError: naming both.
     """
     sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
     count, heads, groups = sizes.get("tp", 1), config.heads, config.kv_heads

@@ -74,11 +74,7 @@ class Found:
 
 
 def require_compiler() -> None:
-    """Refuses a machine without the compiler.
-
-    Raises:
-        UserError: with what to install.
-    """
+    """Refuses a machine without the compiler."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "expected libtpu, the compiler for TPUs (no TPU is needed), found none: "

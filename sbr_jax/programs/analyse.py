@@ -96,11 +96,7 @@ def make_context(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder for the analyses that holds something else.
-
-    Raises:
-        UserError: naming what it holds.
-    """
+    """Refuses a folder for the analyses that holds something else."""
     from sbr_jax.training.run_folder import read_config, refuse_foreign
 
     cli.check_folder(folder)
@@ -168,9 +164,6 @@ def check_drawable(path: Path, whole: Mapping[str, Any]) -> None:
     Args:
         path: where they were read.
         whole: those that are to be kept.
-
-    Raises:
-        UserError: naming the first.
     """
     for name in ANALYSES:
         if name not in whole:

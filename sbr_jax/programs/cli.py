@@ -34,11 +34,7 @@ def command(program: str) -> str:
 
 
 def check_folder(folder: Path, option: str = "--workdir") -> None:
-    """Refuses a place for results that is a file, lies below one, or is in a bucket.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuses a place for results that is a file, lies below one, or is in a bucket."""
     from sbr_jax import files
 
     files.require_disk(folder)
@@ -57,11 +53,7 @@ SEEDS = 2**32
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuses seeds that are out of range, or given twice.
-
-    Raises:
-        UserError: naming the first.
-    """
+    """Refuses seeds that are out of range, or given twice."""
     for seed in seeds:
         if not 0 <= seed < SEEDS:
             raise UserError(f"expected seeds from 0 to {SEEDS - 1}, got {seed}")

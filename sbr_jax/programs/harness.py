@@ -85,9 +85,6 @@ def check(tasks: Sequence[str], job: Job) -> None:
     Args:
         tasks: names of `TASKS`, or none for all.
         job: whose weights they are put to.
-
-    Raises:
-        UserError: for an unknown task, and without a data folder.
     """
     errors.check_names("task of --harness", tasks, TASKS)
     if job.sources.data is None:

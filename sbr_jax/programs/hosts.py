@@ -61,11 +61,7 @@ def code() -> str:
 
 
 def require_one(arguments: Any, what: str = "this program") -> None:
-    """Refuses several processes where only one can do the work.
-
-    Raises:
-        UserError: saying so.
-    """
+    """Refuses several processes where only one can do the work."""
     if arguments.distributed != "off":
         raise UserError(
             f"{OPTION} {arguments.distributed}: {what} is the work of one process: "

@@ -222,9 +222,6 @@ def check_folder(job: Job) -> None:
 
     Nor may it hold what no run has written. What only the study knows is compared when
     the job is run.
-
-    Raises:
-        UserError: naming the folder.
     """
     from sbr_jax.training.run_folder import refuse_foreign
 
@@ -236,11 +233,7 @@ def check_folder(job: Job) -> None:
 
 
 def check_settings(job: Job, folder: Path) -> None:
-    """Refuses a folder of a run, or a part of one, that has other settings.
-
-    Raises:
-        UserError: naming the folder.
-    """
+    """Refuses a folder of a run, or a part of one, that has other settings."""
     from sbr_jax.training.records import plain_numbers
     from sbr_jax.training.run_folder import read_config
 

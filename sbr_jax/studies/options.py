@@ -41,9 +41,6 @@ class StudyOptions(Protocol):
             variants: of the run.
             methods: a `Hyperparameters`.
             sources: of model and data.
-
-        Raises:
-            UserError: saying what to add.
         """
         ...
 

@@ -35,11 +35,7 @@ def folder(edition: Edition = FIRST, seed: int = SEED) -> pathlib.Path:
 
 
 def check_built(edition: Edition, seed: int) -> None:
-    """Refuses a world whose model is not there.
-
-    Raises:
-      UserError: naming the command that builds it.
-    """
+    """Refuses a world whose model is not there."""
     if not (folder(edition, seed) / ALIGNED.name / "config.json").is_file():
         raise UserError(
             f"world {seed}: expected its model in {folder(edition, seed)}, got none: "

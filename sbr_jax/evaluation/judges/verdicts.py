@@ -50,11 +50,7 @@ class Judge(Protocol):
 
 
 def require_pairs(prompts: Sequence[str], answers: Sequence[str]) -> None:
-    """Refuses prompts and answers that are not pairs.
-
-    Raises:
-      UserError: their numbers differ.
-    """
+    """Refuses prompts and answers that are not pairs."""
     if len(prompts) != len(answers):
         raise UserError(
             f"judge: expected one answer per prompt, got {len(prompts)} prompts and "

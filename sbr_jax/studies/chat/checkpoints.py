@@ -138,11 +138,7 @@ SHAPE = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
 
 
 def check_unaligned(places: Mapping[str, Path], config: models.ModelConfig) -> None:
-    """Refuses another model in the place of the one before its alignment.
-
-    Raises:
-        UserError: naming the first size that differs.
-    """
+    """Refuses another model in the place of the one before its alignment."""
     place = places.get("unaligned_folder")
     if place is None:
         return

@@ -129,9 +129,6 @@ class Ledger:
 
         Returns:
             `{"part/other": 0}` for every pair that was compared.
-
-        Raises:
-            UserError: naming the pairs and their counts.
         """
         counts, names = {}, list(self.sets)
         for place, part in enumerate(names):

@@ -147,11 +147,7 @@ def _general(file: str | None) -> Sequence[str] | Read | None:
 def require_needed(
     variant: str, needed: Iterable[str], given: Given, options: OwnOptions
 ) -> None:
-    """Refuses a defence of which a part was not given.
-
-    Raises:
-        UserError: saying what to add, or what needs less.
-    """
+    """Refuses a defence of which a part was not given."""
     own = bool(given.harmful)
     there = {
         SAFE: own or given.safe is not None,
