@@ -285,9 +285,6 @@ def concatenate(datasets: Sequence[TokenDataset]) -> TokenDataset:
 
     The result has risks where every non-empty set has them.
 
-    Raises:
-      UserError: without any set.
-
     >>> one = TokenDataset(np.ones((1, 2)), np.ones((1, 2)))
     >>> two = TokenDataset(np.ones((2, 3)), np.ones((2, 3)))
     >>> concatenate([one, two]).tokens.shape
@@ -336,9 +333,6 @@ def mixture(
       fraction: in [0, 1].
       seed: of the choice and of the order.
       size: of the result; None for the size of ``a``.
-
-    Raises:
-      UserError: for a fraction outside [0, 1] or an empty set that is needed.
 
     >>> a = TokenDataset(np.zeros((10, 1)), np.ones((10, 1)))
     >>> b = TokenDataset(np.ones((4, 1)), np.ones((4, 1)))

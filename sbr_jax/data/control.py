@@ -56,9 +56,6 @@ def mark(tokenizer: Any, text: str, template: str = "") -> str:
 
     Returns:
       The same text where it holds none.
-
-    Raises:
-      UserError: see :func:`check_text`.
     """
     check_text(text)
     return _pattern(tokenizer, len(tokenizer), template).sub(_between, text)

@@ -83,9 +83,6 @@ def read_conversations(source: str | Path | Iterable[Any], option: str) -> Read:
             (`owner/name` or `owner/name:split`); or rows: dicts with the columns of a
             layout, pairs `(prompt, answer)`, records.
         option: that named it, for messages.
-
-    Raises:
-        UserError: naming file and row.
     """
     if not isinstance(source, str | Path):
         return _given(rows_in(source, option), option)

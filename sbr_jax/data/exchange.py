@@ -18,11 +18,7 @@ from sbr_jax.typing import UserError
 def encode_exchange(
     tokenizer: Any, record: Record, *, template: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """The tokens of an exchange, and the mask of its answer with its stop token.
-
-    Raises:
-      UserError: see :func:`sbr_jax.data.text.encode_chat`.
-    """
+    """The tokens of an exchange, and the mask of its answer with its stop token."""
     whole, where, (start, end) = chat.located(tokenizer, record, template)
     tokens, spans = control.encode_spans(tokenizer, whole)
     check_bos(tokenizer, template, tokens)
@@ -60,9 +56,6 @@ def stop_tokens(tokenizer: Any, *, system: str | None = None) -> tuple[int, ...]
     Args:
       tokenizer: of transformers.
       system: a system message, for templates that want one.
-
-    Raises:
-      UserError: see :func:`sbr_jax.data.text.encode_chat`.
     """
     record = Record("Hello.", "I.", system=system)
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

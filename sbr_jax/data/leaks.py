@@ -48,9 +48,6 @@ def prompt_of(item: Any) -> str:
       item: a text, a pair or item with a ``prompt``, or a record whose prompt is a list
         of messages (their contents are joined).
 
-    Raises:
-      UserError: for anything else.
-
     >>> prompt_of(({"role": "user", "content": "Hello."},))
     'Hello.'
     """

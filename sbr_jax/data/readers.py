@@ -38,9 +38,6 @@ def find(folder: Path, *names: str) -> Path:
     Args:
       folder: where to look.
       names: paths below it, without ``.gz`` or ``.xz``.
-
-    Raises:
-      UserError: listing what was looked for.
     """
     for name in names:
         if found := find_all(folder, name):

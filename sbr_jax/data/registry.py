@@ -406,9 +406,6 @@ def load_evalset(
 
     Returns:
       The items, at least one, in the order of the file.
-
-    Raises:
-      UserError: as :func:`load_source`.
     """
     check_names("evaluation set", [name], EVALSETS)
     return _load(EVALSETS[name], name, folder, split)
@@ -435,11 +432,7 @@ def _load(
 
 
 def data_folder(folder: str | Path) -> Path:
-    """The data folder, which must be there.
-
-    Raises:
-      UserError: if it is not.
-    """
+    """The data folder, which must be there."""
     folder = Path(folder)
     try:
         there = folder.exists()

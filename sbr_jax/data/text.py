@@ -155,9 +155,6 @@ def encode_text_prompts(
 
     Returns:
       Token ids, unpadded.
-
-    Raises:
-      UserError: for a prompt that is too long.
     """
     prompts = _list_of(prompts)
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

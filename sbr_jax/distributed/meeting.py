@@ -45,9 +45,6 @@ class Meeting:
 def find(option: str) -> Meeting | None:
     """The meeting that ``--distributed`` names; None for a process alone.
 
-    Raises:
-      UserError: for anything but ``auto``, ``off`` and ``HOST:PORT,N,I``.
-
     >>> find("off"), find("tpu-0:8476,1,0")
     (None, None)
     >>> found = find("10.0.0.2:8476,4,3")

@@ -69,9 +69,6 @@ def headlines(
       ``composite`` and its components ``refusal``, ``truthful`` and ``bias``, and the
       other columns of the main table.
 
-    Raises:
-      UserError: for an unknown variant.
-
     >>> parts = {"refusal/harmbench": 90.0, "mc2/truthfulqa": 60.0, "bias/bbq": 30.0}
     >>> round(headlines(parts)["composite"], 2)
     73.33
@@ -91,9 +88,6 @@ def headlines(
 
 def variant(truthful: str = "mc2", bias: str = "ambiguous") -> dict[str, str]:
     """The metrics that a composite is made of.
-
-    Raises:
-      UserError: for an unknown variant.
 
     >>> variant()["bias"]
     'bias/bbq'

@@ -45,11 +45,7 @@ class TokenAccuracy:
     batch_size: int = 8
 
     def __call__(self, base: PyTree, adapter: PyTree) -> float:
-        """Accuracy over all answer tokens, 0 to 100.
-
-        Raises:
-          UserError: the logits are no numbers.
-        """
+        """Accuracy over all answer tokens, 0 to 100."""
         found = answer_scores(
             self.apply_fn,
             base,

@@ -246,9 +246,6 @@ def evaluate_with_harness(
     Returns:
       Per task its metrics (as the harness names them, in 0..1), the harness's version,
       and per item its log-likelihoods and the likeliest option.
-
-    Raises:
-      UserError: lm-eval is not installed.
     """
     lm_eval = import_harness()
     manager = importlib.import_module("lm_eval.tasks").TaskManager

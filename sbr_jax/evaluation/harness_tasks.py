@@ -16,11 +16,7 @@ from sbr_jax.typing import UserError
 
 
 def import_harness() -> Any:
-    """The library ``lm_eval``.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """The library ``lm_eval``."""
     try:
         return importlib.import_module("lm_eval")
     except ImportError as error:

@@ -201,9 +201,6 @@ def run_many(
       programs: Python sources, or functions and their checks.
       workers: how many at once (None: as many as processors).
       **options: of :func:`run_python`.
-
-    Raises:
-      UserError: as :func:`run_python`.
     """
     workers = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(max(1, min(workers, len(programs)))) as pool:

@@ -205,9 +205,6 @@ def encode(weight: jax.Array, kind: str, block: int = BLOCK) -> QuantisedWeight:
 
     Returns:
       The weight in codes, without a layer axis.
-
-    Raises:
-      UserError: for another kind, or an odd block.
     """
     check_kind(kind, block)
     wide = weight.astype(jnp.float32)

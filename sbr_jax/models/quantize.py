@@ -156,9 +156,6 @@ def weight_bytes(
       dtype: of what is not in codes.
       quantize: the kind of codes for all projections, or None.
 
-    Raises:
-      UserError: for an unknown kind.
-
     >>> config = ModelConfig(vocab_size=8, width=64, mlp_width=64, layers=2, heads=2)
     >>> weight_bytes(config), weight_bytes(config, quantize="nf4")
     (116352, 33920)

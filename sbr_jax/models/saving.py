@@ -87,9 +87,6 @@ def save_weights(
       config: of the model.
       base: the weights.
       max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
-
-    Raises:
-      UserError: for a limit below 1.
     """
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise UserError(

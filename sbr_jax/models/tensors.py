@@ -117,9 +117,6 @@ def write_tensors(
 def float_dtype(dtype: Any) -> np.dtype:
     """A dtype that weights can have here; float64 is float32 unless JAX has it.
 
-    Raises:
-      UserError: for another one.
-
     >>> float_dtype("float64")
     dtype('float32')
     """

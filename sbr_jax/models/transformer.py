@@ -369,11 +369,7 @@ class Transformer:
 def check_adapter(
     config: ModelConfig, adapter: Mapping[str, LoraPair] | None
 ) -> dict[str, LoraPair]:
-    """The adapter as a dict, checked against the model's shapes.
-
-    Raises:
-      UserError: naming the first projection that does not fit.
-    """
+    """The adapter as a dict, checked against the model's shapes."""
     for name, pair in (adapter or {}).items():
         if name not in TARGETS:
             raise UserError(

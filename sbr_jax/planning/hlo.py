@@ -143,9 +143,6 @@ def parse(text: str) -> Module:
     Args:
         text: of ``jax.stages.Compiled.as_text()``.
 
-    Raises:
-        UserError: for a text without an entry computation.
-
     >>> module = parse('''HloModule f, num_partitions=2
     ... ENTRY %main (a: f32[2]) -> f32[2] {
     ...   %a = f32[2]{0} parameter(0)

@@ -49,11 +49,7 @@ class Layout:
 
 
 def parse_layout(text: str) -> Layout:
-    """Reads ``"data=2,fsdp=4,tp=2"``.
-
-    Raises:
-        UserError: for anything else.
-    """
+    """Reads ``"data=2,fsdp=4,tp=2"``."""
     return Layout(**sharding.parse_mesh(text))
 
 

@@ -67,9 +67,6 @@ def read_shape(model: str) -> ModelConfig:
     Args:
         model: of `SHAPES`, a `config.json`, or a folder that holds one.
 
-    Raises:
-        UserError: for an unknown name, or a file that is not supported.
-
     >>> read_shape("llama3-8b").kv_heads
     8
     """

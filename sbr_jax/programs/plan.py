@@ -78,11 +78,7 @@ class Arguments:
 
 
 def check(arguments: Arguments) -> tuple[str, ...]:
-    """The methods of a command line that is in order.
-
-    Raises:
-        UserError: for the first mistake that needs no compiler to be found.
-    """
+    """The methods of a command line that is in order."""
     for name, example in (("model", "llama2-7b"), ("topology", "v5e:4x4")):
         if not getattr(arguments, name):
             raise UserError(f"expected --{name}, got none: add --{name} {example}")

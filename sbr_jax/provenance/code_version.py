@@ -67,9 +67,6 @@ def code_hash(row: str, study: str = TESTBED) -> str:
 
     Returns:
         Ten hexadecimal digits.
-
-    Raises:
-        UserError: for an unknown row, preset or attack.
     """
     symbols, values = _entries(row, study)
     found = _tree().reached(symbols, BOOKKEEPING)

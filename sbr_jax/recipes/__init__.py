@@ -26,11 +26,7 @@ MODULES = {
 
 
 def load(name: str) -> "Preset":
-    """The preset of a name.
-
-    Raises:
-        UserError: for a name that is not in `MODULES`.
-    """
+    """The preset of a name."""
     if name not in MODULES:
         raise errors.unknown("preset", name, MODULES)
     return importlib.import_module(f"{__name__}.{MODULES[name]}").PRESET

@@ -185,9 +185,6 @@ def write(folder: Path, found: Outcomes, limit: float, cost: float) -> Path:
 
     Returns:
         The page.
-
-    Raises:
-        UserError: where that cannot be, or somebody else's file is there.
     """
     output, texts = folder / "map.html", (folder / "map.md", folder / "map.png")
     files.refuse_foreign([output] if output.exists() else texts)

@@ -226,11 +226,7 @@ def _matrix(rows: list[list[Any]], width: int) -> np.ndarray:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Reads working directories, each of them once.
-
-    Raises:
-        UserError: for none, for one that is named twice, and as :func:`read_run`.
-    """
+    """Reads working directories, each of them once."""
     if not folders:
         raise UserError("expected at least one working directory, got none: add DIR...")
     places = [Path(folder).resolve() for folder in folders]

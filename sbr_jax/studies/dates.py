@@ -22,9 +22,6 @@ def dated(options: Options, folder: Path) -> Options:
     Args:
         options: of the study; those without an open date are left as they are.
         folder: of the run, or of its analyses.
-
-    Raises:
-        UserError: for a damaged record.
     """
     from sbr_jax.data.template import process_date
     from sbr_jax.training.records import read_json

@@ -184,9 +184,6 @@ def convert(file: Path, folder: Path, sha256: str | None = SHA256) -> None:
         file: to be read.
         folder: to be filled.
         sha256: that the file must have; None for any.
-
-    Raises:
-        UserError: for a file that is missing, damaged or another one.
     """
     if not file.is_file():
         raise UserError(f"--gguf: expected a file, found no {file}")

@@ -40,9 +40,6 @@ class Encoder:
 
         A part takes at most half of what the earlier ones left, the last takes the
         rest. Prompts that repeat are kept once, so that parts are disjoint.
-
-        Raises:
-            UserError: when a part would be empty.
         """
         unique = list({pair.prompt: pair for pair in pairs}.values())
         order = np.random.default_rng(0).permutation(len(unique))

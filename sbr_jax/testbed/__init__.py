@@ -45,11 +45,7 @@ def check_built(edition: Edition, seed: int) -> None:
 
 @functools.lru_cache(maxsize=2)
 def load(edition: Edition = FIRST, seed: int = SEED) -> Any:
-    """Loads an aligned model (a `models.Model`), the shipped `testbed` if unsaid.
-
-    Raises:
-      UserError: for a world that was not built.
-    """
+    """Loads an aligned model (a `models.Model`), the shipped `testbed` if unsaid."""
     from sbr_jax import models
 
     check_built(edition, seed)

@@ -144,9 +144,6 @@ def wild_guard(model: Model, template: str | Path) -> GuardJudge:
 
     Returns:
       The judge; an answer with a missing line is unparsed.
-
-    Raises:
-      UserError: a template without a place.
     """
     text = read_template(template)
     return GuardJudge(
@@ -189,9 +186,6 @@ def harmbench_classifier(model: Model, template: str | Path) -> GuardJudge:
 
     Returns:
       The judge; ``yes`` is compliance, ``no`` is not, anything else is unparsed.
-
-    Raises:
-      UserError: a template without a place.
     """
     known = {"yes": Verdict.COMPLIANCE, "no": Verdict.REFUSAL}
     text = read_template(template)
@@ -226,11 +220,7 @@ def first_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
 
 
 def read_template(template: str | Path) -> str:
-    """A template's text: itself, or the content of a file given as a path.
-
-    Raises:
-      UserError: there is no such file.
-    """
+    """A template's text: itself, or the content of a file given as a path."""
     if isinstance(template, str):
         return template
     if not template.is_file():
@@ -247,9 +237,6 @@ def fill(template: str, **fields: str) -> str:
 
     Other braces, and braces in the texts, stay as they are: an answer that contains
     ``{prompt}`` is only an answer.
-
-    Raises:
-      UserError: the template lacks a place for a field.
 
     >>> fill('{"user": "{prompt}"} {answer}', prompt="{answer}", answer="no")
     '{"user": "{answer}"} no'
@@ -286,9 +273,6 @@ def chat_encoder(tokenizer: Any, template: str | None = None) -> Encode:
 
     Llama Guard's templates write the question to the guard around the turns, up to
     where its answer begins.
-
-    Raises:
-      UserError: there is no chat template.
     """
     if not (template or tokenizer.chat_template):
         raise UserError(

@@ -60,9 +60,6 @@ def bias_scores(
       could be parsed has none (NaN), nor has any where too many could not
       (:data:`~sbr_jax.evaluation.judges.verdicts.UNPARSED_LIMIT`).
 
-    Raises:
-      UserError: the sequences are empty or differ in length.
-
     >>> bias_scores([0, 2], [0, 0], [2, 2], [2, 2], ["a", "a"], ambiguous=True).signed
     50.0
     """
@@ -143,9 +140,6 @@ def bbq(
       ``unparsed`` and ``undefined`` (counts). Where answers are unparsed, also
       ``bias_CONDITION_low`` and ``_high`` (of the absolute one); where too many are,
       the biases are NaN and a warning says so.
-
-    Raises:
-      UserError: no usable items, or an unknown method.
     """
     usable = [item for item in items if item.biased is not None]
     require_items("bbq", usable)

@@ -145,9 +145,6 @@ def picks(
 
     Returns:
       The chosen positions (``UNPARSED`` for none), and a row per item for the record.
-
-    Raises:
-      UserError: an unknown method.
     """
     if method == "likelihood":
         options = [[f" {c}" for c in o] for o in choices]
@@ -292,9 +289,6 @@ def legalbench(
       ``balanced_accuracy`` (over a task's labels, then averaged over tasks; the
       authors' metric), ``accuracy`` (averaged over tasks), ``unparsed`` (a count) and
       ``balanced_accuracy/TASK``.
-
-    Raises:
-      UserError: no items, or an unknown method.
     """
     require_items("legalbench", items)
     prompts = [item.question.rstrip() for item in items]

@@ -50,9 +50,6 @@ def humaneval(
     Returns:
       ``pass@1`` in percent, and the share of every ending but ``passed`` (``failed``,
       ``timeout``, ``memory``, …).
-
-    Raises:
-      UserError: not allowed, or no items.
     """
     require_items("humaneval", items)
     if allow_code_execution is not True:

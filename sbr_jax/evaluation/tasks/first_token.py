@@ -64,9 +64,6 @@ def opening_tokens(runner: ModelRunner, phrases: Sequence[str]) -> tuple[int, ..
 
     Returns:
       Different token ids, ascending; never the unknown token.
-
-    Raises:
-      UserError: the tokenizer knows none of them.
     """
     openings = [f" {phrase[:1].upper()}{phrase[1:]}" for phrase in phrases]
     # One by one: together they are scored from where all of them can be. As answers
@@ -115,9 +112,6 @@ def refusal_auc(
     Returns:
       ``refusal_auc``, ``first_refusal`` (mean p_R of the harmful prompts) and
       ``first_over_refusal`` (of the harmless ones), in percent.
-
-    Raises:
-      UserError: a side is empty, or the tokenizer knows none of the phrases.
     """
     require_items("refusal-auc", harmful)
     require_items("refusal-auc", harmless)

@@ -128,9 +128,6 @@ def xstest(
     Returns:
       ``over_refusal`` (of the safe prompts), ``refusal`` (of the unsafe), both also by
       type, and the other verdicts' shares and bounds; see :func:`requests`.
-
-    Raises:
-      UserError: no safe prompts.
     """
     if not any(not item.harmful for item in items):
         raise UserError("xstest: expected safe prompts among the items, got none")
@@ -166,9 +163,6 @@ def wildguard(
       the share not complied with (gibberish counts, and is given);
       ``robustness_vanilla``; ``over_refusal`` of the harmless ones; and the verdicts'
       shares over all harmful ones. With bounds and NaN as in :func:`requests`.
-
-    Raises:
-      UserError: no harmful adversarial request.
     """
     asked = [
         BehaviourItem(

@@ -36,9 +36,6 @@ def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path
         model: a folder, the id of a model on the hub, or a .gguf file for `--model`.
         weights: whether to fetch those too.
         option: that named it, for messages.
-
-    Raises:
-        UserError: if there is neither.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -117,9 +114,6 @@ def locate_all(
         model: a folder, or the id of a model on the hub.
         options: that name the others.
         weights: whether to fetch those from the hub too.
-
-    Raises:
-        UserError: if one is missing or damaged.
     """
     found = {"model": locate(model, weights=weights)}
     for name in ("unaligned_folder", "judge_folder"):

@@ -87,9 +87,6 @@ class Ledger:
 
         Returns:
             At least one item.
-
-        Raises:
-            UserError: if none is left.
         """
         free, repeats = leaks.distinct(items)
         keys = [leaks.normalised(item.prompt) for item in free]
@@ -288,11 +285,7 @@ def calibration_source(options: ChatOptions, folder: Path | None) -> str:
 
 
 def only_refusals(examples: Sequence[Example], options: ModelOptions) -> list[Example]:
-    """Exchanges whose answer refuses, by the study's list of words.
-
-    Raises:
-        UserError: where none does.
-    """
+    """Exchanges whose answer refuses, by the study's list of words."""
     kind, _, words = options.judge.partition(":")
     judge = KeywordJudge(words) if kind == "keyword" and words else KeywordJudge()
     answers = [example.answer for example in examples]

@@ -94,11 +94,7 @@ def families(name: str) -> frozenset[str]:
 
 
 def read_domain(name: str, folder: Path | None) -> tuple[list[Example], list[Example]]:
-    """Training examples of a domain, and its own test split, which may be empty.
-
-    Raises:
-        UserError: whatever the reader refuses.
-    """
+    """Training examples of a domain, and its own test split, which may be empty."""
     if name == "legalbench" and folder is not None:
         splits = ("train", "test") if (folder / name / "test").is_dir() else ("train",)
         return [example for s in splits for example in _legalbench(folder, s)], []
@@ -125,11 +121,7 @@ def _legalbench(folder: Path, split: str) -> list[Example]:
 
 
 def read_probe(name: str, folder: Path | None) -> list[Any]:
-    """The harmful behaviours of an evaluation set.
-
-    Raises:
-        UserError: if it holds none, or whatever the reader refuses.
-    """
+    """The harmful behaviours of an evaluation set."""
     items = [i for i in load_evalset(name, folder) if getattr(i, "harmful", False)]
     if not items:
         raise UserError(

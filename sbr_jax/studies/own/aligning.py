@@ -34,9 +34,6 @@ def mix_rows(
 ) -> Mixed:
     """As many rows as there are, of which this share refuses.
 
-    Raises:
-        UserError: if no exchange refuses.
-
     >>> said = lambda answer: Conversation((Record("?", answer),), "toy")
     >>> found = mix_rows([said("I cannot.")], [said("Yes.")] * 9, 0.2)
     >>> len(found.rows), found.safe, found.dropped

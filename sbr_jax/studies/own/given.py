@@ -65,9 +65,6 @@ def read_given(
         safe: of exchanges with safe answers.
         harmful: of prompts.
         options: with further files.
-
-    Raises:
-        UserError: naming file and row of the first mistake.
     """
     if not train:
         raise UserError("expected training examples, got none: add --train FILE")

@@ -76,11 +76,7 @@ def make_parts(
     model: Model,
     judge: Judge,
 ) -> Parts:
-    """Draws, checks and encodes every part; the model needs no weights.
-
-    Raises:
-        UserError: naming file and row.
-    """
+    """Draws, checks and encodes every part; the model needs no weights."""
     learnt, tests, notes = _split(given, options)
     harmful, harmless, left_out = _unseen(
         given, options, [*learnt.values(), *tests.values()]

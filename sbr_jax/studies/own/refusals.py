@@ -96,9 +96,6 @@ def write_refusals(
     """Has the aligned model refuse harmful prompts; what it does not is dropped.
 
     As in :func:`own_answers`, they are written at most once.
-
-    Raises:
-        UserError: if it refuses none.
     """
     answers = own_answers(prompts, write, folder, mark, "refusals")
     pairs = list(map(Pair, prompts, answers))

@@ -52,11 +52,7 @@ PHRASES = "plain25"
 
 
 def read_model(model: str | Path | Model, options: OwnOptions) -> Model:
-    """The model without weights, or as it was given with them.
-
-    Raises:
-        UserError: as `checkpoints.read_model`.
-    """
+    """The model without weights, or as it was given with them."""
     if not isinstance(model, Model):
         return checkpoints.read_model(
             model, date=options.date, thinking=options.thinking

@@ -128,11 +128,7 @@ def train(
 
 
 def prepare(folder: Path, benchmarks: Sequence[str]) -> list[PreparedBenchmark]:
-    """Benchmarks of the model; reads the files, touches no model.
-
-    Raises:
-        UserError: for missing or damaged files.
-    """
+    """Benchmarks of the model; reads the files, touches no model."""
     judge = KeywordJudge(KEYWORDS)
     found = [
         prepare_benchmark(
