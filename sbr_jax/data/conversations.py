@@ -85,7 +85,7 @@ def read_conversations(source: str | Path | Iterable[Any], option: str) -> Read:
         option: that named it, for messages.
     """
     if not isinstance(source, str | Path):
-        return _given(rows_in(source, option), option)
+        return _given(_rows_in(source, option), option)
     path = Path(source)
     if path.is_dir() and path.name in SOURCES:
         pairs = load_source(path.name, path.parent)
@@ -118,8 +118,10 @@ def _given(values: Sequence[Any], option: str) -> Read:
     return Read("examples", "pairs", rows)
 
 
-def read_prompts(source: str | Path | Iterable[str], option: str) -> list[str]:
-    """Reads prompts without answers: those of a list, each once.
+def read_prompts(
+    source: str | Path | Iterable[str], option: str
+) -> tuple[list[str], int]:
+    """Reads prompts without answers: each once, and how many repeat another.
 
     Args:
         source: a text file of one a line; a table with a column of `PROMPTS`; the
@@ -131,7 +133,7 @@ def read_prompts(source: str | Path | Iterable[str], option: str) -> list[str]:
     """
     if not isinstance(source, str | Path):
         found = []
-        for number, text in enumerate(rows_in(source, option), 1):
+        for number, text in enumerate(_rows_in(source, option), 1):
             if not isinstance(text, str):
                 raise UserError(
                     f"{option}, row {number}: expected a prompt as text, got "
@@ -158,10 +160,10 @@ def read_prompts(source: str | Path | Iterable[str], option: str) -> list[str]:
     texts = [text.strip() for text in found if text.strip()]
     if not texts:
         raise UserError(f"{option}: expected at least one prompt, got none")
-    return leaks.distinct(texts)[0]
+    return leaks.distinct(texts)
 
 
-def rows_in(source: Any, option: str) -> list[Any]:
+def _rows_in(source: Any, option: str) -> list[Any]:
     """Rows that were handed over themselves.
 
     Raises:

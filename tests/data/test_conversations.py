@@ -174,7 +174,7 @@ def test_a_hub_id_is_fetched_through_datasets(name, split, monkeypatch):
     assert (found.name, found.layout) == (name.partition("/")[2], "question, answer")
     assert [(c.records[0].prompt, c.records[0].response) for c in found.rows] == ROWS
     assert found.rows[0].where == f"me/my-rows ({split}), row 1"
-    assert read_prompts(name, "--harmful") == [q for q, _ in ROWS]
+    assert read_prompts(name, "--harmful")[0] == [q for q, _ in ROWS]
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError, Damaged])
@@ -259,7 +259,7 @@ PROMPTS = ["do this", "do that, please", "DO this!"]
 )
 def test_prompts_are_read_once_each(name, text, tmp_path):
     (tmp_path / name).write_text(text)
-    assert read_prompts(tmp_path / name, "--harmful") == PROMPTS[:2]
+    assert read_prompts(tmp_path / name, "--harmful")[0] == PROMPTS[:2]
 
 
 def test_prompts_without_a_column_are_refused(tmp_path):

@@ -6,14 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbr_jax.data.conversations import (
-    Read,
-    read_conversations,
-    read_prompts,
-    rows_in,
-)
+from sbr_jax.data.conversations import Read, read_conversations, read_prompts
 from sbr_jax.data.harmless import HARMLESS
-from sbr_jax.data.readers import any_rows, whole_text
+from sbr_jax.data.readers import whole_text
 from sbr_jax.errors import counted
 from sbr_jax.methods.needs import ABOUT, HARMFUL, JUDGE, MIX, PAIRS, SAFE, UNALIGNED
 from sbr_jax.studies.options import RATERS, OwnOptions
@@ -102,29 +97,16 @@ def read_given(
 
 def _each_once(source: Source, option: str) -> list[str]:
     """Prompts of a source; those that stand there again are told."""
-    if not isinstance(source, str | Path):
-        source = rows_in(source, option)
-    found = read_prompts(source, option)
-    count = _count(source)
-    if count > len(found):
+    found, repeats = read_prompts(source, option)
+    # That a public set repeats some is no mistake of the user's.
+    own = not isinstance(source, str | Path) or Path(source).is_file()
+    if own and repeats:
+        count = counted(len(found) + repeats, "prompt")
         warnings.warn(
-            f"{option}: {count - len(found)} of {counted(count, 'prompt')} repeat "
-            "another; each is taken once",
+            f"{option}: {repeats} of {count} repeat another; each is taken once",
             stacklevel=2,
         )
     return found
-
-
-def _count(source: Source) -> int:
-    """Prompts of a source with their repetitions; 0 for public sets and hub ids."""
-    if not isinstance(source, str | Path):
-        return sum(isinstance(text, str) and bool(text.strip()) for text in source)
-    path = Path(source)
-    if not path.is_file():
-        return 0
-    if path.suffix != ".txt":
-        return len(any_rows(path))
-    return sum(bool(line.strip()) for line in whole_text(path).split("\n"))
 
 
 def _general(file: str | None) -> Sequence[str] | Read | None:
