@@ -58,11 +58,8 @@ def mark(tokenizer: Any, text: str, template: str = "") -> str:
       The same text where it holds none.
     """
     check_text(text)
-    return _pattern(tokenizer, len(tokenizer), template).sub(_between, text)
-
-
-def _between(found: re.Match[str]) -> str:
-    return f"{_OPEN}{found[0]}{_CLOSE}"
+    controls = _pattern(tokenizer, len(tokenizer), template)
+    return controls.sub(rf"{_OPEN}\g<0>{_CLOSE}", text)
 
 
 def holds_control(tokenizer: Any, text: str) -> bool:
