@@ -73,7 +73,9 @@ def planned_bytes(function: Callable[..., Any], *args: Any) -> int:
     """Arguments, outputs and temporaries of the compiled program, in bytes."""
     import jax
 
-    return plan(jax.jit(function).lower(*args).compile())
+    from sbr_jax.costs import devices
+
+    return devices.planned_bytes(jax.jit(function).lower(*args).compile())
 
 
 # --- what stands in a line ----------------------------------------------------------
@@ -266,17 +268,6 @@ def timed(call: Callable[..., Any], *args: Any, calls: int = 1) -> Callable[[], 
         return (time.perf_counter() - start) / calls
 
     return run
-
-
-def plan(compiled: Any) -> int:
-    """Arguments, outputs and temporaries of a compiled program, in bytes."""
-    found = compiled.memory_analysis()
-    return int(
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        + found.temp_size_in_bytes
-        - found.alias_size_in_bytes
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import shapes
-from benchmarks.measure import plan
 from sbr_jax import fisher_subspace, models
+from sbr_jax.costs.devices import planned_bytes
 from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.data.layout import Layout, arrange
 from sbr_jax.methods.base import LAYER_AXES, task_loss
@@ -136,7 +136,7 @@ class Steps:
             )
         self._rest = (state, drawn, key)
         self._compiled = step.lower(self.base, train, *self._rest).compile()
-        self.bytes = plan(self._compiled)
+        self.bytes = planned_bytes(self._compiled)
         self._train = train
 
     def __call__(self) -> Any:

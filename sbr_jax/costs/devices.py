@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from sbr_jax import checks
 from sbr_jax.costs.forecast import A100, Device
@@ -44,6 +44,17 @@ class DeviceOptions:
         checks.fields(self, "device")
         if isinstance(self.tflops, int | float):
             checks.number("device.tflops", self.tflops, above=0)
+
+
+def planned_bytes(compiled: Any) -> int:
+    """Arguments, outputs and temporaries of a compiled program, in bytes."""
+    found = compiled.memory_analysis()
+    return int(
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        + found.temp_size_in_bytes
+        - found.alias_size_in_bytes
+    )
 
 
 def make_device(options: DeviceOptions) -> Device:

@@ -70,24 +70,17 @@ def described(part: Any, program: Any) -> dict[str, Any]:
         part: an `aot.Lowered`.
         program: compiled from it.
     """
+    from sbr_jax.costs.devices import planned_bytes
     from sbr_jax.planning.counting import count
 
     found = count(program.as_text(), rounds=part.rounds)
-    memory = program.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + sum(part.beside.values())
-    )
     return {
         "flops": found.flops,
         "bytes": found.bytes,
         "links": [[*link, size] for link, size in sorted(found.links.items())],
         "unknown": dict(found.unknown),
         "held": part.sizes,
-        "peak": peak,
+        "peak": planned_bytes(program) + sum(part.beside.values()),
     }
 
 

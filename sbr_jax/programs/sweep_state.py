@@ -136,6 +136,7 @@ def step_bytes(job: Job, study: Any, variant: str) -> int:
     """
     import jax
 
+    from sbr_jax.costs.devices import planned_bytes
     from sbr_jax.data.batches import batch
     from sbr_jax.methods import InertProjectionWarning
     from sbr_jax.training.program import init_adapter, make_program
@@ -149,23 +150,14 @@ def step_bytes(job: Job, study: Any, variant: str) -> int:
     state = {name: value for name, value in state.items() if name != "diagnostics"}
     domain = study.domains[job.domains[0]].train
     data = program.method.mix(program.problem, domain, 0)
-    memory = (
-        program.step.lower(
-            base,
-            program.start(adapter, state),
-            state,
-            batch(data, job.config.training.batch_size, 0, 0),
-            jax.random.key(0),
-        )
-        .compile()
-        .memory_analysis()
+    lowered = program.step.lower(
+        base,
+        program.start(adapter, state),
+        state,
+        batch(data, job.config.training.batch_size, 0, 0),
+        jax.random.key(0),
     )
-    return int(
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    return planned_bytes(lowered.compile())
 
 
 def merged_table(sweep: Sweep) -> Table:
