@@ -94,18 +94,9 @@ def _end(
 ) -> tuple[jax.Array, ...]:
     """Runs endings ``[R, T]`` against their contexts' cache; logits at places in use.
 
-    Args:
-      extend_fn: of the model.
-      base: its weights.
-      adapter: of it.
-      cache: keys and values of the contexts.
-      owner: which context an ending has ``[R]``.
-      length: tokens of that context in the cache ``[R]``.
-      tokens: of the endings.
-      places: flat places that predict tokens of the bodies ``[N]``.
-      targets: these tokens ``[N]``.
-      ends: flat place of the last token of every body ``[R]``.
-      last: what may follow there ``[R, K]``.
+    An ending belongs to context ``owner [R]``, of which ``length [R]`` tokens are
+    cached. ``places`` and ``targets [N]`` are of the tokens of the bodies, ``ends [R]``
+    the places of their last ones, and ``last [R, K]`` what may follow there.
 
     Returns:
       Of the bodies' tokens the log-likelihoods, whether they are the likeliest and

@@ -109,12 +109,7 @@ class Case:
         )
 
     def batch(self, method: Method, problem: Problem) -> dict[str, np.ndarray]:
-        """A batch whose every place is one of an answer, as a step is given it.
-
-        Args:
-            method: whose mixture says what a batch holds beside tokens.
-            problem: of :meth:`study`.
-        """
+        """A batch whose every place is one of an answer, as a step is given it."""
         size, answers = self.training.batch_size, self.length - 1
         data = self._examples(size, answers)
         tokens, mask = np.asarray(data.tokens), np.asarray(data.mask)

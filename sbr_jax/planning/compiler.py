@@ -166,11 +166,7 @@ def _code() -> str:
 
 
 def environment(folder: str) -> dict[str, str]:
-    """Variables of a process that compiles for TPUs on a machine without one.
-
-    Args:
-        folder: for the compiler's logs and its lock.
-    """
+    """Variables of a process that compiles for TPUs on a machine without one."""
     return {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "JAX_PLATFORMS": "cpu",

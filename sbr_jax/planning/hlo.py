@@ -140,9 +140,6 @@ class Module:
 def parse(text: str) -> Module:
     """Reads the text of a compiled program.
 
-    Args:
-        text: of ``jax.stages.Compiled.as_text()``.
-
     >>> module = parse('''HloModule f, num_partitions=2
     ... ENTRY %main (a: f32[2]) -> f32[2] {
     ...   %a = f32[2]{0} parameter(0)

@@ -138,12 +138,6 @@ def smallest(kind: str, memory: float, load: Load, layout: Layout) -> Topology |
 
     What a chip holds beside its weights is taken to go with the examples that it has,
     and to be the same for as many.
-
-    Args:
-        kind: of chip.
-        memory: bytes at the peak of a chip, as compiled.
-        load: of the job.
-        layout: that it was compiled for.
     """
     rest = memory - weight_share(load, layout)
     for topology in slices(kind):

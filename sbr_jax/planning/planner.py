@@ -41,16 +41,8 @@ def plan(
 ) -> str:
     """Compiles a job's programs for a slice and tells what they need.
 
-    Args:
-        case: the job, whatever its method.
-        methods: to be compared.
-        topology: the slice.
-        layout: the mesh; None for the best of a few.
-        job: what is done.
-        tries: how many layouts are compiled where none is named.
-        quick: see `compile_part`.
-        say: told of each program that is compiled.
-        compiled: how they are; None for a process of its own for each.
+    Without a layout a few are compiled, and the best is taken; each in a process of its
+    own, unless ``compiled`` does it in another way.
 
     Raises:
         UserError: for what the slice, the model or a method refuses, no compiler, and

@@ -62,15 +62,7 @@ def _value(
     given: Sequence[Any],
     known: dict[str, Any],
 ) -> Any:
-    """An integer, a list of them for a tuple, or None for what is not one.
-
-    Args:
-        module: the program.
-        computation: that has the instruction.
-        name: of the instruction.
-        given: values of the computation's parameters; beyond their end, None.
-        known: values of the computation's instructions so far.
-    """
+    """An integer, a list of them for a tuple, or None for what is not one."""
     if name not in known:
         instruction = computation.instructions[name]
         known[name] = _evaluated(module, computation, instruction, given, known)

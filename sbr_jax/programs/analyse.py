@@ -159,12 +159,7 @@ def execute(context: Context, names: Sequence[str]) -> Path:
 
 
 def check_drawable(path: Path, whole: Mapping[str, Any]) -> None:
-    """Refuses stored analyses that the page could not show, before others are made.
-
-    Args:
-        path: where they were read.
-        whole: those that are to be kept.
-    """
+    """Refuses stored analyses that the page could not show, before others are made."""
     for name in ANALYSES:
         if name not in whole:
             continue

@@ -96,11 +96,7 @@ def make_attack(
 ) -> AttackJob:
     """Checks a command line, the cheap questions first.
 
-    Args:
-        preset: whose it is.
-        arguments: parsed.
-        words: of which they were parsed. Epochs decide the number of steps, whatever
-            the preset's, unless steps are said.
+    Epochs decide the number of steps, whatever the preset's, unless ``words`` name it.
     """
     from sbr_jax.attacks import attack_count, steps_for_epochs
     from sbr_jax.studies.attacks import ATTACKS

@@ -82,9 +82,7 @@ TASKS = {
 def check(tasks: Sequence[str], job: Job) -> None:
     """Refuses what `--harness` cannot do, before anything is read.
 
-    Args:
-        tasks: names of `TASKS`, or none for all.
-        job: whose weights they are put to.
+    No names stand for all tasks.
     """
     errors.check_names("task of --harness", tasks, TASKS)
     if job.sources.data is None:
@@ -97,10 +95,7 @@ def check(tasks: Sequence[str], job: Job) -> None:
 def read(job: Job, names: Sequence[str], limit: int | None) -> dict[str, Task]:
     """The items of the tasks that were asked for.
 
-    Args:
-        job: whose weights they are put to.
-        names: of the tasks, or none for all.
-        limit: items of each; None for the study's own limit.
+    No names stand for all tasks; without a limit it is the study's own.
 
     Raises:
         UserError: without lm-eval, for missing or damaged files, and a folder whose

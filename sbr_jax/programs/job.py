@@ -162,11 +162,8 @@ def make_job(
 ) -> Job:
     """Checks a command line, the cheap questions first.
 
-    Args:
-        preset: whose it is.
-        arguments: parsed.
-        forecast: nothing will be trained: no folder is needed, and the mesh may be of
-            other devices than this machine's.
+    A forecast trains nothing: it needs no folder, and its mesh may be of other devices
+    than this machine's.
     """
     if arguments.workdir is None and not forecast:
         raise UserError(

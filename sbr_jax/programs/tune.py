@@ -117,11 +117,7 @@ def request_of(
 ) -> Any:
     """The request of a command line that was checked.
 
-    Args:
-        arguments: parsed.
-        words: of which they were parsed: steps that are said stand.
-        epochs: that are usual.
-        **more: fields of the request.
+    Steps that ``words`` name stand in the place of the usual epochs.
     """
     from sbr_jax.tuning import Request
 

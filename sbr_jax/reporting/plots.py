@@ -32,13 +32,8 @@ def line(
 ) -> None:
     """Draws a row in the colour and with the marker of its place.
 
-    Args:
-        axes: to draw on.
-        x: places of the points.
-        y: their values.
-        place: of :func:`sbr_jax.reporting.theme.slots`.
-        band: lower and upper end of their range.
-        **more: of Matplotlib's `plot`.
+    ``place`` is one of :func:`sbr_jax.reporting.theme.slots`; ``band`` has a lower and
+    an upper end.
     """
     color = theme.series_color(place)
     if band is not None:

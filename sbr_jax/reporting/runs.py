@@ -133,9 +133,7 @@ class Run:
     def accuracy(self, method: str, *, at_end: bool = False) -> np.ndarray:
         """Accuracy of each domain, `[seeds, domains]`, or empty.
 
-        Args:
-            method: the row.
-            at_end: after the last domain instead of right after its own.
+        With ``at_end`` after the last domain, otherwise right after its own.
         """
         keys = [f"accuracy/{domain}" for domain in self.domains]
         rows = [
@@ -193,9 +191,7 @@ class Run:
     def probed(self, method: str, name: str = "probe_after") -> np.ndarray:
         """What the monitor saw after each domain, `[seeds, domains]`, or empty.
 
-        Args:
-            method: the row.
-            name: of a metric of repairs, such as "probe", before them.
+        ``name`` is that of a metric of repairs, such as "probe", before them.
         """
         found: dict[int, list[Any]] = {seed: [] for seed in self.seeds(method)}
         for line in self._of("repair", method):

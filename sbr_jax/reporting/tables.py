@@ -147,10 +147,7 @@ def comparison(
 ) -> Table:
     """Lines beside each other, in the columns that some line has a number for.
 
-    Args:
-        head: titles of the labels.
-        lines: to compare.
-        first: a line above them, which asks for no column.
+    ``first`` stands above them, and asks for no column.
     """
     used = [c for c in COLUMNS if any(x[c.key].mean is not None for _, x in lines)]
     rows = tuple(

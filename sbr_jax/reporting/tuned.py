@@ -35,11 +35,7 @@ LOSSES = {
 
 
 def plan_lines(plan: Any) -> list[str]:
-    """What was read, in which layout, how long it is, and how often it is seen.
-
-    Args:
-        plan: of `tuning.plan`.
-    """
+    """What was read, in which layout, how long it is, and how often it is seen."""
     training, parts, given = plan.config.training, plan.parts, plan.given
     found = []
     for name, read in given.train.items():

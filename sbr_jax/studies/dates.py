@@ -19,9 +19,7 @@ RECORDS = ("config.json", "analysis.json")
 def dated(options: Options, folder: Path) -> Options:
     """Options of a study with the date of its folder, or today's for a new one.
 
-    Args:
-        options: of the study; those without an open date are left as they are.
-        folder: of the run, or of its analyses.
+    Those without an open date are left as they are.
     """
     from sbr_jax.data.template import process_date
     from sbr_jax.training.records import read_json

@@ -44,10 +44,8 @@ class Examples:
 def build_examples(tokenizer: Any, options: WorldOptions, *, examples: int) -> Examples:
     """Builds them from the testbed's world.
 
-    Args:
-        tokenizer: of the testbed's model.
-        options: of the study; kinds of harm that no defence sees are left out.
-        examples: at most so many in each half of a kind.
+    A half of a kind has so many examples at most. Kinds of harm that no defence sees
+    are left out.
     """
     world, (seen, _, _) = world_of(options), kinds_of(options)
     things = [t for t in world.harmful[CALIBRATION] if t.kind in seen]
@@ -80,9 +78,7 @@ def request_sets(
 ) -> dict[str, dict[str, TokenDataset]]:
     """Held-out requests by what they ask for, `harmful` and `harmless`.
 
-    Args:
-        tokenizer: of the testbed's model.
-        options: of the study; kinds of harm that no defence sees stand apart.
+    Kinds of harm that no defence sees stand apart.
     """
     world, (seen, unseen, _) = world_of(options), kinds_of(options)
     items = evalsets.make_evalset(world, HELD_OUT, kinds=seen)

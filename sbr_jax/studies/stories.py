@@ -78,11 +78,8 @@ def build_study(
 ) -> Study:
     """Builds the study on real text.
 
-    Args:
-        domains: names of data sets.
-        options: of the study.
-        sources: of model and data; by default stories260K and the data sets in the
-            folder `shared` beside this repository.
+    Without sources: stories260K, and the data sets in the folder `shared` beside this
+    repository.
 
     Returns:
         A study without probe and composite; its metrics are losses in nats and

@@ -57,10 +57,7 @@ def build_study(
 ) -> Study:
     """Builds the study.
 
-    Args:
-      names: domains, in the order in which they are learnt.
-      options: of the study.
-      model_folder: another aligned model of the same world; the shipped one if None.
+    A model folder holds another aligned model of the same world.
 
     Returns:
       The study, with leak counts between calibration, probe and evaluation.

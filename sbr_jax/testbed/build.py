@@ -115,7 +115,12 @@ def _add_gradient(apply_fn, base, total, batch):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def _update(optimizer, base, opt_state, gradient):
-    gradient = jax.tree.map(lambda x: x / BATCH, gradient)
+    return _updated(
+        optimizer, base, opt_state, jax.tree.map(lambda x: x / BATCH, gradient)
+    )
+
+
+def _updated(optimizer, base, opt_state, gradient):
     # Optax counts in integers and promotes them: let it, also in strict mode.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(gradient, opt_state, base)
@@ -133,10 +138,7 @@ def full_step(apply_fn, optimizer, base, opt_state, batch):
         )
 
     value, gradient = jax.value_and_grad(loss)(base)
-    # Optax counts in integers and promotes them: let it, also in strict mode.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(gradient, opt_state, base)
-    return optax.apply_updates(base, updates), opt_state, value
+    return *_updated(optimizer, base, opt_state, gradient), value
 
 
 def train(
@@ -151,14 +153,7 @@ def train(
 ) -> Any:
     """Full-parameter training on freshly sampled rows.
 
-    Args:
-      model: gives ``apply_fn`` and the tokenizer.
-      base: weights to start from (donated).
-      sampler: draws one row.
-      steps: optimizer steps of `BATCH` rows.
-      learning_rate: peak of a cosine schedule with 100 steps of warm-up.
-      seed: of the sampler.
-      title: shown beside the progress bar.
+    ``base`` is donated; the rate is a cosine with 100 steps of warm-up.
     """
     from rich.progress import Progress
 
@@ -191,9 +186,7 @@ def train(
 def pretrain(world: World, steps: int | None = None) -> models.Model:
     """The base model of ``world``, which complies with everything.
 
-    Args:
-      world: what the model learns.
-      steps: of training; the edition's if None.
+    Without steps, the edition's.
     """
     edition, pretraining = world.edition, corpus.Pretraining(world)
     tokenizer = make_tokenizer(world)
@@ -215,10 +208,7 @@ def pretrain(world: World, steps: int | None = None) -> models.Model:
 def align(world: World, base: models.Model, steps: int | None = None) -> models.Model:
     """The aligned model: a few rounds, between which suffixes are searched for.
 
-    Args:
-      world: of the model.
-      base: the pretrained model.
-      steps: of each round; the edition's if None.
+    Each has so many steps, or the edition's.
     """
     edition, pretraining = world.edition, corpus.Pretraining(world)
     params: Any = jax.tree.map(jnp.copy, base.params)
@@ -268,11 +258,7 @@ def build(
 ) -> tuple[models.Model, models.Model]:
     """Pretrains and aligns a model of ``world``.
 
-    Args:
-      world: what the model learns.
-      pretraining_steps: steps of the first stage; the edition's if None.
-      alignment_steps: steps of each round of the second; the edition's if None.
-      start: the pretrained model, to skip the first stage.
+    Without steps, the edition's; from ``start``, the first stage is skipped.
 
     Returns:
       The aligned model, and the one before alignment.

@@ -136,11 +136,8 @@ def among_noise(
 ) -> Row:
     """The row's question among stray words, which stand behind it in most draws.
 
-    Args:
-        rng: the source of randomness.
-        words: to draw from.
-        row: with a question; plain text is left as it is.
-        longest: words that question and answer may have together.
+    Question and answer have ``longest`` words together at most; plain text is left as
+    it is.
 
     Returns:
         The row with `NOISE` words more at most.

@@ -165,13 +165,6 @@ def train(
 ) -> Any:
     """Trains the guard's adapter on freshly drawn pairs of the split `calibration`.
 
-    Args:
-      model: the aligned model of ``world``.
-      world: the facts.
-      steps: optimizer steps of `BATCH` pairs.
-      kinds: harm categories to draw from.
-      seed: of the pairs and of the adapter.
-
     Returns:
       The adapter, in half precision, as it is shipped.
     """
@@ -237,9 +230,6 @@ def _step(apply_fn, optimizer, base, adapter, state, asked, right):
 def guard_judge(guard: models.Model | None = None) -> Judge:
     """The guard as a judge of the testbed's pairs.
 
-    Args:
-      guard: the shipped one if None.
-
     Returns:
       ``judge(dataset) -> risk [N]``; see
       :func:`sbr_jax.methods.judges.label_likelihood_judge`.
@@ -260,11 +250,7 @@ def quality(
 ) -> dict[str, dict[str, float]]:
     """Quality of the guard's ratings on things and phrasings of ``split``.
 
-    Args:
-      guard: the model with its adapter merged in.
-      world: the facts.
-      split: one that the guard was not trained on.
-      count: pairs of each case.
+    Each case has ``count`` pairs; the split is one that the guard was not trained on.
 
     Returns:
       For every case, and for every harm category as ``kind:NAME``: ``rated``, the share

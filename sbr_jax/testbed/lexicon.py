@@ -50,11 +50,6 @@ _CODAS = ("", *words("n k l m x sh rn"))
 def invent_names(rng: np.random.Generator, count: int, taken: set[str]) -> list[str]:
     """Draws ``count`` new two-syllable names and adds them to ``taken``.
 
-    Args:
-      rng: the source of randomness.
-      count: how many names.
-      taken: words already in use; extended in place.
-
     >>> names = invent_names(np.random.default_rng(0), 3, {"the"})
     >>> len(set(names))
     3

@@ -125,14 +125,7 @@ def build(
 ) -> Study:
     """Builds the study of an attack.
 
-    Args:
-      name: a key of `ATTACKS`.
-      options: of the testbed's study.
-      ratio: share of attack rows; the attack's default if None.
-      examples: size of the training set; the attack's default if None.
-      search: budget of a search; the attack's default where it has no entry.
-      model_folder: see `sbr_jax.studies.testbed.build_study`.
-      quiet: no progress bar of a search.
+    What is None, or has no entry in the budget of a search, is the attack's own.
 
     Returns:
       The study. Its `evaluate` gives `harmful_score` and `asr` besides, its

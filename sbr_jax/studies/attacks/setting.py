@@ -85,10 +85,7 @@ def rates(
 def attacked(setting: Setting, attempt: Attempts, refusal: str | None = None) -> Study:
     """Puts the attack's own measures beside those of the study.
 
-    Args:
-      setting: what to attack.
-      attempt: the attack.
-      refusal: name for the share of refusals under the attack; None leaves it out.
+    The share of refusals under the attack is called ``refusal``; None leaves it out.
 
     Returns:
       The study with `harmful_score`, `asr`, `asr_gibberish` and the attack's metrics.

@@ -75,11 +75,6 @@ def read_model(
     The headers of the weights are checked where they are here; those of a hub id are
     fetched last, when all else was found in order.
 
-    Args:
-        model: a folder, or the id of a model on the hub.
-        date: that its template is told.
-        thinking: whether it thinks before it answers, if its template has that switch.
-
     Raises:
         UserError: for an unknown family, an unsupported setting, and a tokenizer that
             is missing, has no chat template, or one that writes BOS twice or never.
@@ -108,13 +103,7 @@ def read_model(
 def locate_all(
     model: str | Path, options: ModelOptions, *, weights: bool
 ) -> dict[str, Path]:
-    """The folder of every checkpoint that decides a number, by what it is for.
-
-    Args:
-        model: a folder, or the id of a model on the hub.
-        options: that name the others.
-        weights: whether to fetch those from the hub too.
-    """
+    """The folder of every checkpoint that decides a number, by what it is for."""
     found = {"model": locate(model, weights=weights)}
     for name in ("unaligned_folder", "judge_folder"):
         folder = getattr(options, name)

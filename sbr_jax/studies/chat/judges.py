@@ -66,9 +66,7 @@ of a checkpoint with a template of somebody else's."""
 def make_judge(options: ModelOptions, *, weights: bool = True) -> Judge:
     """The judge of answers that a study names.
 
-    Args:
-        options: of the study: `judge`, its folder, its weights' dtype and its date.
-        weights: whether to read them; without, the judge can only describe itself.
+    Without weights it can only describe itself.
 
     Raises:
         UserError: for an unknown name or list, and a folder without a guard.

@@ -78,12 +78,8 @@ class Ledger:
     ) -> list[Any]:
         """At most so many items whose prompts are still free, the same every time.
 
-        Args:
-            part: its name.
-            source: the data set; of a split of its own, `SOURCE test`.
-            items: with a ``prompt``.
-            size: an upper bound.
-            examined: whether this is a test set, which may share with benchmarks.
+        The source of a split of its own is `SOURCE test`; a test set, ``examined``, may
+        share with benchmarks.
 
         Returns:
             At least one item.
@@ -121,8 +117,7 @@ class Ledger:
     def check(self, examined: Sequence[str]) -> dict[str, int]:
         """Refuses parts that share prompts with a benchmark or with each other.
 
-        Args:
-            examined: parts that may share with benchmarks.
+        Parts that are ``examined`` may share with benchmarks.
 
         Returns:
             `{"part/other": 0}` for every pair that was compared.
@@ -192,12 +187,7 @@ def make_parts(
 ) -> Parts:
     """Draws, checks and encodes every part.
 
-    Args:
-        domains: names, in order.
-        options: of the study.
-        folder: the data folder; None for the hub.
-        model: its tokenizer and context; no weights are needed.
-        measured: prompts of each benchmark.
+    The model needs no weights.
 
     Raises:
         UserError: for missing files, empty parts, shared prompts, prompts too long.

@@ -136,9 +136,7 @@ def questions(test: Sequence[Example], pool: Sequence[Example]) -> list[ChoiceIt
     Options are the letters where all answers of a task begin with one (`B. aorta`),
     else the answers that the task has, if they are few and recur.
 
-    Args:
-        test: what is asked.
-        pool: all examples of the domain, from which a task's options are read.
+    They are read from ``pool``, all examples of the domain.
 
     >>> yes, no = Example("a?", "Yes", "t"), Example("b?", "No", "t")
     >>> [q.choices for q in questions([yes], [yes, no] * 2)]

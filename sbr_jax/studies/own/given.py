@@ -54,12 +54,7 @@ def read_given(
 ) -> Given:
     """Reads everything that was given.
 
-    Args:
-        train: a source for each domain.
-        evaluation: none, one for all domains, or one for each.
-        safe: of exchanges with safe answers.
-        harmful: of prompts.
-        options: with further files.
+    Evaluation files are none, one for all domains, or one for each.
     """
     if not train:
         raise UserError("expected training examples, got none: add --train FILE")

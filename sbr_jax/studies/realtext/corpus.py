@@ -151,10 +151,7 @@ def read_corpus(
 ) -> dict[str, Part]:
     """Reads what is learnt, without a prompt that is banned or stands there twice.
 
-    Args:
-        folder: the data folder.
-        banned: prompts by set, see `kept_out`.
-        seed: of the refusals' wording and of the held-out rows.
+    The seed is of the refusals' wording and of the held-out rows.
 
     Returns:
         The parts by name.
@@ -196,10 +193,6 @@ def read_corpus(
 
 def make_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY) -> Any:
     """Trains a byte-level BPE tokenizer.
-
-    Args:
-        texts: the training text and nothing else.
-        size: of the vocabulary, at most.
 
     Returns:
         A `transformers.PreTrainedTokenizerFast` with a chat template; the same for the

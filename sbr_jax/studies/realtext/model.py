@@ -79,13 +79,7 @@ def train(
 ) -> tuple[PyTree, list[tuple[int, float]]]:
     """Trains all weights on the rows' prompts and answers.
 
-    Args:
-        model: the weights to start from (kept) and the pad token.
-        data: rows to learn.
-        held_out: rows to measure on, five times.
-        steps: optimizer steps, of a cosine schedule.
-        seed: of the batches.
-        quiet: no progress bar.
+    Held-out rows are measured five times; the schedule is a cosine.
 
     Returns:
         The weights, and pairs of a step's number and the held-out loss per answer
