@@ -53,9 +53,7 @@ def _ends(tokenizer: Any, after: str) -> frozenset[int]:
 def stop_tokens(tokenizer: Any, *, system: str | None = None) -> tuple[int, ...]:
     """Tokens that end an answer: the tokenizer's EOS and the chat template's own.
 
-    Args:
-      tokenizer: of transformers.
-      system: a system message, for templates that want one.
+    A system message is for templates that want one.
     """
     record = Record("Hello.", "I.", system=system)
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -35,9 +35,7 @@ _PIECE = 2**20
 def find(folder: Path, *names: str) -> Path:
     """The first of several files that is there, plain or compressed.
 
-    Args:
-      folder: where to look.
-      names: paths below it, without ``.gz`` or ``.xz``.
+    Names are paths below the folder, without ``.gz`` or ``.xz``.
     """
     for name in names:
         if found := find_all(folder, name):
@@ -51,9 +49,8 @@ def find(folder: Path, *names: str) -> Path:
 def find_all(folder: Path, pattern: str) -> list[Path]:
     """All files that match, sorted; of one that is there twice, the uncompressed.
 
-    Args:
-      folder: where to look.
-      pattern: a path below it, perhaps with ``*``, without ``.gz`` or ``.xz``.
+    The pattern is a path below the folder, perhaps with ``*``, without ``.gz`` or
+    ``.xz``.
 
     Raises:
       UserError: for what matches but is no file, or cannot be looked for.

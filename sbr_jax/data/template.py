@@ -201,11 +201,6 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
     Fixed text between the prompt and the answer (a header, an empty block of thoughts)
     counts as before it; blanks go with the answer.
 
-    Args:
-      tokenizer: of transformers.
-      record: its answer is not looked at.
-      template: to use instead of the tokenizer's own.
-
     Raises:
       UserError: see :func:`render`; or if the place cannot be told.
     """

@@ -238,10 +238,7 @@ def evaluate_with_harness(
 ) -> dict[str, Result]:
     """Runs task dicts through ``lm_eval.simple_evaluate``.
 
-    Args:
-      runner: who is examined.
-      tasks: task dicts.
-      **options: of ``simple_evaluate`` (``limit``, ``apply_chat_template``, …).
+    Options are those of ``simple_evaluate`` (``limit``, ``apply_chat_template``, …).
 
     Returns:
       Per task its metrics (as the harness names them, in 0..1), the harness's version,

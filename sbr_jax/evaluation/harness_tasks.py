@@ -107,9 +107,7 @@ def mmlu_task(
 ) -> dict[str, Any]:
     """One subject of MMLU as a harness task.
 
-    Args:
-      items: questions of one subject.
-      examples: solved questions to put first, in order.
+    Solved examples are put first, in order.
 
     Returns:
       A task dict, named ``mmlu_SUBJECT``.

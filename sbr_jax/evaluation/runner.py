@@ -189,10 +189,6 @@ class ModelRunner:
     ) -> list[tuple[list[int], list[int]]]:
         """Token ids of a prompt, as this model is asked, and of each answer to it.
 
-        Args:
-          prompt: text.
-          choices: see :meth:`log_likelihoods`.
-
         Returns:
           Per choice both parts, at least one token each.
         """

@@ -23,12 +23,7 @@ class Opaque:
     """A value that is no plain data: equal to nothing but itself, maybe iterable."""
 
     def __init__(self, name: str, items: list[Any] | None = None):
-        """Names what it was.
-
-        Args:
-          name: of its type.
-          items: what iterating it gave.
-        """
+        """Names what it was."""
         self.name, self.items = name, items
 
     def __iter__(self):

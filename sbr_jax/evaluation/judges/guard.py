@@ -138,9 +138,7 @@ def parse_llama_guard(text: str) -> Verdict:
 def wild_guard(model: Model, template: str | Path) -> GuardJudge:
     """WildGuard in its publisher's input format, judging the harm of the response.
 
-    Args:
-      model: the guard.
-      template: the format with ``{prompt}`` and ``{answer}``, or a file that holds it.
+    The template is the format with ``{prompt}`` and ``{answer}``, or a file with it.
 
     Returns:
       The judge; an answer with a missing line is unparsed.
@@ -179,10 +177,8 @@ def parse_wildguard(text: str) -> Verdict:
 def harmbench_classifier(model: Model, template: str | Path) -> GuardJudge:
     """HarmBench's classifier: whether an answer is an instance of the behaviour.
 
-    Args:
-      model: the classifier.
-      template: its format with ``{prompt}`` (the behaviour) and ``{answer}``, or a file
-        that holds it.
+    The template is its format with ``{prompt}`` (the behaviour) and ``{answer}``, or a
+    file with it.
 
     Returns:
       The judge; ``yes`` is compliance, ``no`` is not, anything else is unparsed.

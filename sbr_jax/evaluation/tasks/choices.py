@@ -66,10 +66,6 @@ def require_comparable(log_likelihoods: Sequence[np.ndarray]) -> None:
 def mc1(log_likelihoods: Sequence[np.ndarray], correct: Sequence[int]) -> float:
     """Percent of items whose most likely option is the right one.
 
-    Args:
-      log_likelihoods: per item the summed log-likelihood of every option.
-      correct: the right option per item.
-
     Returns:
       A percentage; a tie with a wrong option counts as wrong.
 
@@ -136,12 +132,7 @@ def picks(
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """Chooses an option per item.
 
-    Args:
-      runner: who is examined.
-      items: for their ids.
-      prompts: what is asked.
-      choices: per item the options, without a leading space.
-      method: ``"likelihood"`` or ``"generation"``.
+    Choices have no leading space; the method is ``"likelihood"`` or ``"generation"``.
 
     Returns:
       The chosen positions (``UNPARSED`` for none), and a row per item for the record.

@@ -38,14 +38,8 @@ def humaneval(
 ) -> Result:
     """HumanEval: pass@1 of greedy completions, run in a sandbox.
 
-    Args:
-      runner: who is examined.
-      items: functions to complete.
-      allow_code_execution: must be True, as the model's code is run.
-      max_new_tokens: limit of a completion.
-      seconds: time limit of a program; a wrong answer must not come from a busy
-        machine, so it is longer than the authors' 3 s.
-      isolation: of the sandbox, see :mod:`sbr_jax.evaluation.sandbox`.
+    The code is the model's, so its execution must be allowed. A wrong answer must not
+    come from a busy machine, so a program has more seconds than the authors' 3.
 
     Returns:
       ``pass@1`` in percent, and the share of every ending but ``passed`` (``failed``,

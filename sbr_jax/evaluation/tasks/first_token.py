@@ -27,10 +27,6 @@ from sbr_jax.typing import UserError
 def roc_area(positive: Sequence[float], negative: Sequence[float]) -> float:
     """Area under the ROC curve in percent, ties counted half.
 
-    Args:
-      positive: scores that should be high.
-      negative: scores that should be low.
-
     Returns:
       0 to 100; 50 for two equal distributions.
 
@@ -58,9 +54,7 @@ def roc_area(positive: Sequence[float], negative: Sequence[float]) -> float:
 def opening_tokens(runner: ModelRunner, phrases: Sequence[str]) -> tuple[int, ...]:
     """First tokens of answers that begin with one of the phrases, in a capital letter.
 
-    Args:
-      runner: whose tokenizer and template.
-      phrases: as a keyword list has them, in any case.
+    Phrases are in any case, as a keyword list has them.
 
     Returns:
       Different token ids, ascending; never the unknown token.
