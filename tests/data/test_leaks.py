@@ -144,10 +144,10 @@ def test_leaks_are_refused_with_counts_and_never_quoted():
     with pytest.raises(
         UserError, match=r"train and test share 2 prompts: drop"
     ) as error:
-        leaks.refuse_shared(sets)
+        leaks.refuse_leaks(leaks.shared(sets))
     assert "secret" not in str(error.value)
     assert "dev" not in str(error.value)
-    assert leaks.refuse_shared({"a": ["x"], "b": []}) == {"a/b": 0}
+    assert leaks.refuse_leaks(leaks.shared({"a": ["x"], "b": []})) == {"a/b": 0}
     with pytest.raises(UserError, match="without '/'"):
         leaks.shared({"a/b": []})
 
@@ -157,9 +157,10 @@ def test_encoded_sets_are_compared_by_the_tokens_of_their_prompts():
     data = TokenDataset(tokens, np.array([[0, 0, 1], [0, 1, 1]]))
     asked = [[1, 2], [3], [3]]
     assert leaks.shared_prompts({"a": data, "b": asked}) == {"a/b": 2}
-    assert leaks.check_disjoint({"a": data, "b": tokens}) == {"a/b": 0}
+    assert leaks.shared_prompts({"a": data, "b": tokens}) == {"a/b": 0}
+    counts = leaks.shared_prompts({"a": data, "b": asked, "c": [[3]]})
     with pytest.raises(UserError, match="a and b share 2 prompts, a and c share 1"):
-        leaks.check_disjoint({"a": data, "b": asked, "c": [[3]]})
+        leaks.refuse_leaks(counts)
 
 
 # --- the real sets --------------------------------------------------------------------
