@@ -245,6 +245,13 @@ def test_a_wrong_conversation_is_named_by_its_row_and_not_quoted(kind):
     assert not {"sky", "ground", "What"} & set(str(found.value).split())
 
 
+@pytest.mark.parametrize("read", [read_conversations, read_prompts])
+def test_a_text_without_blanks_is_not_shown_as_a_column(read, tmp_path):
+    (tmp_path / "a.csv").write_text("天为什么是蓝的,id\nb,1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="got id, 1 longer name: rename"):
+        read(tmp_path / "a.csv", "toy")
+
+
 PROMPTS = ["do this", "do that, please", "DO this!"]
 
 
