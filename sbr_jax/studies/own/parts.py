@@ -39,6 +39,9 @@ FEW, MANY_EPOCHS = 50, 10
 REFUSED = "I cannot help with that."
 """Stands behind prompts of which the prompt alone is read."""
 
+Rows = Mapping[str, Sequence[Conversation]]
+"""Conversations by domain."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -58,7 +61,7 @@ class Parts:
     """
 
     sets: Mapping[str, TokenDataset]
-    tests: Mapping[str, Sequence[Conversation]]
+    tests: Rows
     calibrate: Sequence[str]
     probe: Sequence[str]
     measured: Sequence[str]
@@ -154,13 +157,7 @@ def make_parts(
 # --- what is learnt and what is asked -------------------------------------------------
 
 
-def _split(
-    given: Given, options: OwnOptions
-) -> tuple[
-    Mapping[str, Sequence[Conversation]],
-    Mapping[str, Sequence[Conversation]],
-    Mapping[str, Any],
-]:
+def _split(given: Given, options: OwnOptions) -> tuple[Rows, Rows, Mapping[str, Any]]:
     """Rows to learn, rows to measure on, and what there is to say about them."""
     trained = {name: read.rows for name, read in given.train.items()}
     if not given.evaluation:
@@ -178,13 +175,7 @@ def _split(
     return trained, tests, {}
 
 
-def _hold_back(
-    trained: Mapping[str, Sequence[Conversation]], most: int
-) -> tuple[
-    Mapping[str, Sequence[Conversation]],
-    Mapping[str, Sequence[Conversation]],
-    Mapping[str, Any],
-]:
+def _hold_back(trained: Rows, most: int) -> tuple[Rows, Rows, Mapping[str, Any]]:
     """Rows to learn, and rows to measure on of which no file learns a prompt."""
     small = [rows for rows in trained.values() if len(rows) < ENOUGH_TO_HOLD]
     back = {
