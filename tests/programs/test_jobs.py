@@ -143,7 +143,7 @@ def test_a_part_has_the_words_of_the_whole(job):
     words = ["demo", "--workdir", "W", "--jobs=2", "--seed", "0", "1", "--quiet"]
     found = spread._command(words, job, Path("-runs/0"), [("plain", 1)])
     assert found[found.index("-m") + 2 :] == [
-        *("demo", "--seed", "0", "1", "--quiet"),
+        *("run", "demo", "--seed", "0", "1", "--quiet"),
         *("--workdir=-runs/0", "--only", "plain/1"),
     ]
 

@@ -304,6 +304,6 @@ def test_cells_in_processes_of_their_own(tmp_path, monkeypatch):
         assert known < {word.partition("=")[0] for word in command}
     # What a process is told, the program understands.
     first = next(c for c in commands if "medical-legal-code" in c)
-    parsed = sweep.cli.parse(sweep.Arguments, first[2:], "sweep")
+    parsed = sweep.cli.parse(sweep.Arguments, first[3:], "sweep")
     assert parsed.cells == ("medical-legal-code",)
     assert parsed.seeds == 3
