@@ -33,7 +33,7 @@ class Ours:
         config = shapes.Shape(**job["shape"]).ours()
         self._dtype = jnp.dtype(job["dtype"])
         params = _random_params(config, self._dtype)
-        how = models.Hardware(remat=job["remat"], unroll=job["unroll"])
+        how = models.Hardware(remat=False, unroll=job["unroll"])
         self._model = models.make_model(config, params, hardware=how)
         settings = Config(
             Training(
@@ -42,7 +42,7 @@ class Ours:
                 lora_alpha=2.0 * job["rank"],
                 lora_targets="|".join(shapes.TARGETS),
             ),
-            Hardware(remat=job["remat"]),
+            Hardware(remat="no"),
         )
         study = Study(self._model, {}, None, lambda *_: {})
         self._program = make_program("plain", study, settings)

@@ -53,7 +53,6 @@ def job_of(args: argparse.Namespace, shape: shapes.Shape, data: Any) -> dict[str
         "device": args.device,
         "threads": args.threads,
         "rank": args.rank,
-        "remat": False,
         "unroll": args.unroll,
         "smoke": args.smoke,
         "data": str(data),
