@@ -294,12 +294,3 @@ def prefill(run: Callable[..., Any], base: PyTree, adapter: PyTree, tokens: jax.
       ``[N, L, 1, P, K, H]`` each.
     """
     return jax.lax.map(lambda row: run.hidden(base, adapter, row[None])[1], tokens)
-
-
-__all__ = [
-    "draw_candidates",
-    "prefill",
-    "propose",
-    "score_candidates",
-    "suffix_gradient",
-]

@@ -191,6 +191,3 @@ def gcg(
         if on_step is not None:
             on_step(step + 1, best_loss)
     return GcgResult(current, np.stack(losses, 1), best, np.stack(best_losses, 1))
-
-
-__all__ = ["FULL", "REDUCED", "REDUCED_PROMPTS", "GcgResult", "gcg"]

@@ -298,17 +298,3 @@ def check_start(layout: Layout, round_trip: RoundTrip, initial: np.ndarray) -> N
             f"round_trip accepts, got {initial.shape[1]} times the token "
             f"{int(initial[0, 0])}; choose another initial_token"
         )
-
-
-__all__ = [
-    "Layout",
-    "RoundTrip",
-    "SplitPrompt",
-    "ascii_tokens",
-    "check_start",
-    "check_tokens",
-    "gcg_prompts",
-    "lay_out",
-    "round_trips",
-    "survivors",
-]

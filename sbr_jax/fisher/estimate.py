@@ -4,9 +4,6 @@
 
 Symbols: δ parameters of a unit, P how many they are, N examples, B batch, R rows of
 the buffer, K columns kept, L layers, ρ the energy to keep.
-
-References:
-    SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
 import functools

@@ -3,9 +3,6 @@
 ``g_n = ∇_δ loss(x_n)``: what a Fisher is made of, and what its share is measured with.
 
 Symbols: δ parameters of a unit, N examples, B batch, L layers.
-
-References:
-    SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
 import functools

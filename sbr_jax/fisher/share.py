@@ -3,9 +3,6 @@
 ``Σ_n ‖Vᵀ g_n‖² / Σ_n ‖g_n‖²``.
 
 Symbols: V basis of a unit and layer, g_n gradient of an example, L layers.
-
-References:
-    SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
 import functools

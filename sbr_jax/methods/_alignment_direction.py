@@ -136,13 +136,3 @@ def inner_product(lora_a: jax.Array, left: jax.Array, right: jax.Array) -> jax.A
     inputs = jnp.einsum("lir,lis->lrs", lora_a, lora_a, precision="highest")
     outputs = jnp.einsum("lro,lso->lrs", left, right, precision="highest")
     return jnp.sum(inputs * outputs, axis=(1, 2))
-
-
-__all__ = [
-    "Alignment",
-    "alignments",
-    "inner_product",
-    "project",
-    "unaligned_layers",
-    "weight_change",
-]

@@ -169,6 +169,3 @@ def fresh_like(adapter: PyTree, key: jax.Array) -> PyTree:
         for pair, one in zip(pairs, jax.random.split(key, len(pairs)), strict=True)
     ]
     return jax.tree.unflatten(structure, fresh)
-
-
-__all__ = ["Rule", "Stage", "fresh_like", "make_realign"]

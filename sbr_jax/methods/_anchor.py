@@ -22,7 +22,7 @@ from sbr_jax import _mesh
 from sbr_jax.methods._compose import with_cost, with_pull, with_state
 from sbr_jax.methods.base import Method, Problem, device_dataset, draw_rows, task_loss
 from sbr_jax.models import answers
-from sbr_jax.typing import Batch, PyTree, UserError
+from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
 
 ROWS = ("tokens", "mask", "places", "targets", "shares")
 """Arrays of a set that its states are computed from."""
@@ -54,12 +54,11 @@ def with_kl_anchor(
     """
 
     def init(problem, base, adapter, key):
-        del key
         return anchored_set(problem, base, adapter)
 
     def anchor(problem, base, adapter, state, batch, key):
         safe = safe_batch(problem, state, batch, key, batch_size)
-        return anchor_loss(problem, base, adapter, safe, direction)
+        return anchor_loss(problem.apply_fn, base, adapter, safe, direction)
 
     def joint_gradient(problem, base, adapter, state, batch, key):
         def joint(a):
@@ -185,7 +184,7 @@ def safe_batch(
 
 
 def anchor_loss(
-    problem: Problem,
+    apply_fn: ApplyFn,
     base: PyTree,
     adapter: PyTree,
     safe: Batch,
@@ -195,7 +194,7 @@ def anchor_loss(
     """L_KL: mean KL(p_ref ‖ p_θ) at the answer positions, ``p = softmax(logits / τ)``.
 
     Args:
-      problem: for its model.
+      apply_fn: of the model.
       base: frozen weights.
       adapter: θ.
       safe: the safety minibatch, with the reference's states.
@@ -205,9 +204,9 @@ def anchor_loss(
     Returns:
       A float32 scalar in nats: 0 with zero gradient where θ is the reference.
     """
-    hidden = answers.states(problem.apply_fn, base, adapter, safe)
+    hidden = answers.states(apply_fn, base, adapter, safe)
     kl = answers.kl_to_reference(
-        problem.apply_fn,
+        apply_fn,
         base,
         safe["reference"].reshape(hidden.shape),
         hidden,
@@ -216,12 +215,3 @@ def anchor_loss(
         temperature=temperature,
     )
     return jnp.mean(kl)
-
-
-__all__ = [
-    "anchor_loss",
-    "anchored_set",
-    "reference_states",
-    "safe_batch",
-    "with_kl_anchor",
-]

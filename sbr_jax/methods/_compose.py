@@ -21,6 +21,7 @@ from sbr_jax.methods.base import (
     Init,
     Method,
     Mix,
+    Outline,
     Problem,
     traced_state,
 )
@@ -29,9 +30,6 @@ from sbr_jax.typing import Batch, PyTree
 
 Penalty = Callable[[Problem, PyTree, PyTree, Any, Batch, jax.Array], jax.Array]
 """``(problem, base, adapter, state, batch, key) -> scalar``, of the penalty's state."""
-
-Outline = Callable[[Problem, PyTree, PyTree], dict[str, Any]]
-"""``(problem, base, adapter) -> state`` of a part as shapes, without diagnostics."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,6 @@ def with_pull(
     *,
     weight: float = 1.0,
     repairs: bool = True,
-    outline: Outline | None = None,
 ) -> Method:
     """Adds ``weight`` times a penalty to every step of a method.
 
@@ -93,7 +90,6 @@ def with_pull(
       loss: ``(problem, base, adapter, state, batch, key) -> scalar``, of that state.
       weight: of its gradient.
       repairs: whether repairs are pulled as well.
-      outline: what ``init`` returns, as shapes; None where tracing it tells them.
 
     Returns:
       The method with the pull.
@@ -111,7 +107,7 @@ def with_pull(
 
         return gradient
 
-    held = with_state(method, name, init, outline)
+    held = with_state(method, name, init)
     if repairs:
         return with_gradients(held, pulled)
     return dataclasses.replace(held, gradient=pulled(held.gradient))
@@ -131,9 +127,6 @@ def with_risk(
       method: any defence whose task loss is ``base.task_loss``.
       rater: of the examples.
       weighting: ``risk [B] -> (α [B], β [B])``.
-
-    Returns:
-      The risk-adaptive method.
 
     References:
       arXiv:2602.17546
@@ -200,13 +193,3 @@ def _bypassed(found: Found, pull: PyTree, state: Mapping, metrics: Mapping) -> F
     if "bypass" in extra:
         pull = jax.tree.map(jnp.add, extra["bypass"], pull)
     return grads, {**extra, "bypass": pull}, metrics
-
-
-__all__ = [
-    "Rater",
-    "with_cost",
-    "with_gradients",
-    "with_pull",
-    "with_risk",
-    "with_state",
-]

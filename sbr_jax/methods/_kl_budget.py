@@ -18,7 +18,6 @@ token, q second-order divergence, ε its budget.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -27,10 +26,9 @@ import numpy as np
 
 from sbr_jax import _mesh
 from sbr_jax.data.batches import take
-from sbr_jax.methods._anchor import anchored_set
+from sbr_jax.methods._anchor import anchor_loss, anchored_set
 from sbr_jax.methods.base import Method, Problem
-from sbr_jax.models import answers
-from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
+from sbr_jax.typing import Batch, PyTree, UserError
 
 EVERY = 4
 """One calibration row in so many is held out."""
@@ -116,19 +114,7 @@ def measure(problem: Problem, base: PyTree, adapter: PyTree, held: Batch) -> jax
         return _divergence(problem.apply_fn, base, adapter, held)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _divergence(
-    apply_fn: ApplyFn, base: PyTree, adapter: PyTree, held: Batch
-) -> jax.Array:
-    hidden = answers.states(apply_fn, base, adapter, held)
-    each = answers.kl_to_reference(
-        apply_fn,
-        base,
-        held["reference"].reshape(hidden.shape),
-        hidden,
-        answers.find(held),
-    )
-    return jnp.mean(each)
+_divergence = jax.jit(anchor_loss, static_argnums=0)
 
 
 def with_held_out(method: Method) -> Method:
@@ -144,13 +130,3 @@ def with_held_out(method: Method) -> Method:
     names += ("refresh",) * (method.refresh is not None)
     hooks = {name: reduced(getattr(method, name)) for name in names}
     return dataclasses.replace(method, outline=reduced(method.state_shapes), **hooks)
-
-
-__all__ = [
-    "first_state",
-    "held_out_rows",
-    "measure",
-    "next_epsilon",
-    "with_held_out",
-    "without_held_out",
-]

@@ -18,13 +18,8 @@ import numpy as np
 from sbr_jax.distributed import arrays
 from sbr_jax.methods._compose import with_cost
 from sbr_jax.methods._ssi import Ssi, check_sizes, describe, describe_change
-from sbr_jax.methods.base import (
-    LAYER_AXES,
-    InertProjectionWarning,
-    Method,
-    Problem,
-    is_lora_pair,
-)
+from sbr_jax.methods.base import LAYER_AXES, InertProjectionWarning, Method, Problem
+from sbr_jax.models import is_lora_pair
 from sbr_jax.subspace import Subspace, empty_subspace
 from sbr_jax.transforms import update_projection
 from sbr_jax.transforms.shares import adamw_gradient_projection
@@ -92,7 +87,6 @@ def with_projection(
         return state
 
     def outline(problem: Problem, base: PyTree, adapter: PyTree) -> dict:
-        del problem, base
         empty = jax.eval_shape(functools.partial(_empty, ssi), adapter)
         state = {"subspace": empty, "coefficients": empty.trace}
         names = ["stored"] * apart + ["protected"] * ssi.keep_base
@@ -204,6 +198,3 @@ def _warn_if_inert(alpha: PyTree) -> None:
             InertProjectionWarning,
             stacklevel=3,
         )
-
-
-__all__ = ["with_projection"]

@@ -41,16 +41,13 @@ def judge_rater(*, name: str) -> Rater:
         return problem.judge
 
     def init(problem, base, adapter, key):
-        del base, adapter, key
         judge_of(problem)
         return {}
 
     def mix(problem, domain, seed):
-        del seed
         return judged(judge_of(problem), domain)
 
     def assess(problem, base, state, batch):
-        del state
         if "risk" not in batch:
             raise UserError(
                 f'{name}: expected "risk" in the batch, got {", ".join(batch)}: draw '
@@ -79,7 +76,6 @@ def probe_rater(
     """
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        del adapter
         harmful = problem.harmful
         benign = problem.calibration_controls.get("benign")
         if harmful is None or benign is None:
@@ -103,10 +99,6 @@ def probe_rater(
         return reference, probe_risk(state["probe"], features)
 
     def outline(problem, base, adapter):
-        del adapter
         return {"probe": probe_shapes(problem.apply_fn, base, layers)}
 
     return Rater(init, unmixed, assess, outline=outline)
-
-
-__all__ = ["judge_rater", "probe_rater"]

@@ -139,12 +139,3 @@ def _checksum(tree: PyTree) -> jax.Array:
             words * (2 * places + jnp.uint32(1)), dtype=jnp.uint32
         )
     return total
-
-
-__all__ = [
-    "Reference",
-    "cache_reference",
-    "mark_of",
-    "require_own",
-    "tied_losses",
-]

@@ -121,6 +121,3 @@ def _stops(examples: TokenDataset) -> list[int]:
     ends = np.take_along_axis(examples.tokens, last[:, None], axis=1)[:, 0]
     token, count = Counter(ends.tolist()).most_common(1)[0]
     return [token] if 2 * count > len(ends) else []
-
-
-__all__ = ["TELLS", "answered", "risky_rows", "with_self_answers"]

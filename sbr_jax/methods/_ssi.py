@@ -37,12 +37,9 @@ from sbr_jax.data.batches import first_tokens, take
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
 from sbr_jax.fisher.share import energy_shares
-from sbr_jax.methods.base import (
-    LAYER_AXES,
-    Problem,
-    is_lora_pair,
-)
+from sbr_jax.methods.base import LAYER_AXES, Problem
 from sbr_jax.methods.likelihood import answer_loss
+from sbr_jax.models import is_lora_pair
 from sbr_jax.progress import task
 from sbr_jax.subspace import (
     Subspace,
@@ -450,13 +447,3 @@ def _spread(angles: jax.Array, count: jax.Array) -> jax.Array:
     share = share.reshape((1,) * count.ndim + (ANGLES,))
     places = jnp.round(last * share).astype(jnp.int32)
     return jnp.take_along_axis(angles, places, axis=-1)
-
-
-__all__ = [
-    "Ssi",
-    "check_sizes",
-    "describe",
-    "describe_change",
-    "held_out",
-    "perturb_b",
-]

@@ -30,8 +30,9 @@ import optax
 from sbr_jax.methods import _kl_budget
 from sbr_jax.methods._compose import with_cost, with_gradients
 from sbr_jax.methods._ssi import Ssi, check_sizes
-from sbr_jax.methods.base import LAYER_AXES, Method, Problem, is_lora_pair
+from sbr_jax.methods.base import LAYER_AXES, Method, Problem
 from sbr_jax.methods.sbr import BATCH
+from sbr_jax.models import is_lora_pair
 from sbr_jax.subspace import Subspace, empty_subspace
 from sbr_jax.subspace.spectrum import coordinates
 from sbr_jax.subspace.units import over_layers, to_vector
@@ -207,6 +208,3 @@ def second_order_divergence(subspace: Subspace, moved: PyTree) -> jax.Array:
             c = over_layers(coordinates, axes)(to_vector(part, axes), basis)
             total += 0.5 * jnp.sum(values * c**2)
     return total
-
-
-__all__ = ["second_order_divergence", "with_trust_region"]

@@ -23,65 +23,22 @@ microbatches of one. Repair, where it is asked for, keeps the weighted loss.
 Symbols: α, β weights, B examples of a batch.
 """
 
-import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from sbr_jax.checks import checked, one_of
+from sbr_jax.checks import checked
 from sbr_jax.methods._compose import Rater
 from sbr_jax.methods._raters import judge_rater, probe_rater
-from sbr_jax.methods.base import Cost, Method, Problem, dropout, task_loss
-from sbr_jax.methods.risk import (
-    BETA_MAX,
-    BETA_MIN,
-    check_bounds,
-    legacy_risk_to_weights,
-    risk_to_weights,
-)
+from sbr_jax.methods.base import Cost, Method, Problem, dropout, joint_replay
+from sbr_jax.methods.risk import BETA_MAX, BETA_MIN, Weighting
 from sbr_jax.models import answers
 from sbr_jax.settings import Positive
 from sbr_jax.typing import Batch, PyTree
 
 Granularity = Literal["example", "batch"]
 Mapping = Literal["linear", "legacy"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weighting:
-    """Map from risks to weights.
-
-    Attributes:
-      beta_min: smallest weight of the KL.
-      beta_max: largest weight of the KL.
-      granularity: ``"example"``, or ``"batch"`` for the mean risk (published).
-      mapping: ``"linear"`` in the risk, or ``"legacy"``, the released code's map of
-        the rating r = 1 + 4 s.
-
-    Raises:
-      UserError: for an unknown option, or bounds that are not 0 ≤ β_min ≤ β_max ≤ 1.
-    """
-
-    beta_min: float
-    beta_max: float
-    granularity: str
-    mapping: str
-
-    def __post_init__(self):
-        one_of("granularity", self.granularity, ("example", "batch"))
-        one_of("mapping", self.mapping, ("linear", "legacy"))
-        check_bounds(self.beta_min, self.beta_max)
-
-    def __call__(self, risk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """``(α, β)``, float32 ``[B]`` each, of the risks ``[B]``."""
-        risk = jnp.asarray(risk, jnp.float32)
-        if self.granularity == "batch":
-            risk = jnp.full_like(risk, jnp.mean(risk))
-        bounds = {"beta_min": self.beta_min, "beta_max": self.beta_max}
-        if self.mapping == "legacy":
-            return legacy_risk_to_weights(1.0 + 4.0 * risk, **bounds)
-        return risk_to_weights(risk, **bounds)
 
 
 def adaptive_loss(
@@ -190,12 +147,12 @@ def adaptive_probe(
 def _rated(name: str, monitored: bool, rater: Rater, weighting: Weighting) -> Method:
     """Plain fine-tuning with the weighted loss, in one forward pass of θ."""
 
-    def objective(problem, base, state, batch, key):
-        """The loss as a function of the adapter, and metrics known without it."""
+    def objective(problem, base, state, batch):
+        """The loss of an adapter and a key, and metrics known without them."""
         reference, risk = rater.assess(problem, base, state, batch)
         alpha, beta = weighting(risk)
 
-        def loss_fn(adapter):
+        def loss_fn(adapter, key):
             return adaptive_loss(
                 problem, base, adapter, batch, reference, alpha, beta, key
             )
@@ -203,21 +160,15 @@ def _rated(name: str, monitored: bool, rater: Rater, weighting: Weighting) -> Me
         return loss_fn, {"risk": jnp.mean(risk), "kl_weight": jnp.mean(beta)}
 
     def gradient(problem, base, adapter, state, batch, key):
-        loss_fn, metrics = objective(problem, base, state, batch, key)
-        (_, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter)
+        loss_fn, metrics = objective(problem, base, state, batch)
+        (_, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter, key)
         return grads, {}, {**metrics, **parts}
 
     def repair(problem, base, adapter, state, batch, safe, weight, key):
-        task_key, safe_key = jax.random.split(key)
-        loss_fn, metrics = objective(problem, base, state, batch, task_key)
-
-        def joint(a):
-            task, parts = loss_fn(a)
-            safety = task_loss(problem, base, a, safe, safe_key)
-            return task + weight * safety, {**parts, "safety_loss": safety}
-
-        (_, parts), grads = jax.value_and_grad(joint, has_aux=True)(adapter)
-        return grads, {}, {**metrics, **parts}
+        loss_fn, metrics = objective(problem, base, state, batch)
+        replayed = joint_replay(loss_fn, problem, base, adapter, safe, weight, key)
+        grads, extra, parts = replayed
+        return grads, extra, {**metrics, **parts}
 
     return Method(
         name,
@@ -229,11 +180,3 @@ def _rated(name: str, monitored: bool, rater: Rater, weighting: Weighting) -> Me
         gradient=gradient,
         replay_gradient=repair,
     )
-
-
-__all__ = [
-    "Weighting",
-    "adaptive_judge",
-    "adaptive_loss",
-    "adaptive_probe",
-]

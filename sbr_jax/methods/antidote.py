@@ -29,7 +29,7 @@ import numpy as np
 
 from sbr_jax.checks import Range, checked
 from sbr_jax.data.batches import subset
-from sbr_jax.methods.base import Method, Problem
+from sbr_jax.methods.base import Method, Problem, summed_over_tokens
 from sbr_jax.models import merge_adapter
 from sbr_jax.settings import Count
 from sbr_jax.typing import ApplyFn, PyTree, UserError
@@ -51,16 +51,9 @@ def antidote(
         2,000).
       weights: ``"merged"``, or ``"adapter"`` as in the released code.
       monitored: run CSM, on the pruned weights.
-
-    Returns:
-      The method.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        del base, adapter, key
         if problem.harmful is None or not np.any(problem.harmful.mask):
             raise UserError(
                 "antidote: expected harmful requests with compliant answers in the "
@@ -69,7 +62,6 @@ def antidote(
         return {}
 
     def deploy(problem, base, adapter, state):
-        del state
         squares = mean_squares(problem, base, adapter, examples)
         if weights == "adapter":
             return base, {
@@ -101,15 +93,8 @@ def mean_squares(
     """
     data = problem.harmful
     data = subset(data, len(data) if examples is None else examples)
-    total, count = None, 0.0
-    parts = -(-len(data) // problem.hardware.fisher_microbatch)
-    for rows in np.array_split(np.arange(len(data)), parts):
-        real = np.flip(np.cumsum(np.flip(data.mask[rows], 1), 1), 1) > 0
-        sums = _square_sums(
-            problem.apply_fn, base, adapter, data.tokens[rows], real.astype(np.float32)
-        )
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        count += float(real.sum())
+    sums = functools.partial(_square_sums, problem.apply_fn, base, adapter)
+    total, count = summed_over_tokens(problem, data, sums)
     return jax.tree.map(lambda x: x / count, total)
 
 
@@ -153,6 +138,3 @@ def prune(weight: jax.Array, squares: jax.Array, fraction: float) -> jax.Array:
         jnp.ones(score.shape, bool), top, False, axis=2, inplace=False
     )
     return jnp.where(jnp.swapaxes(kept, 1, 2), weight, jnp.zeros_like(weight))
-
-
-__all__ = ["antidote", "mean_squares", "prune"]

@@ -47,11 +47,9 @@ def asft(*, penalty: Positive = 1.0, monitored: bool = False) -> Method:
     """
 
     def init(problem, base, adapter, key):
-        del key
         return alignments(problem, base, adapter, "asft")
 
     def loss(problem, base, adapter, state, batch, key):
-        del problem, base, batch, key
         return outside(adapter, state)
 
     method = Method("asft", monitored)
@@ -65,6 +63,3 @@ def outside(adapter: PyTree, alignment: dict[str, Alignment]) -> jax.Array:
         rest = pair.lora_b.astype(jnp.float32) - project(pair.lora_b, alignment[name])
         total += jnp.sum(inner_product(pair.lora_a, rest, rest))
     return total
-
-
-__all__ = ["asft", "outside"]

@@ -17,7 +17,7 @@ import optax
 
 from sbr_jax.data.layout import answer_places, lengths_of
 from sbr_jax.methods.risk import Judge
-from sbr_jax.models import answers, is_lora_pair
+from sbr_jax.models import answers
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.typing import ApplyFn, Batch, PyTree
 
@@ -102,16 +102,10 @@ Found = tuple[PyTree, dict, dict]
 """Result of a gradient hook: gradients, arguments of the optimizer, metrics."""
 
 Init = Callable[[Problem, PyTree, PyTree, jax.Array], dict]
-"""``(problem, base, adapter, key) -> state``."""
-
+Outline = Callable[[Problem, PyTree, PyTree], dict[str, Any]]
 Mix = Callable[[Problem, Any, int], Any]
-"""``(problem, domain, seed) -> dataset``."""
-
 Begin = Callable[[Problem, PyTree, PyTree, Any, jax.Array], tuple[Any, dict]]
-"""``(problem, base, state, dataset, key) -> (dataset, metrics)``."""
-
 Gradient = Callable[[Problem, PyTree, PyTree, PyTree, Batch, jax.Array], Found]
-"""``(problem, base, adapter, state, batch, key) -> Found``."""
 
 
 # --- the neutral defaults ---------------------------------------------------------
@@ -119,7 +113,6 @@ Gradient = Callable[[Problem, PyTree, PyTree, PyTree, Batch, jax.Array], Found]
 
 def no_state(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
     """Keeps nothing."""
-    del problem, base, adapter, key
     return {}
 
 
@@ -146,7 +139,6 @@ def adamw(
     problem: Problem, adapter: PyTree, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping by the global norm, then AdamW (β 0.9/0.999, ε 1e-8)."""
-    del adapter
     return optax.with_extra_args_support(
         optax.chain(
             optax.clip_by_global_norm(problem.training.max_grad_norm),
@@ -157,7 +149,6 @@ def adamw(
 
 def unmixed(problem: Problem, domain: Any, seed: int) -> Any:
     """Trains on the domain's own examples."""
-    del problem, seed
     return domain
 
 
@@ -165,7 +156,6 @@ def as_mixed(
     problem: Problem, base: PyTree, state: PyTree, examples: Any, key: jax.Array
 ) -> tuple[Any, dict]:
     """Trains on what ``mix`` gave."""
-    del problem, base, state, key
     return examples, {}
 
 
@@ -178,7 +168,6 @@ def task_gradient(
     key: jax.Array,
 ) -> Found:
     """The gradient of L_task."""
-    del state
     loss, grads = jax.value_and_grad(lambda a: task_loss(problem, base, a, batch, key))(
         adapter
     )
@@ -196,23 +185,39 @@ def replay_gradient(
     key: jax.Array,
 ) -> Found:
     """The gradient of L_task(D_t) + β L_safe(D_safe), β = ``weight``."""
-    del state
+
+    def loss_fn(a: PyTree, task_key: jax.Array):
+        task = task_loss(problem, base, a, batch, task_key)
+        return task, {"loss": task}
+
+    return joint_replay(loss_fn, problem, base, adapter, safe, weight, key)
+
+
+def joint_replay(
+    loss_fn: Callable[[PyTree, jax.Array], tuple[jax.Array, dict]],
+    problem: Problem,
+    base: PyTree,
+    adapter: PyTree,
+    safe: Batch,
+    weight: jax.Array | float,
+    key: jax.Array,
+) -> Found:
+    """One gradient of ``(adapter, key) -> (loss, metrics)`` and β L_safe together."""
     task_key, safe_key = jax.random.split(key)
 
-    def loss_fn(a):
-        task = task_loss(problem, base, a, batch, task_key)
+    def joint(a: PyTree):
+        task, metrics = loss_fn(a, task_key)
         safety = task_loss(problem, base, a, safe, safe_key)
-        return task + weight * safety, (task, safety)
+        return task + weight * safety, {**metrics, "safety_loss": safety}
 
-    (_, (task, safety)), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter)
-    return grads, {}, {"loss": task, "safety_loss": safety}
+    (_, metrics), grads = jax.value_and_grad(joint, has_aux=True)(adapter)
+    return grads, {}, metrics
 
 
 def unchanged(
     problem: Problem, base: PyTree, adapter: PyTree, state: PyTree, key: jax.Array
 ) -> tuple[PyTree, PyTree]:
     """Leaves adapter and state as they are."""
-    del problem, base, key
     return adapter, state
 
 
@@ -220,7 +225,6 @@ def as_aligned(
     problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
 ) -> PyTree:
     """Starts from the aligned weights."""
-    del problem, adapter, key
     return base
 
 
@@ -228,7 +232,6 @@ def as_trained(
     problem: Problem, base: PyTree, adapter: PyTree, state: PyTree
 ) -> tuple[PyTree, PyTree]:
     """Deploys the weights as training left them."""
-    del problem, state
     return base, adapter
 
 
@@ -325,7 +328,7 @@ class Method:
     deploy: Callable[..., tuple[PyTree, PyTree]] = as_trained
     refresh: Callable[..., PyTree] | None = None
     refresh_every: int | None = None
-    outline: Callable[[Problem, PyTree, PyTree], dict] | None = None
+    outline: Outline | None = None
 
     def state_shapes(
         self, problem: Problem, base: PyTree, adapter: PyTree
@@ -337,6 +340,23 @@ class Method:
 
 
 # --- helpers for hooks --------------------------------------------------------------
+
+
+def summed_over_tokens(
+    problem: Problem, data: Any, sums: Callable[[jax.Array, jax.Array], PyTree]
+) -> tuple[PyTree, float]:
+    """Sums of ``(tokens, real) -> tree`` over parts of a set, and its real tokens.
+
+    Real are those up to an example's last answer token; padding is not.
+    """
+    total, count = None, 0.0
+    parts = -(-len(data) // problem.hardware.fisher_microbatch)
+    for rows in np.array_split(np.arange(len(data)), parts):
+        real = np.flip(np.cumsum(np.flip(data.mask[rows], 1), 1), 1) > 0
+        found = sums(data.tokens[rows], real.astype(np.float32))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        count += float(real.sum())
+    return total, count
 
 
 def device_dataset(dataset: Any) -> dict[str, jax.Array]:
@@ -381,30 +401,3 @@ def draw_rows(
         index = batch["row"][0] // batch["row"].shape[0]
         rows = jax.lax.dynamic_slice(rows, (index * share,), (share,))
     return {name: value[rows] for name, value in data.items()}
-
-
-__all__ = [
-    "LAYER_AXES",
-    "Begin",
-    "Cost",
-    "Found",
-    "Gradient",
-    "InertProjectionWarning",
-    "Init",
-    "Method",
-    "Mix",
-    "Problem",
-    "adamw",
-    "as_aligned",
-    "as_mixed",
-    "as_trained",
-    "device_dataset",
-    "draw_rows",
-    "dropout",
-    "is_lora_pair",
-    "replay_gradient",
-    "task_gradient",
-    "task_loss",
-    "traced_state",
-    "unmixed",
-]

@@ -57,9 +57,6 @@ def booster(
     Returns:
       The method. Its ``prepare`` trains on ``problem.calibration`` and
       ``problem.harmful``, and raises a UserError where the second is missing.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
     stage = Stage("booster", learning_rate, "constant", weight_decay, steps, batch_size)
 
@@ -126,6 +123,3 @@ def booster_gradient(
         there,
     )
     return grads, loss
-
-
-__all__ = ["booster", "booster_gradient"]

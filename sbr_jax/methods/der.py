@@ -56,15 +56,11 @@ def der(
       The method. It reports ``logits``, the distance without α, and ``replay``, the
       cross-entropy without β.
 
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
-
     References:
       arXiv:2004.07211, arXiv:2512.10150
     """
 
     def init(problem, base, adapter, key):
-        del adapter, key
         return {"buffer": anchored_set(problem, base, None)}
 
     def gradient(problem, base, adapter, state, batch, key):
@@ -89,6 +85,3 @@ def der(
         return grads, {}, parts
 
     return Method("der", monitored, Cost(backward=0.5), init=init, gradient=gradient)
-
-
-__all__ = ["der"]

@@ -63,9 +63,6 @@ def ewc(
 
     Returns:
       The method. It reports ``penalty``, the whole second term.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
     if keep is None:
         keep = "last" if data == "domain" else "all"
@@ -94,13 +91,11 @@ def ewc(
         )
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        del key
         if data == "safety":
             return _quadratic(fisher(problem, base, adapter), adapter)
         return _quadratic(jax.tree.map(_zeros, adapter), adapter)
 
     def end_domain(problem, base, adapter, state, key):
-        del key
         if keep == "first":
             return adapter, state
         newest = _quadratic(fisher(problem, base, adapter), adapter)
@@ -269,6 +264,3 @@ def _difference(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _zeros(x: jax.Array) -> jax.Array:
     return jnp.zeros(x.shape, jnp.float32)
-
-
-__all__ = ["add_quadratics", "diagonal_fisher", "ewc", "quadratic_penalty"]

@@ -56,6 +56,3 @@ def interleaving(*, fraction: Fraction = 0.1, monitored: bool = False) -> Method
         return mixture(domain, safe, fraction, seed)
 
     return Method("interleaving", monitored, mix=mix)
-
-
-__all__ = ["interleaving"]

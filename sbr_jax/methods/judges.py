@@ -292,16 +292,3 @@ def _refuse(bad: Any, expected: str, hint: str) -> None:
             f"judge: {expected} for {rows.size} of {len(bad)} examples ({shown}): "
             f"{hint}"
         )
-
-
-__all__ = [
-    "LEAST_MASS",
-    "Render",
-    "as_text",
-    "label_ids",
-    "label_likelihood_judge",
-    "label_log_probs",
-    "label_scores",
-    "padded",
-    "then_ask",
-]

@@ -67,9 +67,6 @@ def lazy(
       The method. It reports ``cosine`` (of g_u and g_a, before) and ``conflict`` (1
       where something was removed). Its ``begin_domain`` refuses a reference of another
       model or calibration set.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
 
     def renewed(problem, base, adapter, state, key):
@@ -86,7 +83,6 @@ def lazy(
         return renewed(problem, base, adapter, state, key)
 
     def begin_domain(problem, base, state, examples, key):
-        del key
         require_own("lazy", problem, base, state["reference"])
         return examples, {}
 
@@ -132,6 +128,3 @@ def _alignment_gradient(
         return jnp.mean(tied_losses(apply_fn, base, hidden, batch, reference))
 
     return jax.grad(divergence)(adapter)
-
-
-__all__ = ["lazy"]

@@ -30,7 +30,7 @@ from sbr_jax.data import TokenDataset, concatenate
 from sbr_jax.methods._reference import cache_reference, require_own, tied_losses
 from sbr_jax.methods._self_answers import with_self_answers
 from sbr_jax.methods._trust import with_trust_region
-from sbr_jax.methods.base import Found, Method, Problem, dropout, task_loss
+from sbr_jax.methods.base import Found, Method, Problem, dropout, joint_replay
 from sbr_jax.models import answers
 from sbr_jax.settings import Count, NonNegative, Positive
 from sbr_jax.typing import Batch, PyTree, UserError
@@ -74,8 +74,7 @@ def lean(
       another model or calibration set.
 
     Raises:
-      UserError: naming a hyper-parameter that is out of range; for both an ε and a
-        budget.
+      UserError: for both an ε and a budget.
     """
     if epsilon is not None and kl_budget is not None:
         raise UserError(
@@ -84,11 +83,9 @@ def lean(
         )
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        del adapter, key
         return {"reference": cache_reference(problem, base, top_tokens)}
 
     def mix(problem: Problem, domain: TokenDataset, seed: int) -> TokenDataset:
-        del seed
         size = problem.training.batch_size
         if safe_rows >= size:
             raise UserError(
@@ -98,7 +95,6 @@ def lean(
         return tied_mixture(domain, problem.calibration, safe_rows)
 
     def begin_domain(problem, base, state, examples, key):
-        del key
         require_own("lean", problem, base, state["reference"])
         return examples, {}
 
@@ -114,15 +110,10 @@ def lean(
         return grads, {}, parts
 
     def repair(problem, base, adapter, state, batch, safe, weight, key) -> Found:
-        task_key, safe_key = jax.random.split(key)
+        def whole(a: PyTree, task_key: jax.Array):
+            return loss(problem, base, a, state, batch, task_key)
 
-        def joint(a):
-            whole, parts = loss(problem, base, a, state, batch, task_key)
-            safety = task_loss(problem, base, a, safe, safe_key)
-            return whole + weight * safety, {**parts, "safety_loss": safety}
-
-        (_, parts), grads = jax.value_and_grad(joint, has_aux=True)(adapter)
-        return grads, {}, parts
+        return joint_replay(whole, problem, base, adapter, safe, weight, key)
 
     method = Method(
         "lean",
@@ -196,6 +187,3 @@ def lean_loss(
     task = parts / others * jnp.sum(jnp.where(held, 0.0, learnt))
     anchor = parts / safe_rows * jnp.sum(jnp.where(held, each, 0.0))
     return task + kl_weight * anchor, {"loss": task, "anchor": anchor}
-
-
-__all__ = ["lean", "lean_loss", "tied_mixture"]

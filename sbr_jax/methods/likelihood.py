@@ -58,6 +58,3 @@ def _made(apply_fn: ApplyFn, reduction: str, fisher: str) -> Callable[..., jax.A
         return total(base, hidden, labels, mask)
 
     return sampled if fisher == "sampled" else empirical
-
-
-__all__ = ["answer_loss"]

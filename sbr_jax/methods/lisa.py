@@ -70,8 +70,7 @@ def lisa(
       ‖w − w_other‖².
 
     Raises:
-      UserError: naming a hyper-parameter that is out of range, or a share that leaves
-        one of the two states without a step.
+      UserError: for a share that leaves one of the two states without a step.
     """
     aligning = round(alignment_share * period)
     if not 0 < aligning < period:
@@ -82,13 +81,11 @@ def lisa(
     unit = math.gcd(aligning, period)
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        del base, key
         return {"safe": device_dataset(problem.calibration), **_begin(adapter)}
 
     def refresh(
         problem: Problem, base: PyTree, adapter: PyTree, state: dict, key: jax.Array
     ) -> dict:
-        del problem, base, key
         age = int(state["age"]) + unit
         phase = ALIGNMENT if age % period < aligning else USER
         state = {**state, "age": jnp.int32(age)}
@@ -134,7 +131,6 @@ def lisa(
     def end_domain(
         problem: Problem, base: PyTree, adapter: PyTree, state: dict, key: jax.Array
     ) -> tuple[PyTree, dict]:
-        del problem, base, key
         return adapter, {**state, **_begin(adapter)}
 
     return Method(
@@ -155,6 +151,3 @@ def _begin(adapter: PyTree) -> dict:
         "phase": jnp.int32(ALIGNMENT),
         "age": jnp.int32(0),
     }
-
-
-__all__ = ["ALIGNMENT", "USER", "lisa"]

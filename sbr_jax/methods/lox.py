@@ -39,18 +39,11 @@ def lox(
       rank: k ≥ 0; 0 keeps the whole change, as does a k of at least a matrix's own
         smaller side.
       monitored: run CSM.
-
-    Returns:
-      The method.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
 
     def prepare(
         problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
     ) -> PyTree:
-        del adapter, key
         unaligned = unaligned_layers(problem, "lox")
         layers, moved = dict(base["layers"]), False
         for target, weight in base["layers"].items():
@@ -89,6 +82,3 @@ def truncate(matrix: jax.Array, rank: int) -> jax.Array:
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     scaled = left[:, :rank] * values[None, :rank]
     return jnp.matmul(scaled, right[:rank], precision="highest")
-
-
-__all__ = ["lox", "truncate"]

@@ -114,6 +114,3 @@ def fits_adapter(variant: str, methods: Any = None) -> bool:
     method, options = resolve(variant, methods)
     edited = method in _EDITED and _EDITED[method](options)
     return not edited and build(variant, methods).prepare is as_aligned
-
-
-__all__ = ["ABOUT", "fits_adapter", "needs"]

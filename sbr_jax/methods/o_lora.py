@@ -29,8 +29,8 @@ import optax
 
 from sbr_jax.checks import checked
 from sbr_jax.methods._compose import with_gradients
-from sbr_jax.methods.base import Method, Problem, is_lora_pair
-from sbr_jax.models import answers
+from sbr_jax.methods.base import Method, Problem
+from sbr_jax.models import answers, is_lora_pair
 from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import PyTree, UserError
 
@@ -59,13 +59,9 @@ def o_lora(
     Returns:
       The method. It reports ``overlap``, the sum that λ₁ weighs: 0 in the first domain.
       Its ``end_domain`` raises a `UserError` when no slot is free.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        del problem, base, key
         frozen = _map_pairs(lambda pair: _empty(pair, max_domains), adapter)
         return {"frozen": frozen, "learned": jnp.int32(0)}
 
@@ -90,7 +86,6 @@ def o_lora(
         return gradient
 
     def end_domain(problem, base, adapter, state, key):
-        del problem, base
         index = int(state["learned"])
         if index >= max_domains:
             raise UserError(
@@ -105,7 +100,6 @@ def o_lora(
         return fresh, {**state, "frozen": moved, "learned": jnp.int32(index + 1)}
 
     def deploy(problem, base, adapter, state):
-        del problem
         return base, concatenated(state["frozen"], adapter)
 
     method = Method(
@@ -232,6 +226,3 @@ def _fill(slots: Any, pair: Any, index: int) -> Any:
         lora_b=slots.lora_b.at[:, place].set(pair.lora_b),
         lora_a=slots.lora_a.at[:, :, place].set(pair.lora_a),
     )
-
-
-__all__ = ["concatenated", "o_lora", "overlap", "restarted", "sum_of_norms"]

@@ -36,6 +36,12 @@ from sbr_jax.typing import ApplyFn, PyTree, UserError
 NEWTON_STEPS = 30
 """About ten are needed; a further step at the optimum changes nothing."""
 
+HELD_OUT = 0.25
+"""Share of the examples of each class that the quality is measured on."""
+
+BINS = 10
+"""Of probabilities, of equal width, in which calibration is measured."""
+
 VARIES = 1e-5
 """Relative spread up to which a feature is constant, as the embedding is where a chat
 template ends every prompt with the same token: scaling would blow up rounding noise."""
@@ -64,17 +70,6 @@ class Probe:
 
 
 # --- features -----------------------------------------------------------------------
-
-
-def prompt_features(
-    residual: jax.Array, mask: jax.Array, layers: Sequence[int] | None = None
-) -> jax.Array:
-    """:func:`stream_at` the last prompt token of every row of a mask ``[B, T]``.
-
-    **Guarantee**: with a causal model the answer has no influence. An example without
-    an answer is read at its first token.
-    """
-    return stream_at(residual, answers.last_prompt({"mask": mask}), layers)
 
 
 def stream_at(
@@ -111,7 +106,8 @@ def _extractor(apply_fn: ApplyFn, layers: tuple[int, ...] | None):
     @jax.jit
     def extract(base, adapter, tokens, mask):
         _, seen = apply_fn(base, adapter, tokens, capture=True)
-        return _mesh.constrain(prompt_features(seen["residual"], mask, layers))
+        last = answers.last_prompt({"mask": mask})
+        return _mesh.constrain(stream_at(seen["residual"], last, layers))
 
     return extract
 
@@ -124,10 +120,12 @@ def activations(
     layers: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """:func:`prompt_features` of a whole data set, float32 ``[N, F]`` on the host.
+    """:func:`stream_at` the last prompt token of every example, float32 ``[N, F]``.
 
-    ``adapter`` is None for the reference; ``batch_size`` examples make one forward
-    pass.
+    On the host; ``adapter`` is None for the reference, and ``batch_size`` examples make
+    one forward pass.
+
+    **Guarantee**: with a causal model the answer has no influence.
 
     Raises:
       UserError: for an empty set, or an example without a prompt or an answer.
@@ -186,12 +184,11 @@ def fit_probe(
     labels: np.ndarray,
     *,
     l2: float = 1e-2,
-    validation_share: float = 0.25,
     key: jax.Array,
 ) -> Probe:
     """Fits the probe on one part of the examples and measures it on the other.
 
-    Both classes are split by the same share. The probe is not fitted again on
+    A quarter of both classes is held out. The probe is not fitted again on
     everything, so the quality reported is that of the probe in use. Classes are not
     balanced: the prior of the probability is the share of the harmful examples.
 
@@ -199,11 +196,7 @@ def fit_probe(
       features: ``[N, F]``.
       labels: ``[N]``, 1 for harmful and 0 for benign.
       l2: μ > 0, on the weights of standardised features, not on the bias.
-      validation_share: of the examples, in (0, 1).
       key: of the split.
-
-    Returns:
-      The probe.
 
     Raises:
       UserError: for arguments of another kind, or fewer than two examples of a class.
@@ -214,7 +207,6 @@ def fit_probe(
     (1.0, True)
     """
     checks.number("l2", l2, above=0)
-    checks.number("validation_share", validation_share, above=0, below=1)
     features, labels = np.asarray(features, np.float64), np.asarray(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise UserError(
@@ -223,7 +215,7 @@ def fit_probe(
         )
     if not np.isfinite(features).all() or not np.isin(labels, (0, 1)).all():
         raise UserError("fit_probe: expected finite features and labels 0 and 1 only")
-    held_out = _validation_rows(labels, validation_share, key)
+    held_out = _validation_rows(labels, key)
     fitted = features[~held_out]
     mean, spread = fitted.mean(axis=0), fitted.std(axis=0)
     varies = spread > VARIES * np.hypot(mean, spread)
@@ -245,7 +237,7 @@ def fit_probe(
     )
 
 
-def _validation_rows(labels: np.ndarray, share: float, key: jax.Array) -> np.ndarray:
+def _validation_rows(labels: np.ndarray, key: jax.Array) -> np.ndarray:
     """Booleans ``[N]``: the same share of both classes, at least one example each."""
     order = np.asarray(jax.random.permutation(key, len(labels)))
     held_out = np.zeros(len(labels), bool)
@@ -256,7 +248,7 @@ def _validation_rows(labels: np.ndarray, share: float, key: jax.Array) -> np.nda
                 "fit_probe: expected two examples of each label (one to fit, one to "
                 f"validate), got {len(rows)} of label {value}"
             )
-        count = min(max(round(share * len(rows)), 1), len(rows) - 1)
+        count = min(max(round(HELD_OUT * len(rows)), 1), len(rows) - 1)
         held_out[rows[:count]] = True
     return held_out
 
@@ -340,13 +332,10 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[harmful].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
-def expected_calibration_error(
-    probs: np.ndarray, labels: np.ndarray, bins: int = 10
-) -> float:
+def expected_calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:
     """Mean gap between probability and frequency: Σ_b (N_b/N) |ȳ_b − p̄_b|.
 
-    ``probs`` are ``[N]`` in [0, 1], ``labels`` 0 and 1, ``bins`` of equal width; 0 is
-    calibrated.
+    ``probs`` are ``[N]`` in [0, 1], ``labels`` 0 and 1; 0 is calibrated.
 
     >>> round(expected_calibration_error(np.array([0.8, 0.8]), np.array([1, 1])), 3)
     0.2
@@ -354,19 +343,6 @@ def expected_calibration_error(
     probs, labels = np.asarray(probs, np.float64), np.asarray(labels, np.float64)
     if not len(probs) or not ((probs >= 0) & (probs <= 1)).all():
         raise UserError("probs: expected some probabilities in [0, 1], got others")
-    index = np.minimum((probs * bins).astype(int), bins - 1)
-    gaps = np.bincount(index, weights=labels - probs, minlength=bins)
+    index = np.minimum((probs * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(index, weights=labels - probs, minlength=BINS)
     return float(np.abs(gaps).sum() / len(probs))
-
-
-__all__ = [
-    "Probe",
-    "activations",
-    "auroc",
-    "distinct_prompts",
-    "expected_calibration_error",
-    "fit_probe",
-    "probe_risk",
-    "probe_shapes",
-    "prompt_features",
-]

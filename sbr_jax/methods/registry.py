@@ -1,10 +1,12 @@
 """Registry of defences: ``METHODS`` makes them, ``VARIANTS`` names changes of them.
 
 Adding one: write its file and add a line to ``METHODS``; CONTRIBUTING.md has the rest.
-``build`` makes any of either dict by name.
+``build`` makes any of either dict by name. A maker refuses a hyper-parameter outside
+its declared type and range with a `UserError` that names it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,120 +61,76 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lisa": lisa,
 }
 
-_BRIEF = {"control_spectrum": False}
 SELECTIVE = {"calibration_tokens": 4, "contrast": 0.1, "normalisation": "kind"}
 """The three changes of the subspace and its relaxation together."""
+PROJECTION = {"kl_weight": 0.0, "monitored": False}
+"""The projection alone."""
+
+
+def _brief(method: str, **changes: Any) -> tuple[str, Mapping[str, Any]]:
+    """A variant that reports no spectrum of the random control."""
+    return method, {**changes, "control_spectrum": False}
+
+
+_exact = functools.partial(_brief, "safeanchor-exact")
+_published = functools.partial(_brief, "safeanchor")
 
 VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # A part missing.
-    "safeanchor-exact:no-update": (
-        "safeanchor-exact",
-        {"update_subspace": False, **_BRIEF},
-    ),
-    "safeanchor-exact:no-relaxation": ("safeanchor-exact", {"relax": False, **_BRIEF}),
-    "safeanchor-exact:no-anchor": (
-        "safeanchor-exact",
-        {"kl_weight": 0.0, **_BRIEF},
-    ),
-    "safeanchor-exact:no-csm": ("safeanchor-exact", {"monitored": False, **_BRIEF}),
+    "safeanchor-exact:no-update": _exact(update_subspace=False),
+    "safeanchor-exact:no-relaxation": _exact(relax=False),
+    "safeanchor-exact:no-anchor": _exact(kl_weight=0.0),
+    "safeanchor-exact:no-csm": _exact(monitored=False),
     # One part alone.
-    "safeanchor-exact:projection-only": (
-        "safeanchor-exact",
-        {"kl_weight": 0.0, "monitored": False, **_BRIEF},
-    ),
+    "safeanchor-exact:projection-only": _exact(**PROJECTION),
     "safeanchor-exact:anchor-only": (
         "safeanchor-exact",
         {"projection": "none", "monitored": False},
     ),
     "safeanchor-exact:csm-only": ("plain", {"monitored": True}),
     # Controls: the projection alone, off another subspace of the same rank.
-    "safeanchor-exact:random": (
-        "safeanchor-exact",
-        {"basis": "random", "kl_weight": 0.0, "monitored": False, **_BRIEF},
-    ),
-    "safeanchor-exact:shuffled": (
-        "safeanchor-exact",
-        {"basis": "shuffled", "kl_weight": 0.0, "monitored": False, **_BRIEF},
-    ),
-    "safeanchor-exact:benign": (
-        "safeanchor-exact",
-        {"basis": "benign", "kl_weight": 0.0, "monitored": False, **_BRIEF},
-    ),
+    "safeanchor-exact:random": _exact(basis="random", **PROJECTION),
+    "safeanchor-exact:shuffled": _exact(basis="shuffled", **PROJECTION),
+    "safeanchor-exact:benign": _exact(basis="benign", **PROJECTION),
     # Our two changes beside the exact projection, taken back one at a time.
-    "safeanchor-exact:previous-reference": (
-        "safeanchor-exact",
-        {"kl_reference": "previous", **_BRIEF},
-    ),
-    "safeanchor-exact:published-energy": (
-        "safeanchor-exact",
-        {"energy": 0.9, **_BRIEF},
-    ),
+    "safeanchor-exact:previous-reference": _exact(kl_reference="previous"),
+    "safeanchor-exact:published-energy": _exact(energy=0.9),
     # The paper prefers KL(reference ‖ model) to KL(model ‖ reference).
-    "safeanchor:reverse-kl": ("safeanchor", {"kl_direction": "reverse", **_BRIEF}),
-    "safeanchor-exact:reverse-kl": (
-        "safeanchor-exact",
-        {"kl_direction": "reverse", **_BRIEF},
-    ),
+    "safeanchor:reverse-kl": _published(kl_direction="reverse"),
+    "safeanchor-exact:reverse-kl": _exact(kl_direction="reverse"),
     # Improvements, one at a time.
-    "safeanchor-exact:metric": ("safeanchor-exact", {"projection": "metric", **_BRIEF}),
-    "safeanchor-exact:sampled-fisher": (
-        "safeanchor-exact",
-        {"fisher": "sampled", **_BRIEF},
-    ),
-    "safeanchor-exact:refresh": ("safeanchor-exact", {"refresh_every": 50, **_BRIEF}),
-    "safeanchor-exact:unit-trace": (
-        "safeanchor-exact",
-        {"weighting": "unit-trace", **_BRIEF},
-    ),
-    "safeanchor-exact:keep-base": ("safeanchor-exact", {"keep_base": True, **_BRIEF}),
-    "safeanchor-exact:protect-a": (
-        "safeanchor-exact",
-        {"protect_a": "perturb", **_BRIEF},
-    ),
-    "safeanchor-exact:replay-bypass": (
-        "safeanchor-exact",
-        {"replay_bypass": True, **_BRIEF},
-    ),
+    "safeanchor-exact:metric": _exact(projection="metric"),
+    "safeanchor-exact:sampled-fisher": _exact(fisher="sampled"),
+    "safeanchor-exact:refresh": _exact(refresh_every=50),
+    "safeanchor-exact:unit-trace": _exact(weighting="unit-trace"),
+    "safeanchor-exact:keep-base": _exact(keep_base=True),
+    "safeanchor-exact:protect-a": _exact(protect_a="perturb"),
+    "safeanchor-exact:replay-bypass": _exact(replay_bypass=True),
     # Which subspace: where refusing is decided, against what benign answers need too.
-    "safeanchor-exact:first-tokens": (
-        "safeanchor-exact",
-        {"calibration_tokens": 4, **_BRIEF},
-    ),
-    "safeanchor-exact:contrastive": ("safeanchor-exact", {"contrast": 0.1, **_BRIEF}),
-    "safeanchor-exact:per-kind": (
-        "safeanchor-exact",
-        {"normalisation": "kind", **_BRIEF},
-    ),
-    "safeanchor-exact:selective": ("safeanchor-exact", {**SELECTIVE, **_BRIEF}),
-    "safeanchor-exact:selective-only": (
-        "safeanchor-exact",
-        {**SELECTIVE, "kl_weight": 0.0, "monitored": False, **_BRIEF},
-    ),
+    "safeanchor-exact:first-tokens": _exact(calibration_tokens=4),
+    "safeanchor-exact:contrastive": _exact(contrast=0.1),
+    "safeanchor-exact:per-kind": _exact(normalisation="kind"),
+    "safeanchor-exact:selective": _exact(**SELECTIVE),
+    "safeanchor-exact:selective-only": _exact(**SELECTIVE, **PROJECTION),
     # Our best with a part missing, or another rater.
     "unified:no-projection": ("unified", {"project": False}),
-    "unified:no-anchors": ("unified", {"anchors": 0, **_BRIEF}),
-    "unified:no-risk": ("unified", {"risk": "none", **_BRIEF}),
-    "unified:no-kl": ("unified", {"kl_weight": 0.0, **_BRIEF}),
-    "unified:judge": ("unified", {"risk": "judge", **_BRIEF}),
+    "unified:no-anchors": _brief("unified", anchors=0),
+    "unified:no-risk": _brief("unified", risk="none"),
+    "unified:no-kl": _brief("unified", kl_weight=0.0),
+    "unified:judge": _brief("unified", risk="judge"),
     "der:plus-plus": ("der", {"label_weight": 0.5}),
     "lean:self-answers": ("lean", {"self_answers": 0.5}),
     "lean:trust-region": ("lean", {"epsilon": 3e-5}),
     "lean:kl-budget": ("lean", {"kl_budget": 0.01}),
-    "lean:kl-budget-refreshed": (
-        "lean",
-        {"kl_budget": 0.01, "refresh_subspace": True},
-    ),
+    "lean:kl-budget-refreshed": ("lean", {"kl_budget": 0.01, "refresh_subspace": True}),
     "lazy:self-answers": ("lazy", {"self_answers": 0.5}),
     "sbr:one": ("sbr", {"anchors": 1}),
     # The published recipe with a part missing or alone.
-    "safeanchor:no-update": ("safeanchor", {"update_subspace": False, **_BRIEF}),
-    "safeanchor:no-relaxation": ("safeanchor", {"relax": False, **_BRIEF}),
-    "safeanchor:no-anchor": ("safeanchor", {"kl_weight": 0.0, **_BRIEF}),
-    "safeanchor:no-csm": ("safeanchor", {"monitored": False, **_BRIEF}),
-    "safeanchor:projection-only": (
-        "safeanchor",
-        {"kl_weight": 0.0, "monitored": False, **_BRIEF},
-    ),
+    "safeanchor:no-update": _published(update_subspace=False),
+    "safeanchor:no-relaxation": _published(relax=False),
+    "safeanchor:no-anchor": _published(kl_weight=0.0),
+    "safeanchor:no-csm": _published(monitored=False),
+    "safeanchor:projection-only": _published(**PROJECTION),
 }
 
 
@@ -191,9 +149,6 @@ def build(variant: str, methods: Any = None, **overrides: Any) -> Method:
       methods: a :data:`Hyperparameters`; None for the published values. A variant
         changes its method's.
       **overrides: hyper-parameters on top of these.
-
-    Returns:
-      The method.
 
     Raises:
       UserError: for an unknown variant or hyper-parameter, with the nearest names.

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbr_jax import checks
 from sbr_jax.data import TokenDataset
 from sbr_jax.typing import UserError
 
@@ -44,61 +45,55 @@ class Judge(Protocol):
         ...
 
 
-def risk_to_weights(
-    s: jax.Array, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
-) -> tuple[jax.Array, jax.Array]:
-    """Weights (α, β) of the task and of the reference: β = β_min + (β_max − β_min) s.
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+    """Map from risks to the weights (α, β) of task and reference.
 
     **Guarantee**: no gradient flows through the weights, and α + β = 1.
 
-    Args:
-      s: risks in [0, 1], any shape.
-      beta_min: β at s = 0.
-      beta_max: β at s = 1.
+    Attributes:
+      beta_min: smallest β.
+      beta_max: largest β.
+      granularity: ``"example"``, or ``"batch"`` for the mean risk (published).
+      mapping: ``"linear"`` in the risk, or ``"legacy"``, the released code's map of
+        the rating r = 1 + 4 s. (That code clips α to [0.1, 0.9] as well, which changes
+        nothing within its own bounds.)
 
     Raises:
-      UserError: unless 0 ≤ β_min ≤ β_max ≤ 1.
+      UserError: for an unknown option, or bounds that are not 0 ≤ β_min ≤ β_max ≤ 1.
 
-    >>> alpha, beta = risk_to_weights(jnp.array([0.0, 0.5]), beta_max=0.5)
+    >>> alpha, beta = Weighting(beta_max=0.5)(jnp.array([0.0, 0.5]))
     >>> [round(float(x), 3) for x in (*alpha, *beta)]
     [0.9, 0.7, 0.1, 0.3]
     """
-    check_bounds(beta_min, beta_max)
-    s = jnp.asarray(s, jnp.float32)
-    beta = jax.lax.stop_gradient(beta_min + (beta_max - beta_min) * s)
-    return 1.0 - beta, beta
 
+    beta_min: float = BETA_MIN
+    beta_max: float = BETA_MAX
+    granularity: str = "example"
+    mapping: str = "linear"
 
-def legacy_risk_to_weights(
-    r: jax.Array, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
-) -> tuple[jax.Array, jax.Array]:
-    """The released code's map of a rating r in [1, 5] to weights (α, β).
+    def __post_init__(self):
+        """Refuses what cannot be meant."""
+        checks.one_of("granularity", self.granularity, ("example", "batch"))
+        checks.one_of("mapping", self.mapping, ("linear", "legacy"))
+        if not 0 <= self.beta_min <= self.beta_max <= 1:
+            raise UserError(
+                "beta_min, beta_max: expected 0 ≤ β_min ≤ β_max ≤ 1, got "
+                f"{self.beta_min!r} and {self.beta_max!r}"
+            )
 
-    β = clip((r − 2)/3, β_min, β_max) and α = 1 − β.
-
-    The released code clips α = 1 − β to [0.1, 0.9] as well, which changes nothing
-    within its own bounds. Guarantee and errors are those of :func:`risk_to_weights`.
-
-    >>> [round(float(legacy_risk_to_weights(r)[1]), 3) for r in (1.0, 3.5, 5.0)]
-    [0.1, 0.5, 0.9]
-    """
-    check_bounds(beta_min, beta_max)
-    r = jnp.asarray(r, jnp.float32)
-    beta = jax.lax.stop_gradient(jnp.clip((r - 2.0) / 3.0, beta_min, beta_max))
-    return 1.0 - beta, beta
-
-
-def check_bounds(beta_min: float, beta_max: float) -> None:
-    """Refuses bounds of β that are no convex weights.
-
-    Raises:
-      UserError: unless 0 ≤ β_min ≤ β_max ≤ 1.
-    """
-    if not 0 <= beta_min <= beta_max <= 1:
-        raise UserError(
-            "beta_min, beta_max: expected 0 ≤ β_min ≤ β_max ≤ 1, got "
-            f"{beta_min!r} and {beta_max!r}"
-        )
+    def __call__(self, risk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``(α, β)``, float32 ``[B]`` each, of the risks ``[B]`` in [0, 1]."""
+        risk = jnp.asarray(risk, jnp.float32)
+        if self.granularity == "batch":
+            risk = jnp.full_like(risk, jnp.mean(risk))
+        if self.mapping == "legacy":
+            rating = 1.0 + 4.0 * risk
+            beta = jnp.clip((rating - 2.0) / 3.0, self.beta_min, self.beta_max)
+        else:
+            beta = self.beta_min + (self.beta_max - self.beta_min) * risk
+        beta = jax.lax.stop_gradient(beta)
+        return 1.0 - beta, beta
 
 
 def judged(judge: Judge, dataset: TokenDataset) -> TokenDataset:
@@ -129,15 +124,3 @@ def judged(judge: Judge, dataset: TokenDataset) -> TokenDataset:
             f"{outside[0]} ({outside.size} of {len(risk)} are outside): {hint}"
         )
     return dataclasses.replace(dataset, risk=risk.astype(np.float32))
-
-
-__all__ = [
-    "BETA_MAX",
-    "BETA_MIN",
-    "Judge",
-    "JudgeError",
-    "check_bounds",
-    "judged",
-    "legacy_risk_to_weights",
-    "risk_to_weights",
-]

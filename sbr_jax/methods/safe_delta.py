@@ -27,11 +27,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sbr_jax.checks import checked
 from sbr_jax.data.batches import subset
-from sbr_jax.methods.base import Method, Problem
+from sbr_jax.methods.base import Method, Problem, summed_over_tokens
 from sbr_jax.models import as_dense, merge_adapter
 from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import ApplyFn, PyTree
@@ -56,16 +55,9 @@ def safe_delta(
       strength: s ≥ 0, of the budget; more keeps more of what was learnt.
       examples: of the calibration set that H is taken over.
       monitored: run CSM, on the deployed weights.
-
-    Returns:
-      The method.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
 
     def deploy(problem, base, adapter, state):
-        del state
         found = hessians(problem, base, list(adapter), examples)
         tuned, layers = merge_adapter(base, adapter)["layers"], dict(base["layers"])
         for name in adapter:
@@ -92,16 +84,8 @@ def hessians(
       ``{name: [L, in, in]}``, float32.
     """
     data = subset(problem.calibration, examples)
-    total, count = None, 0.0
-    parts = -(-len(data) // problem.hardware.fisher_microbatch)
-    for rows in np.array_split(np.arange(len(data)), parts):
-        real = np.flip(np.cumsum(np.flip(data.mask[rows], 1), 1), 1) > 0
-        kept = real.astype(np.float32)
-        sums = _outer_sums(
-            problem.apply_fn, tuple(names), base, data.tokens[rows], kept
-        )
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        count += float(real.sum())
+    sums = functools.partial(_outer_sums, problem.apply_fn, tuple(names), base)
+    total, count = summed_over_tokens(problem, data, sums)
     return jax.tree.map(lambda x: x * (2.0 / count), total)
 
 
@@ -166,6 +150,3 @@ def safe_weights(
         return (now - later[:, None] * error[None]).at[m].set(value)
 
     return jax.lax.fori_loop(0, count, compensate, w).astype(aligned.dtype)
-
-
-__all__ = ["hessians", "safe_delta", "safe_weights"]

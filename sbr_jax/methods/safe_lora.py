@@ -50,15 +50,11 @@ def safe_lora(
     Returns:
       The method. Its diagnostics after a domain are ``projected``, the number of pairs,
       and ``cosine``, ``[L]`` for each projection, before the edit.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
     if layers is None and threshold is None:
         raise UserError("threshold: expected a number where layers is None, got None")
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        del key
         # Nothing is kept: a study that lacks what the edit needs is refused now
         # rather than after the first domain.
         alignments(problem, base, adapter, "safe-lora")
@@ -71,7 +67,6 @@ def safe_lora(
         return {}
 
     def end_domain(problem, base, adapter, state, key):
-        del key
         found = alignments(problem, base, adapter, "safe-lora")
         projected = {k: project(p.lora_b, found[k]) for k, p in adapter.items()}
         cosine = {k: np.asarray(_cosine(p, projected[k])) for k, p in adapter.items()}
@@ -117,6 +112,3 @@ def _replaced(pair: LoraPair, projected: jax.Array, chosen: np.ndarray) -> LoraP
         chosen[:, None, None], projected.astype(pair.lora_b.dtype), pair.lora_b
     )
     return dataclasses.replace(pair, lora_b=lora_b)
-
-
-__all__ = ["safe_lora"]

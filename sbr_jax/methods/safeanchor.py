@@ -121,9 +121,6 @@ def safeanchor(
     Returns:
       The method. Its ``init`` warns with :class:`InertProjectionWarning` when α is
       above 0.95 in every layer, or on average in those of one kind of projection.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
     method, projecting = Method("safeanchor", monitored), projection != "none"
     if projecting:
@@ -175,9 +172,6 @@ def safeanchor_exact(**options: Any) -> Method:
       **options: of :func:`safeanchor`; the defaults that differ are
         ``projection="update"``, ``weighting="eigenvalue"``, ``normalisation="mean"``,
         ``kl_reference="aligned"`` and ``energy=0.8``.
-
-    Returns:
-      The method.
     """
     made = safeanchor(**{**OURS, **options})
     return dataclasses.replace(made, name="safeanchor-exact")
@@ -192,6 +186,3 @@ def _bypassing_replay(problem, base, adapter, state, batch, safe, weight, key):
     )(adapter)
     extra = {"bypass": jax.tree.map(lambda g: weight * g, pull)}
     return grads, extra, {**metrics, "safety_loss": loss}
-
-
-__all__ = ["OURS", "safeanchor", "safeanchor_exact"]

@@ -52,13 +52,9 @@ def safegrad(
     Returns:
       The method. It reports ``alignment`` (the divergence from θ₀), ``cosine`` (of
       g_u and g_a, before) and ``conflict`` (1 where something was removed).
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
 
     def init(problem, base, adapter, key):
-        del adapter, key
         return {"safe": anchored_set(problem, base, None)}
 
     def gradient(problem, base, adapter, state, batch, key):
@@ -66,7 +62,7 @@ def safegrad(
         safe = safe_batch(problem, state["safe"], batch, key, kl_batch_size)
 
         def divergence(a: PyTree) -> jax.Array:
-            return anchor_loss(problem, base, a, safe, temperature=temperature)
+            return anchor_loss(problem.apply_fn, base, a, safe, temperature=temperature)
 
         value, alignment = jax.value_and_grad(divergence)(adapter)
         kept, found = resolve_conflict(task, alignment)
@@ -116,6 +112,3 @@ def resolve_conflict(
     )
     cosine = jnp.where(usable, along / jnp.where(norm_u > 0, norm_u, 1.0), 0.0)
     return kept, {"conflict": conflict.astype(jnp.float32), "cosine": cosine}
-
-
-__all__ = ["resolve_conflict", "safegrad"]

@@ -51,13 +51,9 @@ def salora(
     Returns:
       The method. Its first diagnostics are ``safety_energy``, the share of ‖Y‖_F² that
       V_s holds, ``[L]`` for each projection.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        del key
         data = subset(problem.calibration, examples)
         _check_rank(safety_rank, adapter, data)
         directions, energy = {}, {}
@@ -79,7 +75,6 @@ def salora(
         return gradient
 
     def deploy(problem, base, adapter, state):
-        del problem
         return base, constrain(adapter, state["directions"])
 
     method = Method("salora", monitored, init=init, deploy=deploy)
@@ -160,6 +155,3 @@ def _leading(gram: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
         return vectors[:, ::-1][:, :rank], jnp.sum(values[-rank:]) / jnp.sum(values)
 
     return jax.lax.map(one, gram)  # One layer at a time bounds the workspace.
-
-
-__all__ = ["constrain", "salora"]

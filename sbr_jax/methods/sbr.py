@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax import _mesh, checks, losses
+from sbr_jax import _mesh, losses
+from sbr_jax.checks import checked
 from sbr_jax.data import TokenDataset
-from sbr_jax.data.batches import refuse_left_padding
 from sbr_jax.methods._compose import with_cost, with_pull
 from sbr_jax.methods.base import Method, Problem
 from sbr_jax.methods.probe import distinct_prompts
@@ -46,7 +46,7 @@ BATCH = 16
 """Examples of the task batch that the cost of an anchor is a share of."""
 
 
-@checks.checked
+@checked
 def sbr(
     *,
     anchors: Count = 8,
@@ -67,9 +67,6 @@ def sbr(
       The method. It reports ``anchor``, L_anchor without λ. Its ``optimizer``, which is
       asked for before any work, raises a UserError where there are not as many distinct
       harmful prompts.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
 
     References:
       arXiv:2605.05995
@@ -120,7 +117,6 @@ def with_hidden_anchor(
         return {"prompts": drawn, "reference": held}
 
     def loss(problem, base, adapter, state, batch, key):
-        del batch, key
         value = hidden_anchor_loss(
             problem, base, adapter, state["prompts"], state["reference"], reduction
         )
@@ -187,8 +183,7 @@ def anchor_prompts(
     ([[5, 6]], [1])
     """
     distinct = distinct_anchors(dataset, count)
-    with jax.ensure_compile_time_eval():
-        last = np.asarray(last_prompt_positions(distinct.mask))
+    last = np.argmax(distinct.mask > 0, axis=1) - 1
     places = np.arange(last.max() + 1)
     prompts = np.where(
         places[None] <= last[:, None], distinct.tokens[:, : len(places)], 0
@@ -198,17 +193,6 @@ def anchor_prompts(
         "tokens": jnp.asarray(prompts, jnp.int32)[rows],
         "last": jnp.asarray(last, jnp.int32)[rows],
     }
-
-
-def last_prompt_positions(mask: jax.Array | np.ndarray) -> jax.Array:
-    """Position of each prompt's last token, int32 ``[B]``, from a mask ``[B, T]``.
-
-    It stands before the first answer token; 0 without an answer, or nothing before it.
-
-    >>> last_prompt_positions(jnp.array([[0.0, 0.0, 1.0, 1.0, 0.0]])).tolist()
-    [1]
-    """
-    return answers.prompt_ends(jnp.asarray(mask)).astype(jnp.int32)
 
 
 def prompt_states(
@@ -234,33 +218,10 @@ def reference_states(
 
     A fresh adapter, or None, changes nothing; with one that has learned something it is
     *that* model which is held.
-
-    Raises:
-      UserError: for anchors that end outside their row, or are padded on the left.
     """
-    _check_anchors(anchors)
     with _mesh.using(_mesh.holding(base)):
         states = _compiled_states(problem.apply_fn, base, adapter, anchors)
     return states.astype(jnp.float32)
-
-
-def _check_anchors(anchors: Anchors) -> None:
-    """Refuses anchors whose last token is not where they say; not while tracing."""
-    tokens, last = anchors["tokens"], anchors["last"]
-    if checks.is_traced(tokens) or checks.is_traced(last):
-        return
-    tokens, last = np.asarray(tokens), np.asarray(last)
-    if tokens.ndim != 2 or last.shape != tokens.shape[:1]:
-        raise UserError(
-            "anchors: expected tokens [K, T] and the last place [K] of each, got "
-            f"{tokens.shape} and {last.shape}"
-        )
-    if not ((last >= 0) & (last < tokens.shape[1])).all():
-        raise UserError(
-            f"anchors: expected last places from 0 to {tokens.shape[1] - 1}, got "
-            f"{last.min()} to {last.max()}"
-        )
-    refuse_left_padding("anchors", tokens, last, last)
 
 
 def hidden_anchor_loss(
@@ -269,7 +230,7 @@ def hidden_anchor_loss(
     adapter: PyTree,
     anchors: Anchors,
     reference: jax.Array,
-    reduction: str = "mean",
+    reduction: str,
 ) -> jax.Array:
     """L_anchor = (1/K) Σ_k ‖h_θ(x_k) − h_θ₀(x_k)‖², over D with ``"mean"``.
 
@@ -278,16 +239,3 @@ def hidden_anchor_loss(
     """
     states = prompt_states(problem.apply_fn, base, adapter, anchors)
     return jnp.mean(losses.hidden_state_anchor(states, reference, reduction=reduction))
-
-
-__all__ = [
-    "Anchors",
-    "anchor_prompts",
-    "distinct_anchors",
-    "hidden_anchor_loss",
-    "last_prompt_positions",
-    "prompt_states",
-    "reference_states",
-    "sbr",
-    "with_hidden_anchor",
-]

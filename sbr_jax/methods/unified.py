@@ -25,8 +25,8 @@ from typing import Annotated, Literal
 from sbr_jax.checks import Range, checked
 from sbr_jax.methods._compose import with_risk
 from sbr_jax.methods._raters import judge_rater, probe_rater
-from sbr_jax.methods.adaptive import Weighting
 from sbr_jax.methods.base import Method
+from sbr_jax.methods.risk import Weighting
 from sbr_jax.methods.safeanchor import safeanchor_exact
 from sbr_jax.methods.sbr import with_hidden_anchor
 from sbr_jax.settings import Count, NonNegative
@@ -62,12 +62,6 @@ def unified(
         selective the subspace is.
       monitored: run CSM.
 
-    Returns:
-      The method.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
-
     References:
       arXiv:2604.17691, arXiv:2605.05995, arXiv:2602.17546
     """
@@ -88,6 +82,3 @@ def unified(
         rater = {"probe": probe_rater, "judge": judge_rater}[risk](name="unified")
         method = with_risk(method, rater, weighting)
     return dataclasses.replace(method, name="unified")
-
-
-__all__ = ["unified"]

@@ -54,9 +54,6 @@ def vaccine(
 
     Returns:
       The method. Its ``prepare`` trains on ``problem.calibration``.
-
-    Raises:
-      UserError: naming a hyper-parameter that is out of range.
     """
     stage = Stage("vaccine", learning_rate, "cosine", weight_decay, steps, batch_size)
 
@@ -124,6 +121,3 @@ def shifted_loss(
     apply_fn = answers.Changed(problem.apply_fn, attention_shift=shift)
     shifted = dataclasses.replace(problem, apply_fn=apply_fn)
     return task_loss(shifted, base, adapter, batch, key)
-
-
-__all__ = ["perturbation", "shifted_loss", "vaccine", "vaccine_gradient"]

@@ -2,9 +2,6 @@
 
 Symbols: V basis [P, K] with orthonormal columns, Λ eigenvalues, F the Fisher matrix,
 σ singular values, θ principal angles, ρ the energy to keep, L layers, K columns.
-
-References:
-    SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
 import functools

@@ -3,9 +3,6 @@
 Symbols: V basis [P, K] with orthonormal columns, Λ eigenvalues, Π = V Vᵀ,
 F the Fisher matrix, ρ the energy to keep, L layers, P parameters of a unit,
 K columns (static cap), N rows of factors.
-
-References:
-    SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
 import dataclasses

@@ -1,9 +1,6 @@
 """The bypass: a gradient that a projection lets past, added and accumulated.
 
 Symbols: u update, g task gradient, b bypass gradient, k micro-steps of a step.
-
-References:
-    SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
 import inspect

@@ -3,9 +3,6 @@
 Symbols: u update, V basis, Π = V Vᵀ, α relaxation coefficient per unit and layer
 (0 projects fully, 1 not at all), λ strictness, F Fisher matrix, L layers,
 P parameters of a unit.
-
-References:
-    SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
 from typing import Any, NamedTuple

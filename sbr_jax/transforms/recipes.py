@@ -4,9 +4,6 @@ Symbols: g task gradient, b bypass gradient, θ parameters, Π = U Uᵀ, P the r
 projection, m first moment, v second moment (hats: bias-corrected), C Adam's
 preconditioner, η learning rate, ω weight decay, ε Adam's epsilon, U the subspace,
 α relaxation coefficient.
-
-References:
-    SafeAnchor: https://arxiv.org/abs/2604.17691
 """
 
 import functools

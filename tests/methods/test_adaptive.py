@@ -28,8 +28,9 @@ from adaptive_case import (
 from trees import vector
 
 from sbr_jax.data import TokenDataset, batch
-from sbr_jax.methods.adaptive import Weighting, adaptive_judge, adaptive_probe
+from sbr_jax.methods.adaptive import adaptive_judge, adaptive_probe
 from sbr_jax.methods.probe import activations, probe_risk
+from sbr_jax.methods.risk import Weighting
 from sbr_jax.training.step import TrainState, make_step
 from sbr_jax.typing import UserError
 

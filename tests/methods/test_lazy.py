@@ -40,7 +40,7 @@ def started(**options):
 def alignment_gradient():
     """SafeGrad's, over the whole calibration set."""
     safe = anchored_set(PROBLEM, BASE, None)
-    return jax.jit(jax.grad(lambda a: anchor_loss(PROBLEM, BASE, a, safe)))
+    return jax.jit(jax.grad(lambda a: anchor_loss(PROBLEM.apply_fn, BASE, a, safe)))
 
 
 @pytest.mark.parametrize("renew", ["refresh", "end_domain"])

@@ -153,7 +153,6 @@ def test_constant_features_get_no_weight():
         (np.zeros((6, 2)), [0, 0, 1, 1, 2, 2], {}, "labels 0 and 1 only"),
         (np.zeros((4, 2)), [0, 0, 0, 1], {}, "got 1 of label 1"),
         (np.zeros((4, 2)), [0, 0, 1, 1], {"l2": 0.0}, "l2"),
-        (np.zeros((4, 2)), [0, 0, 1, 1], {"validation_share": 1.0}, "validation_share"),
     ],
 )
 def test_data_that_cannot_be_fitted_are_refused(x, y, options, message):

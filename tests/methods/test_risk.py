@@ -1,7 +1,6 @@
 """Risk: from judges to weights, and never a made-up number."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,7 @@ from adaptive_case import PROBLEM, TRAIN
 
 from sbr_jax.data import batch
 from sbr_jax.methods.adaptive import adaptive_judge, adaptive_probe
-from sbr_jax.methods.risk import (
-    JudgeError,
-    judged,
-    legacy_risk_to_weights,
-    risk_to_weights,
-)
+from sbr_jax.methods.risk import JudgeError, Weighting, judged
 from sbr_jax.typing import UserError
 
 
@@ -25,39 +19,36 @@ from sbr_jax.typing import UserError
     ("r", "beta"), [(1, 0.1), (2.3, 0.1), (3.5, 0.5), (4.7, 0.9), (5, 0.9)]
 )
 def test_legacy_weights_are_the_released_ones(r, beta):
-    found = legacy_risk_to_weights(jnp.float32(r))
+    found = Weighting(mapping="legacy")(jnp.float32((r - 1) / 4))
     # Float32 rounds (r - 2) / 3 at about 1e-7.
     np.testing.assert_allclose(found, (1 - beta, beta), atol=1e-6)
 
 
 def test_linear_weights_reach_their_bounds_and_sum_to_one():
     s = jnp.linspace(0.0, 1.0, 11)
-    alpha, beta = risk_to_weights(s, beta_min=0.2, beta_max=0.6)
+    alpha, beta = Weighting(0.2, 0.6)(s)
     np.testing.assert_allclose(beta, 0.2 + 0.4 * np.asarray(s), atol=1e-6)
     np.testing.assert_allclose(alpha + beta, 1.0, atol=1e-6)
-    ends = np.asarray(risk_to_weights(s)[1])[[0, -1]]
+    ends = np.asarray(Weighting()(s)[1])[[0, -1]]
     np.testing.assert_allclose(ends, (0.1, 0.9), atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", [risk_to_weights, legacy_risk_to_weights])
-def test_weights_stop_the_gradient(weights):
+@pytest.mark.parametrize("mapping", ["linear", "legacy"])
+def test_weights_stop_the_gradient(mapping):
+    weights = Weighting(mapping=mapping)
+
     def twice(s):
         alpha, beta = weights(s)
         return jnp.sum(alpha * s + 3.0 * beta)
 
-    s = jnp.array([0.3, 0.6]) if weights is risk_to_weights else jnp.array([3.0, 4.0])
+    s = jnp.array([0.5, 0.6])
     # Only the explicit s is differentiated.
     np.testing.assert_array_equal(jax.grad(twice)(s), weights(s)[0])
 
 
 @pytest.mark.parametrize("bounds", [(-0.1, 0.9), (0.6, 0.5), (0.1, 1.1), (np.nan, 0.9)])
 def test_bounds_that_are_no_weights_are_refused(bounds):
-    for make in (
-        functools.partial(risk_to_weights, 0.5),
-        functools.partial(legacy_risk_to_weights, 3.0),
-        adaptive_judge,
-        adaptive_probe,
-    ):
+    for make in (Weighting, adaptive_judge, adaptive_probe):
         with pytest.raises(UserError, match="beta_min"):
             make(beta_min=bounds[0], beta_max=bounds[1])
 

@@ -62,7 +62,8 @@ def test_anchor_is_zero_with_zero_gradient_at_the_reference_and_positive_after()
     base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
     safe = {k: jnp.asarray(getattr(STUDY.calibration, k)) for k in ("tokens", "mask")}
     safe["reference"] = answers.states(STUDY.model.apply_fn, base, adapter, safe)
-    value = jax.jit(jax.value_and_grad(lambda a: anchor_loss(problem, base, a, safe)))
+    run = problem.apply_fn
+    value = jax.jit(jax.value_and_grad(lambda a: anchor_loss(run, base, a, safe)))
     loss, grads = value(adapter)
     assert abs(float(loss)) < 1e-6
     assert float(optax.tree.norm(grads)) < 1e-6

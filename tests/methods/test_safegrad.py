@@ -80,7 +80,7 @@ def slow_divergence(adapter, tokens, mask, temperature):
 
 def alignment_loss(adapter, safe, temperature):
     held = {**safe, "reference": answers.states(PROBLEM.apply_fn, BASE, None, safe)}
-    return anchor_loss(PROBLEM, BASE, adapter, held, temperature=temperature)
+    return anchor_loss(PROBLEM.apply_fn, BASE, adapter, held, temperature=temperature)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -32,7 +32,6 @@ from trees import vector
 from sbr_jax.data.batches import TokenDataset, concatenate, take
 from sbr_jax.methods.sbr import (
     anchor_prompts,
-    last_prompt_positions,
     reference_states,
     sbr,
 )
@@ -88,15 +87,6 @@ def test_one_prompt_with_many_answers_is_one_anchor():
     )
     with pytest.raises(UserError, match=r"at least 13 distinct .* got 12"):
         anchor_prompts(doubled, 13, KEY)
-
-
-def test_last_prompt_positions_equal_a_loop():
-    mask = np.zeros((5, 7), np.float32)
-    mask[0, 3:5] = mask[1, 1:] = mask[2, 0:] = mask[3, [4, 6]] = 1
-    wanted = [2, 0, 0, 3, 0]  # The last two rows: a gap in the answer; no answer.
-    found = last_prompt_positions(jnp.asarray(mask))
-    assert found.dtype == jnp.int32
-    assert found.tolist() == last_prompt_positions(mask).tolist() == wanted
 
 
 # --- the states and the loss --------------------------------------------------------
@@ -259,18 +249,3 @@ def test_defaults_are_the_published_ones():
         "reduction": "mean",
         "monitored": False,
     }
-
-
-@pytest.mark.parametrize(
-    ("tokens", "last", "said"),
-    [
-        ([[0, 0, 5, 6], [7, 8, 9, 5], [0, 0, 0, 7]], [3, 3, 3], "got 2 of 3 with"),
-        ([[5, 6, 0, 0], [7, 8, 9, 0]], [1, 4], "last places from 0 to 3, got 1 to 4"),
-        ([[5, 6, 0, 0], [7, 8, 9, 0]], [-1, 2], "last places from 0 to 3, got -1"),
-        ([[5, 6, 0, 0], [7, 8, 9, 0]], [1], "the last place"),
-    ],
-)
-def test_anchors_that_are_not_padded_on_the_right_are_refused(tokens, last, said):
-    anchors = {"tokens": jnp.array(tokens), "last": jnp.array(last)}
-    with pytest.raises(UserError, match=f"anchors.* {said}"):
-        reference_states(PROBLEM, BASE, FRESH, anchors)
