@@ -10,7 +10,7 @@ Nothing is captured: the mesh is that of JAX's own context, which its caches kno
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +52,26 @@ class Split(NamedTuple):
     def parts(self) -> int:
         """How many parts there are."""
         return parts(self.axes, self.mesh)
+
+    def along(self, dimension: int) -> P:
+        """The spec of an array of which one dimension is split, the others whole."""
+        return P(*[None] * dimension, self.axes)
+
+
+def per_device(
+    function: Callable[..., Any], mesh: Mesh | AbstractMesh, given: Any, found: Any
+) -> Callable[..., Any]:
+    """A function of what each device has of arrays: ``shard_map``, unchecked.
+
+    Args:
+      function: of a device's own parts.
+      mesh: of the devices.
+      given: specs of the arguments.
+      found: specs of the result.
+    """
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=given, out_specs=found, check_vma=False
+    )
 
 
 def splitting(size: int, mesh: Mesh | AbstractMesh | None) -> Split | None:

@@ -13,7 +13,7 @@ import tiny
 from sbr_jax import models
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS
-from sbr_jax.training.program import init_adapter, make_program
+from sbr_jax.training.program import init_adapter, insert, make_program
 
 # Harmful prompts that a probe can tell: it is asked whether it can.
 STUDY = tiny.study(
@@ -95,7 +95,7 @@ def learn(row, seed=0, **changes):
             if method.refresh is not None and step == method.refresh_every:
                 state = method.refresh(problem, base, train.adapter, state, key)
                 state = without_diagnostics(state)
-                opt_state = found.insert(train.opt_state, state)
+                opt_state = insert(train.opt_state, state)
                 train = dataclasses.replace(train, opt_state=opt_state)
             step_key = jax.random.fold_in(key, index)
             train, metrics = found.step(

@@ -28,14 +28,29 @@ def look_ahead(batches: Batches, most: int) -> tuple[list[PyTree], Iterator[PyTr
     return ahead, stream
 
 
-def check(batches: Any) -> None:
-    """Refuse one batch where a list of them is wanted, as far as it can be told."""
+def check(batches: Any, args: Any) -> None:
+    """Refuse one batch where a list of them is wanted, as far as it can be told.
+
+    And further arguments of the loss that are no tuple.
+    """
+    if not isinstance(args, tuple | list):
+        raise UserError(
+            f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
+        )
     one = isinstance(batches, Mapping | str | bytes | jax.Array | np.ndarray)
     one = one or not isinstance(batches, Iterable) or hasattr(batches, "_fields")
     # All batches of a loss are of one kind; x [B, P] and y [B] are parts of one.
     kinds = {(x.ndim, jnp.issubdtype(x.dtype, jnp.floating)) for x in _arrays(batches)}
     if one or len(kinds) > 1:
         raise _unlisted(batches)
+
+
+def none() -> UserError:
+    """The error for batches without an example."""
+    return UserError(
+        "expected at least one batch with an example, got none; "
+        "an iterator that was used before is empty: pass a list"
+    )
 
 
 @contextlib.contextmanager

@@ -123,11 +123,7 @@ def fisher_subspace(
         checks.number("memory_budget", memory_budget, above=0)
     if progress is not None:
         checks.function("progress", progress)
-    if not isinstance(args, tuple | list):
-        raise UserError(
-            f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
-        )
-    given.check(batches)
+    given.check(batches, args)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     most = buffer_rank
     if memory_budget is not None:
@@ -135,10 +131,7 @@ def fisher_subspace(
     ahead, stream = given.look_ahead(batches, most)
     counts = [units.examples(batch, what="batch") for batch in ahead]
     if not counts:
-        raise UserError(
-            "expected at least one batch with an example, got none; "
-            "an iterator that was used before is empty: pass a list"
-        )
+        raise given.none()
     microbatch = microbatch or max(counts)
     sizes = sketch.plan(parameters, max_rank, microbatch, buffer_rank, memory_budget)
     # The buffer may hold more rows than were looked at, and the stream go on.

@@ -86,11 +86,7 @@ def energy_shares(
     checks.function("loss_fn", loss_fn)
     if microbatch is not None:
         microbatch = checks.whole("microbatch", microbatch)
-    if not isinstance(args, tuple | list):
-        raise UserError(
-            f"expected args to be a tuple, got {checks.shown(args)}; pass (weights,)"
-        )
-    given.check(batches)
+    given.check(batches, args)
     mark = subspaces[0].fingerprint
     mark.split(params, what="params")
     if not mark.holds(params):
@@ -120,10 +116,7 @@ def energy_shares(
             del parts
             jax.block_until_ready(inside)
     if whole is None:
-        raise UserError(
-            "expected at least one batch with an example, got none; "
-            "an iterator that was used before is empty: pass a list"
-        )
+        raise given.none()
     return [
         mark.join(
             [

@@ -93,7 +93,7 @@ def contrast(
         )
         out.append((basis, values, mine[2]))
     joined = [mark.join([entry[j] for entry in out]) for j in range(3)]
-    return Subspace(joined[0], joined[1], joined[2], mark)
+    return Subspace(*joined, mark)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "energy", "layer_axes"))

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from sbr_jax._mesh import Split, constrain, current, split_of, splitting, summed
+from sbr_jax._mesh import (
+    Split,
+    constrain,
+    current,
+    per_device,
+    split_of,
+    splitting,
+    summed,
+)
 from sbr_jax.subspace import decompositions, spectrum, units
 from sbr_jax.subspace.record import Subspace, check_subspace, same_parameters
 from sbr_jax.typing import PyTree
@@ -190,15 +198,9 @@ def _over_layers(
     lifted = units.over_layers(functools.partial(function, split=split), layer_axes)
     if split is None:
         return lifted(vector, basis, *others)
-    held = PartitionSpec(*[None] * layer_axes, split.axes)
-    first = PartitionSpec(*[None] * (vector.ndim - 1), split.axes)
-    mapped = jax.shard_map(
-        lifted,
-        mesh=split.mesh,
-        in_specs=(first, *[held] * (1 + len(others))),
-        out_specs=held if result else PartitionSpec(),
-        check_vma=False,
-    )
+    held = split.along(layer_axes)
+    given = (split.along(vector.ndim - 1), *[held] * (1 + len(others)))
+    mapped = per_device(lifted, split.mesh, given, held if result else PartitionSpec())
     whole = [constrain(x) for x in (vector, *others)]
     return constrain(mapped(whole[0], basis, *whole[1:]))
 
@@ -360,11 +362,7 @@ def _lost(before: jax.Array, after: jax.Array, split: Split | None) -> jax.Array
     return summed(jnp.sum(rest**2), split) / rank.astype(jnp.float32)
 
 
-def _pairwise(
-    function: Callable[..., jax.Array],
-    a: Subspace,
-    b: Subspace,
-) -> PyTree:
+def _pairwise(function: Callable[..., jax.Array], a: Subspace, b: Subspace) -> PyTree:
     """A function ``(x, y, split)`` of two bases, over units and layers."""
     b = same_parameters(a, b)
     mark = a.fingerprint
@@ -389,12 +387,5 @@ def _over_pairs(
     lifted = units.over_layers(own, layer_axes)
     if split is None:
         return lifted
-    held = PartitionSpec(*[None] * layer_axes, split.axes)
-    mapped = jax.shard_map(
-        lifted,
-        mesh=split.mesh,
-        in_specs=(held, held),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-    return jax.jit(mapped)
+    held = (split.along(layer_axes),) * 2
+    return jax.jit(per_device(lifted, split.mesh, held, PartitionSpec()))

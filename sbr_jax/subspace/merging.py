@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sbr_jax import checks
-from sbr_jax._mesh import Split, split_of
+from sbr_jax._mesh import Split, per_device, split_of
 from sbr_jax.subspace import spectrum, units
 from sbr_jax.subspace.record import Subspace, check_settings, same_parameters
 from sbr_jax.typing import UserError
@@ -102,7 +102,7 @@ def merge(
         )
         out.append((basis, value, trace))
     joined = [mark.join([entry[j] for entry in out]) for j in range(3)]
-    return Subspace(joined[0], joined[1], joined[2], mark)
+    return Subspace(*joined, mark)
 
 
 def _check_room(protected: list[Any], max_rank: int) -> None:
@@ -133,15 +133,9 @@ def _merge_unit(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     merged = functools.partial(_merged, layer_axes=layer_axes, split=split, **options)
     if split is not None:
-        held = PartitionSpec(*[None] * layer_axes, split.axes)
-        whole = PartitionSpec()
-        merged = jax.shard_map(
-            merged,
-            mesh=split.mesh,
-            in_specs=(held, whole, whole, held),
-            out_specs=(held, whole, whole),
-            check_vma=False,
-        )
+        held, whole = split.along(layer_axes), PartitionSpec()
+        given = (held, whole, whole, held)
+        merged = per_device(merged, split.mesh, given, given[:3])
     return merged(bases, values, traces, protected)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from sbr_jax import checks
-from sbr_jax._mesh import Split, splitting
+from sbr_jax._mesh import Split, per_device, splitting
 from sbr_jax.subspace import blocks, spectrum, units
 from sbr_jax.typing import PyTree, UserError
 
@@ -304,14 +304,9 @@ def _split_eigenpairs(
         )
         return spectrum.polish(basis, split), values
 
-    whole, axes = PartitionSpec(), split.axes
-    return jax.shard_map(
-        jax.vmap(one),
-        mesh=split.mesh,
-        in_specs=(PartitionSpec(None, None, axes), whole),
-        out_specs=(PartitionSpec(None, axes), whole),
-        check_vma=False,
-    )(rows, totals)
+    whole = PartitionSpec()
+    given, found = (split.along(2), whole), (split.along(1), whole)
+    return per_device(jax.vmap(one), split.mesh, given, found)(rows, totals)
 
 
 def effective_rank(subspace: Subspace) -> PyTree:

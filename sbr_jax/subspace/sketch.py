@@ -168,14 +168,9 @@ def _write_split(
 
         return jax.lax.fori_loop(0, count, one, rows)
 
-    held, whole = PartitionSpec(None, None, kept), PartitionSpec()
-    return jax.shard_map(
-        own,
-        mesh=mesh,
-        in_specs=(held, PartitionSpec(by_row), whole, whole),
-        out_specs=held,
-        check_vma=False,
-    )(rows, new, place, count)
+    held, whole = Split(mesh, kept).along(2), PartitionSpec()
+    given = (held, PartitionSpec(by_row), whole, whole)
+    return _mesh.per_device(own, mesh, given, held)(rows, new, place, count)
 
 
 def _turned(
@@ -222,9 +217,7 @@ def cut(rows: jax.Array, *, keep: int, split: Split | None = None) -> jax.Array:
         return jax.vmap(lambda r, u: one(0, r[None], u[None])[0])(rows, unit)
 
     if split is not None:
-        held = PartitionSpec(None, None, split.axes)
-        return jax.shard_map(
-            at_once, mesh=split.mesh, in_specs=held, out_specs=held, check_vma=False
-        )(rows)
+        held = split.along(2)
+        return _mesh.per_device(at_once, split.mesh, held, held)(rows)
     unit = spectrum.binary_unit(rows, (-2, -1))
     return jax.lax.fori_loop(0, len(rows), lambda i, r: one(i, r, unit), rows)

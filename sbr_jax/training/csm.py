@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sbr_jax import distributed
+from sbr_jax.settings import Training
 from sbr_jax.training import loop
 from sbr_jax.training.finite import require_number
 from sbr_jax.training.track import Held, Outcome, Turn, deployed
@@ -33,13 +34,7 @@ of 20 of 85 are 19 of 85."""
 
 
 def needs_repair(
-    score: float,
-    start_score: float,
-    tolerance: float = 0.05,
-    *,
-    rule: str = "point",
-    count: int = 0,
-    confidence: float = 0.95,
+    score: float, start_score: float, training: Training, count: int = 0
 ) -> bool:
     """Whether the excess e = (1 − τ) s_0 − s_t, or a bound of it, is above 0.
 
@@ -52,18 +47,19 @@ def needs_repair(
     Args:
       score: s_t, 0 to 100.
       start_score: s_0 of the aligned model.
-      tolerance: τ in [0, 1).
-      rule: which of these.
+      training: has τ, the rule and its confidence.
       count: n, prompts of both scores; of no interest to the point.
-      confidence: of the bound, one-sided.
 
-    >>> needs_repair(94.9, 100.0), needs_repair(95.0, 100.0), needs_repair(0.0, 0.0)
-    (True, False, False)
-    >>> [needs_repair(92.0, 100.0, rule=r, count=64) for r in ("lower", "upper")]
+    >>> [needs_repair(score, 100.0, Training()) for score in (94.9, 95.0)]
+    [True, False]
+    >>> rules = (Training(monitor_rule=rule) for rule in ("lower", "upper"))
+    >>> [needs_repair(92.0, 100.0, rule, count=64) for rule in rules]
     [False, True]
     """
+    tolerance, rule = training.tolerance, training.monitor_rule
     if rule == "point":
         return bool((1.0 - tolerance) * start_score - score > ROUNDING)
+    confidence = training.monitor_confidence
     lower, upper = excess_bounds(score, start_score, tolerance, count, confidence)
     return (lower if rule == "lower" else upper) > 0.0
 
@@ -114,7 +110,7 @@ def _wilson(score: float, count: int, confidence: float) -> tuple[float, float]:
     return 100.0 * max(middle - half, 0.0), 100.0 * min(middle + half, 1.0)
 
 
-def check_rule(rule: str, tolerance: float, count: int, confidence: float) -> None:
+def check_rule(training: Training, count: int) -> None:
     """Refuses a rule that has too few prompts to decide anything.
 
     By the upper bound a model that refuses all n prompts would be repaired where n is
@@ -123,6 +119,7 @@ def check_rule(rule: str, tolerance: float, count: int, confidence: float) -> No
     Raises:
       UserError: saying how many prompts are needed.
     """
+    rule = training.monitor_rule
     if rule == "point":
         return
     if count < 1:
@@ -130,13 +127,12 @@ def check_rule(rule: str, tolerance: float, count: int, confidence: float) -> No
             f"training.monitor_rule={rule}: expected a study that tells how many "
             "prompts its probe set has (probe_size), got none: use monitor_rule=point"
         )
-    if rule == "upper" and needs_repair(
-        100.0, 100.0, tolerance, rule=rule, count=count, confidence=confidence
-    ):
+    if rule == "upper" and needs_repair(100.0, 100.0, training, count):
         raise UserError(
             f"training.monitor_rule=upper: expected a probe set that can rule out a "
-            f"fall of {tolerance:g} at a confidence of {confidence:g}, got {count} "
-            "prompts: take more, or raise training.tolerance"
+            f"fall of {training.tolerance:g} at a confidence of "
+            f"{training.monitor_confidence:g}, got {count} prompts: take more, or "
+            "raise training.tolerance"
         )
 
 
@@ -145,26 +141,20 @@ def monitor(
     probe: Callable[[Trained], float],
     repair: Callable[[Trained, int], Trained],
     start_score: float,
+    training: Training,
     *,
-    tolerance: float = 0.05,
-    rule: str = "point",
     count: int = 0,
-    confidence: float = 0.95,
-    max_blocks: int = 2,
     where: str = "monitor",
 ) -> tuple[Trained, list[float]]:
-    """Probes, and repairs while the rule says so, at most ``max_blocks`` times.
+    """Probes, and repairs while the rule says so, at most ``repair_blocks`` times.
 
     Args:
       trained: what was trained on the domain (an adapter).
       probe: its refusal rate on the probe set.
       repair: ``(trained, block) -> trained``, one block of repair steps.
       start_score: s_0.
-      tolerance: τ.
-      rule: see :func:`needs_repair`, as are the next two.
-      count: n.
-      confidence: of a bound.
-      max_blocks: one block and, as published, at most one further.
+      training: has the rule, and how many blocks there may be.
+      count: n, see :func:`needs_repair`.
       where: names the run in messages.
 
     Returns:
@@ -174,7 +164,7 @@ def monitor(
     Raises:
       UserError: for a score that is not finite, which would ask for no repair.
 
-    >>> monitor(0, lambda x: 90.0 + 6 * x, lambda x, block: x + 1, 100.0)
+    >>> monitor(0, lambda x: 90.0 + 6 * x, lambda x, block: x + 1, 100.0, Training())
     (1, [90.0, 96.0])
     """
 
@@ -184,15 +174,8 @@ def monitor(
         return require_number(distributed.decide(lambda: found), f"{where}, probe")
 
     scores = [measured()]
-    for block in range(max_blocks):
-        if not needs_repair(
-            scores[-1],
-            start_score,
-            tolerance,
-            rule=rule,
-            count=count,
-            confidence=confidence,
-        ):
+    for block in range(training.repair_blocks):
+        if not needs_repair(scores[-1], start_score, training, count):
             break
         trained = repair(trained, block)
         scores.append(measured())
@@ -217,11 +200,8 @@ def repair(turn: Turn, held: Held) -> Outcome:
         lambda adapter: probe(*deployed(track, adapter, held.state)),
         block,
         start_score,
-        tolerance=training.tolerance,
-        rule=training.monitor_rule,
+        training,
         count=job.study.probe_size,
-        confidence=training.monitor_confidence,
-        max_blocks=training.repair_blocks,
         where=turn.where,
     )
     metrics = {

@@ -28,7 +28,7 @@ from sbr_jax.training.config import Config
 from sbr_jax.training.csm import check_rule, repair
 from sbr_jax.training.finite import require_finite, require_number
 from sbr_jax.training.mapped import maps_seeds, train_mapped
-from sbr_jax.training.program import init_adapter, make_program
+from sbr_jax.training.program import init_adapter, insert, make_program
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import BASE, Line, read_result, write_result
 from sbr_jax.training.stages import EVALUATE, REPAIR, SUBSPACE, TRAIN
@@ -143,13 +143,7 @@ def check(
     refuse_leaks(study.leak_check)
     check_sizes(study, domains, config.training)
     if study.probe is not None:
-        training = config.training
-        check_rule(
-            training.monitor_rule,
-            training.tolerance,
-            study.probe_size,
-            training.monitor_confidence,
-        )
+        check_rule(config.training, study.probe_size)
     sharding.check_mesh(config.hardware, config.training, study.model.config)
     maps_seeds(config)
 
@@ -305,7 +299,7 @@ def _resumed(turn: Turn, start: loop.Progress) -> loop.Progress:
     found, record = partial
     train, state = snapshot.put_back(found, start.train, start.state)
     if any(name.startswith("state") for name in found):
-        opt_state = turn.track.program.insert(train.opt_state, state)
+        opt_state = insert(train.opt_state, state)
         train = TrainState(train.adapter, opt_state, train.step)
     return loop.Progress(train, state, record["step"], record["history"])
 
@@ -329,7 +323,7 @@ def _refresher(turn: Turn) -> loop.Every | None:
         state = refresh(program.problem, track.base, train.adapter, now.state, step_key)
         state = {k: v for k, v in state.items() if k != "diagnostics"}
         state = sharding.place_state(program.mesh, state, track.base)
-        opt_state = program.insert(train.opt_state, state)
+        opt_state = insert(train.opt_state, state)
         train = TrainState(train.adapter, opt_state, train.step)
         return dataclasses.replace(now, train=train, state=state)
 

@@ -40,8 +40,7 @@ class Program:
         ever whole on one device; see :func:`fresh`.
       step: compiled; see :func:`sbr_jax.training.step.make_step`.
       mapped_step: the same over stacked seeds.
-      repair_optimizer: with the repair's constant learning rate.
-      repair_begin: the same for its state.
+      repair_begin: as ``begin``, of a repair, whose learning rate is constant.
       repair_step: compiled; takes a safety batch and β besides.
     """
 
@@ -52,7 +51,6 @@ class Program:
     begin: Callable[..., TrainState]
     step: Callable[..., Any]
     mapped_step: Callable[..., Any]
-    repair_optimizer: optax.GradientTransformationExtraArgs
     repair_begin: Callable[..., TrainState]
     repair_step: Callable[..., Any]
 
@@ -65,10 +63,6 @@ class Program:
         """
         held = {name: state[name] for name in HELD if state.get(name) is not None}
         return (self.repair_begin if repair else self.begin)(adapter, held)
-
-    def insert(self, opt_state: PyTree, state: Mapping[str, Any]) -> PyTree:
-        """Puts the method's subspace and coefficients into an optimizer state."""
-        return insert(opt_state, state)
 
 
 HELD = ("subspace", "coefficients")
@@ -112,7 +106,7 @@ def make_program(
     """
     method = build(variant, config.methods)
     mesh = sharding.mesh_of(config.hardware) if mesh is None else mesh
-    training, accumulation = config.training, config.hardware.accumulation
+    training = config.training
     problem = Problem(
         apply_fn=training_apply_fn(study, training, config.hardware),
         calibration=study.calibration,
@@ -134,50 +128,34 @@ def make_program(
         final_fraction=training.final_fraction,
     )
     repair_rate = training.repair_learning_rate_scale * training.learning_rate
-    optimizer = method.optimizer(problem, adapter, schedule)
-    repair_optimizer = method.optimizer(
-        problem, adapter, optax.constant_schedule(repair_rate)
-    )
-    step, repair_step = (
-        make_step(
-            problem, gradient, transformation, accumulation=accumulation, mesh=mesh
-        )
-        for gradient, transformation in (
-            (method.gradient, optimizer),
-            (method.replay_gradient, repair_optimizer),
-        )
-    )
 
-    def placed(transformation: optax.GradientTransformationExtraArgs) -> Any:
-        train = jax.eval_shape(
-            lambda adapter: fresh(transformation, adapter, {}), adapter
-        )
-        assert mesh is not None
-        return sharding.state_shardings(mesh, train)
-
-    def begun(transformation: optax.GradientTransformationExtraArgs) -> Any:
-        begin = functools.partial(fresh, transformation)
+    def phase(gradient: Callable[..., Any], rate: optax.Schedule) -> tuple[Any, ...]:
+        """An optimizer, how its state begins, and the step before it is compiled."""
+        optimizer = method.optimizer(problem, adapter, rate)
+        parts = config.hardware.accumulation
+        step = make_step(problem, gradient, optimizer, accumulation=parts, mesh=mesh)
+        begin = functools.partial(fresh, optimizer)
         if mesh is None:
-            return begin
-        return jax.jit(begin, out_shardings=placed(transformation))
+            return optimizer, begin, step, compiled_step(step)
+        train = jax.eval_shape(lambda adapter: fresh(optimizer, adapter, {}), adapter)
+        placed = sharding.state_shardings(mesh, train)
+        shardings = (placed, NamedSharding(mesh, PartitionSpec()))
+        begin = jax.jit(begin, out_shardings=placed)
+        return optimizer, begin, step, compiled_step(step, out_shardings=shardings)
 
-    def compiled(step: Any, transformation: optax.GradientTransformationExtraArgs):
-        if mesh is None:
-            return compiled_step(step)
-        whole = NamedSharding(mesh, PartitionSpec())
-        return compiled_step(step, out_shardings=(placed(transformation), whole))
-
+    repair_schedule = optax.constant_schedule(repair_rate)
+    optimizer, begin, step, compiled = phase(method.gradient, schedule)
+    _, repair_begin, _, repair_step = phase(method.replay_gradient, repair_schedule)
     return Program(
         method=method,
         problem=problem,
         mesh=mesh,
         optimizer=optimizer,
-        begin=begun(optimizer),
-        step=compiled(step, optimizer),
+        begin=begin,
+        step=compiled,
         mapped_step=compiled_step(step, vmap_seeds=True),
-        repair_optimizer=repair_optimizer,
-        repair_begin=begun(repair_optimizer),
-        repair_step=compiled(repair_step, repair_optimizer),
+        repair_begin=repair_begin,
+        repair_step=repair_step,
     )
 
 

@@ -14,6 +14,7 @@ import tiny
 from sbr_jax.provenance.code_version import ROOT
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell, monitor_table
+from sbr_jax.settings import Training
 from sbr_jax.testbed import evalsets
 from sbr_jax.testbed import lexicon as lx
 from sbr_jax.testbed.phrasings import FIRST
@@ -145,8 +146,8 @@ def test_the_rule_decides_each_block_from_the_newest_score(rule, n, wanted):
         done.append(block)
         return trained
 
-    asked = {"rule": rule, "count": n, "max_blocks": 3}
-    _, scores = monitor("x", lambda x: next(left), repair, 100.0, **asked)
+    training = Training(monitor_rule=rule, repair_blocks=3)
+    _, scores = monitor("x", lambda x: next(left), repair, 100.0, training, count=n)
     assert scores == wanted
     assert done == list(range(len(wanted) - 1))
 
@@ -156,7 +157,8 @@ def test_a_fall_of_exactly_the_tolerance_is_not_below_it():
     for n in range(20, 401):
         for before in range(20, n + 1, 20):
             rates = [100.0 * (before * 19 // 20 - less) / n for less in (0, 1)]
-            asked = [needs_repair(rate, 100.0 * before / n, TAU) for rate in rates]
+            start = 100.0 * before / n
+            asked = [needs_repair(rate, start, Training()) for rate in rates]
             assert asked == [False, True], (n, before)
 
 
@@ -206,10 +208,10 @@ def test_a_rule_that_too_few_prompts_can_decide_is_refused(
     rule, tolerance, count, named
 ):
     with pytest.raises(UserError, match=named) as told:
-        check_rule(rule, tolerance, count, 0.95)
+        check_rule(Training(monitor_rule=rule, tolerance=tolerance), count)
     assert "\n" not in str(told.value)
-    check_rule("point", tolerance, count, 0.95)
-    check_rule("upper", 0.05, 52, 0.95)
+    check_rule(Training(tolerance=tolerance), count)
+    check_rule(Training(monitor_rule="upper"), 52)
 
 
 def test_a_run_is_refused_before_any_work():

@@ -1,5 +1,6 @@
 """A run's folder when something is wrong with it: told apart, told in one line."""
 
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from run_folder_case import LAST, STUDY, VARIANTS, go, refused, results, settle
 from test_damaged_runs import KilledError, kill_after
 from tiers import few
 
+from sbr_jax.settings import Training
 from sbr_jax.training import checkpoint, records, stages, track
 from sbr_jax.training.csm import monitor
 from sbr_jax.training.finite import require_finite
@@ -218,9 +220,9 @@ def test_a_probe_that_is_no_number_decides_nothing(tmp_path):
     with pytest.raises(UserError, match="base model, probe: expected a finite score"):
         go(tmp_path, study=study)
     for scores in ([np.nan], [10.0, np.inf]):
-        left = iter(scores)
+        probe = functools.partial(lambda left, x: next(left), iter(scores))
         with pytest.raises(UserError, match="here, probe: expected a finite score"):
-            monitor(0, lambda x, it=left: next(it), lambda x, n: x, 99.0, where="here")
+            monitor(0, probe, lambda x, n: x, 99.0, Training(), where="here")
 
 
 def test_a_summary_bears_what_was_not_finite():
