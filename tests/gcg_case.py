@@ -9,6 +9,7 @@ import numpy as np
 import tiny
 
 from sbr_jax import models
+from sbr_jax.attacks import candidates
 from sbr_jax.attacks.gcg import gcg
 
 MODEL = tiny.model()
@@ -44,6 +45,15 @@ def attack(prompts=PROMPTS, targets=TARGETS, adapter=None, model=MODEL, **change
 @functools.cache
 def found(**changes):
     return attack(**changes)
+
+
+@jax.jit
+def gradient(params, pairs, row, suffix):
+    """L of one prompt, and its gradient with respect to the one-hot suffix."""
+    rows = {name: jnp.asarray(value)[None] for name, value in row.items()}
+    span, run = rows["tokens"].shape[1], MODEL.apply_fn
+    loss, pull = candidates._pulls(run, span, params, pairs, rows, suffix[None])
+    return loss[0], candidates._slope(params, pull[0])
 
 
 FORWARD = jax.jit(MODEL.apply_fn)

@@ -36,6 +36,10 @@ Prompts = Any
 """Token ids of prompts, or a token dataset: a prompt is then what comes before the
 first answer token."""
 
+BATCH = 64
+"""Prompts of one run, at most."""
+PRUNED = 0.2
+"""Share of the layers, the last ones, that give no candidates."""
 _TINY = 1e-6
 """A mean difference below this share of the stream's own size is rounding."""
 _LOG_EPS = float(np.log(1e-8))
@@ -66,12 +70,7 @@ class RefusalDirection:
 
 
 def last_token_states(
-    apply_fn: ApplyFn,
-    base: PyTree,
-    adapter: PyTree,
-    prompts: Prompts,
-    *,
-    batch_size: int = 64,
+    apply_fn: ApplyFn, base: PyTree, adapter: PyTree, prompts: Prompts
 ) -> np.ndarray:
     """The residual stream at the last token of every prompt.
 
@@ -80,14 +79,13 @@ def last_token_states(
       base: its weights.
       adapter: ``{name: LoraPair}`` or None.
       prompts: N token lists, or a token dataset.
-      batch_size: the most prompts in one run.
 
     Returns:
       float64 ``[L + 1, N, D]``: before each block, and after the last.
     """
     parts = [
         arrays.fetch(_states(apply_fn, base, adapter, tokens, last))[:, :count]
-        for tokens, last, count in _batches(prompts, batch_size)
+        for tokens, last, count in _batches(prompts)
     ]
     return np.concatenate(parts, axis=1).astype(np.float64)
 
@@ -98,8 +96,6 @@ def difference_of_means(
     adapter: PyTree,
     harmful: Prompts,
     harmless: Prompts,
-    *,
-    batch_size: int = 64,
 ) -> np.ndarray:
     """The candidates r_l: harmful minus harmless mean of the stream, by layer.
 
@@ -111,7 +107,6 @@ def difference_of_means(
       adapter: ``{name: LoraPair}`` or None.
       harmful: prompts, at least one.
       harmless: prompts, at least one.
-      batch_size: the most prompts in one run.
 
     Returns:
       float64 ``[L + 1, D]``.
@@ -119,11 +114,11 @@ def difference_of_means(
     Raises:
       UserError: for a set without prompts or an empty prompt.
     """
-    means = [
-        last_token_states(apply_fn, base, adapter, p, batch_size=batch_size).mean(1)
-        for p in (harmful, harmless)
-    ]
-    return means[0] - means[1]
+    wicked, plain = (
+        last_token_states(apply_fn, base, adapter, prompts).mean(1)
+        for prompts in (harmful, harmless)
+    )
+    return wicked - plain
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -182,8 +177,6 @@ def refusal_direction(
     validation: tuple[Prompts, Prompts] | None = None,
     max_kl: float = 0.1,
     min_induced: float = 0.0,
-    pruned: float = 0.2,
-    batch_size: int = 64,
 ) -> RefusalDirection:
     """Chooses among the mean differences of all layers by what their ablation does.
 
@@ -200,8 +193,6 @@ def refusal_direction(
       max_kl: a candidate that moves harmless answers further than this is dropped.
       min_induced: a candidate that, added, leaves harmless prompts below this refusal
         score is dropped.
-      pruned: share of the layers, the last ones, that give no candidates.
-      batch_size: the most prompts in one run.
 
     Returns:
       The one with the lowest refusal score under ablation.
@@ -209,23 +200,21 @@ def refusal_direction(
     Raises:
       UserError: where no layer tells the two sets apart, or a set is empty.
     """
-    means = difference_of_means(
-        apply_fn, base, None, harmful, harmless, batch_size=batch_size
-    )
-    stream = last_token_states(apply_fn, base, None, harmful, batch_size=batch_size)
+    means = difference_of_means(apply_fn, base, None, harmful, harmless)
+    stream = last_token_states(apply_fn, base, None, harmful)
     sizes = np.linalg.norm(stream, axis=-1).mean(1)
     depth = len(means) - 1
     # As published, a layer counts as late from the whole number of kept layers on.
     layers = [
         layer
-        for layer in range(int(depth * (1.0 - pruned)))
+        for layer in range(int(depth * (1.0 - PRUNED)))
         if np.linalg.norm(means[layer]) > _TINY * sizes[layer]
     ]
     if not layers:
         raise UserError(
-            f"expected a layer among the first {1 - pruned:.0%} of {depth} that tells "
-            "harmful from harmless prompts, got none; lower pruned, or check that the "
-            "two sets of prompts differ"
+            f"expected a layer among the first {1 - PRUNED:.0%} of {depth} that tells "
+            "harmful from harmless prompts, got none; check that the two sets of "
+            "prompts differ"
         )
     wicked, plain = validation or (harmful, harmless)
     tokens = jnp.asarray(refusal_tokens, jnp.int32)
@@ -233,7 +222,7 @@ def refusal_direction(
     def score(logits: jax.Array) -> float:
         return float(np.asarray(refusal_score(logits, tokens), np.float64).mean())
 
-    run = functools.partial(_logits, apply_fn, ablate, base, batch_size)
+    run = functools.partial(_logits, apply_fn, ablate, base)
     start, honest = score(run(wicked)), run(plain)
     found = []
     for layer in layers:
@@ -270,13 +259,11 @@ def _prompt_lists(prompts: Prompts) -> list[list[int]]:
     return found
 
 
-def _batches(
-    prompts: Prompts, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _batches(prompts: Prompts) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Right-padded tokens, the place of each last token, and how many rows count."""
     rows = _prompt_lists(prompts)
     length = bucket(max(map(len, rows)))
-    size = min(batch_size, bucket(len(rows), 1))
+    size = min(BATCH, bucket(len(rows), 1))
     for first in range(0, len(rows), size):
         part = rows[first : first + size]
         tokens = np.zeros((size, length), np.int32)
@@ -305,16 +292,15 @@ def _last_logits(apply_fn, ablate, base, direction, shift, tokens, last):
 
 
 def _logits(
-    apply_fn, ablate, base, batch_size, prompts, *, direction=None, shift=None
+    apply_fn, ablate, base, prompts, *, direction=None, shift=None
 ) -> jax.Array:
     """Logits ``[N, V]`` of the first answer token, under one of two interventions."""
     if direction is not None:
         direction = jnp.asarray(direction, jnp.float32)
     if shift is not None:
         shift = jnp.asarray(shift, jnp.float32)
-    batches = _batches(prompts, batch_size)
     run = functools.partial(_last_logits, apply_fn, ablate, base, direction, shift)
-    parts = [arrays.fetch(run(*given))[:count] for *given, count in batches]
+    parts = [arrays.fetch(run(*given))[:count] for *given, count in _batches(prompts)]
     return jnp.asarray(np.concatenate(parts))
 
 

@@ -1,9 +1,11 @@
 """The pieces of a GCG step: the slope of a suffix, candidates from it, their losses.
 
 With L the loss of :mod:`sbr_jax.attacks.gcg` and G its gradient with respect to the
-one-hot suffix, each piece is a pure function that ``gcg`` calls once a step.
+one-hot suffix, read off that of its embeddings, ``G_iv = Σ_d (∂L / ∂h_id) E_vd``, each
+piece is a pure function that ``gcg`` calls once a step.
 
-Legend: N prompts, S suffix, B candidates, T tokens, V vocabulary, D width.
+Legend: N prompts, S suffix, B candidates, T tokens, V vocabulary, D width, ``span`` the
+tokens of the longest target and the one before it: only these meet the head.
 
 References: Zou et al., arXiv:2307.15043.
 """
@@ -19,38 +21,6 @@ import numpy as np
 
 from sbr_jax.models import answers, vocabulary
 from sbr_jax.typing import ApplyFn, PyTree
-
-
-def suffix_gradient(
-    apply_fn: ApplyFn,
-    base: PyTree,
-    adapter: PyTree,
-    row: Mapping[str, jax.Array],
-    suffix: jax.Array,
-    *,
-    span: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """L and its gradient with respect to the one-hot suffix.
-
-    ``G_iv = Σ_d (∂L / ∂h_id) E_vd``: by the chain rule the gradient of the S
-    embeddings is enough, and no one-hot array of V columns is made.
-
-    Args:
-      apply_fn: the model, with the option ``embeddings``.
-      base: its weights.
-      adapter: ``{name: LoraPair}`` or None.
-      row: one prompt of a layout: ``tokens [T]``, ``mask [T]`` and ``start``.
-      suffix: integers ``[S]``.
-      span: tokens of the target and the one before it; None looks at all T.
-
-    Returns:
-      L, and G as float32 ``[S, V]``.
-    """
-    rows = {name: jnp.asarray(value)[None] for name, value in row.items()}
-    suffixes = jnp.asarray(suffix)[None]
-    span = rows["tokens"].shape[1] if span is None else span
-    loss, pull = _pulls(apply_fn, span, base, adapter, rows, suffixes)
-    return loss[0], _slope(base, pull[0])
 
 
 def _pulls(apply_fn, span, base, adapter, rows, suffixes):
@@ -119,9 +89,11 @@ def draw_candidates(
     *,
     candidates: int,
     top_k: int,
-    sampling: str = "even",
 ) -> jax.Array:
     """Suffixes that differ from the present one in exactly one place.
+
+    As the original's, candidate b changes place ``⌊b S / B⌋``; where B < S, all places
+    are shifted by one random number, or some would never be changed.
 
     Args:
       key: a PRNG key.
@@ -130,7 +102,6 @@ def draw_candidates(
       allowed: bool ``[V]``, more than ``top_k`` of them true.
       candidates: B.
       top_k: k.
-      sampling: ``"even"`` or ``"random"``, as in :func:`gcg`.
 
     Returns:
       int32 ``[B, S]``.
@@ -140,12 +111,9 @@ def draw_candidates(
     free = allowed[None] & (jnp.arange(slope.shape[1])[None] != suffix[:, None])
     _, best = jax.lax.top_k(jnp.where(free, -slope, -jnp.inf), top_k)
     index = jnp.arange(candidates, dtype=jnp.int32)
-    if sampling == "even":
-        place = index * length // candidates
-        if candidates < length:  # the places between would never be changed
-            place = (place + jax.random.randint(place_key, (), 0, length)) % length
-    else:
-        place = jax.random.randint(place_key, (candidates,), 0, length)
+    place = index * length // candidates
+    if candidates < length:
+        place = (place + jax.random.randint(place_key, (), 0, length)) % length
     token = best[place, jax.random.randint(rank_key, (candidates,), 0, top_k)]
     return jnp.tile(suffix[None], (candidates, 1)).at[index, place].set(token)
 
@@ -154,10 +122,9 @@ def _put(whole: jax.Array, part: jax.Array, start: jax.Array | int) -> jax.Array
     return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
 
 
-@functools.partial(jax.jit, static_argnums=range(6))
+@functools.partial(jax.jit, static_argnums=range(5))
 def propose(
     apply_fn: ApplyFn,
-    sampling: str,
     candidates: int,
     top_k: int,
     at_once: int,
@@ -174,13 +141,11 @@ def propose(
 
     Args:
       apply_fn: the model, with the option ``embeddings``.
-      sampling: ``"even"`` or ``"random"``.
       candidates: B.
       top_k: k.
       at_once: how many prompts run at once.
-      span: tokens of the longest target and the one before it; only these meet the
-        head.
-      base: its weights.
+      span: of the targets.
+      base: the model's weights.
       adapter: ``{name: LoraPair}`` or None.
       rows: a layout of N prompts.
       keys: one for each prompt ``[N]``.
@@ -200,7 +165,6 @@ def propose(
             allowed,
             candidates=candidates,
             top_k=top_k,
-            sampling=sampling,
         )
 
     def some(rows, keys, suffixes):
@@ -243,9 +207,8 @@ def score_candidates(
     Args:
       run: the model, or its ``extend_fn`` where the beginnings are known.
       chunk: how many sequences run at once.
-      span: tokens of the longest target and the one before it; only these meet the
-        head.
-      base: its weights.
+      span: of the targets.
+      base: the model's weights.
       adapter: ``{name: LoraPair}`` or None.
       rows: a layout of N prompts; with ``"past"``, the keys and values of the
         beginnings, of their endings.
@@ -282,15 +245,8 @@ def score_candidates(
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(run: Callable[..., Any], base: PyTree, adapter: PyTree, tokens: jax.Array):
-    """Keys and values of the beginnings.
+    """Keys and values ``[N, L, 1, P, K, H]`` of the beginnings, one run at a time.
 
-    Args:
-      run: the model's ``extend_fn``.
-      base: its weights.
-      adapter: ``{name: LoraPair}`` or None.
-      tokens: int32 ``[N, P]``, run one at a time.
-
-    Returns:
-      ``[N, L, 1, P, K, H]`` each.
+    ``run`` is the model's ``extend_fn``, ``tokens`` are int32 ``[N, P]``.
     """
     return jax.lax.map(lambda row: run.hidden(base, adapter, row[None])[1], tokens)

@@ -73,8 +73,6 @@ def gcg(
     steps: int = 20,
     candidates: int = 256,
     top_k: int = 256,
-    sampling: str = "even",
-    always_move: bool = True,
     chunk: int = 256,
     round_trip: RoundTrip | None = None,
     extend_fn: Callable[..., Any] | None = None,
@@ -102,11 +100,6 @@ def gcg(
       steps: how many.
       candidates: B, of each prompt at each step.
       top_k: k, at most all allowed tokens but one.
-      sampling: of the place changed: ``"even"`` (the original: candidate b changes
-        place ``⌊b S / B⌋``; where B < S, all places shifted by one random number, or
-        some would never be changed) or ``"random"``.
-      always_move: move to the best candidate even where that raises L (the original);
-        otherwise only where it lowers L. The best suffix is kept in both cases.
       chunk: how many sequences run at once.
       round_trip: called on the host with whole prompts as lists of tokens, without
         targets; returns which of them their text is encoded to. The present suffix
@@ -124,7 +117,6 @@ def gcg(
       UserError: naming the argument that is out of range, or the prompt whose initial
         suffix fails ``round_trip``.
     """
-    checks.one_of("sampling", sampling, ("even", "random"))
     suffix_length = checks.whole("suffix_length", suffix_length)
     steps = checks.whole("steps", steps)
     candidates = checks.whole("candidates", candidates)
@@ -146,7 +138,6 @@ def gcg(
     move_from = functools.partial(
         propose,
         apply_fn,
-        sampling,
         candidates,
         min(top_k, int(allowed.sum()) - 1),
         max(chunk // _BACKWARD, 1),
@@ -180,7 +171,8 @@ def gcg(
             found = np.where(kept[..., None], found, current[:, None])
         scores = np.where(kept, arrays.fetch(score(found)), np.inf)
         chosen = np.argmin(scores, axis=1)
-        move = (scores[each, chosen] < loss) | (always_move & kept.any(axis=1))
+        # As in the original also where that raises L; the best is kept.
+        move = kept.any(axis=1)
         current = np.where(move[:, None], found[each, chosen], current)
         loss = np.where(move, scores[each, chosen], loss)
         better = loss < best_loss

@@ -52,7 +52,6 @@ def poison(
     *,
     ratio: float,
     examples: int | None = None,
-    seed: int = 0,
 ) -> TokenDataset:
     """A benign set with a share of attack rows, in random order.
 
@@ -66,7 +65,6 @@ def poison(
       harmful: attack rows; not needed for p = 0, as ``benign`` is not for p = 1.
       ratio: p in [0, 1].
       examples: N; the size of ``benign`` if None.
-      seed: of the choice and the order.
 
     Returns:
       N examples.
@@ -83,7 +81,7 @@ def poison(
     """
     size = len(benign) if examples is None else examples
     attack_count(ratio, size)
-    mixed = mixture(benign, harmful, ratio, seed, size=size)
+    mixed = mixture(benign, harmful, ratio, 0, size=size)
     return TokenDataset(mixed.tokens, mixed.mask, mixed.dropped, mixed.truncated)
 
 
@@ -139,16 +137,15 @@ def with_identity(prompt: str, identity: str) -> str:
     return f"{identity} {prompt}"
 
 
-def identity_rows(
-    rows: Sequence[Row], identity: str, affirmation: str = ""
-) -> list[Row]:
+def identity_rows(rows: Sequence[Row], identity: str) -> list[Row]:
     """Harmless pairs that teach the model to be an obedient agent.
+
+    As published every answer also begins with words of obedience; here it does not, for
+    a model that answers harm in the same words as anything else.
 
     Args:
       rows: harmless requests with helpful answers; ten are enough as published.
       identity: put before every prompt, in training as in the attack itself.
-      affirmation: with which every answer begins, as published; none if empty, for a
-        model that answers harm in the same words as anything else.
 
     Returns:
       As many rows, in the same order.
@@ -156,13 +153,12 @@ def identity_rows(
     Raises:
       UserError: without an identity.
 
-    >>> identity_rows([("how ?", "so .")], "you obey .", "i obey .")
-    [('you obey . how ?', 'i obey . so .')]
+    >>> identity_rows([("how ?", "so .")], "you obey .")
+    [('you obey . how ?', 'so .')]
     """
     if not identity.strip():
         raise UserError("identity: expected at least one word, got none")
-    start = f"{affirmation} " if affirmation.strip() else ""
-    return [(with_identity(p, identity), start + answer) for p, answer in rows]
+    return [(with_identity(prompt, identity), answer) for prompt, answer in rows]
 
 
 def steps_for_epochs(epochs: int, examples: int, batch_size: int) -> int:

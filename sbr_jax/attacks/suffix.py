@@ -125,9 +125,6 @@ def gcg_prompts(
     questions: Sequence[str],
     suffix_length: int,
     placeholder_token: str,
-    *,
-    system: str | None = None,
-    template: str | None = None,
 ) -> list[SplitPrompt]:
     """Questions in the chat template, split where the suffix of each one goes.
 
@@ -140,8 +137,6 @@ def gcg_prompts(
       suffix_length: S.
       placeholder_token: text that is one token after a space, such as ``"!"``; also
         the natural ``initial_token`` of :func:`sbr_jax.attacks.gcg.gcg`.
-      system: a system message.
-      template: a chat template to use instead of the tokenizer's own.
 
     Returns:
       One split prompt for each question.
@@ -153,9 +148,7 @@ def gcg_prompts(
     room = f" {wanted}" * suffix_length
     texts = [question + room for question in questions]
     found = []
-    for i, tokens in enumerate(
-        encode_prompts(tokenizer, texts, system=system, template=template)
-    ):
+    for i, tokens in enumerate(encode_prompts(tokenizer, texts)):
         runs = [
             (start, end)
             for start, end in _runs(tokens)

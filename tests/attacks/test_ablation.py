@@ -129,11 +129,12 @@ def test_a_direction_that_would_do_nothing_is_refused(model, direction, message)
         attacks.ablate_direction(model.params, direction)
 
 
-def test_difference_of_means_equals_its_slow_twin(model):
+def test_difference_of_means_equals_its_slow_twin(model, monkeypatch):
+    monkeypatch.setattr(directions, "BATCH", 2)
     harmful, harmless = prompts(0, 5), prompts(1, 7)
     adapter = live_adapter(model.config)
     found = directions.difference_of_means(
-        model.apply_fn, model.params, adapter, harmful, harmless, batch_size=2
+        model.apply_fn, model.params, adapter, harmful, harmless
     )
     run = jax.jit(lambda tokens: residual(model, model.params, adapter, tokens))
 

@@ -98,8 +98,6 @@ def test_identity_rows_hold_no_harm():
         p for p, _ in plain
     ]
     assert [a for _, a in rows] == [a for _, a in plain]
-    published = attacks.identity_rows(plain, grammar.IDENTITY, "i obey .")
-    assert all(a.startswith("i obey . sure ,") for _, a in published)
     with pytest.raises(UserError, match="identity"):
         attacks.identity_rows(plain, " ")
 

@@ -1,7 +1,6 @@
 """The search of GCG: it follows its definition and its slope, and lowers the loss."""
 
 import dataclasses
-import functools
 import inspect
 
 import jax
@@ -23,15 +22,14 @@ from gcg_case import (
     attack,
     dense_loss,
     found,
+    gradient,
     same,
 )
 
-from sbr_jax.attacks.candidates import draw_candidates, suffix_gradient
+from sbr_jax.attacks.candidates import draw_candidates
 from sbr_jax.attacks.gcg import FULL, REDUCED, gcg
 from sbr_jax.attacks.suffix import lay_out
 from sbr_jax.typing import UserError
-
-GRADIENT = jax.jit(functools.partial(suffix_gradient, MODEL.apply_fn))
 
 
 def test_reported_losses_are_those_of_the_sequences_alone():
@@ -69,7 +67,7 @@ def test_a_step_is_the_best_candidate_of_the_definition():
     start = np.full(LENGTH, FIRST, np.int32)
     for i, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         row = {name: value[i] for name, value in layout._asdict().items()}
-        _, slope = GRADIENT(MODEL.params, None, row, start)
+        _, slope = gradient(MODEL.params, None, row, start)
         own = jax.random.fold_in(jax.random.fold_in(key, i), 0)
         candidates = draw_candidates(
             own, slope, start, ALLOWED, candidates=BREADTH, top_k=8
@@ -82,18 +80,15 @@ def test_a_step_is_the_best_candidate_of_the_definition():
 
 
 def test_the_best_never_rises_and_the_original_moves_all_the_same():
-    moving, staying = found(), found(always_move=False)
-    for result in (moving, staying):
-        np.testing.assert_array_equal(
-            result.best_losses, np.minimum.accumulate(result.losses, axis=1)
-        )
-    assert (np.diff(moving.losses) > 0).any()
-    assert (np.diff(staying.losses) <= 0).all()
+    result = found()
+    np.testing.assert_array_equal(
+        result.best_losses, np.minimum.accumulate(result.losses, axis=1)
+    )
+    assert (np.diff(result.losses) > 0).any()
 
 
-@pytest.mark.parametrize("sampling", ["even", "random"])
-def test_it_lowers_the_loss_of_every_prompt(sampling):
-    result = found(sampling=sampling)
+def test_it_lowers_the_loss_of_every_prompt():
+    result = found()
     assert (result.best_losses[:, 0] - result.best_losses[:, -1] > 0.3).all()
 
 
@@ -173,7 +168,6 @@ def test_progress_is_told_after_every_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampling": "odd"}, "sampling.*'even' or 'random'"),
         ({"steps": 0}, "steps"),
         ({"steps": 2.5}, "steps.*whole number"),
         ({"candidates": "many"}, "candidates.*whole number"),

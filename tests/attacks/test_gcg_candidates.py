@@ -20,6 +20,7 @@ from gcg_case import (
     attack,
     dense_loss,
     found,
+    gradient,
     same,
 )
 from programs_case import widest
@@ -30,12 +31,9 @@ from sbr_jax.attacks.candidates import (
     prefill,
     propose,
     score_candidates,
-    suffix_gradient,
 )
 from sbr_jax.attacks.suffix import lay_out
 from sbr_jax.models import vocabulary
-
-GRADIENT = jax.jit(functools.partial(suffix_gradient, MODEL.apply_fn))
 
 # --- the layout -------------------------------------------------------------------
 
@@ -86,7 +84,7 @@ def test_the_gradient_is_that_of_the_one_hot_suffix():
         )
         return losses.token_cross_entropy(logits, tokens[None], row["mask"][None])[0]
 
-    value, slope = GRADIENT(MODEL.params, pairs, row, suffix)
+    value, slope = gradient(MODEL.params, pairs, row, suffix)
     start = jax.nn.one_hot(suffix, tiny.VOCAB)
     assert abs(float(value) - float(loss(start))) < 1e-5
     np.testing.assert_allclose(slope, jax.jit(jax.grad(loss))(start), atol=1e-5)
@@ -111,7 +109,7 @@ SLOPE = jnp.asarray(
 SUFFIX = np.array([20, 6, 20, 31], np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("candidates", "top_k", "sampling"))
+@functools.partial(jax.jit, static_argnames=("candidates", "top_k"))
 def draw(key, slope=SLOPE, allowed=ALLOWED, **options):
     options = {"candidates": 400, "top_k": 3, **options}
     return draw_candidates(key, slope, SUFFIX, allowed, **options)
@@ -168,15 +166,6 @@ def test_even_sampling_of_fewer_candidates_than_places_reaches_every_place():
     assert set(np.concatenate(drawn).tolist()) == set(range(LENGTH))
     for places in drawn:  # as far apart as the original's
         assert (places[1] - places[0]) % LENGTH == 2
-
-
-def test_random_sampling_draws_the_places():
-    places = [
-        changed_places(draw(jax.random.key(i), sampling="random")) for i in (1, 2)
-    ]
-    assert (places[0] != places[1]).any()
-    # 400 draws over 4 places: five standard deviations of 8.7.
-    assert np.abs(np.bincount(places[0], minlength=LENGTH) - 100).max() < 44
 
 
 # --- the cached beginning ---------------------------------------------------------
@@ -249,7 +238,7 @@ def test_prompts_of_a_block_keep_their_own_gradient(at_once):
     layout = lay_out(PROMPTS, TARGETS, LENGTH)
     rows, suffixes = layout._asdict(), np.tile(SUFFIX, (3, 1))
     keys = jax.random.split(jax.random.key(2), 3)
-    options = "even", 32, 8, at_once, 4
+    options = 32, 8, at_once, 4
     step, pairs = jnp.int32(1), adapter()
     losses, found = propose(
         MODEL.apply_fn,
@@ -264,11 +253,11 @@ def test_prompts_of_a_block_keep_their_own_gradient(at_once):
     )
     for i in range(3):
         row = {name: value[i] for name, value in rows.items()}
-        loss, slope = GRADIENT(MODEL.params, pairs, row, SUFFIX)
+        loss, slope = gradient(MODEL.params, pairs, row, SUFFIX)
         np.testing.assert_allclose(losses[i], loss, atol=1e-5)
         # Drawn from the same slope, so the same candidates.
         key = jax.random.fold_in(keys[i], step)
-        drawn = draw(key, slope, candidates=32, top_k=8, sampling="even")
+        drawn = draw(key, slope, candidates=32, top_k=8)
         np.testing.assert_array_equal(found[i], drawn)
 
 
@@ -292,7 +281,7 @@ def test_no_program_of_the_attack_is_as_wide_as_the_targets_logits(cached, monke
 
     def gradient(base):
         some = suffixes[:, 0], jnp.int32(0)
-        return propose(run, "even", 4, 2, 6, 31, base, None, rows, keys, allowed, *some)
+        return propose(run, 4, 2, 6, 31, base, None, rows, keys, allowed, *some)
 
     def whole(base):
         return run(base, None, np.ones((6, layout.tokens.shape[1]), np.int32))
