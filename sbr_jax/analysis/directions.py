@@ -72,16 +72,9 @@ class RefusalDirection:
 def last_token_states(
     apply_fn: ApplyFn, base: PyTree, adapter: PyTree, prompts: Prompts
 ) -> np.ndarray:
-    """The residual stream at the last token of every prompt.
+    """The residual stream at the last token of N prompts, float64 ``[L + 1, N, D]``.
 
-    Args:
-      apply_fn: the model.
-      base: its weights.
-      adapter: ``{name: LoraPair}`` or None.
-      prompts: N token lists, or a token dataset.
-
-    Returns:
-      float64 ``[L + 1, N, D]``: before each block, and after the last.
+    Before each block, and after the last.
     """
     parts = [
         arrays.fetch(_states(apply_fn, base, adapter, tokens, last))[:, :count]
@@ -97,19 +90,9 @@ def difference_of_means(
     harmful: Prompts,
     harmless: Prompts,
 ) -> np.ndarray:
-    """The candidates r_l: harmful minus harmless mean of the stream, by layer.
+    """The candidates r_l ``[L + 1, D]``: harmful minus harmless mean of the stream.
 
     Means are taken in float64. Where all prompts end in the same token, r_0 is 0.
-
-    Args:
-      apply_fn: the model.
-      base: its weights.
-      adapter: ``{name: LoraPair}`` or None.
-      harmful: prompts, at least one.
-      harmless: prompts, at least one.
-
-    Returns:
-      float64 ``[L + 1, D]``.
 
     Raises:
       UserError: for a set without prompts or an empty prompt.
@@ -122,14 +105,9 @@ def difference_of_means(
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Cosine between directions before and after, over the last axis.
+    """Cosine between directions ``[..., D]`` before and after, float64 ``[...]``.
 
-    Args:
-      before: ``[..., D]``.
-      after: ``[..., D]``.
-
-    Returns:
-      float64 ``[...]`` in [−1, 1]; NaN where one of the two is 0.
+    NaN where one of the two is 0.
 
     >>> float(drift(np.array([1.0, 0.0]), np.array([3.0, 3.0])).round(3))
     0.707

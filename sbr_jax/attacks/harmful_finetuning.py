@@ -26,15 +26,8 @@ Row = tuple[str, str]
 def attack_count(ratio: float, examples: int) -> int:
     """Number of the attacker's examples: ``round(p N)``.
 
-    Args:
-      ratio: p in [0, 1].
-      examples: N, at least 1.
-
-    Returns:
-      The count.
-
     Raises:
-      UserError: for a ratio outside [0, 1], or less than one example.
+      UserError: for a ratio p outside [0, 1], or less than one example.
 
     >>> [attack_count(p, 240) for p in (0.0, 0.05, 0.1, 1.0)]
     [0, 12, 24, 240]
@@ -163,14 +156,6 @@ def identity_rows(rows: Sequence[Row], identity: str) -> list[Row]:
 
 def steps_for_epochs(epochs: int, examples: int, batch_size: int) -> int:
     """Optimizer steps in which every example is seen ``epochs`` times, rounded up.
-
-    Args:
-      epochs: at least 1.
-      examples: N, at least 1.
-      batch_size: examples of a step.
-
-    Returns:
-      ``ceil(epochs N / batch_size)``.
 
     Raises:
       UserError: for less than one epoch, example or example of a batch.

@@ -52,13 +52,9 @@ class Layout(NamedTuple):
         return Layout(tokens.astype(np.int32), self.start, mask.astype(np.float32))
 
     def asked(self, suffixes: np.ndarray) -> list[list[int]]:
-        """The whole prompt, without its target, with each of its suffixes.
+        """Prompts without their targets, with each of their suffixes ``[N, C, S]``.
 
-        Args:
-          suffixes: ``[N, C, S]``.
-
-        Returns:
-          ``N · C`` lists of tokens, unpadded, those of one prompt together.
+        ``N · C`` lists of tokens, unpadded, those of one prompt together.
         """
         rows = []
         ends = np.argmax(self.mask > 0, axis=1)
@@ -221,18 +217,10 @@ def round_trips(tokenizer: Any) -> RoundTrip:
 def survivors(
     layout: Layout, round_trip: RoundTrip, suffixes: np.ndarray
 ) -> np.ndarray:
-    """Marks the suffixes that, each in its whole prompt, survive as text.
-
-    Args:
-      layout: of N prompts.
-      round_trip: the check.
-      suffixes: ``[N, C, S]``.
-
-    Returns:
-      bool ``[N, C]``.
+    """Marks the suffixes ``[N, C, S]`` that, each in its whole prompt, survive as text.
 
     Raises:
-      UserError: if the check returns something else.
+      UserError: if the check returns something else than bool.
     """
     kept = np.asarray(round_trip(layout.asked(suffixes)))
     wanted = suffixes.shape[0] * suffixes.shape[1]
@@ -245,18 +233,11 @@ def survivors(
 
 
 def check_tokens(allowed: Any, initial_token: int, vocab_size: int) -> np.ndarray:
-    """The allowed tokens as an array, and the first suffix made of one of them.
-
-    Args:
-      allowed: bool ``[V]``.
-      initial_token: of the first suffix.
-      vocab_size: V.
-
-    Returns:
-      ``allowed`` as bool ``[V]``.
+    """The allowed tokens as bool ``[V]``.
 
     Raises:
-      UserError: if nothing can be chosen, or the first suffix is not allowed.
+      UserError: if nothing can be chosen, or the first suffix, of ``initial_token``, is
+        not allowed.
     """
     allowed = np.asarray(allowed, bool)
     if allowed.shape != (vocab_size,) or allowed.sum() < 2:
@@ -276,13 +257,8 @@ def check_tokens(allowed: Any, initial_token: int, vocab_size: int) -> np.ndarra
 def check_start(layout: Layout, round_trip: RoundTrip, initial: np.ndarray) -> None:
     """Refuses a search that would start from what cannot be sent.
 
-    Args:
-      layout: of N prompts.
-      round_trip: the check.
-      initial: ``[N, S]``.
-
     Raises:
-      UserError: naming the first prompt whose suffix fails.
+      UserError: naming the first prompt whose suffix, of ``[N, S]``, fails.
     """
     kept = survivors(layout, round_trip, initial[:, None])[:, 0]
     if not kept.all():

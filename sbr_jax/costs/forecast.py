@@ -78,11 +78,6 @@ class Load:
 # --- parameters -----------------------------------------------------------------------
 
 
-def projection_parameters(config: ModelConfig) -> int:
-    """Weights of all projections of all layers, without biases."""
-    return config.layers * sum(math.prod(config.projection(n)) for n in TARGETS)
-
-
 def parameter_count(config: ModelConfig) -> int:
     """All frozen weights.
 
@@ -137,12 +132,7 @@ def train_flops(
     The backward pass of a frozen weight is one product (the input's gradient), that of
     an adapter or of attention two. A recomputed layer does without its last product,
     whose result only a norm behind it would need. The head is never recomputed.
-
-    Args:
-        load: what runs.
-        tokens: T.
-        keys: positions that each token looks at; None for T.
-        heads: positions whose logits are computed; None for T.
+    Arguments are those of :func:`forward_flops`.
     """
     weights, attention, adapter = _layer_flops(
         load, tokens, tokens if keys is None else keys
@@ -290,12 +280,8 @@ def stage_flops(load: Load, cost: Cost, steps: int) -> float:
 def calibration_fishers(method: Method, domains: int, steps: int) -> int:
     """How often a defence differentiates every calibration example on its own.
 
-    What a subspace holds of examples that had no part in it costs one more each time.
-
-    Args:
-        method: the defence.
-        domains: how many.
-        steps: of one domain.
+    Over so many domains of so many steps. What a subspace holds of examples that had no
+    part in it costs one more each time.
 
     >>> from sbr_jax.methods import build
     >>> calibration_fishers(build("safeanchor"), 3, 100)

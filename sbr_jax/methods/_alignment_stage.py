@@ -89,10 +89,6 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
     **Guarantee.** The weights given are not written to; equal arguments give equal
     bits on one machine.
 
-    Args:
-      rule: the method's gradient.
-      stage: how to train.
-
     Returns:
       ``realign(problem, base, adapter, data, key) -> base``, where ``data`` holds the
       data sets by the names of the rule's batches, and ``adapter`` gives the shape.

@@ -89,15 +89,9 @@ def with_kl_anchor(
 def anchored_set(
     problem: Problem, base: PyTree, adapter: PyTree | None
 ) -> dict[str, jax.Array]:
-    """The calibration set on the device, and the reference's states on it.
+    """The calibration set on the device, with the reference's states ``[N, A, D]``.
 
-    Args:
-      problem: gives the set.
-      base: frozen weights.
-      adapter: of the reference; None for the aligned model.
-
-    Returns:
-      ``device_dataset``'s arrays and ``"reference" [N, A, D]``.
+    ``adapter`` is the reference's; None for the aligned model.
     """
     safe = device_dataset(problem.calibration)
     return {**safe, "reference": reference_states(problem, base, adapter, safe)}
@@ -167,9 +161,6 @@ def safe_batch(
         multiple of the microbatches below (one for each at least).
       name: of the size, for messages.
 
-    Returns:
-      The drawn rows of every array of the state.
-
     Raises:
       UserError: for a size that cannot be divided over the microbatches.
     """
@@ -193,16 +184,8 @@ def anchor_loss(
 ) -> jax.Array:
     """L_KL: mean KL(p_ref ‖ p_θ) at the answer positions, ``p = softmax(logits / τ)``.
 
-    Args:
-      apply_fn: of the model.
-      base: frozen weights.
-      adapter: θ.
-      safe: the safety minibatch, with the reference's states.
-      direction: of the divergence; ``"forward"`` is published.
-      temperature: τ of both.
-
-    Returns:
-      A float32 scalar in nats: 0 with zero gradient where θ is the reference.
+    In nats, of a safety minibatch with the reference's states; 0 with zero gradient
+    where the adapter is the reference. Published is ``"forward"``.
     """
     hidden = answers.states(apply_fn, base, adapter, safe)
     kl = answers.kl_to_reference(

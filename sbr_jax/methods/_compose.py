@@ -37,10 +37,10 @@ class Rater:
     """Source of the risk of examples.
 
     Attributes:
-      init: ``(problem, base, adapter, key) -> state``; ``"diagnostics"`` is reported.
-      mix: ``(problem, domain, seed) -> TokenDataset``, before each domain.
-      assess: ``(problem, base, state, batch) -> (reference states [K, D], risk
-        [B])`` in one pass of the aligned model; ``state`` is what ``init`` returned.
+      init: of its state; ``"diagnostics"`` is reported.
+      mix: before each domain.
+      assess: ``(problem, base, state, batch) -> (reference states [K, D], risk [B])``
+        in one pass of the aligned model.
       ratings: how often the study's judge rates every example of a domain.
       outline: what ``init`` returns, as shapes; None where tracing it tells them.
     """
@@ -86,13 +86,10 @@ def with_pull(
       method: any defence.
       name: of the penalty: its place in the state and, without the weight, among the
         metrics.
-      init: ``(problem, base, adapter, key) -> state`` of the penalty.
-      loss: ``(problem, base, adapter, state, batch, key) -> scalar``, of that state.
+      init: of the penalty's state.
+      loss: of that state.
       weight: of its gradient.
       repairs: whether repairs are pulled as well.
-
-    Returns:
-      The method with the pull.
     """
 
     def pulled(hook: Callable[..., Found]) -> Callable[..., Found]:
@@ -127,9 +124,6 @@ def with_risk(
       method: any defence whose task loss is ``base.task_loss``.
       rater: of the examples.
       weighting: ``risk [B] -> (α [B], β [B])``.
-
-    References:
-      arXiv:2602.17546
     """
 
     def mix(problem, domain, seed):

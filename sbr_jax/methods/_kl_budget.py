@@ -48,14 +48,10 @@ def next_epsilon(
 ) -> jax.Array:
     """The ε at which d would meet its budget, were it proportional to q.
 
+    ``used`` is q ≥ 0 now, ``measured`` d now.
+
     **Guarantee**: within a factor of 4 of ε, and of 1e8 of the budget; ε itself where
     nothing moved, or where the numbers tell nothing (q infinite, either not a number).
-
-    Args:
-      epsilon: ε.
-      used: q ≥ 0 now.
-      measured: d now.
-      budget: of d.
 
     >>> float(next_epsilon(*map(jnp.float32, (2.0, 1.0, 0.5, 0.3))))
     0.6000000238418579

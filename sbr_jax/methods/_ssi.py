@@ -135,8 +135,7 @@ class Ssi:
 
         Returns:
           ``held_out_share`` and, with a task, ``task_share`` and their ratio
-          ``selectivity``, for each layer of each unit; empty where a half would be
-          empty.
+          ``selectivity``, for each layer; empty where a half would be empty.
         """
         half = self.half(problem, base, adapter, key)
         if half is None:
@@ -205,45 +204,22 @@ class Ssi:
             noise_key, key = jax.random.split(key)
             perturbed = perturb_b(noise_key, adapter)
             masked = _without_b_gradient(loss_fn)
-            block = self._leading(
-                problem, masked, base, perturbed, dataset, key, against
-            )
-            block = _with_trace(block, found.trace)
-            found = merge(
-                found,
-                block,
-                max_rank=self.max_rank,
-                energy=self.energy,
-                weighting="eigenvalue",
-            )
+            given = (problem, masked, base, perturbed, dataset, key, against)
+            block = _with_trace(self._leading(*given), found.trace)
+            found = merge(found, block, max_rank=self.max_rank, energy=self.energy)
         return found
 
     def _leading(self, problem, loss_fn, base, adapter, dataset, key, against):
+        def fisher(examples: Any, max_rank: int, energy: float) -> Subspace:
+            given = (problem, loss_fn, base, adapter, examples, key)
+            return self._fisher(*given, max_rank, energy)
+
         if against is None:
-            return self._fisher(
-                problem,
-                loss_fn,
-                base,
-                adapter,
-                dataset,
-                key,
-                self.max_rank,
-                self.energy,
-            )
+            return fisher(dataset, self.max_rank, self.energy)
         # Every direction of both, as far as the buffer goes.
         least = max(problem.training.fisher_buffer, self.max_rank)
         found = [
-            self._fisher(
-                problem,
-                loss_fn,
-                base,
-                adapter,
-                x,
-                key,
-                min(_seen(problem, x), least),
-                1.0,
-            )
-            for x in (dataset, against)
+            fisher(x, min(_seen(problem, x), least), 1.0) for x in (dataset, against)
         ]
         return contrast(
             *found,
@@ -415,25 +391,16 @@ def _batches(problem: Problem, dataset: Any) -> Iterator[dict]:
 
 def describe(subspace: Subspace, alpha: PyTree, trace: PyTree) -> dict[str, PyTree]:
     """α, tr F and effective rank of every layer of every unit."""
-    return {
-        "alpha": alpha,
-        "trace": trace,
-        "effective_rank": effective_rank(subspace),
-    }
+    rank = effective_rank(subspace)
+    return {"alpha": alpha, "trace": trace, "effective_rank": rank}
 
 
 def describe_change(old: Subspace, fresh: Subspace, new: Subspace) -> dict[str, PyTree]:
-    """Movement of a subspace over a domain.
+    """Movement of a subspace over a domain, for each layer.
 
-    Args:
-      old: before the domain.
-      fresh: of the model after it.
-      new: their merge.
-
-    Returns:
-      ``principal_angles`` between ``old`` and ``fresh``, ``[*L, 8]`` at evenly spaced
-      places of the ascending list, and ``discarded``, the share of the old basis that
-      the new one lost, ‖(I − Π_new) V_old‖²_F / k_old, for each layer.
+    Between ``old`` and ``fresh``, that of the model after the domain,
+    ``principal_angles [*L, 8]`` at evenly spaced places of the ascending list; and
+    ``discarded``, the share of the old basis that their merge ``new`` lost.
     """
     shared = jax.tree.map(jnp.minimum, effective_rank(old), effective_rank(fresh))
     angles = jax.tree.map(_spread, principal_angles(old, fresh), shared)

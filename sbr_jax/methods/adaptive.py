@@ -89,12 +89,6 @@ def adaptive_judge(
 
     Returns:
       The method. Its ``init`` and ``mix`` raise :class:`UserError` without a judge.
-
-    Raises:
-      UserError: for an unknown option, or bounds that are not 0 ≤ β_min ≤ β_max ≤ 1.
-
-    References:
-      arXiv:2602.17546
     """
     weighting = Weighting(beta_min, beta_max, granularity, mapping)
     return _rated(
@@ -132,12 +126,6 @@ def adaptive_probe(
 
     Returns:
       The method. Its ``init`` raises :class:`UserError` without both prompt sets.
-
-    Raises:
-      UserError: for an unknown option, or numbers out of range.
-
-    References:
-      arXiv:2602.17546
     """
     weighting = Weighting(beta_min, beta_max, granularity, mapping)
     rater = probe_rater(layers=probe_layers, l2=probe_l2, name="adaptive-probe")

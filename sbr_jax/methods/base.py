@@ -121,14 +121,10 @@ def traced_state(
 ) -> dict[str, Any]:
     """What ``init`` returns, as shapes and without diagnostics; nothing is computed.
 
-    Args:
-      init: a hook that asks for no number of an array.
-      problem: as for the hook.
-      base: weights or their shapes.
-      adapter: an adapter or its shapes.
+    Weights and adapter may be shapes.
 
     Raises:
-      jax.errors.JAXTypeError: where it does ask for one.
+      jax.errors.JAXTypeError: where the hook asks for a number of an array.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     found = jax.eval_shape(lambda *args: init(problem, *args), base, adapter, key)
@@ -383,17 +379,8 @@ def draw_rows(
     """Draws this microbatch's share of ``total`` examples, with replacement.
 
     The draw is made for the whole step and then sliced by ``batch["row"]``, so that
-    accumulation over microbatches sees the same examples as one big batch.
-
-    Args:
-      problem: its ``accumulation`` is the number A of microbatches.
-      data: arrays ``[N, ...]``, such as :func:`device_dataset`'s.
-      batch: the task microbatch.
-      key: the step's key.
-      total: examples of the whole step, a multiple of A.
-
-    Returns:
-      The same of the drawn rows, ``[total/A, ...]``.
+    accumulation over microbatches sees the same examples as one big batch. ``total`` is
+    a multiple of their number.
     """
     rows = jax.random.randint(key, (total,), 0, data["tokens"].shape[0])
     if problem.hardware.accumulation > 1:

@@ -137,24 +137,20 @@ def diagonal_fisher(
     max_examples: int | None = None,
     microbatch: int = 32,
 ) -> PyTree:
-    """The diagonal of the empirical Fisher: F_i = (1/N) Σ_n (∂ℓ_n/∂θ_i)².
+    """The diagonal of the empirical Fisher: F_i = (1/N) Σ_n (∂ℓ_n/∂θ_i)², float32.
 
     Each example's own gradient is squared: squares of batch gradients, as the released
     baselines take them, are smaller by about the batch size.
 
-    **Guarantee**: does not depend on ``microbatch`` beyond rounding; ``max_examples``
-    picks evenly spaced rows.
+    **Guarantee**: does not depend on ``microbatch`` beyond rounding.
 
     Args:
       loss_fn: ``loss_fn(adapter, example, base) -> scalar``.
       adapter: θ.
       base: frozen weights.
-      dataset: ``tokens [N, T]`` and ``mask [N, T]``, host-side.
-      max_examples: cap on N; None for all.
+      dataset: host-side examples.
+      max_examples: cap on N, evenly spaced rows; None for all.
       microbatch: how many per-example gradients are held at once.
-
-    Returns:
-      A float32 tree like ``adapter``.
 
     Raises:
       UserError: for an empty set, or gradients that are not finite.

@@ -32,12 +32,6 @@ def interleaving(*, fraction: Fraction = 0.1, monitored: bool = False) -> Method
     Returns:
       The method. Its ``mix`` raises a UserError without a safety mix, or where f is so
       small that it would replace nothing.
-
-    Raises:
-      UserError: for a fraction out of range.
-
-    References:
-      arXiv:2604.17691
     """
 
     def mix(problem: Problem, domain: TokenDataset, seed: int) -> TokenDataset:

@@ -101,13 +101,6 @@ _EDITED: dict[str, Callable[[Any], bool]] = {
 def fits_adapter(variant: str, methods: Any = None) -> bool:
     """Whether a variant's deployed weights are an adapter of those it was given.
 
-    Args:
-      variant: a key of ``METHODS`` or ``VARIANTS``.
-      methods: a ``Hyperparameters``; None for the published values.
-
-    Raises:
-      UserError: for an unknown variant.
-
     >>> fits_adapter("safegrad"), fits_adapter("antidote"), fits_adapter("lox")
     (True, False, False)
     """

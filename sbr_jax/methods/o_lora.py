@@ -134,12 +134,7 @@ def concatenated(frozen: PyTree, new: PyTree) -> PyTree:
 def overlap(frozen: PyTree, new: PyTree) -> jax.Array:
     """Σ over layers and projections of Σ_{k,j} |A_oldᵀ A_new|_{kj}.
 
-    Args:
-      frozen: ``{name: LoraPair}`` with ``lora_a [L, in, r_old]``.
-      new: ``{name: LoraPair}`` with ``lora_a [L, in, r]``.
-
-    Returns:
-      A float32 scalar; 0 where every old A is zero or orthogonal to the new.
+    0 where every old A, ``[L, in, r_old]``, is zero or orthogonal to the new.
     """
 
     def pair_overlap(old, pair):
@@ -155,15 +150,9 @@ def overlap(frozen: PyTree, new: PyTree) -> jax.Array:
 
 
 def sum_of_norms(adapter: PyTree) -> jax.Array:
-    """Σ ‖·‖₂ over the factors of every layer: norms, not their squares.
+    """Σ ‖·‖₂ over the factors ``[L, ...]`` of every layer: norms, not their squares.
 
     **Guarantee**: the gradient of a zero factor (a fresh B) is zero, not NaN.
-
-    Args:
-      adapter: leaves ``[L, ...]``.
-
-    Returns:
-      A float32 scalar.
 
     >>> import jax, jax.numpy as jnp
     >>> float(sum_of_norms([jnp.full((2, 4, 1), 2.0), jnp.zeros((2, 1, 4))]))

@@ -165,12 +165,7 @@ def build(variant: str, methods: Any = None, **overrides: Any) -> Method:
 def resolve(variant: str, methods: Any = None) -> tuple[str, Any]:
     """The method behind a variant, and its hyper-parameters with the variant's changes.
 
-    Args:
-      variant: a key of ``METHODS`` or ``VARIANTS``.
-      methods: a :data:`Hyperparameters`; None for the published values.
-
-    Raises:
-      UserError: for an unknown variant, with the nearest names.
+    Arguments and refusals are those of :func:`build`.
 
     >>> resolve("sbr:one")[0], resolve("sbr:one")[1].anchors
     ('sbr', 1)

@@ -71,17 +71,10 @@ def safe_delta(
 def hessians(
     problem: Problem, base: PyTree, names: list[str], examples: int
 ) -> dict[str, jax.Array]:
-    """``2 mean x xᵀ`` of the inputs of some projections on safe examples.
+    """``2 mean x xᵀ`` of the inputs of some projections, ``{name: [L, in, in]}``.
 
-    Args:
-      problem: gives the calibration set; tokens up to an example's last answer token
-        count.
-      base: the aligned weights.
-      names: of the projections.
-      examples: at most so many.
-
-    Returns:
-      ``{name: [L, in, in]}``, float32.
+    Float32, of the aligned model, on so many examples of the calibration set at most;
+    tokens up to an example's last answer token count.
     """
     data = subset(problem.calibration, examples)
     sums = functools.partial(_outer_sums, problem.apply_fn, tuple(names), base)
@@ -116,11 +109,7 @@ def safe_weights(
 ) -> jax.Array:
     """One projection's weights ``[in, out]``: kept changes, and what makes up for them.
 
-    Args:
-      aligned: W.
-      tuned: W'.
-      hessian: ``[in, in]``, without damping.
-      strength: s.
+    ``hessian [in, in]`` is without damping, ``strength`` is s.
 
     >>> w, other = jnp.zeros((2, 1)), jnp.ones((2, 1))
     >>> safe_weights(w, other, jnp.eye(2), 0.0).tolist()

@@ -67,9 +67,6 @@ def sbr(
       The method. It reports ``anchor``, L_anchor without λ. Its ``optimizer``, which is
       asked for before any work, raises a UserError where there are not as many distinct
       harmful prompts.
-
-    References:
-      arXiv:2605.05995
     """
     return with_hidden_anchor(
         Method("sbr", monitored),
@@ -164,11 +161,6 @@ def anchor_prompts(
     **Guarantee**: with one key, fewer anchors are the first of more. Any key gives the
     same shapes (T is the longest prompt of the whole set), so that seeds can be stacked
     and share a program. Nothing of an answer is left.
-
-    Args:
-      dataset: N requests with answers, right-padded.
-      count: K.
-      key: of the draw.
 
     Returns:
       ``tokens [K, T]``, zero after the prompt, and the last place of each, ``last

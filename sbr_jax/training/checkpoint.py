@@ -111,15 +111,9 @@ def _make_empty(folder: pathlib.Path) -> None:
 
 
 def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
-    """Reads a pytree back, bit for bit.
+    """Reads back, bit for bit, what :func:`save` wrote, placed as ``like``.
 
-    Args:
-      folder: what :func:`save` wrote.
-      like: a tree of the same structure, of arrays or of shapes with shardings; its
-        shapes, dtypes and shardings are those of the result.
-
-    Returns:
-      A tree like ``like``.
+    ``like`` is a tree of the same structure, of arrays or of shapes with shardings.
 
     Raises:
       UserError: if the folder is missing or holds another structure.

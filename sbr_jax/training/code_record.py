@@ -18,8 +18,7 @@ NAME = "code.json"
 def read(folder: pathlib.Path) -> list[str]:
     """Hashes of the code that computed stages, in order of use; empty if unknown.
 
-    Args:
-      folder: of a variant and seed.
+    ``folder`` is of a variant and seed.
 
     Raises:
       UserError: for a file that no run has written so.

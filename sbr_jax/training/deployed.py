@@ -21,14 +21,7 @@ from sbr_jax.typing import PyTree, UserError
 def reopen(
     folder: Path | str, study: Study, config: Config, domains: Sequence[str]
 ) -> Job:
-    """A finished run as a job that says nothing; none of its stages is loaded yet.
-
-    Args:
-      folder: the run's.
-      study: the same that was run.
-      config: of the run.
-      domains: the run's, in order.
-    """
+    """A finished run as a job that says nothing; none of its stages is loaded yet."""
     model, mesh = study.model, sharding.mesh_of(config.hardware)
     base = sharding.place_base(mesh, model.params, model.config)
     return Job(study, config, tuple(domains), base, RunFolder(folder), quiet=True)
@@ -83,17 +76,11 @@ def deployments(
 ) -> Iterator[tuple[str, int | None, tuple[PyTree, PyTree]]]:
     """The start model, then what each variant and seed deploys after its last domain.
 
-    Args:
-      folder: of a finished run.
-      study: the same that was run.
-      config: of the run.
-      variants: names.
-      seeds: of each.
-      domains: the run's, in order.
-      done: variants and seeds to pass over.
+    Of a finished run, whose study, configuration and domains are given.
 
     Yields:
-      Variant, seed, and ``(base, adapter)``; ``("base", None, …)`` for the start.
+      Variant, seed, and ``(base, adapter)``; ``("base", None, …)`` for the start. Those
+      in ``done`` are passed over.
     """
     job = reopen(folder, study, config, domains)
     if (BASE, None) not in done:

@@ -57,16 +57,11 @@ def _last(domains: Sequence[str]) -> int:
 def hand_out(folder: pathlib.Path, part: str, pairs: Sequence[Pair]) -> pathlib.Path:
     """Moves what there is of some variants and seeds into the folder of a part.
 
-    Args:
-        folder: of the run.
-        part: name of the part.
-        pairs: that it is to do.
-
     Returns:
-        The part's folder.
+      The part's folder.
 
     Raises:
-        UserError: where it cannot be written, or holds files of somebody else.
+      UserError: where it cannot be written, or holds files of somebody else.
     """
     own = folder / JOBS / part
     if not (own / CONFIG).exists():

@@ -98,9 +98,6 @@ def make_program(
       mesh: of devices that need not be here, to compile for; None for the one that the
         configuration names, of this job's.
 
-    Returns:
-      The program.
-
     Raises:
       UserError: for hyper-parameters that the method or its optimizer refuses.
     """

@@ -88,16 +88,13 @@ def write_record(
 def read_json(
     path: pathlib.Path, remedy: str | None = None, *, sealed: bool = False
 ) -> dict[str, Any]:
-    """Reads a file that a run wrote, and compares it with its digest.
+    """Reads a file that a run wrote, and compares it with its digest, left out here.
 
     Args:
       path: of the file.
       remedy: what to do if it is damaged; None to delete it and run again.
       sealed: whether a file without a digest is refused. Those of older versions have
         none, and can still be reported.
-
-    Returns:
-      The content without its digest.
 
     Raises:
       UserError: if it is damaged.

@@ -45,14 +45,10 @@ AnyMesh = Mesh | AbstractMesh
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Reads ``"data=2,fsdp=4,tp=2"``.
+    """Reads ``"data=2,fsdp=4,tp=2"``: sizes by axis, in the order of :data:`AXES`.
 
-    Args:
-      text: comma-separated ``axis=size``; the axes are ``data`` (examples), ``fsdp``
-        (examples and weights) and ``tp`` (heads). A missing axis has size 1.
-
-    Returns:
-      Sizes by axis, in the order of :data:`AXES`.
+    Axes are ``data`` (examples), ``fsdp`` (examples and weights) and ``tp`` (heads); a
+    missing one has size 1.
 
     Raises:
       UserError: for anything else.
@@ -73,19 +69,14 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, axes of type Auto.
+    """A mesh with the axes of :data:`AXES`, all of type Auto, over all devices.
 
-    Devices are ordered so that ``tp`` and then ``fsdp`` have the nearest ones.
-
-    Args:
-      text: see :func:`parse_mesh`.
-      devices: all of this job's by default; those of a topology will do.
-
-    Returns:
-      A mesh with the axes of :data:`AXES`.
+    Devices are ordered so that ``tp`` and then ``fsdp`` have the nearest ones; they are
+    all of this job's by default, and those of a topology will do.
 
     Raises:
-      UserError: for a bad string, or sizes whose product is not the number of devices.
+      UserError: for a bad string (see :func:`parse_mesh`), or sizes whose product is
+        not the number of devices.
     """
     sizes = parse_mesh(text)
     devices = list(jax.devices() if devices is None else devices)

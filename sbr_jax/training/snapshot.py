@@ -62,10 +62,9 @@ class Writer:
 def changed(train: PyTree, state: PyTree, before: PyTree = None) -> dict[str, Any]:
     """What is to be kept of a training state and a method's, by name.
 
-    Args:
-      train: the training state; its subspaces are copies of the method's.
-      state: the method's.
-      before: the same as the stage began with; None for whatever may be kept.
+    Subspaces of the training state are copies of the method's, and are not. Of the
+    method's state what is not as it was ``before``, when the stage began; None for
+    whatever may be kept.
 
     >>> x = jnp.zeros(2)
     >>> sorted(changed({"a": x, "b": x}, {"c": x, "d": x + 1}, {"c": x, "d": x}))
@@ -82,13 +81,7 @@ def changed(train: PyTree, state: PyTree, before: PyTree = None) -> dict[str, An
 def put_back(
     found: Mapping[str, Any], train: PyTree, state: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Trees as they were, where the given ones are as the stage began.
-
-    Args:
-      found: of :func:`changed`, as arrays of any kind.
-      train: a training state; its subspaces stay.
-      state: the method's.
-    """
+    """Trees as they were by :func:`changed`; those given are as the stage began."""
     nodes, treedef = jax.tree.flatten(train, is_leaf=_is_subspace)
     nodes = [_like(found.get(f"train {i}"), x) for i, x in enumerate(nodes)]
     leaves, structure = jax.tree.flatten(state)
@@ -145,11 +138,6 @@ def _plain(x: np.ndarray) -> np.ndarray:
 
 
 def read(folder: pathlib.Path, like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Reads what :func:`write` wrote of these names.
-
-    Args:
-      folder: the same.
-      like: by name, arrays of the same dtypes.
-    """
+    """Reads what :func:`write` wrote, in the dtypes of ``like``."""
     with np.load(io.BytesIO((folder / FILE).read_bytes())) as file:
         return {name: file[name].view(like[name].dtype) for name in file.files}

@@ -66,9 +66,6 @@ def write_result(
 
     Returns:
       The record.
-
-    Raises:
-      UserError: where it cannot be written.
     """
     content = {"line": plain_numbers(vars(line)), "timing": plain_numbers(timing or {})}
     return _write(folder / RESULT, run, content, checkpoints)
@@ -77,13 +74,10 @@ def write_result(
 def write_history(
     folder: pathlib.Path, run: str, content: Mapping[str, Any], names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Marks a checkpoint inside a stage as complete.
+    """Marks a checkpoint inside a stage as complete; see :func:`write_result`.
 
-    Args:
-      folder: of the checkpoint.
-      run: see :func:`write_result`.
-      content: ``step``, after which it is, ``history``, and names of what is ``split``.
-      names: of what is in the folder, which must be complete.
+    ``content`` is the ``step`` after which it is, ``history``, and names of what is
+    ``split``; ``names`` are of what is in the folder.
     """
     return _write(folder / HISTORY, run, dict(content), names)
 
@@ -183,12 +177,8 @@ def redo(folder: pathlib.Path) -> pathlib.Path:
 def unusable(line: Any) -> list[str]:
     """Names what of a stage's line is missing, or of a type that no run writes.
 
-    Args:
-      line: as read from a file.
-
-    Returns:
-      Names of fields, or else of metrics and diagnostics that hold no numbers; empty
-      for a line in order.
+    Fields, or else metrics and diagnostics that hold no numbers; empty for a line in
+    order.
 
     >>> line = {"method": "plain", "seed": 0, "stage": "train", "domain": "legal"}
     >>> unusable(line)

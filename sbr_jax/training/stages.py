@@ -246,9 +246,7 @@ class Stages:
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The newest intact checkpoint inside a stage: its arrays and its record.
 
-        Args:
-          number: of the stage.
-          like: by name, arrays as they would be read.
+        ``like`` are arrays by name, as they would be read.
 
         Raises:
           DamagedError: where there are damaged ones only.

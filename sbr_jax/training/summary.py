@@ -14,14 +14,11 @@ def summarise(records: Records, base_name: str) -> dict[str, Any]:
 
     Only seeds whose last domain has been evaluated count. ``retention`` is 100 · final
     composite / base composite; ``domain_accuracy`` is that at the end like all else,
-    ``domain_accuracy_learned`` that right after each domain; both are means.
+    ``domain_accuracy_learned`` that right after each domain; both are means. NaN where
+    a metric is missing or was not finite.
 
-    Args:
-      records: of ``RunFolder.lines``.
-      base_name: what stands for the variant in the line of the aligned model.
-
-    Returns:
-      The content of ``summary.json``, NaN where a metric is missing or was not finite.
+    ``records`` are of ``RunFolder.lines``, ``base_name`` stands for the variant in the
+    line of the aligned model.
     """
     base: Mapping[str, float] = {}
     runs: dict[str, dict[int, list[Mapping[str, Any]]]] = {}

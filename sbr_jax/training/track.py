@@ -261,12 +261,6 @@ def once(
 ) -> Held | None:
     """Does a stage, unless it is finished already.
 
-    Args:
-      turn: of the stage.
-      number: of the stage.
-      compute: what it does.
-      held: weights in memory, if any.
-
     Returns:
       The weights after it; as they were given where nothing was done.
 
@@ -285,12 +279,7 @@ def once(
 
 
 def load(track: Track, before: int, held: Held | None = None) -> Held:
-    """The weights as the stages before ``before`` left them.
-
-    Args:
-      track: whose.
-      before: number of a stage.
-      held: weights in memory, taken where they are just those.
+    """The weights as the stages before a number left them; ``held`` if just those.
 
     Raises:
       DamagedError: where one of the stages, or what it left, is missing or damaged.
@@ -345,12 +334,8 @@ def restore(track: Track, path: Path, like: PyTree) -> PyTree:
 def finish(turn: Turn, number: int, held: Held, outcome: Outcome, began: float) -> Held:
     """Saves what a stage changed, and marks it as finished.
 
-    Args:
-      turn: of the stage.
-      number: of the stage.
-      held: weights before it.
-      outcome: what it computed.
-      began: when, on the clock of ``time.perf_counter``.
+    ``held`` are the weights before it, and ``began`` is on the clock of
+    ``time.perf_counter``.
 
     Returns:
       The weights after it.
