@@ -20,7 +20,8 @@ from sbr_jax import _mesh, checks
 from sbr_jax.fisher import batches as given
 from sbr_jax.fisher import gradients
 from sbr_jax.subspace import sketch, spectrum, units
-from sbr_jax.subspace.record import Subspace, check_settings, from_rows
+from sbr_jax.subspace.factors import from_rows
+from sbr_jax.subspace.record import Subspace, check_settings
 from sbr_jax.typing import Batches, LossFn, PyTree, UserError
 
 

@@ -26,7 +26,7 @@ from sbr_jax.models.sharding import fit_spec
 from sbr_jax.planning.case import Case
 from sbr_jax.planning.layouts import Layout
 from sbr_jax.subspace import Subspace, sketch, spectrum, units
-from sbr_jax.subspace.record import unit_eigenpairs
+from sbr_jax.subspace.factors import unit_eigenpairs
 from sbr_jax.training import sharding
 from sbr_jax.training.program import Program, init_adapter, make_program
 from sbr_jax.typing import PyTree, UserError

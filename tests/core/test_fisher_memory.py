@@ -12,7 +12,7 @@ from subspace_case import normal
 from sbr_jax import UserError, effective_rank, fisher_subspace
 from sbr_jax.fisher import gradients as of_examples
 from sbr_jax.subspace import sketch, spectrum, units
-from sbr_jax.subspace.record import unit_eigenpairs
+from sbr_jax.subspace.factors import unit_eigenpairs
 
 N, P, K, BATCH, BUFFER = 256, 40, 8, 8, 32
 KEEP = BUFFER // 2

@@ -27,7 +27,7 @@ from sbr_jax import (
 )
 from sbr_jax._mesh import AXES, splitting
 from sbr_jax.subspace import sketch, spectrum, units
-from sbr_jax.subspace.record import unit_eigenpairs
+from sbr_jax.subspace.factors import unit_eigenpairs
 
 LAYERS, IN, OUT, K, N = 3, 6, 10, 4, 21
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2), "tp": (1, 2, 4)}

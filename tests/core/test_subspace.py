@@ -21,7 +21,7 @@ from sbr_jax import (
     project_out,
     random_subspace,
 )
-from sbr_jax.subspace.record import unit_eigenpairs
+from sbr_jax.subspace.factors import unit_eigenpairs
 
 # --- factors ---------------------------------------------------------------------
 
