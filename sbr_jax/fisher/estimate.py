@@ -9,7 +9,7 @@ the buffer, K columns kept, L layers, ρ the energy to keep.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -126,26 +126,18 @@ def fisher_subspace(
         checks.function("progress", progress)
     given.check(batches, args)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    most = buffer_rank
-    if memory_budget is not None:
-        most = sketch.plan(parameters, max_rank, 1, most, memory_budget).rows
-    ahead, stream = given.look_ahead(batches, most)
-    counts = [units.examples(batch, what="batch") for batch in ahead]
-    if not counts:
-        raise given.none()
-    microbatch = microbatch or max(counts)
-    sizes = sketch.plan(parameters, max_rank, microbatch, buffer_rank, memory_budget)
-    # The buffer may hold more rows than were looked at, and the stream go on.
-    more, stream = given.look_ahead(stream, sizes.rows - sum(counts))
-    ahead += more
-    counts += [units.examples(batch, what="batch") for batch in more]
-    full = min(sum(counts), sizes.rows)
+
+    def plan(microbatch: int) -> sketch.Plan:
+        return sketch.plan(parameters, max_rank, microbatch, buffer_rank, memory_budget)
+
+    most = buffer_rank if memory_budget is None else plan(1).rows
+    sizes, full, every = _planned(batches, most, plan, microbatch)
     mesh = _mesh.holding(params)
     held = sketch.reserve(mark, full, mesh)
     traces: Any = None
     place = seen = 0
     passes = gradients.passes(
-        itertools.chain(ahead, stream),
+        every,
         functools.partial(gradients.microbatch_gradients, loss_fn=loss_fn, mark=mark),
         (params, args, key if fisher == "sampled" else None),
         sizes.microbatch,
@@ -167,19 +159,45 @@ def fisher_subspace(
             # The next microbatch is not begun before this one's memory is free.
             del parts
             jax.block_until_ready(held)
+    _require_finite(mark, traces, seen)
+    return from_rows(
+        mark, held, traces, max_rank=max_rank, energy=energy, count=seen, mesh=mesh
+    )
+
+
+def _planned(
+    batches: Batches,
+    most: int,
+    plan: Callable[[int], sketch.Plan],
+    microbatch: int | None,
+) -> tuple[sketch.Plan, int, Iterator[PyTree]]:
+    """The plan for what the first batches are, the rows that are filled, all batches.
+
+    Args:
+        batches: iterable of batches.
+        most: examples that are looked at first.
+        plan: of a microbatch.
+        microbatch: as asked for; None for the largest of the first batches.
+    """
+    ahead, stream = given.look_ahead(batches, most)
+    counts = [units.examples(batch, what="batch") for batch in ahead]
+    if not counts:
+        raise given.none()
+    sizes = plan(microbatch or max(counts))
+    # The buffer may hold more rows than were looked at, and the stream go on.
+    more, stream = given.look_ahead(stream, sizes.rows - sum(counts))
+    counts += [units.examples(batch, what="batch") for batch in more]
+    return sizes, min(sum(counts), sizes.rows), itertools.chain(ahead, more, stream)
+
+
+def _require_finite(
+    mark: units.Fingerprint, traces: list[spectrum.Scaled], count: int
+) -> None:
+    """Refuse gradients that are not finite, by their mean squared norms."""
     for spec, trace in zip(mark.units, traces, strict=True):
-        mean = spectrum.Scaled(trace.value / seen, trace.unit).plain()
+        mean = spectrum.Scaled(trace.value / count, trace.unit).plain()
         if not jnp.all(jnp.isfinite(mean)):
             raise UserError(
                 f"expected finite gradients, got tr F = {mean} at {spec.path or '/'}; "
                 "check the loss for NaN, e.g. an example whose mask is all zero"
             )
-    return from_rows(
-        mark,
-        held,
-        traces,
-        max_rank=max_rank,
-        energy=energy,
-        count=seen,
-        mesh=mesh,
-    )
