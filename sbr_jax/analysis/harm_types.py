@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from sbr_jax.subspace import Subspace
 from sbr_jax.typing import UserError
@@ -62,7 +63,7 @@ def compare(a: Subspace, b: Subspace) -> dict[str, float]:
             "ones; estimate both on one adapter"
         )
     pairs = zip(_layers(a), _layers(b), strict=True)
-    rows = [_one(*x, *y) for x, y in pairs if x[0].shape[1] and y[0].shape[1]]
+    rows = [_one(v, *y) for (v, _), y in pairs if v.shape[1] and y[0].shape[1]]
     if not rows:
         raise UserError(
             "compare: expected a layer where both ranks are at least 1, got none; do "
@@ -86,9 +87,8 @@ def _layers(subspace: Subspace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield v[:, used].astype(np.float64), eigenvalues[used].astype(np.float64)
 
 
-def _one(va, la, vb, lb) -> tuple[float, float, float, float]:
-    """The four measures of one layer."""
-    del la
+def _one(va: NDArray, vb: NDArray, lb: NDArray) -> tuple[float, float, float, float]:
+    """The four measures of one layer; ``lb`` are eigenvalues of ``vb``."""
     k = min(va.shape[1], vb.shape[1])
     cosines = va.T @ vb
     overlap = np.sum(cosines[:k, :k] ** 2) / k

@@ -1,6 +1,7 @@
 """Device of a forecast: this machine's, or the one that `--device.…` describes."""
 
 import dataclasses
+import re
 import time
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ KINDS = {
     "H200": (395e12, 2.9e12),
     "4090": (66e12, 0.6e12),
     "A10": (50e12, 0.36e12),
+    "L40S": (145e12, 0.52e12),
     "L4": (48e12, 0.18e12),
     "TPU v4": (110e12, 0.72e12),
     "TPU v5 lite": (79e12, 0.49e12),
@@ -65,7 +67,7 @@ def make_device(options: DeviceOptions) -> Device:
     kind = found[0].device_kind
     device = dataclasses.replace(A100, name="assumed: A100, 80 GB")
     if found[0].platform != "cpu":
-        flops, rate = next((v for k, v in KINDS.items() if k in kind), KINDS["A100"])
+        flops, rate = reached(kind)
         memory = (found[0].memory_stats() or {}).get("bytes_limit")
         device = Device(f"this machine's {kind}", memory, flops, rate, 1)
     else:
@@ -83,6 +85,16 @@ def make_device(options: DeviceOptions) -> Device:
     if changes:
         changes["name"] = f"{device.name}, as --device says"
     return dataclasses.replace(device, **changes)
+
+
+def reached(kind: str) -> tuple[float, float]:
+    """What a kind of device reaches, see `KINDS`; an A100's where it is unknown.
+
+    >>> reached("NVIDIA L4") == KINDS["L4"], reached("NVIDIA L40") == KINDS["L4"]
+    (True, False)
+    """
+    known = (k for k in KINDS if re.search(rf"{k}(?!\d)", kind))
+    return KINDS[next(known, "A100")]
 
 
 def this_machine(dtype: str) -> Device:
