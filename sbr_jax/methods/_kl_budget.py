@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import _mesh
-from sbr_jax.data.batches import take
+from sbr_jax.data.batches import TokenDataset, take
 from sbr_jax.methods._anchor import anchor_loss, anchored_set
 from sbr_jax.methods.base import Method, Problem
 from sbr_jax.typing import Batch, PyTree, UserError
@@ -71,7 +71,7 @@ def without_held_out(problem: Problem) -> Problem:
     return dataclasses.replace(problem, calibration=take(problem.calibration, kept))
 
 
-def held_out_rows(problem: Problem) -> Any:
+def held_out_rows(problem: Problem) -> TokenDataset:
     """Rows to measure on: evenly spaced ones of those that are held out.
 
     Raises:

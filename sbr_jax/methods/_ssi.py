@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbr_jax.data.batches import first_tokens, take
+from sbr_jax.data.batches import TokenDataset, first_tokens, take
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
 from sbr_jax.fisher.share import energy_shares
@@ -100,21 +100,23 @@ class Ssi:
         sets = self._sets(problem)
         return self.estimate(problem, base, adapter, sets[0], key, sets[1])
 
-    def _sets(self, problem: Problem) -> tuple[Any, Any]:
+    def _sets(self, problem: Problem) -> tuple[TokenDataset, TokenDataset | None]:
         """The set of the directions, and the one that they are contrasted with."""
-        benign = problem.calibration_controls.get("benign")
-        for name, wanted in (
-            ("basis='benign'", self.basis == "benign"),
-            (f"contrast={self.contrast}", self.contrast is not None),
-        ):
-            if wanted and benign is None:
+
+        def benign(name: str) -> TokenDataset:
+            found = problem.calibration_controls.get("benign")
+            if found is None:
                 raise UserError(
                     f"{name}: expected calibration_controls['benign'] in the study, "
                     "got none"
                 )
+            return found
+
         if self.basis == "benign":
-            return benign, None
-        return problem.calibration, None if self.contrast is None else benign
+            return benign("basis='benign'"), None
+        if self.contrast is None:
+            return problem.calibration, None
+        return problem.calibration, benign(f"contrast={self.contrast}")
 
     def shares(
         self,
@@ -122,7 +124,7 @@ class Ssi:
         base: PyTree,
         adapter: PyTree,
         key: jax.Array,
-        task: Any,
+        task: TokenDataset | None,
     ) -> dict[str, PyTree]:
         """How much of held-out safety and of a task lies in the subspace of a half.
 
@@ -161,16 +163,16 @@ class Ssi:
         chosen, against = self._sets(problem)
         if min(len(chosen), len(problem.calibration)) < 2:
             return None
-        halves = [None if x is None else _every_second(x, 0) for x in (chosen, against)]
-        found = self.estimate(problem, base, adapter, halves[0], key, halves[1])
-        return self.active(found, key)
+        half = _every_second(chosen, 0)
+        other = None if against is None else _every_second(against, 0)
+        return self.active(self.estimate(problem, base, adapter, half, key, other), key)
 
     def shares_of(
         self,
         problem: Problem,
         base: PyTree,
         adapter: PyTree,
-        dataset: Any,
+        dataset: TokenDataset,
         subspaces: Sequence[Subspace],
         most: int = SHARED,
     ) -> list[PyTree]:
@@ -183,7 +185,7 @@ class Ssi:
             args=(base,),
         )
 
-    def _cut(self, dataset: Any) -> Any:
+    def _cut(self, dataset: TokenDataset) -> TokenDataset:
         """The dataset with as many answer tokens as the Fisher sees."""
         count = self.calibration_tokens
         return dataset if count is None else first_tokens(dataset, count)
@@ -193,9 +195,9 @@ class Ssi:
         problem: Problem,
         base: PyTree,
         adapter: PyTree,
-        dataset: Any,
+        dataset: TokenDataset,
         key: jax.Array,
-        against: Any = None,
+        against: TokenDataset | None = None,
     ) -> Subspace:
         """The leading directions of the Fisher on one dataset, or against another's."""
         loss_fn = answer_loss(problem.apply_fn, self.reduction, self.fisher)
@@ -210,7 +212,7 @@ class Ssi:
         return found
 
     def _leading(self, problem, loss_fn, base, adapter, dataset, key, against):
-        def fisher(examples: Any, max_rank: int, energy: float) -> Subspace:
+        def fisher(examples: TokenDataset, max_rank: int, energy: float) -> Subspace:
             given = (problem, loss_fn, base, adapter, examples, key)
             return self._fisher(*given, max_rank, energy)
 
@@ -351,12 +353,12 @@ def _with_trace(subspace: Subspace, trace: PyTree) -> Subspace:
     return dataclasses.replace(subspace, eigenvalues=eigenvalues, trace=trace)
 
 
-def _seen(problem: Problem, dataset: Any) -> int:
+def _seen(problem: Problem, dataset: TokenDataset) -> int:
     """How many of a dataset's examples a Fisher is a mean over."""
     return min(len(dataset), problem.training.fisher_examples or len(dataset))
 
 
-def _some(dataset: Any, most: int) -> Any:
+def _some(dataset: TokenDataset, most: int) -> TokenDataset:
     """At most so many examples, evenly spaced."""
     total = len(dataset)
     if most >= total:
@@ -364,12 +366,12 @@ def _some(dataset: Any, most: int) -> Any:
     return take(dataset, np.linspace(0, total - 1, most).round().astype(int))
 
 
-def _every_second(dataset: Any, first: int) -> Any:
+def _every_second(dataset: TokenDataset, first: int) -> TokenDataset:
     """Half of a dataset; sets are drawn in random order, so either half is like it."""
     return take(dataset, np.arange(first, len(dataset), 2))
 
 
-def held_out(problem: Problem) -> Any:
+def held_out(problem: Problem) -> TokenDataset:
     """The half of the calibration set that :meth:`Ssi.half` does not see."""
     return _every_second(problem.calibration, 1)
 
@@ -379,7 +381,7 @@ def _ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
     return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 0.0)
 
 
-def _batches(problem: Problem, dataset: Any) -> Iterator[dict]:
+def _batches(problem: Problem, dataset: TokenDataset) -> Iterator[dict]:
     """The dataset by length, in batches of what is differentiated at once."""
     dataset = _some(dataset, _seen(problem, dataset))
     size = problem.hardware.fisher_microbatch

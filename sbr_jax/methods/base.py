@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sbr_jax.data import TokenDataset
 from sbr_jax.data.layout import answer_places, lengths_of
 from sbr_jax.methods.risk import Judge
 from sbr_jax.models import answers
@@ -63,15 +64,17 @@ class Problem:
     """
 
     apply_fn: ApplyFn
-    calibration: Any
+    calibration: TokenDataset
     training: Training = Training()
     hardware: Hardware = Hardware()
-    calibration_controls: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    safety_mix: Any = None
-    harmful: Any = None
+    calibration_controls: Mapping[str, TokenDataset] = dataclasses.field(
+        default_factory=dict
+    )
+    safety_mix: TokenDataset | None = None
+    harmful: TokenDataset | None = None
     unaligned: PyTree | None = None
     judge: Judge | None = None
-    domain: Any = None
+    domain: TokenDataset | None = None
     answer: Answer | None = None
 
 
@@ -103,8 +106,10 @@ Found = tuple[PyTree, dict, dict]
 
 Init = Callable[[Problem, PyTree, PyTree, jax.Array], dict]
 Outline = Callable[[Problem, PyTree, PyTree], dict[str, Any]]
-Mix = Callable[[Problem, Any, int], Any]
-Begin = Callable[[Problem, PyTree, PyTree, Any, jax.Array], tuple[Any, dict]]
+Mix = Callable[[Problem, TokenDataset, int], TokenDataset]
+Begin = Callable[
+    [Problem, PyTree, PyTree, TokenDataset, jax.Array], tuple[TokenDataset, dict]
+]
 Gradient = Callable[[Problem, PyTree, PyTree, PyTree, Batch, jax.Array], Found]
 
 
@@ -143,14 +148,18 @@ def adamw(
     )
 
 
-def unmixed(problem: Problem, domain: Any, seed: int) -> Any:
+def unmixed(problem: Problem, domain: TokenDataset, seed: int) -> TokenDataset:
     """Trains on the domain's own examples."""
     return domain
 
 
 def as_mixed(
-    problem: Problem, base: PyTree, state: PyTree, examples: Any, key: jax.Array
-) -> tuple[Any, dict]:
+    problem: Problem,
+    base: PyTree,
+    state: PyTree,
+    examples: TokenDataset,
+    key: jax.Array,
+) -> tuple[TokenDataset, dict]:
     """Trains on what ``mix`` gave."""
     return examples, {}
 
@@ -339,7 +348,7 @@ class Method:
 
 
 def summed_over_tokens(
-    problem: Problem, data: Any, sums: Callable[[jax.Array, jax.Array], PyTree]
+    problem: Problem, data: TokenDataset, sums: Callable[[jax.Array, jax.Array], PyTree]
 ) -> tuple[PyTree, float]:
     """Sums of ``(tokens, real) -> tree`` over parts of a set, and its real tokens.
 
@@ -355,9 +364,9 @@ def summed_over_tokens(
     return total, count
 
 
-def device_dataset(dataset: Any) -> dict[str, jax.Array]:
+def device_dataset(dataset: TokenDataset) -> dict[str, jax.Array]:
     """A host dataset and its answer places as arrays that a method keeps."""
-    tokens, mask = np.asarray(dataset.tokens), np.asarray(dataset.mask)
+    tokens, mask = dataset.tokens, dataset.mask
     # Only what comes before the end of the longest answer is ever read.
     length = int(lengths_of(tokens, mask).max(initial=1))
     tokens, mask = tokens[:, :length], mask[:, :length]

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from sbr_jax.checks import checked, one_of
-from sbr_jax.data.batches import take
+from sbr_jax.data.batches import TokenDataset, take
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import per_example_gradients
 from sbr_jax.methods._compose import with_gradients
@@ -132,7 +132,7 @@ def diagonal_fisher(
     loss_fn: LossFn,
     adapter: PyTree,
     base: PyTree,
-    dataset: Any,
+    dataset: TokenDataset,
     *,
     max_examples: int | None = None,
     microbatch: int = 32,
@@ -155,7 +155,7 @@ def diagonal_fisher(
     Raises:
       UserError: for an empty set, or gradients that are not finite.
     """
-    total = len(dataset.tokens)
+    total = len(dataset)
     if not total:
         raise UserError("ewc: expected at least one example for the Fisher, got none")
     count = min(total, max_examples or total)

@@ -46,7 +46,7 @@ class Program:
 
     method: Method
     problem: Problem
-    mesh: Any
+    mesh: Mesh | None
     optimizer: optax.GradientTransformationExtraArgs
     begin: Callable[..., TrainState]
     step: Callable[..., Any]
@@ -104,9 +104,10 @@ def make_program(
     method = build(variant, config.methods)
     mesh = sharding.mesh_of(config.hardware) if mesh is None else mesh
     training = config.training
+    calibration: Any = study.calibration  # None where no hook asks for it.
     problem = Problem(
         apply_fn=training_apply_fn(study, training, config.hardware),
-        calibration=study.calibration,
+        calibration=calibration,
         training=training,
         hardware=config.hardware,
         calibration_controls=study.calibration_controls,

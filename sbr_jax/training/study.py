@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from sbr_jax.data import TokenDataset
+from sbr_jax.models import Model
 from sbr_jax.models.lora import select_targets
 from sbr_jax.settings import Training
 from sbr_jax.typing import PyTree, UserError
@@ -16,12 +18,12 @@ class Domain:
     """One domain of a sequence.
 
     Attributes:
-      train: a ``TokenDataset``.
+      train: examples.
       evaluate: ``(base, adapter) -> accuracy`` on its test set, 0 to 100.
       steps: optimizer steps in this domain; None for the job's number.
     """
 
-    train: Any
+    train: TokenDataset
     evaluate: Callable[[PyTree, PyTree], float]
     steps: int | None = None
 
@@ -31,7 +33,7 @@ class Study:
     """Everything that a preset builds; nothing in the pipeline asks which model it is.
 
     Attributes:
-      model: a ``models.Model``.
+      model: the aligned one.
       domains: by name, in their default order.
       calibration: the safety calibration set D_safe; None for methods that use none.
       calibration_controls: ``"benign"`` and ``"random"`` sets of the same size.
@@ -50,15 +52,17 @@ class Study:
         agree with people, the variants of tasks); they go into ``config.json``.
     """
 
-    model: Any
+    model: Model
     domains: Mapping[str, Domain]
-    calibration: Any
+    calibration: TokenDataset | None
     evaluate: Callable[[PyTree, PyTree], Mapping[str, float]]
-    calibration_controls: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    safety_mix: Any = None
-    harmful: Any = None
+    calibration_controls: Mapping[str, TokenDataset] = dataclasses.field(
+        default_factory=dict
+    )
+    safety_mix: TokenDataset | None = None
+    harmful: TokenDataset | None = None
     unaligned: PyTree | None = None
-    judge: Callable[[Any], np.ndarray] | None = None
+    judge: Callable[[TokenDataset], np.ndarray] | None = None
     probe: Callable[[PyTree, PyTree], float] | None = None
     probe_size: int = 0
     fingerprint: str = ""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax import distributed
-from sbr_jax.data.batches import batch
+from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.data.layout import Layout, arrange, choose
 from sbr_jax.distributed import arrays
 from sbr_jax.methods.base import Method, as_aligned
@@ -128,7 +128,7 @@ class Track:
         return zlib.crc32(f"{self.seed}/{name}".encode()) & 0x7FFFFFFF
 
     def batches(
-        self, dataset: Any, name: str, *, packed: bool = True
+        self, dataset: TokenDataset, name: str, *, packed: bool = True
     ) -> Callable[[int], Mapping[str, Any]]:
         """Batch of a step number, laid out and placed on the mesh."""
         draw, layout = self.draws(dataset, name), self.layout(dataset, packed)
@@ -139,12 +139,14 @@ class Track:
 
         return at
 
-    def draws(self, dataset: Any, name: str) -> Callable[[int], Mapping[str, Any]]:
+    def draws(
+        self, dataset: TokenDataset, name: str
+    ) -> Callable[[int], Mapping[str, Any]]:
         """Examples of a step number, on the host."""
         seed, size = self.data_seed(name), self.job.config.training.batch_size
         return lambda step: batch(dataset, size, seed, step)
 
-    def layout(self, dataset: Any, packed: bool = True) -> Layout:
+    def layout(self, dataset: TokenDataset, packed: bool = True) -> Layout:
         """How the steps of a data set are laid out."""
         hardware, mesh = self.job.config.hardware, self.program.mesh
         return choose(
@@ -214,7 +216,7 @@ class Turn:
             self.begun.update(zip(("examples", "metrics"), made, strict=True))
         return self.begun
 
-    def examples(self, state: Mapping[str, Any]) -> Any:
+    def examples(self, state: Mapping[str, Any]) -> TokenDataset:
         """What is trained on; see :meth:`begin`."""
         return self.begin(state)["examples"]
 
