@@ -16,12 +16,7 @@ from sbr_jax.attacks.harmful_finetuning import (
     with_identity,
     with_trigger,
 )
-from sbr_jax.attacks.suffix import (
-    SplitPrompt,
-    ascii_tokens,
-    gcg_prompts,
-    round_trips,
-)
+from sbr_jax.attacks.suffix import SplitPrompt, ascii_tokens, gcg_prompts, round_trips
 
 __all__ = [
     "FULL",

@@ -117,10 +117,7 @@ def lay_out(
 
 
 def gcg_prompts(
-    tokenizer: Any,
-    questions: Sequence[str],
-    suffix_length: int,
-    placeholder_token: str,
+    tokenizer: Any, questions: Sequence[str], suffix_length: int, placeholder_token: str
 ) -> list[SplitPrompt]:
     """Questions in the chat template, split where the suffix of each one goes.
 

@@ -70,9 +70,7 @@ def base_shapes(job: Any, study: Any) -> PyTree:
     if study.model.params is not None:
         return jax.eval_shape(lambda x: x, study.model.params)
     dtype = job.study.dtype
-    shapes = jax.eval_shape(
-        lambda: init_params(jax.random.key(0), study.model.config),
-    )
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), study.model.config))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 

@@ -35,8 +35,7 @@ from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import Batch, PyTree, UserError
 
 Rule = Callable[
-    [Problem, PyTree, PyTree, Mapping[str, Batch], jax.Array],
-    tuple[PyTree, jax.Array],
+    [Problem, PyTree, PyTree, Mapping[str, Batch], jax.Array], tuple[PyTree, jax.Array]
 ]
 """``(problem, base, adapter, batches, key) -> (gradient, loss on safe data)``."""
 

@@ -59,10 +59,7 @@ def judge_rater(*, name: str) -> Rater:
 
 
 def probe_rater(
-    *,
-    layers: tuple[int, ...] | None = None,
-    l2: float = 1e-2,
-    name: str,
+    *, layers: tuple[int, ...] | None = None, l2: float = 1e-2, name: str
 ) -> Rater:
     """A probe of the aligned model's activations rates every example's prompt.
 

@@ -100,11 +100,7 @@ def mean_squares(
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
 def _square_sums(
-    apply_fn: ApplyFn,
-    base: PyTree,
-    adapter: PyTree,
-    tokens: jax.Array,
-    real: jax.Array,
+    apply_fn: ApplyFn, base: PyTree, adapter: PyTree, tokens: jax.Array, real: jax.Array
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Sums over the real tokens of x² and (x A)²."""
     _, seen = apply_fn(base, adapter, tokens, capture=True)

@@ -180,11 +180,7 @@ def probe_shapes(
 
 
 def fit_probe(
-    features: np.ndarray,
-    labels: np.ndarray,
-    *,
-    l2: float = 1e-2,
-    key: jax.Array,
+    features: np.ndarray, labels: np.ndarray, *, l2: float = 1e-2, key: jax.Array
 ) -> Probe:
     """Fits the probe on one part of the examples and measures it on the other.
 

@@ -42,10 +42,7 @@ budget is for, and the width that it was chosen for."""
 
 @checked
 def safe_delta(
-    *,
-    strength: NonNegative = 0.1,
-    examples: Count = 128,
-    monitored: bool = False,
+    *, strength: NonNegative = 0.1, examples: Count = 128, monitored: bool = False
 ) -> Method:
     """Safe Delta on what is deployed.
 

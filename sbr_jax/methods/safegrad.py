@@ -70,11 +70,7 @@ def safegrad(
         return grads, extra, {**metrics, "alignment": value, **found}
 
     return Method(
-        "safegrad",
-        monitored,
-        Cost(backward=0.5),
-        init=init,
-        gradient=gradient,
+        "safegrad", monitored, Cost(backward=0.5), init=init, gradient=gradient
     )
 
 

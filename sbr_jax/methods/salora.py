@@ -133,11 +133,7 @@ def _output_gram(
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "target"))
 def _gram_part(
-    apply_fn: ApplyFn,
-    base: PyTree,
-    tokens: jax.Array,
-    answers: jax.Array,
-    target: str,
+    apply_fn: ApplyFn, base: PyTree, tokens: jax.Array, answers: jax.Array, target: str
 ) -> jax.Array:
     _, seen = apply_fn(base, None, tokens, capture=True)
     x = seen["inputs"][target].astype(jnp.float32) * answers[None, :, :, None]

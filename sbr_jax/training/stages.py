@@ -156,11 +156,7 @@ class Stages:
             checkpoint.save(path / name, tree)
 
     def finish(
-        self,
-        number: int,
-        line: Line,
-        timing: Mapping[str, Any],
-        changed: Sequence[str],
+        self, number: int, line: Line, timing: Mapping[str, Any], changed: Sequence[str]
     ) -> None:
         """Marks a stage as finished, and drops what its checkpoints replace."""
         path, run = self.path(number), self.folder.run

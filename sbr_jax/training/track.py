@@ -256,10 +256,7 @@ class Outcome:
 
 
 def once(
-    turn: Turn,
-    number: int,
-    compute: Callable[[Turn, Held], Outcome],
-    held: Held | None,
+    turn: Turn, number: int, compute: Callable[[Turn, Held], Outcome], held: Held | None
 ) -> Held | None:
     """Does a stage, unless it is finished already.
 

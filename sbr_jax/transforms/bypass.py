@@ -67,9 +67,7 @@ def add_bypass() -> optax.GradientTransformationExtraArgs:
 
 
 def multi_steps(
-    inner: optax.GradientTransformation,
-    every_k_schedule: Any,
-    **options: Any,
+    inner: optax.GradientTransformation, every_k_schedule: Any, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """As ``optax.MultiSteps``, but the bypass is averaged like the gradient.
 
@@ -118,7 +116,7 @@ def multi_steps(
         own = None if params is None else params["task"]
         task, passed = updates["task"], updates["bypass"]
         step, state = _update(wrapped, task, state, own, passed, extra)
-        return {"task": step, "bypass": _zeros(passed)}, state
+        return {"task": step, "bypass": optax.tree.zeros_like(passed)}, state
 
     both = optax.MultiSteps(
         optax.GradientTransformationExtraArgs(init_both, update_both),
@@ -139,7 +137,7 @@ def multi_steps(
         **extra: Any,
     ) -> tuple[PyTree, Any]:
         if bypass is None:
-            bypass = _zeros(updates)
+            bypass = optax.tree.zeros_like(updates)
         pair = {"task": updates, "bypass": matching_bypass(updates, bypass)}
         own = None if params is None else {"task": params, "bypass": params}
         # Optax counts in int32 and divides floats by it.
@@ -161,10 +159,6 @@ def _update(
 ) -> tuple[PyTree, Any]:
     """The inner update with averages; `_refuse_last_bypass` knows it by its name."""
     return inner.update(updates, state, params, bypass=bypass, **extra)
-
-
-def _zeros(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def is_masked(node: Any) -> bool:

@@ -19,11 +19,7 @@ from sbr_jax.subspace.geometry import share_inside
 from sbr_jax.subspace.spectrum import length_ratio
 from sbr_jax.subspace.units import to_vector
 from sbr_jax.transforms.bypass import add_bypass, matching_bypass
-from sbr_jax.transforms.projection import (
-    mix,
-    project_onto_complement,
-    relaxed,
-)
+from sbr_jax.transforms.projection import mix, project_onto_complement, relaxed
 from sbr_jax.transforms.state import RelaxedState, find_subspaces
 from sbr_jax.typing import PyTree, UserError
 
@@ -222,15 +218,7 @@ def update_projection(
                 "weight decay needs them"
             )
         _check_trees(state.task, updates, params)
-        task_grad = jax.tree.map(_f32, updates)
-        if bypass is None:
-            bypass_grad = jax.tree.map(jnp.zeros_like, task_grad)
-        else:
-            bypass_grad = jax.tree.map(_f32, matching_bypass(updates, bypass))
-        factor = clip_factor(task_grad, bypass_grad, max_norm)
-        task_grad, bypass_grad = (
-            jax.tree.map(lambda g: factor * g, t) for t in (task_grad, bypass_grad)
-        )
+        task_grad, bypass_grad = _clipped(updates, bypass, max_norm)
 
         def moment(old: jax.Array, new: jax.Array) -> jax.Array:
             return b1 * old + (1 - b1) * new
@@ -372,6 +360,22 @@ def _check_trees(moment: PyTree, updates: PyTree, params: PyTree) -> None:
                 f"expected {what} like the parameters of init, {wanted}, got "
                 f"{look(tree)}"
             )
+
+
+def _clipped(
+    updates: PyTree, bypass: PyTree, max_norm: float | None
+) -> tuple[PyTree, PyTree]:
+    """Task gradient and bypass in float32, their sum clipped."""
+    task = jax.tree.map(_f32, updates)
+    if bypass is None:
+        passed = jax.tree.map(jnp.zeros_like, task)
+    else:
+        passed = jax.tree.map(_f32, matching_bypass(updates, bypass))
+    factor = clip_factor(task, passed, max_norm)
+    return (
+        jax.tree.map(lambda g: factor * g, task),
+        jax.tree.map(lambda g: factor * g, passed),
+    )
 
 
 def _f32(x: jax.Array) -> jax.Array:
