@@ -29,6 +29,7 @@ import numpy as np
 from sbr_jax import checks
 from sbr_jax.attacks.candidates import prefill, propose, score_candidates
 from sbr_jax.attacks.suffix import (
+    Layout,
     RoundTrip,
     check_start,
     check_tokens,
@@ -157,8 +158,20 @@ def gcg(
     score = functools.partial(
         score_candidates, run, chunk, span, base, adapter, endings
     )
+    return _search(layout, current, steps, move_from, score, round_trip, on_step)
 
-    each = np.arange(count)
+
+def _search(
+    layout: Layout,
+    current: np.ndarray,
+    steps: int,
+    move_from: Callable[..., Any],
+    score: Callable[..., Any],
+    round_trip: RoundTrip | None,
+    on_step: Callable[[int, np.ndarray], None] | None,
+) -> GcgResult:
+    """Moves from suffixes ``[N, S]`` to their best candidates, so many times."""
+    each = np.arange(len(current))
     loss, found = arrays.fetch(move_from(current, jnp.int32(0)))
     best, best_loss = current, loss
     losses, best_losses = [loss], [best_loss]

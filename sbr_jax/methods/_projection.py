@@ -129,24 +129,15 @@ def with_projection(
         check_sizes(problem, adapter, ssi.max_rank)
         # Its shapes alone: a basis of zeros would be held as long as the optimizer.
         subspace = jax.eval_shape(functools.partial(_empty, ssi), adapter)
-        coefficients = jax.tree.map(jnp.zeros_like, subspace.trace)
-        if projection in _METRICS:
-            return update_projection(
-                subspace,
-                learning_rate,
-                metric=_METRICS[projection],
-                coefficients=coefficients,
-                max_norm=problem.training.max_grad_norm,
-                weight_decay=problem.training.weight_decay,
-                task_share=True,
-            )
-        return adamw_gradient_projection(
-            subspace,
-            learning_rate,
-            coefficients=coefficients,
-            max_norm=problem.training.max_grad_norm,
-            weight_decay=problem.training.weight_decay,
-        )
+        options = {
+            "coefficients": jax.tree.map(jnp.zeros_like, subspace.trace),
+            "max_norm": problem.training.max_grad_norm,
+            "weight_decay": problem.training.weight_decay,
+        }
+        if projection == "gradient":
+            return adamw_gradient_projection(subspace, learning_rate, **options)
+        options |= {"metric": _METRICS[projection], "task_share": True}
+        return update_projection(subspace, learning_rate, **options)
 
     projected = dataclasses.replace(
         method,

@@ -133,39 +133,21 @@ def with_trust_region(
 
         return gradient
 
-    def adapted(problem, base, adapter, state, key, renew: bool):
-        """State with the ε that the divergence now asks for, and with new U and λ."""
-        held = state["kl_budget"]
-        moved = jax.tree.map(jnp.subtract, adapter, state["centre"])
-        subspace, most = state["subspace"], held["epsilon"]
-        used = second_order_divergence(subspace, moved)
-        if renew:
-            subspace = ssi.identify(own(problem), base, adapter, key)
-            again = second_order_divergence(subspace, moved)
-            both = (used > 0) & (again > 0)
-            most = jnp.where(both, most * (again / jnp.where(both, used, 1.0)), most)
-            used = again
-        found = _kl_budget.measure(problem, base, adapter, held["held"])
-        most = _kl_budget.next_epsilon(most, used, found, jnp.float32(kl_budget or 1.0))
-        held = {**held, "epsilon": most, "measured": found}
-        return {**state, "subspace": subspace, "kl_budget": held}
-
     def refresh(problem, base, adapter, state, key):
         if inner.refresh is not None:
             state = inner.refresh(problem, base, adapter, state, key)
-        return adapted(problem, base, adapter, state, key, refresh_subspace)
+        fresh = None
+        if refresh_subspace:
+            fresh = ssi.identify(own(problem), base, adapter, key)
+        return _adapted(problem, base, adapter, state, kl_budget or 1.0, fresh)
 
     def end_domain(problem, base, adapter, state, key):
         adapter, state = inner.end_domain(problem, base, adapter, state, key)
-        state = adapted(problem, base, adapter, state, key, False)
-        told = {
-            "measured_kl": state["kl_budget"]["measured"][None],
-            "epsilon": state["kl_budget"]["epsilon"][None],
-        }
-        return adapter, {
-            **state,
-            "diagnostics": {**state.get("diagnostics", {}), **told},
-        }
+        state = _adapted(problem, base, adapter, state, kl_budget or 1.0)
+        held = state["kl_budget"]
+        told = {"measured_kl": held["measured"][None], "epsilon": held["epsilon"][None]}
+        diagnostics = {**state.get("diagnostics", {}), **told}
+        return adapter, {**state, "diagnostics": diagnostics}
 
     bounded = dataclasses.replace(
         inner, init=init, optimizer=optimizer, outline=outline
@@ -178,6 +160,30 @@ def with_trust_region(
     )
     rows = _kl_budget.MEASURED / (refresh_every * BATCH)
     return with_cost(bounded, forward=rows, refresh_fishers=int(refresh_subspace))
+
+
+def _adapted(
+    problem: Problem,
+    base: PyTree,
+    adapter: PyTree,
+    state: dict[str, Any],
+    budget: float,
+    fresh: Subspace | None = None,
+) -> dict[str, Any]:
+    """State with the ε that the divergence now asks for, and with ``fresh`` U and λ."""
+    held = state["kl_budget"]
+    moved = jax.tree.map(jnp.subtract, adapter, state["centre"])
+    subspace, most = state["subspace"], held["epsilon"]
+    used = second_order_divergence(subspace, moved)
+    if fresh is not None:
+        again = second_order_divergence(fresh, moved)
+        both = (used > 0) & (again > 0)
+        most = jnp.where(both, most * (again / jnp.where(both, used, 1.0)), most)
+        subspace, used = fresh, again
+    found = _kl_budget.measure(problem, base, adapter, held["held"])
+    most = _kl_budget.next_epsilon(most, used, found, jnp.float32(budget))
+    held = {**held, "epsilon": most, "measured": found}
+    return {**state, "subspace": subspace, "kl_budget": held}
 
 
 def _second_order(max_rank: int) -> Ssi:
