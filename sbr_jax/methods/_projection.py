@@ -17,16 +17,26 @@ import numpy as np
 
 from sbr_jax.distributed import arrays
 from sbr_jax.methods._compose import with_cost
-from sbr_jax.methods._ssi import Ssi, check_sizes, describe, describe_change
+from sbr_jax.methods._selectivity import selectivity as selectivity_of
+from sbr_jax.methods._ssi import Ssi, check_sizes
 from sbr_jax.methods.base import LAYER_AXES, InertProjectionWarning, Method, Problem
 from sbr_jax.models import is_lora_pair
-from sbr_jax.subspace import Subspace, empty_subspace
+from sbr_jax.subspace import (
+    Subspace,
+    discarded_energy,
+    effective_rank,
+    empty_subspace,
+    principal_angles,
+)
 from sbr_jax.transforms import update_projection
 from sbr_jax.transforms.shares import adamw_gradient_projection
 from sbr_jax.typing import PyTree
 
 INERT = 0.95
 """α above which a layer's projection counts as doing nothing."""
+
+ANGLES = 8
+"""Principal angles kept in the results for each layer."""
 
 _METRICS = {"update": "euclidean", "metric": "adam"}
 """Of a projected update, by the name of the projection."""
@@ -67,7 +77,7 @@ def with_projection(
         found = ssi.identify(problem, base, adapter, key)
         alpha = ssi.coefficients(found, found.trace)
         _warn_if_inert(alpha)
-        diagnostics = describe(found, alpha, found.trace)
+        diagnostics = _described(found, alpha, found.trace)
         diagnostics["spectrum"] = found.eigenvalues
         control = problem.calibration_controls.get("random")
         if control_spectrum and control is not None:
@@ -76,7 +86,7 @@ def with_projection(
             diagnostics["random_trace"] = other.trace
         if selectivity:
             benign = problem.calibration_controls.get("benign")
-            diagnostics |= ssi.shares(problem, base, adapter, key, benign)
+            diagnostics |= selectivity_of(ssi, problem, base, adapter, key, benign)
         state = {"coefficients": alpha, "diagnostics": diagnostics}
         stored = ssi.stored(found)
         state["subspace"] = ssi.active(stored, key)
@@ -101,11 +111,12 @@ def with_projection(
         stored = ssi.merged(old, fresh, state.get("protected"))
         alpha = ssi.coefficients(stored, fresh.trace)
         diagnostics = {
-            **describe(stored, alpha, fresh.trace),
-            **describe_change(old, fresh, stored),
+            **_described(stored, alpha, fresh.trace),
+            **_change(old, fresh, stored),
         }
         if selectivity and problem.domain is not None:
-            diagnostics |= ssi.shares(problem, base, adapter, key, problem.domain)
+            task = problem.domain
+            diagnostics |= selectivity_of(ssi, problem, base, adapter, key, task)
         return {
             **state,
             "subspace": ssi.active(stored, key),
@@ -189,3 +200,30 @@ def _warn_if_inert(alpha: PyTree) -> None:
             InertProjectionWarning,
             stacklevel=3,
         )
+
+
+def _described(subspace: Subspace, alpha: PyTree, trace: PyTree) -> dict[str, PyTree]:
+    """α, tr F and effective rank of every layer of every unit."""
+    rank = effective_rank(subspace)
+    return {"alpha": alpha, "trace": trace, "effective_rank": rank}
+
+
+def _change(old: Subspace, fresh: Subspace, new: Subspace) -> dict[str, PyTree]:
+    """Movement of a subspace over a domain, for each layer.
+
+    Between ``old`` and ``fresh``, that of the model after the domain,
+    ``principal_angles [*L, 8]`` at evenly spaced places of the ascending list; and
+    ``discarded``, the share of the old basis that their merge ``new`` lost.
+    """
+    shared = jax.tree.map(jnp.minimum, effective_rank(old), effective_rank(fresh))
+    angles = jax.tree.map(_spread, principal_angles(old, fresh), shared)
+    return {"principal_angles": angles, "discarded": discarded_energy(old, new)}
+
+
+def _spread(angles: jax.Array, count: jax.Array) -> jax.Array:
+    """Eight of the first ``count`` angles, the first and the last among them."""
+    share = jnp.linspace(0.0, 1.0, ANGLES, dtype=jnp.float32)
+    last = jnp.maximum(count - 1, 0)[..., None].astype(jnp.float32)
+    share = share.reshape((1,) * count.ndim + (ANGLES,))
+    places = jnp.round(last * share).astype(jnp.int32)
+    return jnp.take_along_axis(angles, places, axis=-1)

@@ -1,4 +1,4 @@
-"""Safety subspace identification (SSI) for adapters, and what is reported about it.
+"""Safety subspace identification (SSI) for adapters.
 
 SafeAnchor (arXiv:2604.17691), section 3.1: with δ = vec([B; A]) of one projection in
 one layer, F = (1/N) Σ s sᵀ, s = ∇_δ log p_θ(y | x) over the calibration set, the
@@ -11,13 +11,6 @@ at one small random B (B's own gradient masked out) and its eigenvalues are resc
 the trace of the B block. The two blocks have disjoint support, so their merge is exact;
 its trace is twice that of the B block.
 
-In its own examples a subspace holds ρ of the energy by construction. Whether it is
-about safety, examples say that had no part in it: the directions of one half of the
-calibration set are measured on the other half and on the task,
-
-    held-out share = Σ ‖Vᵀ s‖² / Σ ‖s‖²  over the other half,   task share likewise,
-    selectivity    = held-out share / task share.
-
 Merged by eigenvalue, F_0 + F_1 + … is a sum of Fishers whose traces differ by orders:
 a model that answers well has small gradients, one that drifted has large ones, and the
 sum is then about the latter. ``weighting="unit-trace"`` merges F_t / tr F_t instead:
@@ -26,7 +19,7 @@ each domain's counts alike, in each layer.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,7 +29,6 @@ import numpy as np
 from sbr_jax.data.batches import TokenDataset, first_tokens, take
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
-from sbr_jax.fisher.share import energy_shares
 from sbr_jax.methods.base import LAYER_AXES, Problem
 from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.models import is_lora_pair
@@ -44,22 +36,13 @@ from sbr_jax.progress import task
 from sbr_jax.subspace import (
     Subspace,
     contrast,
-    discarded_energy,
-    effective_rank,
     merge,
-    principal_angles,
     random_subspace,
     shuffled_subspace,
     sketch,
 )
 from sbr_jax.transforms import fisher_relaxation
 from sbr_jax.typing import PyTree, UserError
-
-ANGLES = 8
-"""Principal angles kept in the results for each layer."""
-
-SHARED = 32
-"""Examples of either kind that a share is measured on, at most."""
 
 PERTURBATION = 0.01
 """Standard deviation of the random B of ``protect_a``, relative to A's."""
@@ -97,10 +80,10 @@ class Ssi:
     ) -> Subspace:
         """The subspace of the present model, from the set that ``basis`` names."""
         check_sizes(problem, adapter, self.max_rank)
-        sets = self._sets(problem)
+        sets = self.sets(problem)
         return self.estimate(problem, base, adapter, sets[0], key, sets[1])
 
-    def _sets(self, problem: Problem) -> tuple[TokenDataset, TokenDataset | None]:
+    def sets(self, problem: Problem) -> tuple[TokenDataset, TokenDataset | None]:
         """The set of the directions, and the one that they are contrasted with."""
 
         def benign(name: str) -> TokenDataset:
@@ -118,77 +101,13 @@ class Ssi:
             return problem.calibration, None
         return problem.calibration, benign(f"contrast={self.contrast}")
 
-    def shares(
-        self,
-        problem: Problem,
-        base: PyTree,
-        adapter: PyTree,
-        key: jax.Array,
-        task: TokenDataset | None,
-    ) -> dict[str, PyTree]:
-        """How much of held-out safety and of a task lies in the subspace of a half.
-
-        Args:
-          problem: its calibration set gives the half, and what is held out.
-          base: frozen weights.
-          adapter: of the present model.
-          key: as for :meth:`identify`.
-          task: examples of what is to be learnt; None for none.
-
-        Returns:
-          ``held_out_share`` and, with a task, ``task_share`` and their ratio
-          ``selectivity``, for each layer; empty where a half would be empty.
-        """
-        half = self.half(problem, base, adapter, key)
-        if half is None:
-            return {}
-        sets = {"held_out_share": held_out(problem)}
-        if task is not None and len(task):
-            sets["task_share"] = task
-        found = {
-            name: self.shares_of(problem, base, adapter, dataset, [half])[0]
-            for name, dataset in sets.items()
-        }
-        if len(found) > 1:
-            found["selectivity"] = jax.tree.map(_ratio, *found.values())
-        return found
-
-    def half(
-        self, problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
-    ) -> Subspace | None:
-        """The subspace that half of the examples would have projected away.
-
-        None where a half would be empty.
-        """
-        chosen, against = self._sets(problem)
-        if min(len(chosen), len(problem.calibration)) < 2:
-            return None
-        half = _every_second(chosen, 0)
-        other = None if against is None else _every_second(against, 0)
-        return self.active(self.estimate(problem, base, adapter, half, key, other), key)
-
-    def shares_of(
-        self,
-        problem: Problem,
-        base: PyTree,
-        adapter: PyTree,
-        dataset: TokenDataset,
-        subspaces: Sequence[Subspace],
-        most: int = SHARED,
-    ) -> list[PyTree]:
-        """The share of a set, of so many examples at most, that lies in each."""
-        return energy_shares(
-            answer_loss(problem.apply_fn, self.reduction),
-            adapter,
-            _batches(problem, self._cut(_some(dataset, most))),
-            subspaces,
-            args=(base,),
-        )
-
-    def _cut(self, dataset: TokenDataset) -> TokenDataset:
-        """The dataset with as many answer tokens as the Fisher sees."""
-        count = self.calibration_tokens
-        return dataset if count is None else first_tokens(dataset, count)
+    def batches(self, problem: Problem, dataset: TokenDataset) -> Iterator[dict]:
+        """What the Fisher sees of a set, by length, as much as fits at once."""
+        if self.calibration_tokens is not None:
+            dataset = first_tokens(dataset, self.calibration_tokens)
+        dataset = some(dataset, _seen(problem, dataset))
+        size = problem.hardware.fisher_microbatch
+        yield from by_length(dataset, size, least=size)
 
     def estimate(
         self,
@@ -233,12 +152,11 @@ class Ssi:
     def _fisher(
         self, problem, loss_fn, base, adapter, dataset, key, max_rank, energy
     ) -> Subspace:
-        dataset = self._cut(dataset)
         with task("Fisher, examples", _seen(problem, dataset)) as done:
             return fisher_subspace(
                 loss_fn,
                 adapter,
-                _batches(problem, dataset),
+                self.batches(problem, dataset),
                 max_rank=max_rank,
                 energy=energy,
                 fisher=self.fisher,
@@ -358,61 +276,9 @@ def _seen(problem: Problem, dataset: TokenDataset) -> int:
     return min(len(dataset), problem.training.fisher_examples or len(dataset))
 
 
-def _some(dataset: TokenDataset, most: int) -> TokenDataset:
+def some(dataset: TokenDataset, most: int) -> TokenDataset:
     """At most so many examples, evenly spaced."""
     total = len(dataset)
     if most >= total:
         return dataset
     return take(dataset, np.linspace(0, total - 1, most).round().astype(int))
-
-
-def _every_second(dataset: TokenDataset, first: int) -> TokenDataset:
-    """Half of a dataset; sets are drawn in random order, so either half is like it."""
-    return take(dataset, np.arange(first, len(dataset), 2))
-
-
-def held_out(problem: Problem) -> TokenDataset:
-    """The half of the calibration set that :meth:`Ssi.half` does not see."""
-    return _every_second(problem.calibration, 1)
-
-
-def _ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
-    """Their quotient; 0 where nothing of the task lies in the subspace."""
-    return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 0.0)
-
-
-def _batches(problem: Problem, dataset: TokenDataset) -> Iterator[dict]:
-    """The dataset by length, in batches of what is differentiated at once."""
-    dataset = _some(dataset, _seen(problem, dataset))
-    size = problem.hardware.fisher_microbatch
-    yield from by_length(dataset, size, least=size)
-
-
-# --- diagnostics --------------------------------------------------------------------
-
-
-def describe(subspace: Subspace, alpha: PyTree, trace: PyTree) -> dict[str, PyTree]:
-    """α, tr F and effective rank of every layer of every unit."""
-    rank = effective_rank(subspace)
-    return {"alpha": alpha, "trace": trace, "effective_rank": rank}
-
-
-def describe_change(old: Subspace, fresh: Subspace, new: Subspace) -> dict[str, PyTree]:
-    """Movement of a subspace over a domain, for each layer.
-
-    Between ``old`` and ``fresh``, that of the model after the domain,
-    ``principal_angles [*L, 8]`` at evenly spaced places of the ascending list; and
-    ``discarded``, the share of the old basis that their merge ``new`` lost.
-    """
-    shared = jax.tree.map(jnp.minimum, effective_rank(old), effective_rank(fresh))
-    angles = jax.tree.map(_spread, principal_angles(old, fresh), shared)
-    return {"principal_angles": angles, "discarded": discarded_energy(old, new)}
-
-
-def _spread(angles: jax.Array, count: jax.Array) -> jax.Array:
-    """Eight of the first ``count`` angles, the first and the last among them."""
-    share = jnp.linspace(0.0, 1.0, ANGLES, dtype=jnp.float32)
-    last = jnp.maximum(count - 1, 0)[..., None].astype(jnp.float32)
-    share = share.reshape((1,) * count.ndim + (ANGLES,))
-    places = jnp.round(last * share).astype(jnp.int32)
-    return jnp.take_along_axis(angles, places, axis=-1)

@@ -20,7 +20,8 @@ from sbr_jax.data.batches import take
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
 from sbr_jax.methods import resolve
-from sbr_jax.methods._ssi import Ssi, held_out
+from sbr_jax.methods._selectivity import half, held_out, shares_of
+from sbr_jax.methods._ssi import Ssi
 from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
 from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.methods.probe import (
@@ -343,9 +344,9 @@ def selectivity(context: Context) -> dict[str, Any]:
         if getattr(options, "projection", "none") == "none":
             continue
         ssi, problem = Ssi.of(options), make_program(variant, study, job.config).problem
-        half = ssi.half(problem, *at, jax.random.key(0))
-        if half is not None:
-            halves[variant] = ssi, problem, half
+        found = half(ssi, problem, *at, jax.random.key(0))
+        if found is not None:
+            halves[variant] = ssi, problem, found
     means: dict[str, dict[str, float]] = {variant: {} for variant in halves}
     # Rows that see the same gradients share a pass over each set.
     for seen in dict.fromkeys(map(_sees, halves.values())):
@@ -356,16 +357,16 @@ def selectivity(context: Context) -> dict[str, Any]:
         controls = study.calibration_controls.items()
         sets |= {f"{name} control": x for name, x in controls}
         for name, dataset in sets.items():
-            subspaces = [half for *_, half in group.values()]
+            subspaces = [subspace for *_, subspace in group.values()]
             most = context.examples
-            found = ssi.shares_of(problem, *at, dataset, subspaces, most)
+            found = shares_of(ssi, problem, *at, dataset, subspaces, most)
             for variant, tree in zip(group, found, strict=True):
                 layers = [np.mean(x) for x in jax.tree.leaves(tree)]
                 means[variant][name] = float(np.mean(layers))
     rows = {}
-    for variant, (*_, half) in halves.items():
+    for variant, (*_, subspace) in halves.items():
         held = means[variant].pop("held out")
-        ranks = [np.mean(x) for x in jax.tree.leaves(effective_rank(half))]
+        ranks = [np.mean(x) for x in jax.tree.leaves(effective_rank(subspace))]
         rows[variant] = {
             "rank": float(np.mean(ranks)),
             "held_out": held,
