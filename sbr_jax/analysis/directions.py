@@ -120,14 +120,10 @@ def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def refusal_score(logits: jax.Array, refusal_tokens: jax.Array) -> jax.Array:
-    """Log-odds of starting with a refusal: ``log p_R − log(1 − p_R)``.
+    """Log-odds of starting with a refusal: ``log p_R − log(1 − p_R)``, float32 ``[N]``.
 
-    Args:
-      logits: ``[N, V]`` of the first answer token.
-      refusal_tokens: integers ``[R]``, all different.
-
-    Returns:
-      float32 ``[N]``, finite: neither probability counts as less than 1e-8.
+    Of logits ``[N, V]`` of the first answer token, and tokens ``[R]``, all different.
+    Finite: neither probability counts as less than 1e-8.
 
     >>> import jax.numpy as jnp
     >>> round(float(refusal_score(jnp.zeros((1, 4)), jnp.array([1]))[0]), 3)

@@ -167,14 +167,9 @@ def _runs(tokens: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def ascii_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """Marks the tokens of a suffix: printable ASCII, none of them special.
+    """Marks tokens of a suffix, bool ``[V]``: printable ASCII, none of them special.
 
-    Args:
-      tokenizer: of transformers.
-      vocab_size: V, rows of the embedding; those beyond the tokenizer are forbidden.
-
-    Returns:
-      bool ``[V]``.
+    V are the rows of the embedding; those beyond the tokenizer are forbidden.
     """
     allowed = np.zeros(vocab_size, bool)
     special = set(tokenizer.all_special_ids)
@@ -190,15 +185,9 @@ def ascii_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
 def round_trips(tokenizer: Any) -> RoundTrip:
     """A check that survives text: does the whole prompt decode and encode to itself?
 
-    A suffix is sent as text. Tokens that its text is not encoded to cannot be sent,
-    and whether they can depends on their neighbours, so the whole prompt is checked.
-
-    Args:
-      tokenizer: of transformers, one that decodes special tokens to what it reads as
-        these tokens again.
-
-    Returns:
-      ``round_trip`` for :func:`sbr_jax.attacks.gcg.gcg`.
+    A suffix is sent as text. Tokens that its text is not encoded to cannot be sent, and
+    whether they can depends on their neighbours, so the whole prompt is checked. The
+    tokenizer must decode special tokens to what it reads as these tokens again.
     """
 
     def check(prompts: list[list[int]]) -> np.ndarray:

@@ -194,9 +194,7 @@ def _check_finite(metrics: Mapping[str, Any], step: int, places: list[str]) -> N
 def summarise(history: History, seed_index: int | None = None) -> dict[str, float]:
     """A stage's metrics as numbers: means, and the loss at both ends.
 
-    Args:
-      history: of one loop.
-      seed_index: which mapped seed; None when none are mapped.
+    Of one mapped seed where ``seed_index`` is not None.
 
     Returns:
       The mean of every metric but ``finite``, ``first_loss`` and ``final_loss`` (means

@@ -15,16 +15,8 @@ def learning_rate_schedule(
 ) -> optax.Schedule:
     """Linear warm-up, then a cosine from ``peak`` to ``final_fraction · peak``.
 
-    The warm-up of w steps starts at ``peak / (w + 1)``, so no step is wasted at 0.
-
-    Args:
-      peak: largest learning rate, reached at step w.
-      steps: in all; the last one is ``steps − 1``.
-      warmup_fraction: w = round(fraction · steps).
-      final_fraction: of the peak.
-
-    Returns:
-      An Optax schedule.
+    The warm-up of w = round(``warmup_fraction`` · ``steps``) steps starts at
+    ``peak / (w + 1)``, so no step is wasted at 0; the last step is ``steps − 1``.
 
     >>> lr = learning_rate_schedule(1.0, 100, warmup_fraction=0.1)
     >>> float(lr(10)), round(float(lr(100)), 4)
