@@ -53,9 +53,6 @@ def sensitivity(
     Returns:
       Lists over ``sizes``: ``overlap``, ``captured`` and ``chance`` against the
       largest, ``rank``, ``twin`` and ``twin_chance`` (None without a twin).
-
-    Raises:
-      UserError: for fewer than two sizes, or a subspace of rank 0.
     """
     sizes = sorted(subspaces)
     if len(sizes) < 2:

@@ -113,11 +113,8 @@ def forward_flops(
 ) -> float:
     """Of one sequence, forwards.
 
-    Args:
-        load: what runs.
-        tokens: T.
-        keys: positions that each token looks at; None for T.
-        heads: positions whose logits are computed; None for T.
+    Each token looks at ``keys`` positions, and ``heads`` positions have logits; None
+    for all.
     """
     layer = sum(_layer_flops(load, tokens, tokens if keys is None else keys))
     table = 2 * load.config.width * load.config.vocab_size
@@ -241,15 +238,7 @@ def generation_seconds(
     """Of so many answers: a pass over the prompts, then a token of all rows at a time.
 
     A token takes as long as its products or as reading weights and cache, whichever is
-    longer.
-
-    Args:
-        load: what runs.
-        device: where.
-        prompts: how many.
-        tokens: of a prompt.
-        new: of an answer.
-        rows: answers written at once.
+    longer. A prompt has ``tokens``, an answer ``new``; ``rows`` are written at once.
     """
     flops, bandwidth = device.flops * device.count, device.bandwidth * device.count
     reading = prompts * forward_flops(load, tokens, heads=1) / flops

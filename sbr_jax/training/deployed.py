@@ -30,13 +30,7 @@ def reopen(
 def weights(
     job: Job, variant: str, seed: int, stage: int | None = None
 ) -> tuple[PyTree, PyTree]:
-    """What a variant and seed deploy.
-
-    Args:
-      job: of :func:`reopen`.
-      variant: its name.
-      seed: of the variant.
-      stage: number of the last stage that counts; None for all.
+    """What a variant and seed deploy after the stage of a number; None for the last.
 
     Returns:
       ``(base, adapter)``; the job's own ``base`` where it was not changed.
