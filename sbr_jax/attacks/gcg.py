@@ -185,7 +185,7 @@ def _search(
         scores = np.where(kept, arrays.fetch(score(found)), np.inf)
         chosen = np.argmin(scores, axis=1)
         # As in the original also where that raises L; the best is kept.
-        move = kept.any(axis=1)
+        move = np.any(kept, axis=1)
         current = np.where(move[:, None], found[each, chosen], current)
         loss = np.where(move, scores[each, chosen], loss)
         better = loss < best_loss

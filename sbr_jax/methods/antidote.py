@@ -92,6 +92,7 @@ def mean_squares(
       ``{name: (mean x² [L, in], mean (x A)² [L, r])}``, float32.
     """
     data = problem.harmful
+    assert data is not None  # `init` has refused.
     data = subset(data, len(data) if examples is None else examples)
     sums = functools.partial(_square_sums, problem.apply_fn, base, adapter)
     total, count = summed_over_tokens(problem, data, sums)

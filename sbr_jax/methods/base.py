@@ -348,7 +348,7 @@ class Method:
 
 
 def summed_over_tokens(
-    problem: Problem, data: TokenDataset, sums: Callable[[jax.Array, jax.Array], PyTree]
+    problem: Problem, data: TokenDataset, sums: Callable[..., PyTree]
 ) -> tuple[PyTree, float]:
     """Sums of ``(tokens, real) -> tree`` over parts of a set, and its real tokens.
 

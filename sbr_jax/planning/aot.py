@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sbr_jax import _mesh
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import gradients
-from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
+from sbr_jax.methods.base import LAYER_AXES
 from sbr_jax.methods.likelihood import answer_loss
-from sbr_jax.models import init_params
+from sbr_jax.models import init_params, is_lora_pair
 from sbr_jax.models.buckets import bucket
 from sbr_jax.models.generate import read_prompts, write_answers
 from sbr_jax.models.sharding import fit_spec

@@ -22,7 +22,7 @@ from sbr_jax.fisher import fisher_subspace
 from sbr_jax.methods import resolve
 from sbr_jax.methods._selectivity import half, held_out, shares_of
 from sbr_jax.methods._ssi import Ssi
-from sbr_jax.methods.base import LAYER_AXES, is_lora_pair
+from sbr_jax.methods.base import LAYER_AXES
 from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.methods.probe import (
     activations,
@@ -31,6 +31,7 @@ from sbr_jax.methods.probe import (
     fit_probe,
     probe_risk,
 )
+from sbr_jax.models import is_lora_pair
 from sbr_jax.reporting.runs import Run, layers_by_unit, read_run
 from sbr_jax.studies.examples import (
     Examples,
@@ -275,8 +276,8 @@ def probe(context: Context) -> dict[str, Any]:
         UserError: where the study has no harmful or no benign prompts.
     """
     study, model = context.study, context.study.model
-    fitted = {1: study.harmful, 0: study.calibration_controls.get("benign")}
-    if any(data is None for data in fitted.values()):
+    harmful, benign = study.harmful, study.calibration_controls.get("benign")
+    if harmful is None or benign is None:
         raise UserError(
             "probe: expected harmful and calibration_controls['benign'] in the study, "
             "got not both: the probe learns to tell their prompts apart"
@@ -287,6 +288,7 @@ def probe(context: Context) -> dict[str, Any]:
         found = activations(model.apply_fn, model.params, None, distinct_prompts(data))
         return found.reshape(len(found), model.config.layers + 1, -1)
 
+    fitted = {1: harmful, 0: benign}
     seen = {label: states(data) for label, data in fitted.items()}
     labels = np.repeat(list(seen), [len(part) for part in seen.values()])
     examples = np.concatenate(list(seen.values()))

@@ -92,8 +92,8 @@ def contrast(
             layer_axes=mark.layer_axes,
         )
         out.append((basis, values, mine[2]))
-    joined = [mark.join([entry[j] for entry in out]) for j in range(3)]
-    return Subspace(*joined, mark)
+    basis, values, trace = (mark.join([entry[j] for entry in out]) for j in range(3))
+    return Subspace(basis, values, trace, mark)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "energy", "layer_axes"))

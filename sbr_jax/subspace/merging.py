@@ -101,8 +101,8 @@ def merge(
             split=split_of(bases[have[0]][i], -2),
         )
         out.append((basis, value, trace))
-    joined = [mark.join([entry[j] for entry in out]) for j in range(3)]
-    return Subspace(*joined, mark)
+    basis, values, trace = (mark.join([entry[j] for entry in out]) for j in range(3))
+    return Subspace(basis, values, trace, mark)
 
 
 def _check_room(protected: list[Any], max_rank: int) -> None:

@@ -104,10 +104,9 @@ def make_program(
     method = build(variant, config.methods)
     mesh = sharding.mesh_of(config.hardware) if mesh is None else mesh
     training = config.training
-    calibration: Any = study.calibration  # None where no hook asks for it.
     problem = Problem(
         apply_fn=training_apply_fn(study, training, config.hardware),
-        calibration=calibration,
+        calibration=study.calibration,
         training=training,
         hardware=config.hardware,
         calibration_controls=study.calibration_controls,

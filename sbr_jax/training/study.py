@@ -54,7 +54,7 @@ class Study:
 
     model: Model
     domains: Mapping[str, Domain]
-    calibration: TokenDataset | None
+    calibration: Any
     evaluate: Callable[[PyTree, PyTree], Mapping[str, float]]
     calibration_controls: Mapping[str, TokenDataset] = dataclasses.field(
         default_factory=dict
