@@ -18,7 +18,7 @@ from sbr_jax.methods._kl_budget import next_epsilon
 from sbr_jax.methods._trust import with_trust_region
 from sbr_jax.methods.lazy import lazy
 from sbr_jax.programs import cli, run
-from sbr_jax.training.program import init_adapter
+from sbr_jax.training.program import init_adapter, insert
 from sbr_jax.typing import UserError
 
 BASE, KEY, STEPS = STUDY.model.params, jax.random.key(0), 40
@@ -144,7 +144,7 @@ def walked(found, start=None, until=STEPS):
         due = method.refresh is not None and step and step % method.refresh_every == 0
         if due:
             state = refreshed(method, problem, BASE, train.adapter, state, KEY)
-            opt_state = found.insert(train.opt_state, state)
+            opt_state = insert(train.opt_state, state)
             train = dataclasses.replace(train, opt_state=opt_state)
         train, metrics = found.step(BASE, train, state, batch(data, 8, 0, step), KEY)
         told.append(jax.device_get(metrics))
