@@ -13,7 +13,8 @@ from sbr_jax.data.batches import batch
 from sbr_jax.methods._compose import with_pull
 from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.methods._trust import with_trust_region
-from sbr_jax.methods.base import Method, is_lora_pair
+from sbr_jax.methods.base import Method
+from sbr_jax.models import is_lora_pair
 from sbr_jax.training.program import init_adapter
 from sbr_jax.training.step import TrainState, make_step
 
