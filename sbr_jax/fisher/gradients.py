@@ -52,6 +52,9 @@ def per_example_gradients(
         >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
         >>> per_example_gradients(loss, jnp.zeros(2), x).tolist()
         [[1.0, 2.0], [3.0, 4.0]]
+
+    References:
+        arXiv:2604.17691
     """
     checks.function("loss_fn", loss_fn)
     units.fingerprint(params)

@@ -62,6 +62,9 @@ def energy_share(
         >>> x = jnp.array([[3.0, 4.0], [0.0, 5.0]])
         >>> round(float(energy_share(loss, {"w": jnp.zeros(2)}, [x], s)["w"]), 4)
         0.18
+
+    References:
+        arXiv:2604.17691
     """
     check_subspace("subspace", subspace)
     (share,) = energy_shares(

@@ -124,6 +124,9 @@ def with_risk(
       method: any defence whose task loss is ``base.task_loss``.
       rater: of the examples.
       weighting: ``risk [B] -> (α [B], β [B])``.
+
+    References:
+      arXiv:2602.17546
     """
 
     def mix(problem, domain, seed):

@@ -89,6 +89,9 @@ def adaptive_judge(
 
     Returns:
       The method. Its ``init`` and ``mix`` raise :class:`UserError` without a judge.
+
+    References:
+      arXiv:2602.17546
     """
     weighting = Weighting(beta_min, beta_max, granularity, mapping)
     return _rated(
@@ -126,6 +129,9 @@ def adaptive_probe(
 
     Returns:
       The method. Its ``init`` raises :class:`UserError` without both prompt sets.
+
+    References:
+      arXiv:2602.17546
     """
     weighting = Weighting(beta_min, beta_max, granularity, mapping)
     rater = probe_rater(layers=probe_layers, l2=probe_l2, name="adaptive-probe")

@@ -55,6 +55,9 @@ def der(
     Returns:
       The method. It reports ``logits``, the distance without α, and ``replay``, the
       cross-entropy without β.
+
+    References:
+      arXiv:2004.07211, arXiv:2512.10150
     """
 
     def init(problem, base, adapter, key):

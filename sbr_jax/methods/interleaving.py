@@ -32,6 +32,9 @@ def interleaving(*, fraction: Fraction = 0.1, monitored: bool = False) -> Method
     Returns:
       The method. Its ``mix`` raises a UserError without a safety mix, or where f is so
       small that it would replace nothing.
+
+    References:
+      arXiv:2604.17691
     """
 
     def mix(problem: Problem, domain: TokenDataset, seed: int) -> TokenDataset:

@@ -67,6 +67,9 @@ def sbr(
       The method. It reports ``anchor``, L_anchor without λ. Its ``optimizer``, which is
       asked for before any work, raises a UserError where there are not as many distinct
       harmful prompts.
+
+    References:
+      arXiv:2605.05995
     """
     return with_hidden_anchor(
         Method("sbr", monitored),

@@ -61,6 +61,9 @@ def unified(
       control_spectrum: also report the spectrum of the random control, and how
         selective the subspace is.
       monitored: run CSM.
+
+    References:
+      arXiv:2604.17691, arXiv:2605.05995, arXiv:2602.17546
     """
     weighting = Weighting(beta_min, beta_max, "example", "linear")
     method = safeanchor_exact(

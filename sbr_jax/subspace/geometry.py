@@ -42,6 +42,9 @@ def project_onto(tree: PyTree, subspace: Subspace) -> PyTree:
         >>> s = from_factors({"w": jnp.array([[3.0, 0.0]])}, max_rank=1)
         >>> project_onto({"w": jnp.array([2.0, 5.0])}, s)["w"].tolist()
         [2.0, 0.0]
+
+    References:
+        arXiv:2604.17691
     """
 
     def inside(u: jax.Array, v: jax.Array, split: Split | None) -> jax.Array:
@@ -90,6 +93,9 @@ def project_out(
         [-1.5, 1.5]
         >>> project_out(u, s, c)["w"].round(4).tolist()
         [-0.5, 0.5]
+
+    References:
+        arXiv:2604.17691
     """
 
     def outside(u: jax.Array, v: jax.Array, split: Split | None) -> jax.Array:

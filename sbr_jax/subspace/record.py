@@ -47,6 +47,9 @@ class Subspace:
         >>> s = empty_subspace({"w": jnp.zeros((3, 2))}, max_rank=4)
         >>> s.basis["w"].shape, s.eigenvalues["w"].shape, s.trace["w"].shape
         ((6, 4), (4,), ())
+
+    References:
+        arXiv:2604.17691
     """
 
     basis: PyTree
@@ -117,6 +120,9 @@ def empty_subspace(
         >>> s = empty_subspace({"w": jnp.ones((5, 3, 2))}, max_rank=2, layer_axes=1)
         >>> effective_rank(s)["w"].tolist()
         [0, 0, 0, 0, 0]
+
+    References:
+        arXiv:2604.17691
     """
     mark = units.fingerprint(params, unit=unit, layer_axes=layer_axes)
     max_rank = check_settings(mark, max_rank, 1.0)

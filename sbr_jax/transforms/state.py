@@ -171,6 +171,9 @@ def replace_subspace(
         >>> state = replace_subspace(tx.init(params), new)
         >>> read_subspace(state).eigenvalues["w"].tolist()
         [1.0, 0.0]
+
+    References:
+        arXiv:2604.17691
     """
     read_subspace(opt_state)  # raises where there is none
     check_subspace("subspace", subspace)
