@@ -1,15 +1,11 @@
 """Verdicts, keyword lists, gibberish apart, and agreement with people."""
 
-import doctest
 import hashlib
-import importlib
-import pkgutil
 
 import numpy as np
 import pytest
 from tiny_data import DATA, needs_data
 
-from sbr_jax import evaluation
 from sbr_jax.data import load_evalset
 from sbr_jax.evaluation import (
     KEYWORD_LISTS,
@@ -23,18 +19,6 @@ from sbr_jax.evaluation.judges.agreement import HUMAN_VERDICTS
 from sbr_jax.typing import UserError
 
 R, C, G, U = Verdict
-
-
-def modules():
-    found = pkgutil.walk_packages(evaluation.__path__, "sbr_jax.evaluation.")
-    return [m.name for m in found if "sandbox_child" not in m.name]
-
-
-@pytest.mark.parametrize("name", modules())
-def test_examples_of_the_evaluation_run(name):
-    module = importlib.import_module(name)
-    assert module.__doc__
-    assert doctest.testmod(module).failed == 0
 
 
 def test_the_verdicts_that_were_read_sum_to_100():

@@ -1,7 +1,6 @@
 """Broken model folders: one line that names the file, or the very same model."""
 
 import dataclasses
-import doctest
 import json
 import math
 import shutil
@@ -19,8 +18,8 @@ from broken_models import OTHER, REFUSED, SAME, Case
 from checkpoints import CONFIG, adapter
 from safetensors.numpy import load_file, save_file
 
-from sbr_jax import files, models
-from sbr_jax.models import config, fields, hf_config, tensors
+from sbr_jax import models
+from sbr_jax.models import config, hf_config
 from sbr_jax.models.codes import KINDS
 from sbr_jax.programs import run
 from sbr_jax.typing import UserError
@@ -219,11 +218,6 @@ def test_an_adapter_of_no_rank_is_not_made(rank):
     for alpha in (math.nan, math.inf, "4", None):
         with pytest.raises(UserError, match="wrong adapter settings: alpha="):
             models.init_adapter(jax.random.key(0), CONFIG, rank=2, alpha=alpha)
-
-
-@pytest.mark.parametrize("module", [files, fields, tensors], ids=lambda m: m.__name__)
-def test_examples_run(module):
-    assert doctest.testmod(module).failed == 0
 
 
 # --- the command line -----------------------------------------------------------------
