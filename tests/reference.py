@@ -27,7 +27,7 @@ def dense_fisher(loss_fn, vector, examples):
     def losses(p):
         return jnp.stack([loss_fn(p, x) for x in examples])
 
-    jacobian = f64(jax.jacrev(losses)(vector))
+    jacobian = f64(jax.jit(jax.jacrev(losses))(vector))
     return jacobian.T @ jacobian / len(examples)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiers import few
 
 from sbr_jax import (
     UserError,
@@ -58,6 +59,9 @@ TRANSFORMATIONS = {
 }
 STATEFUL = [name for name in TRANSFORMATIONS if name != "add_bypass"]
 every = pytest.mark.parametrize("name", list(TRANSFORMATIONS))
+# One of each kind of state; what is left is put together from these.
+KINDS = ["project_onto_complement", "add_bypass", "update_projection", "trust_region"]
+each_kind = pytest.mark.parametrize("name", few(TRANSFORMATIONS, KINDS))
 
 
 def make(name, s=S):
@@ -171,7 +175,7 @@ def test_masked_units_pass_untouched(name, by_leaf):
     assert differs(out["k"], GRADS["k"])
 
 
-@every
+@each_kind
 def test_works_in_multi_steps(name):
     tx, alone = optax.MultiSteps(make(name), 2), make(name)
     state = tx.init(PARAMS)
@@ -223,7 +227,7 @@ def test_wrong_parameters_are_refused_at_init(name):
         make(name).init({"k": PARAMS["k"]})
 
 
-@every
+@each_kind
 def test_keeps_the_sharding_of_the_layers(name):
     mesh = jax.make_mesh((2,), ("layers",), devices=jax.devices()[:2])
     spread = NamedSharding(mesh, PartitionSpec("layers"))

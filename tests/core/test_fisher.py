@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,7 @@ def cut(*sizes):
     ]
 
 
+@functools.cache
 def dense(layer):
     """The dense Fisher matrix of one layer's joint unit, by jacrev."""
 
@@ -85,7 +88,7 @@ def test_energy_keeps_the_published_number_of_directions():
         assert int(ranks[layer]) == reference.published_rank(values, 0.9)
 
 
-@pytest.mark.parametrize("sizes", [(11,), (4, 4, 3), (3, 8), (1,) * 11])
+@pytest.mark.parametrize("sizes", [(4, 4, 3), (1,) * 11])
 def test_batching_and_microbatching_change_nothing(sizes):
     settings = {"max_rank": 8, "energy": 1.0, **PAIR}
     want = fisher_subspace(pair_loss, PARAMS, cut(11), **settings)
@@ -141,9 +144,9 @@ def test_a_full_buffer_loses_no_example_however_batches_fill_it(
 
 def test_per_example_gradients_are_a_loop_of_grad():
     batch = cut(11)[0]
+    grad = jax.jit(jax.grad(pair_loss))
     want = [
-        jax.grad(pair_loss)(PARAMS, {k: v[i] for k, v in batch.items()}, FROZEN)
-        for i in range(11)
+        grad(PARAMS, {k: v[i] for k, v in batch.items()}, FROZEN) for i in range(11)
     ]
     for micro in (None, 4):
         got = per_example_gradients(pair_loss, PARAMS, batch, FROZEN, microbatch=micro)

@@ -1,5 +1,7 @@
 """The projection in Adam's metric: outside, downhill, and on to the optimum."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 import reference
 from subspace_case import normal, plain
+from tiers import few
 from transforms_case import PARAMS, SHAPES, S, space, tree
 
 from sbr_jax import (
@@ -102,8 +105,10 @@ ARRANGEMENTS = {
 }
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@METRICS
+CASES = [(a, metric) for metric in ("adam", "euclidean") for a in ARRANGEMENTS]
+
+
+@pytest.mark.parametrize(("arrangement", "metric"), few(CASES, 6))
 def test_no_step_has_a_part_inside(arrangement, metric):
     """AdamW with decay, and another subspace on the way."""
     tx = ARRANGEMENTS[arrangement](
@@ -191,9 +196,8 @@ def quadratics():
 
 
 @pytest.mark.parametrize("anchored", [False, True])
-@pytest.mark.parametrize("noise", [0.0, 3.0])
 @METRICS
-def test_it_rests_at_the_constrained_optimum(metric, noise, anchored, quadratics):
+def test_it_rests_at_the_constrained_optimum(metric, anchored, quadratics):
     """At P ∇L + ∇anchor = 0 also with noise on one coordinate; Euclidean ones do not.
 
     Layers of one unit hold the seeds, so that one program serves them all.
@@ -213,7 +217,7 @@ def test_it_rests_at_the_constrained_optimum(metric, noise, anchored, quadratics
     def times(a, x):
         return jnp.einsum("lij,lj->li", a, x, precision="highest")
 
-    def one(carry, key):
+    def one(noise, carry, key):
         theta, state = carry
         kick = noise * jax.random.normal(key, (SEEDS,))
         grad = (times(matrix, theta["w"]) - h).at[:, 0].add(kick)
@@ -222,24 +226,26 @@ def test_it_rests_at_the_constrained_optimum(metric, noise, anchored, quadratics
         return (optax.apply_updates(theta, step), state), None
 
     @jax.jit
-    def run(start):
+    def run(noise):
         keys = jax.random.split(jax.random.key(0), STEPS)
-        return jax.lax.scan(one, (start, tx.init(start)), keys)[0][0]["w"]
+        start = {"w": jnp.zeros((SEEDS, WIDTH))}
+        step = functools.partial(one, noise)
+        return jax.lax.scan(step, (start, tx.init(start)), keys)[0][0]["w"]
 
-    found = reference.f64(run({"w": jnp.zeros((SEEDS, WIDTH))}))
-    errors = []
-    for (a, b, c, m, _), basis, theta in zip(
-        made, subspace.basis["w"], found, strict=True
-    ):
-        inside = reference.projector(basis)
-        out = np.eye(WIDTH) - inside
-        if anchored:
-            want = np.linalg.solve(out @ a + c, out @ b + c @ m)
-        else:
-            want = np.linalg.solve(out @ a + inside, out @ b)
-            assert np.linalg.norm(inside @ theta) <= 1e-5 * np.linalg.norm(theta)
-        errors.append(np.linalg.norm(theta - want) / np.linalg.norm(want))
-    if metric == "euclidean":
-        assert min(errors) >= 0.1
-    else:  # what is left is the noise of a finite run
-        assert max(errors) <= (0.05 if noise else 1e-4)
+    for noise in (0.0, 3.0):
+        errors = []
+        for (a, b, c, m, _), basis, theta in zip(
+            made, subspace.basis["w"], reference.f64(run(noise)), strict=True
+        ):
+            inside = reference.projector(basis)
+            out = np.eye(WIDTH) - inside
+            if anchored:
+                want = np.linalg.solve(out @ a + c, out @ b + c @ m)
+            else:
+                want = np.linalg.solve(out @ a + inside, out @ b)
+                assert np.linalg.norm(inside @ theta) <= 1e-5 * np.linalg.norm(theta)
+            errors.append(np.linalg.norm(theta - want) / np.linalg.norm(want))
+        if metric == "euclidean":
+            assert min(errors) >= 0.1
+        else:  # what is left is the noise of a finite run
+            assert max(errors) <= (0.05 if noise else 1e-4)

@@ -1,5 +1,7 @@
 """Directions do not depend on how large gradients are, to the bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,6 +170,25 @@ def test_what_has_no_weight_does_not_count(alpha, inside, update, want, dtype):
 SIZES = [1e-30, 1e-20, 1e-8, 1.0, 1e8, 1e18, 1.5e19, 1e20, 1e30, 1e38]
 
 
+@functools.cache
+def projecting(metric):
+    """One program: α and dtypes are those of the state and the parameters."""
+    subspace = plain(normal(8, 3, 24))
+    return jax.jit(
+        update_projection(subspace, 1e-2, metric=metric, max_norm=None).update
+    )
+
+
+def begun(alpha, params):
+    """A state of either metric."""
+    tx = update_projection(plain(normal(8, 3, 24)), 1e-2, coefficients=alpha)
+    return tx.init(params)
+
+
+adamw = optax.adamw(1e-2, weight_decay=0.01)
+step_of_adamw = jax.jit(adamw.update)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_of_any_scale_give_the_steps_of_adamw(alpha, dtype):
@@ -175,20 +196,17 @@ def test_gradients_of_any_scale_give_the_steps_of_adamw(alpha, dtype):
     s = plain(normal(8, 3, 24))
     params = {"w": jnp.asarray(normal(9, 24)).astype(dtype)}
     wide = {"w": params["w"].astype(jnp.float32)}
-    tx = update_projection(
-        s, 1e-2, metric="euclidean", max_norm=None, coefficients=alpha
-    )
-    update = jax.jit(tx.update)
-    adamw = optax.adamw(1e-2, weight_decay=0.01)
-    outer = jax.jit(adamw.update)
+    update = projecting("euclidean")
     sizes = [*SIZES, np.geomspace(1e-30, 1e38, 24)]  # the last: all of them at once
     for size in sizes:
         rows = np.clip(normal(10, 3, 24), -1, 1) * np.float32(size)
-        state, other = tx.init(params), adamw.init(wide)
+        state, other = begun(alpha, params), adamw.init(wide)
         for row in rows:
             g = {"w": jnp.asarray(row).astype(dtype)}
             with jax.numpy_dtype_promotion("standard"):  # Optax's own need
-                want, other = outer({"w": g["w"].astype(jnp.float32)}, other, wide)
+                want, other = step_of_adamw(
+                    {"w": g["w"].astype(jnp.float32)}, other, wide
+                )
             got, state = update(g, state, params)
             assert got["w"].dtype == dtype
             assert jnp.isfinite(got["w"]).all(), size
@@ -205,13 +223,11 @@ def test_gradients_of_any_scale_give_the_steps_of_adamw(alpha, dtype):
 @pytest.mark.parametrize("share", [-1.0, -0.5, 1.0])
 @pytest.mark.parametrize("metric", ["adam", "euclidean"])
 def test_a_bypass_of_any_scale_keeps_steps_finite(alpha, share, metric):
-    s, params = plain(normal(8, 3, 24)), {"w": jnp.asarray(normal(9, 24))}
-    tx = update_projection(s, 1e-2, metric=metric, max_norm=None, coefficients=alpha)
-    update = jax.jit(tx.update)
+    params, update = {"w": jnp.asarray(normal(9, 24))}, projecting(metric)
     # Parts that are applied together and leave nothing are each divided by ε = 1e-8.
     nothing = alpha == 1.0 and share == -1.0
     for size in [x for x in SIZES if x <= 1e30 or not nothing]:
-        state = tx.init(params)
+        state = begun(alpha, params)
         for row in np.clip(normal(10, 3, 24), -1, 1) * np.float32(size):
             g = {"w": jnp.asarray(row)}
             step, state = update(g, state, params, bypass={"w": share * g["w"]})

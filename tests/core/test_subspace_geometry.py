@@ -26,8 +26,14 @@ def span(vectors, max_rank=16):
     return plain(np.linalg.qr(np.asarray(vectors).T)[0].T, max_rank)
 
 
+def padded(rows, count):
+    """With zeros below: another number of rows is no other program."""
+    return np.pad(rows, ((0, count - len(rows)), (0, 0)))
+
+
 def coordinates(size, *places, max_rank=32):
-    return plain(np.eye(size, dtype=np.float32)[list(places)], max_rank)
+    rows = np.eye(size, dtype=np.float32)[list(places)]
+    return plain(padded(rows, 8), max_rank)
 
 
 # --- merge -------------------------------------------------------------------------
@@ -208,7 +214,7 @@ def test_merging_nearly_equal_low_rank_bases_stays_orthonormal(seed, weighting):
     old[:, : size // 2] *= seed % 2
     new = rng.normal(size=(rank, rank)) @ old
     a, b = (
-        from_factors({"w": jnp.asarray(x, jnp.float32)}, max_rank=64)
+        from_factors({"w": jnp.asarray(padded(x, 20), jnp.float32)}, max_rank=64)
         for x in (old, new)
     )
     merged = merge(a, b, max_rank=64, weighting=weighting)

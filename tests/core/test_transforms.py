@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from transforms_case import PARAMS, SHAPES, S, close, space, tree
+from transforms_case import PARAMS, SHAPES, S, close, projecting, space, tree
 
 from sbr_jax import (
     UserError,
@@ -42,10 +42,10 @@ def adamw(rate, **settings):
     return optax.GradientTransformation(inner.init, update)
 
 
-def run(tx, grads, bypasses=None, params=PARAMS):
+def run(tx, grads, bypasses=None, update=None):
     """Steps taken with each gradient in turn; parameters move along."""
-    state, steps = tx.init(params), []
-    update = jax.jit(tx.update)
+    params, state, steps = PARAMS, tx.init(PARAMS), []
+    update = update or jax.jit(tx.update)
     for i, g in enumerate(grads):
         extra = {} if bypasses is None else {"bypass": bypasses[i]}
         step, state = update(g, state, params, **extra)
@@ -153,9 +153,8 @@ def test_bypass_passes_the_projection_and_is_clipped_with_the_rest():
 def test_gradient_projection_before_adam_leaks():
     """Why update projection exists: the same run, measured both ways."""
     grads = [tree(100 + 7 * i) for i in range(10)]
-    settings = {"weight_decay": 0.01}
-    before, _ = run(gradient_projection(S, adamw(1e-2, **settings)), grads)
-    after, _ = run(update_projection(S, 1e-2, **settings), grads)
+    before, _ = run(gradient_projection(S, adamw(1e-2, weight_decay=0.01)), grads)
+    after, _ = run(update_projection(S, 1e-2), grads, update=projecting())
     # Adam rescales coordinates, which turns vectors back towards the subspace.
     assert all(leak(step) >= 1e-2 for step in before)
     # The documented guarantee.
@@ -180,6 +179,7 @@ def test_update_projection_without_bypass_is_a_plain_chain(schedule):
 
 
 METRICS = pytest.mark.parametrize("metric", ["adam", "euclidean"])
+UNCLIPPED = {"max_norm": None, "weight_decay": 0.1}
 
 
 def let_past(state, metric, rate=1e-2):
@@ -207,17 +207,21 @@ def test_update_projection_keeps_the_bypass_whole(metric):
     grads = [tree(300 + 7 * i) for i in range(5)]
     bypasses = [tree(400 + 7 * i, 0.3) for i in range(5)]
     zero = [jax.tree.map(jnp.zeros_like, g) for g in grads]
-    tx = update_projection(S, 1e-2, metric=metric, max_norm=None)
-    steps, state = run(tx, grads, bypasses)
+    tx = update_projection(S, 1e-2, metric=metric, **UNCLIPPED)
+    steps, state = run(tx, grads, bypasses, projecting(metric=metric, **UNCLIPPED))
     rest = jax.tree.map(jnp.subtract, steps[-1], let_past(state, metric))
     assert leak(rest) <= 1e-5
     assert leak(steps[-1]) >= 1e-2
     # With everything let through (rank 0) it is AdamW on the sum of both.
     free = empty_subspace(PARAMS, max_rank=4, layer_axes=1)
     total = [jax.tree.map(jnp.add, g, b) for g, b in zip(grads, bypasses, strict=True)]
+    tx, update = (
+        update_projection(free, 1e-2, metric=metric),
+        projecting(metric=metric),
+    )
     close(
-        run(update_projection(free, 1e-2, metric=metric), grads, bypasses)[0],
-        run(update_projection(free, 1e-2, metric=metric), total, zero)[0],
+        run(tx, grads, bypasses, update)[0],
+        run(tx, total, zero, update)[0],
         rtol=1e-4,
         atol=1e-7,
     )
@@ -232,15 +236,8 @@ def test_update_projection_is_its_dense_twin(alpha, metric):
         jax.tree.map(lambda g, r: -g + 0.3 * r, g, tree(700 + 7 * i))
         for i, g in enumerate(grads)
     ]
-    tx = update_projection(
-        S,
-        1e-2,
-        metric=metric,
-        coefficients=alpha,
-        max_norm=None,
-        weight_decay=0.1,
-    )
-    got = run(tx, grads, bypasses)[0]
+    tx = update_projection(S, 1e-2, metric=metric, coefficients=alpha, **UNCLIPPED)
+    got = run(tx, grads, bypasses, projecting(metric=metric, **UNCLIPPED))[0]
     for k in SHAPES:
         for layer in range(3):
             want = reference.update_projection(
@@ -262,13 +259,15 @@ def test_update_projection_is_its_dense_twin(alpha, metric):
                 )
 
 
+BARE = {"max_norm": None, "weight_decay": 0.0}
+
+
 @pytest.mark.parametrize("left", [0.0, 1e-6, 1e-3])
 def test_a_bypass_that_cancels_the_task_does_not_blow_up_the_step(left):
     """One second moment of g + b divides each part by what is left of both."""
     grads = [tree(800)] * 20
     bypasses = [jax.tree.map(lambda g: (left - 1.0) * g, g) for g in grads]
-    tx = update_projection(S, 1e-2, max_norm=None, weight_decay=0.0)
-    steps = run(tx, grads, bypasses)[0]
+    steps = run(update_projection(S, 1e-2), grads, bypasses, projecting(**BARE))[0]
     for step in steps:
         # Two parts of at most 1e-2 a coordinate; a projection keeps lengths in bounds.
         size = sum(x.size for x in jax.tree.leaves(step))
@@ -284,10 +283,8 @@ def test_steps_stay_in_bounds_right_after_the_projection_changed(before, after):
     start = (
         S if before is not None else empty_subspace(PARAMS, max_rank=4, layer_axes=1)
     )
-    tx = update_projection(
-        start, 1e-2, coefficients=before, max_norm=None, weight_decay=0.0
-    )
-    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    tx = update_projection(start, 1e-2, coefficients=before)
+    state, update = tx.init(PARAMS), projecting(**BARE)
     for _ in range(100):
         _, state = update(grads, state, PARAMS, bypass=bypass)
     state = replace_subspace(state, S, after)
@@ -298,12 +295,11 @@ def test_steps_stay_in_bounds_right_after_the_projection_changed(before, after):
 
 
 def test_update_projection_holds_right_after_a_new_subspace():
-    tx = update_projection(S, 1e-2)
-    state = tx.init(PARAMS)
+    state, update = update_projection(S, 1e-2).init(PARAMS), projecting()
     for i in range(3):
-        _, state = tx.update(tree(500 + 7 * i), state, PARAMS)
+        _, state = update(tree(500 + 7 * i), state, PARAMS)
     other = space(11)
-    step, _ = tx.update(tree(530), replace_subspace(state, other), PARAMS)
+    step, _ = update(tree(530), replace_subspace(state, other), PARAMS)
     assert leak(step, other) <= 1e-5
     assert leak(step, S) >= 1e-2
 
@@ -311,7 +307,7 @@ def test_update_projection_holds_right_after_a_new_subspace():
 def test_relaxation_bounds_the_safety_part_of_the_step():
     tx = update_projection(S, 1e-2, coefficients=0.25)
     free = update_projection(S, 1e-2, coefficients=1.0)
-    a, b = (run(t, [tree(540)])[0][0] for t in (tx, free))
+    a, b = (run(t, [tree(540)], update=projecting())[0][0] for t in (tx, free))
     inside = jax.tree.map(lambda x: 0.25 * x, project_onto(b, S))
     close(project_onto(a, S), inside, atol=1e-7)
 
@@ -324,8 +320,7 @@ def test_update_projection_needs_params():
 
 def test_bfloat16_parameters_keep_their_dtype():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    tx = update_projection(S, 1e-2)
-    step, state = tx.update(half, tx.init(half), half)
+    step, state = projecting()(half, update_projection(S, 1e-2).init(half), half)
     assert {x.dtype.name for x in jax.tree.leaves(step)} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves((state.together, state.apart))} == {
         "float32"

@@ -33,6 +33,8 @@ def divergence(params, s, centre=PARAMS):
 # --- the root -------------------------------------------------------------------------
 
 CASES, SIZE = 60, 64
+compiled = jax.jit(shrinkage)
+each = jax.jit(jax.vmap(shrinkage))
 DECADES = (0, 2, 6, 12, 24)
 
 
@@ -47,7 +49,7 @@ def test_factors_are_those_of_bisection(decades):
     values, c = values.astype(np.float32), c.astype(np.float32)
     whole = 0.5 * np.sum(reference.f64(values) * reference.f64(c) ** 2, axis=1)
     epsilon = (whole * 10.0 ** rng.uniform(-8, 0.5, CASES)).astype(np.float32)
-    got = reference.f64(jax.jit(jax.vmap(shrinkage))(c, values, epsilon))
+    got = reference.f64(each(c, values, epsilon))
     active = 0
     for x, lam, eps, before, factor in zip(c, values, epsilon, whole, got, strict=True):
         want = reference.ellipsoid_factors(x, lam, float(eps))
@@ -68,13 +70,14 @@ def test_a_spectrum_of_any_scale_and_of_steep_steps(scale):
         epsilon = jnp.float32(min(share * whole, 1e38))
         if not jnp.isfinite(epsilon) or epsilon < 1e-36:
             continue
-        factor = reference.f64(shrinkage(c, values, epsilon))
+        factor = reference.f64(compiled(c, values, epsilon))
         after = 0.5 * np.sum(reference.f64(values) * (factor * reference.f64(c)) ** 2)
         assert abs(after / float(epsilon) - 1) <= 1e-6
         want = reference.ellipsoid_factors(c, values, float(epsilon))
         np.testing.assert_allclose(factor, want, atol=1e-5)
-    np.testing.assert_array_equal(shrinkage(jnp.zeros(3), jnp.ones(3), 1e-5), 1.0)
-    np.testing.assert_array_equal(shrinkage(jnp.ones(3), jnp.zeros(3), 1e-5), 1.0)
+    nothing, some = jnp.zeros(SIZE), jnp.ones(SIZE)
+    for pair in ((nothing, some), (some, nothing)):
+        np.testing.assert_array_equal(compiled(*pair, jnp.float32(1e-5)), 1.0)
 
 
 # --- the transformation ---------------------------------------------------------------
