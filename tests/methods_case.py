@@ -83,7 +83,7 @@ def learn(row, seed=0, **changes):
     key = jax.random.key(seed)
     adapter = init_adapter(STUDY, SETTINGS, seed)
     base = method.prepare(problem, STUDY.model.params, adapter, key)
-    state = method.init(problem, base, adapter, key)
+    state = first = method.init(problem, base, adapter, key)
     seen = []
     for index, domain in enumerate(STUDY.domains.values()):
         seen.append(state.get("diagnostics", {}))
@@ -109,7 +109,8 @@ def learn(row, seed=0, **changes):
     shipped = models.merge_adapter(
         *method.deploy(problem, base, adapter, without_diagnostics(state))
     )
-    return shipped["layers"], jax.device_get(metrics), seen, adapter
+    first = without_diagnostics(first)
+    return shipped["layers"], jax.device_get(metrics), seen, adapter, first
 
 
 learned = functools.cache(learn)

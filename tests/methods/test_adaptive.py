@@ -111,10 +111,14 @@ def test_the_published_mean_hides_a_minority():
 
 def test_no_risk_and_no_floor_is_plain_fine_tuning_exactly():
     gradient = gradient_of(adaptive_judge, beta_min=0.0)
-    # One operation after the other: two compiled programs round as they are fused.
-    with jax.disable_jit():
-        theirs, _, metrics = plain_gradient(BASE, MOVED, {}, eight(), KEY)
-        ours, _, found = gradient(BASE, MOVED, {}, eight([0.0] * 8), KEY)
+
+    # In one program: two of them round as they are fused.
+    @jax.jit
+    def both(base, drawn):
+        rest = (MOVED, {}, drawn, KEY)
+        return plain_gradient(base, *rest), gradient(base, *rest)
+
+    (theirs, _, metrics), (ours, _, found) = both(BASE, eight([0.0] * 8))
     np.testing.assert_array_equal(vector(ours), vector(theirs))
     assert found["loss"] == metrics["loss"]
     risky = gradient(BASE, MOVED, {}, eight(), KEY)[0]

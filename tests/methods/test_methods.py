@@ -29,8 +29,8 @@ from sbr_jax.typing import UserError
 pytestmark = pytest.mark.usefixtures(registered.__name__)
 ASKED = [*METHODS, CONTRIBUTED]
 ROWS = [*ASKED, *VARIANTS]
-# One of each way to make a step.
-MAPPED = ["plain", "safeanchor-exact", "unified", "lisa", CONTRIBUTED]
+# Plain steps are mapped by test_pipeline, those in phases by test_lisa.
+MAPPED = ["safeanchor-exact", "unified"]
 # Rows that differ from their method in the monitor or the repair only.
 SAME_STEPS = {
     "safeanchor-exact:csm-only": "plain",
@@ -110,6 +110,24 @@ def test_row_works_with_mapped_seeds(row):
         mine = jax.tree.map(lambda x, i=i: x[i], together.adapter)
         # A thousandth of the learning rate.
         np.testing.assert_allclose(vector(mine), vector(alone.adapter), atol=1e-5)
+
+
+def kinds(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+SHAPED = [*METHODS, "safeanchor-exact:keep-base", "safeanchor-exact:random"]
+
+
+@pytest.mark.parametrize("row", few(SHAPED, ["plain", "unified"]))
+def test_shapes_are_those_of_the_state_that_is_computed(row):
+    found = program(row)
+    adapter = init_adapter(STUDY, SETTINGS, 0)
+    given = jax.eval_shape(lambda *x: x, STUDY.model.params, adapter)
+    told = found.method.state_shapes(found.problem, *given)
+    leaves = jax.tree.leaves(told)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert kinds(told) == kinds(learned(row)[4])
 
 
 @pytest.mark.parametrize("row", METHODS)

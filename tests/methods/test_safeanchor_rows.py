@@ -42,6 +42,7 @@ def test_update_projection_keeps_the_step_out_of_the_subspace():
     )
 
 
+@pytest.mark.thorough
 def test_gradient_projection_before_adam_leaks():
     found = program("safeanchor:no-relaxation")
     base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
