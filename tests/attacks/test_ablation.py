@@ -212,7 +212,7 @@ def test_the_planted_direction_is_found_and_decides(planted):
     # A random direction does not decide anything.
     other = attacks.ablate_direction(planted.params, rng(9).normal(size=16))
     tokens = np.array([harmful[0]])
-    logits = planted.apply_fn(other, None, tokens)[:, -1]
+    logits = jax.jit(planted.apply_fn)(other, None, tokens)[:, -1]
     assert float(directions.refusal_score(logits, jnp.array([2]))[0]) > 1
 
 

@@ -224,9 +224,10 @@ def chatty(model):
 
 def direct(model, ids, count):
     """Summed log-likelihood of the last tokens, one forward."""
-    logits = np.asarray(
-        model.apply_fn(model.params, None, np.asarray([ids], np.int32)), np.float64
-    )[0]
+    row = np.zeros((1, model.config.context + 1), np.int32)  # One program for all.
+    row[0, : len(ids)] = ids
+    logits = jax.jit(model.apply_fn)(model.params, None, row)
+    logits = np.asarray(logits, np.float64)[0]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return sum(log_p[i - 1, ids[i]] for i in range(len(ids) - count, len(ids)))
 

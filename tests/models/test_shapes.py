@@ -167,9 +167,10 @@ def test_states_of_an_extension_are_what_its_head_reads(alternates):
     params = models.init_params(jax.random.key(1), config)
     extend, run = models.make_extend_fn(config), models.make_apply_fn(config)
     tokens = np.random.default_rng(0).integers(0, 203, (3, 17)).astype(np.int32)
-    states, past = extend.hidden(params, None, tokens[:, :9])
-    whole = run(params, None, tokens)
+    hidden = jax.jit(extend.hidden)
+    states, past = hidden(params, None, tokens[:, :9])
+    whole = jax.jit(run)(params, None, tokens)
     # Float32 sums in another order, logits near 1.
     np.testing.assert_allclose(extend.head(params, states), whole[:, :9], atol=1e-5)
-    states, _ = extend.hidden(params, None, tokens[:, 9:], past)
+    states, _ = hidden(params, None, tokens[:, 9:], past)
     np.testing.assert_allclose(extend.head(params, states), whole[:, 9:], atol=1e-5)
