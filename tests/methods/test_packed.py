@@ -21,7 +21,7 @@ from sbr_jax.training import sharding
 from sbr_jax.training.program import init_adapter
 
 # Sums in another order, in float32: of losses and gradients of order 1.
-KEPT = ["plain", "safegrad", "unified", "lean"]
+KEPT = ["plain", "safegrad", "sbr", "adaptive-probe", "lean"]
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
