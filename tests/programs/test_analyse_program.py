@@ -21,22 +21,24 @@ from sbr_jax.subspace import effective_rank
 from sbr_jax.training.records import plain_numbers, read_json, write_record
 from sbr_jax.typing import UserError
 
+STUDY = tiny.study(
+    calibration=tiny.dataset(1, 66, 0),
+    harmful=tiny.dataset(7, 30, 9),
+    calibration_controls={
+        "benign": tiny.dataset(3, 24, 5),
+        "random": tiny.dataset(9, 60, 11),
+    },
+)
+"""One for all contexts: what is compiled for it is kept."""
+
 
 def tiny_context(workdir: Path, **changes):
-    study = tiny.study(
-        calibration=tiny.dataset(1, 66, 0),
-        harmful=tiny.dataset(7, 30, 9),
-        calibration_controls={
-            "benign": tiny.dataset(3, 24, 5),
-            "random": tiny.dataset(9, 60, 11),
-        },
-    )
     job = make_job(
         *("--workdir", str(workdir), "--quiet", "--seed", "0"),
         *("--methods", "plain", "safeanchor-exact:projection-only"),
         *(f"--training.{key}={value}" for key, value in changes.items()),
     )
-    made = type("Made", (TinyOptions,), {"build": lambda *_, **__: study})
+    made = type("Made", (TinyOptions,), {"build": lambda *_, **__: STUDY})
     context = analyses.Context(dataclasses.replace(job, study=made()))
     context.__dict__["by_kind"] = EXAMPLES
     return context

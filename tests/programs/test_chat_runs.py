@@ -46,7 +46,7 @@ def command(world, workdir, *more):
     return [
         "llama2-7b",
         *("--model", str(world / "model"), "--data", str(world / "data")),
-        *("--workdir", str(workdir), "--methods", "plain", "safeanchor"),
+        *("--workdir", str(workdir), "--methods", "safeanchor"),
         *("--domains", "medical", "code", "--seed", "42", "--quiet"),
         *(*QUICK, *SMALL, *CAPPED, *more),
     ]
@@ -63,11 +63,9 @@ def finished(world, tmp_path_factory):
 
 def test_a_preset_runs_end_to_end_and_says_what_it_was_made_of(finished):
     summary = json.loads((finished / "summary.json").read_text())
-    assert set(summary["methods"]) == {"plain", "safeanchor"}
-    for row in summary["methods"].values():
-        assert 0 <= row["refusal"] <= 100
-        assert 0 <= row["over_refusal"] <= 100
-        assert 0 <= row["domain_accuracy"] <= 100
+    (row,) = summary["methods"].values()
+    for name in ("refusal", "over_refusal", "domain_accuracy"):
+        assert 0 <= row[name] <= 100
     config = json.loads((finished / "config.json").read_text())
     assert config["data"]["sources"] == {"medical": "medqa", "code": "codealpaca"}
     assert config["study"]["dtype"] == "bfloat16"

@@ -1,6 +1,7 @@
 """`tune` on a user's files: what is refused, what is written, and that it goes on."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -448,17 +449,23 @@ def test_domains_are_as_long_as_their_files(tmp_path, capsys):
     assert model.config == testbed.load().config
 
 
+QUICK = {
+    "study": OwnOptions(
+        measured=8, probe=4, calibration=12, max_new_tokens=12, held_out=4
+    ),
+    "training": dataclasses.replace(TRAINING, lora_rank=4, batch_size=4),
+}
+"""The sizes of the command line's runs, in Python."""
+
+
 def test_ten_lines_of_python_do_the_same_as_a_killed_run(finished, tmp_path):
     tuned = sbr_jax.tune(
         testbed.ALIGNED,
         finished / "my.jsonl",
         harmful=world_prompts(),
         epochs=1,
-        study=OwnOptions(
-            measured=8, probe=4, calibration=12, max_new_tokens=12, held_out=4
-        ),
-        training=dataclasses.replace(TRAINING, lora_rank=4, batch_size=4),
         hyperparameters=HYPERPARAMETERS,
+        **QUICK,
     )
     tuned.save_peft(tmp_path / "adapter")
     name = "adapter_model.safetensors"
@@ -474,6 +481,7 @@ def test_the_page_s_lines_of_python_run(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sbr_jax, "tune", functools.partial(sbr_jax.tune, **QUICK))
     exec(compile(code, "docs/tune.md", "exec"), {})
     before, after = re.findall(r"[\d.]+", capsys.readouterr().out)
     assert float(after) < float(before)

@@ -1,6 +1,7 @@
 """The sequence of domains: resumable to the same bytes, repaired by the rule."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +47,9 @@ def whole(tmp_path_factory):
     return folder
 
 
-def fake_probe(scores):
-    """A probe that gives the scores one after the other."""
-    left = list(scores)
-    return lambda base, adapter: left.pop(0)
+SCORES = types.SimpleNamespace(left=[])
+"""What a probe gives, one after the other."""
+PROBED = tiny.study(probe=lambda base, adapter: SCORES.left.pop(0))
 
 
 # --- what a run leaves ----------------------------------------------------------------
@@ -218,8 +219,9 @@ def test_mapped_seeds_agree_with_one_after_the_other(tmp_path):
         ([10.0, 10.0, 10.0], 2),
     ],
 )
-def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks):
-    go(tmp_path, variants=(CSM,), study=tiny.study(probe=fake_probe([100.0, *scores])))
+def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks, monkeypatch):
+    monkeypatch.setattr(SCORES, "left", [100.0, *scores])
+    go(tmp_path, variants=(CSM,), study=PROBED)
     line = next(x for x in read(tmp_path) if x["stage"] == "repair")
     assert line["metrics"]["blocks"] == blocks
     assert line["metrics"]["probe"] == scores[0]
@@ -229,7 +231,7 @@ def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks):
 
 
 @pytest.mark.thorough
-def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
+def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path, monkeypatch):
     """Training, two repair blocks and the end of the domain share one answer."""
     asked = []
 
@@ -238,7 +240,8 @@ def test_the_judge_is_asked_once_per_example_of_a_domain(tmp_path):
         return tiny.judge(data)
 
     # The aligned model, then each domain: found low, and low after either block.
-    study = tiny.study(probe=fake_probe([100.0] + 6 * [10.0]), judge=judge)
+    monkeypatch.setattr(SCORES, "left", [100.0] + 6 * [10.0])
+    study = dataclasses.replace(PROBED, judge=judge)
     monitored = {"adaptive-judge": {"monitored": True}}
     go(
         tmp_path,
