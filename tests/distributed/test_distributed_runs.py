@@ -283,7 +283,8 @@ def test_hosts_with_folders_of_their_own_are_refused(tmp_path):
     assert time.monotonic() - began < 60
 
 
-def test_hosts_with_other_data_are_refused(tmp_path, monkeypatch):
+@pytest.mark.thorough
+def test_hosts_with_other_data_are_refused(tmp_path):
     each = ({}, {"SBR_JAX_DATA": "other"})
     found = both("--workdir", tmp_path / "run", each=each)
     one_line(found, "has another data or model than process 0: other there, tiny here")

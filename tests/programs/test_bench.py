@@ -38,7 +38,7 @@ def _as_on_the_command_line():
         yield
 
 
-@pytest.mark.parametrize("name", few(COMMANDS, ["lora_step", "gcg", "startup"]))
+@pytest.mark.parametrize("name", few(COMMANDS, ["lora_step", "startup"]))
 def test_command_prints_its_table_and_writes_its_lines(name, tmp_path, capsys):
     extra, has_peer = COMMANDS[name]
     lines = tmp_path / "lines.jsonl"

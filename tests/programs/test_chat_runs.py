@@ -217,12 +217,7 @@ BAD = {
         ("--study.calibration=26", "--study.safety-mix=1"),
         "calibration and harmbench share 3 prompts",
     ),
-    "length": (None, ("--study.max-length=97",), "the model's context of 96"),
     "short": (None, ("--study.max-length=4",), "leave no room for an answer"),
-    "benchmark": (None, ("--study.benchmarks=harmbnch",), "nearest: harmbench"),
-    "words": (None, ("--study.judge=keyword:x",), "expected keywords among"),
-    "batch": (None, ("--study.train=2",), "batch_size to be less than 4"),
-    "rank": (None, ("--training.lora-rank=999",), "lora_rank to be at most"),
 }
 
 

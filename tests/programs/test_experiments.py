@@ -131,15 +131,11 @@ def test_a_folder_of_other_settings_is_refused_untouched(finished, capsys):
     [
         ("--study.calibration-source=gsm8k", "share"),
         ("--study.max-length=3", "fit into max_length=3"),
-        (
-            "--methods.safeanchor-exact.max-rank=100000",
-            "max_rank: expected at most",
-        ),
     ],
-    ids=["overlap", "too short", "rank above dimension"],
+    ids=["overlap", "too short"],
 )
 def test_a_study_that_cannot_be_run_is_refused(tiny, tmp_path, capsys, change, message):
-    rows = ("--methods", "safeanchor-exact", "--domains", "gsm8k", "--seed", "0")
+    rows = ("--methods", "plain", "--domains", "gsm8k", "--seed", "0")
     arguments = command(tiny, tmp_path / "run", *rows, change)
     assert run.main(arguments) == 2
     error = capsys.readouterr().err
@@ -148,20 +144,13 @@ def test_a_study_that_cannot_be_run_is_refused(tiny, tmp_path, capsys, change, m
     assert not (tmp_path / "run" / "results.jsonl").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen"])
-def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(tiny[-1], model)
     path = model / "model.safetensors"
     tensors = load_file(path)
     name = sorted(tensors)[-1]
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "extra":
-        name = "model.layers.0.self_attn.q_proj.extra"
-        tensors[name] = np.zeros((2, 2), np.float32)
-    else:
-        tensors[name] = np.zeros((3, *tensors[name].shape[1:]), np.float32)
+    tensors[name] = np.zeros((3, *tensors[name].shape[1:]), np.float32)
     save_file(tensors, path)
     start = [*tiny[:-1], str(model)]
     assert run.main(command(start, tmp_path / "run", "--domains", "gsm8k")) == 2

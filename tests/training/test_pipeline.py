@@ -20,6 +20,7 @@ import run_folder_case
 import tiny
 from run_folder_case import read, results
 
+from sbr_jax import distributed
 from sbr_jax.data.batches import TokenDataset
 from sbr_jax.studies import attacks
 from sbr_jax.studies.options import TestbedOptions
@@ -153,23 +154,16 @@ def test_a_crash_at_every_stage_boundary_changes_nothing(whole, tmp_path, monkey
 
 def test_kill_9_and_rerun_give_the_same_bytes(whole, tmp_path):
     rng = random.Random(os.getpid())
-    command = [sys.executable, str(CHILD), str(tmp_path)]
-    kills = 0
-    for _ in range(2):
-        child = subprocess.Popen(command)
-        deadline = time.monotonic() + 120
-        # Importing takes seconds: wait for the first stages, then a random while.
-        before = len(list(tmp_path.glob("stages/*/*/*")))
-        while len(list(tmp_path.glob("stages/*/*/*"))) <= before + 2:
-            if child.poll() is not None or time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        time.sleep(rng.random() * 0.5)
-        if child.poll() is None:
-            child.send_signal(signal.SIGKILL)
-            kills += 1
-        child.wait()
-    assert kills >= 1
+    child = subprocess.Popen([sys.executable, str(CHILD), str(tmp_path)])
+    deadline, stage = time.monotonic() + 120, 2 + rng.randrange(6)
+    # Importing takes seconds: wait for the first stages, then a random while.
+    while len(list(tmp_path.glob("stages/*/*/*"))) <= stage:
+        if child.poll() is not None or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    time.sleep(rng.random() * 0.5)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
     pipeline_child.main(tmp_path)
     assert results(tmp_path) == results(whole)
 
@@ -318,6 +312,16 @@ def test_mistakes_are_refused_before_any_work(name, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         go(tmp_path / "new", **{**changed(), **given})
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_processes_are_asked_for_the_same_data_before_any_work(tmp_path, monkeypatch):
+    def differs(what, value, remedy):
+        raise UserError(f"{what}: {value}; {remedy}")
+
+    monkeypatch.setattr(distributed, "require_same", differs)
+    with pytest.raises(UserError, match="data or model: tiny; give every host the"):
+        go(tmp_path / "new", **changed())
     assert not (tmp_path / "new").exists()
 
 

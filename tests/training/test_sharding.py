@@ -86,11 +86,7 @@ CASES = [
     for mesh in ("fsdp=8", ALL)
     for packing in ("no", "yes")
 ]
-KEPT = [
-    ("plain", "fsdp=8", "no"),
-    ("plain", ALL, "yes"),
-    ("safeanchor-exact", ALL, "no"),
-]
+KEPT = [("plain", ALL, "yes"), ("safeanchor-exact", ALL, "no")]
 
 
 @pytest.mark.parametrize(("variant", "mesh", "packing"), few(CASES, KEPT))
