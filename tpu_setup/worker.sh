@@ -65,10 +65,12 @@ start() {
   cd "$ROOT"
   export PATH="$ROOT/.venv/bin:$PATH" PYTHONUNBUFFERED=1
   export SBR_JAX_PROFILER_PORT=$PROFILER
+  # Before the command starts: it may not have opened its log when that is followed.
+  : >"$RUN/log"
   # The shell around it waits for the command after SIGTERM too, and keeps its code.
   # shellcheck disable=SC2016
   setsid bash -c 'trap : TERM; "$@"; echo $? >"$0/code.new"; mv "$0/code.new" "$0/code"' \
-    "$RUN" "$@" >"$RUN/log" 2>&1 </dev/null &
+    "$RUN" "$@" >>"$RUN/log" 2>&1 </dev/null &
   printf '%s\n' $! >"$RUN/pid"
 }
 
