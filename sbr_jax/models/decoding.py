@@ -8,6 +8,7 @@ them. Legend: B batch, S cache slots, L layers, N heads, K key-value heads, H he
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 
 import jax
@@ -95,7 +96,7 @@ def next_logits(
     if isinstance(cache, list):
         caches: LayerCaches = []
         for i, held in enumerate(cache):
-            weights, pairs, flags = jax.tree.map(lambda array: array[i], layers)  # noqa: B023
+            weights, pairs, flags = jax.tree.map(operator.itemgetter(i), layers)
             attention = _attention_of_one(config, held, pick(flags), slot)
             block = build_block(config, weights)
             x, held = block(x, pick_rope(flags), pairs, attention)
