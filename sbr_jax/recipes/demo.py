@@ -3,7 +3,7 @@
     make demo
     python -m experiments.run demo --workdir runs/demo
 
-Cost: about 6 minutes on two cores. Expected: the composite of plain LoRA falls from 100
+Cost: about 5 minutes on two cores. Expected: the composite of plain LoRA falls from 100
 to about 44, `safeanchor-exact` retains 100 %.
 """
 
