@@ -29,7 +29,7 @@ import numpy as np
 from sbr_jax.data.batches import TokenDataset, first_tokens, take
 from sbr_jax.data.layout import by_length
 from sbr_jax.fisher import fisher_subspace
-from sbr_jax.methods.base import LAYER_AXES, Problem
+from sbr_jax.methods.base import LAYER_AXES, Problem, benign_control
 from sbr_jax.methods.likelihood import answer_loss
 from sbr_jax.models import is_lora_pair
 from sbr_jax.progress import task
@@ -85,21 +85,12 @@ class Ssi:
 
     def sets(self, problem: Problem) -> tuple[TokenDataset, TokenDataset | None]:
         """The set of the directions, and the one that they are contrasted with."""
-
-        def benign(name: str) -> TokenDataset:
-            found = problem.calibration_controls.get("benign")
-            if found is None:
-                raise UserError(
-                    f"{name}: expected calibration_controls['benign'] in the study, "
-                    "got none"
-                )
-            return found
-
         if self.basis == "benign":
-            return benign("basis='benign'"), None
+            return benign_control(problem, "basis='benign'"), None
         if self.contrast is None:
             return problem.calibration, None
-        return problem.calibration, benign(f"contrast={self.contrast}")
+        benign = benign_control(problem, f"contrast={self.contrast}")
+        return problem.calibration, benign
 
     def batches(self, problem: Problem, dataset: TokenDataset) -> Iterator[dict]:
         """What the Fisher sees of a set, by length, as much as fits at once."""

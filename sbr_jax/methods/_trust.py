@@ -45,6 +45,7 @@ def with_trust_region(
     *,
     epsilon: float | None,
     max_rank: int,
+    basis: str = "safety",
     kl_budget: float | None = None,
     refresh_every: int = 8,
     refresh_subspace: bool = False,
@@ -59,6 +60,8 @@ def with_trust_region(
         are felt.
       epsilon: ε > 0, in nats; None where there is a budget of d.
       max_rank: cap on the columns of one layer's basis.
+      basis: ``"safety"``, or a control with the same λ: ``"random"`` directions, or
+        ``"shuffled"`` ones, whose entries belong to other parameters.
       kl_budget: nats of d, per answer token of the held-out rows; None for a fixed ε.
       refresh_every: steps from one measurement to the next; with a budget only.
       refresh_subspace: renew U and λ as well, with a Fisher each time.
@@ -72,7 +75,7 @@ def with_trust_region(
       UserError: for a budget over a method that refreshes its own state on another
         clock.
     """
-    ssi = _second_order(max_rank)
+    ssi = _second_order(max_rank, basis)
     measured = kl_budget is not None
     if measured and method.refresh_every not in (None, refresh_every):
         raise UserError(
@@ -92,7 +95,7 @@ def with_trust_region(
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
         held = kept(problem, base)
         state = inner.init(problem, base, adapter, key)
-        found = ssi.identify(own(problem), base, adapter, key)
+        found = ssi.active(ssi.identify(own(problem), base, adapter, key), key)
         # A copy: steps consume the adapter's buffers.
         centre = jax.tree.map(jnp.copy, adapter)
         return {**state, "subspace": found, "centre": centre, **held}
@@ -138,7 +141,7 @@ def with_trust_region(
             state = inner.refresh(problem, base, adapter, state, key)
         fresh = None
         if refresh_subspace:
-            fresh = ssi.identify(own(problem), base, adapter, key)
+            fresh = ssi.active(ssi.identify(own(problem), base, adapter, key), key)
         return _adapted(problem, base, adapter, state, kl_budget or 1.0, fresh)
 
     def end_domain(problem, base, adapter, state, key):
@@ -186,7 +189,7 @@ def _adapted(
     return {**state, "subspace": subspace, "kl_budget": held}
 
 
-def _second_order(max_rank: int) -> Ssi:
+def _second_order(max_rank: int, basis: str) -> Ssi:
     """How U and λ are found: all leading directions of whole answers."""
     return Ssi(
         energy=1.0,
@@ -199,7 +202,7 @@ def _second_order(max_rank: int) -> Ssi:
         relax=False,
         protect_a="none",
         keep_base=False,
-        basis="safety",
+        basis=basis,
     )
 
 

@@ -20,7 +20,7 @@ from sbr_jax.data.layout import answer_places, lengths_of
 from sbr_jax.methods.risk import Judge
 from sbr_jax.models import answers
 from sbr_jax.settings import Hardware, Training
-from sbr_jax.typing import ApplyFn, Batch, PyTree
+from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
 
 LAYER_AXES = 1
 """Adapters are stacked over layers: one leading axis is vmapped."""
@@ -76,6 +76,20 @@ class Problem:
     judge: Judge | None = None
     domain: TokenDataset | None = None
     answer: Answer | None = None
+
+
+def benign_control(problem: Problem, name: str) -> TokenDataset:
+    """Benign exchanges as many as the calibration set has, for what ``name`` says.
+
+    Raises:
+      UserError: for a study without them.
+    """
+    found = problem.calibration_controls.get("benign")
+    if found is None:
+        raise UserError(
+            f"{name}: expected calibration_controls['benign'] in the study, got none"
+        )
+    return found
 
 
 def task_loss(

@@ -19,7 +19,7 @@ Symbols: θ adapter, θ₀ the aligned model, B rows of a batch, r ``safe_rows``
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,14 @@ from sbr_jax.data import TokenDataset, concatenate
 from sbr_jax.methods._reference import cache_reference, require_own, tied_losses
 from sbr_jax.methods._self_answers import with_self_answers
 from sbr_jax.methods._trust import with_trust_region
-from sbr_jax.methods.base import Found, Method, Problem, dropout, joint_replay
+from sbr_jax.methods.base import (
+    Found,
+    Method,
+    Problem,
+    benign_control,
+    dropout,
+    joint_replay,
+)
 from sbr_jax.models import answers
 from sbr_jax.settings import Count, NonNegative, Positive
 from sbr_jax.typing import Batch, PyTree, UserError
@@ -42,12 +49,14 @@ def lean(
     safe_rows: Count = 2,
     kl_weight: NonNegative = 3.0,
     top_tokens: Count = 32,
+    held: Literal["safety", "benign"] = "safety",
     self_answers: Annotated[float, Range(least=0, most=1)] | None = None,
     epsilon: Positive | None = None,
     kl_budget: Positive | None = None,
     refresh_every: Count = 8,
     refresh_subspace: bool = False,
     max_rank: Count = 64,
+    basis: Literal["safety", "random", "shuffled"] = "safety",
     monitored: bool = False,
 ) -> Method:
     """Plain fine-tuning in which a few rows of each batch are held, not learnt.
@@ -56,6 +65,8 @@ def lean(
       safe_rows: r, calibration rows among the rows of a batch; fewer than these.
       kl_weight: γ ≥ 0, of the mean divergence of the held rows.
       top_tokens: k, tokens of the reference kept at a place.
+      held: the rows that are held: ``"safety"`` for the calibration set, ``"benign"``
+        for a control that must not protect.
       self_answers: τ in [0, 1]: training rows of at least this risk get the aligned
         model's own answer; None leaves all answers.
       epsilon: ε, nats of the trust region about the aligned model; None for none, or
@@ -66,6 +77,7 @@ def lean(
       refresh_every: steps from one measurement of it to the next.
       refresh_subspace: renew the trust region's basis and eigenvalues then too.
       max_rank: cap on the columns of the trust region's basis.
+      basis: of the trust region: ``"safety"``, or a control of the same eigenvalues.
       monitored: run CSM.
 
     Returns:
@@ -82,8 +94,14 @@ def lean(
             f"kl_budget={kl_budget:g}: with a budget ε is set while training"
         )
 
+    def own(problem: Problem) -> Problem:
+        if held == "safety":
+            return problem
+        rows = benign_control(problem, f"held={held!r}")
+        return dataclasses.replace(problem, calibration=rows)
+
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        return {"reference": cache_reference(problem, base, top_tokens)}
+        return {"reference": cache_reference(own(problem), base, top_tokens)}
 
     def mix(problem: Problem, domain: TokenDataset, seed: int) -> TokenDataset:
         size = problem.training.batch_size
@@ -92,10 +110,10 @@ def lean(
                 f"safe_rows: expected fewer than the {size} rows of a batch, got "
                 f"{safe_rows}: the others are the task's"
             )
-        return tied_mixture(domain, problem.calibration, safe_rows)
+        return tied_mixture(domain, own(problem).calibration, safe_rows)
 
     def begin_domain(problem, base, state, examples, key):
-        require_own("lean", problem, base, state["reference"])
+        require_own("lean", own(problem), base, state["reference"])
         return examples, {}
 
     def loss(problem, base, adapter, state, batch, key):
@@ -129,6 +147,7 @@ def lean(
             method,
             epsilon=epsilon,
             max_rank=max_rank,
+            basis=basis,
             kl_budget=kl_budget,
             refresh_every=refresh_every,
             refresh_subspace=refresh_subspace,

@@ -43,12 +43,20 @@ def _self_answering(options: Any) -> set[str]:
     return {SAFE} if options.self_answers is None else {SAFE, HARMFUL, BENIGN}
 
 
+def _lean(options: Any) -> set[str]:
+    if options.held == "safety":
+        return _self_answering(options)
+    region = options.epsilon is not None or options.kl_budget is not None
+    answering = set() if options.self_answers is None else {HARMFUL}
+    return {BENIGN, *answering, *([SAFE] if region else [])}
+
+
 _READ: dict[str, set[str] | Callable[[Any], set[str]]] = {
     "plain": set(),
     "safeanchor": _safeanchor,
     "safeanchor-exact": _safeanchor,
     "unified": _unified,
-    "lean": _self_answering,
+    "lean": _lean,
     "lazy": _self_answering,
     "sbr": {HARMFUL},
     "adaptive-judge": {JUDGE},

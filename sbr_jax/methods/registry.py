@@ -66,6 +66,9 @@ SELECTIVE = {"calibration_tokens": 4, "contrast": 0.1, "normalisation": "kind"}
 PROJECTION = {"kl_weight": 0.0, "monitored": False}
 """The projection alone."""
 
+TRUST = {"epsilon": 3e-5, "kl_weight": 0.0}
+"""The trust region alone."""
+
 
 def _brief(method: str, **changes: Any) -> tuple[str, Mapping[str, Any]]:
     """A variant that reports no spectrum of the random control."""
@@ -120,7 +123,12 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "unified:judge": _brief("unified", risk="judge"),
     "der:plus-plus": ("der", {"label_weight": 0.5}),
     "lean:self-answers": ("lean", {"self_answers": 0.5}),
+    "lean:benign": ("lean", {"held": "benign"}),  # A control.
     "lean:trust-region": ("lean", {"epsilon": 3e-5}),
+    # The trust region alone, and two controls of it with the same eigenvalues.
+    "lean:trust-region-only": ("lean", TRUST),
+    "lean:trust-region-random": ("lean", {**TRUST, "basis": "random"}),
+    "lean:trust-region-shuffled": ("lean", {**TRUST, "basis": "shuffled"}),
     "lean:kl-budget": ("lean", {"kl_budget": 0.01}),
     "lean:kl-budget-refreshed": ("lean", {"kl_budget": 0.01, "refresh_subspace": True}),
     "lazy:self-answers": ("lazy", {"self_answers": 0.5}),

@@ -151,6 +151,26 @@ def test_the_objective_is_the_tasks_mean_and_the_held_rows_mean(k):
     np.testing.assert_allclose(vector(grads), vector(plain), atol=1e-5)
 
 
+def test_the_control_holds_benign_rows_and_no_safe_one():
+    rows = tiny.dataset(11, 24, shift=4)
+    problem = tiny.changed(PROBLEM)
+    problem = dataclasses.replace(problem, calibration_controls={"benign": rows})
+    method = lean(safe_rows=3, held="benign")
+    mixed = method.mix(problem, TRAIN, 0)
+    drawn = batch(mixed, 8, 0, 0)
+    held = drawn["tied"] >= 0
+    np.testing.assert_array_equal(
+        drawn["tokens"][held], rows.tokens[drawn["tied"][held]]
+    )
+    state = method.init(problem, BASE, FRESH, KEY)
+    assert method.begin_domain(problem, BASE, state, mixed, KEY) == (mixed, {})
+    _, _, parts = method.gradient(problem, BASE, MOVED, state, drawn, KEY)
+    twin = slow_held(MOVED, drawn, 32)[held].mean()
+    np.testing.assert_allclose(parts["anchor"], twin, rtol=1e-4)
+    with pytest.raises(UserError, match=r"held='benign': expected .*\['benign'\]"):
+        method.mix(dataclasses.replace(problem, calibration_controls={}), TRAIN, 0)
+
+
 def test_microbatches_share_one_objective_wherever_the_held_rows_lie():
     method, state, hook = started(safe_rows=3)
     rows = drawn(method)

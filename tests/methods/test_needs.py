@@ -78,4 +78,5 @@ def test_options_change_what_is_read():
     assert found["unified"] - found["unified:no-risk"] == {"benign"}
     assert found["unified:judge"] - found["unified"] == {"judge"}
     assert "benign" in needs_of("safeanchor-exact:benign")
+    assert needs_of("lean:benign") == {"benign"}
     assert needs_of("safeanchor-exact:csm-only") == frozenset()

@@ -88,6 +88,22 @@ def test_a_repair_stays_inside_as_well(bounded):
     assert dense_divergence(state["subspace"], moved) <= 0.05 * (1 + 1e-3)
 
 
+def test_controls_of_a_region_have_its_eigenvalues_about_other_directions(bounded):
+    safety = bounded[3][1]["subspace"]
+    adapter = init_adapter(STUDY, SETTINGS, 0)
+    for basis in ("random", "shuffled"):
+        options = {"epsilon": 0.05, "max_rank": 6, "basis": basis}
+        made = tiny.program("lean", SETTINGS, STUDY, **options)
+        control = made.method.init(made.problem, BASE, adapter, KEY)["subspace"]
+        for name, values in safety.eigenvalues.items():
+            np.testing.assert_array_equal(control.eigenvalues[name], values)
+            one, other = control.basis[name], safety.basis[name]
+            used = np.asarray(values) > 0
+            square = np.asarray(jnp.einsum("lpk,lpk->lk", one, one))
+            np.testing.assert_allclose(square[used], 1.0, atol=1e-5)
+            assert np.abs(np.asarray(one - other)).max() > 1e-2
+
+
 def test_a_large_budget_is_no_trust_region(bounded):
     free, none = walked(1e9)[2], walked(None)[2]
     np.testing.assert_allclose(free, none, atol=1e-6)
