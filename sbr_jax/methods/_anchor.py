@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from sbr_jax import _mesh
-from sbr_jax.methods._compose import with_cost, with_pull, with_state
-from sbr_jax.methods.base import Method, Problem, device_dataset, draw_rows, task_loss
+from sbr_jax.methods._compose import with_cost, with_pull
+from sbr_jax.methods.base import Method, Problem, device_dataset, draw_rows
 from sbr_jax.models import answers
 from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
 
@@ -35,9 +35,11 @@ def with_kl_anchor(
     reference: str,
     direction: str,
     batch_size: int | None,
-    projecting: bool,
 ) -> Method:
     """Adds γ L_KL to every step of a method, but not to its repairs.
+
+    **Guarantee**: that of :func:`with_pull`: the method's own gradient stays as it is,
+    and no projection of it touches the anchor's.
 
     Args:
       method: any defence.
@@ -46,8 +48,6 @@ def with_kl_anchor(
         ``"aligned"``, the one before all.
       direction: of the divergence.
       batch_size: safety examples of a step; None for half the task batch.
-      projecting: whether the method keeps the anchor's gradient from its projection;
-        else one gradient is taken of the whole objective.
 
     Returns:
       The method. It reports ``anchor``, L_KL.
@@ -60,27 +60,12 @@ def with_kl_anchor(
         safe = safe_batch(problem, state, batch, key, batch_size)
         return anchor_loss(problem.apply_fn, base, adapter, safe, direction)
 
-    def joint_gradient(problem, base, adapter, state, batch, key):
-        def joint(a):
-            task = task_loss(problem, base, a, batch, key)
-            kl = anchor(problem, base, a, state["anchor"], batch, key)
-            return task + weight * kl, (task, kl)
-
-        (_, (task, kl)), grads = jax.value_and_grad(joint, has_aux=True)(adapter)
-        return grads, {}, {"loss": task, "anchor": kl}
-
     def end_domain(problem, base, adapter, state, key):
         adapter, state = method.end_domain(problem, base, adapter, state, key)
         held = reference_states(problem, base, adapter, state["anchor"])
         return adapter, {**state, "anchor": {**state["anchor"], "reference": held}}
 
-    if projecting:
-        anchored = with_pull(
-            method, "anchor", init, anchor, weight=weight, repairs=False
-        )
-    else:
-        anchored = with_state(method, "anchor", init)
-        anchored = dataclasses.replace(anchored, gradient=joint_gradient)
+    anchored = with_pull(method, "anchor", init, anchor, weight=weight, repairs=False)
     if reference == "previous":
         anchored = dataclasses.replace(anchored, end_domain=end_domain)
     return with_cost(anchored, backward=0.5)

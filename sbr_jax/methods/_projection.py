@@ -30,7 +30,7 @@ from sbr_jax.subspace import (
 )
 from sbr_jax.transforms import update_projection
 from sbr_jax.transforms.shares import adamw_gradient_projection
-from sbr_jax.typing import PyTree
+from sbr_jax.typing import PyTree, UserError
 
 INERT = 0.95
 """α above which a layer's projection counts as doing nothing."""
@@ -55,7 +55,7 @@ def with_projection(
     """Projects a method's steps off the subspaces that ``ssi`` identifies.
 
     Args:
-      method: any defence with the neutral optimizer and without a state of its own.
+      method: any defence whose ``init``, ``optimizer`` and ``end_domain`` are neutral.
       ssi: how subspaces are found, merged and relaxed.
       projection: ``"gradient"`` before AdamW, ``"update"`` after it, or ``"metric"``
         after it in Adam's own metric.
@@ -69,7 +69,17 @@ def with_projection(
     Returns:
       The method. Its ``init`` warns with :class:`InertProjectionWarning` where α is
       above 0.95 in every layer, or on average in those of one kind of projection.
+
+    Raises:
+      UserError: for a method with one of these hooks of its own, which would be lost.
     """
+    neutral = Method(method.name)
+    for hook in ("init", "optimizer", "end_domain", "refresh", "outline"):
+        if getattr(method, hook) is not getattr(neutral, hook):
+            raise UserError(
+                f"with_projection: expected a method without its own {hook}, got "
+                f"{method.name}: project first, then add to it what has one"
+            )
     # A copy apart from the active one is needed only where the two differ.
     apart = ssi.basis in ("random", "shuffled") or refresh_every is not None
 

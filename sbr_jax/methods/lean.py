@@ -5,13 +5,15 @@ held; the others are the task's:
 
     L = mean over the others of NLL + (γ / r) Σ over the r of KL_k(p_θ₀ ‖ p_θ)
 
-Both are read off one forward and one backward pass of B rows, so a step costs what a
-plain one does: the reference is cached once, as top tokens
-(:mod:`sbr_jax.methods._reference`). What differs from interleaving (arXiv:2604.17691)
-is that safe rows are held where the aligned model has them, not learnt as texts, and
-that their weight does not hang on their share.
+Both are read off one forward and one backward pass of B rows, and the reference is
+cached once, as top tokens (:mod:`sbr_jax.methods._reference`). Beside a plain step it
+costs the divergence at the held places, and more where held rows are longer than the
+task's. What differs from interleaving (arXiv:2604.17691) is that safe rows are held
+where the aligned model has them, not learnt as texts, and that their weight does not
+hang on their share.
 
-γ = 1, r = 2, k = 32 and τ = 0.5 were set when it was written. ε = 3·10⁻⁵ of the variant
+γ = 3 was chosen on the validation split; r = 2, k = 32 and τ = 0.5 were set when it was
+written. ε = 3·10⁻⁵ of the variant
 is a sixth of what q reaches without it, on the validation split.
 
 Symbols: θ adapter, θ₀ the aligned model, B rows of a batch, r ``safe_rows``, γ
@@ -86,12 +88,24 @@ def lean(
       another model or calibration set.
 
     Raises:
-      UserError: for both an ε and a budget.
+      UserError: for both an ε and a budget, or an option of a trust region that is not
+        there.
     """
     if epsilon is not None and kl_budget is not None:
         raise UserError(
             f"lean: expected epsilon or kl_budget, got epsilon={epsilon:g} and "
             f"kl_budget={kl_budget:g}: with a budget ε is set while training"
+        )
+
+    if basis != "safety" and epsilon is None and kl_budget is None:
+        raise UserError(
+            f"lean: expected epsilon or kl_budget beside basis={basis!r}, got neither: "
+            "there is no trust region that it could be of"
+        )
+    if refresh_subspace and kl_budget is None:
+        raise UserError(
+            "lean: expected kl_budget beside refresh_subspace=True, got None: a region "
+            "with a fixed ε keeps its subspace"
         )
 
     def own(problem: Problem) -> Problem:

@@ -24,16 +24,19 @@ with replacement; one adapter continues through all domains.
 """
 
 import dataclasses
+import inspect
 from typing import Annotated, Any, Literal
 
 import jax
 
+from sbr_jax import errors
 from sbr_jax.checks import Range, checked
 from sbr_jax.methods._anchor import with_kl_anchor
 from sbr_jax.methods._projection import with_projection
 from sbr_jax.methods._ssi import Ssi
 from sbr_jax.methods.base import Method, task_gradient, task_loss
 from sbr_jax.settings import Count, NonNegative, Positive
+from sbr_jax.typing import UserError
 
 OURS: dict[str, Any] = {
     "projection": "update",
@@ -121,9 +124,18 @@ def safeanchor(
     Returns:
       The method. Its ``init`` warns with :class:`InertProjectionWarning` when α is
       above 0.95 in every layer, or on average in those of one kind of projection.
+
+    Raises:
+      UserError: for a control, or a bypass, of a projection that is not there.
     """
-    method, projecting = Method("safeanchor", monitored), projection != "none"
-    if projecting:
+    method = Method("safeanchor", monitored)
+    if projection == "none" and (basis != "safety" or replay_bypass):
+        unused = f"basis={basis!r}" if basis != "safety" else "replay_bypass=True"
+        raise UserError(
+            f"{unused}: expected a projection that it is about, got projection='none': "
+            "leave it out, or choose a projection"
+        )
+    if projection != "none":
         ssi = Ssi(
             energy=energy,
             max_rank=max_rank,
@@ -157,22 +169,30 @@ def safeanchor(
             reference=kl_reference,
             direction=kl_direction,
             batch_size=kl_batch_size,
-            projecting=projecting,
         )
     return method
 
 
-def safeanchor_exact(**options: Any) -> Method:
-    """SafeAnchor with the guarantee: our recipe.
+OPTIONS = tuple(inspect.signature(safeanchor).parameters)
+"""Names of its options."""
 
-    **Guarantee.** Where α = 0, the applied step of the task is orthogonal to the
-    safety subspace, with AdamW's scaling, momentum and weight decay included.
+
+def safeanchor_exact(**options: Any) -> Method:
+    """SafeAnchor that projects the step it applies: our recipe.
+
+    **Guarantee.** Where α = 0, as with ``relax=False``, the applied step of the task is
+    orthogonal to the safety subspace, with AdamW's scaling, momentum and weight decay
+    included. With the default's α above 0 a part of it lies inside.
 
     Args:
       **options: of :func:`safeanchor`; the defaults that differ are
         ``projection="update"``, ``weighting="eigenvalue"``, ``normalisation="mean"``,
         ``kl_reference="aligned"`` and ``energy=0.8``.
+
+    Raises:
+      UserError: for an unknown option, with the nearest names.
     """
+    errors.check_names("option of safeanchor-exact", options, OPTIONS)
     made = safeanchor(**{**OURS, **options})
     return dataclasses.replace(made, name="safeanchor-exact")
 

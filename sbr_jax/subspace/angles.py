@@ -108,7 +108,8 @@ def _shared(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
 def discarded_energy(old: Subspace, new: Subspace) -> PyTree:
     """Share of the old subspace that the new one no longer covers.
 
-    ``‖(I − Π_new) V_old‖_F² / k_old``.
+    ``‖(I − Π_new) V_old‖_F² / k_old``: of its directions, each counted alike, whatever
+    their eigenvalues.
 
     Args:
         old: the subspace before a merge.

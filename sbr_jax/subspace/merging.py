@@ -36,7 +36,9 @@ def merge(
       trace is that of **b**, the new one.
 
     Both keep one column more than the cumulative fractions strictly below ρ. Where
-    there is nothing to keep the rank is 0 (the published code keeps 1 column).
+    there is nothing to keep the rank is 0 (the published code keeps 1 column). Traces
+    count what a and b themselves had dropped, which no merge has: by eigenvalue more
+    columns are kept than ρ of what both hold asks for, at last all.
 
     **Guarantee**: with eigenvalue weights, ``energy=1`` and enough columns, the result
     is the eigendecomposition of ``F_a + F_b`` to float32 rounding. With uniform

@@ -74,8 +74,9 @@ def multi_steps(
     ``optax.MultiSteps`` averages g over k micro-steps and hands on all other arguments
     as the last micro-step gave them, so of the k bypasses one would count, for all.
 
-    **Guarantee**: the k-th ``update`` is that of ``inner`` with the means of g and of
-    b; a micro-step without a bypass counts as one of zeros. The others return zeros.
+    **Guarantee**: the k-th ``update`` is that of ``inner`` with the means of g and of b
+    (the sums with ``use_grad_mean=False``); a micro-step without a bypass counts as one
+    of zeros. The others return zeros. A ``should_skip_update_fn`` is asked about g + b.
 
     Args:
         inner: an optimizer whose ``update`` takes ``bypass``.
@@ -118,6 +119,14 @@ def multi_steps(
         step, state = _update(wrapped, task, state, own, passed, extra)
         return {"task": step, "bypass": optax.tree.zeros_like(passed)}, state
 
+    skip = options.get("should_skip_update_fn")
+    if skip is not None:
+
+        def skip_sum(pair: PyTree, step: jax.Array, params: PyTree) -> Any:
+            total = jax.tree.map(jnp.add, pair["task"], pair["bypass"])
+            return skip(total, step, None if params is None else params["task"])
+
+        options["should_skip_update_fn"] = skip_sum
     both = optax.MultiSteps(
         optax.GradientTransformationExtraArgs(init_both, update_both),
         every_k_schedule,

@@ -83,8 +83,8 @@ class UpdateProjectionState(NamedTuple):
 
     ``together`` is the second moment of g + b, ``apart`` that of both parts by
     themselves, g² + b². They are mixed when they are used, so that a new α, or a new
-    subspace, counts at once. ``inside`` is the share ``‖Π u‖ / ‖u‖`` of the last step
-    without what was let past, where it is kept.
+    subspace, counts at once. ``task_share`` is the share ``‖Π u‖ / ‖u‖`` of the last
+    step without what was let past, where it is kept.
     """
 
     count: jax.Array
@@ -93,7 +93,7 @@ class UpdateProjectionState(NamedTuple):
     together: PyTree
     apart: PyTree
     projection: RelaxedState
-    inside: jax.Array | None = None
+    task_share: jax.Array | None = None
 
 
 def update_projection(
@@ -129,17 +129,18 @@ def update_projection(
     a v below (1 − α) 1e-6 of its unit's mean counts as that: what has hardly a
     gradient is not sent far to make up for the rest.
 
-    **Guarantee**: with α = 0, ``‖Uᵀ(step − inside)‖ ≤ 1e-7 ‖step‖`` for float32
+    **Guarantee**: with α = 0, ``‖Uᵀ(step − past)‖ ≤ 1e-7 ‖step‖`` for float32
     parameters, momentum and weight decay included, also right after
     `replace_subspace` (of the update: adding it to θ rounds; and unless the subspace
-    fills its unit). ``inside`` is what is let past: ``−η κ Π m̂_b`` in Adam's metric,
-    ``−η C m̂_b`` in the Euclidean. What is projected is no longer than it was, and
-    before that no coordinate of either part exceeds Adam's own bound, η for a steady
-    gradient, however much g and b cancel, also right after α or the subspace changed.
-    Where nothing is projected it is AdamW of ``g + b`` (but for the last digits of two
+    fills its unit). ``past`` is what is let past: ``−η κ Π m̂_b`` in Adam's metric,
+    ``−η C m̂_b`` in the Euclidean. Projection never lengthens a step, and before it no
+    coordinate of either part exceeds Adam's own bound, η for a steady gradient, however
+    much g and b cancel, also right after α or the subspace changed. Where nothing is
+    projected it is AdamW of the clipped ``g + b`` (but for the last digits of two
     moments that cancel); in the Euclidean metric and without a bypass it is
     ``chain(clip_by_global_norm, adamw, relaxed(project_onto_complement))``; both to
-    float32 rounding. Moments are float32 whatever the parameters' dtype.
+    float32 rounding. Moments, four arrays to AdamW's two, are float32 whatever the
+    parameters' dtype.
 
     Args:
         subspace: what to stay out of; copied into the state.
@@ -151,7 +152,7 @@ def update_projection(
         b2: decay of the second moment.
         eps: Adam's ε.
         weight_decay: ω, decoupled.
-        task_share: keep in the state, as ``inside``, what share of the step without
+        task_share: keep in the state, under this name, what share of the step without
             what is let past lies in the subspace: one more product with its basis.
 
     Returns:
@@ -200,8 +201,8 @@ def update_projection(
         inner: Any = projection.init(params)
         count = jnp.zeros([], jnp.int32)
         moments = (zeros(), zeros(), zeros(), zeros())
-        inside = jnp.float32(0.0) if task_share else None
-        return UpdateProjectionState(count, *moments, inner, inside)
+        share = jnp.float32(0.0) if task_share else None
+        return UpdateProjectionState(count, *moments, inner, share)
 
     def update(
         updates: PyTree,
@@ -263,9 +264,9 @@ def update_projection(
         )
         found: tuple[Any, Any] = projection.update(step, state.projection, **extra)
         step, inner = found
-        inside = None
+        share = None
         if task_share:
-            inside = share_inside(step, find_subspaces(inner)[0])
+            share = share_inside(step, find_subspaces(inner)[0])
         past = jax.tree.map(adam, passed, scale)
         if metric == "adam":
             past = _inside(passed, past, state.projection)
@@ -273,7 +274,7 @@ def update_projection(
             lambda s, x, u: (s - rate * x).astype(u.dtype), step, past, updates
         )
         moments = (task, passed, together, apart)
-        return step, UpdateProjectionState(count, *moments, inner, inside)
+        return step, UpdateProjectionState(count, *moments, inner, share)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

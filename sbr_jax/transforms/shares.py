@@ -36,7 +36,7 @@ class TaskShareState(NamedTuple):
 
     inner_state: Any
     bypass: PyTree
-    inside: jax.Array
+    task_share: jax.Array
 
 
 def adamw_gradient_projection(
@@ -138,7 +138,7 @@ def read_task_share(opt_state: PyTree) -> jax.Array | None:
         opt_state: state of any optimizer, however nested.
     """
     found = _find(opt_state, UpdateProjectionState, TaskShareState)
-    kept = [state.inside for state in found if state.inside is not None]
+    kept = [state.task_share for state in found if state.task_share is not None]
     return kept[0] if kept else None
 
 

@@ -112,6 +112,26 @@ def test_it_traces_once_initialises_abstractly_and_takes_a_new_subspace():
     assert jax.tree.structure(shapes) == jax.tree.structure(state)
 
 
+def test_sums_where_they_are_asked_for():
+    tx = multi_steps(add_bypass(), 2, use_grad_mean=False)
+    steps, _ = run(tx, GRADS[:2], BYPASSES[:2])
+    want = jax.tree.map(lambda *x: sum(x), *GRADS[:2], *BYPASSES[:2])
+    close(steps[1], want)
+
+
+def test_whether_to_skip_is_asked_about_the_sum_of_both():
+    """A gradient that the bypass takes back is not large; one that it spoils is."""
+    large = functools.partial(optax.skip_large_updates, max_squared_norm=1.0)
+    tx = multi_steps(add_bypass(), 1, should_skip_update_fn=large)
+    back = jax.tree.map(lambda g: 0.01 - g, GRADS[0])
+    (step,), _ = run(tx, GRADS[:1], [back])
+    close(step, jax.tree.map(lambda g: jnp.full_like(g, 0.01), GRADS[0]))
+    finite = multi_steps(add_bypass(), 1, should_skip_update_fn=optax.skip_not_finite)
+    spoilt = jax.tree.map(lambda g: g * jnp.nan, GRADS[0])
+    (step,), _ = run(finite, GRADS[:1], [spoilt])
+    assert not any(x.any() for x in jax.tree.leaves(step))
+
+
 def test_masked_and_chained_it_is_still_the_mean():
     mask = {"v": True, "w": False}
     inner = multi_steps(add_bypass(), 2)

@@ -12,10 +12,14 @@ from methods_case import SETTINGS, STUDY, learned, program, without_diagnostics
 from trees import vector
 
 from sbr_jax.data.batches import TokenDataset, batch
-from sbr_jax.methods import InertProjectionWarning, build
-from sbr_jax.methods._anchor import anchor_loss
+from sbr_jax.methods import Hyperparameters, InertProjectionWarning, build
+from sbr_jax.methods._anchor import anchor_loss, with_kl_anchor
+from sbr_jax.methods._projection import with_projection
+from sbr_jax.methods._ssi import Ssi
+from sbr_jax.methods.base import Method
 from sbr_jax.models import answers
 from sbr_jax.training.program import init_adapter
+from sbr_jax.typing import UserError
 
 
 @pytest.mark.thorough
@@ -72,6 +76,39 @@ def test_anchor_is_zero_with_zero_gradient_at_the_reference_and_positive_after()
     loss, grads = value(moved)
     assert float(loss) > 1e-3
     assert float(optax.tree.norm(grads)) > 1e-3
+
+
+def test_a_projection_drops_no_hook_in_silence():
+    ssi = Ssi.of(Hyperparameters().safeanchor_exact)
+    options = {"projection": "update", "update_subspace": True, "refresh_every": None}
+    for name in ("sbr", "ewc", "safegrad"):
+        with pytest.raises(UserError, match=f"without its own .*, got {name}"):
+            with_projection(build(name), ssi, control_spectrum=False, **options)
+
+
+def test_an_anchor_keeps_the_gradient_of_what_it_holds():
+    """Of a method that mixes or weighs, too: nothing is replaced."""
+    bare = Method(
+        "still",
+        gradient=lambda problem, base, adapter, *rest: (
+            jax.tree.map(jnp.ones_like, adapter),
+            {"own": 1},
+            {"loss": jnp.float32(0)},
+        ),
+    )
+    held = with_kl_anchor(
+        bare, weight=0.1, reference="aligned", direction="forward", batch_size=2
+    )
+    problem = program("safeanchor").problem
+    base, adapter = STUDY.model.params, init_adapter(STUDY, SETTINGS, 0)
+    key = jax.random.key(0)
+    state = held.init(problem, base, adapter, key)
+    drawn = batch(STUDY.domains["medical"].train, 8, 0, 0)
+    grads, extra, metrics = held.gradient(problem, base, adapter, state, drawn, key)
+    # At its reference the anchor pulls with nothing.
+    np.testing.assert_allclose(vector(grads), 1.0, atol=1e-5)
+    assert extra == {"own": 1}
+    assert set(metrics) == {"loss", "anchor"}
 
 
 def confident_study():
