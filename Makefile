@@ -71,7 +71,7 @@ FROM_HUB = $(if $(DATA),,--domains medical code --study.benchmarks advbench jail
 
 smollm2: ## a real chat model fetched, taught to refuse and fine-tuned: DATA=FOLDER
 	@$(MAKE) --no-print-directory EXTRAS="$(EXTRAS),gguf$(if $(DATA),,$(COMMA)eval)" venv
-	@echo "==> making a chat model in $(SMOLLM2)-model, then running the preset 'smollm2' into $(SMOLLM2) (35 to 40 minutes on two idle cores; what is finished is kept)"
+	@echo "==> making a chat model in $(SMOLLM2)-model, then running the preset 'smollm2' into $(SMOLLM2) (about half an hour on two cores; what is finished is kept)"
 	@$(BIN)/python -m experiments.smollm2 --output "$(SMOLLM2)-model" $(FROM_DATA)
 	@$(BIN)/python -m experiments.run smollm2 --workdir "$(SMOLLM2)" --model "$(SMOLLM2)-model/aligned" --seed 0 --methods plain lean safegrad --study.limit 24 --study.held-out 30 $(FROM_DATA) $(FROM_HUB)
 	@$(BIN)/python -m experiments.report "$(SMOLLM2)"

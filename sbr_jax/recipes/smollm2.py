@@ -14,8 +14,8 @@ rows and one seed, with 24 prompts and 30 questions, and writes the report.
 Without --data the sets come from the hub, which has no LegalBench nor HarmBench: name
 `--domains medical code --study.benchmarks advbench jailbreakbench xstest`.
 
-Cost: by arithmetic, 35 minutes for what make does on two idle cores; not measured as a
-whole. Expected: docs/claims.md, "On a real chat model".
+Cost: 28 minutes for what make does on two cores, fetching included; then some 5 for a
+row and seed. Expected: docs/claims.md, "On a real chat model".
 """
 
 from sbr_jax.recipes.preset import Preset
