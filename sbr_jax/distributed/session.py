@@ -208,6 +208,17 @@ class Session:
             with contextlib.suppress(OSError):
                 self.made.rmdir()
 
+    def _gone(self, seconds: float) -> Exception | None:
+        """How another process ended, if one does within so many seconds.
+
+        A collective may fail before the link's thread has heard of it.
+        """
+        deadline = time.monotonic() + seconds
+        for link in self.links:
+            if link.closed.wait(max(deadline - time.monotonic(), 0)):
+                return link.over
+        return None
+
     def _tell(self, code: int, line: str = "") -> None:
         for link in self.links:
             if link.over is None:
@@ -229,9 +240,10 @@ class Session:
                 error = late = found
         self._left.set()
         code = code_of(error)
-        lost = next((x.over for x in self.links if isinstance(x.over, Lost)), None)
-        if code == EXIT_DEFECT and lost is not None:  # What it waited for has gone.
-            code, late = EXIT_LOST, lost
+        if code == EXIT_DEFECT:
+            gone = self._gone(GRACE)
+            if code_of(gone) not in (0, EXIT_DEFECT):  # What it waited for has gone.
+                code, late = code_of(gone), gone
         said = str(error).split("\n")[0] or type(error).__name__
         self._tell(code, "" if error is None else said)
         deadline = time.monotonic() + 2 * GRACE

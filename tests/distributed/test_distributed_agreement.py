@@ -212,6 +212,36 @@ def test_the_error_of_one_ends_all_and_is_said_once(sessions, where):
     assert "no such file" in said[0]
 
 
+@pytest.mark.parametrize(("told", "code"), [(None, 134), (143, 143), (1, 1)])
+def test_what_fails_because_another_went_is_no_defect_of_its_own(sessions, told, code):
+    """Also where the failure is noticed before the other's end is."""
+
+    def go():
+        time.sleep(0.3)
+        if told is not None:
+            sessions[1]._tell(told)
+        sessions[1]._left.set()
+        sessions[1].links[0].close()
+
+    def fail():
+        error = RuntimeError("a collective was cut off")
+        try:
+            sessions[0].leave(error)
+        except (Lost, Ended) as found:
+            return found
+        return error
+
+    def wait():
+        try:
+            sessions[2].barrier("a place")
+        except Ended as found:
+            sessions[2].leave(found)
+
+    _, found, _ = together(go, fail, wait)
+    assert code_of(found) == code
+    assert ("process 1" in str(found)) == (told is None)
+
+
 def test_a_process_that_stands_still_ends_itself_with_its_stack(
     sessions, monkeypatch, capfd
 ):

@@ -198,8 +198,8 @@ def test_twenty_kills_of_either_process_change_no_byte(whole, tmp_path):
     rng, kills, folders = random.Random(0), 0, 0
     slow = {"SBR_JAX_PAUSE": "0.3"}
     while kills < 20:
-        folder, codes = tmp_path / str(folders), []
-        while codes != [0, 0]:
+        folder, codes = tmp_path / str(folders), None
+        while codes != (0, 0):
             # Starts and compilations are killed as well as steps and evaluations.
             wait, victim = rng.uniform(3, 30), rng.randrange(2)
             with two("--workdir", folder, each=(slow, slow)) as processes:
@@ -210,10 +210,11 @@ def test_twenty_kills_of_either_process_change_no_byte(whole, tmp_path):
                     kills += 1
                     number = rng.choice((signal.SIGKILL, signal.SIGTERM))
                     processes[victim].send_signal(number)
-                codes = [ended(process)[0] for process in processes]
+                codes, said = zip(*map(ended, processes), strict=True)
             # Left alone they finish; a partner that is awaited in vain says so with 2.
-            assert killed or codes == [0, 0], codes
-            assert set(codes) <= {0, 2, 134, 137, 143, -signal.SIGKILL, -signal.SIGTERM}
+            assert killed or codes == (0, 0), said
+            known = {0, 2, 134, 137, 143, -signal.SIGKILL, -signal.SIGTERM}
+            assert set(codes) <= known, said
         assert results(folder) == results(whole[0])
         folders += 1
 
