@@ -24,7 +24,7 @@ from sbr_jax.typing import UserError
 ROOT = Path(__file__).parents[2]
 """The folder that holds this package."""
 ASSETS = "sbr_jax/testbed/assets"
-"""Files of the testbed's model; each other edition has a folder beside this one."""
+"""Files of `testbed`'s model; each other edition has a folder beside this one."""
 LENGTH = 10
 TESTBED = "testbed"
 BOOKKEEPING = (
