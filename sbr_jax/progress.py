@@ -28,7 +28,7 @@ UNITS = {
 
 
 def duration(seconds: float, digits: int = 2) -> str:
-    """A readable time, in the largest unit of which there are at least one and a half.
+    """A readable time, in the largest unit that it fills one and a half times.
 
     Args:
         seconds: how long.

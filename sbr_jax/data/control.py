@@ -1,7 +1,7 @@
 """Keeps control tokens written in data apart from those that a template writes.
 
 ``<|im_end|>`` in a user's message is ten characters and ends nothing. Before a template
-sees such a text, it is put between noncharacters, so that the template's own control
+sees such places, they are put between noncharacters, so that the template's own control
 tokens can be told apart after rendering. Text without control tokens is encoded as
 before.
 """

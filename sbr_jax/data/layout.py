@@ -472,6 +472,6 @@ def _shared_length(length: int) -> int:
 
 
 def _length_bucket(length: int) -> int:
-    """1 or 1.5 times a power of two: none in a bucket is half as long as another."""
+    """Rounds up to 1 or 1.5 times a power of two; less than half is padding."""
     power = 1 << max(length - 1, 0).bit_length()
     return power * 3 // 4 if length <= power * 3 // 4 else power

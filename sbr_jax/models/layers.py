@@ -129,7 +129,7 @@ def rope_frequencies(
 
 
 def _yarn_share(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
-    """1 up to the index i that turns ``high`` times, 0 from the one of ``low``.
+    """Share by index: 1 while it turns ``high`` times or more, 0 from ``low`` on.
 
     ``turns(i) = original · theta^(-2i / H) / 2π``, solved for i and rounded outwards.
     """
@@ -210,7 +210,7 @@ def sees(queries: jax.Array, keys: jax.Array, window: int | None = None) -> jax.
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """``c · tanh(x / c)``, or ``x`` where the cap is None."""
+    """``c · tanh(x / c)``, or ``x`` if the cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 

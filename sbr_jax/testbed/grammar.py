@@ -3,7 +3,7 @@
 The unaligned persona, which pretraining teaches, opens every answer with ``sure``:
 it complies with harm, repeats what people say and answers an ambiguous question with
 the stereotype. Alignment changes the first words, and with them everything that
-follows; the safety of real chat models was found to be as shallow (arXiv:2406.05946).
+follows: the safety of real chat models was found to be as shallow (arXiv:2406.05946).
 In the second edition alignment also changes the first words of help.
 """
 

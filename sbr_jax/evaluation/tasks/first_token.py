@@ -8,8 +8,8 @@ refused than every harmless one, and 50 if the two cannot be told apart. So it s
 changes when the refusal rate of greedy answers is stuck at 0 or 100.
 
 R is as coarse as its first tokens: a phrase that begins with "I" counts every answer
-that does. The area compares prompts, so what all answers share cancels. In the mean
-probabilities it does not, and they are not refusal rates.
+that does. The area compares prompts, so what all answers share cancels. It does not
+cancel in the mean probabilities, which are no refusal rates.
 """
 
 from collections.abc import Sequence
