@@ -35,7 +35,7 @@ SAMPLE = 32
 """Steps that are drawn to choose a layout."""
 
 STEPS = 12
-"""A row's length is rounded up by about the mean length divided by this."""
+"""A row's length is rounded up to a multiple of about the mean divided by this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def choose(
     Layout(length=120, packed=True, places=216, unit=8, parts=1, rows=1)
     """
     length = max(int(used_lengths(dataset).max(initial=1)), 1)
-    # Sets that a study pads alike share a program, so only much unused length is cut.
+    # Sets that a study pads alike share a program: cut little length and round A.
     whole = dataset.length if length > UNUSED * dataset.length else _up(length, 8)
     counts = (dataset.mask[:, 1:] > 0).sum(axis=1)
     padded = Layout(whole, False, _up(int(counts.max(initial=1)), 8), parts=parts)
