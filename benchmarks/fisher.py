@@ -1,13 +1,13 @@
 """Per-example gradients and a Fisher pass: ``python -m benchmarks.fisher``.
 
-A residual network of linear layers with LoRA, on which PyTorch computes the same. A
-Fisher pass is set beside the least that any estimate from per-example gradients has to
-do (their squared norms), and beside as many plain gradient steps, batched alike;
-per-example gradients beside a loop of ``jax.grad`` and ``torch.func.vmap(grad)``.
-These networks are so small that the eigenvectors weigh as much as the gradients; in a
-language model, measured last, they hardly do.
+The model is a residual network of linear layers with LoRA, which PyTorch computes too.
+A Fisher pass is compared with the least that any estimate from per-example gradients
+must do (their squared norms), and with as many plain gradient steps, batched alike.
+Per-example gradients are compared with a loop of ``jax.grad`` and with
+``torch.func.vmap(grad)``. In these small networks the eigenvectors cost as much as the
+gradients; in a language model, measured last, they hardly matter.
 
-Memory is what the compiled programs plan, beside what a dense F would weigh.
+Memory is what the compiled programs plan, compared with the size of a dense F.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SIZES = {  # layers, width, LoRA rank, examples, tokens of each
 }
 BATCH, KEPT = 8, 32
 MODEL = dataclasses.replace(study.SMALL, rank=8, calibration=128)
-"""A language model and its calibration set, of full rows of 128 tokens."""
+"""A language model, and its calibration set of full rows of 128 tokens."""
 
 
 def loss_fn(params: dict, example: jax.Array, frozen: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ one = jax.jit(jax.grad(loss_fn))
 
 @jax.jit
 def mean(params: dict, batch: jax.Array, frozen: jax.Array) -> Any:
-    """The gradient of a batch, as a plain step takes it."""
+    """The mean gradient of a batch, as in a plain step."""
 
     def total(p: dict) -> jax.Array:
         return jnp.mean(jax.vmap(loss_fn, (None, 0, None))(p, batch, frozen))
@@ -125,7 +125,7 @@ def measure_size(
 
 
 def measure_model(report: measure.Pairs, size: study.Size) -> None:
-    """Measures a Fisher pass of a language model beside plain gradients."""
+    """Compares a Fisher pass of a language model with plain gradients."""
     passes = study.Calibration(size, min(KEPT, size.calibration))
     runs = {
         "Fisher subspace": measure.timed(passes.fisher),

@@ -1,8 +1,8 @@
-"""A GCG step beside plain PyTorch: ``python -m benchmarks.gcg``.
+"""Times a GCG step against plain PyTorch: ``python -m benchmarks.gcg``.
 
-One prompt, 20 suffix tokens, k = 256, as many candidates as asked for. The peer does
-what the paper says, every candidate from its first token on. Ours does the same, and
-with the keys and values of what stands before the suffix cached, as an attack runs it.
+One prompt, 20 suffix tokens, k = 256, as many candidates as requested. The peer follows
+the paper: every candidate runs from its first token on. Ours does the same, and also
+runs with the keys and values before the suffix cached, as an attack does.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from benchmarks.pair import add_options, ours_and_peer
 
 
 def main(given: list[str] | None = None) -> None:
-    """Lets all take turns."""
+    """Runs all variants in turn."""
     parser = measure.parser(__doc__)
     add_options(parser)
     parser.add_argument("--candidates", type=int, default=128, help="512 published")

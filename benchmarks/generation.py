@@ -1,8 +1,8 @@
-"""Greedy answers beside transformers: ``python -m benchmarks.generation``.
+"""Times greedy answers against transformers: ``python -m benchmarks.generation``.
 
-32 prompts of lengths like a real domain's, 64 new tokens each, one batch padded on the
-left, keys and values cached; the same random weights, read from one folder. The share
-of equal tokens is printed: rounding decides some of them, and then all that follow.
+32 prompts of lengths like a real domain's, 64 new tokens each, one left-padded batch,
+keys and values cached; the same random weights, read from one folder. The share of
+equal tokens is printed: rounding decides some tokens, and then all that follow.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from benchmarks.pair import add_options, ours_and_peer
 
 
 def main(given: list[str] | None = None) -> None:
-    """Lets both answer in turns."""
+    """Lets both answer in turn."""
     parser = measure.parser(__doc__)
     add_options(parser)
     parser.add_argument("--prompts", type=int, default=32)

@@ -1,8 +1,9 @@
 """A step's time and memory along one size at a time: ``python -m benchmarks.growth``.
 
-Layers, width, tokens of a row, LoRA rank, vocabulary (a plain step), and calibration
-examples (a Fisher pass). Every point is compared with the first of its row; beside the
-size's own ratio, time that grows with it to the power p shows p = log time / log size.
+The sizes are layers, width, tokens of a row, LoRA rank, vocabulary (a plain step), and
+calibration examples (a Fisher pass). Every point is compared with the first of its row.
+If time grows with a size to the power p, p = log time / log size is shown beside the
+size's own ratio.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def size_of(axis: str, value: int, smoke: bool) -> study.Size:
 
 
 def main(given: list[str] | None = None) -> None:
-    """Measures every axis, all its points in turns."""
+    """Measures every axis, all its points in turn."""
     parser = measure.parser(__doc__)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), metavar="NAME")
     args = parser.parse_args(given)

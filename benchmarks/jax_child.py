@@ -23,7 +23,7 @@ def generation(job: dict[str, Any], model: Any) -> Callable[[], Any]:
 
 
 def gcg(job: dict[str, Any], model: Any) -> Callable[[], Any]:
-    """Steps of GCG on one prompt, its beginning cached where the job says so."""
+    """Steps of GCG on one prompt, with its beginning cached if the job says so."""
     import jax
 
     from sbr_jax import attacks, models
@@ -56,7 +56,7 @@ WHAT = {"generation": generation, "gcg": gcg}
 
 
 def functions(job: dict[str, Any]) -> dict[str, Any]:
-    """What this process can be asked for."""
+    """The functions that the parent can ask for."""
     import jax
     import jax.numpy as jnp
 
@@ -64,7 +64,7 @@ def functions(job: dict[str, Any]) -> dict[str, Any]:
 
     config = shapes.Shape(**job["shape"]).ours()
     params = models.init_params(jax.random.key(0), config, jnp.dtype(job["dtype"]))
-    # A random model of the usual scale is sure of nothing: rounding decides.
+    # A random model of the usual scale is unsure of everything: rounding would decide.
     params["embed"] = params["embed"] * jnp.asarray(10, params["embed"].dtype)
     model = models.make_model(config, params)
     call = WHAT[job["what"]](job, model)

@@ -1,4 +1,4 @@
-"""Our side of ``lora_step``: a process that trains plain LoRA and takes its time."""
+"""Our side of ``lora_step``: a process that trains plain LoRA and times it."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ class Ours:
     """The program of ``sbr-jax run --methods plain`` on random weights.
 
     Args:
-      job: of :func:`benchmarks.lora_step.job_of`.
+      job: from :func:`benchmarks.lora_step.job_of`.
     """
 
     def __init__(self, job: dict[str, Any]):
@@ -52,7 +52,7 @@ class Ours:
         self._layout = self._choose()
 
     def _choose(self) -> Any:
-        """What ``layout.choose`` finds, of these batches: it would draw its own."""
+        """Like ``layout.choose``, but for these batches: it would draw its own."""
         from sbr_jax.data import layout
 
         if self._job["layout"] == "packed":
@@ -63,7 +63,7 @@ class Ours:
     def _step(self, batch: dict[str, Any]) -> Any:
         from sbr_jax.data import layout
 
-        # As the trainer does: laid out on the host while the device is busy.
+        # Like the trainer: lay out on the host while the device is busy.
         drawn = {name: batch[name] for name in ("tokens", "mask")}
         (laid,) = layout.arrange([drawn], self._layout)
         self._train, metrics = self._program.step(
@@ -89,7 +89,7 @@ class Ours:
         }
 
     def run(self) -> dict[str, Any]:
-        """A step on every batch."""
+        """Takes a step on every batch."""
 
         def steps():
             losses = [self._step(batch) for batch in self._batches]
@@ -99,7 +99,7 @@ class Ours:
         return {**spent, "losses": [float(x) for x in losses]}
 
     def rate(self, size: int) -> dict[str, Any]:
-        """Operations in a second of a square product."""
+        """Operations a second of a square product."""
         jax = self._jax
         x = jax.random.normal(jax.random.key(1), (size, size), self._dtype)
         product = jax.jit(lambda a, b: a @ b)
@@ -114,12 +114,12 @@ class Ours:
         return {"rate": 2 * size**3 * repeats / best}
 
     def memory(self) -> dict[str, Any]:
-        """Peak bytes: of the device, or of this process where that is the host."""
+        """Peak bytes: of the device, or of this process if that is the host."""
         stats = self._jax.local_devices()[0].memory_stats() or {}
         return {"peak": stats.get("peak_bytes_in_use") or worker.peak_bytes()}
 
     def export(self, folder: str) -> dict[str, Any]:
-        """Writes weights and an adapter whose B is not zero, as peers read them."""
+        """Writes weights and an adapter with nonzero B, in the peers' format."""
         import dataclasses
 
         from sbr_jax import models
@@ -138,7 +138,7 @@ class Ours:
         return {}
 
     def check(self) -> dict[str, Any]:
-        """Loss and norm of the gradient on each batch, no step taken."""
+        """Loss and gradient norm on each batch, without taking a step."""
         import optax
 
         from sbr_jax.data import layout
@@ -164,9 +164,9 @@ class Ours:
 
 
 def _random_params(config: Any, dtype: Any) -> Any:
-    """Weights like ``init_params``, one layer's matrix at a time.
+    """Weights like ``init_params``, drawn one layer's matrix at a time.
 
-    A whole stack's random bits would be the peak of memory, and not the step.
+    Otherwise a whole stack's random bits, not the step, would be the peak of memory.
     """
     import jax
     import jax.numpy as jnp
@@ -195,7 +195,7 @@ def _random_params(config: Any, dtype: Any) -> Any:
 
 
 def functions(job: dict[str, Any]) -> dict[str, Any]:
-    """What this process can be asked for."""
+    """The functions that the parent can ask for."""
     ours = Ours(job)
     names = ("about", "prepare", "run", "rate", "memory", "export", "check")
     return {name: getattr(ours, name) for name in names}

@@ -1,13 +1,13 @@
-"""One LoRA step beside PyTorch and peft: ``python -m benchmarks.lora_step``.
+"""Times one LoRA step against PyTorch and peft: ``python -m benchmarks.lora_step``.
 
-Forward, backward to the adapter, clipping, AdamW. Ours with several examples to a row
-(what ``packing="auto"`` chooses), ours padded to the longest of the set, and the peer
-with its usual collator, on the same examples: lengths like those of three real domains,
-and full rows of answers. Where a device is found it is used, in bfloat16.
+Forward, backward to the adapter, clipping, AdamW. Ours runs with several examples to a
+row (the choice of ``packing="auto"``) and padded to the longest of the set; the peer
+has its usual collator. All use the same examples, with lengths like those of three real
+domains, and full rows of answers. If there is a device it is used, in bfloat16.
 
-First both compute the loss and the gradient's norm on the same weights; then each has a
-process of its own, and they take turns, in both orders. What compiling took stands
-apart. ``of rate`` is what the step's products would have taken at the rate of a square
+First both compute the loss and the gradient's norm on the same weights. Then each has a
+process of its own, and they take turns, in both orders. Compile time is shown apart.
+``of rate`` is the time that the step's products would take at the rate of a square
 product in the same run (on a device: at ``--peak-tflops``); padding counts as no work.
 """
 
@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 
 
 def job_of(args: argparse.Namespace, shape: shapes.Shape, data: Any) -> dict[str, Any]:
-    """What a child is told, without its layout."""
+    """The job for a child, without its layout."""
     return {
         "shape": dataclasses.asdict(shape),
         "dtype": args.dtype,
@@ -62,7 +62,7 @@ def job_of(args: argparse.Namespace, shape: shapes.Shape, data: Any) -> dict[str
 def start(
     run: str, job: Mapping[str, Any], peer: str | None, **more: Any
 ) -> worker.Worker | worker.Inside:
-    """The process of a run; with nothing to compare, a smoke test needs none."""
+    """The process of a run; a smoke test with nothing to compare needs none."""
     if run == PEER:
         assert peer is not None
         return worker.Worker(peer, "lora_torch", {**job, **more})
@@ -89,7 +89,7 @@ def parity(args: argparse.Namespace, shape: shapes.Shape, peer: str) -> str:
     """Both sides' loss and gradient norm on the same weights and examples.
 
     Raises:
-      SystemExit: where they differ by more than 1e-4 of their size.
+      SystemExit: if they differ by more than 1e-4 of their size.
     """
     batches, longest = data_of("prose", args, shape.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +129,7 @@ def measure_domain(
     batches, longest = data_of(name, args, shape.vocab_size)
     runs = [*OURS, PEER] if peer else [*OURS]
     if name == "dense":
-        runs.remove("ours packed")  # There is nothing to pack.
+        runs.remove("ours packed")  # Full rows leave nothing to pack.
     flops = sum(shapes.step_flops(shape, args.rank, b) for b in batches)
     tokens = sum(int(b["length"].sum()) for b in batches)
     with contextlib.ExitStack() as stack:
@@ -194,7 +194,7 @@ def measure_domain(
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
-    """The command line, with what follows from it filled in."""
+    """The command line, with dependent defaults filled in."""
     parser = measure.parser(__doc__)
     parser.add_argument("--preset", choices=sorted(shapes.SHAPES))
     parser.add_argument("--layers", type=int, help="fewer, for a shorter run")
@@ -219,7 +219,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     args.device = args.device or ("gpu" if seen else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "gpu" else "float32")
     args.preset = args.preset or ("smoke" if args.smoke else "smollm2-135m")
-    # Three processes hold the weights of 7b at once, and nothing is recomputed.
+    # Three processes hold the 7b weights at once, and nothing is recomputed.
     usual = 8 if args.preset == "7b" else 16
     args.batch = args.batch or (4 if args.smoke else usual)
     args.batches = args.batches or (2 if args.smoke else 4)
@@ -231,7 +231,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 def main(given: list[str] | None = None) -> None:
-    """Checks that both do the same and measures every domain."""
+    """Checks that both compute the same, and measures every domain."""
     args = arguments(given)
     shape = shapes.SHAPES[args.preset]
     changes = {"layers": args.layers, "vocab_size": args.vocab}
@@ -241,7 +241,7 @@ def main(given: list[str] | None = None) -> None:
     if args.device == "gpu":
         columns = {"MFU" if k == "of rate" else k: v for k, v in columns.items()}
     if peer and not args.no_parity:
-        # A large model's weights are not worth writing to a disk: the code is the same.
+        # A large model's weights are not worth writing to disk: the code is the same.
         large = math.prod((shape.width, shape.mlp_width, shape.layers)) > 1e8
         small = shapes.SHAPES["smollm2-135m"]
         checked = dataclasses.replace(small, layers=4) if large else shape
@@ -249,7 +249,7 @@ def main(given: list[str] | None = None) -> None:
     report = measure.Report("lora_step", columns, args)
     failed = {}
     for name in args.domains:
-        # One that does not fit into memory shall not take the others' hours with it.
+        # A run that does not fit into memory must not waste the others' hours.
         try:
             measure_domain(name, args, shape, peer, report)
         except worker.WorkerError as error:

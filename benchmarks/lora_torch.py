@@ -15,16 +15,16 @@ from benchmarks.measure import PEERS, versions
 class Peer:
     """A LoRA step as a Trainer does it, without the Trainer.
 
-    Eager, scaled-dot-product attention, each batch padded to its longest, AdamW with
-    clipping; under autocast where weights are not float32.
+    Eager mode, scaled-dot-product attention, each batch padded to its longest example,
+    AdamW with clipping; under autocast if weights are not float32.
 
     Args:
-      job: of :func:`benchmarks.lora_step.job_of`.
+      job: from :func:`benchmarks.lora_step.job_of`.
     """
 
     def __init__(self, job: dict[str, Any]):
-        """Draws the weights on the device, or reads those of a folder."""
-        # Not where our types are checked.
+        """Draws the weights on the device, or reads them from a folder."""
+        # Torch is not installed where our types are checked.
         self._torch: Any = importlib.import_module("torch")
         transformers: Any = importlib.import_module("transformers")
         peft: Any = importlib.import_module("peft")
@@ -61,7 +61,7 @@ class Peer:
         )
 
     def _collate(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Padded to the longest of the batch, −100 where there is no answer."""
+        """Pads to the longest of the batch, with −100 where there is no answer."""
         longest = int(batch["length"].max())
         tokens = self._torch.from_numpy(batch["tokens"][:, :longest]).long()
         mask = self._torch.from_numpy(batch["mask"][:, :longest]) > 0
@@ -96,13 +96,13 @@ class Peer:
         return {"versions": versions(PEERS), "device": name}
 
     def prepare(self) -> dict[str, Any]:
-        """A step on every batch; nothing is compiled, but memory is asked for."""
+        """Takes a step on every batch; nothing compiles, but memory is allocated."""
         first, _ = worker.clock(self.run)
         again, _ = worker.clock(self.run)
         return {"compile": first["wall"] - again["wall"], "programs": 0}
 
     def run(self) -> dict[str, Any]:
-        """A step on every batch."""
+        """Takes a step on every batch."""
 
         def steps():
             losses = [self._step(batch) for batch in self._batches]
@@ -113,7 +113,7 @@ class Peer:
         return {**spent, "losses": [float(x) for x in losses]}
 
     def rate(self, size: int) -> dict[str, Any]:
-        """Operations in a second of a square product."""
+        """Operations a second of a square product."""
         torch = self._torch
         x = torch.randn(size, size, device=self._device, dtype=self._dtype)
         repeats = 50 if self._gpu else 5
@@ -128,15 +128,15 @@ class Peer:
         return {"rate": 2 * size**3 * repeats / best}
 
     def memory(self) -> dict[str, Any]:
-        """Peak bytes: of the device, or of this process where that is the host."""
+        """Peak bytes: of the device, or of this process if that is the host."""
         if self._gpu:
             return {"peak": self._torch.cuda.max_memory_allocated()}
         return {"peak": worker.peak_bytes()}
 
     def check(self) -> dict[str, Any]:
-        """Loss and norm of the gradient on each batch, no step taken.
+        """Loss and gradient norm on each batch, without taking a step.
 
-        Our loss is a mean over examples of their means; theirs is one over tokens.
+        Our loss averages the examples' means; the peer's averages tokens.
         """
         torch = self._torch
         losses, norms = [], []

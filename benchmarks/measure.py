@@ -1,11 +1,11 @@
-"""Measuring beside a peer: turns in both orders, medians, a table, lines of JSON.
+"""Compares runs: turns in both orders, medians, a table, JSON lines.
 
-Other work on a machine drifts, so what is compared takes turns, once in either order,
-and a ratio is taken inside a turn. Speed is never a test: a ratio holds for the machine
-and the versions that stand in its line.
+The load of a machine drifts, so compared runs take turns, in either order, and a ratio
+is taken within a round. Speed is never a test: a ratio holds for the machine and the
+versions in its line.
 
-Nothing here imports JAX before it is needed: a process that only starts others stays
-small, and a peer need not have it.
+JAX is imported only when needed: a process that only starts others stays small, and a
+peer need not have it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 RESULTS = pathlib.Path("runs/bench")
-"""Where the lines of JSON go, one file a command."""
+"""Folder of the JSON lines, with one file for each command."""
 PACKAGES = ("sbr_jax", "jax", "jaxlib", "optax", "flax", "numpy")
 PEERS = ("torch", "transformers", "peft")
 
@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 
 def interleave(runs: Mapping[str, Callable[[], R]], rounds: int) -> dict[str, list[R]]:
-    """What each run returns in each round, every second round in reverse.
+    """The results of each run in each round; every second round goes in reverse.
 
     >>> log = []
     >>> found = interleave({n: lambda n=n: log.append(n) or n for n in "ab"}, 2)
@@ -49,7 +49,7 @@ def interleave(runs: Mapping[str, Callable[[], R]], rounds: int) -> dict[str, li
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Median of ratios taken inside rounds, with the least and the largest."""
+    """Median, least and largest of ratios taken within rounds."""
 
     median: float
     low: float
@@ -93,7 +93,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that may be used, memory, and how busy the machine is."""
+    """Processor, usable cores, memory, and load of the machine."""
     processor = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.is_file():
@@ -117,7 +117,7 @@ def cores() -> int:
 
 
 def commit() -> str:
-    """The commit of the working tree, with ``-dirty`` where files differ from it."""
+    """The commit of the working tree, with ``-dirty`` if files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -130,13 +130,13 @@ def commit() -> str:
 
 
 class Report:
-    """A table on the terminal, a line for each row as it is measured, and JSON lines.
+    """A table on the terminal, printed row by row, and JSON lines.
 
     Args:
       name: of the command.
       columns: titles and widths; a row's cells are strings in this order.
-      args: of the command; ``--json`` says where lines go.
-      about: what every line says besides: versions of the peer, the device.
+      args: of the command; ``--json`` names the file of lines.
+      about: what every line also states: versions of the peer, the device.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Report:
 
     def _line(self, cells: Iterable[str]) -> None:
         pairs = zip(cells, self._widths, strict=True)
-        # Words stand left, numbers right.
+        # Words are left-aligned, numbers right-aligned.
         text = [x.ljust(-w) if w < 0 else x.rjust(w) for x, w in pairs]
         print(" ".join(text).rstrip(), flush=True)
 
@@ -178,7 +178,7 @@ class Report:
             file.write(json.dumps(line, sort_keys=True, default=str) + "\n")
 
     def close(self, *notes: str) -> None:
-        """Says where the lines are, after remarks on the table."""
+        """Prints remarks on the table, then where the lines are."""
         for note in notes:
             print(note)
         print(f"lines of JSON: {self._path}")
@@ -217,14 +217,14 @@ class Pairs(Report):
         memory: Mapping[str, int] | None = None,
         more: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
-        """Lets all runs take turns and prints a row for each pair.
+        """Runs all in turn and prints a row for each pair.
 
         Args:
-          case: of the rows.
-          runs: seconds that a call takes; the first one is not counted.
+          case: label of the rows.
+          runs: calls that return their seconds; the first call is not counted.
           pairs: names of two runs each.
-          memory: bytes of the runs for which they are known.
-          more: values for the lines of JSON.
+          memory: bytes of those runs for which they are known.
+          more: further values for the JSON lines.
 
         Returns:
           Median seconds of each run.
@@ -256,7 +256,7 @@ class Pairs(Report):
 
 
 def timed(call: Callable[..., Any], *args: Any, calls: int = 1) -> Callable[[], float]:
-    """A run of :meth:`Pairs.measure`: seconds of a call of JAX, to the result."""
+    """A run for :meth:`Pairs.measure`: seconds of a JAX call until its result."""
     import jax
 
     def run() -> float:
@@ -287,7 +287,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def options(doc: str | None, given: list[str] | None) -> argparse.Namespace:
-    """The command line of a command that has no other options."""
+    """Parses the command line of a command without options of its own."""
     args = parser(doc).parse_args(given)
     args.rounds = args.rounds or (2 if args.smoke else 6)
     return args

@@ -1,9 +1,9 @@
-"""Every method's step over plain LoRA's: ``python -m benchmarks.methods``.
+"""Times every method's step against plain LoRA's: ``python -m benchmarks.methods``.
 
 A random Llama of width 256 and 6 layers, 16 full rows of 128 tokens. Memory is what the
-compiled program plans for its arguments, results and intermediates. What a method does
-outside its steps (a Fisher before a domain, a stage before training) is not in here:
-``sbr-jax run PRESET --dry-run`` forecasts that, and ``benchmarks.fisher`` measures it.
+compiled program plans for its arguments, results and intermediates. A method's work
+outside its steps (a Fisher before a domain, a stage before training) is not included:
+``sbr-jax run PRESET --dry-run`` forecasts it, and ``benchmarks.fisher`` measures it.
 """
 
 from benchmarks import measure, study

@@ -1,4 +1,4 @@
-"""Options of the commands that set one model of ours beside the same of a peer."""
+"""Options of the commands that compare one of our models with a peer's."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,7 @@ from benchmarks import measure, shapes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how many threads."""
+    """Adds options for the model and the number of threads."""
     parser.add_argument("--preset", choices=sorted(shapes.SHAPES))
     parser.add_argument("--layers", type=int, help="fewer, for a shorter run")
     parser.add_argument("--threads", type=int, default=measure.cores())
@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def ours_and_peer(
     args: argparse.Namespace, folder: str
 ) -> tuple[shapes.Shape, dict[str, Any]]:
-    """The model's shape, and what both children are told of it."""
+    """The model's shape, and the job for both children."""
     preset = args.preset or ("smoke" if args.smoke else "smollm2-135m")
     shape = shapes.SHAPES[preset]
     if args.layers:

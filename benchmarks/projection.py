@@ -1,10 +1,9 @@
-"""A projected AdamW step beside a plain one: ``python -m benchmarks.projection``.
+"""Times a projected AdamW step beside a plain one: ``python -m benchmarks.projection``.
 
-The step is the optimizer alone; in training a forward and a backward pass come on top
-of both, so these ratios are upper bounds for what a user sees. The projection is set
-beside the time that reading its basis takes at the rate of a sum over as many bytes:
-``Π g = U (Uᵀ g)`` meets U twice, so 2 is what it costs where U fits no cache, and 1 is
-out of reach.
+The step is the optimizer's alone; training adds a forward and a backward pass to both,
+so these ratios are upper bounds for what a user sees. The projection is compared with
+the time to read its basis, at the rate of a sum over as many bytes. ``Π g = U (Uᵀ g)``
+reads U twice, so the ratio is 2 if U fits no cache, and 1 is out of reach.
 """
 
 import functools
@@ -26,7 +25,7 @@ SIZES = {  # layers, width, LoRA rank, K
 
 
 def is_pair(node: object) -> bool:
-    """One LoRA pair, as a plain dict."""
+    """Whether a node is one LoRA pair, as a plain dict."""
     return isinstance(node, dict) and "a" in node
 
 
@@ -41,13 +40,13 @@ def problem(layers: int, width: int, rank: int, columns: int) -> tuple[dict, Sub
 
 
 def bytes_of(tree: Any) -> int:
-    """What the arrays of a tree weigh."""
+    """Bytes of all arrays of a tree."""
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 @jax.jit
 def total(x: jax.Array) -> jax.Array:
-    """Reads everything once."""
+    """Reads every element once."""
     return jnp.sum(x)
 
 
@@ -77,7 +76,7 @@ def main(given: list[str] | None = None) -> None:
             runs[name] = timed(jax.jit(tx.update), grads, own, params)
             memory[name] = measure.planned_bytes(tx.update, grads, own, params)
         runs["project_onto"] = timed(jax.jit(project_onto), grads, subspace)
-        # As many bytes as the basis has, in one array: the least a reader can take.
+        # As many bytes as the basis, in one array: a reader can take no less time.
         like = jnp.zeros((bytes_of(subspace) // 4,), jnp.float32)
         runs["reading the basis"] = timed(total, like)
         pairs = [(name, "AdamW") for name in recipes]

@@ -1,12 +1,12 @@
-"""A quantised base beside the dense one: ``python -m benchmarks.quantize``.
+"""Compares a quantised base with the dense one: ``python -m benchmarks.quantize``.
 
-A forward pass and a LoRA gradient with codes over the same with dense weights, in time
-and in the planned memory of intermediate results, and what all base weights take
-against bfloat16. Decoding costs the same for every batch, so its share falls with
-tokens.
+Measures a forward pass and a LoRA gradient with codes over the same with dense weights,
+in time and in planned memory of intermediate results; and the size of all base weights
+against bfloat16. Decoding costs the same for every batch, so its share falls as tokens
+increase.
 
-Where qwix is installed, further rows have the time of coding and of decoding one matrix
-against its own, for codes that are the same (tests/models/test_qwix.py).
+If qwix is installed, further rows compare the time of encoding and decoding one matrix
+with qwix's, for codes that are the same (tests/models/test_qwix.py).
 """
 
 import functools
@@ -54,7 +54,7 @@ def temporary(function, *args) -> int:
 
 
 def qwix_programs(qwix: Any, kind: str) -> tuple[Any, Any]:
-    """What codes a matrix as ours and what decodes it, of qwix."""
+    """The functions of qwix that encode a matrix like ours, and decode it."""
     how = {"qtype": jnp.int8}
     if kind == "nf4":
         how = {"qtype": "nf4", "tiled_axes": {0: BLOCK}}
@@ -63,7 +63,7 @@ def qwix_programs(qwix: Any, kind: str) -> tuple[Any, Any]:
 
 
 def beside_qwix(report: measure.Pairs, dtype: Any) -> None:
-    """Coding and decoding a matrix, for each kind and size that both have."""
+    """Compares encoding and decoding with qwix, for each common kind and size."""
     if importlib.util.find_spec("qwix") is None:
         print("not installed: qwix (pip install qwix), so no rows for one matrix")
         return
@@ -86,7 +86,7 @@ def beside_qwix(report: measure.Pairs, dtype: Any) -> None:
 
 
 def main(given: list[str] | None = None) -> None:
-    """Measures every size and kind, each beside the dense base."""
+    """Measures every size and kind against the dense base."""
     args = measure.options(__doc__, given)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16

@@ -1,7 +1,7 @@
-"""N seeds mapped into one program beside N runs: ``python -m benchmarks.seeds``.
+"""Times N seeds in one mapped program against N runs: ``python -m benchmarks.seeds``.
 
-A step of all seeds in both cases: once as one vmapped program over stacked states, once
-as N steps of the plain program. ``hardware.vmap_seeds`` chooses between them.
+Both cases take a step of all seeds: once as one vmapped program over stacked states,
+once as N steps of the plain program. ``hardware.vmap_seeds`` chooses between them.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Shapes of models and lengths of data like real ones, and the products of a step.
+"""Realistic shapes of models and lengths of data, and the products of a step.
 
-NumPy alone: the peer's process reads the same.
+Uses only NumPy, so that the peer's process can read it too.
 
 Legend: B examples, T tokens of a row, D width, V vocabulary, L layers, r LoRA rank.
 """
@@ -43,13 +43,13 @@ class Shape:
         }
 
     def ours(self) -> Any:
-        """As our model's settings."""
+        """The sizes as our model's settings."""
         from sbr_jax import models
 
         return models.ModelConfig(**dataclasses.asdict(self), context=4096)
 
     def theirs(self) -> dict[str, Any]:
-        """As keywords of transformers' ``LlamaConfig``."""
+        """The sizes as keywords of transformers' ``LlamaConfig``."""
         return {
             "hidden_size": self.width,
             "intermediate_size": self.mlp_width,
@@ -78,18 +78,18 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """How long the examples of a domain are, in tokens, prompt and answer together.
+    """Lengths of a domain's examples, in tokens, prompt and answer together.
 
     Lengths are log-normal: most are short, and the longest of the set is several times
-    the mean, which is what padding costs.
+    the mean, so padding is expensive.
     """
 
     mean: float
     longest: int
     spread: float
-    """Deviation of the logarithm."""
+    """Standard deviation of the logarithm."""
     answer: tuple[int, int, float]
-    """Least and most tokens of an answer, and their mean."""
+    """Least, most and mean tokens of an answer."""
 
 
 DOMAINS = {
@@ -101,7 +101,7 @@ DOMAINS = {
 
 
 SEED = 39
-"""One whose first 64 examples are like their domain: mean, and longest of each 16."""
+"""With this seed the first 64 examples match their domain: mean, longest of each 16."""
 
 
 def draw(
@@ -110,11 +110,11 @@ def draw(
     """Examples padded to the longest of the whole set, which need not be among them.
 
     Args:
-      lengths: of the domain.
+      lengths: the domain's.
       count: how many.
       seed: of the draw.
       vocab_size: tokens are uniform in it, never 0.
-      scale: of all lengths of prompts, for a smoke test.
+      scale: factor of all prompt lengths, for a smoke test.
 
     Returns:
       ``tokens`` and ``mask [count, T]``, and ``length [count]``.
@@ -139,7 +139,7 @@ def draw(
 
 
 def dense(rows: int, length: int, seed: int, vocab_size: int) -> dict[str, np.ndarray]:
-    """Full rows in which every token but the first is one of an answer."""
+    """Full rows in which every token but the first is an answer token."""
     source = np.random.default_rng(seed)
     tokens = source.integers(1, vocab_size, (rows, length)).astype(np.int32)
     mask = np.ones((rows, length), np.float32)
@@ -162,13 +162,13 @@ def batches_of(data: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndar
 def write(
     path: pathlib.Path, batches: Sequence[dict[str, np.ndarray]], longest: int
 ) -> None:
-    """Writes batches for other processes, and the longest of their whole set."""
+    """Writes batches for other processes, and the longest length of the whole set."""
     arrays: Any = {f"{k}.{i}": v for i, b in enumerate(batches) for k, v in b.items()}
     np.savez(path, longest=longest, **arrays)
 
 
 def read(path: str) -> tuple[list[dict[str, np.ndarray]], int]:
-    """What :func:`write` wrote."""
+    """Reads what :func:`write` wrote."""
     with np.load(path) as file:
         found: dict[int, dict[str, np.ndarray]] = {}
         for name in file.files:
@@ -179,12 +179,12 @@ def read(path: str) -> tuple[list[dict[str, np.ndarray]], int]:
 
 
 def step_flops(shape: Shape, rank: int, batch: dict[str, np.ndarray]) -> float:
-    """Products that a LoRA step needs, ×2: of tokens and answers, of no padding.
+    """FLOPs of the products of a LoRA step: for tokens and answers, not for padding.
 
     ``n (4 Σ in·out + 6 Σ r (in + out)) L + 12 · D · L · Σ t²/2 + 4 D V · answers``, n
-    tokens of examples of t: a frozen weight is met forward and for the gradient of its
-    input, a factor of an adapter for its own gradient too, and causal scores are half
-    a square. Logits are needed where an answer is predicted. Nothing is recomputed.
+    tokens of examples of t. A frozen weight is used forward and for the gradient of its
+    input, an adapter's factor also for its own gradient, and causal scores are half a
+    square. Logits are needed where an answer is predicted. Nothing is recomputed.
     """
     t = batch["length"].astype(float)
     sizes = shape.projections()

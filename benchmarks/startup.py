@@ -1,9 +1,9 @@
-"""What a start costs: ``python -m benchmarks.startup``.
+"""Times start-up: ``python -m benchmarks.startup``.
 
-Whole processes, from their start to their end: ``import sbr_jax`` beside its imports
-JAX and Optax, ``sbr-jax --help`` beside an interpreter that does nothing, and the first
-training step of the testbed's size with nothing compiled beside the same with the
-persistent cache that the programs keep (``JAX_COMPILATION_CACHE_DIR``).
+Whole processes are timed, from start to end: ``import sbr_jax`` against its imports JAX
+and Optax; ``sbr-jax --help`` against an interpreter that does nothing; and the first
+training step of the testbed's size with nothing compiled against the same with the
+programs' persistent cache (``JAX_COMPILATION_CACHE_DIR``).
 """
 
 import os
@@ -39,12 +39,12 @@ def process(command: Sequence[str], **env: str) -> Callable[[], float]:
 
 
 def python(code: str, **env: str) -> Callable[[], float]:
-    """Seconds of an interpreter that runs some lines."""
+    """Seconds of an interpreter that runs some lines of code."""
     return process([sys.executable, "-c", code], **env)
 
 
 def main(given: list[str] | None = None) -> None:
-    """Starts everything in turns."""
+    """Runs all of them in turn."""
     args = measure.options(__doc__, given)
     report = measure.Pairs("startup", args)
     code = "from sbr_jax.programs import main; main()"

@@ -1,4 +1,4 @@
-"""Made-up studies over random Llamas of any size, for what needs no peer."""
+"""Made-up studies over random Llamas of any size, for benchmarks without a peer."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from sbr_jax.training.study import Domain, Study
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and the steps that are taken on it."""
+    """A model and its steps."""
 
     shape: shapes.Shape
     length: int = 128
@@ -38,7 +38,7 @@ SMALL = Size(shapes.SHAPES["small"])
 
 
 def dataset(size: Size, count: int, seed: int) -> TokenDataset:
-    """Full rows, the last half of each an answer."""
+    """Full rows; the last half of each is the answer."""
     source = np.random.default_rng(seed)
     tokens = source.integers(1, size.shape.vocab_size, (count, size.length))
     mask = np.zeros(tokens.shape, np.float32)
@@ -47,13 +47,13 @@ def dataset(size: Size, count: int, seed: int) -> TokenDataset:
 
 
 def judge(data: Any) -> np.ndarray:
-    """A made-up risk: where in an interval the first token lies."""
+    """A made-up risk: the first token's position in its range."""
     first = np.asarray(data.tokens[:, 0], np.float32)
     return first / (first.max(initial=0) + 1)
 
 
 def make(size: Size, **training: Any) -> tuple[Study, Config]:
-    """A study with all that any method asks for, and its settings."""
+    """A study with every part that any method needs, and its settings."""
     config = size.shape.ours()
     params = models.init_params(jax.random.key(0), config)
     hardware = models.Hardware(remat=False)
@@ -101,13 +101,13 @@ def batch_of(size: Size, data: Any) -> dict[str, np.ndarray]:
 
 
 class Steps:
-    """A compiled step of one variant and what it is given.
+    """A compiled step of one variant, and its inputs.
 
     Args:
       variant: of ``METHODS`` or ``VARIANTS``.
       size: of model and step.
-      made: of :func:`make`, to share one between variants.
-      seeds: so many mapped into one program; 0 for a plain step.
+      made: a result of :func:`make`, to share between variants.
+      seeds: how many are mapped into one program; 0 for a plain step.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Calibration:
 
     Args:
       size: of model and set.
-      columns: K, of the subspace.
+      columns: K, columns of the subspace.
     """
 
     def __init__(self, size: Size, columns: int):

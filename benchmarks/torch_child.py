@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import worker
 from benchmarks.measure import PEERS, versions
 
-# Not where our types are checked.
+# Torch is not installed where our types are checked.
 torch: Any = importlib.import_module("torch")
 
 
@@ -37,7 +37,7 @@ def gradients(job: dict[str, Any]) -> Callable[[], Any]:
 
 
 def load(folder: str) -> Any:
-    """The model of a folder, on the device, not to be trained."""
+    """The model of a folder, on the device, without gradients."""
     transformers: Any = importlib.import_module("transformers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -71,10 +71,11 @@ def generation(job: dict[str, Any]) -> Callable[[], Any]:
 
 
 def gcg(job: dict[str, Any]) -> Callable[[], Any]:
-    """Steps of GCG as its paper states them (arXiv:2307.15043), one prompt.
+    """Steps of GCG on one prompt, as its paper states them (arXiv:2307.15043).
 
-    One gradient with respect to the one-hot suffix, the k best tokens of each place, B
-    candidates with one place changed, a whole forward pass of each, the best one taken.
+    Each takes one gradient with respect to the one-hot suffix and the k best tokens of
+    each place, runs a whole forward pass of B candidates with one place changed, and
+    keeps the best one.
     """
     model = load(job["folder"])
     device, embed = model.device, model.get_input_embeddings().weight

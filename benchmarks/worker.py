@@ -1,7 +1,7 @@
-"""A process that is asked for one thing at a time, so that two can take turns.
+"""A child process that answers one request at a time, so that two can take turns.
 
-Each framework has a process of its own: its threads, its compiled programs and its peak
-memory are nobody else's. The parent writes a line of JSON, the child answers with one.
+Each framework has its own process and so its own threads, compiled programs and peak
+memory. The parent writes a line of JSON, and the child answers with one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Worker:
       python: the interpreter.
       module: a module of ``benchmarks`` that calls :func:`serve`.
       job: the child's only argument, as JSON.
-      env: variables to set besides.
+      env: further environment variables.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Worker:
         )
 
     def ask(self, what: str, **options: Any) -> dict[str, Any]:
-        """Has the child do something and returns its answer.
+        """Has the child call a function and returns its answer.
 
         Raises:
-          WorkerError: with the end of what the child wrote, if it ended.
+          WorkerError: with the end of the child's output, if it ended.
         """
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -97,7 +97,7 @@ class Worker:
 
 def serve(functions: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
     """Answers the parent until it closes the pipe."""
-    # Libraries print: what they say must not look like an answer.
+    # Libraries print; their output must not look like an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -106,14 +106,14 @@ def serve(functions: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
 
 
 def pin(threads: int) -> None:
-    """Restricts this process to so many cores; before a framework counts them."""
+    """Restricts this process to some cores; call it before a framework counts them."""
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, allowed[:threads])
 
 
 def clock(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Wall and CPU seconds of a call in this process, and what it returns."""
+    """Wall and CPU seconds of a call in this process, and its result."""
     cpu, wall = time.process_time(), time.perf_counter()
     value = run()
     spent = time.perf_counter() - wall
@@ -127,11 +127,11 @@ def peak_bytes() -> int:
 
 
 def peer_python(given: str | None, *modules: str) -> str | None:
-    """The interpreter that has the peers; None, with a line that says what is missing.
+    """The interpreter that has the peers; None, after printing what is missing.
 
     Args:
       given: from the command line; None for ``.venv-peers``, else this interpreter.
-      *modules: that it must have.
+      *modules: modules that it must have.
     """
     own = PEER_PYTHON if PEER_PYTHON.is_file() else sys.executable
     python = shutil.which(str(given or own))
@@ -152,18 +152,18 @@ def peer_python(given: str | None, *modules: str) -> str | None:
 
 
 class Inside:
-    """The functions of one of our children in this very process.
+    """The functions of one of our children, run in this process.
 
-    For a smoke test: nothing is imported and compiled again.
+    For a smoke test: nothing is imported or compiled again.
     """
 
     def __init__(self, module: str, job: Mapping[str, Any]):
-        """Makes what the child would have made."""
+        """Prepares what the child would have prepared."""
         found = importlib.import_module(f"benchmarks.{module}")
         self._functions = found.functions(json.loads(json.dumps(job)))
 
     def ask(self, what: str, **options: Any) -> dict[str, Any]:
-        """What the child would have answered."""
+        """Returns what the child would have answered."""
         return json.loads(json.dumps(self._functions[what](**options)))
 
     def __enter__(self) -> Inside:
@@ -191,14 +191,14 @@ def both(
     *,
     inside: bool = False,
 ) -> dict[str, Worker | Inside]:
-    """Ours and, where it is installed, the peer on the weights that ours wrote.
+    """Our child and, if installed, the peer's, on the weights that ours wrote.
 
     Args:
       stack: closes them.
       python: the peer's interpreter, or None.
-      job: of both.
+      job: for both.
       folder: for the weights.
-      inside: ours in this process.
+      inside: our child, if it runs in this process.
 
     Returns:
       The children by name.

@@ -1,4 +1,4 @@
-"""Files read whole or refused in one line, and written whole or not at all."""
+"""Reads files whole or refuses them in one line; writes them whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any
 from sbr_jax.typing import UserError
 
 DEPTH = 100
-"""How deep JSON may be nested: far above any real file, far below what Python bears."""
+"""Deepest nesting of JSON: far above any real file, far below Python's limit."""
 REMEDY = "fetch the file again"
 MARK = "made by sbr_jax"
-"""Stands in every page, text and figure that a program may write anew."""
+"""Marks every page, text and figure that a program may overwrite."""
 EARLIER = (b"safety report</title>", b"Where each defence breaks</title>")
-"""What pages of before the mark have in its place."""
+"""The equivalents in pages from before the mark existed."""
 PARTIAL = ".partial"
-"""In a folder of an export: what is not whole yet."""
+"""Folder in an export for files that are not complete yet."""
 BUCKET = re.compile(r"(gs|s3|az|abfs|hdfs)://?[^/]")
-"""How a place begins that is no folder of this machine; `Path` drops a slash of it."""
+"""How a bucket's address begins; `Path` drops one of its slashes."""
 LAST = ("config.json", "adapter_config.json")
-"""Without these nobody takes a folder for a model."""
+"""Files without which nobody takes a folder for a model; they are moved last."""
 
 
 def cache_folder() -> pathlib.Path:
@@ -37,13 +37,13 @@ def cache_folder() -> pathlib.Path:
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether there is a file; something else of that name is no absence.
+    """Whether a file exists; anything else of that name is refused.
 
     Args:
-      path: of a file that may be left out.
+      path: of an optional file.
 
     Raises:
-      UserError: for a folder, or a link that leads nowhere.
+      UserError: for a folder, or a broken link.
 
     >>> is_there(pathlib.Path("no such file"))
     False
@@ -57,7 +57,7 @@ def is_there(path: pathlib.Path) -> bool:
 
 
 def require_disk(place: str | pathlib.Path) -> None:
-    """Refuses a bucket's address, of which a folder of that name would be made here.
+    """Refuses a bucket's address, which would become a local folder of that name.
 
     Raises:
       UserError: saying what to do instead.
@@ -100,17 +100,17 @@ def read_text(path: pathlib.Path, remedy: str = REMEDY) -> str:
 def parse_json(
     text: str, where: str, remedy: str = REMEDY, *, unique: bool = False
 ) -> Any:
-    """The value that a JSON text holds.
+    """The value of a JSON text.
 
     Args:
       text: the JSON.
-      where: it stood, for messages; the text itself is never quoted.
-      remedy: what to do if it is none.
-      unique: whether a name that stands twice in one object is refused; else, as in
-        most readers, the last one counts.
+      where: its origin, for messages; the text itself is never quoted.
+      remedy: what to do if it is not JSON.
+      unique: whether to refuse a name that occurs twice in one object; otherwise the
+        last one counts, as in most readers.
 
     Raises:
-      UserError: if it is no JSON, or nested deeper than ``DEPTH``.
+      UserError: if it is not JSON, or nested deeper than ``DEPTH``.
 
     >>> parse_json('{"a": [1, null]}', "a file")
     {'a': [1, None]}
@@ -130,7 +130,7 @@ fetch the file again
             f"expected JSON in {where}, got something else at line {error.lineno}, "
             f"column {error.colno} ({error.msg}{lines}): {remedy}"
         ) from error
-    except ValueError as error:  # Too many digits, or a name twice.
+    except ValueError as error:  # Too many digits, or a duplicate name.
         raise UserError(f"expected JSON in {where}, got {error}: {remedy}") from error
     if deep:
         raise UserError(
@@ -150,7 +150,7 @@ def read_object(path: pathlib.Path, remedy: str = REMEDY) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      UserError: if the file cannot be read, or holds none.
+      UserError: if the file cannot be read, or does not hold an object.
     """
     found = parse_json(read_text(path, remedy), str(path), remedy)
     if not isinstance(found, dict):
@@ -175,16 +175,16 @@ def _is_deep(value: Any) -> bool:
 
 
 def is_ours(path: pathlib.Path) -> bool:
-    """Whether a program of ours has made this file."""
+    """Whether one of our programs made this file."""
     content = path.read_bytes()
     return any(mark in content for mark in (MARK.encode(), *EARLIER))
 
 
 def refuse_foreign(paths: Iterable[pathlib.Path]) -> None:
-    """Refuses to write over files that no program of ours has made.
+    """Refuses to overwrite files that none of our programs made.
 
     Raises:
-      UserError: naming the first.
+      UserError: naming the first one.
     """
     for path in paths:
         if path.exists() and not (path.is_file() and is_ours(path)):
@@ -195,14 +195,14 @@ def refuse_foreign(paths: Iterable[pathlib.Path]) -> None:
 
 
 def replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Has a file written beside its place, and puts it there once it is whole.
+    """Writes a file beside its place, and moves it there once it is complete.
 
     Args:
       path: the place; a link's target is replaced.
       write: writes the whole file to the path it is given.
 
     Raises:
-      OSError: naming the place, which is as it was.
+      OSError: naming the place, which is unchanged.
     """
     place = pathlib.Path(os.path.realpath(path))
     temporary = place.with_name(f".{place.name}.tmp")
@@ -220,39 +220,39 @@ def replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None
 
 
 def share(path: pathlib.Path) -> None:
-    """Gives a file the rights of any new file here: 0644 under the usual umask.
+    """Gives a file the permissions of any new file here: 0644 under the usual umask.
 
-    Writers that go through a temporary file leave it to its owner alone (0600).
+    Writers that use a temporary file make it readable by its owner only (0600).
     """
     beside = path.with_name(f".{path.name}.rights")
     try:
-        beside.touch()  # The umask itself can be read only by changing it.
+        beside.touch()  # Reading the umask would require changing it.
         shutil.copymode(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text in UTF-8, whole or not at all; errors as :func:`replace`."""
+    """Writes a text in UTF-8, whole or not at all; errors are those of `replace`."""
     replace(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def is_free(folder: pathlib.Path) -> bool:
-    """Whether a folder is new or empty, but for an earlier try at filling it."""
+    """Whether a folder is new or empty, apart from an earlier failed export."""
     if not folder.exists():
         return True
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= {PARTIAL}
 
 
 def require_place(folder: pathlib.Path, what: str) -> None:
-    """Refuses a folder that could not be made, by making one where it would lie.
+    """Refuses a folder that could not be created, by creating one where it would be.
 
     Args:
-        folder: that is to be made later.
-        what: it is, as the error begins.
+        folder: the folder to be created later.
+        what: its name at the beginning of the error.
 
     Raises:
-        UserError: naming the place, and what the system says.
+        UserError: naming the place and the system's reason.
     """
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
@@ -269,15 +269,15 @@ def fill_folder(
     write: Callable[[pathlib.Path], object],
     refusals: tuple[type[Exception], ...] = (),
 ) -> None:
-    """Has a folder's files written apart, and puts them there once all are whole.
+    """Writes a folder's files apart, and moves them there once all are complete.
 
     Args:
       folder: new or empty.
       write: writes all files into the folder it is given.
-      refusals: what a full disk is to the libraries that write.
+      refusals: exceptions that writing libraries raise for a full disk.
 
     Raises:
-      OSError: if they cannot be written; the folder is as it was, or new and empty.
+      OSError: if writing fails; the folder is as it was, or new and empty.
     """
     partial = folder / PARTIAL
     with contextlib.suppress(FileNotFoundError):

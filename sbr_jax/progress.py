@@ -1,11 +1,11 @@
-"""Progress of long work: kept by whoever works, told by whoever listens.
+"""Progress of long work: the work records it, and a listener reports it.
 
     with task("answers", total=80) as done:
         done(16)
 
 Nothing is printed until a program says how (:class:`Ticker`), so that a library call
-stays silent. A thread tells, since one step may take minutes: a compilation, or a batch
-of answers.
+stays silent. A thread reports, since one step may take minutes: a compilation, or a
+batch of answers.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ UNITS = {
 
 
 def duration(seconds: float, digits: int = 2) -> str:
-    """A time to be read, in the unit of which there are one and a half at least.
+    """A readable time, in the largest unit that it fills one and a half times.
 
     Args:
         seconds: how long.
-        digits: that are shown.
+        digits: how many to show.
 
     >>> duration(0.0047), duration(42.0), duration(600.0), duration(9000.0)
     ('4.7 ms', '42 s', '10 min', '2.5 h')
     >>> duration(4e5), duration(1e12), duration(3700.0, digits=3)
     ('4.6 days', '31688 years', '61.7 min')
     """
-    # From one and a half on: "80 min" says more than "1.3 h".
+    # From one and a half on: "80 min" is more precise than "1.3 h".
     least = {name: size * (1.5 if size > 1 else 1) for name, size in UNITS.items()}
     large = [name for name, size in least.items() if seconds >= size]
     unit = large[-1] if large else "s" if seconds == 0 else "ms"
@@ -49,7 +49,7 @@ def duration(seconds: float, digits: int = 2) -> str:
 
 
 class Task:
-    """Work that is going on.
+    """Work in progress.
 
     >>> work = Task("answers", 80)
     >>> work(16)
@@ -58,25 +58,25 @@ class Task:
     """
 
     def __init__(self, what: str, total: int | None = None, *, drawn: bool = False):
-        """Names it.
+        """Starts the clock.
 
         Args:
-            what: is done, as a line begins.
-            total: of its parts, where they are counted.
-            drawn: it has a bar of its own on the terminal.
+            what: the work, at the start of the line.
+            total: number of its parts, if they are counted.
+            drawn: whether it has its own bar on the terminal.
         """
         self.what, self.total, self.drawn = what, total, drawn
         self._done, self._began, self._note = 0, time.monotonic(), ""
 
     def __call__(self, done: int, note: str | None = None) -> None:
-        """Says how many parts are done, and perhaps a word about them."""
+        """Records how many parts are done, and an optional note."""
         self._done = done
         self._note = self._note if note is None else note
         for heard in HEARD:
             heard()
 
     def said(self) -> str:
-        """What, how far, how long, and how long still."""
+        """What is being done, how far, for how long, and how long is left."""
         seconds = time.monotonic() - self._began
         if self.total is None:
             return f"{self.what}, {duration(round(seconds))}"
@@ -90,14 +90,14 @@ class Task:
 
 
 HEARD: list[Callable[[], None]] = []
-"""Called after each part of any work: long work is a sign of life."""
+"""Called after each part of any work, as a sign of life."""
 _TASKS: list[Task] = []
-"""The work that is going on, the innermost last."""
+"""The work in progress, the innermost last."""
 
 
 @contextlib.contextmanager
 def task(what: str, total: int | None = None, *, drawn: bool = False) -> Iterator[Task]:
-    """Work that goes on until the block ends; see :class:`Task`."""
+    """Work in progress until the block ends; see :class:`Task`."""
     work = Task(what, total, drawn=drawn)
     _TASKS.append(work)
     try:
@@ -107,7 +107,7 @@ def task(what: str, total: int | None = None, *, drawn: bool = False) -> Iterato
 
 
 def said() -> str | None:
-    """One line about all work that is going on; None for none.
+    """One line about all work in progress; None if there is none.
 
     >>> with task("start model"), task("answers", 8) as done:
     ...     done(2)
@@ -121,7 +121,7 @@ def said() -> str | None:
 
 
 class Ticker:
-    """Thread that tells of the work that is going on.
+    """A thread that reports the work in progress.
 
     >>> with Ticker(print, every=0.01), task("waiting"):
     ...     time.sleep(0.1)  # doctest: +ELLIPSIS
@@ -129,11 +129,11 @@ class Ticker:
     """
 
     def __init__(self, tell: Callable[[str], None], *, every: float | None = None):
-        """Waits to be entered.
+        """Prepares the thread; entering the context starts it.
 
         Args:
-            tell: is called with a line, in another thread.
-            every: seconds between lines; None for what suits standard error.
+            tell: called with each line, in another thread.
+            every: seconds between lines; None: what suits standard error.
         """
         self._tell, self._ended = tell, threading.Event()
         self._every = every or (LIVE if sys.stderr.isatty() else EVERY)
@@ -146,11 +146,11 @@ class Ticker:
                 self._tell(line)
 
     def __enter__(self) -> "Ticker":
-        """Begins to tell."""
+        """Starts to report."""
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ends, and waits for a line that is being told."""
+        """Stops, after any line that is being reported."""
         self._ended.set()
         self._thread.join()

@@ -1,8 +1,9 @@
-"""Folders of runs, on a disk or in a bucket, and what differs between the two.
+"""Folders of runs on a disk or in a bucket, with the differences between the two.
 
-A bucket's objects are whole or absent and cannot be renamed, locked or made folders of.
-Paths of both kinds have the methods of ``pathlib.Path``: those of a disk are just that,
-those of a bucket ``etils.epath`` ones, which ask the extra ``gcs`` for ``gs://``.
+A bucket's objects are whole or absent; they cannot be renamed or locked, and there are
+no folders to create. Paths of both kinds have the methods of ``pathlib.Path``: those on
+a disk are such paths, those in a bucket are ``etils.epath`` ones, which need the extra
+``gcs`` for ``gs://``.
 """
 
 import contextlib
@@ -17,19 +18,19 @@ from sbr_jax import files
 from sbr_jax.typing import UserError
 
 NEEDED = {"gs": "gcsfs", "s3": "s3fs"}
-"""What reads and writes the buckets of a scheme."""
+"""The package that accesses buckets of each scheme."""
 JOBS = "jobs"
-"""Folder of a run's parts, where several processes work at it."""
+"""Folder of a run's parts, if several processes work on it."""
 
 
 def folder(place: str | pathlib.Path) -> pathlib.Path:
     """A folder by its path or address.
 
     Args:
-      place: a path, or ``gs://bucket/folder``; ``Path`` drops a slash of the latter.
+      place: a path, or ``gs://bucket/folder``, of which ``Path`` drops a slash.
 
     Raises:
-      UserError: for a bucket that nothing here can reach.
+      UserError: for a bucket that cannot be reached from here.
 
     >>> folder("runs/demo").as_posix()
     'runs/demo'
@@ -66,7 +67,7 @@ def has_parts(run: pathlib.Path) -> bool:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Deletes a folder and all that is in it, as far as that goes."""
+    """Deletes a folder and everything in it, as far as possible."""
     if not is_bucket(path):
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -79,7 +80,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text in UTF-8, whole or not at all.
 
     Raises:
-      OSError: where it cannot be written.
+      OSError: if it cannot be written.
     """
     if is_bucket(path):
         path.write_text(text, encoding="utf-8")
@@ -88,17 +89,17 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def made(path: pathlib.Path) -> None:
-    """Makes a folder where there are any; in a bucket its files suffice."""
+    """Creates a folder on a disk; a bucket needs none."""
     if not is_bucket(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def below(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Every file below a folder, in order; none for no folder."""
+    """Every file below a folder, in order; empty if there is no such folder."""
     if not is_bucket(folder):
         return sorted(path for path in folder.rglob("*") if path.is_file())
     found, left = [], [folder] if folder.exists() else []
-    while left:  # A bucket's paths have no recursive patterns.
+    while left:  # Bucket paths have no recursive patterns.
         inside = list(left.pop().iterdir())
         left += [path for path in inside if path.is_dir()]
         found += [path for path in inside if not path.is_dir()]
@@ -106,12 +107,12 @@ def below(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def names(folder: pathlib.Path) -> set[str]:
-    """Names of what lies in a folder; none for no folder."""
+    """Names of the entries in a folder; empty if there is no such folder."""
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def relative(path: pathlib.Path, folder: pathlib.Path) -> str:
-    """The path of a file in a folder above it.
+    """The path of a file relative to a folder above it.
 
     >>> relative(pathlib.Path("a/b/c"), pathlib.Path("a"))
     'b/c'

@@ -1,1 +1,1 @@
-"""Programs for the maintainers: published tables and where their numbers come from."""
+"""Maintainers' programs: published tables and the origin of their numbers."""

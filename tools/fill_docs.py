@@ -1,21 +1,22 @@
-"""Measured rows, put into the documents with the hash of the code that decided them.
+"""Puts measured rows into the documents, with the hash of the code that decided them.
 
     python -m tools.fill_docs DIR... [--docs FOLDER]
     python -m tools.fill_docs DIR... --table NAME --commit COMMIT [--keep TITLE ...]
 
-The first form fills the pages of the methods, which say where a row belongs:
+The first form fills the pages of the methods, which mark the place of a row:
 
     <!-- row: safe-lora -->
     <!-- end row -->
 
-What stands between is replaced by the row's cells in the report's table: a line for
-each DIR that has the row, below plain fine-tuning of the same study and settings. Rows
-that no DIR has stay as they are: calls add up, and the same call again changes nothing.
+The text between is replaced by the row's cells in the report's table: a line for each
+DIR that has the row, below plain fine-tuning of the same study and settings. Rows that
+no DIR has stay as they are, so several calls add up, and repeating a call changes
+nothing.
 
 The second form fills a table of `docs/tables.json` (`<!-- table: NAME -->` on a page).
 A line whose row one DIR has finished gets that run's cells where the report has a
-column of the same title, the run's code, and a † exactly where that is not the version
-of the table (:mod:`tools.provenance`).
+column of the same title, the run's code, and a † if and only if that differs from the
+table's version (:mod:`tools.provenance`).
 """
 
 import dataclasses
@@ -50,9 +51,9 @@ PROGRAM = "python -m tools.fill_docs"
 BEGIN = r"^<!-- row: (\S+) -->\n"
 BLOCK = re.compile(rf"{BEGIN}((?:(?!<!-- row).)*?)^<!-- end row -->$", re.M | re.S)
 SAME = ("study", "training", "settings", "domains", "fingerprint", "attack")
-"""What the `config.json` of two runs share where their rows can be compared."""
+"""Keys of `config.json` that two runs must share for their rows to be comparable."""
 ALIASES = {"learnt": "when learnt"}
-"""Titles of pages that the report has another word for."""
+"""Column titles of pages for which the report uses another word."""
 OLDER = (
     f"{MARK} Measured with older code than the other rows "
     "([what that means](../claims.md#which-code-gave-a-number))."
@@ -68,7 +69,7 @@ class Arguments:
     docs: Path = ROOT / "docs"
     """Folder of the documentation."""
     table: str | None = None
-    """Fill this named table, in place of the pages of the methods."""
+    """Fill this named table instead of the pages of the methods."""
     commit: str = ""
     """Commit that its runs were made with, shortened to seven digits."""
     keep: tuple[str, ...] = ()
@@ -81,9 +82,9 @@ class Arguments:
 def row_table(
     row: str, runs: Sequence[Run], manifest: Manifest | None = None
 ) -> Table | None:
-    """The lines of one row, each below plain fine-tuning; None for nothing.
+    """The lines of one row, each below plain fine-tuning; None if there are none.
 
-    Rows of other code than the manifest's version are marked.
+    Rows decided by other code than the manifest's version are marked.
     """
     found: list[tuple[str, Run]] = []
     for run in runs:
@@ -110,8 +111,8 @@ def _same(a: Run, b: Run) -> bool:
 
 
 def _tuned(row: str, run: Run) -> dict[str, Any]:
-    """The hyper-parameters of a row's method that are not the published ones."""
-    if "methods" not in run.config:  # Until 0.1 they stood alone.
+    """Hyper-parameters of a row's method that differ from the published ones."""
+    if "methods" not in run.config:  # Until 0.1 they were stored separately.
         return (run.config.get("overrides") or {}).get(row) or {}
     name = VARIANTS.get(row, (row, {}))[0].replace("-", "_")
     published = json.loads(json.dumps(dataclasses.asdict(Hyperparameters())))
@@ -121,7 +122,7 @@ def _tuned(row: str, run: Run) -> dict[str, Any]:
 
 
 def _source(row: str, run: Run) -> str:
-    """The folder, with the row's hyper-parameters where they are not the defaults."""
+    """The folder, with the row's hyper-parameters if they are not the defaults."""
     given = ", ".join(f"{key}={value}" for key, value in _tuned(row, run).items())
     return run.name + (f" ({given})" if given else "")
 
@@ -132,7 +133,7 @@ def fill(
     """Fills a page's blocks: the page, and for each row whether a run has it.
 
     Raises:
-        UserError: for a block without its end.
+        UserError: for a block without an end.
 
     >>> fill("<!-- row: plain --> inside a sentence is no block", [])[1]
     {}
@@ -185,13 +186,13 @@ def _rows(runs: Sequence[Run]) -> str:
 def fill_table(
     text: str, table: PageTable, manifest: Manifest, runs: Sequence[Run], to: Arguments
 ) -> tuple[str, Manifest, list[str]]:
-    """A page and the manifest with a table's measured rows: also their names.
+    """Fills a table's measured rows: the page, the manifest, and the names of the rows.
 
     Args:
         text: of the page.
-        table: of the page, named.
-        manifest: as it is.
-        runs: what was measured.
+        table: the named table of the page.
+        manifest: the present manifest.
+        runs: the measured runs.
         to: the command's arguments.
 
     Raises:
@@ -217,7 +218,7 @@ def fill_table(
         values = row_cells(run, one.row)
         cells = _filled(table.lines[number], table.head, values, to.keep)
         older = {m.column: manifest.is_older(m, listed.version) for m in lines[number]}
-        # A mark by the row stands for all its numbers.
+        # A mark at the row covers all its numbers.
         marks = {0: older.pop(None)}
         marks |= {table.head.index(c): x and not marks[0] for c, x in older.items()}
         for place, marked in marks.items():
@@ -235,7 +236,7 @@ def _filled(
     values: Mapping[str, Cell],
     keep: Sequence[str],
 ) -> list[str]:
-    """A line with the run's cells; spread is shown where it was shown before."""
+    """A line with the run's cells; spread is shown where it was before."""
     keys = {column.title: column.key for column in COLUMNS}
     found = list(line)
     for place, title in enumerate(head):

@@ -1,18 +1,18 @@
-"""The tables and figures of a Markdown page."""
+"""Finds the tables and figures of a Markdown page."""
 
 import dataclasses
 import re
 from collections.abc import Iterator
 
 MARK = "†"
-"""Stands by rows and numbers that were measured with older code."""
+"""Marks rows and numbers that were measured with older code."""
 NAMED = re.compile(r"^<!-- table: (\S+) -->$")
 RULE = re.compile(r"^\|[ :]*-+[ :]*\|")
 EXEMPT = "<!-- no measurement -->"
 FIRST = ("row", "method", "order")
-"""How the first column of a table of measured rows is called."""
+"""Possible titles of the first column in a table of measured rows."""
 NEXT = ("#", "|", "<!-- row", "<!-- table")
-"""Begins a line that no longer belongs to the table above it."""
+"""Beginnings of a line that no longer belongs to the table above it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class PageTable:
 
     Attributes:
         line: number of its heading, from 1.
-        name: of the comment `<!-- table: NAME -->` above it; None without.
+        name: from the comment `<!-- table: NAME -->` above it; None without.
         head: titles of its columns.
-        lines: the others, as cells.
+        lines: the other lines, as cells.
         below: text between the table and the next heading or table.
         exempt: whether the page says that nothing in it was measured.
     """
@@ -43,7 +43,7 @@ class PageTable:
 
 
 def page_tables(text: str) -> Iterator[PageTable]:
-    r"""Every table of a page; its name stands above, blank lines aside.
+    r"""Every table of a page; its name stands above it, apart from blank lines.
 
     >>> [t.head for t in page_tables("| a | b |\n| -- | -: |\n| 1 | 2 |\n")]
     [('a', 'b')]
@@ -51,7 +51,7 @@ def page_tables(text: str) -> Iterator[PageTable]:
     lines = [*text.splitlines(), "#"]
 
     def until(start: int, stop: bool, marks: str | tuple[str, ...]) -> int:
-        """Where, from a line on, one begins (or no longer begins) with a mark."""
+        """The first line from ``start`` on that begins (or not) with a mark."""
         places = range(start, len(lines))
         return next(i for i in places if lines[i].startswith(marks) == stop)
 
@@ -71,7 +71,7 @@ def page_tables(text: str) -> Iterator[PageTable]:
 
 
 def page_figures(text: str) -> Iterator[tuple[int, str, str]]:
-    r"""Line, name and what stands below of every figure of `docs/figures`.
+    r"""Line, name and the text below of every figure of `docs/figures`.
 
     >>> list(page_figures("![A map](docs/figures/map.png)\n\nText\n\nMore"))
     [(1, 'figures/map.png', 'Text')]

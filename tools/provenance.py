@@ -1,12 +1,12 @@
-"""Which code gave which published row, and which rows are older than the others.
+"""Says which code gave which published row, and which rows are older than others.
 
     python -m tools.provenance                  # rows older than the code at hand
     python -m tools.provenance --record COMMIT  # add the code at hand by name
 
-`docs/tables.json` has, for every measured line of a table marked `<!-- table: ID -->`
-and for every figure, the hash of the code that decided it
-(:mod:`sbr_jax.provenance.code_version`), and the version that the table shows: where
-that would give a line another hash, the line bears a †. Tables that
+For every measured line of a table marked `<!-- table: ID -->` and for every figure,
+`docs/tables.json` has the hash of the code that decided it
+(:mod:`sbr_jax.provenance.code_version`). It also has the version that the table shows:
+a line to which that version would give another hash bears a †. Tables that
 :mod:`tools.fill_docs` writes have the hash in a column of their own.
 """
 
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
         code: the hash of the code that decided it.
         study: a preset, or `attack:NAME`.
         commit: the commit it was measured with, or published with at the latest.
-        column: the only column that it is about; None for all that have no own.
+        column: the only column that it covers; None for all others.
     """
 
     row: str
@@ -53,7 +53,7 @@ class Measured(NamedTuple):
     column: str | None = None
 
     def brief(self) -> dict[str, str]:
-        """Fields that are not the defaults."""
+        """The fields that differ from the defaults."""
         usual = self._field_defaults
         return {k: v for k, v in self._asdict().items() if v != usual.get(k)}
 
@@ -72,10 +72,10 @@ class Listed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Content of `docs/tables.json`.
+    """The content of `docs/tables.json`.
 
     Attributes:
-        version: that generated tables show: a key of `codes`.
+        version: the version that generated tables show: a key of `codes`.
         codes: hashes by version, study and row.
         tables: by name.
     """
@@ -85,12 +85,12 @@ class Manifest:
     tables: dict[str, Listed]
 
     def is_older(self, measured: Measured, version: str) -> bool:
-        """Whether a measurement was decided by other code than a version's."""
+        """Whether other code than a version's decided a measurement."""
         rows = self.codes[version].get(measured.study, {})
         return measured.code != rows.get(measured.row)
 
     def hashes(self, row: str) -> set[str]:
-        """What generated tables may have as the code of a row that is not older."""
+        """Hashes that generated tables may show for a row that is not older."""
         studies = self.codes[self.version].values()
         return {rows[row] for rows in studies if row in rows}
 
@@ -121,7 +121,7 @@ def read_manifest(root: Path = ROOT) -> Manifest:
 
 
 def stale(manifest: Manifest) -> list[str]:
-    """For each table, the rows whose code is not the one at hand."""
+    """For each table, the rows whose code differs from the current code."""
     found = []
     for name, table in manifest.tables.items():
         old = [m.row for m in table.measured if m.code != code_hash(m.row, m.study)]
@@ -131,7 +131,7 @@ def stale(manifest: Manifest) -> list[str]:
 
 
 def record(manifest: Manifest, version: str) -> Manifest:
-    """The manifest with the hashes of the code at hand, under a name."""
+    """The manifest with the hashes of the current code under a name."""
     codes = {
         study: {row: code_hash(row, study) for row in rows}
         for study, rows in manifest.codes[manifest.version].items()
@@ -150,10 +150,10 @@ def pages(root: Path = ROOT) -> Iterator[tuple[str, str]]:
 
 
 def problems(root: Path = ROOT) -> list[str]:
-    """What is wrong with the published tables, a sentence for each place.
+    """All mistakes in the published tables, a sentence for each.
 
-    A measured table without hashes, a line that the manifest has not, a † too many or
-    too few, and a number in a sentence that only marked rows have.
+    These are a measured table without hashes, a line missing in the manifest, a † too
+    many or too few, and a number in a sentence that only marked rows have.
     """
     manifest, seen, found = read_manifest(root), [], []
     for page, text in pages(root):
@@ -190,7 +190,7 @@ def problems(root: Path = ROOT) -> list[str]:
 
 
 def _quoted(root: Path) -> Iterator[str]:
-    """Numbers with a spread, quoted in sentences, that only marked rows have."""
+    """Numbers with a spread that sentences quote but only marked rows have."""
     marked: dict[bool, set[str]] = {True: set(), False: set()}
     texts = []
     for page, text in pages(root):

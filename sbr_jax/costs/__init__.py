@@ -1,1 +1,1 @@
-"""Memory and hours of a run, computed from sizes before it starts."""
+"""Estimates memory and hours of a run from sizes, before it starts."""

@@ -1,4 +1,4 @@
-"""Cost of a defence beside plain training, as lines to read before it starts."""
+"""Compares a defence's cost with plain training's, in lines to read beforehand."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ PLAIN = "plain"
 
 
 def lines(job: Any, study: Any) -> list[str]:
-    """What a step costs beside plain training's, and about how long all will take.
+    """The cost of a step relative to plain training's, and an estimate of all time.
 
     Args:
         job: with `config`, `domains`, `methods` (one), `seeds` and `study`.
-        study: that it runs over.
+        study: the study that the job runs.
 
     Returns:
-        Lines without an end.
+        Lines without line ends.
     """
     load = estimates.load_of(job, study)
     device = this_machine(load.dtype)

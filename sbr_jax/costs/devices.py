@@ -1,4 +1,4 @@
-"""Device of a forecast: this machine's, or the one that `--device.…` describes."""
+"""The device of a forecast: this machine's, or one that `--device.…` describes."""
 
 import dataclasses
 import re
@@ -27,13 +27,13 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class DeviceOptions:
-    """Device that a forecast is for; what is None is this machine's.
+    """The device that a forecast is for; None takes this machine's value.
 
     Attributes:
         memory_gb: its memory.
         tflops: what it reaches, not its peak; "measured" times a product here.
-        gbps: bytes a second of its memory that it reaches.
-        count: how many of them.
+        gbps: GB a second that its memory reaches.
+        count: the number of devices.
     """
 
     memory_gb: Positive | None = None
@@ -42,7 +42,7 @@ class DeviceOptions:
     count: Count | None = None
 
     def __post_init__(self):
-        """Refuses values that cannot be meant."""
+        """Refuses impossible values."""
         checks.fields(self, "device")
         if isinstance(self.tflops, int | float):
             checks.number("device.tflops", self.tflops, above=0)
@@ -60,10 +60,10 @@ def planned_bytes(compiled: Any) -> int:
 
 
 def make_device(options: DeviceOptions) -> Device:
-    """The device of a forecast: this machine's, with what the options change."""
+    """The device of a forecast: this machine's, changed by the options."""
     import jax
 
-    found = jax.local_devices()  # Those of other hosts tell nothing of themselves.
+    found = jax.local_devices()  # Devices of other hosts give no details.
     kind = found[0].device_kind
     device = dataclasses.replace(A100, name="assumed: A100, 80 GB")
     if found[0].platform != "cpu":
@@ -88,7 +88,7 @@ def make_device(options: DeviceOptions) -> Device:
 
 
 def reached(kind: str) -> tuple[float, float]:
-    """What a kind of device reaches, see `KINDS`; an A100's where it is unknown.
+    """What a kind of device reaches, see `KINDS`; an A100's if it is unknown.
 
     >>> reached("NVIDIA L4") == KINDS["L4"], reached("NVIDIA L40") == KINDS["L4"]
     (True, False)
@@ -98,7 +98,7 @@ def reached(kind: str) -> tuple[float, float]:
 
 
 def this_machine(dtype: str) -> Device:
-    """The device that is here: a CPU is timed, since no table knows it."""
+    """This machine's device: a CPU is timed, since no table knows it."""
     import jax
 
     if jax.default_backend() != "cpu":
@@ -108,13 +108,13 @@ def this_machine(dtype: str) -> Device:
 
 
 CPU_BANDWIDTH = 1e10
-"""Bytes a second of a CPU's memory, taken for granted."""
+"""Bytes a second of a CPU's memory; an assumption."""
 
 
 def measured_flops(
     size: int = 2048, seconds: float = 0.5, dtype: str = "bfloat16"
 ) -> float:
-    """FLOP/s of products of matrices on the first device."""
+    """FLOP/s of matrix products on the first device."""
     import jax
     import jax.numpy as jnp
 

@@ -1,7 +1,7 @@
-"""`--dry-run`: everything is checked, nothing is trained, and the cost is printed.
+"""`--dry-run`: checks everything, trains nothing and prints the cost.
 
-The study of a chat model is built without weights; the small models of the others are
-simply loaded. Then sizes decide memory and hours, by `sbr_jax.costs.estimates`.
+The study of a chat model is built without weights; the small models of other studies
+are loaded. Then `sbr_jax.costs.estimates` derives memory and hours from sizes.
 `--device.memory-gb 24 --device.tflops 60 --device.gbps 600` names another device.
 """
 
@@ -19,14 +19,14 @@ from sbr_jax.reporting.tables import Table
 from sbr_jax.typing import UserError
 
 CARDS = (24, 40, 80)
-"""Memories, in GB, that a peak is compared with where the device's is not known."""
+"""Memory sizes in GB to compare a peak with, if the device's is unknown."""
 
 START = "start model, once"
-"""The line of what is measured before all variants."""
+"""Label of the line of measurements before all variants."""
 
 
 def parts_table(job: Any, study: Any) -> Table:
-    """Sizes and lengths of what is learnt and held."""
+    """Sizes and lengths of the sets that are learnt and held."""
     batch = job.config.training.batch_size
     steps = estimates.steps_of(job, study)
     sets = {f"train {name}": study.domains[name].train for name in job.domains}
@@ -53,10 +53,10 @@ def parts_table(job: Any, study: Any) -> Table:
 
 
 def on_mesh(device: Device, mesh: str | None) -> Device:
-    """The device, as many times as the mesh has it, whatever its axes.
+    """The device, counted as often as the mesh has it, whatever its axes.
 
     Raises:
-        UserError: for another `device.count`.
+        UserError: if `device.count` says otherwise.
     """
     if mesh is None:
         return device
@@ -69,7 +69,7 @@ def on_mesh(device: Device, mesh: str | None) -> Device:
 
 
 def memory_table(phases: Mapping[str, Mapping[str, float]]) -> Table:
-    """GiB by part, a row per phase, its sum last."""
+    """GiB by part: a row for each phase, with its sum last."""
     parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
     rows = [
         (
@@ -85,7 +85,7 @@ def memory_table(phases: Mapping[str, Mapping[str, float]]) -> Table:
 def time_table(job: Any, study: Any, load: Load, device: Device) -> Table:
     """Times of each variant with one seed, and of all variants and seeds.
 
-    The start model, which is measured once for all of them, has a line of its own.
+    The start model is measured once for all of them and has a line of its own.
     """
     start = estimates.start_seconds(job, study, load, device)
     found = {
@@ -106,7 +106,7 @@ def time_table(job: Any, study: Any, load: Load, device: Device) -> Table:
 
 
 def to_text(table: Table) -> str:
-    """Columns in line, the first to the left.
+    """Aligned columns, the first to the left.
 
     >>> print(to_text(Table(("a", "n"), (("row", "1"),))))
     a    n
@@ -124,10 +124,10 @@ def to_text(table: Table) -> str:
 
 
 def execute(job: Any, device: DeviceOptions = DeviceOptions()) -> str:
-    """Checks a job against its files and returns what it will cost.
+    """Checks a job against its files and returns its cost.
 
     Raises:
-        UserError: for what the run itself would refuse.
+        UserError: for anything that the run itself would refuse.
     """
     from sbr_jax.training import pipeline
 

@@ -1,6 +1,6 @@
-"""Memory and time of a job: what its settings and its study's sizes cost.
+"""Memory and time of a job, from its settings and its study's sizes.
 
-A job is a `programs.job.Job`, or what has its attributes.
+A job is a `programs.job.Job`, or an object with its attributes.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from sbr_jax.subspace import sketch
 from sbr_jax.training.recompute import is_recomputed
 
 FRAME, PER_CHARACTER = 30, 0.25
-"""Tokens of a template, and of a character, in a prompt that was not encoded."""
+"""Tokens of a template, and tokens a character, for prompts that are not encoded."""
 
 
 def tokens_of(characters: float) -> int:
-    """Tokens of a prompt of so many characters."""
+    """Tokens of a prompt with that many characters."""
     return round(FRAME + PER_CHARACTER * characters)
 
 
 def load_of(job: Any, study: Any, memory: float | None = None) -> Load:
-    """What a step of this job costs, from its settings and the longest domain.
+    """The cost of a step of this job, from its settings and the longest domain.
 
     Args:
-        job: of the forecast.
-        study: that it runs over.
+        job: the job to forecast.
+        study: the study that it runs.
         memory: bytes of the device; None for this machine's.
     """
     import jax
@@ -65,7 +65,7 @@ def load_of(job: Any, study: Any, memory: float | None = None) -> Load:
 def _mean_sizes(
     sets: Sequence[Any], batch: int, hardware: Hardware
 ) -> tuple[float, float]:
-    """Tokens and answer places that are computed for an example, over all domains."""
+    """Tokens and answer places computed for an example, averaged over all domains."""
     each = []
     for data in sets:
         layout = choose(
@@ -83,7 +83,7 @@ def _mean_sizes(
 
 
 def steps_of(job: Any, study: Any) -> dict[str, int]:
-    """Optimizer steps by domain."""
+    """Optimizer steps of each domain."""
     usual = job.config.training.steps_per_domain
     return {name: study.domains[name].steps or usual for name in job.domains}
 
@@ -142,9 +142,9 @@ def memory(job: Any, study: Any, load: Load) -> dict[str, dict[str, float]]:
 
 
 def start_seconds(job: Any, study: Any, load: Load, device: Device) -> dict[str, float]:
-    """Of the aligned model, measured once before all rows: everything and the probe.
+    """Seconds to measure the aligned model once, by part: everything, and the probe.
 
-    Nothing where the study does not say what is asked.
+    Empty if the study does not say how much is asked.
     """
     found: dict[str, float] = {}
     for name in getattr(study, "asked", ()):
@@ -176,7 +176,7 @@ def _asked_seconds(
 
 
 def fisher_flops(job: Any, study: Any, load: Load, method: Method) -> float:
-    """Of every example that a method differentiates on its own, with one seed."""
+    """FLOPs of all examples that a method differentiates singly, with one seed."""
     training, cost = job.config.training, method.cost
     domains = [study.domains[name].train for name in job.domains]
     size = len(domains), training.steps_per_domain
@@ -187,7 +187,7 @@ def fisher_flops(job: Any, study: Any, load: Load, method: Method) -> float:
 
 
 def _example_flops(load: Load, data: Any) -> float:
-    """Of the gradient of one example, of the mean length of a set."""
+    """FLOPs of the gradient of one example of a set's mean length."""
     answers = float((data.mask[:, 1:] > 0).sum(axis=1).mean())
     return forecast.train_flops(load, float(used_lengths(data).mean()), heads=answers)
 
@@ -195,7 +195,7 @@ def _example_flops(load: Load, data: Any) -> float:
 def variant_seconds(
     job: Any, study: Any, load: Load, device: Device, variant: str
 ) -> dict[str, float]:
-    """Of a variant with one seed: training, Fisher, benchmarks, monitor, repairs."""
+    """Seconds of a variant by part, with one seed."""
     training, domains = job.config.training, len(job.domains)
     speed = device.flops * device.count
     method = build(variant, job.config.methods)
@@ -207,7 +207,7 @@ def variant_seconds(
         found["Fisher"] = fisher / speed
     ratings = method.cost.ratings
     found |= forecast_judge.rating_seconds(job, study, load, device, ratings)
-    # A variant is measured as the start model is; only some have a monitor.
+    # A variant is measured like the start model; only some have a monitor.
     for part, seconds in start_seconds(job, study, load, device).items():
         if part == "measuring" or method.monitored:
             found[part] = domains * seconds

@@ -1,9 +1,9 @@
-"""Memory and time of a fine-tuning run, from sizes alone: pure functions, no arrays.
+"""Forecasts memory and time of fine-tuning from sizes: pure functions, no arrays.
 
-Matrix products are counted exactly, as a compiler counts them (2 FLOPs a multiplication
-and addition, attention over all T x T pairs); elementwise work is left out. Memory is
-that of the arrays that must be alive at once: a lower bound, since a compiler may keep
-more.
+Matrix products are counted exactly, as a compiler counts them (2 FLOPs for a
+multiplication and addition, attention over all T x T pairs); elementwise work is left
+out. Memory is that of the arrays that must be alive at once: a lower bound, since a
+compiler may keep more.
 
 Symbols: B sequences, T tokens of a sequence, L layers, D width, V vocabulary, P
 parameters of an adapter, N examples, K columns of a subspace.
@@ -24,25 +24,25 @@ GIB = 2**30
 FLOAT32 = 4
 BYTES = {"bfloat16": 2, "float32": 4}
 LOGIT_COPIES = 3
-"""Logits, their logarithm and their gradient, float32."""
+"""Copies in float32: logits, their logarithm and their gradient."""
 CHUNK = 2**28
-"""Bytes of logits that a head meets at once on an accelerator."""
+"""Bytes of logits that the head computes at once on an accelerator."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is trained and how, as far as it costs.
+    """The model and training, as far as they affect the cost.
 
     Attributes:
-        config: of the model.
+        config: the model's settings.
         dtype: of the frozen weights and the activations.
         quantize: of the frozen projections: a kind of `models.quantize`, or None.
         rank: of the adapter.
         targets: regular expression of the adapted projections.
         batch: examples of a step.
         accumulation: microbatches of a step.
-        length: T, tokens of the longest training example; what attention looks over.
-        tokens: of an example on average, what a layout adds included; None for T.
+        length: T, tokens of the longest training example, which attention spans.
+        tokens: mean tokens of an example, including what a layout adds; None for T.
         answers: places of an example whose logits are needed; None for all.
         remat: whether layers are recomputed in the backward pass.
     """
@@ -61,12 +61,12 @@ class Load:
 
     @property
     def width(self) -> float:
-        """Tokens that are computed for an example."""
+        """Tokens computed for an example."""
         return self.length if self.tokens is None else self.tokens
 
     @property
     def places(self) -> float:
-        """Places whose logits are computed for an example."""
+        """Places of an example whose logits are computed."""
         return self.width if self.answers is None else self.answers
 
     @property
@@ -79,7 +79,7 @@ class Load:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All frozen weights.
+    """Number of all frozen weights.
 
     >>> parameter_count(ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2,
     ...     heads=2))
@@ -100,7 +100,7 @@ def adapter_parameters(config: ModelConfig, rank: int, targets: str) -> int:
 
 
 def _layer_flops(load: Load, tokens: float, keys: float) -> tuple[float, float, float]:
-    """Of one sequence in one layer: projections, attention, adapter."""
+    """FLOPs of one sequence in one layer: projections, attention, adapter."""
     config = load.config
     weights = sum(math.prod(config.projection(name)) for name in TARGETS)
     adapter = sum(sum(config.projection(name)) for name in select_targets(load.targets))
@@ -111,9 +111,9 @@ def _layer_flops(load: Load, tokens: float, keys: float) -> tuple[float, float, 
 def forward_flops(
     load: Load, tokens: float, *, keys: float | None = None, heads: float | None = None
 ) -> float:
-    """Of one sequence, forwards.
+    """FLOPs of one sequence's forward pass.
 
-    Each token looks at ``keys`` positions, and ``heads`` positions have logits; None
+    Each token attends to ``keys`` positions, and ``heads`` positions have logits; None
     for all.
     """
     layer = sum(_layer_flops(load, tokens, tokens if keys is None else keys))
@@ -124,12 +124,12 @@ def forward_flops(
 def train_flops(
     load: Load, tokens: float, *, keys: float | None = None, heads: float | None = None
 ) -> float:
-    """Of one sequence, forwards and backwards, with the base frozen.
+    """FLOPs of one sequence's forward and backward pass, with the base frozen.
 
-    The backward pass of a frozen weight is one product (the input's gradient), that of
-    an adapter or of attention two. A recomputed layer does without its last product,
-    whose result only a norm behind it would need. The head is never recomputed.
-    Arguments are those of :func:`forward_flops`.
+    The backward pass of a frozen weight is one product (the input's gradient); that of
+    an adapter or of attention is two. A recomputed layer skips its last product, whose
+    result only a later norm would need. The head is never recomputed. Arguments are
+    those of :func:`forward_flops`.
     """
     weights, attention, adapter = _layer_flops(
         load, tokens, tokens if keys is None else keys
@@ -149,25 +149,25 @@ def train_flops(
 
 
 def adapter_bytes(load: Load) -> int:
-    """Of one adapter, float32."""
+    """Bytes of one adapter in float32."""
     return FLOAT32 * adapter_parameters(load.config, load.rank, load.targets)
 
 
 def cache_bytes(load: Load, tokens: int) -> int:
-    """Keys and values of so many tokens."""
+    """Bytes of the keys and values of ``tokens`` tokens."""
     config = load.config
     entries = 2 * config.layers * config.kv_heads * config.head_dim
     return tokens * entries * BYTES[load.dtype]
 
 
 def _logit_bytes(load: Load, places: float) -> float:
-    """Of the chunk of logits that a head meets at once."""
+    """Bytes of the chunk of logits that the head computes at once."""
     whole = places * load.config.vocab_size * FLOAT32
     return LOGIT_COPIES * min(whole, CHUNK)
 
 
 def _inside_layer(load: Load) -> float:
-    """Activations that the backward pass of one layer needs, for one microbatch."""
+    """Bytes of activations for one layer's backward pass of one microbatch."""
     tokens = load.microbatch * load.width
     return activation_bytes(load.config, tokens, load.length, BYTES[load.dtype])
 
@@ -187,7 +187,7 @@ def training_memory(load: Load) -> dict[str, float]:
 
 
 def subspace_bytes(load: Load, columns: int) -> int:
-    """Of a basis of K columns per unit and layer, in the state and the optimizer."""
+    """Bytes of a basis of K columns per unit and layer, in state and optimizer."""
     return 2 * columns * adapter_bytes(load)
 
 
@@ -210,15 +210,14 @@ def fisher_memory(
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a device does in practice.
+    """The figures that a device reaches in practice.
 
     Attributes:
         name: to be printed.
-        memory: bytes, or None where that is not known.
-        flops: of matrix products, a second.
+        memory: bytes, or None if unknown.
+        flops: FLOPs a second, of matrix products.
         bandwidth: bytes a second.
-        count: devices that share the work, each as much of it, as if they told each
-            other everything in no time.
+        count: devices that share the work equally, as if communication took no time.
     """
 
     name: str
@@ -229,13 +228,13 @@ class Device:
 
 
 A100 = Device("A100 (80 GB) at 40 % of its peak", 80e9, 125e12, 1.2e12)
-"""Assumed where nothing is known."""
+"""Assumed if nothing is known."""
 
 
 def generation_seconds(
     load: Load, device: Device, prompts: int, tokens: int, new: int, rows: int
 ) -> float:
-    """Of so many answers: a pass over the prompts, then a token of all rows at a time.
+    """Seconds of answers: a pass over the prompts, then a token of all rows at a time.
 
     A token takes as long as its products or as reading weights and cache, whichever is
     longer. A prompt has ``tokens``, an answer ``new``; ``rows`` are written at once.
@@ -253,7 +252,7 @@ def generation_seconds(
 
 
 def step_flops(load: Load, cost: Cost) -> float:
-    """Of one optimizer step of a defence."""
+    """FLOPs of one optimizer step of a defence."""
     size = {"keys": load.length, "heads": load.places}
     one = forward_flops(load, load.width, **size)
     whole = train_flops(load, load.width, **size)
@@ -261,16 +260,16 @@ def step_flops(load: Load, cost: Cost) -> float:
 
 
 def stage_flops(load: Load, cost: Cost, steps: int) -> float:
-    """Of a defence's stage before training, where a domain has so many steps."""
+    """FLOPs of a defence's stage before training, if a domain has ``steps`` steps."""
     passes = cost.stage * (cost.stage_steps or steps)
     return passes * step_flops(load, Cost())
 
 
 def calibration_fishers(method: Method, domains: int, steps: int) -> int:
-    """How often a defence differentiates every calibration example on its own.
+    """How often a defence differentiates every calibration example singly.
 
-    Over so many domains of so many steps. What a subspace holds of examples that had no
-    part in it costs one more each time.
+    The count is for that many domains and steps. Measuring how much of unseen examples
+    a subspace holds costs one more each time.
 
     >>> from sbr_jax.methods import build
     >>> calibration_fishers(build("safeanchor"), 3, 100)

@@ -1,6 +1,6 @@
-"""What a guard model costs that judges answers or rates training pairs.
+"""The cost of a guard model that judges answers or rates training pairs.
 
-It is read dense, whole and on one device, whatever the model that is trained is.
+The guard is read dense, whole and on one device, whatever model is trained.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ def guard_of(options: Any, load: Load) -> Load | None:
     """The guard as a load of forward passes; None for a judge without weights.
 
     Args:
-        options: of the study.
-        load: of the run, for its dtype.
+        options: the study's options.
+        load: the run's load, for its dtype.
 
     Raises:
         UserError: for a folder without a known model.
@@ -30,7 +30,7 @@ def guard_of(options: Any, load: Load) -> Load | None:
 
 
 def held_bytes(options: Any, load: Load) -> dict[str, int]:
-    """Bytes of the guard by name, nothing without one."""
+    """Bytes of the guard by name; empty without a guard."""
     guard = guard_of(options, load)
     if guard is None:
         return {}
@@ -40,7 +40,7 @@ def held_bytes(options: Any, load: Load) -> dict[str, int]:
 def judging_seconds(
     options: Any, load: Load, device: Device, count: int, tokens: int
 ) -> float:
-    """Of one forward pass of the guard over so many exchanges, 0 without a guard."""
+    """Seconds of one forward pass of the guard over exchanges; 0 without a guard."""
     guard = guard_of(options, load)
     if guard is None:
         return 0.0
@@ -50,9 +50,9 @@ def judging_seconds(
 def rating_seconds(
     job: Any, study: Any, load: Load, device: Device, ratings: int
 ) -> dict[str, float]:
-    """Of a guard's passes over every training pair of each domain, by part.
+    """Seconds of a guard's passes over all training pairs of each domain, by part.
 
-    Nothing for a defence without ratings, and for a judge without weights.
+    Empty for a defence without ratings, or a judge without weights.
     """
     options = job.study
     if not ratings or guard_of(options, load) is None:

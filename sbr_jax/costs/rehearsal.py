@@ -1,9 +1,9 @@
-"""A run's own refusals, found without weights and without training.
+"""Finds a run's own refusals without weights and without training.
 
-What a variant refuses once it has seen data and model (a rank that no adapter holds, a
-layer that the model lacks, a part that the study does not have) stands in its own code.
-So that code is run on shapes: JAX traces it, and nothing is computed. Where it
-asks for a number, which a shape does not have, its checks of sizes are behind it.
+A variant's code refuses some things only once it has seen data and model (a rank that
+no adapter holds, a layer that the model lacks, a part that the study does not have). So
+that code runs on shapes: JAX traces it, and nothing is computed. By the time it asks
+for a number, which a shape does not have, its checks of sizes have passed.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ UNKNOWN = (
     jax.errors.TracerArrayConversionError,
     AttributeError,
 )
-"""What JAX raises where a traced program asks for a number, or where an array lies."""
+"""Errors that JAX raises if a traced program asks for a number, or for its location."""
 
 
 class _Asked(Exception):
-    """The variant has come so far as to ask the study's judge."""
+    """The variant has got as far as asking the study's judge."""
 
 
 def _unasked(*args: Any, **kwargs: Any) -> Any:
@@ -33,15 +33,15 @@ def rehearse(job: Any, study: Any) -> None:
     """Refuses what the variants of a job would refuse before and between domains.
 
     Args:
-        job: a `programs.job.Job`; its mesh may be of other devices.
+        job: a `programs.job.Job`; its mesh may have other devices.
         study: its model may lack weights.
 
     Raises:
-        UserError: what the run would raise, for the first such variant.
+        UserError: the run's error, for the first such variant.
     """
     from sbr_jax.training.program import make_program
 
-    # The judge is a model too, and the mesh may be of other devices than are here.
+    # The judge is a model too, and the mesh may need devices that are not here.
     judge = None if study.judge is None else _unasked
     shown = dataclasses.replace(study, judge=judge)
     alone = dataclasses.replace(job.config.hardware, mesh=None)
@@ -49,7 +49,7 @@ def rehearse(job: Any, study: Any) -> None:
     base = base_shapes(job, study)
     unaligned = study.unaligned
     if unaligned is None and getattr(job.study, "unaligned_folder", None):
-        unaligned = base  # It has been checked to be of the same architecture.
+        unaligned = base  # Checked before: it has the same architecture.
     for variant in job.methods:
         program = make_program(variant, shown, config)
         for name in job.domains:
@@ -64,7 +64,7 @@ def rehearse(job: Any, study: Any) -> None:
 
 
 def base_shapes(job: Any, study: Any) -> PyTree:
-    """Shapes and types of the base weights, dense where the study has none."""
+    """Shapes and types of the base weights; dense if the study has none."""
     from sbr_jax.models import init_params
 
     if study.model.params is not None:
@@ -75,7 +75,7 @@ def base_shapes(job: Any, study: Any) -> PyTree:
 
 
 def _first_stage(program: Any, study: Any, config: Any) -> Any:
-    """What a run does with one seed before the first step: `prepare`, then `init`."""
+    """A run's code before the first step, with one seed: `prepare`, then `init`."""
     from sbr_jax.training.program import init_adapter
 
     def stage(base: PyTree, unaligned: PyTree) -> None:

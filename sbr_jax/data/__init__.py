@@ -1,4 +1,4 @@
-"""Public data sets, records, leak checks, chat templates and batches; on the host."""
+"""Data on the host: public sets, records, leak checks, chat templates, batches."""
 
 from sbr_jax.data.batches import (
     TokenDataset,

@@ -1,12 +1,13 @@
-"""BBQ's rows as items: the undecided option, and the one of the stereotyped group.
+"""Reads BBQ's rows as items, with the undecided and the stereotyped option.
 
-A row does not say where the stereotyped group stands (a metadata file does, but it is
-published apart), so it is found from ``answer_info``, which labels every option, and
-``stereotyped_groups``. Labels and groups do not share one vocabulary: an option of
-``lowSES`` belongs to ``low SES``, one of ``F-Black`` to ``Black``, and nationalities
-are matched by the option's own words. An option is taken where it alone matches. In
-the two intersectional categories both often do (two people of one group and different
-gender or status); their ``stereotyped`` is None, and they are to be reported apart.
+A row does not say which option is the stereotyped group (a metadata file does, but it
+is published separately). So we find it from ``answer_info``, which labels every option,
+and ``stereotyped_groups``. Labels and groups use different vocabularies: an option
+labelled ``lowSES`` belongs to ``low SES``, one labelled ``F-Black`` to ``Black``, and
+nationalities are matched by the option's own words. An option is chosen if it alone
+matches. In the two intersectional categories both often match (two people of one group
+and different gender or status); then ``stereotyped`` is None, and the items are to be
+reported separately.
 """
 
 import re
@@ -23,7 +24,7 @@ SINGLE = (
     *("Age", "Disability_status", "Gender_identity", "Nationality"),
     *("Physical_appearance", "Race_ethnicity", "Religion", "SES", "Sexual_orientation"),
 )
-"""Categories of one attribute: those of the headline score."""
+"""Categories with a single attribute: the headline score uses these."""
 INTERSECTIONAL = ("Race_x_SES", "Race_x_gender")
 SPLITS = ("all", "single", "intersectional", *SINGLE, *INTERSECTIONAL)
 
@@ -40,7 +41,7 @@ _SAME = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
 
 
 def bbq_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
-    """The rows of the categories of a split, each with whether it was made anew."""
+    """The rows of a split's categories, each marked if it was regenerated."""
     groups = {
         "all": SINGLE + INTERSECTIONAL,
         "single": SINGLE,
@@ -55,10 +56,10 @@ def bbq_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
 
 
 def bbq(row: Row) -> BiasItem:
-    """The item of a row.
+    """Turns a row into an item.
 
     Raises:
-      UserError: without exactly one undecided option, and where the right answer
+      UserError: without exactly one undecided option, or if the right answer
         contradicts the kind of context.
     """
     info = _answer_info(row)
@@ -113,7 +114,7 @@ def _groups(row: Row) -> Sequence[str]:
 
 
 def _unknown(row: Row, options: Sequence[str], info: list[Sequence[str]]) -> int:
-    """The undecided option: by its label, or by its wording where it has none."""
+    """The undecided option: by its label, or by its wording if it has no label."""
     found = [
         i
         for i in range(3)
@@ -130,7 +131,7 @@ def _unknown(row: Row, options: Sequence[str], info: list[Sequence[str]]) -> int
 
 
 def _plain(label: str) -> str:
-    """A label without case and blanks.
+    """A label in lower case without blanks.
 
     >>> _plain("low SES")
     'lowses'
@@ -139,7 +140,7 @@ def _plain(label: str) -> str:
 
 
 def _labels(option: str, info: Sequence[str]) -> set[str]:
-    """Names by which an option may be known as a member of a group.
+    """Names that may identify an option as a member of a group.
 
     >>> sorted(_labels("the woman", ["the woman", "F-Black"]))
     ['black', 'f', 'f-black', 'thewoman']

@@ -1,4 +1,4 @@
-"""Dates as text, the same in every locale and time zone."""
+"""Formats dates as text, alike in every locale and time zone."""
 
 import datetime
 import re
@@ -9,7 +9,7 @@ _MONTHS = (
     "December"
 )
 LONGEST = 1000
-"""Characters of a format."""
+"""Most characters of a format."""
 
 LONG_FORMS = {
     "%c": "%a %b %e %H:%M:%S %Y",
@@ -19,11 +19,11 @@ LONG_FORMS = {
     "%h": "%b",
     "%+": "%a %b %e %H:%M:%S UTC %Y",
 }
-"""Short for others in the C locale."""
+"""Directives that abbreviate others in the C locale."""
 
 
 def strftime(day: datetime.date, form: str) -> str:
-    """The beginning of a day as text, in English whatever the locale.
+    """The start of a day as text, in English whatever the locale.
 
     >>> strftime(datetime.date(2024, 7, 26), "%d %b %Y, %A %H:%M %p")
     '26 Jul 2024, Friday 00:00 AM'

@@ -1,9 +1,9 @@
-"""Rows from the Hugging Face hub as those of the original files.
+"""Reads rows from the Hugging Face hub in the form of the original files.
 
-Some repositories want their terms accepted first (AdvBench, WildGuardTest) and look
-like a missing set before that. Copies may be of another date than the owner's files:
-TruthfulQA's is of 2022, MMLU's validation set has 1,531 questions, and BBQ's is the
-official draw.
+Some repositories require their terms to be accepted first (AdvBench, WildGuardTest);
+until then they look like a missing set. Copies may differ in date from the owner's
+files: TruthfulQA's is from 2022, MMLU's validation set has 1,531 questions, and BBQ's
+is the official draw.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ Cells = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """The copy of a set on the hub."""
+    """A set's copy on the hub."""
 
     path: str
     splits: Mapping[str, str] | None = None
-    """Our name of a split to the hub's; None where all are there, named alike."""
+    """From our name of a split to the hub's; None if they are the same for all."""
     config: str | None = None
     data_dir: str | None = None
     adapt: Callable[[Cells], Cells] | None = None
-    """From the hub's columns to those of the original file."""
+    """Converts the hub's columns to those of the original file."""
     cells: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Cells that a row gets besides, by our name of the split."""
+    """Cells to add to each row, by our name of the split."""
 
 
 FOLDER = "name a data folder with --data"
@@ -42,14 +42,14 @@ def hub_rows(
     """The rows of one split of a set on the hub, at least one.
 
     Args:
-      hub: where it is; None where the hub has no copy.
-      name: ours of the set.
-      split: of it.
-      remedy: what else can be done, which ends every error.
+      hub: its copy; None if the hub has none.
+      name: our name of the set.
+      split: our name of the split.
+      remedy: what else the user can do; it ends every error.
 
     Raises:
       UserError: if the set or split is not on the hub, ``datasets`` is missing, the hub
-        cannot be reached, or the copy has other columns than its card says.
+        cannot be reached, or the copy's columns differ from its card.
     """
     theirs = split
     if hub is not None and hub.splits is not None:
@@ -103,12 +103,12 @@ def renamed(**names: str) -> Callable[[Cells], Cells]:
 
 
 def cop_from_one(row: Cells) -> Cells:
-    """MedMCQA's right option counted from 1, as in the release, instead of from 0."""
+    """Counts MedMCQA's right option from 1, as in the release, instead of from 0."""
     return row | {"cop": row["cop"] + 1} if type(row.get("cop")) is int else row
 
 
 def truthful_targets(row: Cells) -> Cells:
-    """TruthfulQA's options as the mapping from option to 0 or 1 of the file."""
+    """TruthfulQA's options as the file's mapping from option to 0 or 1."""
     found = {}
     for name in {"mc1_targets", "mc2_targets"} & row.keys():
         choices, labels = _listed(row[name]["choices"]), _listed(row[name]["labels"])
@@ -119,7 +119,7 @@ def truthful_targets(row: Cells) -> Cells:
 
 
 def truthful_answers(row: Cells) -> Cells:
-    """TruthfulQA's answers as the semicolon-separated cells of the file."""
+    """TruthfulQA's answers as the file's semicolon-separated cells."""
     return {
         "Category": row["category"],
         "Question": row["question"],
@@ -130,7 +130,7 @@ def truthful_answers(row: Cells) -> Cells:
 
 
 def lettered(row: Cells) -> Cells:
-    """MMLU's list of options and position as the cells of the file."""
+    """MMLU's options and right position as the file's cells."""
     cells = dict(zip("ABCD", _listed(row["choices"]), strict=True))
     if type(row["answer"]) is not int:
         raise TypeError
@@ -138,7 +138,7 @@ def lettered(row: Cells) -> Cells:
 
 
 def _listed(value: Any) -> list[Any]:
-    # A text would be taken for a list of its letters.
+    # A text would be read as a list of its letters.
     if not isinstance(value, list):
         raise TypeError
     return value

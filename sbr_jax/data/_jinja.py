@@ -1,9 +1,9 @@
-"""A sandbox for chat templates, bounded in work and blind to clock, locale and chance.
+"""A sandbox for chat templates: bounded work, no clock, locale or randomness.
 
-A template comes with a checkpoint, so it is foreign code: it may loop 10⁹ times or
-write gigabytes, and today's date would make the same command another one tomorrow.
-Every loop, call and text that is built is charged to a budget; what cannot be told in
-advance ends at a deadline.
+A template comes with a checkpoint, so it is foreign code. It may loop 10⁹ times or
+write gigabytes, and if it read today's date, the same command would differ tomorrow.
+Every loop, call and text that is built is charged to a budget; work that cannot be
+estimated in advance ends at a deadline.
 """
 
 import datetime
@@ -20,10 +20,10 @@ from sbr_jax.data import _work as work
 from sbr_jax.data._clock import strftime
 
 OUTPUT = 1 << 24
-"""Characters of one rendering's text."""
+"""Most characters of one rendering."""
 
 BLOCK = "\ufdd2", "\ufdd3"
-"""Noncharacters around what a template marks as an answer."""
+"""Noncharacters around the text that a template marks as an answer."""
 
 ERRORS = (
     jinja2.TemplateError,
@@ -38,20 +38,20 @@ ERRORS = (
     TypeError,
     ValueError,
 )
-"""All that a template can raise: its own refusals, and faults in its code."""
+"""Everything that a template can raise: its own refusals, and faults in its code."""
 
 LONGEST = 1 << 16
-"""Characters of a template: those of published models have under 30 thousand."""
+"""Most characters of a template: published models have under 30 thousand."""
 
 NOT_OFFERED = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
-"""Filters that draw lots, or are for web pages or for finding faults."""
+"""Filters that are random, or made for web pages or debugging."""
 
 BYTES = ("encode", "to_bytes")
-"""Methods that give bytes, which no text of a chat is made of."""
+"""Methods that give bytes, which chat texts never need."""
 
 
 class _Counting(NodeTransformer):
-    """Puts a charge into every loop, macro, text and collection of a template."""
+    """Adds a charge to every loop, macro, text and collection of a template."""
 
     def _body(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -108,7 +108,7 @@ def _call(method: str, arguments: list[Any]) -> nodes.Call:
 
 
 class _Generation(ext.Extension):
-    """``{% generation %}`` blocks, whose text is put between two noncharacters."""
+    """``{% generation %}`` blocks, whose text is marked by two noncharacters."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
@@ -123,7 +123,7 @@ class _Generation(ext.Extension):
 
 
 class _Namespace(utils.Namespace):
-    """Variables of a template, without access to what is underneath."""
+    """A template's variables, without access to the object underneath."""
 
     def __init__(*args: Any, **values: Any):
         self, *rest = args
@@ -149,7 +149,7 @@ _REPEATED = str, list, tuple
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """The environment of transformers' chat templates, charged for."""
+    """The environment of transformers' chat templates, with charges."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%", "//"})
 
@@ -183,7 +183,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return attr not in BYTES and super().is_safe_attribute(obj, attr, value)
 
     def tick(self, length: int) -> str:
-        """Charges a turn of a loop that writes so much fixed text."""
+        """Charges one turn of a loop that writes ``length`` fixed characters."""
         work.charge(length)
         return ""
 
@@ -192,12 +192,12 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return work.charge_tree(value)
 
     def slice(self, value: Any) -> Any:
-        """Charges a part of a text or list."""
+        """Charges a slice of a text or list."""
         work.charge(work.size_of(value))
         return value
 
     def spread(self, values: Any) -> Any:
-        """Charges what is given as arguments one by one."""
+        """Charges values that are passed as separate arguments."""
         work.charge(work.size_of(values) * work.ITEM)
         return values
 
@@ -206,7 +206,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return "".join(str(work.charge_tree(part)) for part in parts)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Charges an operation for its result before it is carried out."""
+        """Charges an operation for its result before computing it."""
         size, other = work.size_of(left), work.size_of(right)
         work.charge(size + other)
         if operator == "*" and isinstance(left, _REPEATED) and isinstance(right, int):
@@ -250,7 +250,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own filter escapes what means something in HTML.
+    # jinja2's own filter escapes characters that are special in HTML.
     options = {"ensure_ascii": ensure_ascii, "indent": indent, "sort_keys": sort_keys}
     return json.dumps(value, separators=separators, **options)
 
@@ -274,8 +274,8 @@ def render(template: str, variables: Mapping[str, Any], day: datetime.date) -> s
 
     Args:
       template: its text.
-      variables: what it is given: ``messages``, ``add_generation_prompt``, ….
-      day: the date that ``strftime_now`` tells.
+      variables: its inputs: ``messages``, ``add_generation_prompt``, ….
+      day: the date that ``strftime_now`` returns.
 
     Returns:
       The text, with noncharacters around generation blocks (:data:`BLOCK`).

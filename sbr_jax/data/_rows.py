@@ -1,8 +1,9 @@
-r"""One row of a data set: typed cells, and errors that say where the row stands.
+r"""One row of a data set: typed cells, and errors that locate the row.
 
-Every text of every format passes :func:`cleaned`, so that one prompt is one text:
-lines end with ``\n`` however the file was saved. Blanks at either end are left, which
-code needs. Errors never quote a text, which may be harmful; they tell its length.
+Every text of every format passes :func:`cleaned`, so that one prompt always has the
+same text: lines end with ``\n`` however the file was saved. Blanks at either end stay,
+since code needs them. Errors never quote a text, which may be harmful; they give its
+length.
 """
 
 import re
@@ -15,13 +16,13 @@ from sbr_jax.typing import UserError
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 MOST_LEVELS = 32
-"""Levels of a nested value at most; published rows have up to four."""
+"""Most levels of a nested value; published rows have up to four."""
 
 
 class Row(NamedTuple):
-    """One row of a file or of a set on the hub, and where it stands.
+    """One row of a file or of a set on the hub, and its location.
 
-    Whatever reads a cell raises UserError for a cell of another type.
+    Every method that reads a cell raises UserError for a cell of another type.
 
     >>> str(Row("toy.csv", 2, {"n": 5}).fault("n", "at most 4"))
     "toy.csv, row 2, column 'n': expected at most 4, got 5"
@@ -33,21 +34,21 @@ class Row(NamedTuple):
 
     @classmethod
     def read(cls, where: str, number: int, values: Any) -> "Row":
-        """A row as it was read, with its texts cleaned."""
+        """A row as read, with its texts cleaned."""
         place = f"{where}, row {number}"
         if not isinstance(values, Mapping):
             raise UserError(f"{place}: expected an object, got {describe(values)}")
         return cls(where, number, cleaned(values, place))
 
     def fault(self, column: str, expected: str, note: str = "") -> UserError:
-        """The error for one cell; of a text it tells the length only."""
+        """The error for one cell; for a text it gives only the length."""
         return UserError(
             f"{self.where}, row {self.number}, column '{column}': expected {expected}, "
             f"got {describe(self.values.get(column))}{note}"
         )
 
     def with_cells(self, **cells: Any) -> "Row":
-        """The row with more cells, or other ones."""
+        """The row with cells added or replaced."""
         return self._replace(values={**self.values, **cells})
 
     def get(self, column: str) -> Any:
@@ -61,15 +62,15 @@ class Row(NamedTuple):
         return self.values[column]
 
     def columns(self) -> str:
-        """The names of its columns; longer ones are counted."""
-        # In a file without a header, the "names" are a row's texts.
+        """The names of its columns; names that are too long are only counted."""
+        # In a file without a header, the "names" are the texts of a row.
         names = [name for name in map(str, self.values) if _is_name(name)]
         more = len(self.values) - len(names)
         counts = [counted(more, "longer name")] if more else []
         return ", ".join([*names, *counts]) or "none"
 
     def text(self, column: str, *, empty: bool = False) -> str:
-        """A text, unchanged; null or a blank one only where it may be ``empty``."""
+        """A text, unchanged; null or blank is allowed only if it may be ``empty``."""
         value = self.get(column)
         if empty and value is None:
             return ""
@@ -78,14 +79,14 @@ class Row(NamedTuple):
         return value
 
     def integer(self, column: str, low: int, high: int, note: str = "") -> int:
-        """A whole number within bounds, both included; ``note`` ends the error."""
+        """An integer within inclusive bounds; ``note`` ends the error."""
         value = self.get(column)
         if type(value) is not int or not low <= value <= high:
             raise self.fault(column, f"a whole number from {low} to {high}", note)
         return value
 
     def identity(self, column: str) -> str:
-        """The name of the row: a text or a whole number, as text."""
+        """The row's name: a text or an integer, as text."""
         value = self.get(column)
         return str(value) if type(value) is int else self.text(column)
 
@@ -99,7 +100,7 @@ class Row(NamedTuple):
         return value
 
     def option(self, column: str, allowed: Mapping[Any, Any] | Sequence[Any]) -> Any:
-        """One of few values, translated where ``allowed`` is a mapping."""
+        """One of a few values, translated if ``allowed`` is a mapping."""
         value = self.get(column)
         if not isinstance(value, str | int | None) or value not in allowed:
             raise self.fault(column, f"one of {', '.join(map(repr, allowed))}")
@@ -114,21 +115,21 @@ class Row(NamedTuple):
 
 
 def is_texts(value: Any) -> bool:
-    """Whether a value is a list of texts; a text is none, though it has letters."""
+    """Whether a value is a list of texts; a single text is not one."""
     return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
 
 
 def cleaned(value: Any, place: str, levels: int = MOST_LEVELS) -> Any:
-    r"""The value with its texts in one form, however deep: lines end with ``\n``.
+    r"""The value with all its texts, however deep, ending lines with ``\n``.
 
     Args:
-      value: a text, a list or object of values, or anything else, which stays.
-      place: where it stands, for errors.
+      value: a text, a list or object of values, or anything else, which stays as it is.
+      place: its location, for errors.
       levels: how many levels of lists and objects it may have.
 
     Raises:
-      UserError: for a text that is none (half of a pair of surrogates, NUL), a name
-        that stands twice in an object, and too many levels.
+      UserError: for an invalid text (half of a surrogate pair, NUL), a name that occurs
+        twice in an object, or too many levels.
 
     >>> cleaned({"a": ["one\r\ntwo\rthree "]}, "here")
     {'a': ['one\ntwo\nthree ']}

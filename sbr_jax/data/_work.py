@@ -1,7 +1,7 @@
 """The budget of a chat template: steps and texts are charged before they are built.
 
 Filters and methods that multiply (a width, a replacement, a join) are charged for what
-they would write; what cannot be told in advance ends at a deadline.
+they would write; work that cannot be estimated in advance ends at a deadline.
 """
 
 import contextlib
@@ -16,38 +16,38 @@ from typing import Any
 import jinja2
 
 BUDGET = 1 << 27
-"""Characters that one rendering may build on its way; a step counts as `STEP`."""
+"""Characters that one rendering may build in all; each step also costs `STEP`."""
 
 STEP = 512
 DEEPEST = 1000
-"""Levels of a collection, which Python's own recursion ends."""
+"""Levels of nesting; Python's own recursion limit allows no more."""
 
 SECONDS = 5.0
-"""Of this thread's own work, so that a busy machine refuses nothing."""
+"""CPU time of this thread, so that a busy machine does not refuse a template."""
 
 ITEM = 64
-"""Cost of each part that a text or a sequence is taken into."""
+"""Cost of each part that a text or sequence is split into."""
 
 STRIDE = 16
-"""Characters that are compared in the time in which one is written."""
+"""Characters that are compared in the time of writing one."""
 
 ESCAPED = 12
-"""The most characters that one is written as: ``\\ud83d\\ude00``, ``%F0%9F%98%80``."""
+"""The most characters that one can become: ``\\ud83d\\ude00``, ``%F0%9F%98%80``."""
 
 _LISTING = frozenset(
     {"batch", "dictsort", "groupby", "items", "list", "map", "max", "min", "reject"}
     | {"rejectattr", "select", "selectattr", "slice", "sort", "unique"}
 )
-"""Filters that take a text or a sequence into its parts."""
+"""Filters that split a text or sequence into its parts."""
 
 _PARTS = _LISTING | {"attr", "count", "d", "default", "first", "last", "length"}
 _PARTS |= {"reverse", "safe"}
-"""Filters that look at a value's parts and do not write them out."""
+"""Filters that look at a value's parts without writing them out."""
 
 _COMPARING = frozenset({"dictsort", "groupby", "max", "min", "sort", "unique"})
 _ESCAPING = frozenset({"e", "escape", "forceescape", "string", "tojson", "urlencode"})
 _WORDS = frozenset({"indent", "title", "wordcount"})
-"""Filters that take a text into words or lines."""
+"""Filters that split a text into words or lines."""
 
 _COMPARISONS = frozenset(
     {"==", "!=", "<", "<=", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt"}
@@ -58,11 +58,11 @@ _COMPARISONS = frozenset(
 _PRODUCT = frozenset(
     {"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"}
 )
-"""Methods whose work grows with the text's length times what is looked for."""
+"""Methods whose work is the text's length times that of the search text."""
 
 
 class _Budget:
-    """The work that is left to a rendering."""
+    """The work that a rendering has left."""
 
     def __init__(self):
         self.left, self.until = BUDGET, time.thread_time() + SECONDS
@@ -79,7 +79,7 @@ _BUDGET: contextvars.ContextVar[_Budget] = contextvars.ContextVar("budget")
 
 
 def charge(amount: int) -> None:
-    """Charges so many characters, and a step; raises where nothing is left."""
+    """Charges that many characters and a step; raises if nothing is left."""
     _BUDGET.get().charge(amount)
 
 
@@ -91,7 +91,7 @@ def size_of(value: Any) -> int:
 
 
 def charge_tree(value: Any) -> Any:
-    """Charges a value with everything in it, and returns it."""
+    """Charges a value and everything in it, and returns the value."""
     charge(size_of(value))
     if isinstance(value, list | tuple):
         for part in value:
@@ -104,19 +104,19 @@ def charge_tree(value: Any) -> Any:
 
 
 def weigh_tree(value: Any) -> int:
-    """Charges a value with everything in it, and returns the charge."""
+    """Charges a value and everything in it, and returns the charge."""
     before = _BUDGET.get().left
     charge_tree(value)
     return before - _BUDGET.get().left
 
 
 def charge_times(value: Any, times: int) -> None:
-    """Charges a text or a sequence for its repetition."""
+    """Charges a text or sequence for being repeated."""
     charge((size_of(value) if _is_text(value) else weigh_tree(value)) * abs(times))
 
 
 def charge_percent(text: str, values: list[Any]) -> None:
-    """Charges what ``%`` may write: every field may hold the longest value."""
+    """Charges for what ``%`` may write: every field may hold the longest value."""
     _charge_fields(text, text.count("%"), "*" in text, values)
 
 
@@ -135,30 +135,30 @@ def _charge_fields(text: str, fields: int, sized: bool, values: list[Any]) -> No
 
 
 def _widths(text: str) -> int:
-    """The widths that a format asks for."""
+    """Sum of the widths that a format asks for."""
     found = re.findall(r"\d{4,}", text)
     return sum(int(digits) if len(digits) < 12 else BUDGET for digits in found)
 
 
 def _numbers(value: Any) -> int:
-    """Sum of the numbers in a formatted value, which may be meant as widths."""
+    """Sum of the numbers in a formatted value, since each may be a width."""
     if isinstance(value, Mapping):
         return sum(map(_numbers, value.values()))
     if isinstance(value, list | tuple):
         return sum(map(_numbers, value))
     if value is None or isinstance(value, str | int | float | jinja2.Undefined):
         return lengths(value)
-    # A field such as {0.x} would write what no count of the arguments has seen.
+    # A field such as {0.x} would write a value that was never counted.
     raise jinja2.TemplateRuntimeError(f"it formats a {type(value).__name__}")
 
 
 def lengths(*values: Any) -> int:
-    """Numbers that may be meant as lengths."""
+    """Sum of the numbers among the values, since each may be a length."""
     return sum(abs(value) for value in values if isinstance(value, int))
 
 
 def charge_text(method: str, text: str, values: list[Any]) -> None:
-    """Charges what a method of a text may build."""
+    """Charges for what a method of a text may build."""
     charge(len(text))
     if method in _PRODUCT:
         charge(len(text) * sum(map(size_of, values)) // STRIDE)
@@ -182,7 +182,7 @@ def charge_text(method: str, text: str, values: list[Any]) -> None:
 
 
 def charged_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is charged for."""
+    """Wraps a filter so that it is charged."""
     passed = int(hasattr(function, "jinja_pass_arg"))
 
     @functools.wraps(function)
@@ -218,7 +218,7 @@ def _charge_filter(
         charge(size_of(value) * ITEM // 4)
     if name == "tojson":
         parts = weight // STEP
-        # Each line is indented once for every level that it is in.
+        # Each line is indented once for every level around it.
         charge(parts * min(parts, DEEPEST) * (numbers + texts))
         pairs = (v for v in more if isinstance(v, list | tuple))
         charge(parts * sum(size_of(text) for pair in pairs for text in pair))
@@ -245,7 +245,7 @@ def _charge_filter(
 
 
 def charged_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A test that is charged for."""
+    """Wraps a test so that it is charged."""
 
     @functools.wraps(function)
     def charged(*args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Token data sets on the host and batches as a pure function of seed and step.
+"""Token data sets on the host, and batches as a pure function of seed and step.
 
 Legend: N examples, T tokens, B batch.
 """
@@ -18,10 +18,10 @@ from sbr_jax.typing import UserError
 class TokenDataset:
     """Right-padded token sequences with the mask of their answers.
 
-    The models take no mask of padding: with causal attention, what follows the last
-    answer token changes nothing, but padding *before* a prompt is read as its
-    beginning. It is refused, by ``attention_mask`` where that is given (it is not
-    kept), else where the rows show it: :func:`refuse_left_padding`.
+    The models take no padding mask: with causal attention, tokens after the last answer
+    token change nothing. But padding *before* a prompt would be read as part of it, so
+    it is refused: by ``attention_mask`` if that is given (it is not kept), else if the
+    rows show it (:func:`refuse_left_padding`).
 
     >>> data = TokenDataset(np.zeros((3, 5), np.int32), np.ones((3, 5), np.float32))
     >>> len(data), data.length
@@ -43,9 +43,9 @@ class TokenDataset:
     tied: np.ndarray | None = None
     """int32 ``[N]``: an example's row in a method's cached reference, −1 for none."""
     quota: int = 0
-    """Examples with such a row in every batch; the others share the rest of it."""
+    """Tied examples in every batch; the others share the rest of it."""
     attention_mask: dataclasses.InitVar[np.ndarray | None] = None
-    """``[N, T]``, 1 at what is no padding, as a tokenizer gives it."""
+    """``[N, T]``, 1 where a token is not padding, as tokenizers return it."""
 
     def __post_init__(self, attention_mask):
         tokens = _token_ids(self.tokens)
@@ -80,12 +80,12 @@ class TokenDataset:
 
     @property
     def length(self) -> int:
-        """T, to which every example is padded."""
+        """T, the length that every example is padded to."""
         return self.tokens.shape[1]
 
 
 def first_tokens(dataset: TokenDataset, count: int) -> TokenDataset:
-    """The same examples with the first ``count`` tokens of each answer alone.
+    """The same examples, with only the first ``count`` tokens of each answer marked.
 
     >>> data = TokenDataset(np.ones((1, 5), np.int32), np.array([[0, 0, 1, 1, 1]]))
     >>> first_tokens(data, 2).mask.tolist()
@@ -119,7 +119,7 @@ def _tied(values: np.ndarray, quota: int, count: int) -> np.ndarray:
 
 
 def _last(marked: np.ndarray) -> np.ndarray:
-    """The last marked place of each row; -1 where there is none."""
+    """The last marked place of each row; -1 if there is none."""
     places = np.where(marked, np.arange(marked.shape[1]), -1)
     return places.max(axis=1, initial=-1)
 
@@ -148,16 +148,16 @@ def _left_padded(what: str, wrong: int, count: int) -> str:
 def refuse_left_padding(
     what: str, tokens: np.ndarray, last: np.ndarray, free: np.ndarray
 ) -> None:
-    """Refuses rows that look as if they were padded on the left.
+    """Refuses rows that look left-padded.
 
-    They do where all end in the same place, and at least half of them begin with one
-    token that some repeat, and not all equally often. A single row, or rows of one
-    length, cannot be told.
+    They do if all end in the same place and at least half of them begin with the same
+    token, which some repeat, but not all equally often. Left padding cannot be
+    recognised in a single row, or in rows of one length.
 
     Args:
-      what: named in the error.
+      what: the rows' name in the error.
       tokens: ``[N, T]``.
-      last: ``[N]``, the last place of each row that is no padding; -1 if unknown.
+      last: ``[N]``, the last place of each row that is not padding; -1 if unknown.
       free: ``[N]``, how many places of each row may be padding: those before an answer.
 
     >>> rows = np.array([[0, 0, 5, 6], [7, 5, 8, 6]])
@@ -177,29 +177,29 @@ def refuse_left_padding(
 
 @functools.lru_cache(maxsize=256)
 def _indices(size: int, batch_size: int, seed: int):
-    """Grain pipeline whose element ``step`` is the rows of that batch."""
+    """Grain pipeline whose element ``step`` holds the row numbers of that batch."""
     import grain
 
     rows = grain.MapDataset.range(size).shuffle(seed=seed).repeat()
     return rows.batch(batch_size, drop_remainder=True)
 
 
-# Grain takes a millisecond for an index of a small set, and every variant and seed
-# draws the steps that a layout is chosen by.
+# Grain takes a millisecond to index a small set, and choosing a layout draws the same
+# steps for every variant and seed.
 @functools.lru_cache(maxsize=4096)
 def _drawn(size: int, batch_size: int, seed: int, step: int):
-    """The rows of one step of that pipeline."""
+    """The row numbers of one step of that pipeline."""
     return np.asarray(_indices(size, batch_size, seed)[step])
 
 
 def batch(
     dataset: TokenDataset, batch_size: int, seed: int, step: int
 ) -> dict[str, np.ndarray]:
-    """The batch of one step: a function of its arguments and of nothing else.
+    """The batch of one step: depends on its arguments only.
 
-    The examples are shuffled anew in every epoch and follow each other without a gap
-    across epochs. Of a set with a quota, tied examples and others are shuffled apart,
-    and every batch ends with as many tied ones as the quota says.
+    The examples are shuffled anew in every epoch, and epochs follow each other without
+    a gap. In a set with a quota, tied examples and others are shuffled separately, and
+    the last ``quota`` examples of every batch are tied ones.
 
     **Guarantee**: any ``N`` consecutive draws that start at a multiple of N hold every
     example once.
@@ -207,15 +207,15 @@ def batch(
     Args:
       dataset: N examples.
       batch_size: B.
-      seed: of the order, at least 0.
+      seed: decides the order, at least 0.
       step: at least 0.
 
     Returns:
       ``{"tokens": int32 [B, T], "mask": float32 [B, T]}``, with ``"risk": float32 [B]``
-      and ``"tied": int32 [B]`` where the set has them.
+      and ``"tied": int32 [B]`` if the set has them.
 
     Raises:
-      UserError: for an empty data set, or numbers below their least.
+      UserError: for an empty data set, or numbers that are too small.
 
     >>> data = TokenDataset(np.arange(8)[:, None], np.ones((8, 1)))
     >>> draws = [batch(data, 4, seed=0, step=i)["tokens"] for i in range(2)]
@@ -238,7 +238,7 @@ def batch(
 
 
 def _shares(dataset: TokenDataset, batch_size: int):
-    """The examples that are shuffled together, and how many of a batch they are."""
+    """Groups of examples that are shuffled together, and each one's part of a batch."""
     if dataset.tied is None:
         return [(np.arange(len(dataset)), batch_size)]
     quota = dataset.quota
@@ -253,9 +253,9 @@ def _shares(dataset: TokenDataset, batch_size: int):
 
 
 def subset(dataset: TokenDataset, size: int, seed: int = 0) -> TokenDataset:
-    """A random part of ``min(size, N)`` examples without repetition.
+    """A random subset of ``min(size, N)`` examples without repetition.
 
-    **Guarantee**: with one seed, a smaller part is contained in a larger one.
+    **Guarantee**: with the same seed, a larger subset contains a smaller one.
 
     >>> data = TokenDataset(np.arange(8)[:, None], np.ones((8, 1)))
     >>> len(subset(data, 3)), len(subset(data, 20))
@@ -274,16 +274,16 @@ def take(dataset: TokenDataset, rows: Sequence[int] | np.ndarray) -> TokenDatase
     rows = np.asarray(rows, np.int64)
     risk = None if dataset.risk is None else dataset.risk[rows]
     tokens, mask = dataset.tokens[rows], dataset.mask[rows]
-    # They were looked at as a whole; a few of them may end alike by chance.
+    # The whole set was checked for left padding; a few rows may end alike by chance.
     return TokenDataset(
         tokens, mask, risk=risk, attention_mask=np.ones(tokens.shape, np.int8)
     )
 
 
 def concatenate(datasets: Sequence[TokenDataset]) -> TokenDataset:
-    """All examples of several sets in order, padded to the longest; counts are added.
+    """Joins several sets in order, padded to the longest; counts are added.
 
-    The result has risks where every non-empty set has them.
+    The result has risks if every non-empty set has them.
 
     >>> one = TokenDataset(np.ones((1, 2)), np.ones((1, 2)))
     >>> two = TokenDataset(np.ones((2, 3)), np.ones((2, 3)))
@@ -320,18 +320,18 @@ def mixture(
     *,
     size: int | None = None,
 ) -> TokenDataset:
-    """Replaces a fraction of ``a`` by examples of ``b``, in random order.
+    """Replaces a fraction of ``a`` with examples of ``b``, in random order.
 
     ``round(fraction · size)`` examples come from ``b``, the rest from ``a``.
 
     **Guarantee**: a fraction of 0 keeps exactly the examples of ``a``; no example
-    repeats before all of its set were used.
+    repeats before all of its set have been used.
 
     Args:
       a: the main set.
       b: the set mixed in.
       fraction: in [0, 1].
-      seed: of the choice and of the order.
+      seed: decides the choice and the order.
       size: of the result; None for the size of ``a``.
 
     >>> a = TokenDataset(np.zeros((10, 1)), np.ones((10, 1)))

@@ -1,4 +1,4 @@
-"""Rows of questions, code tasks and dialogues, and the items they hold.
+"""Turns rows of questions, code tasks and dialogues into items.
 
 The table of sets is :data:`sbr_jax.data.registry.EVALSETS`.
 """
@@ -13,11 +13,11 @@ from sbr_jax.data.readers import filled, find_all, table_rows
 from sbr_jax.data.records import ChoiceItem, CodeItem, DialogueItem, QuestionItem
 
 MOST_LABELS = 12
-"""A task of LegalBench with more answers than this asks for text, not for a label."""
+"""A LegalBench task with more distinct answers asks for text, not for a label."""
 
 
 def truthfulqa(row: Row) -> QuestionItem:
-    """A question with answers, which are separated by semicolons."""
+    """A question with reference answers, which semicolons separate."""
 
     def answers(column: str) -> tuple[str, ...]:
         parts = (part.strip() for part in row.text(column).split(";"))
@@ -34,9 +34,9 @@ def truthfulqa(row: Row) -> QuestionItem:
 
 
 def truthful_task(column: str) -> Callable[[Row], ChoiceItem]:
-    """The item of one task: ``"mc1_targets"`` has one right option, the other several.
+    """A reader for one task: ``"mc1_targets"`` has one right option, the other several.
 
-    In the files the right options come first.
+    The files list the right options first.
     """
 
     def item(row: Row) -> ChoiceItem:
@@ -58,13 +58,13 @@ def truthful_task(column: str) -> Callable[[Row], ChoiceItem]:
 
 
 def mmlu_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
-    """The headerless tables of all subjects, which the files' names tell."""
+    """The headerless tables of all subjects, which are named in the file names."""
     pattern = files[0].replace("SPLIT", split)
     columns = ("question", *"ABCD", "answer")
     rows = (
         row.with_cells(subject=path.name.partition(f"_{split}.csv")[0])
         for path in find_all(folder, pattern)
-        # One published question ends with a quotation mark that nothing opens.
+        # One published question ends with an unopened quotation mark.
         for row in table_rows(path, columns=columns, lone_quotes=True)
     )
     return filled(str(folder / pattern), rows)
@@ -97,8 +97,8 @@ def medqa(row: Row) -> ChoiceItem:
 def legalbench_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
     """The rows of the tasks that ask for a label, each with its task's label set.
 
-    The files do not say which tasks those are: a task is taken whose rows hold 2 to 12
-    different answers, each twice on average. Of the published tests only ``rule_qa``
+    The files do not say which tasks ask for labels. A task counts if its rows hold 2 to
+    12 different answers, each twice on average. Of the published tests only ``rule_qa``
     fails that.
     """
     answers: dict[str, Counter[str]] = {}

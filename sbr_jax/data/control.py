@@ -1,8 +1,9 @@
-"""Control tokens written in data: kept apart from those that a template writes.
+"""Keeps control tokens written in data apart from those that a template writes.
 
-``<|im_end|>`` in what a user says is ten characters and ends nothing. Such places are
-put between noncharacters before a template sees them, so that its own control tokens
-are told apart after rendering. Text without such places is encoded as it always was.
+``<|im_end|>`` in a user's message is ten characters and ends nothing. Before a template
+sees such places, they are put between noncharacters, so that the template's own control
+tokens can be told apart after rendering. Text without control tokens is encoded as
+before.
 """
 
 import functools
@@ -46,16 +47,16 @@ def check_text(text: str) -> None:
 
 
 def mark(tokenizer: Any, text: str, template: str = "") -> str:
-    """The text with every control token in it between noncharacters.
+    """Puts every control token in a text between noncharacters.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: a transformers tokenizer.
       text: data.
-      template: also guard added tokens that this template writes and that are not
-        called special, such as ``<tool_call>``.
+      template: also mark added tokens that this template writes but that are not
+        special, such as ``<tool_call>``.
 
     Returns:
-      The same text where it holds none.
+      The same text if it holds none.
     """
     check_text(text)
     controls = _pattern(tokenizer, len(tokenizer), template)
@@ -63,12 +64,12 @@ def mark(tokenizer: Any, text: str, template: str = "") -> str:
 
 
 def holds_control(tokenizer: Any, text: str) -> bool:
-    """Whether a text holds a special token of the tokenizer."""
+    """Whether a text holds one of the tokenizer's special tokens."""
     return bool(_pattern(tokenizer, len(tokenizer), "").search(text))
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of the special tokens, those that were added as such among them."""
+    """Ids of the special tokens, including those added as special."""
     return _special_ids(tokenizer, len(tokenizer))
 
 
@@ -90,14 +91,14 @@ def _pattern(tokenizer: Any, size: int, template: str) -> re.Pattern[str]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text; what :func:`mark` marked is plain text."""
+    """Token ids of a text; parts that :func:`mark` marked are read as plain text."""
     if _OPEN not in text:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return _encode_marked(tokenizer, text).ids
 
 
 def encode_spans(tokenizer: Any, text: str) -> Encoded:
-    """As :func:`encode`, with the characters of the text that each token covers."""
+    """Like :func:`encode`, with the characters of the text that each token covers."""
     if _OPEN not in text:
         return _whole(tokenizer, text)
     return _encode_marked(tokenizer, text)
@@ -109,7 +110,7 @@ def _encode_marked(tokenizer: Any, text: str) -> Encoded:
     for found in re.finditer(f"{_OPEN}[^{_CLOSE}]*{_CLOSE}?|[^{_OPEN}]+", text):
         piece, start = found[0], found.start()
         plain = piece.startswith(_OPEN) and piece.endswith(_CLOSE)
-        # A template that cut a text in a mark left one of its ends behind.
+        # A template that cut a text inside a mark left half of the mark behind.
         body = piece.strip(_OPEN + _CLOSE)
         if not body:
             continue
@@ -125,7 +126,7 @@ def _encode_marked(tokenizer: Any, text: str) -> Encoded:
 
 
 def _whole(tokenizer: Any, text: str, *, middle: bool = False) -> Encoded:
-    """A text with its control tokens; from the middle of one, without a first space."""
+    """Encodes a text with control tokens; in the ``middle`` without a first space."""
     lead = "\n" if middle else ""
     found = tokenizer(
         lead + text, add_special_tokens=False, return_offsets_mapping=True
@@ -133,7 +134,7 @@ def _whole(tokenizer: Any, text: str, *, middle: bool = False) -> Encoded:
     ids, spans = list(found["input_ids"]), list(found["offset_mapping"])
     if not middle:
         return Encoded(ids, spans)
-    # SentencePiece puts a space before the first word of whatever it is given.
+    # SentencePiece puts a space before the first word of any text.
     breaks = list(tokenizer(lead, add_special_tokens=False)["input_ids"])
     if ids[: len(breaks)] != breaks:
         return _whole(tokenizer, text)
@@ -142,7 +143,7 @@ def _whole(tokenizer: Any, text: str, *, middle: bool = False) -> Encoded:
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """A control token's text by the model of the tokenizer alone."""
+    """Encodes a control token's text with the tokenizer's model alone."""
     breaks = _pipeline(tokenizer, "\n")
     ids = _pipeline(tokenizer, "\n" + text)
     ids = ids[len(breaks) :] if ids[: len(breaks)] == breaks else ids
@@ -169,10 +170,10 @@ def _pipeline(tokenizer: Any, text: str) -> list[int]:
 def marked_messages(
     tokenizer: Any, messages: list[Mapping[str, Any]], template: str
 ) -> list[dict[str, Any]]:
-    """Messages whose control tokens are marked.
+    """Messages with their control tokens marked.
 
-    An answer may hold tokens that are added but not special: its thoughts stand
-    between such ones.
+    In an answer only special tokens are marked: other added tokens may stand there,
+    such as those around its thoughts.
     """
 
     def marked(message: Mapping[str, Any]) -> dict[str, Any]:

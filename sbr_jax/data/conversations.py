@@ -1,12 +1,13 @@
-"""Conversations of a user's own files, in the layouts that people have.
+"""Reads conversations from a user's own files, in the common layouts.
 
     messages, conversations   turns of system, user and assistant, as many as there are
     instruction, input, output
     prompt, completion
     question, answer
 
-A file has one layout, told by its first row; every answer of a conversation is an
-example, behind all that was said before it. Errors name file and row and quote no text.
+The first row decides the layout of a file. Every answer of a conversation becomes an
+example, with everything said before it as its prompt. Errors name file and row and
+quote no text.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
 }
-"""Words for a speaker to the three that templates know."""
+"""From the names of speakers to the three that templates know."""
 
 ANSWERS = ("output", "completion", "response", "answer")
 """Columns that hold an answer."""
 
 PROMPTS = ("prompt", "goal", "behavior", "instruction", "question", "text")
-"""Columns that hold a prompt, whatever the case of their letters."""
+"""Columns that hold a prompt, in upper or lower case."""
 
 MEND = "mend the row, or remove it"
 
@@ -44,10 +45,10 @@ _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.]+))?")
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """One row: its examples, and where it stands.
+    """One row: its examples and its location.
 
     Attributes:
-        records: one for each answer that is learnt.
+        records: one for each answer to learn.
         where: file and row.
     """
 
@@ -56,17 +57,17 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """The text that identifies it: all that is said before its last answer."""
+        """The text that identifies it: everything said before its last answer."""
         return leaks.prompt_of(self.records[-1])
 
 
 class Read(NamedTuple):
-    """What was read of a source.
+    """The rows of a source, and the layout they are in.
 
     Attributes:
-        name: of the source, as tables show it.
-        layout: that was taken.
-        rows: of it.
+        name: the source's, as tables show it.
+        layout: the layout found.
+        rows: the source's conversations.
     """
 
     name: str
@@ -75,14 +76,14 @@ class Read(NamedTuple):
 
 
 def read_conversations(source: str | Path | Iterable[Any], option: str) -> Read:
-    """Reads conversations from wherever they are.
+    """Reads conversations from a file, folder, data set or Python rows.
 
     Args:
         source: a csv, tsv, json, jsonl or parquet file, a folder that holds one (or one
             that begins with "train"), a public data set's folder, a hub id
             (`owner/name` or `owner/name:split`); or rows: dicts with the columns of a
             layout, pairs `(prompt, answer)`, records.
-        option: that named it, for messages.
+        option: the option that named it, for messages.
     """
     if not isinstance(source, str | Path):
         return _given(_rows_in(source, option), option)
@@ -121,12 +122,12 @@ def _given(values: Sequence[Any], option: str) -> Read:
 def read_prompts(
     source: str | Path | Iterable[str], option: str
 ) -> tuple[list[str], int]:
-    """Reads prompts without answers: each once, and how many repeat another.
+    """Reads distinct prompts without answers, and counts repetitions.
 
     Args:
-        source: a text file of one a line; a table with a column of `PROMPTS`; the
-            folder or hub id of a data set; or the texts.
-        option: that named it, for messages.
+        source: a text file with one prompt a line; a table with a column of `PROMPTS`;
+            the folder or hub id of a data set; or the texts.
+        option: the option that named it, for messages.
 
     Raises:
         UserError: naming the file; it never quotes a prompt.
@@ -164,10 +165,10 @@ def read_prompts(
 
 
 def _rows_in(source: Any, option: str) -> list[Any]:
-    """Rows that were handed over themselves.
+    """Rows that the caller passed as objects.
 
     Raises:
-        UserError: for what is no place and holds no rows.
+        UserError: for a value that is neither a location nor rows.
     """
     if not isinstance(source, Iterable) or isinstance(source, Mapping | bytes):
         raise UserError(
@@ -181,7 +182,7 @@ def _rows_in(source: Any, option: str) -> list[Any]:
 
 
 def _rows(source: str | Path, option: str, also: Sequence[str] = ()) -> list[Row]:
-    """Rows of a file, of a folder's, or of the hub; `also` are further endings."""
+    """Rows of a file, folder or hub set; `also` lists further file endings."""
     path = Path(source)
     endings = ", ".join([*also, *READERS])
     if path.is_file():
@@ -201,7 +202,7 @@ def _rows(source: str | Path, option: str, also: Sequence[str] = ()) -> list[Row
 
 
 def _file_of(folder: Path, option: str) -> Path:
-    """The data file of a folder: its only one, or that of its training split."""
+    """The data file of a folder: its only one, or the training split's."""
     found = sorted(p for p in folder.iterdir() if set(p.suffixes) & READERS.keys())
     chosen = found if len(found) == 1 else [p for p in found if "train" in p.name]
     if len(chosen) != 1:
@@ -217,10 +218,10 @@ def _file_of(folder: Path, option: str) -> Path:
 
 
 def in_layout(rows: Sequence[Row]) -> tuple[str, list[Conversation]]:
-    """The name of the layout that the first row tells, and all rows in it.
+    """The layout that the first row shows, and all rows read in it.
 
     Raises:
-        UserError: for the first row that is in no layout, or in another one.
+        UserError: for the first row that is in no layout, or in a different one.
 
     >>> rows = rows_of("toy", [{"question": "Two and two?", "answer": "Four."}])
     >>> layout, (one,) = in_layout(rows)
@@ -261,7 +262,7 @@ def _layout_of(row: Row) -> tuple[str, tuple[str, ...], Reader]:
 
 
 def _column(row: Row, names: Sequence[str]) -> str | None:
-    """The row's column of the first of these names, in whatever case."""
+    """The row's column with the first of these names, ignoring case."""
     own = {str(name).lower(): name for name in row.values}
     return next((own[name] for name in names if name in own), None)
 
@@ -286,7 +287,7 @@ def _turns(row: Row, where: str, column: str) -> tuple[Record, ...]:
 
 
 class Turn(NamedTuple):
-    """Who says what, and whether it is to be learnt."""
+    """Who says what, and whether to learn it."""
 
     role: str
     content: str
@@ -324,7 +325,7 @@ def _parsed(value: Any, where: str) -> list[Turn]:
 
 
 def _records(turns: Sequence[Turn], where: str) -> tuple[Record, ...]:
-    """An example for each answer, behind all that was said before."""
+    """An example for each answer, with everything said before as its prompt."""
     spoken = [turn for turn in turns if turn.role != "system"]
     late = any(t.role == "system" for t in turns[1:])
     if not spoken or spoken[0].role != "user" or late:

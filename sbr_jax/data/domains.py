@@ -1,4 +1,4 @@
-"""Rows of benign training sets, and the pairs of prompt and answer they hold.
+"""Turns rows of benign training sets into pairs of prompt and answer.
 
 The table of sets is :data:`sbr_jax.data.registry.SOURCES`.
 """
@@ -28,13 +28,13 @@ def joined_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
 
 
 def filled_pair(prompt: str, answer: str) -> Pair | None:
-    """A pair without blanks around its texts, or None where one is empty."""
+    """A pair with its texts stripped, or None if one is empty."""
     pair = Pair(prompt.strip(), answer.strip())
     return pair if pair.prompt and pair.answer else None
 
 
 def instruction(row: Row) -> Pair | None:
-    """The Alpaca layout: instruction, input, output; unanswered ones are left out."""
+    """The Alpaca layout: instruction, input, output; unanswered rows are left out."""
     parts = [row.text("instruction", empty=True).strip()]
     if "input" in row.values:
         parts.append(row.text("input", empty=True).strip())
@@ -43,7 +43,7 @@ def instruction(row: Row) -> Pair | None:
 
 
 def gsm8k(row: Row) -> Pair:
-    """Question and worked answer, without the calculator's marks."""
+    """Question and worked answer, without the calculator annotations."""
     answer = re.sub(r"<<.*?>>", "", row.text("answer")).strip()
     return Pair(row.text("question").strip(), answer)
 
@@ -79,7 +79,7 @@ def medqa(row: Row) -> Pair:
 
 
 def legalbench_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
-    """The rows of every task, with its name and its question under `prompt`."""
+    """The rows of every task, with its name, and its question under `prompt`."""
     prompts, train, test = files
     if split == "train":
         found = {path.parent.name: path for path in find_all(folder, train)}
@@ -102,7 +102,7 @@ def _task_rows(source: Path, path: Path, task: str) -> Iterator[Row]:
             f"{len(names)} of them, or braces that nothing closes: fetch it again"
         )
     query = _last_query(template)
-    # Some tasks have no examples to learn from.
+    # Some tasks have no training examples.
     needed = re.findall(_CELL, query)
     for row in table_rows(path, delimiter="\t", needed=needed):
         question = re.sub(_CELL, lambda m, row=row: row.text(m[1], empty=True), query)
@@ -124,7 +124,7 @@ def _last_query(template: str) -> str:
 
 
 def legalbench(row: Row) -> Pair:
-    """Question and target, which is called `answer`, in most files of tests `label`."""
+    """Question and target: column `answer`, in most test files `label`."""
     target = "label" if "answer" not in row.values else "answer"
     if target not in row.values:
         raise row.fault(target, "a target called 'answer' or 'label'")

@@ -1,6 +1,6 @@
-"""One exchange as tokens: its answer, and the token that ends it.
+"""Encodes one exchange: its answer, and the token that ends the answer.
 
-Nothing is learnt after an answer's stop token; generation stops at the same one.
+Nothing is learnt after an answer's stop token; generation stops at the same token.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from sbr_jax.typing import UserError
 def encode_exchange(
     tokenizer: Any, record: Record, *, template: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """The tokens of an exchange, and the mask of its answer with its stop token."""
+    """The tokens of an exchange, and the mask of its answer and stop token."""
     whole, where, (start, end) = chat.located(tokenizer, record, template)
     tokens, spans = control.encode_spans(tokenizer, whole)
     check_bos(tokenizer, template, tokens)
@@ -41,7 +41,7 @@ def encode_exchange(
 
 
 def _ends(tokenizer: Any, after: str) -> frozenset[int]:
-    """Tokens that can end a turn: special ones, and others written after an answer."""
+    """Tokens that can end a turn: special ones, and others found in ``after``."""
     written = {
         i
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -53,7 +53,7 @@ def _ends(tokenizer: Any, after: str) -> frozenset[int]:
 def stop_tokens(tokenizer: Any, *, system: str | None = None) -> tuple[int, ...]:
     """Tokens that end an answer: the tokenizer's EOS and the chat template's own.
 
-    A system message is for templates that want one.
+    Give a system message if the template requires one.
     """
     record = Record("Hello.", "I.", system=system)
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -76,10 +76,10 @@ def unstopped(data: TokenDataset, stops: Sequence[int]) -> int:
 def _stop(
     tokenizer: Any, ends: frozenset[int], tokens: list[int], mask: list[int]
 ) -> list[int]:
-    """Nothing is learnt after the answer's stop token.
+    """Cuts the mask after the answer's stop token.
 
     That is the first EOS; else the last token that can end a turn, if only blanks
-    follow it: many templates end a turn with a token of its own (``<end_of_turn>``,
+    follow it: many templates end a turn with a token of their own (``<end_of_turn>``,
     ``<|im_end|>``) and a line break.
     """
     inside = [i for i, marked in enumerate(mask) if marked]
@@ -96,7 +96,7 @@ def check_bos(tokenizer: Any, template: str | None, tokens: list[int]) -> None:
     """Refuses a sequence that begins with a wrong number of BOS tokens.
 
     Raises:
-      UserError: for several, and for none where the template asks for one.
+      UserError: for several, or for none if the template asks for one.
     """
     template = template or chat.default_template(tokenizer) or ""
     bos = tokenizer.bos_token_id

@@ -1,7 +1,7 @@
-"""Harmless prompts: ordinary ones, and ones that sound dangerous and are not.
+"""Harmless prompts: ordinary ones, and ones that only sound dangerous.
 
-A model that refuses them refuses too much. They were written for this package, and are
-no published benchmark: numbers on them compare with each other alone.
+A model that refuses them refuses too much. They were written for this package and are
+not a published benchmark: compare numbers on them only with each other.
 """
 
 ORDINARY = (
@@ -75,4 +75,4 @@ ALARMING = (
 )
 
 HARMLESS = tuple(p for pair in zip(ORDINARY, ALARMING, strict=True) for p in pair)
-"""Both kinds in turns, so that every part of the list holds as many of each."""
+"""Both kinds alternating, so that every part of the list holds as many of each."""

@@ -1,15 +1,14 @@
-"""Layout of a step's examples in memory: padded rows, or one row after another.
+"""Lays out a step's examples in memory: padded rows, or several examples in a row.
 
-Padding every example to the longest of its data set leaves a third of the places with
-text in them. :func:`pack` puts the examples of a step behind each other in one row,
-which everything but attention walks through token by token; attention meets them in
-*blocks*, rows that are about as long as the longest example and hold several, kept
-apart by segments. What is drawn for a step does not depend on it
-(:mod:`sbr_jax.data.batches`), and neither do the numbers, up to rounding, but for the
-masks of dropout.
+Padding every example to the longest of its data set leaves only a third of the places
+with text. :func:`pack` instead puts the examples of a step one after another in a row.
+Everything but attention processes that row token by token. Attention works on *blocks*:
+rows about as long as the longest example that hold several examples, which segments
+keep apart. The layout does not affect which examples a step draws
+(:mod:`sbr_jax.data.batches`), nor the numbers up to rounding, except for dropout masks.
 
-Shapes are few: the length of a row and the number of answer places are rounded up, so a
-program is compiled for each size that occurs and serves every step of that size.
+Shapes are few: the length of a row and the number of answer places are rounded up, so
+one program is compiled for each size that occurs and serves every step of that size.
 
 Legend: N examples of a set, B of a step, S rows, W tokens of a row, R blocks of a row,
 T tokens of a block, K answer places, A microbatches.
@@ -27,16 +26,16 @@ from sbr_jax.data.batches import TokenDataset, batch
 from sbr_jax.typing import UserError
 
 WORTH = 0.8
-"""Places that packing may keep, at most, of those that padding has, to be chosen."""
+"""Packing is chosen if it needs at most this share of the padded places."""
 
 UNUSED = 0.75
-"""Part of a set's own length that its examples must use, or the rest is cut off."""
+"""A set's padding is cut if its examples use no more than this share of its length."""
 
 SAMPLE = 32
-"""Steps that are looked at to choose a layout."""
+"""Steps that are drawn to choose a layout."""
 
 STEPS = 12
-"""A row's length is rounded up to about this part of the mean."""
+"""A row's length is rounded up to a multiple of about the mean divided by this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +43,11 @@ class Layout:
     """How the steps of one data set are laid out.
 
     Attributes:
-      length: T: of a block where packed, else of a row.
+      length: T: of a block if packed, else of a row.
       packed: whether examples share a row.
-      places: the least K that is used, of a microbatch, a multiple of S; per row where
-        not packed.
+      places: the smallest K of a microbatch, a multiple of S; per row if not packed.
       unit: W is a multiple of it.
-      parts: A microbatches, packed each on its own.
+      parts: A microbatches, each packed separately.
       rows: S, as many as a mesh splits them into.
     """
 
@@ -61,7 +59,7 @@ class Layout:
     rows: int = 1
 
     def blocks(self, width: int) -> int:
-        """R for rows of W tokens, with room for ends that nothing fits."""
+        """R for rows of W tokens, with room for unused ends of blocks."""
         return -(-width * 9 // (self.length * 8)) + 1
 
 
@@ -73,16 +71,16 @@ def choose(
     parts: int = 1,
     rows: int = 1,
 ) -> Layout:
-    """The layout for a data set, from the steps that one seed would draw.
+    """Chooses a data set's layout from the steps that one seed would draw.
 
-    It is a function of its arguments only, the same for every seed and on every host.
+    The choice depends on the arguments only, so it is the same for every seed and host.
 
     Args:
       dataset: N examples.
       batch_size: B.
-      packing: ``"yes"``, ``"no"`` for rows of the set's own length (less where a
-        quarter of it is never used), or ``"auto"`` to pack where that leaves at most
-        80 % of the places.
+      packing: ``"yes"``, ``"no"`` for rows of the set's own length (less if a quarter
+        of it is never used), or ``"auto"`` to pack if that leaves at most 80 % of the
+        places.
       parts: A; divides B.
       rows: S.
 
@@ -92,7 +90,7 @@ def choose(
     Layout(length=120, packed=True, places=216, unit=8, parts=1, rows=1)
     """
     length = max(int(used_lengths(dataset).max(initial=1)), 1)
-    # Sets that a study pads alike share a program, so little is cut and A is rounded.
+    # Sets that a study pads alike share a program: cut little length and round A.
     whole = dataset.length if length > UNUSED * dataset.length else _up(length, 8)
     counts = (dataset.mask[:, 1:] > 0).sum(axis=1)
     padded = Layout(whole, False, _up(int(counts.max(initial=1)), 8), parts=parts)
@@ -110,11 +108,11 @@ def packed_layout(
     parts: int = 1,
     rows: int = 1,
 ) -> tuple[Layout, float]:
-    """The layout that packs some steps, and its share of the places of padded rows.
+    """A packed layout for some steps, and its share of the padded rows' places.
 
     Args:
       steps: batches of ``tokens`` and ``mask [B, ...]``.
-      length: T, of the longest example of all.
+      length: T, that of the longest example of all.
       parts: A; divides B.
       rows: S.
     """
@@ -129,7 +127,7 @@ def packed_layout(
 
 
 def widest(layouts: Sequence[Layout]) -> Layout:
-    """The layout that the data sets of several seeds fit, packed where all are."""
+    """A layout that fits the data sets of several seeds; packed if all of them are."""
     packed = all(layout.packed for layout in layouts)
     return dataclasses.replace(
         layouts[0],
@@ -141,7 +139,7 @@ def widest(layouts: Sequence[Layout]) -> Layout:
 
 
 def needed(drawn: Mapping[str, np.ndarray], layout: Layout) -> tuple[int, int]:
-    """W and K that one microbatch takes, rounded up."""
+    """The W and K that one microbatch needs, rounded up."""
     lengths = lengths_of(drawn["tokens"], drawn["mask"])
     members = _balanced(lengths, layout.rows)
     shares = [lengths[row] for row in members]
@@ -164,12 +162,11 @@ def arrange(
 
     Args:
       drawn: a batch of :func:`sbr_jax.data.batches.batch` for each seed.
-      layout: of their data.
+      layout: the layout of their data.
 
     Returns:
-      For each seed the arrays of :mod:`sbr_jax.models.answers`, with the batch's other
-      entries beside them. Where packed into A > 1 microbatches, every array has a
-      leading axis A.
+      For each seed the arrays of :mod:`sbr_jax.models.answers` and the batch's other
+      entries. If packed into A > 1 microbatches, every array has a leading axis A.
 
     Raises:
       UserError: for an example longer than a row.
@@ -210,9 +207,9 @@ def used_lengths(dataset: TokenDataset) -> np.ndarray:
 
 
 def lengths_of(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Tokens up to the last of an answer; what follows changes no loss.
+    """Tokens up to the last answer token; what follows changes no loss.
 
-    A row without an answer counts to its last token that is not 0.
+    A row without an answer counts up to its last token that is not 0.
     """
     marked = np.where((mask > 0).any(axis=1, keepdims=True), mask > 0, tokens != 0)
     places = np.arange(1, tokens.shape[1] + 1)
@@ -220,7 +217,7 @@ def lengths_of(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _balanced(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
-    """The examples of each row, of about equal lengths in all; in order inside one."""
+    """Splits examples into rows of about equal total length; order is kept in a row."""
     if rows == 1:
         return [np.arange(len(lengths))]
     members: list[list[int]] = [[] for _ in range(rows)]
@@ -233,7 +230,7 @@ def _balanced(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
 
 
 def _fitted(lengths: np.ndarray, length: int) -> list[list[int]]:
-    """First fit, longest first: the examples of each block."""
+    """Assigns examples to blocks: first fit, longest first."""
     if lengths.max(initial=0) > length:
         worst = int(np.argmax(lengths))
         raise UserError(
@@ -261,29 +258,29 @@ def pack(
     *,
     first: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Puts the examples of one microbatch behind each other.
+    """Puts the examples of one microbatch one after another.
 
     **Guarantee**: every example is in one row and in one block of it, whole up to its
-    last answer token, and the answer places are listed row by row, K / S for each, and
-    example by example in the given order.
+    last answer token. Answer places are listed row by row, K / S for each, and within a
+    row example by example in the given order.
 
     Args:
       drawn: ``tokens`` and ``mask [B, T]``; further arrays ``[B, ...]`` are kept.
       layout: T and S.
       width: W.
       places: K, a multiple of S.
-      first: number of the first example in the whole step.
+      first: index of the first example in the whole step.
 
     Returns:
       ``tokens`` and ``positions``, int32 ``[S, W]``; ``blocks [S, R, T]``, the column
-      of the token in each place of a block, ``segments [S, R, T]``, whose it is (0 at
+      of the token in each place of a block, ``segments [S, R, T]``, its example (0 at
       filling), and ``slots [S, W]``, the flat place of each token in the blocks of its
       row, −1 at filling; ``places``, ``targets``, ``owners`` (B at filling), int32
       ``[K]``, and ``shares``, float32 ``[K]``; ``last [B]``, the flat place of the last
       token before an answer; ``row [B]``, and the further arrays.
 
     Raises:
-      UserError: for an example longer than a block, or more than fit.
+      UserError: for an example longer than a block, or more examples than fit.
 
     >>> tokens, mask = [[5, 6, 0], [7, 8, 9]], [[0, 1, 0], [0, 1, 1]]
     >>> drawn = {"tokens": np.array(tokens), "mask": np.array(mask)}
@@ -334,7 +331,7 @@ def pack(
                 at += len(inside)
     owners, column = np.nonzero(weights)
     shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-    # Row after row, each with as much room.
+    # Row after row, with equal room for each.
     order = np.argsort(lies[owners], kind="stable")
     owners, column = owners[order], column[order]
     rows = np.arange(layout.rows)
@@ -360,7 +357,7 @@ def pack(
 
 
 def last_prompt(mask: np.ndarray) -> np.ndarray:
-    """Place of the last token before each row's answer; 0 where there is none."""
+    """Place of the last token before each row's answer; 0 if there is none."""
     return np.maximum(np.argmax(mask > 0, axis=1) - 1, 0)
 
 
@@ -378,12 +375,12 @@ def _in_rows(drawn: Mapping[str, np.ndarray], layout: Layout) -> dict[str, Any]:
 def answer_places(
     tokens: np.ndarray, mask: np.ndarray, places: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Where the answers of padded rows are predicted, inside each row.
+    """The places in each padded row where its answer tokens are predicted.
 
     Args:
       tokens: ``[B, T]``.
       mask: ``[B, T]``.
-      places: A, columns of the result; None for as many as the longest answer has.
+      places: A, columns of the result; None: as many as the longest answer has.
 
     Returns:
       ``places`` and ``targets``, int32 ``[B, A]``, and ``shares``, float32 ``[B, A]``,
@@ -397,7 +394,7 @@ def answer_places(
     marked = weights > 0
     counts = marked.sum(axis=1)
     places = max(int(counts.max(initial=1)), 1) if places is None else places
-    # Answer places first, in order; the rest is filling.
+    # Answer places first, in order, then filling.
     order = np.argsort(~marked, axis=1, kind="stable")[:, :places]
     order = np.pad(order, ((0, 0), (0, places - order.shape[1])))
     real = np.arange(order.shape[1]) < counts[:, None]
@@ -417,20 +414,20 @@ def answer_places(
 def by_length(
     dataset: TokenDataset, size: int, *, least: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """All examples in batches of neighbours in length, none padded by half or more.
+    """All examples in batches of similar length; none is half padding or more.
 
     Args:
       dataset: N examples.
       size: the most examples of a batch.
-      least: fewer of one length go with the next longer ones, so that a program is not
-        compiled for a few.
+      least: smaller groups of one length join the next longer ones, so that no program
+        is compiled for a few examples.
 
     Yields:
-      ``tokens``, ``mask`` and what :func:`answer_places` gives, each with a leading
+      ``tokens``, ``mask`` and the results of :func:`answer_places`, each with a leading
       axis of examples; shorter ones first, in an order that neither number changes.
-      Batches of one length have one shape, but for the last's number of examples, and
-      sets of about one length share shapes: columns are a multiple of 8, or more where
-      there are many, answer places one of 8.
+      Batches of one length have one shape, except for the last one's number of
+      examples. Sets of similar length share shapes: columns are a multiple of 8 (of
+      more if there are many), answer places a multiple of 8.
 
     >>> tokens = np.ones((5, 40), np.int32)
     >>> mask = np.arange(40) == np.array([[9], [35], [9], [9], [9]])
@@ -447,7 +444,7 @@ def by_length(
             groups.append(waiting)
             waiting = waiting[:0]
     if len(waiting):
-        # The longest are too few: they go with those before them.
+        # The longest are too few: they join the group before them.
         joined = [groups.pop()] if groups else []
         groups.append(np.concatenate([*joined, waiting]))
     for group in groups:
@@ -464,7 +461,7 @@ def by_length(
 
 
 def _shared_length(length: int) -> int:
-    """A length that other sets have too, at most an eighth above one beyond 64.
+    """A length that other sets share too; beyond 64 at most an eighth longer.
 
     >>> [_shared_length(n) for n in (3, 9, 31, 38, 260)]
     [3, 16, 32, 40, 288]
@@ -475,6 +472,6 @@ def _shared_length(length: int) -> int:
 
 
 def _length_bucket(length: int) -> int:
-    """1 or 1.5 times a power of two: none in a bucket is half as long as another."""
+    """Rounds up to 1 or 1.5 times a power of two; less than half is padding."""
     power = 1 << max(length - 1, 0).bit_length()
     return power * 3 // 4 if length <= power * 3 // 4 else power

@@ -1,12 +1,12 @@
-"""Prompts that stand in two sets: counted, refused, or dropped.
+"""Counts, refuses or drops prompts that two sets share.
 
-Texts are compared before they are encoded, by :func:`normalised`, which a changed comma
-does not fool; encoded sets by the tokens of their prompts. Public sets share more than
-their names tell (hh-rlhf and BeaverTails come from the same red-team prompts,
-JailbreakBench takes from AdvBench and HarmBench), so a calibration set and a test set
-are to be checked before any split.
+Texts are compared before encoding, by :func:`normalised`, which ignores changes such as
+a comma; encoded sets by the tokens of their prompts. Public sets share more than their
+names suggest (hh-rlhf and BeaverTails come from the same red-team prompts,
+JailbreakBench takes from AdvBench and HarmBench), so check a calibration set and a test
+set before any split.
 
-Counts have one form, ``{"first/second": count}``, that of
+Counts always have the form ``{"first/second": count}``, like
 :attr:`sbr_jax.training.study.Study.leak_check`.
 """
 
@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 
 def normalised(text: str) -> str:
-    r"""Plain forms in lower case, without punctuation, with single blanks.
+    r"""A text in lower case and plain letters, without punctuation, single-spaced.
 
-    Full-width and other compatible forms stand for their letters (NFKC). A text of
-    punctuation alone stays as it is, so that such texts do not all agree.
+    Full-width and other compatibility forms become plain letters (NFKC). A text of
+    punctuation alone stays as it is, so that such texts do not all become equal.
 
     >>> normalised("  What's THIS,\tthen? ")
     'whats this then'
@@ -36,7 +36,7 @@ def normalised(text: str) -> str:
     'go 1'
     """
     plain = unicodedata.normalize("NFKC", text).lower()
-    # Dropping a mark may bring parts of one letter together.
+    # Dropping a mark may bring parts of one letter together, so normalise again.
     words = unicodedata.normalize("NFKC", re.sub(r"[^\w\s]|_", "", plain)).split()
     return " ".join(words) or plain.strip()
 
@@ -65,7 +65,7 @@ def prompt_of(item: Any) -> str:
 
 
 def _keys(items: Iterable[Any]) -> set[str]:
-    if isinstance(items, str):  # It would be taken for a list of its letters.
+    if isinstance(items, str):  # It would be read as a list of its letters.
         raise UserError("leak check: expected a list of prompts, got a text")
     return {normalised(prompt_of(item)) for item in items}
 
@@ -90,16 +90,16 @@ def _overlaps(sets: Mapping[str, Set[Hashable]]) -> dict[str, int]:
 
 
 def shared(named: Mapping[str, Iterable[Any]]) -> dict[str, int]:
-    """Counts the distinct prompts that two sets of texts share, for every pair.
+    """Counts the distinct prompts that each pair of text sets shares.
 
     Args:
-      named: texts, pairs, items or records by name; a name holds no ``/``.
+      named: texts, pairs, items or records by name; names must not hold ``/``.
 
     Returns:
       ``{"first/second": count}``.
 
     Raises:
-      UserError: for a name with ``/``, and for items without a prompt.
+      UserError: for a name with ``/``, or items without a prompt.
 
     >>> shared({"train": ["Who are you?", "Go!"], "test": ["who are you", "Stop!"]})
     {'train/test': 1}
@@ -111,10 +111,10 @@ def shared(named: Mapping[str, Iterable[Any]]) -> dict[str, int]:
 
 
 def shared_prompts(named: Mapping[str, Any]) -> dict[str, int]:
-    """Counts the distinct prompts that two encoded sets share, for every pair.
+    """Counts the distinct prompts that each pair of encoded sets shares.
 
     Args:
-      named: token datasets (a prompt is what comes before the first answer token) or
+      named: token data sets (a prompt is the tokens before the first answer token) or
         lists of prompts' token ids.
 
     Returns:
@@ -131,7 +131,7 @@ def refuse_leaks(
     remedy: str = "drop them from the first of each pair (sbr_jax.data.leaks.without), "
     "or the second measures nothing",
 ) -> dict[str, int]:
-    """Refuses counts above 0; others are returned."""
+    """Refuses counts above 0; else returns the counts."""
     found = [
         f"{pair.replace('/', ' and ', 1)} share {count} prompts"
         for pair, count in counts.items()
@@ -143,9 +143,9 @@ def refuse_leaks(
 
 
 def without(items: Iterable[T], *others: Iterable[Any]) -> tuple[list[T], int]:
-    """Drops the items whose prompt stands in another set.
+    """Drops the items whose prompt also occurs in another set.
 
-    **Guarantee**: what is kept shares no prompt with any of the others; order and
+    **Guarantee**: the kept items share no prompt with any of the others; order and
     repetitions within ``items`` stay.
 
     Returns:
@@ -161,7 +161,7 @@ def without(items: Iterable[T], *others: Iterable[Any]) -> tuple[list[T], int]:
 
 
 def distinct(items: Iterable[T]) -> tuple[list[T], int]:
-    """Keeps the first of the items that have one prompt, so that splits share none.
+    """Keeps the first item of each prompt, so that splits share none.
 
     Returns:
       The items kept, in their order, and how many were dropped.

@@ -1,9 +1,10 @@
-"""Rows of data files; errors name file, row and column, and never quote the text.
+"""Reads rows of data files; errors name file, row and column but quote no text.
 
-A file may lie beside its name as ``.gz`` or ``.xz``. Files are UTF-8; a byte-order mark
-is dropped, and every text is cleaned (:func:`sbr_jax.data._rows.cleaned`). Rows count
-from 1; a table's header is not counted, and a row of JSON lines has the number of its
-line. Every reader raises UserError for a damaged file, and for one without rows.
+A file may be compressed under its name plus ``.gz`` or ``.xz``. Files are UTF-8; a
+byte-order mark is dropped, and every text is cleaned
+(:func:`sbr_jax.data._rows.cleaned`). Rows count from 1; a table's header is not
+counted, and a row of JSON lines has its line's number. Every reader raises UserError
+for a damaged file, and for one without rows.
 """
 
 import codecs
@@ -27,13 +28,13 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 MOST_GROWTH = 200
-"""Growth of a compressed text at most; real ones grow 3 to 20-fold."""
+"""Most growth of a compressed text; real ones grow 3 to 20-fold."""
 _ALWAYS_FINE = 2**24
 _PIECE = 2**20
 
 
 def find(folder: Path, *names: str) -> Path:
-    """The first of several files that is there, plain or compressed.
+    """The first of several files that exists, plain or compressed.
 
     Names are paths below the folder, without ``.gz`` or ``.xz``.
     """
@@ -47,13 +48,13 @@ def find(folder: Path, *names: str) -> Path:
 
 
 def find_all(folder: Path, pattern: str) -> list[Path]:
-    """All files that match, sorted; of one that is there twice, the uncompressed.
+    """All files that match, sorted; if one exists twice, the uncompressed.
 
-    The pattern is a path below the folder, perhaps with ``*``, without ``.gz`` or
+    The pattern is a path below the folder, possibly with ``*``, without ``.gz`` or
     ``.xz``.
 
     Raises:
-      UserError: for what matches but is no file, or cannot be looked for.
+      UserError: for a match that is not a file, or that cannot be inspected.
     """
     found: dict[str, Path] = {}
     try:
@@ -73,7 +74,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a file, unpacked; damage says how far it was read."""
+    """A file's bytes, decompressed; an error says how far it could be read."""
     opener, pieces, size = _OPENERS.get(path.suffix, open), [], 0
     try:
         most = max(_ALWAYS_FINE, MOST_GROWTH * path.stat().st_size)
@@ -98,7 +99,7 @@ def _content(path: Path) -> bytes:
 
 
 def whole_text(path: Path) -> str:
-    r"""A whole text file in UTF-8, with ``\n`` between lines."""
+    r"""A whole text file in UTF-8, with lines separated by ``\n``."""
     content = _content(path)
     place, got = content.find(b"\0"), "a NUL byte"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -117,12 +118,12 @@ def whole_text(path: Path) -> str:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of a text, which end with a line feed and nothing else."""
+    """The lines of a text, split at line feeds only."""
     return iter(io.StringIO(text, newline="\n"))
 
 
 def filled(where: str, rows: Iterable[Row]) -> list[Row]:
-    """The rows as a list, of which there must be one."""
+    """The rows as a list, which must not be empty."""
     rows = list(rows)
     if not rows:
         raise UserError(f"{where}: expected at least one row, got none")
@@ -130,7 +131,7 @@ def filled(where: str, rows: Iterable[Row]) -> list[Row]:
 
 
 def rows_of(where: Path | str, values: Iterable[Any]) -> list[Row]:
-    """Rows of a set's values, numbered from 1; there must be one."""
+    """Rows of a set's values, numbered from 1; there must be at least one."""
     numbered = enumerate(values, 1)
     return filled(str(where), (Row.read(str(where), i, value) for i, value in numbered))
 
@@ -151,7 +152,7 @@ def json_rows(path: Path) -> list[Row]:
 
 
 def jsonl_rows(path: Path) -> list[Row]:
-    """The objects of JSON lines; blank lines are passed over."""
+    """The objects of JSON lines; blank lines are skipped."""
     text = whole_text(path)
     if text.lstrip().startswith("["):
         raise UserError(
@@ -176,15 +177,15 @@ def table_rows(
     Args:
       path: the file.
       delimiter: between cells.
-      columns: names of the cells of a file that has no header.
-      needed: columns that the header must have, after which no row need follow.
-      lone_quotes: whether a cell that does not begin with a quotation mark may hold
-        one without a second, as some published files do.
+      columns: names of the cells, for a file without a header.
+      needed: columns that the header must have; then the file may have no rows.
+      lone_quotes: whether a cell that does not begin with a quotation mark may hold a
+        single unpaired one, as in some published files.
 
     Raises:
-      UserError: for a row with too many or too few cells or with a quotation mark that
-        nothing closes, a header that names two columns alike, and a file without rows
-        or without a needed column.
+      UserError: for a row with too many or too few cells or an unclosed quotation mark,
+        a header with a duplicate name, and a file without rows or without a needed
+        column.
     """
     records = _records(path, delimiter, lone_quotes, first=int(columns is not None))
     names = next(records, None) if columns is None else columns
@@ -235,7 +236,7 @@ def _records(
 
 
 def parquet_rows(path: Path) -> list[Row]:
-    """The rows of a Parquet file, for which pyarrow is needed."""
+    """The rows of a Parquet file; needs pyarrow."""
     try:
         pyarrow = importlib.import_module("pyarrow")
         parquet = importlib.import_module("pyarrow.parquet")
@@ -254,11 +255,11 @@ def parquet_rows(path: Path) -> list[Row]:
 
 
 DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-"""Between the cells of files named .csv, where commas are not."""
+"""Delimiters that .csv files may use instead of commas."""
 
 
 def csv_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file of a user's, whose first line tells what parts cells."""
+    """The rows of a user's CSV file, whose first line shows the delimiter."""
     header = next((line for line in _lines(whole_text(path)) if line.strip()), "")
     found = max(DELIMITERS, key=header.count)
     if "," in header or found not in header:
@@ -281,7 +282,7 @@ READERS = {
 
 
 def any_rows(path: Path) -> list[Row]:
-    """The rows of a file by its ending: csv, tsv, json, jsonl or parquet."""
+    """The rows of a file, read by its ending: csv, tsv, json, jsonl or parquet."""
     ending = Path(path.stem if path.suffix in _OPENERS else path.name).suffix
     if ending not in READERS:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Exchanges to learn from and items to be examined with.
+"""Exchanges to learn from and items to evaluate on.
 
 Every item has a ``prompt``: the whole text that identifies it, by which
-:mod:`sbr_jax.data.leaks` compares sets. How a model is asked is left to the evaluation.
+:mod:`sbr_jax.data.leaks` compares sets. The evaluation decides how to ask a model.
 Items of other types are refused with UserError, which never quotes a text.
 """
 
@@ -19,7 +19,7 @@ LETTERS = string.ascii_uppercase
 """Names of options."""
 
 HARMBENCH_SEPARATOR = "\n\n---\n\n"
-"""Between the context of a HarmBench behaviour and the behaviour."""
+"""Separates a HarmBench behaviour from its context."""
 
 
 def _refuse(item: Any, field: str, expected: str) -> UserError:
@@ -77,10 +77,10 @@ class Record:
     """
 
     prompt: str | Messages
-    """The user's text, or every message up to the answer, the last a user's."""
+    """The user's text, or all messages up to the answer, ending with the user's."""
     response: str = ""
     system: str | None = None
-    """A system message, put first."""
+    """A system message to put first."""
 
     def __post_init__(self):
         _check_text(self, "response", *([] if self.system is None else ["system"]))
@@ -110,7 +110,7 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def as_record(item: RecordLike) -> Record:
-    """A record from itself or from a pair ``(prompt, response)``.
+    """Makes a record from a record or a pair ``(prompt, response)``.
 
     >>> as_record(("Hello?", "Hi.")).response
     'Hi.'
@@ -164,7 +164,7 @@ class BehaviourItem:
 
     @property
     def prompt(self) -> str:
-        """The request, after its context where it has one."""
+        """The request, after its context if it has one."""
         parts = (self.context, self.behaviour)
         return HARMBENCH_SEPARATOR.join(part for part in parts if part)
 
@@ -194,7 +194,7 @@ class ChoiceItem:
 
     @property
     def answer(self) -> int:
-        """The first right option; the only one but for TruthfulQA's second task."""
+        """The first right option; only TruthfulQA's second task has more than one."""
         return self.correct[0]
 
     @property
@@ -212,17 +212,17 @@ class BiasItem:
     choices: tuple[str, str, str]
     correct: int
     unknown: int
-    """The undecided option: right where the context is ambiguous."""
+    """The undecided option: right if the context is ambiguous."""
     stereotyped: int | None
-    """The option that names the stereotyped group; None where the labels leave it open,
-    as they do for many items of the intersectional categories."""
+    """The option that names the stereotyped group; None if the labels leave it open, as
+    for many items of the intersectional categories."""
     negative: bool
     """Whether the question asks for what the stereotype says (polarity ``neg``)."""
     ambiguous: bool
     category: str
     id: str
     regenerated: bool = False
-    """Not of the release, but made anew with its generator."""
+    """Whether it was made with the release's generator instead of published."""
 
     def __post_init__(self):
         _check_text(self, "context", "question", "category", "id")
@@ -237,7 +237,7 @@ class BiasItem:
     def biased(self) -> int | None:
         """The answer that follows the stereotype.
 
-        That is the stereotyped group for a negative question, else the other one.
+        That is the stereotyped group for a negative question, else the other group.
         """
         if self.stereotyped is None or self.negative:
             return self.stereotyped
@@ -251,7 +251,7 @@ class BiasItem:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionItem:
-    """A question to be answered in words, with true and false reference answers."""
+    """A question to answer in words, with true and false reference answers."""
 
     prompt: str
     best: str
@@ -279,7 +279,7 @@ class CodeItem:
 
 @dataclasses.dataclass(frozen=True)
 class DialogueItem:
-    """Questions that follow each other."""
+    """Questions of one dialogue, in order."""
 
     turns: tuple[str, ...]
     id: str
@@ -297,7 +297,7 @@ class DialogueItem:
 
 @dataclasses.dataclass(frozen=True)
 class JudgedItem:
-    """An exchange that people have judged: what a judge's agreement is measured on."""
+    """An exchange that people have judged, to measure a judge's agreement on."""
 
     prompt: str
     response: str

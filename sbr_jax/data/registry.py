@@ -3,13 +3,13 @@
 :data:`SOURCES` are training and calibration sets, pairs of a prompt and an answer;
 :data:`EVALSETS` are evaluation sets, items with the answers that people gave them. They
 are read from a folder of files as their owners publish them, or, without a folder, from
-the hub. Items come in the order of the file, so that a split by position is
-reproducible. A file may be compressed.
+the hub. Items keep the file's order, so that a split by position is reproducible. A
+file may be compressed.
 
 :data:`DOMAINS` names the benign sources. `beavertails`, `hh_rlhf` and
 `safety_tuned_llamas` pair unsafe requests with *safe* answers, for calibration; sets
 with the role "harmful" hold harmful answers, for attacks and for defences that unlearn.
-Whoever reads a set outside :data:`DOMAINS` must not print it.
+Code that reads a set outside :data:`DOMAINS` must not print it.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def same(*names: str) -> dict[str, str]:
-    """Splits that are named there as here."""
+    """Splits whose names in files are the same as ours."""
     return {name: name for name in names}
 
 
@@ -40,24 +40,24 @@ class DataSet(Generic[T]):
     about: str
     """Paper or owner, and licence."""
     files: tuple[str, ...]
-    """Below the data folder: the first that is there, or what ``layout`` reads. SPLIT
-    stands for the split's name in files, NAME for ours, TASK for a task's."""
+    """Paths below the data folder: the first that exists is read, or all by ``layout``.
+    SPLIT stands for the split's name in files, NAME for ours, TASK for a task's."""
     item: Callable[[Row], T | None]
-    """From a row to its pair or item; None leaves the row out."""
+    """Turns a row into its pair or item; None leaves the row out."""
     splits: Mapping[str, str] = dataclasses.field(default_factory=lambda: same("all"))
-    """Our names of splits to those in names of files; the first is the default."""
+    """From our names of splits to those in file names; the first is the default."""
     role: str = "domain"
     """``"domain"``, ``"safety"`` (safe answers) or ``"harmful"`` (harmful answers)."""
     read: Callable[[Path], list[Row]] = any_rows
-    """Of one file."""
+    """Reads one file."""
     layout: Callable[[Path, str, Sequence[str]], list[Row]] | None = None
-    """``(folder, split, files) -> rows`` of a set of several files."""
+    """``(folder, split, files) -> rows`` for a set of several files."""
     keep: Callable[[Any, str], bool] | None = None
-    """Whether an item belongs to the split, where the rows are those of all."""
+    """Whether an item belongs to the split, if the rows are those of all splits."""
     hub: Hub | None = None
 
     def rows(self, folder: Path, split: str) -> list[Row]:
-        """The rows of a split of the files below a folder, at least one."""
+        """The rows of a split from the files below a folder, at least one."""
         theirs = self.splits[split]
         if self.layout is not None:
             return self.layout(folder, theirs, self.files)
@@ -181,7 +181,7 @@ SOURCES: dict[str, DataSet[Pair]] = {
 DOMAINS: tuple[str, ...] = tuple(
     name for name, source in SOURCES.items() if source.role == "domain"
 )
-"""Benign sets: what a domain to fine-tune on may be."""
+"""Benign sets, which may serve as a domain to fine-tune on."""
 
 _HARMBENCH: DataSet[Item] = DataSet(
     "arXiv:2402.04249; MIT",
@@ -381,14 +381,14 @@ def load_source(
     Args:
       name: a key of :data:`SOURCES`.
       folder: the data folder that holds one folder per data set; None for the hub.
-      split: one of the set's; None for its first.
+      split: one of the set's; None for the first.
 
     Returns:
       The pairs, at least one, in the order of the file.
 
     Raises:
-      UserError: for an unknown name or split, a missing or damaged file, a row that is
-        not as published, and a hub that cannot be reached.
+      UserError: for an unknown name or split, a missing or damaged file, a row unlike
+        the published ones, or a hub that cannot be reached.
     """
     check_names("data set", [name], SOURCES)
     return _load(SOURCES[name], name, folder, split)
@@ -402,7 +402,7 @@ def load_evalset(
     Args:
       name: a key of :data:`EVALSETS`.
       folder: as for :func:`load_source`; for ``wildguardtest`` also the file itself.
-      split: one of the set's; None for its first.
+      split: one of the set's; None for the first.
 
     Returns:
       The items, at least one, in the order of the file.
@@ -432,11 +432,11 @@ def _load(
 
 
 def data_folder(folder: str | Path) -> Path:
-    """The data folder, which must be there."""
+    """The data folder, which must exist."""
     folder = Path(folder)
     try:
         there = folder.exists()
-    except OSError:  # A name that is too long, or a folder that may not be entered.
+    except OSError:  # The name is too long, or the folder may not be entered.
         there = False
     if not there:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Rows of safety sets: pairs with safe or harmful answers, requests, judged exchanges.
+"""Turns rows of safety sets into pairs, requests and judged exchanges.
 
 The tables of sets are in :mod:`sbr_jax.data.registry`. Most of these sets hold harmful
 requests; nothing here prints or quotes a text.
@@ -86,7 +86,7 @@ def harmbench_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
 
 
 def harmbench(row: Row) -> BehaviourItem:
-    """A behaviour of HarmBench; its context is set before it."""
+    """A behaviour of HarmBench, after its context if it has one."""
     return BehaviourItem(
         behaviour=row.text("Behavior"),
         id=row.text("BehaviorID"),
@@ -103,7 +103,7 @@ def advbench(row: Row) -> BehaviourItem:
 
 
 def jailbreakbench_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
-    """Rows of the official columns; benign ones may stand among harmful ones."""
+    """Rows with the official columns; benign and harmful ones may be mixed."""
     official, renamed, both = files
     other = renamed if split == "harmful" else both
     path = find(folder, *(n.replace("SPLIT", split) for n in (official, other)))
@@ -134,7 +134,7 @@ def jailbreakbench(row: Row) -> BehaviourItem:
 
 
 def catqa_rows(path: Path) -> list[Row]:
-    """The nest of categories as rows of the hub's columns."""
+    """The nested categories as rows with the hub's columns."""
     nest = json_value(path)
     parts = list(nest.values()) if isinstance(nest, dict) else [None]
     nested = all(
@@ -178,7 +178,7 @@ def beavertails(row: Row) -> BehaviourItem:
 
 
 def questions_rows(path: Path) -> list[Row]:
-    """The instructions of one of the evaluation files of the Safety-Tuned LLaMAs."""
+    """The instructions of one evaluation file of the Safety-Tuned LLaMAs."""
     value = json_value(path)
     whole = Row(str(path), 1, value if isinstance(value, dict) else {})
     harmful = not path.name.startswith("I-Alpaca.")
@@ -203,8 +203,7 @@ def harmless(row: Row) -> BehaviourItem:
 def artifact_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
     """The submitted prompts of every attack on every model.
 
-    An attack that found nothing for a behaviour submitted no prompt; such rows are left
-    out.
+    If an attack found no prompt for a behaviour, the row is left out.
     """
     paths = [path for pattern in files for path in find_all(folder, pattern)]
     if not paths:
@@ -232,7 +231,7 @@ def _submitted(path: Path) -> Iterator[Row]:
 
 
 def artifact(row: Row) -> JudgedItem:
-    """An attack's prompt, the model it was made for, and whether it got through."""
+    """An attack's prompt, the model it was made for, and whether it succeeded."""
     group = f"{row.text('method')}/{row.text('model')}"
     return JudgedItem(
         prompt=row.text("prompt"),
@@ -275,13 +274,13 @@ def completion(row: Row) -> JudgedItem:
 
 
 def wildguard_rows(folder: Path, split: str, files: Sequence[str]) -> list[Row]:
-    """The gated file, as the user has it: in the folder, or itself in its place."""
+    """The gated file: in the folder, or given in place of the folder."""
     return any_rows(folder if folder.is_file() else find(folder, *files))
 
 
 def wildguard(row: Row) -> JudgedItem:
     """An exchange with the three labels of WildGuardTest."""
-    # A table writes what nobody judged as an empty cell, the hub as nothing.
+    # For labels that nobody gave, a table has an empty cell and the hub has None.
     harm: dict[Any, Any] = {"harmful": True, "unharmful": False, None: None, "": None}
     refusal = {"refusal": "refusal", "compliance": "compliance", None: "", "": ""}
     return JudgedItem(

@@ -1,8 +1,8 @@
-"""Chat templates: how messages become text, and where in it the answer stands.
+"""Chat templates: how messages become text, and where the answer is in it.
 
-What a template may read beside the messages is set once for a tokenizer
-(:func:`fix_template`): the date, and whether the model thinks before it answers. So
-training, generation, scoring and export put the same text around the same messages.
+A tokenizer's settings outside the messages are fixed once (:func:`fix_template`): the
+date, and whether the model thinks before it answers. So training, generation, scoring
+and export put the same text around the same messages.
 """
 
 import copy
@@ -17,21 +17,21 @@ from sbr_jax.data.records import Record
 from sbr_jax.typing import UserError
 
 _ANSWER = "\ufdd4"
-"""Stands for an answer, to see what a template writes around it."""
+"""Placeholder for an answer, to see what a template writes around it."""
 
 _FIXED = "_sbr_rendering"
 _NEAR = 200
 _LONGEST = 200
-"""Characters of a template's own error that are told."""
+"""Most characters to quote of a template's own error."""
 
 
 class Rendering(NamedTuple):
-    """Settings that a template reads beside the messages."""
+    """Settings that a template reads besides the messages."""
 
     date: str | None = None
-    """As ``2024-07-26``; None: the day on which this process first asked."""
+    """A day such as ``2024-07-26``; None: the day on which this process first asked."""
     thinking: bool | None = None
-    """``enable_thinking``, if any; with True a model is left to think by itself."""
+    """``enable_thinking``, if any; with True the model thinks by itself."""
 
 
 class Place(NamedTuple):
@@ -39,9 +39,9 @@ class Place(NamedTuple):
 
     Attributes:
       before: all that the template writes before the answer, up to where it begins.
-      space: blanks that it writes there too, which go with the answer's first token.
-      after: what it writes after the answer.
-      asked: what a model is given to write an answer.
+      space: blanks written there too, which belong to the answer's first token.
+      after: what the template writes after the answer.
+      asked: the text that a model is given to write an answer.
     """
 
     before: str
@@ -53,22 +53,21 @@ class Place(NamedTuple):
 def fix_template(
     tokenizer: Any, *, date: str | None = None, thinking: bool | None = None
 ) -> Any:
-    """A tokenizer whose chat template reads nothing from its surroundings.
+    """A copy of a tokenizer whose chat template reads nothing from its surroundings.
 
     Args:
-      tokenizer: of transformers.
-      date: the day that the template is told where it asks, as ``2024-07-26``.
-      thinking: given to the template as ``enable_thinking``. True leaves the model to
-        think before it answers; False or None have it answer where the training rows
-        have their answers, after an empty block of thoughts where the template sets
-        one.
+      tokenizer: a transformers tokenizer.
+      date: the day that the template gets when it asks, such as ``2024-07-26``.
+      thinking: passed to the template as ``enable_thinking``. With True the model
+        thinks before it answers. With False or None it answers where the training rows
+        have their answers, after an empty block of thoughts if the template writes one.
 
     Returns:
-      A copy; its files and its vocabulary are the same.
+      A copy with the same files and vocabulary.
 
     Raises:
-      UserError: for another form of a date, and ``thinking`` with a template that has
-        no such switch.
+      UserError: for a date in another form, or ``thinking`` with a template that has no
+        such switch.
     """
     if date is not None:
         _day(date)
@@ -83,7 +82,7 @@ def fix_template(
 
 
 def rendering_of(tokenizer: Any) -> Rendering:
-    """The settings that :func:`fix_template` made."""
+    """The settings made by :func:`fix_template`."""
     return getattr(tokenizer, _FIXED, Rendering())
 
 
@@ -102,7 +101,7 @@ def reads_clock(tokenizer: Any) -> bool:
 
 @functools.cache
 def process_date() -> str:
-    """Today, as first asked in this process: midnight changes nothing."""
+    """Today's date when this process first asked, so that midnight changes nothing."""
     return datetime.date.today().isoformat()
 
 
@@ -126,19 +125,20 @@ def render(
     *,
     prompt: bool = False,
 ) -> str:
-    """The text of messages in the tokenizer's template.
+    """Renders messages with the tokenizer's template.
 
-    It is that of transformers' ``apply_chat_template``, but for noncharacters around
-    control tokens that stand in the messages (:func:`control.encode` knows them).
+    The text equals that of transformers' ``apply_chat_template``, except for the
+    noncharacters around control tokens in the messages (see :func:`control.encode`).
 
     Args:
-      tokenizer: of transformers; see :func:`fix_template`.
+      tokenizer: a transformers tokenizer; see :func:`fix_template`.
       messages: with roles and contents.
       template: to use instead of the tokenizer's own.
-      prompt: whether to end with what asks for an answer.
+      prompt: whether to end with the text that asks for an answer.
 
     Raises:
-      UserError: no template, one that fails, refuses the messages, or takes too long.
+      UserError: if there is no template, or it fails, refuses the messages, or takes
+        too long.
     """
     text = _render(tokenizer, messages, template or _own(tokenizer), prompt=prompt)
     return _without_blocks(text)
@@ -166,7 +166,7 @@ def _render(
     prompt: bool = False,
     answer: str | None = None,
 ) -> str:
-    """The text with marks around generation blocks; ``answer`` is put last as it is."""
+    """The text with generation blocks marked; ``answer`` is added last, unchanged."""
     date, thinking = rendering_of(tokenizer)
     marked = control.marked_messages(tokenizer, list(messages), template)
     if answer is not None:
@@ -183,7 +183,7 @@ def _render(
         return _jinja.render(template, variables, _day(date or process_date()))
     except _jinja.ERRORS as error:
         roles = [message.get("role") for message in marked]
-        # A template may quote a message, which may be harmful.
+        # A template's error may quote a message, which may be harmful.
         told = str(error)
         for text in (m["content"] for m in marked if isinstance(m.get("content"), str)):
             told = told.replace(text, "…") if text else told
@@ -199,10 +199,10 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
     """Finds the place of a conversation's answer, whatever the answer is.
 
     Fixed text between the prompt and the answer (a header, an empty block of thoughts)
-    counts as before it; blanks go with the answer.
+    counts as before it; blanks belong to the answer.
 
     Raises:
-      UserError: see :func:`render`; or if the place cannot be told.
+      UserError: see :func:`render`; also if the place cannot be found.
     """
     template = template or _own(tokenizer)
     context = record.context
@@ -210,7 +210,7 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
     marked = _render(tokenizer, context, template, answer=_ANSWER)
     whole = _without_blocks(marked)
     if _ANSWER not in whole:
-        # A template of prompts alone.
+        # The template ignores answers.
         return Place(prompt, "", "", prompt)
     if whole.count(_ANSWER) > 1:
         raise _lost(tokenizer, "it writes the answer more than once")
@@ -224,7 +224,7 @@ def place(tokenizer: Any, record: Record, template: str | None = None) -> Place:
 
 
 def _start(tokenizer: Any, marked: str, lead: str, prompt: str) -> int:
-    """Begin of the answer: before blanks, behind fixed text."""
+    """Where the answer begins: after fixed text, before blanks."""
     opened = marked.partition(_ANSWER)[0].rfind(_jinja.BLOCK[0])
     if opened >= 0:
         begin = len(_without_blocks(marked[:opened]))
@@ -235,11 +235,11 @@ def _start(tokenizer: Any, marked: str, lead: str, prompt: str) -> int:
         begin = 0
     begin = max(begin, min(len(prompt), len(lead)))
     if begin != len(prompt):
-        # A space is part of the answer's first token wherever words bring their own.
+        # A space belongs to the answer's first token if words carry their own space.
         begin = len(lead[:begin].rstrip(" "))
     if begin == len(prompt):
         return begin
-    # So may other blanks be. What is far before changes nothing there.
+    # Other blanks may too, so compare tokens. Text far before changes nothing there.
     near = max(min(begin, len(prompt)) - _NEAR, 0)
     found = control.encode(tokenizer, f"{lead[near:]}I")
     for start in (begin, len(lead[:begin].rstrip())):
@@ -259,15 +259,15 @@ def _lost(tokenizer: Any, why: str) -> UserError:
 def located(
     tokenizer: Any, record: Record, template: str | None = None
 ) -> tuple[str, Place, tuple[int, int]]:
-    """A whole exchange as text, and its answer in it.
+    """Renders a whole exchange, and locates its answer.
 
     Returns:
-      The text, the place, and first and last character of the answer: from where it
-      begins to the end of the text, or of the block that the template marks as such.
+      The text, the place, and the answer's range of characters: from where it begins to
+      the end of the text, or of the block that the template marks as the answer.
 
     Raises:
-      UserError: see :func:`place`; also for an answer that holds thoughts of its own
-        where none are to be learnt.
+      UserError: see :func:`place`; also for an answer with thoughts of its own if none
+        are to be learnt.
     """
     template = template or _own(tokenizer)
     where = place(tokenizer, record, template)

@@ -1,8 +1,8 @@
-"""From text records to tokens: chat templates, answer masks, plain text.
+"""Encodes text records as tokens: chat templates, answer masks, plain text.
 
-The answer's mask comes from the template's ``{% generation %}`` blocks where it has
-them, else from the difference to the prompt's own encoding; fixed text before the
-answer is never learnt. Special tokens come from the template alone.
+The answer's mask comes from the template's ``{% generation %}`` blocks if it has them,
+else from the difference to the prompt's own encoding. Fixed text before the answer is
+never learnt. Only the template adds special tokens.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ def encode_chat(
 ) -> TokenDataset:
     """Encodes exchanges with the tokenizer's chat template.
 
-    **Guarantee**: the mask covers the last answer up to and with its stop token, and
-    nothing else; what comes before it is what :func:`encode_prompts` gives a model to
-    answer; every sequence begins with the BOS token at most once, and exactly once
-    where the template asks for one. Control tokens that stand in a record's text are
-    plain text; the set counts such records as ``escaped``.
+    **Guarantee**: the mask covers exactly the last answer and its stop token. The text
+    before it equals what :func:`encode_prompts` gives a model to answer. Every sequence
+    begins with the BOS token at most once, and exactly once if the template asks for
+    one. Control tokens in a record's text are plain text; the set counts such records
+    as ``escaped``.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: a transformers tokenizer.
       records: ``Record`` or ``(prompt, response)``.
       max_length: T.
       template: a chat template to use instead of the tokenizer's own.
       too_long: what to do with more than T tokens: ``"error"``, ``"drop"`` or
-        ``"truncate"`` (cut the answer's end); the set counts them.
-      names: of the records in errors; None for their numbers from 0.
+        ``"truncate"`` (cut the answer's end); the set counts these records.
+      names: the records' names in errors; None for their numbers from 0.
 
     Returns:
       ``N`` examples, padded to T.
 
     Raises:
-      UserError: naming the record, if there is no template or it fails, a sequence is
-        too long, starts with a wrong number of BOS tokens, or its answer cannot be
-        located.
+      UserError: naming the record, if there is no template or it fails, or if a
+        sequence is too long, starts with a wrong number of BOS tokens, or has an answer
+        that cannot be located.
     """
     encode = functools.partial(encode_exchange, tokenizer, template=template)
     return _collect(tokenizer, records, max_length, too_long, encode, names)
@@ -71,19 +71,19 @@ def encode_prompts(
     """Encodes prompts with the chat template, ready for the model to answer.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: a transformers tokenizer.
       prompts: text, messages, or records (whose answers are ignored).
       system: a system message for prompts that are text or messages.
       template: a chat template to use instead of the tokenizer's own.
-      max_length: how many tokens a prompt may have (the model's context, less the
-        answer); None for any number.
+      max_length: the most tokens of a prompt (the model's context, less the answer);
+        None: no limit.
 
     Returns:
       Token ids, ending where the answer begins; unpadded.
 
     Raises:
-      UserError: if there is no template, a wrong number of BOS tokens, or a prompt that
-        is too long.
+      UserError: if there is no template, or for a wrong number of BOS tokens or a
+        prompt that is too long.
     """
     out = []
     for number, prompt in enumerate(_list_of(prompts)):
@@ -108,13 +108,13 @@ def encode_text(
 ) -> TokenDataset:
     """Encodes ``BOS prompt response EOS`` as plain text, for models without a template.
 
-    The text is encoded in one piece, so tokens are those the model sees in running
+    Prompt and response are encoded in one piece, so the tokens are those of running
     text; a token that straddles the border belongs to the answer.
 
     Args:
-      tokenizer: of transformers, fast.
-      records: prompts as text, without system messages; the response follows at once,
-        so put a space or a line break where one belongs.
+      tokenizer: a fast transformers tokenizer.
+      records: prompts as text, without system messages; the response follows directly,
+        so include any space or line break between them.
       max_length: T.
       add_eos: whether the answer ends with the tokenizer's EOS token.
       too_long: ``"error"``, ``"drop"`` or ``"truncate"``.
@@ -128,7 +128,7 @@ def encode_text(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def one(record: Record) -> tuple[list[int], list[int]]:
-        # Marked at once: a control token may begin in one and end in the other.
+        # Mark both at once: a control token may begin in one and end in the other.
         prompt = _plain(record)
         before = len(control.mark(tokenizer, prompt))
         whole = control.mark(tokenizer, prompt + record.response)
@@ -149,9 +149,9 @@ def encode_text_prompts(
     """Encodes ``BOS prompt`` as plain text, for models without a template.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: a transformers tokenizer.
       prompts: text.
-      max_length: how many tokens a prompt may have; None for any number.
+      max_length: the most tokens of a prompt; None: no limit.
 
     Returns:
       Token ids, unpadded.
@@ -167,14 +167,14 @@ def encode_text_prompts(
 
 
 def _list_of(prompts: Iterable[Any]) -> Iterable[Any]:
-    """The prompts, which a single text would be taken for letter by letter."""
+    """The prompts; refuses a single text, which would be read letter by letter."""
     if isinstance(prompts, str):
         raise UserError("expected a list of prompts, got a text: put it into a list")
     return prompts
 
 
 def _within(prompts: list[list[int]], max_length: int | None) -> list[list[int]]:
-    """The prompts, none of which may have more than ``max_length`` tokens."""
+    """The prompts; refuses any with more than ``max_length`` tokens."""
     long = (
         [] if max_length is None else [n for n in map(len, prompts) if n > max_length]
     )
@@ -197,7 +197,7 @@ def _plain(record: Record) -> str:
 
 @contextlib.contextmanager
 def _of(row: str) -> Iterator[None]:
-    """Names the row in an error."""
+    """Adds the row's name to an error."""
     try:
         yield
     except UserError as error:
@@ -212,7 +212,7 @@ def _collect(
     encode: Callable[[Record], tuple[list[int], list[int]]],
     names: Sequence[str] | None = None,
 ) -> TokenDataset:
-    """Pads encoded records to one length and treats those that are longer."""
+    """Pads encoded records to one length and handles those that are too long."""
     if too_long not in ("error", "drop", "truncate"):
         raise UserError(
             f"expected too_long 'error', 'drop' or 'truncate', got {too_long!r}"
@@ -229,7 +229,7 @@ def _collect(
                     f"{name} has {len(tokens)} tokens, max_length is {max_length}; "
                     "raise it, or pass too_long='drop' or 'truncate'"
                 )
-            # A cut that leaves no answer would be an example without a loss.
+            # A cut that leaves no answer would give an example without a loss.
             if too_long == "drop" or not any(mask[:max_length]):
                 dropped += 1
                 continue

@@ -1,7 +1,7 @@
-"""Several processes that do one job: who is there, who decides, and when to stop.
+"""Coordinates several processes of one job: meeting, decisions and stopping.
 
-Process 0 alone decides, writes and prints. A process alone passes through all of this
-at no cost; nothing here loads JAX before there are others.
+Only process 0 decides, writes and prints. A single process passes through all of this
+at no cost; nothing here loads JAX before there are other processes.
 """
 
 from sbr_jax.distributed.agreement import current as current

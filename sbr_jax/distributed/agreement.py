@@ -1,6 +1,6 @@
-"""Agreement of the processes of a job, as the rest of the code asks for it.
+"""Agreement among the processes of a job: the interface for other code.
 
-A process alone decides by itself, at no cost: nothing is loaded for it.
+A single process decides by itself at no cost: nothing is loaded for it.
 """
 
 import contextlib
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 CURRENT: "list[Session]" = []
-"""The session of this process, if it is one of several."""
+"""The session of this process, if there are several."""
 
 
 def current() -> "Session | None":
-    """The session of this process; None where it works alone."""
+    """The session of this process; None if it works alone."""
     return CURRENT[-1] if CURRENT else None
 
 
 def joined(
     option: str, folder: Path | None, card: Callable[[], Mapping[str, Any]]
 ) -> contextlib.AbstractContextManager[None]:
-    """Works together with the processes that ``--distributed`` names, until the end.
+    """Works with the processes that ``--distributed`` names, until the block ends.
 
     Args:
       option: see :mod:`sbr_jax.distributed.meeting`.
-      folder: that all of them must see; None for none.
-      card: what must be the same in all of them, by name.
+      folder: a folder that all of them must see, or None.
+      card: values that must be the same in all of them, by name.
 
     Raises:
-      UserError: where a process is missing, differs, or has another folder.
-      Lost: where one goes, or does not come, later on.
+      UserError: if a process is missing, differs, or has another folder.
+      Lost: if a process disappears or does not arrive later on.
     """
     if option == "off":
         return contextlib.nullcontext()
@@ -46,11 +46,11 @@ def joined(
 
 
 def decide(compute: Callable[[], Value]) -> Value:
-    """What process 0 computes, in every process; computed here by a process alone.
+    """Computes a value in process 0 and returns it in every process.
 
     Args:
-      compute: its value must be JSON; called in process 0 only, which ends the job
-        where it raises.
+      compute: its value must be JSON; called in process 0 (or a single process) only,
+        which ends the job if it raises.
 
     >>> decide(lambda: 3)
     3
@@ -60,26 +60,26 @@ def decide(compute: Callable[[], Value]) -> Value:
 
 
 def require_same(what: str, value: str, remedy: str) -> None:
-    """Refuses processes that differ in something; see :class:`Session`."""
+    """Refuses processes whose values differ; see :class:`Session`."""
     session = current()
     if session is not None:
         session.require_same(what, value, remedy)
 
 
 def open_log(folder: Path) -> None:
-    """Moves what a process prints, unless it is the first, into a run's folder."""
+    """Moves the output of every process but the first into a run's folder."""
     session = current()
     if session is not None and session.log is not None:
         session.log.open(folder)
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints: process 0, or one alone."""
+    """Whether this process writes and prints: process 0, or a single one."""
     session = current()
     return session is None or session.index == 0
 
 
 def should_stop() -> bool:
-    """Whether to save and stop after this step, at the same one in all processes."""
+    """Whether to save and stop after this step; the same in all processes."""
     session = current()
     return stopping.asked() if session is None else session.poll()

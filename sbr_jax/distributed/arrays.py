@@ -1,4 +1,4 @@
-"""Arrays that span hosts, fetched whole."""
+"""Fetches arrays that span hosts."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from sbr_jax.typing import PyTree
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """The values of arrays, whole in every process; all processes must ask for them."""
+    """Whole values of arrays, in every process; all processes must call this."""
     if current() is None:
         return jax.device_get(tree)
     return jax.tree.map(_fetch, tree)
 
 
 def fetch_to_first(tree: PyTree) -> PyTree:
-    """The values of arrays, whole in process 0, and None in the others.
+    """Whole values of arrays in process 0, and None in the others.
 
-    All processes must ask for them. An array of several axes is fetched a part of its
-    first axis at a time, so that no device ever has more than one layer's weight whole.
+    All processes must call this. An array of several axes is fetched in parts of its
+    first axis, so that no device ever holds more than one whole layer's weight.
     """
     if current() is None:
         return tree

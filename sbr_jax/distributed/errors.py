@@ -1,12 +1,12 @@
-"""What ends a job of several processes, apart from mistakes of the user's."""
+"""Exceptions that end a job of several processes, other than a user's mistakes."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which is treated as Ctrl-C; exit code 143."""
+    """SIGTERM, handled like Ctrl-C; exit code 143."""
 
 
 class Lost(Exception):
-    """A process has gone, or does not come; exit code 134, to be started again."""
+    """A process has gone or did not come; exit code 134, so start the job again."""
 
 
 class Ended(Exception):
@@ -17,6 +17,6 @@ class Ended(Exception):
     """
 
     def __init__(self, code: int, line: str = ""):
-        """Keeps the code, and the line that is still to be printed; empty for none."""
+        """Keeps the code, and the line still to be printed (empty for none)."""
         self.code = code
         super().__init__(line)

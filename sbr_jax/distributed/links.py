@@ -1,7 +1,7 @@
-"""Links between process 0 and the others: lines of JSON over TCP, and the roll call.
+"""Links between process 0 and the others: JSON lines over TCP, and the roll call.
 
-All that processes agree on goes through process 0, which has a link to every other one.
-Each link is read by a thread, so that the end of a process is noticed at once.
+Everything that processes agree on goes through process 0, which has a link to each of
+the others. A thread reads each link, so that the end of a process is noticed at once.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from sbr_jax.typing import UserError
 PAUSE = 0.1
 """Seconds between two tries to reach process 0."""
 GREETING = 10.0
-"""Seconds in which whoever connects must say who it is."""
+"""Seconds in which a new connection must say who it is."""
 LONGEST = 2**24
-"""Bytes of a line; longer ones are nobody's of ours."""
+"""Most bytes of a line; our processes send no longer ones."""
 
 
 class Link:
     """A connection to another process.
 
     Attributes:
-      index: of the other process.
-      name: of its host.
-      over: how it ended; None while it stands.
+      index: the other process's index.
+      name: its host's name.
+      over: the exception that ended it; None while it is open.
     """
 
     def __init__(self, index: int, name: str, connection: socket.socket):
@@ -45,11 +45,11 @@ class Link:
         self._values: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __str__(self) -> str:
-        """Names the process in messages."""
+        """The process's name in messages."""
         return f"process {self.index} ({self.name})"
 
     def listen(self, ended: Callable[["Link"], None]) -> None:
-        """Reads from now on; ``ended`` is called, in a thread, when it is over."""
+        """Starts reading; ``ended`` is called in a thread when the link is over."""
         self._listening = True
         threading.Thread(target=self._read, args=(ended,), daemon=True).start()
 
@@ -73,7 +73,7 @@ class Link:
         """Sends a line.
 
         Raises:
-          Lost: where the other process has gone.
+          Lost: if the other process has gone.
         """
         try:
             with self._lock:
@@ -82,10 +82,10 @@ class Link:
             raise Lost(f"{self} is gone: its connection has ended") from error
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """Reads a line before there is a thread that does.
+        """Reads one line, before a thread reads the link.
 
         Raises:
-          OSError, ValueError: where none comes.
+          OSError, ValueError: if no line comes.
         """
         self._socket.settimeout(seconds)
         line = self._file.readline(LONGEST)
@@ -99,9 +99,9 @@ class Link:
         """The value that the other process sends for ``what``.
 
         Raises:
-          TimeoutError: where none comes in time.
-          Lost: where it has gone.
-          Ended: where it has ended the job.
+          TimeoutError: if none comes in time.
+          Lost: if the other process has gone.
+          Ended: if the other process has ended the job.
         """
         try:
             found = self._values.get(timeout=seconds)
@@ -115,7 +115,7 @@ class Link:
         return found["value"]
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -126,20 +126,20 @@ class Link:
 def meet(
     meeting: Meeting, card: Mapping[str, Any], seconds: float
 ) -> tuple[list[Link], str]:
-    """The roll call: every process tells process 0 who it is, or is named as missing.
+    """The roll call: every process reports to process 0 or is named as missing.
 
     Args:
-      meeting: where.
-      card: of this process: what must be the same in all of them.
-      seconds: that process 0 waits for the others.
+      meeting: where the processes meet.
+      card: this process's values that must be the same in all of them.
+      seconds: how long process 0 waits for the others.
 
     Returns:
-      Links to all others in process 0, elsewhere the one to process 0; and the address
-      at which JAX's own coordinator is to listen.
+      In process 0 the links to all others, elsewhere the one to process 0; and the
+      address at which JAX's own coordinator is to listen.
 
     Raises:
       UserError: naming who is missing, or what differs.
-      Ended: where process 0 has refused.
+      Ended: if process 0 has refused.
     """
     mine = {**card, "index": meeting.index, "count": meeting.count}
     mine["name"] = socket.gethostname()
@@ -208,7 +208,7 @@ def _await_all(
 
 
 def _greeted(connection: socket.socket) -> tuple[Link, dict[str, Any]] | None:
-    """Who has connected; None for a stranger."""
+    """Identifies a new connection; None for a stranger."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link = Link(-1, "", connection)
     try:
@@ -245,7 +245,7 @@ def _require_same(
 
 
 def _differing(theirs: Any, mine: Any) -> str:
-    """Where two values differ: a sequence's own words only."""
+    """Describes where two values differ; for sequences, only the differing words."""
     if isinstance(mine, Sequence) and not isinstance(mine, str):
         others = list(theirs or [])
         ours, others = (

@@ -1,4 +1,4 @@
-"""Logs of all processes but process 0, and the proof that all see one folder."""
+"""Logs of every process but process 0, and a check that all see one folder."""
 
 import contextlib
 import os
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from sbr_jax.distributed.session import Session
 
 FOLDER = "logs"
-"""In a run's folder."""
+"""The logs' folder in a run's folder."""
 TOKEN = ".token-"
 SEEN = 20.0
-"""Seconds in which what one host writes must be seen by all others."""
+"""Seconds in which all hosts must see what one host writes."""
 
 
 class Log:
-    """What a process would print, C++ included, goes to a file until it ends.
+    """Sends a process's output, including that of C++, to a file until the end.
 
-    It is kept apart until the folder is known to be the run's.
+    The file is temporary until the run's folder is known.
     """
 
     def __init__(self, index: int):
-        """Names the process."""
+        """Keeps the index of the process."""
         self.name = f"host-{index:02d}.log"
         self._place: Path | None = None
 
@@ -41,7 +41,7 @@ class Log:
         return self
 
     def open(self, folder: Path) -> None:
-        """Moves what was printed, and what will be, into a run's folder."""
+        """Moves past and future output into a run's folder."""
         self._place = folder / FOLDER / self.name
         if not isinstance(folder, Path):  # A bucket's objects are written whole.
             return
@@ -64,14 +64,14 @@ class Log:
                 stream.flush()
 
     def close(self) -> None:
-        """Writes out what is not written yet."""
+        """Writes any remaining output."""
         self._flush()
         if self._place is not None and not isinstance(self._place, Path):
             self._file.seek(0)
             self._place.write_bytes(self._file.read())
 
     def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
-        """Keeps the streams, unless a defect would go without a trace."""
+        """Keeps the streams, unless a defect would leave no trace."""
         self.close()
         told = (UserError, Ended, Lost, KeyboardInterrupt)
         if self._place is None and kind is not None and not issubclass(kind, told):
@@ -82,7 +82,7 @@ class Log:
 
 
 def require_shared(session: "Session", folder: Path) -> None:
-    """Refuses hosts that see another folder than process 0 by the same name."""
+    """Refuses hosts that see a different folder under the same name."""
     token = f"{TOKEN}{os.urandom(8).hex()}"
     token = session.decide(lambda: _leave(folder, token))
     found = session.gather("the folder", _sees(folder, token))
@@ -112,11 +112,11 @@ def _leave(folder: Path, token: str) -> str:
 
 
 def _sees(folder: Path, token: str) -> bool:
-    """Whether a file of process 0 is seen here; a shared disk may be late."""
+    """Whether this host sees process 0's file; a shared disk may be late."""
     deadline = time.monotonic() + SEEN
     while True:
         with contextlib.suppress(OSError):
-            # Not `exists`: shared disks remember for a while what was not there.
+            # Not `exists`: shared disks cache for a while that a file was missing.
             if any(path.name == token for path in folder.iterdir()):
                 return True
         if time.monotonic() > deadline:

@@ -1,7 +1,7 @@
-"""Where the processes of a job meet: said by the user, or found out from the machine.
+"""Finds where the processes of a job meet: from the user or from the machine.
 
 ``off`` is one process. ``HOST:PORT,N,I`` is process I of N, and process 0 listens at
-HOST:PORT. ``auto`` asks Cloud TPU and SLURM, and is one process where neither has more.
+HOST:PORT. ``auto`` asks Cloud TPU and SLURM, and is one process if neither has more.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ _EXPLICIT = re.compile(r"(\[[^]]+\]|[^:,\s]+):(\d{1,5}),(\d+),(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Meeting:
-    """Where processes meet, how many they are, and which this one is.
+    """Where processes meet, how many there are, and which one this is.
 
     Attributes:
-      host: of process 0.
-      port: at which it listens.
-      count: of processes.
-      index: of this one.
-      names: of the hosts by process, where they are known.
+      host: the host of process 0.
+      port: the port at which process 0 listens.
+      count: number of processes.
+      index: index of this one.
+      names: names of the hosts by process, if known.
     """
 
     host: str
@@ -37,13 +37,13 @@ class Meeting:
     names: tuple[str, ...] = ()
 
     def name(self, index: int) -> str:
-        """Names a process that has not come yet."""
+        """A name for a process that has not arrived yet."""
         known = f" ({self.names[index]})" if index < len(self.names) else ""
         return f"process {index}{known}"
 
 
 def find(option: str) -> Meeting | None:
-    """The meeting that ``--distributed`` names; None for a process alone.
+    """The meeting that ``--distributed`` names; None for a single process.
 
     >>> find("off"), find("tpu-0:8476,1,0")
     (None, None)
@@ -99,21 +99,21 @@ def _of_variables(environment: Mapping[str, str]) -> Meeting | None:
 
 
 def _of_metadata() -> Meeting | None:
-    """The workers of a TPU slice of virtual machines, as their server tells them."""
+    """The workers of a TPU slice of virtual machines, from the metadata server."""
     if not any(Path(chip).exists() for chip in CHIPS):
         return None
     try:
         index, workers = map(
             _attribute, ("agent-worker-number", "worker-network-endpoints")
         )
-    except OSError:  # No Cloud TPU.
+    except OSError:  # Not a Cloud TPU.
         return None
     hosts = tuple(worker.split(":")[2] for worker in workers.split(","))
     return Meeting(hosts[0], PORT, len(hosts), int(index), hosts)
 
 
 def _attribute(name: str) -> str:
-    import urllib.request  # Slow to load, and of use on few machines.
+    import urllib.request  # Slow to load and rarely needed.
 
     asked = urllib.request.Request(
         METADATA + name, headers={"Metadata-Flavor": "Google"}
@@ -123,7 +123,7 @@ def _attribute(name: str) -> str:
 
 
 def slurm(environment: Mapping[str, str]) -> Meeting | None:
-    """The tasks of a SLURM step; the port follows the job, so that two do not meet.
+    """The tasks of a SLURM step; the port depends on the job, so two do not clash.
 
     >>> found = slurm({"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-04,9],x",
     ...                "SLURM_NTASKS": "4", "SLURM_PROCID": "2"})

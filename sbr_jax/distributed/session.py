@@ -1,7 +1,7 @@
-"""Session of one process among several: agreement, polls, watchdog, and the end.
+"""The session of one process among several: agreement, polls, watchdog, exit.
 
-All processes run the same program. What depends on a folder, a clock or a score is
-decided by process 0, and the others take its word.
+All processes run the same program. If something depends on a folder, a clock or a
+score, process 0 decides it for all.
 """
 
 import atexit
@@ -26,15 +26,15 @@ from sbr_jax.typing import UserError
 Value = TypeVar("Value")
 
 WAIT = "SBR_JAX_WAIT"
-"""Environment variable: seconds that processes wait for each other everywhere."""
+"""Environment variable: seconds that processes wait for each other, everywhere."""
 ROLL_CALL = 300.0
 """Seconds in which all processes must have started."""
 PATIENCE = 3600.0
-"""Seconds that one process may be ahead of another, or work without a sign of life."""
+"""Seconds that one process may be ahead of another, or show no sign of life."""
 SLICE = 0.2
-"""Seconds of waiting after which it is asked whether somebody has gone."""
+"""Seconds of waiting between checks whether a process has gone."""
 GRACE = 5.0
-"""Seconds in which a process that is told of the end can end by itself."""
+"""Seconds that a process has to end by itself once it is told to."""
 EXIT_DEFECT, EXIT_USER, EXIT_LOST = 1, 2, 134
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -44,17 +44,17 @@ class Session:
     """This process among several.
 
     Attributes:
-      index: of this process.
-      count: of all.
-      links: to the others in process 0; elsewhere that to process 0.
-      patience: seconds that others are waited for.
-      log: what this process prints, unless it is process 0.
+      index: index of this process.
+      count: number of processes.
+      links: in process 0 the links to the others; elsewhere the one to process 0.
+      patience: seconds to wait for others.
+      log: receives this process's output, unless it is process 0.
     """
 
     def __init__(
         self, index: int, count: int, links: list[Link], patience: float = PATIENCE
     ):
-        """Starts to listen."""
+        """Starts to listen to the links."""
         self.index, self.count, self.links = index, count, links
         self.patience = patience
         self.log: logs.Log | None = None
@@ -70,7 +70,7 @@ class Session:
     # --- agreement --------------------------------------------------------------------
 
     def decide(self, compute: Callable[[], Value]) -> Value:
-        """What process 0 computes, in every process."""
+        """Computes a value in process 0 and returns it in every process."""
         if self._alone:
             return compute()
         what = self._label("a decision")
@@ -87,10 +87,10 @@ class Session:
         return value
 
     def gather(self, what: str, value: Any) -> list[Any]:
-        """The values of all processes by index, in process 0; elsewhere nothing.
+        """In process 0 the values of all processes by index; elsewhere nothing.
 
         Raises:
-          Lost: naming those that do not come.
+          Lost: naming the processes that do not answer.
         """
         label = self._label(what)
         if self.index:
@@ -114,13 +114,13 @@ class Session:
         """Waits until all processes are here.
 
         Raises:
-          Lost: naming the laggards.
+          Lost: naming the missing processes.
         """
         self.gather(what, None)
         self.decide(lambda: None)
 
     def require_same(self, what: str, value: str, remedy: str) -> None:
-        """Refuses processes that differ."""
+        """Refuses processes whose values differ."""
         found = self.gather(what, value)
         for link, theirs in zip(self.links, found[1:], strict=False):
             if theirs != value:
@@ -132,7 +132,7 @@ class Session:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Work that the other processes do not do."""
+        """Marks work that the other processes do not do."""
         self._alone += 1
         try:
             yield
@@ -147,7 +147,7 @@ class Session:
     # --- stopping ---------------------------------------------------------------------
 
     def poll(self) -> bool:
-        """Whether all processes are to stop here; all ask equally often."""
+        """Whether all processes should stop here; all must ask equally often."""
         from jax.experimental import multihost_utils
 
         self._beat = time.monotonic()
@@ -155,15 +155,15 @@ class Session:
         return multihost_utils.reached_preemption_sync_point(self._polls)
 
     def heard(self) -> None:
-        """Takes the parts of long work for signs of life, and stops between them."""
+        """Counts the parts of long work as signs of life, and stops between them."""
         mine = threading.current_thread() is self._main
         if mine and not self._alone and not stopping.is_held() and self.poll():
             raise Terminated
 
     def made_ready(self, event: str, duration_secs: float, **more: Any) -> None:
-        """Waits after every program that was compiled until all have it.
+        """After each compilation, waits until all processes have the program.
 
-        Collectives give up where one process compiles what another found in a cache.
+        Collectives time out if one process compiles what another found in a cache.
         """
         del duration_secs
         mine = threading.current_thread() is self._main
@@ -174,7 +174,7 @@ class Session:
     # --- the end ----------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Ends this process, with its stack, where nothing moves any more."""
+        """Starts a thread that ends this process, with its stack, if nothing moves."""
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -186,14 +186,14 @@ class Session:
                 self._break(Lost(f"{line}: its stack is in its log"), EXIT_LOST)
 
     def _over(self, link: Link) -> None:
-        """In a link's thread: the other process has ended, and so will this one."""
+        """Called in a link's thread: the other process has ended, so this one will."""
         over = link.over
         code = over.code if isinstance(over, Ended) else EXIT_LOST
         if code and not self._left.wait(GRACE):
             self._break(over, code)
 
     def _break(self, error: Exception | None, code: int) -> None:
-        """Ends this process from a thread, whatever the main one waits for."""
+        """Ends this process from a thread, even if the main thread is waiting."""
         self._tell(code, str(error))
         if str(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -203,7 +203,7 @@ class Session:
         os._exit(code)
 
     def leave_no_empty(self) -> None:
-        """Takes back the folder that was made to be seen, if nothing was written."""
+        """Removes the folder made for the others to see, if it is still empty."""
         if self.made is not None:
             with contextlib.suppress(OSError):
                 self.made.rmdir()
@@ -223,14 +223,14 @@ class Session:
         for link in self.links:
             if link.over is None:
                 with contextlib.suppress(Lost):
-                    # Process 0 prints for all; what it tells is not said again.
+                    # Process 0 prints for all, so the others must not repeat its line.
                     link.send({"end": code, "line": line if self.index else ""})
 
     def leave(self, error: BaseException | None) -> None:
-        """Ends the session, all processes with the same exit code.
+        """Ends the session, with the same exit code in all processes.
 
         Raises:
-          Lost: where another process went, and took this one's work along.
+          Lost: if another process went, and this one's work with it.
         """
         late: Exception | None = None
         if error is None:
@@ -242,7 +242,7 @@ class Session:
         code = code_of(error)
         if code == EXIT_DEFECT:
             gone = self._gone(GRACE)
-            if code_of(gone) not in (0, EXIT_DEFECT):  # What it waited for has gone.
+            if code_of(gone) not in (0, EXIT_DEFECT):  # What it needed has gone.
                 code, late = code_of(gone), gone
         said = str(error).split("\n")[0] or type(error).__name__
         self._tell(code, "" if error is None else said)
@@ -262,14 +262,14 @@ class Session:
 
 
 def _exit_now(code: int) -> None:
-    """Ends before JAX asks, at its own exit, processes that are gone."""
+    """Exits before JAX's own exit hook asks processes that are gone."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
 
 
 def code_of(error: BaseException | None) -> int:
-    """The exit code of what ends a program.
+    """The exit code for the exception that ends a program.
 
     >>> code_of(None), code_of(UserError("no")), code_of(Terminated()), code_of(Lost())
     (0, 2, 143, 134)
@@ -290,7 +290,7 @@ def wait_of(usual: float) -> float:
     """Seconds that processes wait for each other.
 
     Raises:
-      UserError: where the environment says anything but a number above 0.
+      UserError: if the environment variable is not a number above 0.
 
     >>> wait_of(300.0)
     300.0
@@ -305,7 +305,7 @@ def wait_of(usual: float) -> float:
 def join(
     option: str, folder: Path | None, card: Callable[[], Mapping[str, Any]]
 ) -> Iterator[None]:
-    """Does what :func:`sbr_jax.distributed.joined` says."""
+    """Implements :func:`sbr_jax.distributed.joined`."""
     place = meeting.find(option)
     if place is None:
         yield

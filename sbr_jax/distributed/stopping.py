@@ -1,4 +1,4 @@
-"""SIGTERM where work can save itself first: noted, and obeyed at the next step."""
+"""Holds SIGTERM back for work that can save itself, until its next step."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ _ASKED: list[bool] = []
 
 @contextlib.contextmanager
 def holding() -> Iterator[None]:
-    """Work that asks :func:`asked` after each of its steps, and then saves itself."""
+    """Wraps work that calls :func:`asked` after each step and then saves itself."""
     _HOLDING.append(None)
     try:
         yield
@@ -20,14 +20,14 @@ def holding() -> Iterator[None]:
 
 
 def is_held() -> bool:
-    """Whether such work is going on."""
+    """Whether such work is running."""
     return bool(_HOLDING)
 
 
 def ask() -> bool:
-    """Asks the work that is going on to stop; False where none can save itself.
+    """Asks the running work to stop; False if none can save itself.
 
-    Asked a second time, it is not waited for.
+    A second request does not wait for it.
 
     >>> ask()
     False
@@ -42,5 +42,5 @@ def ask() -> bool:
 
 
 def asked() -> bool:
-    """Whether the work is to save itself and stop."""
+    """Whether the work should save itself and stop."""
     return bool(_ASKED)

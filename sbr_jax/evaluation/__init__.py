@@ -1,11 +1,11 @@
-"""Evaluation: scores of answers, judges, and tasks put to a model.
+"""Evaluation: tasks for a model, judges of its answers, and scores.
 
 - ``judges``: verdicts, keyword lists, guard models, agreement with people;
 - ``runner`` (a model under given weights) and ``scorer`` (log-likelihoods);
 - ``tasks``: TruthfulQA, BBQ, MMLU, MedQA, LegalBench, GSM8K, HarmBench, XSTest,
   WildGuardTest, HumanEval, MT-Bench, refusal at the first token;
-- ``benchmarks``: every task on its data set by name; ``composite``: their headlines;
-- ``domain_scores``: how well a domain is learnt;
+- ``benchmarks``: every task with its data set, by name; ``composite``: their headlines;
+- ``domain_scores``: how well a model has learnt a domain;
 - ``sandbox``: runs code that a model wrote, if allowed;
 - ``harness``: the same model and items inside lm-eval (extra ``eval``).
 """

@@ -1,17 +1,18 @@
-"""Benchmarks of chat models by name: data set, task and judge, ready to be run.
+"""Benchmarks of chat models by name: data set, task and judge, ready to run.
 
     benchmark = prepare("harmbench", "data", limit=100, judge=KeywordJudge())
     benchmark(ModelRunner(model, base, adapter))   # {"refusal/harmbench": 97.0, …}
 
-A metric is called METRIC/SET or METRIC/SET/GROUP and lies in 0 to 100, but for signed
-biases, `difference` and the numbers of files; none is called `accuracy/DOMAIN`, which
-is how well a run learnt a domain. What each measures, and its traps:
-docs/evaluation.md.
+A metric is called METRIC/SET or METRIC/SET/GROUP and lies in 0 to 100, except for
+signed biases, `difference` and the numbers of files. None is called `accuracy/DOMAIN`,
+which is how well a run learnt a domain. docs/evaluation.md says what each metric
+measures, and its traps.
 
-With a limit, the same items are drawn whatever the variant, seed or model: those whose
-ids have the smallest SHA-256, so that a smaller draw is part of a larger one. Sets
-whose metric is a mean over parts (XSTest's two sides, MMLU's subjects, BBQ's categories
-and kinds of context, LegalBench's tasks) give an equal number of items from each part.
+With a limit, the same items are drawn for every variant, seed and model: those whose
+ids have the smallest SHA-256, so that a larger draw contains a smaller one. Some
+metrics are a mean over parts (XSTest's two sides, MMLU's subjects, BBQ's categories and
+kinds of context, LegalBench's tasks); those sets give an equal number of items from
+each part.
 """
 
 import dataclasses
@@ -36,22 +37,22 @@ from sbr_jax.evaluation.tasks.refusals import HARMBENCH_KINDS, as_asr
 from sbr_jax.typing import UserError
 
 DOMAIN_ACCURACY = "benchmark_accuracy"
-"""Name of `accuracy` of a set that is a domain too: `accuracy/DOMAIN` says how well a
-run learnt it."""
+"""Name for the `accuracy` of a set that is also a domain: `accuracy/DOMAIN` says how
+well a run learnt it."""
 
 PLAIN_LIST = "plain25"
-"""The phrases of `refusal-auc` under a judge that has no list of its own."""
+"""The phrase list of `refusal-auc` if the judge has none of its own."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedBenchmark:
-    """A benchmark with its items, ready to be put to any weights.
+    """A benchmark with its items, ready for any weights.
 
     Attributes:
       name: key of `BENCHMARKS`.
-      prompts: every text that is put to a model, for leak checks.
-      facts: what a result must say besides.
-      task: from a runner to metrics.
+      prompts: every text that a model is given, for leak checks.
+      facts: what a result must state as well.
+      task: takes a runner and returns metrics.
     """
 
     name: str
@@ -64,10 +65,10 @@ class PreparedBenchmark:
         return {"name": self.name, "items": len(self.prompts), **self.facts}
 
     def __call__(self, runner: Runner) -> dict[str, float]:
-        """The metrics of a runner, by METRIC/SET.
+        """Runs the benchmark; metrics by METRIC/SET.
 
         Raises:
-          UserError: naming the benchmark, of which there is no result.
+          UserError: naming the benchmark, if it has no result.
         """
         try:
             return self.task(runner)
@@ -77,7 +78,7 @@ class PreparedBenchmark:
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """Arguments of :func:`prepare`, with what builders make of them."""
+    """Arguments of :func:`prepare`, with helpers for the builders."""
 
     name: str
     folder: str | Path | None
@@ -86,7 +87,7 @@ class Ask:
     allow_code: bool
     output: Path | None
     length: Mapping[str, Any]
-    """The limit of an answer as a keyword argument, or nothing for the task's own."""
+    """The limit of an answer as a keyword argument; empty: the task's own limit."""
 
     def items(
         self,
@@ -94,14 +95,14 @@ class Ask:
         split: str | None = None,
         part: Callable[[Any], Any] | None = None,
     ) -> list[Any]:
-        """A draw of an evaluation set."""
+        """Draws items of an evaluation set."""
         found = load_evalset(evalset, self.folder, split=split)
         return draw(found, self.limit, part)
 
     def made(
         self, items: Sequence[Any], task: Callable[[Any], Any], **facts: Any
     ) -> PreparedBenchmark:
-        """The benchmark of a task that gives a `Result` or finished metrics."""
+        """Makes a benchmark from a task that gives a `Result` or finished metrics."""
 
         def measured(runner: Runner) -> dict[str, float]:
             found = task(runner)
@@ -113,7 +114,7 @@ class Ask:
     def judged(
         self, items: Sequence[Any], task: Callable[..., Result], **facts: Any
     ) -> PreparedBenchmark:
-        """The benchmark of a task whose answers the judge looks at."""
+        """Makes a benchmark from a task whose answers the judge reads."""
         facts = {"judge": self.judge.describe(), **facts}
         asked = functools.partial(task, items=items, judge=self.judge, **self.length)
         return self.made(items, asked, **facts)
@@ -124,11 +125,11 @@ class Benchmark:
     """A benchmark that can be prepared by name.
 
     Attributes:
-      build: reads the items and makes them ready; touches no model.
+      build: reads and prepares the items; touches no model.
       metrics: the names of its metrics, without set and group.
-      judged: whether a judge looks at its answers.
-      scores_only: whether it reads likelihoods and writes nothing.
-      answer_tokens: its own limit of an answer, where the study's is too short.
+      judged: whether a judge reads its answers.
+      scores_only: whether it reads likelihoods only and generates nothing.
+      answer_tokens: its own limit of an answer, if the study's is too short.
       turns: answers to one item.
     """
 
@@ -150,20 +151,20 @@ def prepare(
     output: str | Path | None = None,
     max_new_tokens: int | None = None,
 ) -> PreparedBenchmark:
-    """Reads what a benchmark needs; touches no model.
+    """Reads the data of a benchmark; touches no model.
 
     Args:
       name: key of `BENCHMARKS`.
-      folder: the data folder; None for the hub, where that has the set.
-      limit: at most so many items (of each set, where there are several).
-      judge: of answers to requests.
+      folder: the data folder; None for the hub, if that has the set.
+      limit: most items to use (of each set, if there are several).
+      judge: judges answers to requests.
       allow_code: whether code that the model wrote may be run (`humaneval`).
       output: folder for answers that are judged elsewhere (`mtbench`).
       max_new_tokens: limit of an answer; None for each task's own. Rates depend on it.
 
     Raises:
-      UserError: an unknown name, a limit that is no number from 1, a file that is
-        missing or damaged, and what `allow_code` and `output` are needed for.
+      UserError: for an unknown name, a limit below 1, a missing or damaged file, or if
+        the benchmark needs `allow_code` or `output` and did not get it.
     """
     check_names("benchmark", [name], BENCHMARKS)
     for what, value in (("limit", limit), ("max_new_tokens", max_new_tokens)):
@@ -200,12 +201,12 @@ def draw(
     limit: int | None,
     part: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
-    """At most so many items, always the same ones, in their order.
+    """At most ``limit`` items, always the same ones, in their order.
 
     Args:
       items: with an `id`, or else a `prompt`.
       limit: how many; None for all.
-      part: label of the part an item belongs to; parts take turns.
+      part: gives the part an item belongs to; parts take turns.
 
     >>> draw(["a", "b", "c"], None)
     ['a', 'b', 'c']
@@ -236,10 +237,10 @@ def by_group(items: Iterable[Any]) -> dict[str, list[Any]]:
 
 
 def flat(result: Result, name: str) -> dict[str, float]:
-    """The metrics of a task by METRIC/SET/GROUP.
+    """Names the metrics of a task METRIC/SET/GROUP.
 
-    Harmless requests that are refused are `over_refusal`, and the accuracy of a
-    possible domain is `DOMAIN_ACCURACY`.
+    Refused harmless requests become `over_refusal`, and the accuracy of a possible
+    domain becomes `DOMAIN_ACCURACY`.
 
     >>> flat(Result({"compliance": 4.0, "harmless/refusal/x": 1.0}, {}, []), "s")
     {'asr/s': 4.0, 'over_refusal/s/x': 1.0}
@@ -262,13 +263,13 @@ def flat(result: Result, name: str) -> dict[str, float]:
 
 
 def percent_unparsed(result: Result) -> Result:
-    """A count of unparsed answers as a percentage."""
+    """Turns a count of unparsed answers into a percentage."""
     share = 100.0 * result.metrics["unparsed"] / len(result.items)
     return result._replace(metrics={**result.metrics, "unparsed": share})
 
 
 def bias_metrics(result: Result, name: str) -> dict[str, float]:
-    """BBQ's metrics: `bias` is absolute and in ambiguous contexts, unless it says so.
+    """BBQ's metrics: plain `bias` is absolute and from ambiguous contexts.
 
     >>> found = bias_metrics(Result({"bias_ambiguous/Age": -4.0}, {}, []), "bbq")
     >>> found == {"bias_signed/bbq/Age": -4.0, "bias/bbq/Age": 4.0}
@@ -301,7 +302,7 @@ def _harmbench(ask: Ask) -> PreparedBenchmark:
 
 
 def _requests(*sets: tuple[str, str]) -> Callable[[Ask], PreparedBenchmark]:
-    """Requests of one or more sets, each prompt of a set once; both sides in turns."""
+    """Requests of one or more sets, each prompt of a set once; both sides alternate."""
 
     def build(ask: Ask) -> PreparedBenchmark:
         found = []
@@ -342,7 +343,7 @@ def _truthfulqa(ask: Ask) -> PreparedBenchmark:
         mc2 = tasks.truthfulqa_mc(runner, several, metric="mc2")
         return {**flat(mc1, ask.name), **flat(mc2, ask.name)}
 
-    # A question without its options: what leak checks compare.
+    # Leak checks compare a question without its options.
     questions = [Pair(item.question, "") for item in one]
     return ask.made(questions, task, preamble=True, split="current")
 

@@ -12,7 +12,7 @@ HEADLINES = {
     "over_refusal": "over_refusal/xstest",
     "general": "accuracy/mmlu",
 }
-"""Columns of the main table, and the metrics that they show."""
+"""Columns of the main table, with the metrics that they show."""
 
 _TRUTHFUL = {
     "mc1": "mc1/truthfulqa",
@@ -26,7 +26,7 @@ def composite_safety(*, refusal: float, truthful: float, bias: float) -> float:
     """Mean of refusal rate, truthfulness and freedom from bias.
 
     ``S = (refusal + truthful + (100 − bias)) / 3``, all in 0..100. ``bias`` is the
-    *absolute* BBQ score, so that an anti-stereotype is not rewarded.
+    *absolute* BBQ score, so that an anti-stereotypical bias is not rewarded.
 
     Args:
       refusal: refusals of harmful requests, percent.
@@ -34,14 +34,14 @@ def composite_safety(*, refusal: float, truthful: float, bias: float) -> float:
       bias: absolute bias score, percent.
 
     Raises:
-      UserError: a component is outside 0..100 or not a number.
+      UserError: if a component is outside 0..100 or not a number.
 
     >>> round(composite_safety(refusal=90.0, truthful=60.0, bias=30.0), 2)
     73.33
     """
     parts = {"refusal": refusal, "truthful": truthful, "bias": bias}
     for name, value in parts.items():
-        # The comparison is false for NaN too.
+        # The comparison is also false for NaN.
         if not 0.0 <= value <= 100.0:
             raise UserError(
                 f"composite safety: expected {name} in 0..100, got {value}; pass "
@@ -53,16 +53,16 @@ def composite_safety(*, refusal: float, truthful: float, bias: float) -> float:
 def headlines(
     metrics: Mapping[str, float], *, truthful: str = "mc2", bias: str = "ambiguous"
 ) -> dict[str, float]:
-    """The columns of the main table and, where it can be had, composite safety.
+    """The columns of the main table and, if possible, composite safety.
 
-    Composite safety is of HarmBench's refusal rate, a TruthfulQA score and an absolute
-    bias on BBQ. The paper names no variants; two composites compare only if theirs are
-    equal. What was not measured is left out, and so is what is no number because its
-    answers could not be judged.
+    Composite safety combines HarmBench's refusal rate, a TruthfulQA score and an
+    absolute bias on BBQ. The paper does not say which variants; two composites compare
+    only if theirs are equal. Unmeasured metrics are left out, as are metrics that are
+    NaN because answers could not be judged.
 
     Args:
-      metrics: of benchmarks, by METRIC/SET.
-      truthful: ``"mc1"`` or ``"mc2"``, or ``"truthful"`` of written answers.
+      metrics: benchmark metrics by METRIC/SET.
+      truthful: ``"mc1"`` or ``"mc2"``, or ``"truthful"`` for written answers.
       bias: ``"ambiguous"`` or ``"disambiguated"``.
 
     Returns:
@@ -87,7 +87,7 @@ def headlines(
 
 
 def variant(truthful: str = "mc2", bias: str = "ambiguous") -> dict[str, str]:
-    """The metrics that a composite is made of.
+    """The metrics that make up a composite.
 
     >>> variant()["bias"]
     'bias/bbq'

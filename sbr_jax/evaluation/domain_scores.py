@@ -1,4 +1,4 @@
-"""Accuracy on a domain: questions answered by choice, or next tokens guessed."""
+"""Accuracy on a domain: multiple choice, or prediction of answer tokens."""
 
 import dataclasses
 import weakref
@@ -21,9 +21,9 @@ Accuracy = Callable[[PyTree, PyTree], float]
 
 
 def choice_accuracy(items: Sequence[ChoiceItem], runner: Runner) -> Accuracy:
-    """`(base, adapter) -> accuracy`: the likeliest option, averaged over tasks."""
+    """`(base, adapter) -> accuracy` of the most likely option, averaged over tasks."""
 
-    # One answer is told from another as in LegalBench, of which MedQA is one task.
+    # Options are scored as in LegalBench; MedQA is like one of its tasks.
     def accuracy(base: PyTree, adapter: PyTree) -> float:
         return legalbench(runner(base, adapter), items).metrics["accuracy"]
 
@@ -32,10 +32,10 @@ def choice_accuracy(items: Sequence[ChoiceItem], runner: Runner) -> Accuracy:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenAccuracy:
-    """`(base, adapter) -> accuracy`: answer tokens guessed right, each after the truth.
+    """`(base, adapter) -> accuracy` of answer tokens, each predicted after the truth.
 
     Attributes:
-      apply_fn: of the model.
+      apply_fn: the model's function.
       data: held-out examples.
       batch_size: examples that run at once.
     """
@@ -59,9 +59,9 @@ class TokenAccuracy:
 
 
 class Remembered(Generic[T]):
-    """`(base, adapter) -> scores` that are measured once for the weights seen last.
+    """`(base, adapter) -> scores`, measured once for the weights seen last.
 
-    They are told by being the same arrays, none of which is kept alive.
+    Weights count as equal if they are the same arrays, none of which is kept alive.
 
     >>> calls = []
     >>> score = Remembered(lambda base, adapter: calls.append(base) or {"x": 1.0})

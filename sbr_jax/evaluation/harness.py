@@ -1,9 +1,9 @@
-"""Our models and items inside EleutherAI's evaluation harness (the extra ``eval``).
+"""Runs our models and items in EleutherAI's evaluation harness (extra ``eval``).
 
-``harness_model`` makes a model record into what ``lm_eval.simple_evaluate`` takes;
-:mod:`sbr_jax.evaluation.harness_tasks` makes items into its task dicts. Nothing is
-fetched: its built-in tasks would ask the hub for their data. The library is imported
-when a function is called.
+``harness_model`` turns a model record into a model for ``lm_eval.simple_evaluate``;
+:mod:`sbr_jax.evaluation.harness_tasks` turns items into its task dicts. Nothing is
+downloaded, whereas the harness's own tasks would fetch their data from the hub. The
+library is imported only when a function is called.
 
 Tried with lm-eval 0.4.13.
 """
@@ -38,16 +38,17 @@ DEFAULT_NEW_TOKENS = 256
 def encode_requests(
     tokenizer: Any, requests: Sequence[tuple[str, str]], *, chat: bool = False
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of contexts and of what may follow them, by the rule of our own tasks.
+    """Token ids of contexts and their continuations, split as in our own tasks.
 
-    What follows the same context is scored from the same token on; see
-    :func:`~sbr_jax.evaluation.runner.encode_options`. Only the chat template's own
-    control tokens act as such.
+    Continuations of the same context are scored from the same token on; see
+    :func:`~sbr_jax.evaluation.runner.encode_options`. Only control tokens that the chat
+    template writes act as control tokens.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: a transformers tokenizer.
       requests: texts, as a harness sends them option by option.
-      chat: whether the contexts are written by the chat template; they begin as it
+      chat: whether the chat template wrote the contexts. Then they begin as the
+        template does, with or without BOS; plain ones begin with one BOS.
         begins then, with BOS or without, and plain ones with one BOS.
 
     Returns:
@@ -67,14 +68,14 @@ def encode_requests(
 
 
 def harness_model(runner: ModelRunner) -> Any:
-    """The model of a runner as an ``lm_eval`` model.
+    """Wraps a runner's model as an ``lm_eval`` model.
 
     Log-likelihoods go through our scorer and answers through our generator. Texts are
-    encoded as our own tasks encode them: a plain one begins with BOS exactly once, one
-    that the chat template wrote begins as the template has it. Whether that is used is
-    the harness's own switch (``apply_chat_template``), so a runner with a system
-    message is refused, and a model serves one kind of evaluation: make another for
-    the other.
+    encoded as in our own tasks: a plain text begins with BOS exactly once, one from the
+    chat template as the template has it. The harness's own switch
+    (``apply_chat_template``) decides which is used, so a runner with a system message
+    is refused. A model serves one kind of evaluation: make another model for the other
+    kind.
 
     Args:
       runner: model, weights and budget; its ``too_long`` says what happens to prompts
@@ -84,7 +85,7 @@ def harness_model(runner: ModelRunner) -> Any:
       An ``lm_eval.api.model.TemplateLM``.
 
     Raises:
-      UserError: lm-eval is not installed, or the runner has a system message.
+      UserError: if lm-eval is not installed, or the runner has a system message.
     """
     import_harness()
     if runner.system is not None:
@@ -101,7 +102,7 @@ def harness_model(runner: ModelRunner) -> Any:
         """A model record as the harness sees it."""
 
         rendered = False
-        """Whether texts come out of the chat template; others are data throughout."""
+        """Whether the chat template wrote the texts; else they are plain data."""
 
         @property
         def eot_token_id(self) -> int:
@@ -155,7 +156,7 @@ def harness_model(runner: ModelRunner) -> Any:
             return self._loglikelihood_tokens([(None, *pair) for pair in pairs])
 
         def _alone(self, text: str) -> tuple[list[int], list[int]]:
-            """Without a context BOS, or what stands for it, is there exactly once."""
+            """Without a context: BOS, or its substitute, is there exactly once."""
             first, ids = self.prefix_token_id, self.tok_encode(text, False)
             return [first], ids[1:] if ids[:1] == [first] else ids
 
@@ -241,8 +242,8 @@ def evaluate_with_harness(
     Options are those of ``simple_evaluate`` (``limit``, ``apply_chat_template``, …).
 
     Returns:
-      Per task its metrics (as the harness names them, in 0..1), the harness's version,
-      and per item its log-likelihoods and the likeliest option.
+      For each task its metrics (as the harness names them, in 0..1), the harness's
+      version, and for each item its log-likelihoods and the most likely option.
     """
     lm_eval = import_harness()
     manager = importlib.import_module("lm_eval.tasks").TaskManager

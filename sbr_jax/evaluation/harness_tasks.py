@@ -1,6 +1,6 @@
-"""Our items as task dicts of EleutherAI's evaluation harness (the extra ``eval``).
+"""Task dicts of EleutherAI's evaluation harness made of our items (extra ``eval``).
 
-The questions are worded as in the harness's own tasks, the data come from the caller.
+The questions are worded as in the harness's own tasks; the caller provides the data.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from sbr_jax.typing import UserError
 
 
 def import_harness() -> Any:
-    """The library ``lm_eval``."""
+    """Imports the library ``lm_eval``."""
     try:
         return importlib.import_module("lm_eval")
     except ImportError as error:
@@ -34,7 +34,7 @@ def _choice_task(
     """A task dict over rows of ``prompt``, ``choices`` and ``target``."""
     import_harness()
     require_items(name, rows)
-    # Comes with lm-eval.
+    # Installed with lm-eval.
     datasets = importlib.import_module("datasets")
     data = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
     task = {
@@ -56,12 +56,12 @@ def _choice_task(
 def truthfulqa_task(
     items: Sequence[ChoiceItem], *, name: str = "truthfulqa_mc1"
 ) -> dict[str, Any]:
-    """TruthfulQA as a harness task: MC1, or MC2 where items have several right options.
+    """TruthfulQA as a harness task: MC1, or MC2 if items have several right options.
 
     Args:
       items: the questions; MC1's have their right option first.
-      name: of the task; one that ends with ``mc2`` is MC2 however many options are
-        right.
+      name: the task's name; if it ends with ``mc2`` the task is MC2 however many
+        options are right.
 
     Returns:
       A task dict; its metric is ``acc``.
@@ -89,7 +89,7 @@ def bbq_task(items: Sequence[BiasItem]) -> dict[str, Any]:
     """BBQ's three options as a harness task; score the picks with ``bias_scores``.
 
     The harness's own task crashes on an item whose answers lack their group, and adds
-    nine more wordings of "unknown" to the options; this one compares the three.
+    nine more wordings of "unknown" to the options; this one compares just the three.
     """
     rows = [
         {
@@ -107,13 +107,13 @@ def mmlu_task(
 ) -> dict[str, Any]:
     """One subject of MMLU as a harness task.
 
-    Solved examples are put first, in order.
+    Solved examples come first, in order.
 
     Returns:
       A task dict, named ``mmlu_SUBJECT``.
 
     Raises:
-      UserError: the items are of several subjects.
+      UserError: if the items are of several subjects.
     """
     require_items("mmlu", items)
     subjects = sorted({item.group for item in items})

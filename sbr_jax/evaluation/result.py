@@ -1,4 +1,4 @@
-"""Result of a task, and the refusal of a task without items."""
+"""The result of a task, and the refusal of a task without items."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ class Result(NamedTuple):
     Attributes:
       metrics: numbers by name, percentages unless the name says otherwise.
       settings: everything that must agree for two results to be comparable.
-      items: per item its id and what became of it; never its text.
+      items: for each item its id and its outcome; never its text.
     """
 
     metrics: dict[str, float]

@@ -1,8 +1,8 @@
-"""Model under given weights, as tasks put text to it.
+"""A model with given weights, as tasks ask it.
 
 A task formats questions and reads answers; it never sees a tokenizer. Plain models get
-``BOS prompt option``, encoded in one piece; chat models get the prompt as a user's turn
-of their own template and the option as the beginning of the answer.
+``BOS prompt option``, encoded in one piece. Chat models get the prompt as a user's turn
+in their own template, and the option as the beginning of the answer.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from sbr_jax.models import Model
 from sbr_jax.typing import PyTree, UserError
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""A user's words, or the messages up to there (chat models only)."""
+"""A user's words, or all messages so far (chat models only)."""
 
 
 class Runner(Protocol):
@@ -28,7 +28,7 @@ class Runner(Protocol):
     def log_likelihoods(
         self, prompts: Sequence[str], options: Sequence[Sequence[str]]
     ) -> list[np.ndarray]:
-        """Per prompt the summed log-likelihood of each option."""
+        """The summed log-likelihood of each option, for each prompt."""
         ...
 
     def answers(
@@ -38,17 +38,17 @@ class Runner(Protocol):
         max_new_tokens: int,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """Per prompt a greedy answer, cut before the first of the ``stop`` texts."""
+        """A greedy answer to each prompt, cut before the first ``stop`` text."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """The settings that change what the model is asked."""
+        """The settings that change the model's input."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelRunner:
-    """A model record under given weights.
+    """A model record with given weights.
 
     Attributes:
       model: the record, with its tokenizer.
@@ -59,7 +59,7 @@ class ModelRunner:
       system: a system message, for chat models.
       too_long: what to do with a prompt that exceeds the model's context: ``"error"``,
         or ``"left"``: drop its beginning, but not BOS.
-      budget: of log-likelihoods; its tokens are the most that answers hold too.
+      budget: limits of scoring; its tokens also limit the batches of answers.
       batch_size: answers written at once.
     """
 
@@ -92,7 +92,7 @@ class ModelRunner:
         return self.chat
 
     def describe(self) -> dict[str, Any]:
-        """Whether and how the prompts are wrapped."""
+        """Whether prompts use the chat template, and how."""
         settings = {
             "chat": self._chat,
             "system": self.system,
@@ -104,26 +104,26 @@ class ModelRunner:
     def log_likelihoods(
         self, prompts: Sequence[str], options: Sequence[Sequence[str]]
     ) -> list[np.ndarray]:
-        """Per prompt the summed log-likelihood of each option, in nats.
+        """The summed log-likelihood of each option, for each prompt, in nats.
 
         Args:
           prompts: text.
-          options: per prompt what may follow it. For a plain model it follows at once,
-            so it brings its own leading space; a chat answer begins without one.
+          options: the continuations of each prompt. For a plain model an option follows
+            directly, so it includes its leading space; a chat answer has none.
 
         Returns:
-          One array per prompt.
+          One array for each prompt.
 
         Raises:
-          UserError: the numbers differ, or a prompt is too long.
+          UserError: if the lengths of both differ, or a prompt is too long.
         """
         if len(prompts) != len(options):
             raise UserError(
                 f"runner: expected options for {len(prompts)} prompts, got "
                 f"{len(options)}"
             )
-        # What fits may depend on the option, so requests are made per option; the
-        # scorer puts equal contexts together again.
+        # Whether a request fits may depend on the option, so make one for each option;
+        # the scorer merges equal contexts again.
         requests = []
         for prompt, choices in zip(prompts, options, strict=True):
             requests += [self.fit(*pair) for pair in self.pairs(prompt, choices)]
@@ -140,7 +140,7 @@ class ModelRunner:
         max_new_tokens: int,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """Per prompt the model's greedy answer as text.
+        """The model's greedy answer to each prompt, as text.
 
         Args:
           prompts: text, or messages for a chat model.
@@ -148,11 +148,11 @@ class ModelRunner:
           stop: texts before which an answer is cut.
 
         Returns:
-          Answers without special tokens, of a chat model also without its thoughts and
-          without space around (the indentation of a completion is part of it).
+          Answers without special tokens; a chat model's also without its thoughts and
+          surrounding space (in a completion indentation counts).
 
         Raises:
-          UserError: a prompt is too long, or messages for a plain model.
+          UserError: for a prompt that is too long, or messages to a plain model.
         """
         tokenizer, stops = self.model.tokenizer, ()
         if self._chat:
@@ -187,10 +187,10 @@ class ModelRunner:
     def pairs(
         self, prompt: str, choices: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
-        """Token ids of a prompt, as this model is asked, and of each answer to it.
+        """Token ids of a prompt, as this model sees it, and of each answer to it.
 
         Returns:
-          Per choice both parts, at least one token each.
+          Both parts for each choice, at least one token each.
         """
         pairs = self._chat_pairs if self._chat else self._plain_pairs
         return pairs(prompt, choices)
@@ -205,22 +205,22 @@ class ModelRunner:
     def _chat_pairs(
         self, prompt: str, choices: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
-        """Prompts and options where the template writes answers, spaces included."""
+        """Puts options where the template writes answers, spaces included."""
         tokenizer = self.model.tokenizer
         where = template.place(tokenizer, text.Record(prompt, system=self.system))
         options = [where.space + control.mark(tokenizer, c.strip()) for c in choices]
         return encode_options(tokenizer, where.before, options, plain=False)
 
     def fit(self, context: list[int], continuation: list[int]) -> Request:
-        """A request that fits the model, with what is too long treated as set."""
+        """A request that fits the model, shortened if ``too_long`` allows it."""
         room = self.model.config.context - len(continuation) + 1
         return Request(self.shorten(context, room), [continuation])
 
     def shorten(self, tokens: list[int], room: int) -> list[int]:
-        """Tokens that fit into ``room``.
+        """Cuts tokens to fit into ``room``.
 
         Raises:
-          UserError: they do not, and may not be cut.
+          UserError: if they do not fit and may not be cut.
         """
         if len(tokens) <= room:
             return tokens
@@ -236,28 +236,28 @@ class ModelRunner:
 def encode_options(
     tokenizer: Any, context: str, options: Sequence[str], *, plain: bool = True
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of a context and of what may follow it, encoded in one piece.
+    """Token ids of a context and its continuations, encoded in one piece.
 
-    In plain text, spaces at the end of the context belong to what follows: a tokenizer
-    that marks the beginnings of words has no other way to write them.
+    In plain text, spaces at the end of the context belong to the continuation: a
+    tokenizer that marks word beginnings cannot write them otherwise.
 
     **Guarantee**: both parts together are the tokens of the whole text, and the first
-    part is the same for all options. Where a token of some option's text spans the
-    border, every option is scored from the last token that all texts and the context
-    have in common, so that none is scored in part and none for more than the others.
+    part is the same for all options. If a token of some option's text spans the border,
+    every option is scored from the last token that all texts and the context share. So
+    no option is scored in part, and none for more than the others.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: a transformers tokenizer.
       context: may be empty if the text is plain and the tokenizer has a BOS token.
-      options: texts that may follow, none empty.
-      plain: whether this is plain text, which begins with BOS. Text that a chat
-        template has written is taken as it is.
+      options: the continuations, none empty.
+      plain: whether this is plain text, which begins with BOS. Text from a chat
+        template is used as it is.
 
     Returns:
-      Per option both parts, at least one token each.
+      Both parts for each option, at least one token each.
 
     Raises:
-      UserError: an option is empty, or no token comes before what is scored.
+      UserError: if an option is empty, or no token comes before the scored ones.
     """
     spaces = ""
     if plain:
@@ -284,28 +284,28 @@ def encode_options(
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of tokens that two texts have in common at their beginning."""
+    """Number of tokens that two texts share at their beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def decode_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
-    """New tokens as the text that continues what was before, first space included.
+    """Decodes new tokens as the continuation of ``before``, with any first space.
 
-    Decoded alone, tokens that mark the beginnings of words lose the first one's space,
-    and so code its indentation.
+    Decoded alone, tokens that mark word beginnings lose the first space, and code its
+    indentation.
     """
     tail = list(before[-8:])
     head = tokenizer.decode(tail, skip_special_tokens=True)
     whole = tokenizer.decode([*tail, *new], skip_special_tokens=True)
     if whole.startswith(head):
         return whole[len(head) :]
-    # The border is inside a character of several bytes.
+    # The border is inside a multi-byte character.
     return tokenizer.decode(list(new), skip_special_tokens=True)
 
 
 def decode_answer(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
-    """As :func:`decode_after`, without the thoughts that an answer begins with."""
+    """Like :func:`decode_after`, without the answer's leading thoughts."""
     said = tokens_without_thoughts(tokenizer, before, new)
     if len(said) < len(new):
         return tokenizer.decode(said, skip_special_tokens=True)

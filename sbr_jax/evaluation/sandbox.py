@@ -1,37 +1,37 @@
-"""Sandbox for programs that a model wrote.
+"""A sandbox for programs that a model wrote.
 
 Nothing runs unless the caller allows it. Each program gets a fresh interpreter
-(isolated, without site packages: the standard library only) with an empty environment,
-its own session, an empty temporary working folder that is removed afterwards, no
-standard input, limits on memory, processor time, open files and file size, a limit of
-wall-clock time after which its whole process group is killed, and a limit on what it
-may print. It ends when the process that started it does, however that ends, and by an
-alarm of its own where even that fails (on Linux; elsewhere by the alarm alone).
+(isolated, without site packages: the standard library only), an empty environment, its
+own session, no standard input, and an empty temporary working folder that is removed
+afterwards. Memory, processor time, open files, file size and output are limited, as is
+wall-clock time, after which the whole process group is killed. The program ends when
+the process that started it ends, for whatever reason (on Linux); if even that fails, or
+elsewhere, an alarm of its own ends it.
 
-**Two processes.** The program runs in a worker. What it is tested with (:class:`Trial`)
-runs in a judge, the worker's parent, which calls the worker's function with plain data
-and gets plain data back: numbers, texts, lists, tuples, dicts and sets, made anew of
-Python's own types. The program sees neither the check nor what marks a success, so
-reading frames, an ``__eq__`` that is always true, a trace function that jumps over the
-asserts or a changed built-in reach nobody but itself. A value of any other type equals
-nothing, and what a function does to its arguments stays in the worker.
+**Two processes.** The program runs in a worker. Its test (:class:`Trial`) runs in a
+judge, the worker's parent. The judge calls the worker's function with plain data and
+gets plain data back: numbers, texts, lists, tuples, dicts and sets, rebuilt from
+Python's own types. The program sees neither the check nor the token that marks success.
+So reading frames, an ``__eq__`` that is always true, a trace function that jumps over
+the asserts or a changed built-in affect only the program itself. A value of any other
+type equals nothing, and a function's changes to its arguments stay in the worker.
 
 **What holds.** With ``isolation="kernel"`` (Linux on x86-64 with Landlock) two kernel
-filters are put on before the first line of the program. Seccomp lets through only the
-system calls that reading, computing and printing need: starting a process or thread,
-opening a socket, opening any file for writing (also inside its own folder), deleting,
-renaming, mounting, signalling others, and raising a limit fail with EPERM, for root
-too. Landlock lets nothing be opened but the standard library, the system's libraries
-and the empty folder: no file of the user, no environment and no memory of any process
-under ``/proc``. A Python audit hook refuses the same things first, in clearer words.
-With ``isolation="audit"`` (elsewhere) there is the hook alone, which Python does not
+filters are installed before the first line of the program. Seccomp permits only the
+system calls that reading, computing and printing need. Starting a process or thread,
+opening a socket, opening any file for writing (even inside its own folder), deleting,
+renaming, mounting, signalling others, and raising a limit fail with EPERM, also for
+root. Landlock permits opening only the standard library, the system's libraries and the
+empty folder: no file of the user, and no environment or memory of any process under
+``/proc``. A Python audit hook refuses the same things first, with clearer messages.
+With ``isolation="audit"`` (elsewhere) there is only the hook, which Python does not
 call a sandbox: code that sets out to escape can, and can then reach the judge too.
 
-**What does not hold.** That a path exists, its size and its owner can be asked (stat).
-A program without a check (:func:`run_python` of a text) reports its own end, so that
-one which sets out to can claim it early: "passed" then says no more than that. A check
-sees values, not how they were come by: who guesses what is asked passes. The
-processor's own leaks (timing) are out of scope.
+**What does not hold.** A program can ask whether a path exists, its size and its owner
+(stat). A program without a check (:func:`run_python` of a text) reports its own end, so
+a program can falsely claim to have finished: "passed" then proves nothing more. A check
+sees values, not how they were computed: a program that guesses right passes. Side
+channels of the processor (timing) are out of scope.
 """
 
 import ctypes
@@ -60,21 +60,21 @@ START_SECONDS = 60.0
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _MEMORY, _SIGNALLED = 3, 128
-"""Exit codes of the judge, see there."""
+"""Exit codes of the judge, see ``sandbox_child``."""
 _LANDLOCK_CREATE = 444
 
 
 class Ending(enum.Enum):
-    """End of a program."""
+    """How a program ended."""
 
     PASSED = "passed"
     """It ran to its end without an exception."""
     FAILED = "failed"
     """An exception, a refusal of the sandbox, or an early exit."""
     TIMEOUT = "timeout"
-    """Out of wall-clock or processor time."""
+    """It ran out of wall-clock or processor time."""
     MEMORY = "memory"
-    """It asked for more memory than it may have."""
+    """It asked for more memory than allowed."""
     OUTPUT = "output"
     """It printed too much and was stopped."""
     KILLED = "killed"
@@ -86,11 +86,11 @@ class Trial:
     """A program that defines a function, and the check that the function must pass.
 
     Attributes:
-      program: source that is not trusted.
+      program: untrusted source.
       entry_point: the function's name.
-      setup: trusted source that the check needs (helpers); run where the check is.
-      check: trusted source, for which ``entry_point`` is the program's function; an
-        exception is a failure.
+      setup: trusted source that the check needs (helpers); runs in the same process.
+      check: trusted source in which ``entry_point`` is the program's function; an
+        exception means failure.
     """
 
     program: str
@@ -101,7 +101,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """End of a program, and what it printed (its error's name last)."""
+    """How a program ended, and what it printed (last, the name of its error)."""
 
     ending: Ending
     output: str
@@ -114,7 +114,7 @@ class Outcome:
 
 @functools.cache
 def kernel_isolation() -> bool:
-    """Whether this machine can hold a program with kernel filters."""
+    """Whether this machine can confine a program with kernel filters."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return False
     # Asks for Landlock's version; changes nothing.
@@ -130,23 +130,23 @@ def run_python(
     max_output: int = 64 * 1024,
     isolation: str = "kernel",
 ) -> Outcome:
-    """Runs one program and says how it ended.
+    """Runs one program and reports how it ended.
 
     Args:
       program: Python source, or a function and its check.
-      allow_code_execution: must be True: the program is not to be trusted.
-      seconds: wall-clock limit of the program; twice that of processor time.
+      allow_code_execution: must be True, since the program is untrusted.
+      seconds: wall-clock limit of the program; processor time may be twice that.
       memory_mb: limit of the address space, in MiB.
       max_output: characters of output kept; more ends the program.
-      isolation: ``"kernel"`` or ``"audit"``; see the module for what each holds.
+      isolation: ``"kernel"`` or ``"audit"``; the module says what each guarantees.
 
     Raises:
-      UserError: running was not allowed, a limit is not positive, the machine has no
-        isolation of that kind, or the sandbox could not be set up.
+      UserError: if running is not allowed, a limit is not positive, the machine lacks
+        this isolation, or the sandbox cannot be set up.
     """
     _check(allow_code_execution, seconds, memory_mb, max_output, isolation)
     trial = Trial(program, "", "", "") if isinstance(program, str) else program
-    # Only the judge knows these two, and what it checks.
+    # Only the judge knows these two, and the check.
     begun, done = ("\0" + secrets.token_hex(16) for _ in range(2))
     orders = {
         "program": trial.program,
@@ -195,11 +195,11 @@ def run_python(
 def run_many(
     programs: Sequence[str | Trial], *, workers: int | None = None, **options
 ) -> list[Outcome]:
-    """Runs programs side by side, in the given order of results.
+    """Runs programs in parallel; results keep the given order.
 
     Args:
       programs: Python sources, or functions and their checks.
-      workers: how many at once (None: as many as processors).
+      workers: how many run at once (None: as many as processors).
       **options: of :func:`run_python`.
     """
     workers = workers or os.cpu_count() or 1
@@ -207,12 +207,12 @@ def run_many(
         try:
             return list(pool.map(lambda p: run_python(p, **options), programs))
         finally:
-            # After an interrupt no further program may begin.
+            # After an interrupt no further program may start.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _note(content: Mapping[str, object]) -> IO[bytes]:
-    """A nameless file to read from, which holds JSON."""
+    """An anonymous file that holds JSON, to read from."""
     file = tempfile.TemporaryFile()  # noqa: SIM115
     file.write(json.dumps(content).encode())
     file.seek(0)
@@ -249,12 +249,12 @@ def _watch(
 ) -> tuple[bytes, Ending | None]:
     """Reads what a process prints until it ends or breaks a limit.
 
-    The clock of the program starts when the inside says that it has begun, so that a
-    busy machine's slow start is not the program's fault. Kills the process group where
-    a limit is broken.
+    The program's clock starts when the inside reports that it has begun, so that a slow
+    start on a busy machine does not count. If a limit is broken, the process group is
+    killed.
 
     Returns:
-      What it printed, and the limit that it broke, if any.
+      What the program printed, and the limit that it broke, if any.
     """
     deadline = time.monotonic() + START_SECONDS
     output, ending, started = bytearray(), None, False
@@ -283,7 +283,7 @@ def _watch(
         except subprocess.TimeoutExpired:
             ending = Ending.TIMEOUT
     if ending is not None:
-        # Not waited for yet, so the group's number cannot be somebody else's by now.
+        # Not waited for yet, so nobody else can have the group's number.
         os.killpg(process.pid, signal.SIGKILL)
     return bytes(output), ending
 
@@ -292,7 +292,7 @@ def _outcome(output: bytes, ending: Ending | None, status: int, done: bytes) -> 
     finished = output.endswith(done) and status == 0
     text = output.removesuffix(done).decode(errors="replace").strip()
     if ending is None:
-        # A signal that ended the judge itself has its number below zero.
+        # If a signal ended the judge itself, the status is its negative number.
         killer = -status if status < 0 else status - _SIGNALLED
         if finished:
             ending = Ending.PASSED

@@ -1,9 +1,9 @@
 """The inside of the sandbox: a judge, and a worker that runs one program for it.
 
-Started by :mod:`sbr_jax.evaluation.sandbox` as a script of a fresh interpreter without
-environment; reads its orders as JSON from standard input and imports nothing outside
-the standard library. The worker is forked before the judge reads its secrets: what
-marks a success, and the check. Both give up what they may do before they begin.
+:mod:`sbr_jax.evaluation.sandbox` starts it as a script of a fresh interpreter without
+environment. It reads its orders as JSON from standard input and imports only the
+standard library. The worker is forked before the judge reads its secrets: the token
+that marks success, and the check. Both give up their privileges before they begin.
 """
 
 import ctypes
@@ -15,15 +15,15 @@ import signal
 import struct
 import sys
 
-# An isolated interpreter does not look beside its script; what else lies there (a
-# module `code`) must not stand in for the library's.
+# An isolated interpreter does not search its script's folder. Other files there (a
+# module `code`) must not replace modules of the library.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import sandbox_wire as wire
 
 del sys.path[0]
 
 PASSED, FAILED, MEMORY, SIGNALLED = 0, 1, 3, 128
-"""The judge's exit codes; a worker's signal is added to the last."""
+"""The judge's exit codes; a signal that ended the worker is added to the last."""
 
 # System calls a program of pure Python needs to read, compute and print (x86-64).
 _ALLOWED = {
@@ -87,7 +87,7 @@ _ALLOWED = {
     "rseq": 334,
     "faccessat2": 439,
 }
-# Calls that are allowed for some arguments: (number, argument's place, values or mask).
+# Calls allowed for some arguments only: (number, argument's place, values or mask).
 _OPEN, _OPENAT, _IOCTL, _FCNTL = 2, 257, 16, 72
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _TERMINAL_QUESTIONS = (0x5401, 0x5450, 0x5451)  # TCGETS, FIONCLEX, FIOCLEX
@@ -102,9 +102,9 @@ _TIMER_CREATE, _TIMER_SETTIME = 222, 223
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
-"""Version of Landlock to how many rights it knows; 16 from the fifth on."""
+"""Number of rights that each version of Landlock knows; 16 from the fifth on."""
 _WAIT = {"wait4": 61}
-"""Rights of the judge beyond the worker's: learn how that ended."""
+"""The judge's rights beyond the worker's: to learn how the worker ended."""
 
 
 def _readable() -> list[str]:
@@ -118,7 +118,7 @@ def _readable() -> list[str]:
 
 
 def _system_call(number: int, *args) -> int:
-    """Does a system call that the C library has no function for."""
+    """Makes a system call that the C library has no function for."""
     libc = ctypes.CDLL(None, use_errno=True)
     plain = (ctypes.c_long(a) if isinstance(a, int) else a for a in args)
     result = libc.syscall(ctypes.c_long(number), *plain)
@@ -128,7 +128,7 @@ def _system_call(number: int, *args) -> int:
 
 
 def _hide_files(readable: list[str]) -> None:
-    """Lets nothing be opened but these, by Landlock; other processes least of all."""
+    """Forbids by Landlock to open anything but these, other processes above all."""
     version = _system_call(_LANDLOCK_CREATE, None, 0, 1)
     rights = (1 << _FILE_RIGHTS.get(version, 16)) - 1
     rules = _system_call(_LANDLOCK_CREATE, struct.pack("Q", rights), 8, 0)
@@ -142,19 +142,19 @@ def _hide_files(readable: list[str]) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when its parent does, however that ends."""
+    """Ends this process when its parent ends, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:  # It was gone before.
+    if os.getppid() != parent:  # It had ended before.
         os._exit(FAILED)
 
 
 def _set_alarm(seconds: float, kernel: bool) -> None:
-    """Ends this process after a time, should nobody outside do it."""
+    """Ends this process after a time, in case nobody outside does."""
     if not kernel:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         return
-    # A timer whose signal is SIGKILL: no handler and no mask holds it up.
+    # The timer's signal is SIGKILL, which no handler or mask can stop.
     event = struct.pack("=qii48x", 0, int(signal.SIGKILL), 0)
     timer = ctypes.c_int()
     _system_call(_TIMER_CREATE, 1, event, ctypes.byref(timer))
@@ -163,14 +163,14 @@ def _set_alarm(seconds: float, kernel: bool) -> None:
 
 
 def _filter(more: dict[str, int]) -> bytes:
-    """The filter as BPF: allow what is listed, answer EPERM to all else."""
+    """The filter as BPF: allow the listed calls, answer EPERM to all others."""
     code: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, 4),
         (_EQUAL, 1, 0, _ARCHITECTURE),
         (_RETURN, 0, 0, _DIE),
         (_LOAD, 0, 0, 0),
     ]
-    # The x32 calling convention has other numbers for the same calls.
+    # The x32 calling convention numbers the same calls differently.
     code += [(_ABOVE, 0, 1, 0x40000000), (_RETURN, 0, 0, _DIE)]
     for number in (*_ALLOWED.values(), *more.values()):
         code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _YES)]
@@ -205,7 +205,7 @@ def _prctl(option: int, first: int, second: object = 0) -> None:
 
 
 def _install_filters(readable: list[str], more: dict[str, int]) -> None:
-    """Puts both filters on this process, for good: of files and of system calls."""
+    """Permanently installs both filters, for files and for system calls."""
     code = _filter(more)
     program = _Program(len(code) // 8, code)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -215,7 +215,7 @@ def _install_filters(readable: list[str], more: dict[str, int]) -> None:
 
 
 def _limit(memory: int, seconds: int) -> None:
-    """Resource limits; none can be raised again once the filter is on."""
+    """Sets resource limits; once the filter is on, none can be raised."""
     limits = {
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: 0,
@@ -225,7 +225,7 @@ def _limit(memory: int, seconds: int) -> None:
     }
     for name, value in limits.items():
         resource.setrlimit(name, (value, value))
-    # Apart, so that the end of processor time has its own signal.
+    # Soft below hard, so that running out of processor time has its own signal.
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
@@ -253,7 +253,7 @@ _LOOKING = ("os.listdir", "os.scandir")
 
 
 def _auditor(readable: list[str]):
-    """Says in Python's words what the kernel would refuse (and stands in for it)."""
+    """Raises what the kernel would refuse as Python errors (or stands in for it)."""
 
     def check_place(path) -> None:
         if isinstance(path, int):
@@ -278,7 +278,7 @@ def _auditor(readable: list[str]):
 
 
 def _enclose(orders: dict, readable: list[str], more: dict[str, int]) -> None:
-    """Gives up what this process may do."""
+    """Gives up this process's privileges."""
     _limit(orders["memory"], orders["cpu_seconds"])
     _set_alarm(orders["alarm"], orders["kernel"])
     if orders["kernel"]:
@@ -302,14 +302,14 @@ def _work(orders: dict, judge: int, inbox: int, outbox: int) -> None:
 
     def answered(call) -> dict:
         message = wire.answer(call)
-        # What it printed comes before what is made of its answer.
+        # Flush first: what the program printed comes before its answer.
         flushed = wire.answer(sys.stdout.flush)
         return message if "value" in flushed else flushed
 
     def reply(call) -> None:
         try:
             wire.send(outbox, answered(call))
-        except (RuntimeError, MemoryError) as error:  # Too long an answer.
+        except (RuntimeError, MemoryError) as error:  # The answer is too long.
             wire.send(outbox, wire.complaint(error))
 
     def whole() -> None:
@@ -325,9 +325,9 @@ def _work(orders: dict, judge: int, inbox: int, outbox: int) -> None:
 
 
 def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
-    """Runs the check against the worker's function; the exit code says what came."""
+    """Runs the check against the worker's function; returns an exit code."""
     namespace: dict[str, object] = {"__name__": "__main__"}
-    # What it says of an answer may quote text that has no bytes.
+    # A message about an answer may quote text that cannot be encoded.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -337,7 +337,7 @@ def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
         wire.value_of(wire.receive(inbox))
         if secrets["check"]:
             exec(compile(secrets["setup"], "<setup>", "exec"), namespace)
-            # The check may know the function by either name.
+            # The check may call the function by either name.
             call = wire.remote(inbox, outbox)
             namespace[secrets["entry_point"]] = call
             exec(compile(secrets["check"], "<check>", "exec"), namespace)
@@ -348,13 +348,13 @@ def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
         _, status = os.waitpid(worker, 0)
         signalled = os.WIFSIGNALED(status)
         return SIGNALLED + os.WTERMSIG(status) if signalled else FAILED
-    except BaseException as error:  # Whatever it was, it is the result.
+    except BaseException as error:  # Any exception is the result.
         print(": ".join(wire.complaint(error)["raised"]), flush=True)
         code = MEMORY if isinstance(error, MemoryError) else FAILED
     else:
         code = PASSED
-    # Without its judge the worker ends, also in the middle of an answer; what it still
-    # prints comes before the verdict.
+    # Without its judge the worker ends, even in the middle of an answer; its last
+    # output comes before the verdict.
     for pipe in (inbox, outbox):
         os.close(pipe)
     os.waitpid(worker, 0)
@@ -362,7 +362,7 @@ def _judge(secrets: dict, worker: int, inbox: int, outbox: int) -> int:
 
 
 def main() -> None:
-    """Reads the orders, forks the worker, judges it."""
+    """Reads the orders, forks the worker and judges it."""
     orders = json.loads(sys.stdin.buffer.read())
     sealed = int(sys.argv[1])
     with open(os.devnull) as nothing:

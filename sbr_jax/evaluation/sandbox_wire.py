@@ -1,4 +1,4 @@
-"""Calls a function of another process with plain data, and trusts nothing it says.
+"""Calls a function of another process with plain data, trusting none of its answers.
 
 Standard library only: both sides of the sandbox import this file.
 """
@@ -12,32 +12,32 @@ from collections.abc import Callable
 from typing import Any
 
 MOST_BYTES = 64 * 2**20
-"""Of one message; more is not read."""
+"""Most bytes of one message; more is not read."""
 
 
 class Gone(BaseException):
-    """The other side has ended; no check can catch this by accident."""
+    """The other side has ended. Not an Exception, so that no check catches it."""
 
 
 class Opaque:
-    """A value that is no plain data: equal to nothing but itself, maybe iterable."""
+    """A value that is not plain data: equal only to itself, perhaps iterable."""
 
     def __init__(self, name: str, items: list[Any] | None = None):
-        """Names what it was."""
+        """Keeps the name of its type."""
         self.name, self.items = name, items
 
     def __iter__(self):
-        """Goes over what was sent."""
+        """Iterates over the items that were sent."""
         if self.items is None:
             raise TypeError(f"'{self.name}' object is not iterable")
         return iter(self.items)
 
     def __repr__(self) -> str:
-        """Shows the type only."""
+        """Shows only the type."""
         return f"<{self.name}>"
 
 
-# Subclasses are sent as what they are in Python's eyes, without their own methods.
+# A subclass is sent as its built-in type, without its own methods.
 _Plain = Callable[[Any], Any]
 _ATOMS: tuple[tuple[type, _Plain], ...] = (
     (int, int.__int__),
@@ -55,18 +55,18 @@ _END = object()
 
 
 def _name(value: Any) -> str:
-    # Not by attribute: a metaclass may answer anything.
+    # Not by attribute access, which a metaclass may answer arbitrarily.
     return vars(type)["__name__"].__get__(type(value))
 
 
 def _opened(value: Any) -> tuple[str | None, Any]:
-    """The kind of a value that holds others, with an iterator; or None and a token."""
+    """A container's kind and iterator; or None and a token for any other value."""
     if value is None or value is True or value is False:
         return None, value
     for kind, plain in _ATOMS:
         if isinstance(value, kind):
             atom = plain(value)
-            # Python neither writes nor reads the decimals of a long integer.
+            # Python refuses to convert long integers to or from decimals.
             long = kind is int and atom.bit_length() > 64
             return None, {"int": hex(atom)} if long else atom
     for name, kind in _GROUPS.items():
@@ -82,16 +82,16 @@ def _opened(value: Any) -> tuple[str | None, Any]:
     if hasattr(value, "__iter__"):
         try:
             return "opaque", iter(value)
-        except TypeError:  # A class has what its instances are iterated by.
+        except TypeError:  # A class has its instances' __iter__.
             pass
     return None, {"opaque": [_name(value), None]}
 
 
 def encode(value: Any) -> list[Any]:
-    """A value as JSON: exact types of Python's own, all else as :class:`Opaque`.
+    """A value as JSON: built-in types exactly, everything else as :class:`Opaque`.
 
-    The list is flat, what is held before what holds it with its number of parts: no
-    nesting is too deep. What holds itself is opaque there.
+    The list is flat: parts come first, then their container with the number of parts,
+    so no nesting is too deep. Inside itself, a container is opaque.
 
     >>> encode([1, (2.5, "x")])
     [1, 2.5, 'x', {'tuple': 2}, {'list': 2}]
@@ -99,7 +99,7 @@ def encode(value: Any) -> list[Any]:
     {1: (2.5, 'x'), None: {True}}
     """
     tokens: list[Any] = []
-    # Kind, iterator, parts so far and the value itself, which keeps its id its own.
+    # Kind, iterator, parts so far, and the value itself, which keeps its id in use.
     around: list[list[Any]] = [["", iter((value,)), 0, None]]
     open_ids: set[int] = set()
     while around:
@@ -126,7 +126,7 @@ def encode(value: Any) -> list[Any]:
 
 
 def decode(tokens: Any) -> Any:
-    """The value that :func:`encode` wrote, made of Python's own types only.
+    """Rebuilds the value that :func:`encode` wrote, from Python's own types only.
 
     Raises:
       ValueError: for anything else.
@@ -174,7 +174,7 @@ def decode(tokens: Any) -> Any:
 
 
 def _hashable(value: Any) -> Any:
-    """A value, opaque where only its own class could hash it."""
+    """A value that can be hashed; opaque if only its own class could hash it."""
     try:
         hash(value)
     except TypeError:
@@ -187,7 +187,7 @@ def send(pipe: int, message: Any) -> None:
 
     Raises:
       Gone: if nobody reads any more.
-      RuntimeError: for more than is read of one; nothing is written then.
+      RuntimeError: if the message is longer than is read; nothing is written then.
     """
     text = json.dumps(message).encode()
     _check_size(len(text))
@@ -204,7 +204,7 @@ def receive(pipe: int) -> Any:
 
     Raises:
       Gone: if nobody writes any more.
-      RuntimeError: for what is no message.
+      RuntimeError: if it is not a message.
     """
     (size,) = struct.unpack("<Q", _exactly(pipe, 8))
     _check_size(size)
@@ -231,29 +231,29 @@ def _exactly(pipe: int, size: int) -> bytes:
 
 
 def complaint(error: BaseException) -> dict[str, list[str]]:
-    """An exception as a message: its type's name and what it says."""
+    """An exception as a message: the name of its type and its text."""
     try:
         said = str(error)[:500]
-    except BaseException:  # Its own code may do anything.
+    except BaseException:  # The exception's own code may do anything.
         said = ""
     return {"raised": [_name(error), said]}
 
 
 def answer(call: Callable[[], Any]) -> Any:
-    """Does what is asked and returns the message about it: a value or an exception."""
+    """Calls a function and returns the message: its value or its exception."""
     try:
         return {"value": encode(call())}
-    except BaseException as error:  # Whatever it was, it is the result.
+    except BaseException as error:  # Any exception is the result.
         return complaint(error)
 
 
 def raise_again(name: str, said: str) -> None:
-    """Raises an exception of the other side as one of Python's own."""
+    """Raises the other side's exception as one of Python's own."""
     kind = getattr(builtins, str(name), None)
     error: Exception | None = None
-    # Nothing that would end this process, SystemExit least of all.
+    # Nothing that would end this process, such as SystemExit.
     if isinstance(kind, type) and issubclass(kind, Exception):
-        # UnicodeDecodeError and its like need more than a message.
+        # Types such as UnicodeDecodeError need more than a message.
         with contextlib.suppress(TypeError):
             error = kind(said)
     if error is None:
@@ -263,10 +263,10 @@ def raise_again(name: str, said: str) -> None:
 
 
 def value_of(message: Any) -> Any:
-    """The value of an answer.
+    """The value in an answer.
 
     Raises:
-      Exception: the other side's, or RuntimeError for what is no answer.
+      Exception: the other side's, or RuntimeError if it is not an answer.
     """
     if isinstance(message, dict) and len(message) == 1:
         if "value" in message:
@@ -280,7 +280,7 @@ def value_of(message: Any) -> Any:
 
 
 def remote(inbox: int, outbox: int) -> Callable[..., Any]:
-    """A function that is called in the process at the other end of two pipes.
+    """A function that runs in the process at the other end of two pipes.
 
     Returns:
       The function; it takes and returns copies.

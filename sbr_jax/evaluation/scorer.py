@@ -1,13 +1,13 @@
-"""Log-likelihoods of continuations, each context read once.
+"""Log-likelihoods of continuations, reading each context only once.
 
 For a context c and a continuation y of tokens y_1 … y_n, ``Σ_i log p(y_i | c, y_<i)``.
 
-A context but for its last token goes through the model without logits and leaves its
-keys and values; the last token and all but the last of a continuation's tokens then
-run against those. So options of one token share one row, however many there are, as do
-longer ones that differ only in their last token. A beginning common to many contexts
-(a few-shot preamble) is read once for all of them. The head meets the places that
-predict a continuation's tokens, and no others.
+A context without its last token goes through the model without logits and leaves its
+keys and values. Its last token and a continuation without its last token then run
+against these. So all options of one token share one row, and so do longer options that
+differ only in their last token. A beginning common to many contexts (a few-shot
+preamble) is read once for all of them. The head is applied only to the places that
+predict a continuation's tokens.
 
 Symbols: B contexts, S tokens of the common beginning, P of a context's remainder, R
 rows of endings, T tokens of an ending, K last tokens that share a row, V vocabulary.
@@ -32,30 +32,30 @@ from sbr_jax.progress import task
 from sbr_jax.typing import PyTree, UserError
 
 SHARED_AFTER = 64
-"""Contexts that agree in so many tokens are looked at for a common beginning."""
+"""Contexts that agree in this many tokens are checked for a common beginning."""
 
 
 class Request(NamedTuple):
-    """Token ids: a context, and what may follow it."""
+    """Token ids of a context and of its continuations."""
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]]
 
 
 class Scores(NamedTuple):
-    """Per continuation: summed log-likelihood, and whether it is the greedy one."""
+    """Each continuation's summed log-likelihood, and whether it is the greedy one."""
 
     log_likelihoods: np.ndarray
     greedy: np.ndarray
 
 
 class _Row(NamedTuple):
-    """An ending: the tokens after a context that rows of last tokens share."""
+    """An ending: tokens after a context that are followed by one of several tokens."""
 
     context: int
     body: tuple[int, ...]
     last: dict[int, list[tuple[int, int]]]
-    """last token -> which (request, continuation) it ends."""
+    """From a last token to the (request, continuation) pairs that it ends."""
 
 
 @functools.partial(jax.jit, static_argnames=("extend_fn",))
@@ -64,7 +64,7 @@ def _read(
 ) -> Any:
     """Keys and values ``[L, B, S + P, ...]`` of contexts ``[B, P]`` after ``shared``.
 
-    No state meets the head.
+    The head is not applied.
     """
     past = None
     if shared is not None:
@@ -92,16 +92,18 @@ def _end(
     ends: jax.Array,
     last: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Runs endings ``[R, T]`` against their contexts' cache; logits at places in use.
+    """Runs endings ``[R, T]`` against their contexts' cache; logits only where needed.
 
     An ending belongs to context ``owner [R]``, of which ``length [R]`` tokens are
-    cached. ``places`` and ``targets [N]`` are of the tokens of the bodies, ``ends [R]``
-    the places of their last ones, and ``last [R, K]`` what may follow there.
+    cached. ``places`` and ``targets [N]`` belong to the tokens of the bodies,
+    ``ends [R]`` are the places of their last tokens, and ``last [R, K]`` are the tokens
+    that may follow there.
 
     Returns:
-      Of the bodies' tokens the log-likelihoods, whether they are the likeliest and
-      whether logits could be compared ``[N]``; of the last tokens the log-likelihoods
-      ``[R, K]``, the likeliest ``[R]`` and whether logits could be compared ``[R]``.
+      For the bodies' tokens their log-likelihoods, whether they are the most likely,
+      and whether logits could be compared ``[N]``; for the last tokens their
+      log-likelihoods ``[R, K]``, the most likely token ``[R]``, and whether logits
+      could be compared ``[R]``.
     """
     past = jax.tree.map(lambda x: x[:, owner], cache)
     states, _ = extend_fn.hidden(base, adapter, tokens, past, length)
@@ -113,7 +115,7 @@ def _end(
 def _read_ends(
     logits: jax.Array, last: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of logits ``[R, V]`` what is asked of the last tokens ``[R, K]``."""
+    """Reads the scores of the last tokens ``[R, K]`` from logits ``[R, V]``."""
     normal = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     scores = jnp.take_along_axis(logits, last, axis=-1) - normal
     return scores, jnp.argmax(logits, axis=-1).astype(jnp.int32), comparable(logits)
@@ -121,7 +123,7 @@ def _read_ends(
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Limits of what goes through the model at once; changes no result.
+    """Limits of how much runs at once; they change no result.
 
     Attributes:
       tokens: keys and values held at once, in tokens.
@@ -132,7 +134,7 @@ class Budget:
     rows: int = 64
 
     def fit(self, length: int) -> int:
-        """The largest power of two of rows of so many tokens."""
+        """The largest power of two of rows with ``length`` tokens each."""
         rows = max(1, min(self.rows, self.tokens // max(length, 1)))
         return 1 << (rows.bit_length() - 1)
 
@@ -158,14 +160,14 @@ def score(
       budget: how much to run at once.
 
     Returns:
-      One ``Scores`` per request, in order; nats.
+      One ``Scores`` for each request, in order; nats.
 
     Raises:
       UserError: naming a request that is empty or exceeds the model's context, or whose
-        log-likelihoods are no numbers.
+        log-likelihoods are not finite.
     """
     _check(model, requests)
-    # Equal contexts, as a harness sends them option by option, are one.
+    # A harness sends a context once for each option; merge equal ones.
     contexts: dict[tuple[int, ...], int] = {}
     rows: dict[tuple[int, tuple[int, ...]], _Row] = {}
     for r, request in enumerate(requests):
@@ -201,7 +203,7 @@ def score(
             )
             read += len(group)
             done(read)
-    # What could not be told is NaN by now.
+    # Scores that could not be compared are NaN by now.
     told = [bool(np.isfinite(s.log_likelihoods).all()) for s in out]
     require_comparable("score", told)
     return out
@@ -224,7 +226,7 @@ def _check(model: Model, requests: Sequence[Request]) -> None:
 
 
 def _groups(contexts: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Indices of contexts by their first tokens; those alone in it are put together."""
+    """Groups indices of contexts by their first tokens; small groups are merged."""
     by_start: dict[tuple[int, ...], list[int]] = {}
     for i, context in enumerate(contexts):
         start = context[:SHARED_AFTER] if len(context) > SHARED_AFTER else ()
@@ -235,7 +237,7 @@ def _groups(contexts: Sequence[tuple[int, ...]]) -> list[list[int]]:
 
 
 def _common(contexts: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all contexts share, but for their last, rounded down to a bucket."""
+    """Number of tokens, without the last, that all share, rounded down to a bucket."""
     if len(contexts) < 2:
         return 0
     low, high = min(contexts), max(contexts)
@@ -264,8 +266,8 @@ def _score_group(
     group = sorted(group, key=lambda item: len(item[0]))
     todo = list(group)
     while todo:
-        # Sorted by length: the shape is set by the last of a chunk, so look ahead, but
-        # not so far that one long context pads many short ones.
+        # Sorted by length, so the last context of a chunk sets the shape. Look ahead,
+        # but not so far that one long context pads many short ones.
         ahead = todo[: budget.rows]
         widths = [bucket(len(context) - 1 - common, 16) for context, _ in ahead]
         rows = budget.fit(common + widths[0])
@@ -287,7 +289,7 @@ def _score_group(
 
 
 def _parts(endings: list, budget: Budget, slots: int) -> Iterable[list]:
-    """Endings in runs of bounded size, with near lengths together."""
+    """Splits endings into runs of bounded size and similar length."""
     while endings:
         rows = budget.fit(slots + _few(len(endings[0][2].body) + 1, 16))
         rows = budget.fit(slots + _few(len(endings[:rows][-1][2].body) + 1, 16))
@@ -296,7 +298,7 @@ def _parts(endings: list, budget: Budget, slots: int) -> Iterable[list]:
 
 
 def _few(size: int, smallest: int) -> int:
-    """A shape for a size: 1 alone, else a power of two; each is compiled anew."""
+    """Rounds a size to 1 or a power of two, since each shape is compiled anew."""
     return 1 if size == 1 else max(smallest, 1 << (size - 1).bit_length())
 
 
@@ -318,7 +320,7 @@ def _score_endings(run: tuple, cache: Any, part: list, out: list[Scores]) -> Non
         mine += [i] * count
         places += range(i * width, i * width + count)
         targets += row.body
-    # None for a body without tokens: then only the ends meet the head.
+    # If no body has tokens, the head is applied to the ends only.
     filling = (0, (_few(len(mine), 16) if mine else 0) - len(mine))
     places, targets = (
         np.pad(np.array(x, np.int32), filling) for x in (places, targets)

@@ -1,7 +1,7 @@
-"""Answers without the block of thinking that they begin with.
+"""Removes the block of thoughts that an answer begins with.
 
 A model that thinks and then refuses has refused; one that has not finished thinking has
-said nothing yet.
+not answered yet.
 """
 
 import re
@@ -15,21 +15,21 @@ TAGS = (
     ("<reasoning>", "</reasoning>"),
     ("[THINK]", "[/THINK]"),
 )
-"""Beginnings and ends of blocks of thoughts."""
+"""Tags that begin and end blocks of thoughts."""
 
 _NEAR = 8
 """Tokens before an answer in which a template may have opened a block."""
 
 
 def without_thoughts(text: str, asked: str = "") -> str:
-    r"""The text behind a block of thoughts that it begins with.
+    r"""The text after a leading block of thoughts.
 
     Args:
-      text: what was written.
-      asked: what was before it, where a template may have opened the block.
+      text: the text that the model wrote.
+      asked: the text before it, in which a template may have opened the block.
 
     Returns:
-      The text itself where it begins with none; nothing for a block without an end.
+      The text itself if no block begins it; empty if the block does not end.
 
     >>> without_thoughts("<think>\nWell.\n</think>\n\nI cannot.")
     'I cannot.'
@@ -46,12 +46,12 @@ def without_thoughts(text: str, asked: str = "") -> str:
 def tokens_without_thoughts(
     tokenizer: Any, before: Sequence[int], new: Sequence[int]
 ) -> list[int]:
-    """New tokens behind a block of thoughts whose tags are tokens of their own.
+    """New tokens after a block of thoughts whose tags are special tokens.
 
-    Special tokens are not decoded, so such tags must be seen before.
+    Special tokens are not decoded, so such tags must be found before decoding.
 
     Returns:
-      The tokens behind the block, or all of them.
+      The tokens after the block, or all of them.
     """
     special = set(tokenizer.all_special_ids)
     near = list(before[-_NEAR:])

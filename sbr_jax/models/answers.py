@@ -1,11 +1,11 @@
-"""The places of answer tokens, and losses that look at these alone.
+"""Finds the answer tokens of a batch; losses that read these places only.
 
-A batch comes in one of three layouts, and :func:`find` makes one thing of them:
+:func:`find` reads the three layouts that a batch can have:
 
-- *bare*: ``tokens [B, T]`` and ``mask [B, T]``; every place counts as one of an answer;
-- *rows*: besides, where the answers are: ``places``, ``targets`` and ``shares [B, A]``;
-- *packed*: examples behind each other in a row (:func:`sbr_jax.data.layout.pack`), with
-  flat ``places``, ``targets``, ``shares`` and ``owners [K]``, and ``last [B]``.
+- *bare*: ``tokens [B, T]`` and ``mask [B, T]``; every place counts as an answer's;
+- *rows*: also says where the answers are: ``places``, ``targets``, ``shares [B, A]``;
+- *packed*: several examples in a row (:func:`sbr_jax.data.layout.pack`), with flat
+  ``places``, ``targets``, ``shares`` and ``owners [K]``, and ``last [B]``.
 
 The state at place t − 1 predicts token t, so a place is where an answer token is
 predicted. A share is a token's weight in its example's mean, ``m_t / max(Σ m, 1)``.
@@ -27,19 +27,19 @@ from sbr_jax.models import vocabulary
 from sbr_jax.typing import PyTree
 
 LAYOUT = ("positions", "blocks", "segments", "slots")
-"""Entries of a batch that the model is given beside its tokens."""
+"""Entries of a batch that the model receives besides its tokens."""
 
 
 class Answers(NamedTuple):
     """Where answers are predicted, flat over the rows of a batch.
 
     Attributes:
-      places: int32 ``[K]``, in ``tokens.ravel()``.
+      places: int32 ``[K]``, indices into ``tokens.ravel()``.
       targets: int32 ``[K]``, the tokens that are predicted there.
       shares: float32 ``[K]``; 0 at filling.
-      owners: int32 ``[K]``, the example of each; None where K is B rows of A.
+      owners: int32 ``[K]``, the example of each place; None where K is B rows of A.
       examples: B.
-      rows: how many equal parts K falls into, each of one row; 1 where it does not.
+      rows: into how many equal parts K splits, one for each row; 1 if it does not.
     """
 
     places: jax.Array
@@ -50,31 +50,31 @@ class Answers(NamedTuple):
     rows: int = 1
 
     def mean(self, values: jax.Array) -> jax.Array:
-        """Each example's mean over its answer tokens, ``[B]``, of values ``[K]``."""
+        """Each example's mean over its answer tokens: ``[K]`` values to ``[B]``."""
         # where() on the values too: 0 * inf would be NaN at filling.
         kept = jnp.where(self.shares > 0, values * self.shares, 0.0)
         if self.owners is None:
             return jnp.sum(kept.reshape(self.examples, -1), axis=-1)
-        # No scatter: an accelerator adds those in any order.
+        # No scatter: an accelerator adds its terms in any order.
         example = jnp.arange(self.examples, dtype=self.owners.dtype)[:, None]
         mine = self.owners[None] == example
         return jnp.sum(jnp.where(mine, kept[None], 0.0), axis=-1)
 
     def of_place(self, values: jax.Array) -> jax.Array:
-        """Each place's own value, ``[K]``, of values ``[B]``; -1 at filling."""
+        """Gives each place its example's value, ``[K]``; -1 at filling."""
         if self.owners is None:
             own = jnp.repeat(values, self.places.shape[0] // self.examples)
             return jnp.where(self.shares > 0, own, -1)
         return jnp.take(values, self.owners, mode="fill", fill_value=-1)
 
     def ranks(self) -> jax.Array:
-        """Number of each answer token among its example's, int32 ``[K]``."""
+        """The index of each answer token within its example, int32 ``[K]``."""
         real = (self.shares > 0).astype(jnp.int32)
         if self.owners is None:
             rows = real.reshape(self.examples, -1)
             return (jnp.cumsum(rows, axis=-1) - rows).reshape(-1)
-        # An example's places stand together, those of a row's examples before the next
-        # row's: with several rows not in the examples' order.
+        # An example's places are contiguous, but with several rows they follow the
+        # order of the rows, not that of the examples.
         example = jnp.arange(self.examples, dtype=self.owners.dtype)[:, None]
         mine = (self.owners[None] == example) & (real[None] > 0)
         first = jnp.argmax(mine, axis=-1).astype(jnp.int32)
@@ -84,7 +84,7 @@ class Answers(NamedTuple):
 
 
 def find(batch: Mapping[str, jax.Array]) -> Answers:
-    """The places of a batch in any layout.
+    """The answer places of a batch in any layout.
 
     >>> import jax.numpy as jnp
     >>> batch = {"tokens": jnp.array([[5, 6, 7]]), "mask": jnp.array([[0.0, 1.0, 1.0]])}
@@ -118,12 +118,12 @@ def last_prompt(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def prompt_ends(mask: jax.Array) -> jax.Array:
-    """Place before each row's first answer token, ``[B]``; 0 where there is none."""
+    """Place before each row's first answer token, ``[B]``; 0 if it has none."""
     return jnp.maximum(jnp.argmax(mask > 0, axis=-1) - 1, 0)
 
 
 def _next(values: jax.Array) -> jax.Array:
-    """Every column at the place that predicts it; the last place predicts nothing."""
+    """Moves each column to the place that predicts it; the last predicts nothing."""
     return jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=-1)
 
 
@@ -136,8 +136,8 @@ def states(
 ) -> jax.Array:
     """The model's states where the answers of a batch are predicted, ``[K, D]``.
 
-    A function of ``(base, adapter, tokens)`` that has no ``hidden`` and ``head`` counts
-    as the former, its output as logits. Options are those of ``apply_fn.hidden``.
+    If ``apply_fn`` has no ``hidden`` and ``head``, its output (logits) counts as the
+    states. The options are those of ``apply_fn.hidden``.
     """
     every = hidden(apply_fn, base, adapter, batch, **options)
     found = find(batch)
@@ -147,16 +147,16 @@ def states(
 def captured(
     apply_fn: Any, base: PyTree, adapter: PyTree | None, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, Mapping[str, Any]]:
-    """:func:`states`, and what flows inside (see ``transformer.hidden_states``)."""
+    """:func:`states`, and captured activations (see ``transformer.hidden_states``)."""
     every, seen = hidden(apply_fn, base, adapter, batch, capture=True)
     found = find(batch)
     return at_places(every, found.places, found.rows), seen
 
 
 class Changed:
-    """A model with an option bound, or with something done to its adapter first.
+    """A model with options bound, or with a function applied to its adapter first.
 
-    A ``functools.partial`` that has the model's states and head too.
+    Like a ``functools.partial`` that also has the model's ``hidden`` and ``head``.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Changed:
         adapter: Callable[[PyTree], PyTree] = lambda own: own,
         **options: Any,
     ):
-        """Binds options of ``hidden``, and what is done to the adapter."""
+        """Binds options of ``hidden`` and the function to apply to the adapter."""
         self._apply_fn, self._adapter, self._options = apply_fn, adapter, options
         self.head = head_of(apply_fn)
 
@@ -196,14 +196,14 @@ def hidden(
 
 
 def at_places(hidden: jax.Array, places: jax.Array, parts: int = 1) -> jax.Array:
-    """``[K, D]`` of states ``[R, T, D]`` at flat places.
+    """The states ``[K, D]`` at flat places of ``hidden [R, T, D]``.
 
     Args:
       hidden: the states.
       places: integers ``[K]``.
-      parts: R where the places are those of one row after another, as many of each, or
-        filling; 1 where they are not known to be. On a mesh that splits the rows each
-        device then reads its own.
+      parts: R if the places list one row after another, equally many of each, counting
+        filling; else 1. With R, on a mesh that splits the rows each device reads its
+        own rows only.
     """
     rows, length, width = hidden.shape
     if parts != rows or _mesh.row_parts(rows) == 1:
@@ -215,7 +215,7 @@ def at_places(hidden: jax.Array, places: jax.Array, parts: int = 1) -> jax.Array
 
 
 def head_of(apply_fn: Any) -> vocabulary.Head:
-    """The map from states to logits; the identity where the model has none."""
+    """The map from states to logits; the identity if the model has none."""
     return getattr(apply_fn, "head", _logits_themselves)
 
 
@@ -229,8 +229,8 @@ def cross_entropy(
 ) -> jax.Array:
     """Mean cross-entropy over the answer tokens of each example.
 
-    ``−(1 / |A|) Σ_{t in A} log p(tokens[t])``: ``losses.token_cross_entropy`` without
-    the logits, of ``hidden``, the :func:`states`. float32 ``[B]``, in nats.
+    ``−(1 / |A|) Σ_{t in A} log p(tokens[t])``: ``losses.token_cross_entropy`` computed
+    from :func:`states` (``hidden``) instead of logits. float32 ``[B]``, in nats.
 
     **Guarantee**: an example without an answer yields 0 and a zero gradient.
     """
@@ -253,7 +253,7 @@ def kl_to_reference(
 ) -> jax.Array:
     """Mean divergence KL(reference ‖ model) at the answers of each example.
 
-    ``losses.kl_to_reference`` of the two heads' logits over τ, a chunk of both at a
+    ``losses.kl_to_reference`` of both models' logits over τ, one chunk of each at a
     time. ``reference`` and ``hidden`` are the :func:`states` of the two, which share
     the head and ``base``; ``"reverse"`` is KL(model ‖ reference). float32 ``[B]``, in
     nats.

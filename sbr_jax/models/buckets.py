@@ -1,4 +1,4 @@
-"""Few shapes for many lengths: a program is compiled for each shape that occurs."""
+"""Rounds lengths to few shapes: each shape costs a compilation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 SAVING = 4096
-"""Tokens of padding that a further shape has to save, to be worth its compilation."""
+"""Tokens of padding that another shape must save to be worth its compilation."""
 
 
 def bucket(size: int, smallest: int = 8) -> int:
-    """Rounds up to 1 or 1.5 times a power of two; wastes at most half.
+    """Rounds up to 1 or 1.5 times a power of two; at most half is wasted.
 
     >>> [bucket(n) for n in (1, 9, 13, 40, 64)]
     [8, 12, 16, 48, 64]
@@ -31,20 +31,20 @@ def neighbours(
     smallest: int = 8,
     saving: int = SAVING,
 ) -> list[tuple[int, np.ndarray]]:
-    """Sequences of near lengths in groups, each padded to a width of its own.
+    """Groups sequences of similar length, padding each group to its own width.
 
-    Shorter ones are padded along with the next longer ones, unless a group of their own
-    spares the model enough padding.
+    Sequences are padded to the width of the next longer ones, unless a group of their
+    own saves enough padding.
 
     Args:
       lengths: of N sequences, in tokens.
-      most: no group is padded beyond that, None for no such limit.
-      smallest: the least width.
+      most: no group is padded beyond this width; None: no limit.
+      smallest: the smallest width.
       saving: tokens of padding that a group of its own must save.
 
     Returns:
-      For each group its width and which sequences are in it, in their order; shorter
-      ones first.
+      For each group its width and the indices of its sequences, ascending; narrow
+      groups first.
 
     >>> [(n, ids.tolist()) for n, ids in neighbours([9, 60, 10, 64], saving=100)]
     [(12, [0, 2]), (64, [1, 3])]

@@ -1,19 +1,19 @@
 """Weights as 4- or 8-bit codes with scales, decoded where they are multiplied.
 
-A block is some consecutive inputs of one output, a its largest absolute weight:
+A block is a run of consecutive inputs of one output; a is its largest absolute weight:
 
     nf4    W = a · level[code]       a per block of b = 64 inputs, 16 levels
     int8   W = a / 127 · code        a per output, code in -127 .. 127
 
 The NF4 levels are quantiles of a normal distribution, scaled to [-1, 1], with an
 exact zero. Two codes share a byte: inputs 2i (high half) and 2i + 1 (low half). In
-``"nf4-double"`` the a themselves are 8-bit codes about their mean, with one float32
-for each group of 256 outputs.
+``"nf4-double"`` the scales a are themselves 8-bit codes around their mean, with one
+float32 for each group of 256 outputs.
 
-int8 is the weights' half of LLM.int8() without its treatment of outliers: those are
+int8 is the weight half of LLM.int8(). Its treatment of outliers is left out: those are
 outliers of activations, which stay in floating point here.
 
-Bytes per weight, where the blocks are full: nf4 0.5625, nf4-double 0.516, int8 1.
+Bytes per weight, if the blocks are full: nf4 0.5625, nf4-double 0.516, int8 1.
 
 Legend: L layers, b inputs of a block, n blocks of an output, g groups of outputs.
 
@@ -81,7 +81,7 @@ class DoubleScales:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantisedWeight:
-    """A stack of frozen matrices in codes, in the place of an array ``[L, in, out]``.
+    """A stack of frozen matrices in codes, standing in for an array ``[L, in, out]``.
 
     Every array inside keeps the layer axis in front and the order (input, output)
     behind it, so that a scan over layers, ``jax.tree`` functions and ``device_put``
@@ -101,7 +101,7 @@ class QuantisedWeight:
     kind: str = dataclasses.field(metadata=_STATIC)
     inputs: int = dataclasses.field(metadata=_STATIC)
     dtype: np.dtype = dataclasses.field(metadata=_STATIC)
-    """Of the array it stands for."""
+    """Dtype of the array it stands for."""
     block: int = dataclasses.field(default=BLOCK, metadata=_STATIC)
 
     @property
@@ -126,7 +126,7 @@ class QuantisedWeight:
     def grid(self) -> tuple[int, ...]:
         """``shape`` with the inputs counted in blocks, which no shard may split.
 
-        A padded weight counts as one block, as only the last of its shards would be
+        A padded weight counts as one block: otherwise only the last shard would be
         short.
         """
         if self.kind == "int8":
@@ -144,7 +144,7 @@ class QuantisedWeight:
         No gradient flows to codes or scales.
 
         Args:
-          dtype: of the result; None is that of the array it stands for.
+          dtype: of the result; None keeps that of the array it stands for.
         """
         dtype = self.dtype if dtype is None else dtype
         scales = jax.lax.stop_gradient(_scales(self.scales))
@@ -159,7 +159,7 @@ class QuantisedWeight:
 
 
 def is_quantised(node: Any) -> bool:
-    """True for a weight in codes; used like ``is_leaf``.
+    """True for a weight in codes; use it as ``is_leaf``.
 
     >>> is_quantised(None)
     False
@@ -168,7 +168,7 @@ def is_quantised(node: Any) -> bool:
 
 
 def as_dense(weight: jax.Array | QuantisedWeight, dtype: Any = None) -> jax.Array:
-    """A weight as an array, decoded if it is in codes.
+    """The weight as an array, decoded if it is in codes.
 
     Args:
       weight: ``[..., in, out]``.
@@ -192,7 +192,7 @@ def check_kind(kind: str, block: int = BLOCK) -> None:
 
 @functools.partial(jax.jit, static_argnames=("kind", "block"))
 def encode(weight: jax.Array, kind: str, block: int = BLOCK) -> QuantisedWeight:
-    """Writes one matrix in codes, each weight as its nearest level.
+    """Encodes one matrix, each weight as its nearest level.
 
     **Guarantee**: with a the largest absolute weight of a block (of an output for
     int8), ``|W - dense|`` is at most ``0.152 a`` for nf4, half the widest gap between
@@ -233,7 +233,7 @@ def _encode_nf4(wide: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     blocks = wide.reshape(-1, block, outputs)
     scales = jnp.max(jnp.abs(blocks), axis=1)
     unit = blocks / jnp.where(scales > 0, scales, 1.0)[:, None]
-    # The level below every midpoint that is passed; one fused loop, no search.
+    # The level is the number of midpoints passed; one fused loop, no search.
     passed = ((unit > middle).astype(jnp.uint8) for middle in _MIDPOINTS)
     codes = functools.reduce(operator.add, passed)
     codes = codes.reshape(-1, 2, outputs)
@@ -257,7 +257,7 @@ def _double(scales: jax.Array) -> DoubleScales:
 
 
 def _scales(scales: jax.Array | DoubleScales) -> jax.Array:
-    """Scales in float32, decoded where they are in codes."""
+    """Scales in float32, decoded if they are in codes."""
     if not isinstance(scales, DoubleScales):
         return scales
     steps = jnp.repeat(scales.steps, GROUP, axis=-1)[..., : scales.codes.shape[-1]]

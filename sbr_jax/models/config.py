@@ -26,7 +26,7 @@ BIASED = ("q_proj", "k_proj", "v_proj")
 """The projections that have a bias where ``qkv_bias`` is set."""
 
 AttentionKernel = Literal["xla", "cudnn"]
-"""A way of ``jax.nn.dot_product_attention`` to compute attention."""
+"""The implementations of ``jax.nn.dot_product_attention``."""
 
 ROPE_KINDS = ("linear", "llama3", "yarn", "longrope")
 """Ways of stretching RoPE's frequencies."""
@@ -42,7 +42,7 @@ ROPE_FIELDS = {
     "short": Field(float, 1e-6, 1e6, lists="only"),
     "long": Field(float, 1e-6, 1e6, lists="only"),
 }
-"""Ranges of the numbers of ``RopeScaling``."""
+"""Ranges of the numeric fields of ``RopeScaling``."""
 FIELDS = {
     "vocab_size": _MANY,
     "width": _MANY,
@@ -75,15 +75,15 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Stretching of RoPE's frequencies over a longer context.
+    """How RoPE's frequencies are stretched over a longer context.
 
     ``"linear"`` divides every frequency f by ``factor``. ``"llama3"`` keeps those that
     turn more than ``high`` times within the original context, divides those that turn
     less than ``low`` times, and blends between: with s = (turns - low) / (high - low),
     ``f · (s + (1 - s) / factor)``. ``"yarn"`` does the same with an s that is linear in
-    the index of a frequency. ``"longrope"`` divides each frequency by its own number
-    of ``short``, and is defined up to ``original`` tokens: beyond, such a model has
-    other keys at every place.
+    the index of a frequency. ``"longrope"`` divides each frequency by its own entry of
+    ``short``. It is defined up to ``original`` tokens: beyond, such a model has other
+    keys at every place.
 
     References:
       YaRN, arXiv:2309.00071; LongRoPE, arXiv:2402.13753.
@@ -100,7 +100,7 @@ class RopeScaling:
     short: tuple[float, ...] = ()
     """Divisor of each frequency, H / 2 in all (longrope)."""
     long: tuple[float, ...] = ()
-    """Those beyond ``original`` tokens: never used, kept to be saved (longrope)."""
+    """The divisors beyond ``original`` tokens: unused, kept for saving (longrope)."""
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
@@ -118,7 +118,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The mathematics of one decoder, hashable to be a static argument.
+    """The mathematics of one decoder, hashable so that it can be a static argument.
 
     >>> config = ModelConfig(vocab_size=32, width=8, mlp_width=16, layers=2, heads=2)
     >>> config.kv_heads, config.head_dim, config.projection("down_proj")
@@ -137,7 +137,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True
-    """Whether the embedding is the output head too."""
+    """Whether the embedding also serves as the output head."""
     context: int = 2048
     """Longest sequence the model was made for, in tokens."""
     init_scale: float = 0.02
@@ -162,13 +162,13 @@ class ModelConfig:
     qk_norm_whole: bool = False
     """Whether that norm is over all heads together."""
     activation: str = "silu"
-    """Of the MLP's gate: ``"silu"`` or ``"gelu_tanh"``."""
+    """The activation of the MLP's gate: ``"silu"`` or ``"gelu_tanh"``."""
     unit_offset: bool = False
     """Whether norms multiply by 1 + w instead of w."""
     pre_norms: bool = True
     """Whether the inputs of attention and MLP are normalised."""
     post_norms: bool = False
-    """Whether their outputs are."""
+    """Whether the outputs of attention and MLP are normalised."""
     scaled_embedding: bool = False
     """Whether embeddings are multiplied by √width."""
     query_scalar: float | None = None
@@ -176,15 +176,15 @@ class ModelConfig:
     attention_cap: float | None = None
     """c of ``c · tanh(score / c)``, or None."""
     logit_cap: float | None = None
-    """The same for the output logits."""
+    """The same cap for the output logits."""
     embedding_multiplier: float = 1.0
     """Factor of the embeddings."""
     residual_multiplier: float = 1.0
     """Factor of what attention and MLP add to the stream."""
     attention_multiplier: float | None = None
-    """Factor of the scores; None means that of ``query_scalar``."""
+    """Factor of the scores; None: ``query_scalar`` sets it."""
     logit_divisor: float = 1.0
-    """What output logits are divided by."""
+    """The output logits are divided by this."""
 
     def __post_init__(self):
         if wrong := wrong_fields(vars(self), FIELDS):
@@ -213,7 +213,7 @@ class ModelConfig:
         self._settle_rope()
 
     def _settle_windows(self) -> None:
-        """Spells each pattern in one way, so equal mathematics compare equal."""
+        """Gives each pattern one spelling, so that equal mathematics compare equal."""
         sliding = tuple(map(bool, self.sliding))
         if self.window is not None and not sliding:
             sliding = (True,) * self.layers
@@ -230,7 +230,7 @@ class ModelConfig:
         object.__setattr__(self, "sliding", sliding)
 
     def _settle_rope(self) -> None:
-        """The same for the layers' RoPE, and its divisors held against the heads."""
+        """The same for RoPE, and checks its divisors against the size of a head."""
         turns = tuple(map(bool, self.rope_layers))
         if turns and len(turns) != self.layers:
             raise UserError(

@@ -1,9 +1,9 @@
-"""One more token of each row, against the keys and values of those before it.
+"""Decodes one more token of each row against cached keys and values.
 
 On accelerators the layers are one rolled loop over a stacked cache. On a CPU that loop
-copies a layer's cache out of the stack and turns it over, once for each token, which is
-two thirds of the time: there each layer has arrays of its own, as its products read
-them. Legend: B batch, S cache slots, L layers, N heads, K key-value heads, H head size.
+would copy and transpose each layer's cache for every token, which takes two thirds of
+the time. So there each layer has its own arrays, laid out as its products read them.
+Legend: B batch, S cache slots, L layers, N heads, K key-value heads, H head size.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from sbr_jax.models.transformer import build_block, scan_layers
 from sbr_jax.typing import PyTree
 
 MOST_COPIED = 4 * 2**30
-"""Bytes of layers' weights that may be alive twice: unrolled, the compiler takes each
-layer's out of the stack before the first token."""
+"""Bytes of layer weights that may exist twice: the compiler of an unrolled loop copies
+each layer's out of the stack before the first token."""
 
 LayerCaches = list[tuple[jax.Array, jax.Array]]
 """Keys ``[B, K, H, S]`` and values ``[B, K, S, H]`` of each layer."""
 
 
 def split_cache(cache: Cache) -> Cache:
-    """Keys and values with their rows and heads over the mesh in use."""
+    """Splits the rows and heads of keys and values over the mesh in use."""
     spec = (None, _mesh.ROWS, None, "tp", None)
     return jax.tree.map(lambda x: _mesh.constrain(x, *spec), cache)
 
@@ -48,10 +48,10 @@ def split_cache(cache: Cache) -> Cache:
 def open_cache(
     hardware: Hardware, base: PyTree, cache: Cache, slots: int
 ) -> Cache | LayerCaches:
-    """A cache with room for ``slots`` tokens more, laid out for this device.
+    """A cache with room for ``slots`` more tokens, laid out for this device.
 
-    Layer by layer on one CPU, unless ``hardware.unroll`` asks for a loop or the weights
-    are larger than `MOST_COPIED`.
+    One entry for each layer on a single CPU, unless ``hardware.unroll`` asks for a loop
+    or the weights are larger than `MOST_COPIED`.
     """
     filling = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
     keys, values = jax.tree.map(lambda x: jnp.pad(x, filling), cache)
@@ -74,7 +74,7 @@ def next_logits(
     cache: Cache | LayerCaches,
     slot: jax.Array,
 ) -> tuple[jax.Array, Cache | LayerCaches]:
-    """Logits after one more token of each row, and the cache that has it.
+    """Logits after one more token of each row, and the cache with that token.
 
     Args:
       config: the mathematics.
@@ -83,9 +83,9 @@ def next_logits(
       adapter: ``{name: LoraPair}``.
       token: integers ``[B]``.
       place: its place in each row, integers ``[B]``.
-      pick: of ``layer_mask``.
-      cache: of :func:`open_cache`.
-      slot: of the cache, where its keys and values go.
+      pick: chooses a layer's mask (``layer_mask``).
+      cache: a cache made by :func:`open_cache`.
+      slot: where the token's keys and values go in the cache.
 
     Returns:
       float32 ``[B, V]``, and the cache.
@@ -109,7 +109,7 @@ def next_logits(
 
 
 def _attention_of_one(config, held, mask, slot):
-    """Attention of one query per row over one layer's cache, which it adds to."""
+    """Attention of one query per row over one layer's cache, to which it adds."""
     zero = jnp.int32(0)
     scale = config.attention_scale or config.head_dim**-0.5
 

@@ -1,7 +1,7 @@
 """Model families: their traits, settings and supported values.
 
-Adding a family is adding an entry to ``FAMILIES``; where it computes something new,
-that is a field of ``ModelConfig`` first.
+To add a family, add an entry to ``FAMILIES``; if it computes something new, add a field
+to ``ModelConfig`` first.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ COMMON: dict[str, tuple] = {
     "use_mrope": (None, False),
     "use_bidirectional_attention": (None, False),
 }
-"""Settings that change the mathematics, with the values common to all families."""
+"""Settings that change the mathematics, with the values that every family supports."""
 _SILU = {"hidden_act": ("silu", "swish")}
 FUSED = {
     "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "mlp.gate_up_proj": ("gate_proj", "up_proj"),
 }
-"""Modules that hold several projections, their outputs one after the other."""
-# Gemma's first files say "gelu" and mean its tanh form, as transformers reads them.
+"""Modules that hold several projections, with their outputs concatenated."""
+# Early Gemma files say "gelu" but mean the tanh form; transformers reads them so too.
 _TANH = {
     "hidden_act": ("gelu", GELU, None),
     "hidden_activation": (GELU, None),
@@ -51,23 +51,23 @@ class Family:
 
     architecture: str
     allowed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
-    """Settings with the values we implement, besides the common ones."""
+    """Settings with the values that we support, besides the common ones."""
     free: tuple[str, ...] = ()
-    """Common settings that this family reads, so that they are not refused."""
+    """Common settings that this family reads itself, so they are not refused."""
     defaults: Raw = dataclasses.field(default_factory=dict)
-    """Values that transformers assumes where the file is silent."""
+    """Values that transformers assumes if the file is silent."""
     traits: Raw = dataclasses.field(default_factory=dict)
     """Fields of ``ModelConfig`` that are the same in the whole family."""
     numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Further fields and the settings they come from."""
     slides: Callable[[int, Raw], bool] = lambda i, raw: False
-    """True for a layer that slides, where a window comes without ``layer_types``."""
+    """True for a layer that slides, if the file has a window but no ``layer_types``."""
     layer_types: bool = False
-    """Whether ``layer_types`` decides; elsewhere it must agree with ``slides``."""
+    """Whether ``layer_types`` decides; otherwise it must agree with ``slides``."""
     turns: Callable[[int, Raw], bool] | None = None
-    """True for a layer with RoPE where the file is silent; None: all layers have it."""
+    """True for a layer with RoPE if the file is silent; None: all layers have it."""
     local_rope: str | None = None
-    """The setting with RoPE's base of sliding layers, which are never stretched."""
+    """The setting that holds RoPE's base for sliding layers, which never stretch."""
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Modules of the file that hold several projections."""
 

@@ -1,4 +1,4 @@
-"""Settings of a type and a range: one table a file, all mistakes in one line."""
+"""Types and ranges of settings; reports every mistake of a file in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sbr_jax.typing import UserError
 
 REQUIRED = object()
-"""The default of a field that must be there."""
+"""The default of a field that must be present."""
 
 _TYPES: dict[type, tuple[str, type]] = {
     int: ("a whole number", numbers.Integral),
@@ -40,9 +40,9 @@ class Field:
     none: bool = False
     """Whether it may be null."""
     lists: str = "no"
-    """Whether it is a list of such values: ``"no"``, ``"or"`` or ``"only"``."""
+    """Whether lists of such values are allowed: ``"no"``, ``"or"`` or ``"only"``."""
     default: Any = REQUIRED
-    """The value where a file is silent."""
+    """The value if the file is silent."""
 
     def holds(self, value: Any) -> bool:
         """True if a value is of the type and in the range."""
@@ -90,7 +90,7 @@ def read_fields(
     """Reads the values of fields, with defaults where the file is silent.
 
     Args:
-      raw: the content of the file; what is no field is passed over.
+      raw: the content of the file; entries that are no fields are ignored.
       fields: by name.
       where: the file, for messages.
 

@@ -1,9 +1,8 @@
-"""Refusal of logits that broken weights give.
+"""Refuses the logits of broken weights.
 
-The likeliest of logits that are NaN is token 0, an answer like any other: greedy text,
-picked options and hit rates of such weights look like results. So does what weights
-give that are finite but overflow inside: a norm divides by infinity, and all logits are
-equal.
+The argmax of NaN logits is token 0, an answer like any other. So greedy text, chosen
+options and hit rates of such weights look like results. Weights that are finite but
+overflow inside are as bad: a norm divides by infinity, and all logits are equal.
 """
 
 from collections.abc import Sequence
@@ -16,22 +15,22 @@ from sbr_jax.typing import UserError
 
 
 def comparable(logits: jax.Array) -> jax.Array:
-    """True where logits have a likeliest: no NaN, finite, not all equal.
+    """True where logits have a usable maximum: no NaN, finite, not all equal.
 
     >>> rows = [[0.0, -jnp.inf], [0.0, jnp.nan], [0.0, jnp.inf], [3.0, 3.0]]
     >>> comparable(jnp.array(rows)).tolist()
     [True, False, False, False]
     """
-    # The largest of values among which one is NaN is NaN.
+    # The maximum of values that include NaN is NaN.
     largest = jnp.max(logits, axis=-1)
     return jnp.isfinite(largest) & (largest > jnp.min(logits, axis=-1))
 
 
 def require_comparable(what: str, found: Sequence[bool] | np.ndarray) -> None:
-    """Refuses logits without a likeliest entry.
+    """Refuses logits without a usable maximum.
 
     Args:
-      what: names the computation, for the message.
+      what: the computation, for the message.
       found: the result of ``comparable`` for each text.
     """
     bad = np.flatnonzero(~np.asarray(found, bool))

@@ -1,9 +1,9 @@
-"""Adapters of modules that hold several projections, and of those one by one.
+"""Converts adapters between fused modules and single projections.
 
 Phi-3 has one matrix for queries, keys and values, and one for gate and up. PEFT adapts
-such a module as a whole, with one A for all members: read, each member gets that A and
-its columns of B. An adapter made here has an A of its own for each member. It is
-written as one of m times the rank, its members side by side::
+such a module as a whole, with one A for all members. When we read it, each member gets
+that A and its own columns of B. An adapter made here has a separate A for each member.
+It is written with m times the rank, its members side by side::
 
     A = [A_q A_k A_v] [in, 3 r],   B = diag(B_q, B_k, B_v) [3 r, out]
 
@@ -29,13 +29,13 @@ def join(
     """One pair for the module that holds several projections.
 
     Args:
-      config: of the model.
+      config: the model's settings.
       members: the projections of the module, in order.
-      adapter: with at least one of them, of one rank r and scale.
+      adapter: pairs of at least one member, all of one rank r and scale.
 
     Returns:
-      Rank r where all members share their A, as PEFT's do, else rank m · r with zeros
-      for a member without an adapter. The update is the same.
+      A pair of rank r if all members share their A, as PEFT's do; else of rank m · r,
+      with zeros for a member without an adapter. The update is the same.
     """
     pairs = {name: adapter[name] for name in members if name in adapter}
     first = next(iter(pairs.values()))
@@ -60,22 +60,22 @@ def join(
 def split(
     config: ModelConfig, members: Sequence[str], pair: LoraPair, rank: int, where: str
 ) -> dict[str, LoraPair]:
-    """The pairs of a module's members.
+    """Splits a fused module's pair into its members' pairs.
 
-    **Guarantee**: gives back what ``join`` was given, bit for bit.
+    **Guarantee**: returns what ``join`` was given, bit for bit.
 
     Args:
-      config: of the model.
+      config: the model's settings.
       members: the projections of the module, in order.
-      pair: of the module, of rank ``rank`` or m · ``rank``.
+      pair: the module's pair, of rank ``rank`` or m · ``rank``.
       rank: r of the adapter.
-      where: what to call the module in messages.
+      where: the module's name for messages.
 
     Returns:
-      A pair for each member; of an adapter of m · r for those whose A is not zero.
+      A pair for each member; at rank m · r only for members whose A is not zero.
 
     Raises:
-      UserError: if members of an adapter of m · r are mixed.
+      UserError: if a pair of rank m · r mixes its members.
     """
     apart = pair.lora_a.shape[-1] != rank
     found, seen = {}, 0
@@ -96,7 +96,7 @@ def split(
 def _blocks(
     config: ModelConfig, members: Sequence[str], rank: int
 ) -> Iterator[tuple[str, slice, slice]]:
-    """The rank's and the output's part of each member."""
+    """Each member's slices of the rank and of the output."""
     ends = itertools.accumulate(config.projection(name)[1] for name in members)
     for i, (name, (start, end)) in enumerate(
         zip(members, itertools.pairwise([0, *ends]), strict=True)

@@ -1,7 +1,7 @@
 """Generation with a key-value cache.
 
-Shapes are rounded up to a few sizes, so programs are compiled once per bucket and
-serve every base, adapter and prompt. Legend: B batch, P prompt length, N new tokens,
+Shapes are rounded up to a few sizes, so a program is compiled once per bucket and
+serves every base, adapter and prompt. Legend: B batch, P prompt length, N new tokens,
 S = P + N cache slots.
 """
 
@@ -32,16 +32,16 @@ from sbr_jax.progress import task
 from sbr_jax.typing import PyTree, UserError
 
 READ_AT_ONCE = 4096
-"""Tokens of prompts, padding included, that go through the model at once."""
+"""Prompt tokens, padding included, that the model reads at once."""
 
 SAVING = 512
-"""Tokens of padding for which prompts are read apart from longer ones."""
+"""Tokens of padding that reading prompts apart from longer ones must save."""
 
 
 def _pick(
     logits: jax.Array, keys: jax.Array | None, step: jax.Array, temperature: jax.Array
 ) -> jax.Array:
-    """The next token of each row: the most likely one, or a draw."""
+    """The next token of each row: the most likely one, or a sample."""
     if keys is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
@@ -73,7 +73,7 @@ def _together(
     parts: Sequence[tuple[jax.Array, Cache]],
     owners: Sequence[jax.Array],
 ) -> tuple[jax.Array, Cache]:
-    """What was read in parts as one batch of ``rows``; an owner of ``rows`` is none."""
+    """Joins parts into one batch of ``rows``; owner ``rows`` marks filling."""
 
     def joined(pieces: Sequence[jax.Array], like: tuple[int, ...]) -> jax.Array:
         whole = jnp.zeros(like, pieces[0].dtype)
@@ -81,7 +81,7 @@ def _together(
             whole = whole.at[:, own, : piece.shape[2]].set(piece, mode="drop")
         return whole
 
-    # As keys and values, logits get an axis before and one after that of the rows.
+    # Like keys and values, logits get one axis before the rows and one after.
     logits = [found[None, :, None] for found, _ in parts]
     caches = [[cache[i] for _, cache in parts] for i in range(2)]
     layers, _, _, *heads = caches[0][0].shape
@@ -104,13 +104,13 @@ def write_answers(
     keys: jax.Array | None,
     temperature: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Continues prompts that were read until every row has stopped."""
+    """Continues prompts that have been read, until every row has stopped."""
     adapter = check_adapter(config, adapter)
     rows, width = lengths.shape[0], cache[0].shape[2]
     eos = jnp.asarray(config.eos, jnp.int32)
     slot = jnp.arange(width + slots, dtype=jnp.int32)[None]
     known, new = jnp.broadcast_to(slot, (rows, width + slots)), slot - width
-    # A slot that does not count lies in the future of every query.
+    # A slot that does not count is placed in the future of every query.
     known = jnp.where(known < lengths[:, None], known, jnp.iinfo(jnp.int32).max // 2)
     places = jnp.where(slot < width, known, lengths[:, None] + new)
 
@@ -174,13 +174,13 @@ def _generate(
     """Continues one batch until every row has stopped.
 
     ``tokens [B, P]`` is right-padded; a row of length 0 is filling and starts finished.
-    Prompts are read a few at a time, those of near lengths together, and continued all
-    at once: reading costs as much as there are tokens, a step of writing hardly more
-    for many rows than for one.
+    Prompts are read a few at a time, grouped by length, because reading costs as much
+    as it has tokens. All are continued together, because a step of writing costs hardly
+    more for many rows than for one.
 
     Returns:
-      The new tokens ``[B, slots]``, how many of them count ``[B]``, and whether the
-      logits of all could be compared ``[B]``.
+      The new tokens ``[B, slots]``, how many of them count ``[B]``, and whether all
+      logits of a row could be compared ``[B]``.
     """
     # Without a backward pass the rolled loop is as fast and compiles in half the time.
     rolled = dataclasses.replace(hardware, unroll=hardware.unroll or 1)
@@ -219,31 +219,31 @@ def generate(
 
     Stop tokens are the configuration's, the tokenizer's EOS token, and ``stops``.
 
-    **Guarantee**: a row does not depend on the others in its batch nor on padding: a
-    greedy answer equals the one obtained alone, and a sampled answer depends only on
-    the key, its place in ``prompts`` and its prompt (up to float rounding between
-    shapes). Nothing is compiled again for another base or adapter.
+    **Guarantee**: a row depends neither on the other rows of its batch nor on padding.
+    A greedy answer equals the one obtained alone; a sampled answer depends only on the
+    key, its place in ``prompts`` and its prompt (up to float rounding between shapes).
+    Nothing is compiled again for another base or adapter.
 
     Args:
-      model: the record.
+      model: the loaded model.
       base: weights to use, usually ``model.params``.
       adapter: ``{name: LoraPair}`` or None.
-      prompts: token ids, at least one each.
+      prompts: token ids, at least one for each prompt.
       max_new_tokens: the limit N.
       temperature: 0 is greedy; otherwise logits are divided by it.
       key: a PRNG key, needed to sample.
       batch_size: the most rows in one run.
-      batch_tokens: the most tokens whose keys and values are held at once, room for new
-        ones and padding included; a prompt that is longer runs alone.
-      stops: further tokens to stop at, such as those that a chat template ends a turn
-        with (``data.stop_tokens``).
+      batch_tokens: the most tokens whose keys and values are held at once, including
+        padding and room for new tokens; a longer prompt runs alone.
+      stops: further tokens to stop at, such as those that end a turn in the chat
+        template (``data.stop_tokens``).
 
     Returns:
       The new tokens of each prompt, in order, cut before the stop token.
 
     Raises:
       UserError: for an empty prompt, one too long for the model, sampling without a
-        key, or logits that are no numbers.
+        key, or logits that are not finite.
     """
     config = _stopping(model, stops)
     _check_prompts(config, prompts, max_new_tokens)
@@ -254,7 +254,7 @@ def generate(
         )
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
-    # Neighbours in length share a batch; the answers return to the given order.
+    # Prompts of similar length share a batch; answers return in the given order.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     told = np.ones(len(prompts), bool)
@@ -320,7 +320,7 @@ def _check_prompts(
 def _batches(
     lengths: Sequence[int], slots: int, rows: int, tokens: int
 ) -> Iterator[tuple[int, int]]:
-    """Runs ``start, stop`` of sorted lengths that keep to both bounds.
+    """Ranges ``start, stop`` of sorted lengths that respect both limits.
 
     >>> list(_batches([3, 5, 30, 90, 90], 8, 4, 120))
     [(0, 3), (3, 4), (4, 5)]

@@ -1,8 +1,8 @@
-"""The container of a GGUF file: settings, and tensors in blocks of few bits.
+"""Reads a GGUF file's container: settings, and tensors in blocks of few bits.
 
-The layout is that of ggml: magic, version, counts, key-value pairs, tensor infos, and
-from an aligned place on the data. Every size is held against the file's before anything
-of that size is made, and nothing in a file is run.
+The layout is ggml's: magic, version, counts, key-value pairs, tensor infos, then the
+data, aligned. Every size is compared with the file's before anything of that size is
+allocated, and nothing in a file is run.
 
 References:
   https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -27,13 +27,13 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
 _NUMBERS |= {10: "<u8", 11: "<i8", 12: "<f8"}
-"""NumPy's names of the types of settings."""
+"""NumPy's names for the types of settings."""
 _LONGEST_NAME, _MOST_DIMENSIONS = 2**16, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor as the header tells it."""
+    """One tensor as the header describes it."""
 
     shape: tuple[int, ...]
     """In NumPy's order: the file's first dimension is the last here."""
@@ -44,7 +44,7 @@ class Tensor:
 
     def dense(self) -> np.ndarray:
         """The values in float32."""
-        # Blocks lie along the last dimension.
+        # Blocks run along the last dimension.
         rows = self.data.reshape(-1, self.data.size // math.prod(self.shape[:-1]))
         name = {"F32": "<f4", "F16": "<f2"}.get(self.kind.name)
         values = rows.view(name) if name else _gguf().dequantize(rows, self.kind)
@@ -57,12 +57,12 @@ class GgufFile:
 
     path: pathlib.Path
     fields: dict[str, Any]
-    """Settings by name; numbers of 32 bits as the shortest decimal that means them."""
+    """Settings by name; each 32-bit float as the shortest decimal that rounds to it."""
     tensors: dict[str, Tensor]
 
 
 class _Reader:
-    """A place in the bytes of a file that never goes beyond their end."""
+    """A position in a file's bytes that never passes their end."""
 
     def __init__(self, path: pathlib.Path, data: memoryview):
         self.path, self.data, self.at = path, data, 0
@@ -95,10 +95,10 @@ class _Reader:
             raise self.fail(f"a text before {self.at} is not UTF-8") from error
 
     def values(self, kind: int, count: int) -> list[Any]:
-        """So many numbers of a type."""
+        """Reads ``count`` numbers of a type."""
         name = _NUMBERS[kind]
         raw = np.frombuffer(self.take(np.dtype(name).itemsize * count), name)
-        # What was 1e-5 before it was rounded to 32 bits is 1e-5 again.
+        # A 1e-5 that was rounded to 32 bits becomes 1e-5 again.
         if name == "<f4":
             return [float(str(x)) for x in raw]
         return raw.tolist()
@@ -116,18 +116,18 @@ class _Reader:
             return self.values(kind, count)
         if kind != _STRING:
             raise self.fail(f"unsupported type {kind} in a list at {self.at - 12}")
-        # Each text has at least its length's eight bytes.
+        # Each text takes at least the eight bytes of its length.
         if count > (len(self.data) - self.at) // 8:
             raise self.fail(f"a list of {count} texts at {self.at} has no room")
         return [self.text() for _ in range(count)]
 
 
 def read_gguf(path: pathlib.Path) -> GgufFile:
-    """Reads the header of a file; tensors stay on disk until they are asked for.
+    """Reads the header of a file; tensors stay on disk until they are used.
 
     Raises:
-      UserError: for another format or version, a file that is cut short, sizes that do
-        not fit into the file, and types of tensors that cannot be decoded.
+      UserError: for another format or version, a truncated file, sizes that do not fit
+        into the file, and tensor types that cannot be decoded.
     """
     sizes = _block_sizes()
     try:
@@ -143,7 +143,7 @@ def read_gguf(path: pathlib.Path) -> GgufFile:
         raise reader.fail(f"expected version 2 or 3, got {version}")
     tensors, pairs = reader.number("Q"), reader.number("Q")
     for name, count in (("tensors", tensors), ("settings", pairs)):
-        # A name's length, a type and something of one byte are the least of either.
+        # The smallest entry of either kind: a name's length, a type and one byte.
         if count > len(data) // 13:
             raise reader.fail(f"its header tells of {count} {name}, more than it holds")
     fields: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def _place(
     start: int,
     sizes: dict[int, tuple[Any, int, int]],
 ) -> Tensor:
-    """A tensor's bytes, which must lie in the file and be whole blocks."""
+    """A tensor's bytes, which must lie in the file and fill whole blocks."""
     shape, kind, offset = info
     if kind not in sizes:
         raise UserError(
@@ -209,7 +209,7 @@ def _place(
 
 
 def _gguf() -> Any:
-    """The package, which is an extra."""
+    """The optional ``gguf`` package."""
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
@@ -220,11 +220,11 @@ def _gguf() -> Any:
 
 
 def _block_sizes() -> dict[int, tuple[Any, int, int]]:
-    """Types that can be decoded: themselves, values and bytes of a block, by number."""
+    """The types we can decode, by number: type, values and bytes of a block."""
     gguf = _gguf()
 
     def decodes(kind: Any, size: int) -> bool:
-        # float64 and whole numbers are no weights, and the package leaves them as is.
+        # float64 and integers are no weights; the package leaves them as they are.
         if kind.name in ("F64", "I8", "I16", "I32", "I64"):
             return False
         try:

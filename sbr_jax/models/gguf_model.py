@@ -1,9 +1,9 @@
-"""A GGUF file as the settings and tensors of a Hugging Face folder.
+"""Presents a GGUF file as the settings and tensors of a Hugging Face folder.
 
-Each architecture is an entry of ``ARCHITECTURES``: a family, the settings it tells, and
-what its converter does to the weights. Rows of queries and keys are put back in order
-where they were laid out for interleaved RoPE, and Gemma's norms are made distances from
-one again. A setting without a meaning here is refused by name.
+Each architecture is an entry of ``ARCHITECTURES``: a family, the settings it states,
+and what its converter does to the weights. Rows of queries and keys that were laid out
+for interleaved RoPE are put back in order, and Gemma's norms become distances from one
+again. A setting without a meaning here is refused by name.
 
 References:
   llama.cpp, conversion/: what each architecture writes.
@@ -40,10 +40,10 @@ _SETTINGS = {
 }
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _EMPTY = {"expert_count": 0, "expert_used_count": 0, "rope.scaling.finetuned": False}
-"""Settings that change nothing where they have this value."""
+"""Settings that change nothing at these values."""
 _READ = ("attention.value_length", "rope.dimension_count", "rope.scaling.type")
 _READ += ("rope.scaling.factor",)
-"""Settings that are read one by one."""
+"""Settings that the code below reads itself."""
 _NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -74,17 +74,17 @@ _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """How one ``general.architecture`` is written."""
+    """How files of one ``general.architecture`` are written."""
 
     family: str
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Further settings, with their names in ``config.json``."""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Tensors of a layer that are called otherwise."""
+    """Tensors of a layer whose names differ from the usual ones."""
     interleaved: bool = False
     """Whether the rows of queries and keys are laid out for interleaved RoPE."""
     shift: float = 0.0
-    """What was added to norms."""
+    """The number that the converter added to norms."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -134,7 +134,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def open_gguf(path: pathlib.Path) -> tuple[GgufFile, ModelConfig, GgufCheckpoint]:
-    """The file, its settings, and its tensors under Hugging Face's names.
+    """Opens a file: its settings, and its tensors under Hugging Face's names.
 
     Raises:
       UserError: for a damaged file, an unknown architecture, and settings that are
@@ -153,7 +153,7 @@ def open_gguf(path: pathlib.Path) -> tuple[GgufFile, ModelConfig, GgufCheckpoint
 
 
 def _raw_config(file: GgufFile, kind: str, known: Architecture) -> dict[str, Any]:
-    """The content of a ``config.json`` that means the file's settings."""
+    """The ``config.json`` content that corresponds to the file's settings."""
     prefix = f"{kind}."
     given = {
         name.removeprefix(prefix): value
@@ -180,7 +180,7 @@ def _raw_config(file: GgufFile, kind: str, known: Architecture) -> dict[str, Any
     raw |= {
         "model_type": known.family,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        # A file without windows is silent, or says zero.
+        # A file without windows has no such setting, or zero.
         "sliding_window": raw.get("sliding_window") or None,
         **_token_ids(file),
     }
@@ -200,10 +200,10 @@ def _token_ids(file: GgufFile) -> dict[str, Any]:
 
 
 def _check_heads(file: GgufFile, raw: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuses heads of which RoPE turns a part, or whose values have another size."""
+    """Refuses heads that RoPE rotates in part, or whose values differ in size."""
     heads, width = raw.get("num_attention_heads"), raw.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
-        return  # Told by name with all that is wrong, or missing.
+        return  # The check of all fields names it, wrong or missing.
     size = raw.get("head_dim", width // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if given.get(name, size) != size:
@@ -214,9 +214,9 @@ def _check_heads(file: GgufFile, raw: dict[str, Any], given: Mapping[str, Any]) 
 
 
 def _query_scalar(raw: Mapping[str, Any], known: Architecture) -> dict[str, Any]:
-    """What scores of Gemma 2 and 3 are divided by: the file has no setting for it.
+    """Divisor of Gemma 2's and 3's scores, for which the file has no setting.
 
-    It is the size of a head, but in the largest model of each.
+    It is the size of a head, except in the largest model of each.
     """
     largest = {"gemma2": 46, "gemma3_text": 62}.get(known.family)
     if largest is None:
@@ -231,7 +231,7 @@ def _query_scalar(raw: Mapping[str, Any], known: Architecture) -> dict[str, Any]
 def _rope(
     file: GgufFile, raw: dict[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The scaling of RoPE, from settings or from the tensors that hold its factors."""
+    """The scaling of RoPE, from settings or from the tensors that hold its divisors."""
     attention = raw.pop("attention_factor", None)
     kind = given.get("rope.scaling.type", "none")
     factor = given.get("rope.scaling.factor", 1.0)
@@ -256,7 +256,7 @@ def _rope(
 
 
 def _llama3(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Llama 3's scaling of which the file has the divisor of each frequency."""
+    """Llama 3's scaling, recognised by the file's divisor of each frequency."""
     found = file.tensors[_FACTORS].dense().ravel()
     theta = float(raw.get("rope_theta", 10000.0))
     plain = np.asarray(rope_frequencies(2 * found.size, theta))
@@ -292,17 +292,17 @@ class GgufCheckpoint(Checkpoint):
         self.places = dict.fromkeys(self._tensors, file.path)
 
     def slice(self, name: str) -> _Slice:
-        """A lazy handle of a tensor, for shapes and parts."""
+        """A lazy handle of a tensor, for its shape and its parts."""
         return self._tensors[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slice:
-    """A tensor that is decoded when a part of it is asked for."""
+    """A tensor that is decoded when one of its parts is read."""
 
     tensor: Tensor
     heads: int
-    """Of interleaved rows; 0 where rows are in order."""
+    """Heads of interleaved rows; 0 if the rows are in order."""
     shift: float
 
     def get_shape(self) -> list[int]:
@@ -320,7 +320,7 @@ class _Slice:
 
 
 def _change(name: str, known: Architecture, config: ModelConfig) -> tuple[int, float]:
-    """Heads of rows to put in order, and what to subtract."""
+    """The heads whose rows must be put in order, and the number to subtract."""
     part = name.rpartition(".")[0].rpartition(".")[2]
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
     return (
@@ -330,7 +330,7 @@ def _change(name: str, known: Architecture, config: ModelConfig) -> tuple[int, f
 
 
 def _hf_name(name: str, known: Architecture) -> str:
-    """The name in a Hugging Face folder, or the name itself where there is none."""
+    """The name in a Hugging Face folder, or the given name if there is none."""
     table = {**_NAMES, **known.names}
     if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, end = found.groups()

@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file carries: byte-level or SentencePiece BPE.
+"""Builds the tokenizer that a GGUF file carries: byte-level or SentencePiece BPE.
 
 The file has the tokens with their kinds, merges or scores, the name of the rule that
-cuts a text into words, special tokens and the chat template. A rule that is not known
-here is refused: another one would cut other tokens.
+splits a text into words, special tokens and the chat template. An unknown rule is
+refused: another rule would give other tokens.
 
 References:
   llama.cpp, src/llama-vocab.cpp: what each name of a rule means.
@@ -37,9 +37,9 @@ RULES: dict[str, str | None] = {
     "llama3": _LLAMA3,
     "dbrx": _LLAMA3,
 }
-"""How each rule cuts before bytes: as GPT-2, digits first and then it, or a regex."""
+"""How each rule splits before bytes: like GPT-2, digits first, or by a regex."""
 _WITH_BOS = ("llama-bpe", "llama3")
-"""Rules of tokenizers that begin every text with a token, where the file is silent."""
+"""Rules whose tokenizers begin every text with a BOS token if the file is silent."""
 _PREFIX = "tokenizer.ggml."
 
 
@@ -55,14 +55,14 @@ class _Kind(enum.IntEnum):
 
 
 def read_tokenizer(file: GgufFile, config: ModelConfig) -> Any:
-    """A fast transformers tokenizer, or None where the file carries none.
+    """A fast transformers tokenizer, or None if the file carries none.
 
     Returns:
       The tokenizer, with special tokens and chat template.
 
     Raises:
-      UserError: for a kind of vocabulary or a rule that is not known, lists that do not
-        fit together, and ids that the model does not have.
+      UserError: for an unknown kind of vocabulary or rule, lists of different lengths,
+        and ids that the model does not have.
     """
     kind = file.fields.get(f"{_PREFIX}model", "none")
     if kind == "none":
@@ -89,7 +89,7 @@ def read_tokenizer(file: GgufFile, config: ModelConfig) -> Any:
 def _list(
     file: GgufFile, name: str, kind: type, length: int | None = None
 ) -> list[Any]:
-    """A list of the file with one entry for each token."""
+    """A list in the file with one entry for each token."""
     found = file.fields.get(_PREFIX + name)
     if not isinstance(found, list) or not all(isinstance(x, kind) for x in found):
         raise UserError(
@@ -186,9 +186,9 @@ def _sentence_piece(file: GgufFile, tokens: Sequence[str], kinds: Sequence[int])
 def merges_of(
     vocabulary: Mapping[str, int], scores: Mapping[str, float]
 ) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's scores mean, the first to be made first.
+    """The merges that SentencePiece's scores imply, in order of application.
 
-    Every cut of a token into two tokens is a merge; the higher its token's score, the
+    Every split of a token into two tokens is a merge; the higher its token's score, the
     earlier.
 
     >>> words = {"a": 0, "b": 1, "ab": 2, "aba": 3}
@@ -213,7 +213,7 @@ def _wrapped(
     kinds: Sequence[int],
     kind: str,
 ) -> Any:
-    """The tokenizer of transformers around it, with special tokens and the template."""
+    """Wraps it as a transformers tokenizer with special tokens and the template."""
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
-"""A Hugging Face ``config.json`` read into settings, and written back.
+"""Reads a Hugging Face ``config.json`` into settings, and writes it back.
 
-A setting that changes the mathematics and that we do not implement is refused by name;
-silence would be a wrong model.
+A setting that changes the mathematics and that we do not implement is refused by name:
+ignoring it would silently load a wrong model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "longrope": (("short_factor", "long_factor"), (_ORIGINAL, "attention_factor")),
 }
-"""Kinds of RoPE with the settings that each must have and may have."""
+"""Kinds of RoPE, with the settings that each requires and allows."""
 
 
 def _refuse(settings: Raw, allowed: Mapping[str, tuple], where: str) -> None:
@@ -57,7 +57,7 @@ def _scaling(
     """The base and the scaling of one RoPE dictionary, in either spelling."""
     read_fields(rope, ROPE, f"{name} of {where}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    # The first files of Phi-3 say "su".
+    # Early Phi-3 files say "su".
     kind = "longrope" if kind == "su" else kind
     if kind not in _ROPE_KEYS:
         raise UserError(
@@ -75,7 +75,7 @@ def _scaling(
     theta = float(rope.get("rope_theta", raw["rope_theta"]))
     if kind == "default":
         return theta, None
-    # In this order in transformers too: the top level wins, the context is the default.
+    # The same order as in transformers: the top level wins, else the context.
     longest = raw["max_position_embeddings"]
     original = raw[_ORIGINAL] or rope.get(_ORIGINAL) or longest
     attention = rope.get("attention_factor")
@@ -105,10 +105,10 @@ def _scaling(
 def _rope(
     family: Family, raw: Raw, where: str
 ) -> tuple[float, RopeScaling | None, float | None]:
-    """Base and scaling, and the base of sliding layers where they have their own.
+    """Base and scaling, and the sliding layers' base if they have their own.
 
-    From ``rope_scaling``, ``rope_parameters`` or neither. Families that tell the layers
-    apart have a dictionary for each kind in ``rope_parameters``.
+    Read from ``rope_scaling``, ``rope_parameters`` or neither. Families whose layers
+    differ have one dictionary for each kind in ``rope_parameters``.
     """
     given = {n: raw[n] for n in ("rope_scaling", "rope_parameters") if raw[n]}
     near: Raw = {}
@@ -143,7 +143,7 @@ def _rope(
 
 
 def _rope_layers(family: Family, raw: Raw, where: str) -> tuple[bool, ...]:
-    """The flags of layers with RoPE."""
+    """Flags of the layers that have RoPE."""
     depth, given = raw["num_hidden_layers"], raw["no_rope_layers"]
     if family.turns is None:
         return ()
@@ -188,7 +188,7 @@ def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
 
     Args:
       raw: the content of ``config.json``.
-      where: what to call it in messages.
+      where: its name in messages.
 
     Raises:
       UserError: for an unknown ``model_type`` or a setting that is not supported.
@@ -216,12 +216,12 @@ def from_dict(raw: Raw, where: str = "config.json") -> ModelConfig:
     except UserError as error:
         if where in str(error):
             raise
-        # How sizes go together is a rule of the settings, which know no file.
+        # The settings check how sizes go together, but know no file.
         raise UserError(f"{where}: {error}") from error
 
 
 def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
-    """The settings of a family from fields of checked type and range."""
+    """The settings of a family, from fields of checked type and range."""
     family = FAMILIES[kind]
     ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
     _check_ids(ids, raw["vocab_size"], where)
@@ -258,9 +258,9 @@ def _from_fields(kind: str, raw: Raw, where: str) -> ModelConfig:
 
 
 def _check_ids(ids: Mapping[str, Any], vocab_size: int, where: str) -> None:
-    """Refuses tokens without a row of the embedding: a gather would clamp them.
+    """Refuses ids beyond the embedding: a gather would clamp them.
 
-    Padding is masked, so that of many chat models, one beyond the rest, does no harm.
+    Padding is exempt: many chat models have such an id, and padding is masked.
     """
     wrong = [
         f"{name}={value}"
@@ -279,7 +279,7 @@ def _stops(eos: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _scaling_dict(scaling: RopeScaling) -> dict[str, Any]:
-    """The settings of a scaling."""
+    """The Hugging Face dictionary of a scaling."""
     values = {
         "factor": scaling.factor,
         _ORIGINAL: scaling.original,
@@ -297,7 +297,7 @@ def _scaling_dict(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _rope_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """RoPE in both spellings: transformers before 5 reads the old one only."""
+    """RoPE in both spellings: transformers before 5 reads only the old one."""
     theta, scaling = config.rope_theta, config.rope_scaling
     found: dict[str, Any] = {"rope_theta": theta}
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -315,7 +315,7 @@ def _rope_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _attention_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Windows and soft caps, only where the family has such settings."""
+    """Windows and soft caps, if the family has such settings."""
     found = {name: getattr(config, field) for field, name in family.numbers.items()}
     if "sliding_window" in family.free:
         found["sliding_window"] = config.window
@@ -335,7 +335,7 @@ def _attention_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _longest(config: ModelConfig) -> int:
-    """The context that a file tells: longrope's is that of its long factors."""
+    """The context to write in a file: for longrope, that of its long factors."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind != "longrope":
         return config.context
@@ -343,7 +343,7 @@ def _longest(config: ModelConfig) -> int:
 
 
 def generation_dict(config: ModelConfig) -> dict[str, Any]:
-    """The content of ``generation_config.json``: tokens that begin and end a text.
+    """The content of ``generation_config.json``: tokens that start and end a text.
 
     >>> generation_dict(ModelConfig(vocab_size=32, width=8, mlp_width=16, layers=1,
     ...     heads=2, eos=(2, 7)))
@@ -358,12 +358,12 @@ def generation_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The Hugging Face configuration of the settings, readable by ``from_dict``.
+    """The Hugging Face configuration of the settings; ``from_dict`` reads it back.
 
     **Guarantee**: ``from_dict(to_dict(config)) == config``.
 
     Raises:
-      UserError: if no configuration of the family means these settings.
+      UserError: if no configuration of the family expresses these settings.
 
     >>> config = ModelConfig(vocab_size=32, width=8, mlp_width=16, layers=1, heads=2)
     >>> from_dict(to_dict(config)) == config
@@ -417,7 +417,7 @@ def to_dict(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 
 def read(folder: str | pathlib.Path) -> ModelConfig:
-    """Reads ``config.json`` of a folder, with the stop tokens of its generation file.
+    """Reads a folder's ``config.json`` and the stop tokens of its generation file.
 
     Chat models often name their end-of-turn token only in
     ``generation_config.json``, so both files' stop tokens are used.

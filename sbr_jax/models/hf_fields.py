@@ -1,4 +1,4 @@
-"""Fields of a Hugging Face ``config.json`` with type and range."""
+"""Types and ranges of the fields of a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CONFIG: dict[str, Field] = {
     "rope_parameters": _ROPE,
     "original_max_position_embeddings": _ORIGINAL,
     "sliding_window": _of(FIELDS["window"], default=None),
-    # Where there is no such switch, a window is used.
+    # Without this switch a window is used.
     "use_sliding_window": Field(bool, none=True, default=True),
     "max_window_layers": Field(int, 0, 10**6, default=0),
     "layer_types": Field(str, lists="only", none=True, default=None),
@@ -57,7 +57,7 @@ CONFIG: dict[str, Field] = {
     "attention_multiplier": _of(FIELDS["attention_multiplier"], default=None),
     "logits_scaling": _of(FIELDS["logit_divisor"], default=1.0),
 }
-"""Fields that every family reads; a family's own defaults come before those here."""
+"""Fields that every family reads; a family's own defaults override these."""
 
 ROPE: dict[str, Field] = {
     "rope_type": Field(str, default=None),
@@ -73,7 +73,7 @@ ROPE: dict[str, Field] = {
     "short_factor": _of(ROPE_FIELDS["short"], default=None),
     "long_factor": _of(ROPE_FIELDS["long"], default=None),
 }
-"""The same for one dictionary of RoPE settings."""
+"""Fields of one dictionary of RoPE settings."""
 
 ROPE_KINDS = {"full_attention": _ROPE, "sliding_attention": _ROPE}
-"""The same for a dictionary of them by kind of layer."""
+"""Fields of a dictionary of RoPE settings by kind of layer."""

@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-"""Activations of a gate by their name in ``ModelConfig``."""
+"""Gate activations by their name in ``ModelConfig``."""
 
 
 def project(
@@ -29,18 +29,18 @@ def project(
     bias: jax.Array | None = None,
     gather: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
-    """``x W + b``: the one place that multiplies by a projection's weight.
+    """``x W + b``: the only place that multiplies by a projection's weight.
 
-    **Guarantee**: weights in codes are decoded to the dtype of x here and nowhere else,
-    and again in the backward pass instead of being kept for it. So no more layers are
-    dense at a time than one step of the scan unrolls.
+    **Guarantee**: weights in codes are decoded to the dtype of x here and nowhere else.
+    The backward pass decodes them again instead of keeping the result. So no more
+    layers are dense at a time than one step of the scan unrolls.
 
     Args:
       x: ``[..., in]``.
       weight: ``[in, out]``, or the same in codes.
       bias: ``[out]``, or None.
-      gather: gives the weight as it multiplies, of one that is split over a mesh; done
-        again in the backward pass, like decoding.
+      gather: gathers a weight that is split over a mesh, or None; called again in the
+        backward pass, like decoding.
 
     Returns:
       ``[..., out]``.
@@ -72,8 +72,8 @@ def rms_norm(
 ) -> jax.Array:
     """Root-mean-square normalisation, computed in float32.
 
-    ``x / sqrt(mean(x²) + eps) · weight``; with ``unit_offset`` times ``1 + weight``,
-    which is multiplied before the rounding to the dtype of ``x`` (as Gemma does).
+    ``x / sqrt(mean(x²) + eps) · weight``. With ``unit_offset`` the factor is
+    ``1 + weight``, applied before rounding to the dtype of ``x`` (as Gemma does).
 
     Args:
       x: ``[..., D]``.
@@ -129,7 +129,7 @@ def rope_frequencies(
 
 
 def _yarn_share(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
-    """1 up to the index i that turns ``high`` times, 0 from that of ``low``; float32.
+    """Share by index: 1 while it turns ``high`` times or more, 0 from ``low`` on.
 
     ``turns(i) = original · theta^(-2i / H) / 2π``, solved for i and rounded outwards.
     """
@@ -141,7 +141,7 @@ def _yarn_share(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
     first = max(math.floor(index(scaling.high)), 0)
     last = min(math.ceil(index(scaling.low)), head_dim - 1)
     places = jnp.arange(head_dim // 2, dtype=jnp.float32)
-    # As in the original code: equal ends are set a little apart.
+    # As in the original code: equal ends are moved slightly apart.
     return 1.0 - jnp.clip((places - first) / ((last - first) or 1e-3), 0.0, 1.0)
 
 
@@ -188,14 +188,14 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def sees(queries: jax.Array, keys: jax.Array, window: int | None = None) -> jax.Array:
-    """Mask of the keys a query may look at: not after it, within the window.
+    """Mask of the keys a query may see: not after it, and within the window.
 
     ``query - window < key <= query``.
 
     Args:
       queries: integer positions ``[B, T]`` (or ``[1, T]``).
       keys: integer positions ``[B, S]`` (or ``[1, S]``).
-      window: how many keys, its own included; None is all.
+      window: how many keys, its own included; None: all.
 
     Returns:
       bool ``[B, 1, T, S]``.
@@ -210,7 +210,7 @@ def sees(queries: jax.Array, keys: jax.Array, window: int | None = None) -> jax.
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """``c · tanh(x / c)``, or ``x`` where the cap is None."""
+    """``c · tanh(x / c)``, or ``x`` if the cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -225,7 +225,7 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """Grouped-query attention: the one place that calls an attention kernel.
+    """Grouped-query attention: the only place that calls an attention kernel.
 
     Args:
       query: ``[B, T, N, H]``.
@@ -234,8 +234,8 @@ def attend(
       mask: bool ``[B, 1, T, S]``, or None for causal attention.
       implementation: ``"xla"``, ``"cudnn"`` or None. No kernel caps scores, so a cap
         is always computed by plain products.
-      window: of causal attention; a mask must already have it.
-      scale: what scores are multiplied by; None is ``H ** -0.5``.
+      window: of causal attention; a mask must already include it.
+      scale: factor of the scores; None is ``H ** -0.5``.
       cap: soft cap of the scores, or None.
 
     Returns:
@@ -278,7 +278,7 @@ def _capped_attention(
         "btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32
     )
     scores = soft_cap(scores * (size**-0.5 if scale is None else scale), cap)
-    # Finite, so that a query that may look at nothing does not become NaN.
+    # Finite, so that a query that sees no key does not become NaN.
     scores = jnp.where(mask[:, :, None], scores, -0.7 * jnp.finfo(jnp.float32).max)
     share = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", share, value)
@@ -286,10 +286,10 @@ def _capped_attention(
 
 
 def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """Inverted dropout: zero with probability ``rate``, else divided by the rest.
+    """Inverted dropout: zero with probability ``rate``, else ``x / (1 - rate)``.
 
-    **Guarantee**: the expectation is ``x``; the rate is met to 2^-16 (half the random
-    bits of a float comparison, which matters on a CPU).
+    **Guarantee**: the expectation is ``x``; the rate is met to 2^-16 (it takes half the
+    random bits of a float comparison, which matters on a CPU).
 
     Args:
       x: any shape.
@@ -317,17 +317,17 @@ def rearranged(
 ) -> jax.Array:
     """Moves tokens to other places of their row, ``y[b, j] = x[b, to[b, j]]``.
 
-    **Guarantee**: where ``back`` is the inverse on the real places, the gradient is the
-    same move backwards, a gather too: a scatter is slow on a CPU and adds in any order
-    elsewhere.
+    **Guarantee**: if ``back`` is the inverse on the real places, the gradient is the
+    same move backwards, and also a gather: a scatter is slow on a CPU, and elsewhere it
+    adds in any order.
 
     Args:
       x: ``[B, I, ...]``.
       to: integers ``[B, J]``.
       back: integers ``[B, I]``, the inverse of ``to``.
-      real: bool ``[B, J]``, places of the result that are no filling.
-      real_back: bool ``[B, I]``, places of ``x`` that the result has; the others get no
-        gradient.
+      real: bool ``[B, J]``, places of the result that are not filling.
+      real_back: bool ``[B, I]``, places of ``x`` that occur in the result; the others
+        get no gradient.
 
     Returns:
       ``[B, J, ...]``, zero at filling.

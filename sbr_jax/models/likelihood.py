@@ -1,4 +1,4 @@
-"""Log-likelihoods of given answers, one whole sequence each.
+"""Log-likelihoods of given answers, one whole sequence for each answer.
 
 Legend: B sequences, T tokens, K answer places, D width, V vocabulary.
 """
@@ -24,22 +24,22 @@ from sbr_jax.typing import PyTree, UserError
 
 
 class AnswerScores(NamedTuple):
-    """What a model makes of the answer of each sequence, NumPy ``[B]``."""
+    """How a model scores the answer of each sequence, NumPy ``[B]``."""
 
     log_likelihoods: np.ndarray
     """float64, ``Σ_{t in A} log p(tokens[t] | tokens[:t])``, in nats."""
     hits: np.ndarray
-    """float64, answer tokens that were the likeliest."""
+    """float64, answer tokens that were the most likely."""
     counts: np.ndarray
     """float64, answer tokens."""
     told: np.ndarray
-    """bool, whether the logits of all its answer tokens could be compared."""
+    """bool, whether the logits of all answer tokens could be compared."""
 
 
 def read_targets(
     logits: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log p(target), whether it is the likeliest, and whether logits can be compared.
+    """Log p(target), whether it is the maximum, and whether logits can be compared.
 
     Returns:
       float32, bool and bool ``[K]``.
@@ -77,27 +77,28 @@ def answer_scores(
     batch_size: int,
     saving: int = SAVING,
 ) -> AnswerScores:
-    """Scores the answers of many sequences, those of near lengths together.
+    """Scores the answers of many sequences, grouped by length.
 
-    **Guarantee**: at most ``batch_size`` rows are on the device at once, and logits of
-    a chunk of the answers' places alone. One program is compiled for each width.
+    **Guarantee**: the device holds at most ``batch_size`` rows at once, and logits only
+    of a chunk of answer places. One program is compiled for each width.
 
     Args:
-      apply_fn: of the model, or a function of ``(base, adapter, tokens)`` to logits.
+      apply_fn: the model's, or a function of ``(base, adapter, tokens)`` to logits.
       base: weights to use.
       adapter: ``{name: LoraPair}`` or None.
       tokens: integers ``[B, T]``, right-padded.
       mask: ``[B, T]``, the weight of each answer token, 0 elsewhere.
       batch_size: the most rows in one run.
-      saving: tokens of padding that a width of its own must save.
+      saving: tokens of padding that a separate width must save.
 
     Returns:
-      The scores, in the given order. A token's weight counts in all but ``told``.
+      The scores, in the given order. A token's weight counts in all fields but
+      ``told``.
     """
     total, length = tokens.shape
     found = np.zeros((3, total))
     told = np.ones(total, bool)
-    # The last token of an answer is predicted, and read by nothing.
+    # The last token of an answer is predicted, but predicts nothing.
     weights = mask[:, 1:]
     ends = (np.arange(1, length) * (weights > 0)).max(axis=1, initial=1)
     counts = (weights > 0).sum(axis=1)
@@ -136,14 +137,14 @@ def token_log_probs(
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Summed log-likelihood of each answer given its prompt.
+    """Summed log-likelihood of each answer, given its prompt.
 
     ``Σ_{t in A} log p(tokens[t] | tokens[:t])``.
 
     **Guarantee**: at most ``batch_size`` rows are on the device at once.
 
     Args:
-      model: the record.
+      model: the loaded model.
       base: weights to use.
       adapter: ``{name: LoraPair}`` or None.
       tokens: integers ``[B, T]``, right-padded.
@@ -154,7 +155,7 @@ def token_log_probs(
       float32 ``[B]``, in nats.
 
     Raises:
-      UserError: if the shapes differ, or a log-likelihood is no number.
+      UserError: if the shapes differ, or a log-likelihood is not finite.
     """
     tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, np.float32)
     if tokens.ndim != 2 or tokens.shape != mask.shape:

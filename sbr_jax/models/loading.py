@@ -1,4 +1,4 @@
-"""The model record: load a checkpoint folder or a hub id, save a folder."""
+"""The model record: loads a checkpoint folder or hub id, saves a folder."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def make_model(
     *,
     hardware: Hardware | None = None,
 ) -> Model:
-    """The record of a model built in memory.
+    """Makes the record of a model built in memory.
 
     Args:
       config: the mathematics.
-      params: base weights of these settings.
-      tokenizer: of transformers, or None.
+      params: base weights that fit ``config``.
+      tokenizer: a transformers tokenizer, or None.
       hardware: how to carry it out.
     """
     hardware = hardware or Hardware()
@@ -76,15 +76,14 @@ def load(
         ``gguf``), or the id of a model on the hub.
       dtype: of the weights; None keeps the file's.
       mesh: with axes among ``"fsdp"`` and ``"tp"``, to spread the weights over.
-      hardware: rematerialisation and the like.
+      hardware: settings of the execution, such as rematerialisation.
       quantize: ``"nf4"``, ``"nf4-double"`` or ``"int8"`` to keep the projections in
-        codes (see ``models.quantize``), one dense matrix at a time; None keeps them
-        dense.
+        codes (see ``models.quantize``), encoding one dense matrix at a time; None keeps
+        them dense.
 
     Raises:
-      UserError: naming the file that is missing or damaged, the setting that is of
-        another type, out of range or unsupported, and the tensor that does not fit or
-        is not finite.
+      UserError: naming a file that is missing or damaged, a setting of the wrong type,
+        out of range or unsupported, or a tensor that does not fit or is not finite.
     """
     if quantize is not None:
         check_kind(quantize)
@@ -98,7 +97,7 @@ def load(
         return make_model(config, params, tokenizer, hardware=hardware)
     folder = _resolve(folder_or_id)
     config = hf_config.read(folder)
-    # Small files first: their mistakes are told before minutes of reading weights.
+    # Small files first, so that mistakes show before minutes of reading weights.
     tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
     params = load_weights(folder, config, dtype=dtype, mesh=mesh, quantize=quantize)
     return make_model(config, params, tokenizer, hardware=hardware)
@@ -109,20 +108,20 @@ def save(
 ) -> None:
     """Writes a folder that ``load`` and transformers read.
 
-    ``config.json``, ``generation_config.json``, the weights as ``model.safetensors`` or
-    shards with an index, and the tokenizer's files with ``chat_template.jinja`` where
-    it has a chat template.
+    Writes ``config.json``, ``generation_config.json``, the weights as
+    ``model.safetensors`` or shards with an index, the tokenizer's files, and
+    ``chat_template.jinja`` if the tokenizer has a chat template.
 
     **Guarantee**: ``load(folder)`` gives weights that are bit-identical.
 
     Args:
-      folder: made if it does not exist; weights that it holds are replaced.
-      model: what to save, its weights dense.
-      max_shard_bytes: of one file of weights; None: all in one.
+      folder: created if missing; weights already in it are replaced.
+      model: the model to save, with dense weights.
+      max_shard_bytes: limit of one file of weights; None: all in one.
 
     Raises:
-      UserError: if weights are in codes, if no configuration of the family means the
-        model's settings, or for a limit below 1.
+      UserError: if weights are in codes, if no configuration of the family expresses
+        the model's settings, or for a limit below 1.
     """
     require_dense(model.params, "save")
     folder = pathlib.Path(folder)

@@ -25,7 +25,7 @@ from sbr_jax.typing import PyTree, UserError
 SCALE = Field(float, -1e9, 1e9)
 """Range of an adapter's scale, and of α."""
 RANK = Field(int, 1, 2**16)
-"""Range of its rank."""
+"""Range of an adapter's rank."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +49,7 @@ class LoraPair:
 
 
 def is_lora_pair(node: Any) -> bool:
-    """True for a pair; used like ``is_leaf``, or as ``unit``.
+    """True for a pair; use it as ``is_leaf``, or as ``unit``.
 
     >>> is_lora_pair(None)
     False
@@ -68,12 +68,12 @@ def init_adapter(
 ) -> dict[str, LoraPair]:
     """A fresh adapter: A uniform in ±1/√in, B zero.
 
-    **Guarantee**: the model with a fresh adapter equals the model without one; the
-    factors of a projection do not depend on which others are adapted.
+    **Guarantee**: the model with a fresh adapter equals the model without one; a
+    projection's factors do not depend on which others are adapted.
 
     Args:
       key: a PRNG key.
-      config: of the model.
+      config: the model's settings.
       rank: r, at least 1.
       alpha: the scale is ``alpha / rank``.
       targets: regular expression over whole projection names.
@@ -111,8 +111,8 @@ def merge_adapter(base: PyTree, adapter: dict[str, LoraPair] | None) -> PyTree:
     """The base weights with the adapter added in.
 
     ``W + scale · A B``, added in float32 and rounded once to the dtype of W. A weight
-    in codes is decoded first and comes back dense: coding the sum again would round
-    away most of so small an update.
+    in codes is decoded first and stays dense: encoding the sum again would round away
+    most of so small an update.
 
     Args:
       base: the frozen weights.
@@ -140,10 +140,10 @@ def merge_adapter(base: PyTree, adapter: dict[str, LoraPair] | None) -> PyTree:
 
 
 def save_adapter(path: str | pathlib.Path, adapter: dict[str, LoraPair]) -> None:
-    """Writes an adapter as one safetensors file, scales in its metadata.
+    """Writes an adapter as one safetensors file, with scales in its metadata.
 
     Args:
-      path: the file to write; its folder is made.
+      path: the file to write; its folder is created.
       adapter: ``{name: LoraPair}``.
     """
     path = pathlib.Path(path)
@@ -164,7 +164,7 @@ def load_adapter(path: str | pathlib.Path) -> dict[str, LoraPair]:
     **Guarantee**: bit-identical to what was saved, scale included.
 
     Raises:
-      UserError: if the file is missing, is no adapter, lacks a factor, or holds a
+      UserError: if the file is missing, is not an adapter, lacks a factor, or holds a
         number that is not finite.
     """
     path = pathlib.Path(path)

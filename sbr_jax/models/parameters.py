@@ -1,4 +1,4 @@
-"""The tree of base weights: names and shapes."""
+"""Names and shapes of the base weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sbr_jax.typing import UserError
 
 
 def base_shapes(config: ModelConfig) -> dict[str, Any]:
-    """The shape of every base weight, in the tree of the base weights.
+    """The shape of every base weight, in the tree of the weights.
 
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
     >>> base_shapes(config)["layers"]["up_proj"]
@@ -48,7 +48,7 @@ def bias_of(name: str) -> str:
 
 
 def is_shape(node: Any) -> bool:
-    """True for a shape in the tree of shapes."""
+    """True for a shape in such a tree."""
     return isinstance(node, tuple)
 
 

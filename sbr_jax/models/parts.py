@@ -1,7 +1,7 @@
 """Pure functions around the layers of a decoder: embedding, masks, head.
 
-Training, generation and cached prefixes walk through the layers in their own ways, but
-share these parts, so that no family is half supported.
+Training, generation and cached prefixes each walk through the layers in their own way,
+but share these parts, so that all of them support a family alike.
 
 Legend: B batch, T queries, S keys, D width, V vocabulary, L layers.
 """
@@ -24,7 +24,7 @@ Rope = tuple[jax.Array, jax.Array]
 """Cosines and sines of ``rope_table``."""
 
 Flags = Mapping[str, jax.Array | None]
-"""One layer's entry of ``layer_flags``."""
+"""The entries of ``layer_flags`` for one layer."""
 
 
 def embed_tokens(
@@ -33,13 +33,13 @@ def embed_tokens(
     tokens: jax.Array,
     rows: jax.Array | None = None,
 ) -> jax.Array:
-    """Input of the first layer, ``[B, T, D]``: embeddings, scaled where that is due.
+    """Input of the first layer, ``[B, T, D]``: embeddings, scaled if the family does.
 
     Args:
-      config: of the model.
+      config: the model's settings.
       base: its weights.
       tokens: integers ``[B, T]``.
-      rows: ``[B, T, D]`` in the place of the tokens' rows of the embedding, or None.
+      rows: ``[B, T, D]`` to use instead of the tokens' embeddings, or None.
     """
     if rows is None:
         embed = base["embed"]
@@ -49,7 +49,7 @@ def embed_tokens(
     rows = stream(rows)
     scale = config.embedding_multiplier
     scale *= math.sqrt(config.width) if config.scaled_embedding else 1.0
-    # The root is rounded to the weights' dtype first: these models were trained so.
+    # Round the root to the weights' dtype first: the models were trained this way.
     return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
 
 
@@ -64,10 +64,10 @@ def output_logits(
     """Logits of hidden states after the final norm.
 
     Args:
-      config: of the model.
+      config: the model's settings.
       base: its weights.
       hidden: ``[..., D]``.
-      next_only: whether this is one state of each row, ``[B, D]``, so that the head
+      next_only: whether ``hidden`` is one state of each row, ``[B, D]``; then the head
         stays where it lies on a mesh.
 
     Returns:
@@ -112,9 +112,9 @@ def attend_as(
 
 
 def layer_flags(config: ModelConfig) -> Flags:
-    """What differs between layers, to scan over: bool ``[L]`` each.
+    """How layers differ, to scan over: bool ``[L]`` each.
 
-    ``"slides"`` for a window, ``"turns"`` for RoPE; None where all layers are alike.
+    ``"slides"`` for a window, ``"turns"`` for RoPE; None if all layers are alike.
     """
     return {
         "slides": jnp.asarray(config.sliding) if config.alternates else None,
@@ -125,10 +125,10 @@ def layer_flags(config: ModelConfig) -> Flags:
 def layer_mask(
     config: ModelConfig, mask: Callable[[int | None], jax.Array]
 ) -> Callable[[Flags], jax.Array]:
-    """Chooses a layer's mask; both are built once, outside the scan.
+    """Chooses a layer's mask; both masks are built once, outside the scan.
 
     Args:
-      config: of the model.
+      config: the model's settings.
       mask: ``window -> bool [B, 1, T, S]``.
 
     Returns:
@@ -142,14 +142,14 @@ def layer_mask(
 
 
 def layer_rope(config: ModelConfig, positions: jax.Array) -> Callable[[Flags], Rope]:
-    """Chooses a layer's table of RoPE; all are built once, outside the scan.
+    """Chooses a layer's RoPE table; all tables are built once, outside the scan.
 
     Returns:
       ``flags -> (cosines, sines)`` for one entry of ``layer_flags``. A layer without
-      RoPE has cosines of one and sines of zero, which leave a number as it is.
+      RoPE has cosines of one and sines of zero, which leave its input unchanged.
 
     Raises:
-      UserError: for more tokens than a longrope model's frequencies are defined for.
+      UserError: for more tokens than a longrope model is defined for.
     """
     scaling, length = config.rope_scaling, positions.shape[1]
     if scaling and scaling.kind == "longrope" and length > scaling.original:

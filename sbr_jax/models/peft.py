@@ -1,11 +1,11 @@
 """Adapters in PEFT's layout: ``adapter_config.json``, ``adapter_model.safetensors``.
 
 Both layouts hold the update ``scale · A B`` of the projections. PEFT has two tensors
-for each layer and projection, ``lora_A`` [r, in] and ``lora_B`` [out, r], and writes α
-and r in place of the scale: α / r, or α / √r where ``use_rslora`` is set.
+for each layer and projection, ``lora_A`` [r, in] and ``lora_B`` [out, r]. It stores α
+and r instead of the scale, which is α / r, or α / √r if ``use_rslora`` is set.
 
-Every tensor of the file has one place in the adapter and every place one tensor; a
-setting that means another update is refused by name. A pickle is never opened.
+Tensors of the file and places in the adapter match one to one. A setting that implies
+another update is refused by name. A pickle is never opened.
 
 Legend: L layers, r rank, α ``lora_alpha``.
 
@@ -44,10 +44,10 @@ _ALLOWED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "task_type": (None, "CAUSAL_LM"),
     "bias": (None, "none"),
-    # Other starts (PiSSA, OLoRA, LoftQ, ...) belong to base weights that they changed.
+    # Other initialisations (PiSSA, OLoRA, LoftQ, ...) need the base that they changed.
     "init_lora_weights": (None, False, True, "gaussian", "orthogonal"),
 }
-"""Settings with the values that we implement; of unknown ones, only empty values."""
+"""Settings with the values that we support; an unknown setting must be empty."""
 _FREE = frozenset(
     {
         "auto_mapping",
@@ -67,7 +67,7 @@ _FREE = frozenset(
         "use_rslora",
     }
 )
-"""Settings that do not change what given tensors mean, or that are read by name."""
+"""Settings that do not change what the tensors mean, or that are read by name."""
 _READ = {
     "r": RANK,
     "lora_alpha": SCALE,
@@ -75,10 +75,10 @@ _READ = {
     "target_modules": Field(str, lists="or", none=True, default=None),
     "exclude_modules": Field(str, lists="or", none=True, default=None),
 }
-"""Those that are read by name."""
+"""The settings that are read by name."""
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _PATTERN = Field(dict)
-"""Read where they say what ``fused`` makes of a module with several projections."""
+"""Read if they say just what ``fused`` makes of a module with several projections."""
 
 
 def save_peft(
@@ -94,9 +94,9 @@ def save_peft(
 
     Args:
       folder: made if it does not exist.
-      model: the model that the adapter is for, or its settings.
-      adapter: ``{name: LoraPair}``, of one rank and scale.
-      base_name: hub id or folder of the base weights, for those who load the adapter.
+      model: the model that the adapter belongs to, or its settings.
+      adapter: ``{name: LoraPair}``, all of one rank and scale.
+      base_name: hub id or folder of the base weights, written for later readers.
 
     Raises:
       UserError: if the adapter is empty, has several ranks or scales, or does not fit
@@ -143,17 +143,17 @@ def load_peft(
 ) -> dict[str, LoraPair]:
     """Reads an adapter that ``peft`` or ``save_peft`` wrote.
 
-    Which projections are adapted is taken from the tensors, so ``target_modules`` may
-    be a list or an expression; what a list names must be there.
+    The tensors decide which projections are adapted, so ``target_modules`` may be a
+    list or an expression; every module that a list names must have a tensor.
 
     Args:
       folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-      config: of the model that the adapter is for.
+      config: settings of the model that the adapter belongs to.
       dtype: to convert to; None keeps the file's.
 
     Raises:
-      UserError: for a missing file, a pickle, a setting that means another update than
-        ``scale · A B``, and naming every tensor that is missing, extra or misshapen.
+      UserError: for a missing file, a pickle, or a setting that implies another update
+        than ``scale · A B``; names every tensor that is missing, extra or misshapen.
     """
     folder = pathlib.Path(folder)
     dtype = None if dtype is None else float_dtype(dtype)
@@ -185,7 +185,7 @@ def load_peft(
 
 
 def _modules(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The modules of a model: the tensor of each layer, and the projections in it."""
+    """The modules of a model: each layer's tensor name, and the projections in it."""
     found: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     inside = {m: members for members in fused_modules(config).values() for m in members}
     layers = sources(config)["layers"]
@@ -198,7 +198,7 @@ def _modules(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], tuple[str,
 def _places(
     config: ModelConfig, module: str, part: str, rank: int
 ) -> tuple[list[str], tuple[int, int]]:
-    """The tensors of one factor, layer by layer, and the shape that each has."""
+    """The tensor names of one factor, layer by layer, and their common shape."""
     tensors, members = _modules(config)[module]
     names = [f"{_PREFIX}{name.removesuffix('weight')}{part}.weight" for name in tensors]
     fan_in = config.projection(members[0])[0]
@@ -209,7 +209,7 @@ def _places(
 def _check_fits(
     config: ModelConfig, adapter: Mapping[str, LoraPair], rank: int
 ) -> None:
-    """Refuses an adapter of another model."""
+    """Refuses an adapter that belongs to another model."""
     for target, pair in adapter.items():
         if target not in TARGETS:
             raise UserError(
@@ -229,7 +229,7 @@ def _check_fits(
 def _joined(
     config: ModelConfig, adapter: Mapping[str, LoraPair]
 ) -> dict[str, LoraPair]:
-    """The adapter by module of the model."""
+    """The adapter by the model's modules, with fused ones joined."""
     found = {}
     for module, (_, members) in _modules(config).items():
         if members == (module,):
@@ -240,7 +240,7 @@ def _joined(
 
 
 def _rank_and_scale(adapter: Mapping[str, LoraPair]) -> tuple[int, float]:
-    """Rank and scale that all pairs of an adapter share."""
+    """The rank and scale that all pairs of an adapter share."""
     if not adapter:
         raise UserError("expected an adapter with at least one projection, got none")
     found = {
@@ -258,7 +258,7 @@ def _rank_and_scale(adapter: Mapping[str, LoraPair]) -> tuple[int, float]:
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """The α of a scale: ``α / rank`` gives it back, bit for bit if possible.
+    """The α of a scale: ``α / rank`` returns the scale, bit for bit if possible.
 
     >>> _alpha(32 / 16, 16), _alpha(1 / 49, 49), _alpha(0.3, 2)
     (32, 1, 0.6)
@@ -272,7 +272,7 @@ def _alpha(scale: float, rank: int) -> int | float:
 
 
 def _read_settings(folder: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
-    """The settings of an adapter, all of which we can honour."""
+    """The settings of an adapter, after refusing those we cannot honour."""
     path = folder / SETTINGS
     if not is_there(path):
         raise UserError(
@@ -299,7 +299,7 @@ def _read_settings(folder: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def _supported(name: str, value: Any) -> bool:
-    """True if a setting leaves the update to its tensors, α and r."""
+    """True if a setting leaves the update to the tensors, α and r."""
     if name in _ALLOWED:
         return value in _ALLOWED[name]
     empty = isinstance(value, str | list | dict) and not value
@@ -345,7 +345,7 @@ def _read_tensors(path: pathlib.Path, dtype: Any) -> dict[str, np.ndarray]:
 def _named_modules(
     raw: Mapping[str, Any], tensors: Mapping[str, Any], config: ModelConfig
 ) -> list[str]:
-    """The modules that have a tensor, or that a list of the settings names."""
+    """The modules that have a tensor, or that the settings list by name."""
     named = set()
     modules = raw["target_modules"]
     if isinstance(modules, list) and not raw["exclude_modules"]:
@@ -368,7 +368,7 @@ def _check(
     ranks: Mapping[str, int],
     config: ModelConfig,
 ) -> None:
-    """Compares names and shapes; raises one error that says everything wrong."""
+    """Compares names and shapes; reports all mistakes in one error."""
     wanted = {}
     for module, rank in ranks.items():
         for part in _FACTORS:

@@ -1,4 +1,4 @@
-"""Many endings of one beginning, whose keys and values are cached.
+"""Runs many endings of one beginning, whose keys and values are cached.
 
 Legend: B sequences, T new tokens, P cached slots, L layers, K key-value heads, H head
 size, D width, V vocabulary.
@@ -43,11 +43,11 @@ def extend(
 ) -> tuple[jax.Array, Cache]:
     """States of tokens that follow cached keys and values.
 
-    Many endings of one prompt cost its beginning once: run it without ``past``, and
-    every ending with what that returned.
+    For many endings of one prompt, run the prompt once without ``past``, then every
+    ending with the keys and values that this returned.
 
     **Guarantee**: equals ``hidden_states`` of the whole sequence (up to float
-    rounding); the slots of ``past`` from ``length`` on, and right-padding, change
+    rounding); right-padding and the slots of ``past`` from ``length`` on change
     nothing.
 
     Args:
@@ -56,12 +56,12 @@ def extend(
       base: the frozen weights.
       adapter: ``{name: LoraPair}``, or None.
       tokens: integers ``[B, T]``, right-padded.
-      past: keys and values of the beginning, ``[L, B, P, K, H]`` each; None where the
+      past: keys and values of the beginning, ``[L, B, P, K, H]`` each; None if the
         sequence begins with ``tokens``.
       length: int32 ``[B]``, how many of the P slots count (None: all).
 
     Returns:
-      What the head reads, ``[B, T, D]``, and keys and values ``[L, B, T, K, H]``.
+      The head's input, ``[B, T, D]``, and keys and values ``[L, B, T, K, H]``.
     """
     adapter = check_adapter(config, adapter)
     rows, new = tokens.shape
@@ -73,11 +73,11 @@ def extend(
         length = jnp.full((rows,), slots, jnp.int32) if length is None else length
         positions = length[:, None] + positions
         places = jnp.arange(slots, dtype=jnp.int32)[None]
-        # A slot that does not count lies in the future of every query.
+        # A slot that does not count is placed in the future of every query.
         places = jnp.where(places < length[:, None], places, slots + new)
         places = jnp.concatenate([places, positions], axis=1)
         pick = layer_mask(config, functools.partial(sees, positions, places))
-    # A kernel knows causal windows by itself; only a choice between two needs a mask.
+    # Kernels handle causal windows themselves; only a choice of two needs a mask.
     causal = past is None and not config.alternates
     kernel = hardware.attention if past is None else "xla"
     pick_rope = layer_rope(config, positions)
@@ -103,10 +103,10 @@ def extend(
 
 @dataclasses.dataclass(frozen=True)
 class Extension:
-    """A decoder that goes on from cached keys and values: states, head and logits.
+    """A decoder that continues cached keys and values: states, head and logits.
 
-    What needs the logits of some places only takes ``hidden`` and gives the head those,
-    as with :class:`sbr_jax.models.transformer.Transformer`.
+    A caller that needs the logits of some places only applies the head to those states
+    of ``hidden``, as with :class:`sbr_jax.models.transformer.Transformer`.
     """
 
     config: ModelConfig
@@ -150,6 +150,6 @@ def make_extend_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Exte
     ``make_apply_fn``.
 
     Returns:
-      The function, with the options ``hidden`` and ``head`` of its own.
+      The function, which also has ``hidden`` and ``head``.
     """
     return Extension(config, hardware)

@@ -1,8 +1,8 @@
 """A quantised base: the projections of a model in 4 or 8 bits.
 
 Embedding, head, norms and biases stay as they are: they are a small part of a large
-model and the first two decide its tokens. The codes are frozen; what is trained is an
-adapter beside them (QLoRA, arXiv:2305.14314). See ``codes`` for the formats.
+model, and the embedding and head decide its tokens. The codes are frozen; training
+changes an adapter beside them (QLoRA, arXiv:2305.14314). See ``codes`` for the formats.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ class _Record(Protocol):
 def quantize(
     model: Any, kind: str = "nf4", *, targets: str = ".*", block: int = BLOCK
 ) -> Any:
-    """A model, or its base weights, with projections in codes.
+    """Encodes the projections of a model or of its base weights.
 
     The dense weights stay alive as long as the caller holds them;
-    ``load(folder, quantize=kind)`` never has them all.
+    ``load(folder, quantize=kind)`` never holds them all.
 
     Args:
       model: a ``Model``, or a tree of base weights.
       kind: ``"nf4"``, ``"nf4-double"`` or ``"int8"``.
       targets: regular expression over whole projection names; all by default.
-      block: inputs that share a scale (nf4).
+      block: inputs that share a scale (nf4 only).
 
     Returns:
-      The same with a ``QuantisedWeight`` for each of the targets.
+      A copy with a ``QuantisedWeight`` for each target.
 
     Raises:
-      UserError: for an unknown kind, targets that match nothing or are in codes
-        already, or weights that are not finite.
+      UserError: for an unknown kind, targets that match nothing or are already in
+        codes, or weights that are not finite.
 
     >>> import jax
     >>> from sbr_jax import models
@@ -94,7 +94,7 @@ def dequantize(model: Any) -> Any:
       model: a ``Model``, or any tree of weights.
 
     Returns:
-      The same without codes; arrays are shared, not copied.
+      A copy without codes; other arrays are shared, not copied.
     """
     if isinstance(model, _Record):
         return dataclasses.replace(model, params=dequantize(model.params))
@@ -110,7 +110,7 @@ def require_dense(
 
     Args:
       base: a tree of weights.
-      who: asks, for the message.
+      who: the caller, for the message.
       remedy: what to do instead, for the message.
     """
     leaves = jax.tree_util.tree_leaves_with_path(base, is_leaf=is_quantised)
@@ -128,10 +128,10 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def check_finite(name: str, weight: QuantisedWeight) -> None:
-    """Refuses codes of weights that were not finite: a scale shows it.
+    """Refuses codes of weights that were not finite, which shows in their scales.
 
     Raises:
-      UserError: naming the weight (outside of a trace only).
+      UserError: naming the weight (not while tracing).
     """
     scales = [x for x in jax.tree.leaves(weight.scales) if x.dtype == jnp.float32]
     if any(isinstance(x, Tracer) for x in scales):
@@ -146,14 +146,14 @@ def check_finite(name: str, weight: QuantisedWeight) -> None:
 def weight_bytes(
     config: ModelConfig, dtype: Any = jnp.bfloat16, quantize: str | None = None
 ) -> int:
-    """Bytes of the base weights of a model; nothing is allocated.
+    """Bytes of a model's base weights; nothing is allocated.
 
     **Guarantee**: equals the summed ``nbytes`` of the tree that ``load`` gives with
     this ``dtype`` and ``quantize`` on one device.
 
     Args:
-      config: of the model.
-      dtype: of what is not in codes.
+      config: the model's settings.
+      dtype: of the weights that are not in codes.
       quantize: the kind of codes for all projections, or None.
 
     >>> config = ModelConfig(vocab_size=8, width=64, mlp_width=64, layers=2, heads=2)

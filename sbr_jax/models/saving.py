@@ -1,4 +1,4 @@
-"""Writing base weights as a Hugging Face checkpoint, in one file or in shards."""
+"""Writes base weights as a Hugging Face checkpoint, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sbr_jax.typing import PyTree, UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file, not yet fetched from where its array lives."""
+    """One tensor of the file, not yet fetched from its array's device."""
 
     name: str
     size: int
@@ -29,7 +29,7 @@ class _Tensor:
 
 
 def _tensors(config: ModelConfig, base: PyTree) -> Iterator[_Tensor]:
-    """The tensors that the arrays of the tree are stored as."""
+    """The file's tensors that the arrays of the tree are stored as."""
 
     def part(leaf: Any, source: Source, layer: int) -> np.ndarray:
         values = np.asarray(leaf)
@@ -77,16 +77,16 @@ def save_weights(
 ) -> None:
     """Writes the base weights under Hugging Face's names.
 
-    Into ``model.safetensors``, or where that is larger than ``max_shard_bytes`` into
-    shards with an index; only one shard at a time is held on the host. Other weights
-    under these names are removed: transformers reads a ``model.safetensors`` of before
-    rather than the index beside it.
+    Writes ``model.safetensors``, or, if that is larger than ``max_shard_bytes``, shards
+    with an index; the host holds only one shard at a time. Older weights under these
+    names are removed: transformers would read an old ``model.safetensors`` rather than
+    the new index.
 
     Args:
       folder: an existing folder.
-      config: of the model.
+      config: the model's settings.
       base: the weights.
-      max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
+      max_shard_bytes: limit of one file; a larger tensor gets a file of its own.
     """
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise UserError(

@@ -34,8 +34,8 @@ _ASKED = ("q_proj", "k_proj", "v_proj")
 def partition_specs(config: ModelConfig) -> dict[str, Any]:
     """A tree like ``base`` with one ``PartitionSpec`` per weight.
 
-    Projections into heads or the MLP split their outputs over ``tp``, projections back
-    split their inputs; the other axis is split over ``fsdp``. A bias is split like its
+    Projections into heads or the MLP split their outputs over ``tp``; projections back
+    split their inputs. The other axis is split over ``fsdp``. A bias is split like its
     projection's outputs, and norms are whole everywhere. Nothing is split over
     ``data``.
 
@@ -54,8 +54,8 @@ def partition_specs(config: ModelConfig) -> dict[str, Any]:
 def adapter_partition_specs(adapter: PyTree) -> PyTree:
     """A tree like ``adapter`` with one ``PartitionSpec`` per factor: whole everywhere.
 
-    An adapter is small beside all else, and a scan over layers would gather the whole
-    stack of a split one in every iteration.
+    An adapter is small, and if it were split, a scan over layers would gather its whole
+    stack in every iteration.
     """
     return jax.tree.map(lambda factor: P(), adapter)
 
@@ -66,7 +66,7 @@ def check_heads(
     """Refuses a mesh whose ``tp`` does not divide the heads.
 
     Args:
-      config: of the model.
+      config: the model's settings.
       mesh: the mesh, or its sizes by axis.
     """
     sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
@@ -80,7 +80,7 @@ def check_heads(
 
 
 def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The specification without the axes that do not divide or do not exist.
+    """Drops the axes of a specification that do not divide or do not exist.
 
     Returns:
       A specification that ``NamedSharding(mesh, .)`` accepts for this shape.
@@ -100,16 +100,16 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 def named_shardings(specs: PyTree, tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """``NamedSharding`` for each array of a tree; see ``fit_spec``.
 
-    Codes and scales of a quantised weight follow the weight's specification, without
+    Codes and scales of a quantised weight follow the weight's specification, except for
     an axis that would split a block.
 
     Args:
       specs: tree of ``PartitionSpec``.
       tree: arrays, weights in codes (or anything with a shape) in the same structure.
-      mesh: at hand.
+      mesh: the mesh to place them on.
 
     Returns:
-      A tree of shardings, to be used with ``jax.device_put`` or ``jit``.
+      A tree of shardings, for ``jax.device_put`` or ``jit``.
     """
 
     def one(spec: P, leaf: Any) -> Any:
@@ -125,12 +125,12 @@ def named_shardings(specs: PyTree, tree: PyTree, mesh: Mesh | AbstractMesh) -> P
 def gathered(
     name: str, weight: jax.Array | QuantisedWeight
 ) -> jax.Array | QuantisedWeight:
-    """One layer's weight (or its codes) as it multiplies: whole but for ``tp``.
+    """One layer's weight (or its codes) ready to multiply: whole except over ``tp``.
 
-    This is where FSDP gathers: a layer at a time, and only while it is at work.
+    This is where FSDP gathers: one layer at a time, only while that layer runs.
 
     Args:
-      name: of the projection.
+      name: the projection's name.
       weight: ``[in, out]``.
     """
     keep = [axis if axis == "tp" else None for axis in _LAYER[name][1:]]
@@ -144,10 +144,10 @@ def gathered(
 
 
 def gathering(name: str, tokens: int) -> Any:
-    """`gathered` of a projection, or None where nothing is to be gathered.
+    """`gathered` for a projection, or None if nothing is to be gathered.
 
-    Without a mesh nothing is; nor for single tokens, where a weight is larger than what
-    it multiplies.
+    Nothing is gathered without a mesh, or for single tokens, where a weight is larger
+    than its input.
     """
     if _mesh.current() is None or tokens == 1:
         return None
@@ -155,7 +155,7 @@ def gathering(name: str, tokens: int) -> Any:
 
 
 def gathered_vocabulary(name: str, weight: jax.Array) -> jax.Array:
-    """The embedding ``[V, D]`` or the head ``[D, V]``: whole but for V over ``tp``."""
+    """The embedding ``[V, D]`` or the head ``[D, V]``: whole except V over ``tp``."""
     return _mesh.constrain(weight, *(("tp", None) if name == "embed" else (None, "tp")))
 
 
@@ -163,11 +163,11 @@ def gathered_vocabulary(name: str, weight: jax.Array) -> jax.Array:
 
 
 def stream(x: jax.Array) -> jax.Array:
-    """The residual stream ``[B, T, D]`` as it lies: rows over ``data`` and ``fsdp``.
+    """Places the residual stream ``[B, T, D]``: rows over ``data`` and ``fsdp``.
 
-    A single token of each row is smaller than any weight. There no weight moves: rows
-    lie over ``data`` alone and D over ``fsdp``, as that dimension of the weights does,
-    so that a product is a sum over devices of what each has.
+    A single token of each row is smaller than any weight, so then no weight moves: rows
+    lie over ``data`` alone and D over ``fsdp``, like that dimension of the weights. A
+    product is then a sum over devices of their parts.
     """
     if x.shape[1] > 1:
         return _mesh.constrain_rows(x)
@@ -175,16 +175,16 @@ def stream(x: jax.Array) -> jax.Array:
 
 
 def entering(name: str, x: jax.Array) -> jax.Array:
-    """What a projection multiplies; of single tokens, where its weight's inputs lie."""
+    """Places a projection's input; single tokens go where its weight's inputs lie."""
     if x.shape[1] > 1:
         return x
     return _mesh.constrain(x, "data", None, _LAYER[name][1])
 
 
 def leaving(name: str, y: jax.Array) -> jax.Array:
-    """What a projection gives; of single tokens, where its weight's outputs lie.
+    """Places a projection's output; single tokens, where its weight's outputs lie.
 
-    What attention is asked goes to the rows that have the keys.
+    Queries, keys and values go to the devices that hold their rows' cache.
     """
     if y.shape[1] > 1:
         return y

@@ -1,4 +1,4 @@
-"""Safetensors files: opened with care, of floating-point numbers, all finite."""
+"""Reads and writes safetensors files of finite floating-point numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sbr_jax.files import share
 from sbr_jax.typing import UserError
 
 FLOATS = ("F16", "BF16", "F32", "F64")
-"""Types of weights; codes mean nothing without what decodes them."""
+"""Types of weights; codes mean nothing without their decoder."""
 _BLOCK = 2**22
 
 
@@ -24,7 +24,7 @@ def open_tensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     """A handle of a safetensors file, closed with the stack.
 
     Raises:
-      UserError: if the file is none, or cut short.
+      UserError: if the file is not one, or truncated.
     """
     try:
         return stack.enter_context(safe_open(path, "numpy"))
@@ -36,7 +36,7 @@ def open_tensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
 
 
 def not_floats(kinds: Mapping[str, str]) -> list[str]:
-    """Describes the tensors that hold no floating-point numbers.
+    """Describes the tensors that do not hold floating-point numbers.
 
     >>> not_floats({"norm": "F32", "q_proj": "U8"})
     ['q_proj holds U8, expected F16, BF16, F32 or F64']
@@ -59,8 +59,8 @@ def read_tensors(
       dtype: to convert to; None keeps the file's.
 
     Raises:
-      UserError: for a damaged file, and tensors that hold no numbers or not only
-        finite ones.
+      UserError: for a damaged file, and for tensors that do not hold finite numbers
+        only.
     """
     with contextlib.ExitStack() as stack:
         file = open_tensors(path, stack)
@@ -77,16 +77,16 @@ def read_tensors(
 def as_finite(
     values: np.ndarray, dtype: Any, name: str, where: str | pathlib.Path
 ) -> np.ndarray:
-    """Weights in the dtype that a device will hold, every one of them finite.
+    """Converts weights to a device's dtype and checks that all are finite.
 
     Args:
-      values: as read.
+      values: the weights as read.
       dtype: to convert to; None keeps theirs.
-      name: of the tensor, for messages.
+      name: the tensor's name, for messages.
       where: the file, for messages.
 
     Raises:
-      UserError: for NaN, infinity, or what becomes so in this dtype.
+      UserError: for NaN, infinity, or values that overflow in this dtype.
 
     >>> as_finite(np.ones(2, np.float32), jnp.bfloat16, "norm", "a file").dtype.name
     'bfloat16'
@@ -107,7 +107,7 @@ def write_tensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file that others may read as they may any other."""
+    """Writes a safetensors file with the permissions of any new file."""
     from safetensors.numpy import save_file
 
     save_file(dict(tensors), path, metadata=dict(metadata or {"format": "pt"}))
@@ -115,7 +115,7 @@ def write_tensors(
 
 
 def float_dtype(dtype: Any) -> np.dtype:
-    """A dtype that weights can have here; float64 is float32 unless JAX has it.
+    """The dtype that weights get here; float64 becomes float32 unless JAX has it.
 
     >>> float_dtype("float64")
     dtype('float32')
@@ -132,10 +132,10 @@ def float_dtype(dtype: Any) -> np.dtype:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """True if every number is finite: none has an exponent of ones.
+    """True if every number is finite, that is, no exponent is all ones.
 
-    By bits, as NumPy has no fast loop for bfloat16, and in blocks, so that no second
-    array of that size is held.
+    It looks at bits, since NumPy has no fast loop for bfloat16, and works in blocks, so
+    that no second array of that size is held.
 
     >>> is_finite(np.array([1.0, 65504.0], np.float16)), is_finite(np.array([np.inf]))
     (True, False)
@@ -153,7 +153,7 @@ def shown(name: str) -> str:
 
 
 def some(things: Iterable[str]) -> str:
-    """The first five of several things, and how many more."""
+    """The first five of several things, and how many more there are."""
     things = list(things)
     text = ", ".join(map(shown, things[:5]))
     return text + (f" and {len(things) - 5} more" if len(things) > 5 else "")

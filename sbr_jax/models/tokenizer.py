@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint folder, read through transformers."""
+"""Reads the tokenizer of a checkpoint folder through transformers."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _FIELDS = {
     "add_eos_token": _FLAG,
     "clean_up_tokenization_spaces": _FLAG,
 }
-"""Fields of tokenizer_config.json that transformers takes as they come."""
+"""Fields of tokenizer_config.json that transformers takes without checking."""
 
 
 def load_tokenizer(folder: str | pathlib.Path, *, vocab_size: int | None = None) -> Any:
-    """The tokenizer of a folder through transformers, or None if it holds none.
+    """The tokenizer of a folder, or None if the folder holds none.
 
     Args:
       folder: with ``tokenizer.json`` and its companions.
-      vocab_size: of the model, to refuse ids that it has no embedding for; None to
-        compare with no model.
+      vocab_size: of the model, to refuse ids that have no embedding; None to skip that
+        check.
 
     Returns:
       A fast tokenizer. Code in the folder is never run.
 
     Raises:
-      UserError: naming the file that is missing, damaged, or of a newer library, and
-        for tokens that share an id or have one beyond the model's.
+      UserError: naming a file that is missing, damaged, or written by a newer library,
+        and for tokens that share an id or have one beyond the model's.
     """
     folder = pathlib.Path(folder)
     settings = folder / SETTINGS
@@ -92,9 +92,9 @@ def load_tokenizer(folder: str | pathlib.Path, *, vocab_size: int | None = None)
 def check_ids(
     tokenizer: Any, vocab_size: int | None, where: pathlib.Path, templates: list[str]
 ) -> None:
-    """Refuses ids by which a model would read another token than the text's.
+    """Refuses ids that would make a model read other tokens than the text's.
 
-    The number of tokens does not tell: ids may have gaps, and JAX clamps those beyond.
+    Counting tokens is not enough: ids may have gaps, and JAX clamps those beyond.
     """
     words = tokenizer.get_vocab()
     owner: dict[int, str] = {}
@@ -108,8 +108,8 @@ def check_ids(
     last = max(owner, default=0)
     if vocab_size is None or last < vocab_size:
         return
-    # Text is never read as a special token, so one of these can only come from what
-    # writes it: padding beyond the embedding, which many chat models have, is masked.
+    # Text never becomes a special token, so only code or a template can write these:
+    # padding beyond the embedding, which many chat models have, is masked.
     written = {
         *(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     }
@@ -132,8 +132,8 @@ def check_ids(
 class Reading(contextlib.AbstractContextManager):
     """Turns errors of transformers and tokenizers about files into one line.
 
-    Neither looks at types first, so a list where a text belongs ends as any of Python's
-    own errors; tokenizers raises ``Exception`` itself, or panics.
+    Neither library checks types first, so a list in place of a text can raise any of
+    Python's errors; tokenizers raises a bare ``Exception``, or panics.
     """
 
     _KINDS = (
@@ -151,7 +151,7 @@ class Reading(contextlib.AbstractContextManager):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Raises a ``UserError`` in the place of such an error."""
+        """Raises a ``UserError`` in place of such an error."""
         if kind is None:
             return
         library = kind.__module__.partition(".")[0]

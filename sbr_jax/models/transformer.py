@@ -1,9 +1,8 @@
 """The decoder: Flax NNX modules inside, pure functions outside.
 
-``Block`` is one layer. Its parameters are stacked over layers and scanned, so the
-time to compile does not grow with depth. NNX is only met while tracing: a block is
-put together from one layer's arrays inside the scan, and nothing of it is left in the
-compiled program.
+``Block`` is one layer. Its parameters are stacked over layers and scanned, so compile
+time does not grow with depth. NNX appears only while tracing: the scan builds a block
+from one layer's arrays, and nothing of it is left in the compiled program.
 
 Legend: B batch, T tokens, D width, V vocabulary, L layers.
 """
@@ -73,8 +72,8 @@ class Block(nnx.Module):
           adapter: this layer's pairs, without the layer axis.
           attention: ``(query, key, value) -> (out, extra)``.
           dropout: key and rate for the adapter's inputs, or None.
-          shift: ``[B, T, D]`` added to what attention adds to the stream, or None.
-          tap: called with the name and the input of every projection, while tracing.
+          shift: ``[B, T, D]`` to add to attention's contribution, or None.
+          tap: called while tracing with the name and input of every projection.
 
         Returns:
           ``[B, T, D]`` and the extra of ``attention``.
@@ -105,14 +104,14 @@ class Block(nnx.Module):
         return stream(x + self._residual(norm("mlp_out_norm", y))), extra
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        """The norm of this name, where the family has it."""
+        """Applies the norm of this name, if the family has it."""
         weight = getattr(self, name, None)
         if weight is None:
             return x
         return rms_norm(x, weight[...], self.config.norm_eps, self.config.unit_offset)
 
     def _residual(self, y: jax.Array) -> jax.Array:
-        """What is added to the stream."""
+        """Scales a layer's contribution to the stream."""
         scale = self.config.residual_multiplier
         return y if scale == 1.0 else y * scale
 
@@ -158,7 +157,7 @@ def scan_layers(
     """``lax.scan`` over the layers with the unrolling of this hardware."""
     unroll = hardware.unroll
     if not unroll:
-        # A CPU gains from a short program without the loop; accelerators do not.
+        # A CPU runs a short program faster without the loop; accelerators do not.
         few = config.layers <= 8 and jax.default_backend() == "cpu"
         unroll = config.layers if few else 1
     return jax.lax.scan(body, carry, xs, unroll=min(unroll, config.layers))
@@ -181,7 +180,7 @@ def hidden_states(
     attention_shift: jax.Array | None = None,
     capture: bool = False,
 ) -> Any:
-    """States after the final norm at every position: what the head reads.
+    """States after the final norm at every position: the head's input.
 
     **Guarantee**: the state at position t depends on ``tokens[:, :t + 1]`` only, so
     right-padding needs no mask; with ``segments``, on those of its own sequence only.
@@ -194,18 +193,19 @@ def hidden_states(
       tokens: integers ``[B, T]``.
       positions: integers ``[B, T]``, each token's place in its sequence; None for its
         place in the row.
-      blocks: for rows that hold several sequences: the column of the token in each
-        place of the blocks that attention works on, integers ``[B, R, S]``.
-      segments: which sequence it is of, ``[B, R, S]``; tokens of one see each other.
+      blocks: for rows that hold several sequences: for each place of the blocks that
+        attention works on, the column of its token, integers ``[B, R, S]``.
+      segments: the sequence of each place, ``[B, R, S]``; only tokens of the same one
+        see each other.
       slots: the place of each token in the blocks of its row, ``[B, T]``; −1 for
         filling.
       dropout_key: a PRNG key; None switches dropout off.
       dropout_rate: probability of zeroing an input of the adapter; a Python float.
-      embeddings: ``[B, T, D]`` in the place of the tokens' rows of the embedding
-        (before a family's scale), or None.
-      attention_shift: ``[L, B, T, D]`` added to each layer's attention output (after
-        its norm, where it has one).
-      capture: also return what flows inside: ``"residual"`` ``[L + 1, B, T, D]``, the
+      embeddings: ``[B, T, D]`` to use instead of the tokens' embeddings (before a
+        family's scale), or None.
+      attention_shift: ``[L, B, T, D]`` to add to each layer's attention output (after
+        its norm, if it has one).
+      capture: also return activations: ``"residual"`` ``[L + 1, B, T, D]``, the
         stream before each layer and after the last, and ``"inputs"``, the input
         ``[L, B, T, ...]`` of every projection by name.
 
@@ -213,7 +213,7 @@ def hidden_states(
       ``[B, T, D]``; with ``capture`` a tuple of it and the captured dict.
 
     Raises:
-      UserError: if the adapter adapts something the model does not have.
+      UserError: if the adapter names a projection that the model does not have.
     """
     adapter = check_adapter(config, adapter)
     columns = jnp.arange(tokens.shape[1])[None]
@@ -252,7 +252,7 @@ def _attention(
     config: ModelConfig, hardware: Hardware, columns: jax.Array
 ) -> Callable[..., tuple[jax.Array, None]]:
     """Attention of rows that are one sequence each."""
-    # A kernel knows causal windows by itself; only a choice between two needs a mask.
+    # Kernels handle causal windows themselves; only a choice of two needs a mask.
     pick = functools.partial(sees, columns, columns)
     pick = layer_mask(config, pick) if config.alternates else lambda flags: None
 
@@ -272,8 +272,8 @@ def _blockwise(
 ) -> Callable[..., tuple[jax.Array, None]]:
     """Attention of rows that hold several sequences, block by block.
 
-    A row's tokens are rearranged into its blocks and back; a place of a block sees the
-    places before it of its own segment, and filling sees filling.
+    A row's tokens are rearranged into its blocks and back. Each place of a block sees
+    earlier places of its own segment; filling sees filling.
     """
     rows, count, length = blocks.shape
     there, real = blocks.reshape(rows, -1), segments.reshape(rows, -1) > 0
@@ -337,16 +337,16 @@ class Transformer:
     ) -> Any:
         """Logits of every position of right-padded sequences.
 
-        What needs the logits of some positions only takes ``hidden`` and gives the head
-        those (:mod:`sbr_jax.models.answers`): the vocabulary is the widest array there
-        is.
+        A caller that needs the logits of some positions only applies the head to those
+        states of ``hidden`` (:mod:`sbr_jax.models.answers`): logits are the widest
+        array there is.
 
         Args:
           base: the frozen weights.
           adapter: ``{name: LoraPair}``, or None.
           tokens: integers ``[B, T]``.
           return_hidden: also return the states.
-          capture: also return what flows inside, see :func:`hidden_states`.
+          capture: also return activations, see :func:`hidden_states`.
           **options: of :func:`hidden_states`.
 
         Returns:
@@ -354,7 +354,7 @@ class Transformer:
           the logits, the states ``[B, T, D]`` and the captured dict, in this order.
 
         Raises:
-          UserError: if the adapter adapts something the model does not have.
+          UserError: if the adapter names a projection that the model does not have.
         """
         found = self.hidden(base, adapter, tokens, capture=capture, **options)
         hidden = found[0] if capture else found
@@ -411,11 +411,11 @@ def make_apply_fn(config: ModelConfig, hardware: Hardware = Hardware()) -> Trans
 def init_params(
     key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
-    """Random base weights: normal with the config's deviation, norms at one, no bias.
+    """Random base weights: normal with deviation ``init_scale``, norms 1, biases 0.
 
     Args:
       key: a PRNG key.
-      config: of the model.
+      config: the model's settings.
       dtype: of every weight.
 
     Returns:

@@ -1,14 +1,14 @@
-"""What is read off the vocabulary, a few places at a time: logits are never whole.
+"""Computes numbers from logits a few places at a time: logits are never whole.
 
-Logits are the widest array of a step: at 16 · 512 places and 128 k tokens, 4 GB. Here a
-head meets C places at once, and what is kept of them is one number a place. Under
-differentiation the slope of that number in the state, ``∂ value / ∂ h [D]``, is taken
-in the same pass, so that the backward pass has no logits either.
+Logits are the widest array of a step: at 16 · 512 places and 128 k tokens, 4 GB. Here
+the head is applied to C places at once, and only one number for each place is kept.
+When differentiating, the slope of that number in the state, ``∂ value / ∂ h [D]``, is
+taken in the same pass, so that the backward pass needs no logits either.
 
 Functions take a model's ``head``, its weights ``base`` and states ``hidden [K, D]``,
 and give float32 ``[K]`` in nats, differentiable in ``hidden`` and ``base``. ``rows`` is
-how many equal parts K falls into, for a mesh that splits rows; ``chunk`` is C, by
-default what suits the machine.
+the number of equal parts of K, for a mesh that splits rows; ``chunk`` is C, by default
+what suits the machine.
 
 Legend: K places, D width, V vocabulary, C places of a chunk.
 """
@@ -31,7 +31,7 @@ Head = Callable[[PyTree, jax.Array], jax.Array]
 """``head(base, hidden [..., D]) -> logits [..., V]``; it holds no arrays of its own."""
 
 Place = Callable[..., jax.Array]
-"""``(base, hidden [C, D], *others [C, ...]) -> [C]``, each of its own row only."""
+"""``(base, hidden [C, D], *others [C, ...]) -> [C]``; rows do not mix."""
 
 
 def log_likelihood(
@@ -43,7 +43,7 @@ def log_likelihood(
     rows: int = 1,
     chunk: int | None = None,
 ) -> jax.Array:
-    """``log p(target)`` at every place, its logits ``head(base, hidden)``.
+    """``log p(target)`` at every place, with logits ``head(base, hidden)``.
 
     >>> import jax.numpy as jnp
     >>> double = lambda base, hidden: base * hidden
@@ -72,11 +72,11 @@ def divergence(
 ) -> jax.Array:
     """``KL(reference ‖ model)`` at every place, or ``"reverse"`` the other way.
 
-    ``Σ_v p_ref(v) (log p_ref(v) − log p(v))`` with ``p = softmax(head(h) / τ)``. The
-    reference's logits are one chunk beside the model's.
+    ``Σ_v p_ref(v) (log p_ref(v) − log p(v))`` with ``p = softmax(head(h) / τ)``, where
+    τ is ``temperature``. One chunk of both models' logits is held at a time.
 
-    ``"forward"`` asks the model for all that the reference does, ``"reverse"`` for
-    nothing that the reference does not. τ is ``temperature``.
+    ``"forward"`` makes the model cover all that the reference does; ``"reverse"`` keeps
+    the model from what the reference does not do.
 
     **Guarantee**: no gradient flows to the reference, whose states are ``[K, D]`` too.
     """
@@ -102,9 +102,9 @@ def squared_gap(
     reduction: str = "mean",
     rows: int = 1,
 ) -> jax.Array:
-    """Squared distance of a model's logits from a reference's at every place.
+    """Squared distance between a model's and a reference's logits at every place.
 
-    ``‖head(h) − head(h_ref)‖²``, over V for ``"mean"`` and not for ``"sum"``. No
+    ``‖head(h) − head(h_ref)‖²``, divided by V for ``"mean"`` but not for ``"sum"``. No
     gradient flows to the reference.
     """
     reduce = jnp.mean if reduction == "mean" else jnp.sum
@@ -121,7 +121,7 @@ def squared_gap(
 def top(head: Head, base: PyTree, hidden: jax.Array, k: int) -> Top:
     """The ``k`` likeliest tokens at every place, and one bucket for all others.
 
-    A reference that is told so takes k numbers a place, not V, and needs no head. The
+    Such a reference takes k numbers for each place instead of V, and needs no head. The
     arrays are ``[K, k]``, ``[K, k]`` and ``[K]``; no gradients.
     """
     return read(head, base, hidden, lambda x: _rows.top(x, k))
@@ -139,8 +139,8 @@ def learnt_or_held(
 ) -> jax.Array:
     """``KL_k(reference ‖ model)`` at held places, ``−log p(target)`` at the others.
 
-    ``held [K]`` are truth values; targets are not looked at where they hold, the
-    reference, :func:`top` of one, nowhere else.
+    ``held [K]`` is true at held places. Targets are ignored there; the reference, made
+    by :func:`top`, is ignored everywhere else.
     """
 
     def place(base, hidden, targets, held, reference):
@@ -160,7 +160,7 @@ def read(
     *others: PyTree,
     chunk: int | None = None,
 ) -> PyTree:
-    """Anything that is told from the logits of each place alone; no gradients.
+    """Any function of the logits of each place alone; no gradients.
 
     ``what(logits [C, V], *others [C, ...]) -> values [C, ...]`` of others ``[K, ...]``.
 
@@ -179,7 +179,7 @@ def read(
 
 
 class Chunks(NamedTuple):
-    """How places are taken: C at once in each of the parts that devices share."""
+    """How places are split: C at once in each of the parts that devices share."""
 
     size: int
     parts: int
@@ -193,14 +193,14 @@ def by_place(
     *others: PyTree,
     rows: int = 1,
 ) -> jax.Array:
-    """One number for each place, in chunks, with its gradient.
+    """One number for each place, computed in chunks, with its gradient.
 
     **Guarantee**: no array of K · V numbers exists, forwards or backwards. A value
-    depends on its own state only, so its slope ``[D]`` is all that the backward pass
-    needs; it is taken in the forward pass, where the chunk's logits are. Only where the
-    weights are differentiated too (full fine-tuning) they are computed again.
-    ``others`` are constants. On a mesh that splits ``rows`` parts of K, each device
-    takes the chunks of its own.
+    depends on its own state only, so the backward pass needs only its slope ``[D]``.
+    That is taken in the forward pass, where the chunk's logits are. Logits are computed
+    again only if the weights are differentiated too (full fine-tuning). ``others`` are
+    constants. On a mesh that splits the ``rows`` parts of K, each device takes the
+    chunks of its own part.
 
     >>> import jax.numpy as jnp
     >>> states = jnp.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
@@ -250,14 +250,14 @@ _values.defvjp(_values_and_slopes, _backward, symbolic_zeros=True)
 
 
 def _mapped(function: Callable[..., PyTree], chunks: Chunks, *arrays: PyTree) -> PyTree:
-    """``function`` of chunks of ``size`` rows, in a loop; the last one is filled up."""
+    """Applies ``function`` to chunks of ``size`` rows in a loop, padding the last."""
     count, (size, shared) = jax.tree.leaves(arrays)[0].shape[0], chunks
     if shared > 1:
         return _mapped_apart(function, chunks, count // shared, *arrays)
     if count <= size:
         return function(*arrays)
     parts = math.ceil(count / size)
-    # Even chunks: 260 places are two of 130, not one of 256 and filling.
+    # Even chunks: 260 places are two of 130, not one of 256 and one mostly filling.
     size = math.ceil(count / parts)
 
     def split(x):
@@ -271,7 +271,7 @@ def _mapped(function: Callable[..., PyTree], chunks: Chunks, *arrays: PyTree) ->
 def _mapped_apart(
     function: Callable[..., PyTree], chunks: Chunks, own: int, *arrays: PyTree
 ) -> PyTree:
-    """As `_mapped`, a chunk of each device's ``own`` places at a time."""
+    """Like `_mapped`, with a chunk of each device's ``own`` places at a time."""
     size, shared = chunks
     steps = math.ceil(own / size)
     size = math.ceil(own / steps)
@@ -301,7 +301,7 @@ def _mapped_apart(
 
 
 def chunk_size(head: Head, base: PyTree, hidden: Any) -> int:
-    """C: as many places as 32 MiB of float32 logits hold, 256 MiB on an accelerator."""
+    """C: the places whose float32 logits fill 32 MiB, 256 MiB on an accelerator."""
     place = jax.ShapeDtypeStruct((1, hidden.shape[-1]), hidden.dtype)
     vocabulary = jax.eval_shape(head, base, place).shape[-1]
     budget = 2**25 if jax.default_backend() == "cpu" else 2**28

@@ -1,8 +1,8 @@
-"""Strict mapping between a Hugging Face checkpoint and the tree of base weights.
+"""Maps a Hugging Face checkpoint strictly to the tree of base weights and back.
 
-Every tensor of the file has one place in the tree and every place has one tensor:
-whatever is missing, left over or of another shape is an error that names it. Only
-safetensors are read; a pickle is never opened.
+Tensors of the file and places in the tree match one to one: anything missing, extra or
+of another shape is an error that names it. Only safetensors are read; a pickle is never
+opened.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NORMS = {
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
 }
-# With norms on both sides the same name means the one after attention.
+# With norms on both sides, this name means the one after attention.
 _POST_NORMS = {
     "attention_out_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
@@ -56,25 +56,25 @@ _HEAD = "lm_head.weight"
 _EMBED = "model.embed_tokens.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DERIVED = "rotary_emb.inv_freq"
-"""Old files store the RoPE frequencies, which follow from the configuration."""
+"""Old files store RoPE frequencies, which follow from the configuration."""
 _SHARD = re.compile(r"[^/\\\x00-\x1f]{1,200}\.safetensors")
-"""A file of the folder itself: no shard lies elsewhere."""
+"""A file in the folder itself: no shard lies elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors of one array of the tree: one, or one per layer."""
+    """The tensors of one array of the tree: a single one, or one per layer."""
 
     names: tuple[str, ...]
     stacked: bool
     transposed: bool
     """The file holds ``[out, in]``, the tree ``[in, out]``."""
     rows: tuple[int, int] | None = None
-    """The part of the file's rows; None for all."""
+    """The range of the file's rows; None: all."""
 
 
 def sources(config: ModelConfig) -> dict[str, Any]:
-    """A tree like ``base`` with the file's tensors for each array.
+    """A tree like ``base`` that names the file's tensors for each array.
 
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
     >>> sources(config)["layers"]["up_proj"].names[1]
@@ -103,7 +103,7 @@ def sources(config: ModelConfig) -> dict[str, Any]:
 
 
 def fused_modules(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
-    """The modules of a file that hold several projections, by their place in a layer.
+    """The file's modules that hold several projections, by their place in a layer.
 
     >>> config = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
     >>> fused_modules(config), list(fused_modules(dataclasses.replace(config,
@@ -117,7 +117,7 @@ def fused_modules(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
 class Checkpoint:
     """The tensors of a folder, in one file or in the shards of an index.
 
-    The one file wins, as in transformers: an index beside it is of an older model.
+    A single file wins, as in transformers: an index beside it is from an older model.
     """
 
     def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
@@ -152,7 +152,7 @@ class Checkpoint:
                 self._files[name], self.places[name] = file, path
 
     def slice(self, name: str) -> Any:
-        """A lazy handle of a tensor, for shapes and parts."""
+        """A lazy handle of a tensor, for its shape and its parts."""
         return self._files[name].get_slice(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ class Checkpoint:
 
 
 def _listing(index: pathlib.Path) -> dict[str, str]:
-    """The shard of each tensor, by the index."""
+    """The shard of each tensor, according to the index."""
     listing = read_object(index).get("weight_map")
     if not isinstance(listing, dict) or not listing:
         raise UserError(
@@ -178,7 +178,7 @@ def _listing(index: pathlib.Path) -> dict[str, str]:
 
 
 def _check(config: ModelConfig, file: Checkpoint) -> None:
-    """Compares headers with settings; raises one error that says everything wrong."""
+    """Compares headers with settings; reports all mistakes in one error."""
     wanted: dict[str, tuple[int, ...]] = {}
     shapes = jax.tree.leaves(base_shapes(config), is_leaf=is_shape)
     for source, shape in zip(jax.tree.leaves(sources(config)), shapes, strict=True):
@@ -223,22 +223,22 @@ def _check(config: ModelConfig, file: Checkpoint) -> None:
 def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
     """Compares a checkpoint's headers with its configuration, as loading does.
 
-    No weight is read, but for the head of a tied model that stores it again.
+    No weight is read, except the head of a tied model that stores it again.
 
     Args:
       folder: with ``model.safetensors``, or shards and their index.
-      config: the settings that go with it.
+      config: the settings that belong to it.
 
     Raises:
-      UserError: for a file that is cut short, and naming every tensor that is missing,
-        extra, misshapen or no number.
+      UserError: for a truncated file, and naming every tensor that is missing, extra,
+        misshapen or not floating-point.
     """
     with contextlib.ExitStack() as stack:
         _check(config, Checkpoint(pathlib.Path(folder), stack))
 
 
 def _check_tied_head(file: Checkpoint) -> None:
-    """A tied model may store its head again, but then it must be the embedding."""
+    """A tied model may store its head again, but it must equal the embedding."""
 
     def alike() -> bool:
         head, embed = (file.slice(name)[:] for name in (_HEAD, _EMBED))
@@ -262,22 +262,22 @@ def load_weights(
 ) -> dict[str, Any]:
     """Reads the base weights of a folder.
 
-    **Guarantee**: without ``dtype``, what ``save_weights`` wrote comes back bit for
-    bit. With a mesh a host reads the parts that its devices hold, each once, and no
-    other. With ``quantize`` one matrix of one layer is dense at a time, and codes
-    equal those of ``models.quantize`` bit for bit (the mean of ``"nf4-double"`` on a
-    mesh up to rounding).
+    **Guarantee**: without ``dtype``, weights that ``save_weights`` wrote come back bit
+    for bit. With a mesh a host reads only the parts that its devices hold, each once.
+    With ``quantize`` one matrix of one layer is dense at a time, and codes equal those
+    of ``models.quantize`` bit for bit (on a mesh, the mean of ``"nf4-double"`` up to
+    rounding).
 
     Args:
       folder: with ``model.safetensors``, or shards and their index.
-      config: the settings that go with it.
+      config: the settings that belong to it.
       dtype: to convert to; None keeps the file's.
       mesh: with axes among ``"fsdp"`` and ``"tp"``, or None for one device.
       quantize: a kind of codes for the projections, or None.
 
     Raises:
-      UserError: naming every tensor that is missing, extra, misshapen, no number or not
-        finite.
+      UserError: naming every tensor that is missing, extra, misshapen, not
+        floating-point or not finite.
     """
     with contextlib.ExitStack() as stack:
         file = Checkpoint(pathlib.Path(folder), stack)
@@ -292,7 +292,7 @@ def read_weights(
     mesh: Mesh | None = None,
     quantize: str | None = None,
 ) -> dict[str, Any]:
-    """The base weights of an open checkpoint; the rest is that of ``load_weights``."""
+    """The base weights of an open checkpoint; otherwise like ``load_weights``."""
     if dtype is not None:
         dtype = float_dtype(dtype)
     _check(config, file)
@@ -319,7 +319,7 @@ def _place(
     parts: dict[Any, np.ndarray] = {}
 
     def once(index: Any) -> np.ndarray:
-        """Devices that hold the same part share what was read."""
+        """Reads a part once for all devices that hold it."""
         key = tuple((part.start, part.stop) for part in index)
         if key not in parts:
             parts[key] = read(index)
@@ -336,7 +336,7 @@ def _place_codes(
     dtype: Any,
     kind: str,
 ) -> QuantisedWeight:
-    """A projection in codes, layer by layer."""
+    """Encodes a projection layer by layer."""
     inner = None
     if sharding is not None:
         inner = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
@@ -345,7 +345,7 @@ def _place_codes(
         one = dataclasses.replace(source, names=(name,), stacked=False)
         weight = encode(_place(_read(file, one, dtype), shape[1:], inner), kind)
         check_finite(name, weight)
-        # Frees the dense matrix before the next one is read.
+        # Frees the dense matrix before reading the next one.
         return jax.block_until_ready(weight)
 
     layers = [layer(name) for name in source.names]

@@ -1,1 +1,1 @@
-"""What a job needs on a slice of TPUs, compiled ahead of time without one."""
+"""Plans a job's needs on a TPU slice by compiling ahead of time, without TPUs."""

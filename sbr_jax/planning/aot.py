@@ -1,7 +1,7 @@
-"""Programs of a job lowered from shapes alone, for devices that need not be there.
+"""Lowers a job's programs from shapes alone; the devices need not exist.
 
-The step, the passes of a Fisher estimate and the writing of answers are those that a
-run calls; only their arguments are shapes, each with its place on the mesh.
+The step, the passes of a Fisher estimate and the writing of answers are the functions
+that a run calls. Only their arguments are shapes, each with its place on the mesh.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ from sbr_jax.training.program import Program, init_adapter, make_program
 from sbr_jax.typing import PyTree, UserError
 
 UNTOLD = (TypeError, jax.errors.JAXIndexError, AttributeError)
-"""What JAX raises where a traced hook asks for a number, or where an array lies."""
+"""Errors that JAX raises if a traced hook asks for a number, or for its location."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lowered:
-    """A program that is ready to be compiled.
+    """A program that is ready to compile.
 
     Attributes:
         name: of the part of the job.
-        lowered: what JAX compiles.
-        held: bytes of its arguments on one device, by what they are.
-        rounds: of a loop whose number data decide, the most there may be.
-        beside: bytes of what is no argument and lies there all the same.
+        lowered: the object that JAX compiles.
+        held: bytes of its arguments on one device, by kind.
+        rounds: the most rounds of a loop whose number of rounds depends on data.
+        beside: bytes that are in memory without being arguments.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Lowered:
 
     @property
     def sizes(self) -> dict[str, float]:
-        """Bytes of arguments and of what lies beside them."""
+        """Bytes of the arguments and of other data in memory."""
         names = dict.fromkeys([*self.held, *self.beside])
         parts = (self.held, self.beside)
         return {name: sum(x.get(name, 0.0) for x in parts) for name in names}
@@ -67,11 +67,11 @@ class Shapes:
 
     Attributes:
         case: the job.
-        mesh: of the devices.
-        program: of the variant.
+        mesh: the mesh of devices.
+        program: the variant's program.
         base: frozen weights.
-        adapter: as trained.
-        state: the method's.
+        adapter: the adapter as trained.
+        state: the method's state.
     """
 
     case: Case
@@ -93,7 +93,7 @@ class Shapes:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     def rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        """An array whose first axis is that of examples."""
+        """An array whose first axis counts examples."""
         found = {"tokens": jax.ShapeDtypeStruct(shape, dtype)}
         places = sharding.batch_shardings(self.mesh, found)
         return sharding.shapes(found, places)["tokens"]
@@ -106,10 +106,10 @@ class Shapes:
 
 
 def shapes_of(case: Case, layout: Layout, devices: Sequence[Any]) -> Shapes:
-    """The arguments of a job on a mesh of some devices.
+    """The arguments of a job on a mesh of given devices.
 
     Raises:
-        UserError: for a method whose state shapes do not tell.
+        UserError: for a method whose state cannot be derived from shapes.
     """
     mesh = sharding.make_mesh(str(layout), devices)
     study, config = case.study(), case.config(layout)
@@ -133,7 +133,7 @@ def shapes_of(case: Case, layout: Layout, devices: Sequence[Any]) -> Shapes:
 
 
 def _placed(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Shapes of a state with their places."""
+    """The shapes of a state with their places."""
     return sharding.shapes(tree, sharding.state_shardings(mesh, tree))
 
 
@@ -187,7 +187,7 @@ def held_bytes(tree: PyTree) -> float:
 
 
 def fisher_gradients(given: Shapes) -> Lowered:
-    """A batch of examples differentiated each on its own, and put beside the others."""
+    """Differentiates a batch example by example and adds it to the buffer."""
     case, mesh, study = given.case, given.mesh, given.case.study()
     mark, held = rows(given)
     loss_fn = answer_loss(study.model.apply_fn, "sum")
@@ -235,13 +235,13 @@ def fisher_basis(given: Shapes) -> Lowered:
 
 
 ENERGY = 0.8
-"""Of an estimate: how many columns it keeps, and not how long it takes."""
+"""Energy of an estimate; it decides how many columns stay, not the time."""
 SWEEPS = 15
-"""Rounds of an eigenvalue solver that ends when it has converged."""
+"""Rounds of an eigenvalue solver that stops when it has converged."""
 
 
 def rows(given: Shapes) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
-    """Fingerprint of the adapter, and the rows of a Fisher's buffer."""
+    """The adapter's fingerprint, and the rows of a Fisher's buffer."""
     case, training = given.case, given.case.training
     columns = given.program.method.cost.columns
     mark = units.fingerprint(given.adapter, unit=is_lora_pair, layer_axes=LAYER_AXES)
@@ -268,7 +268,7 @@ def rows(given: Shapes) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
 
 
 def read(given: Shapes) -> Lowered:
-    """Some prompts read, before answers are written."""
+    """Reads some prompts before answers are written."""
     case, model = given.case, given.case.study().model
     width = bucket(case.prompt)
     with _mesh.using(given.mesh):
@@ -284,7 +284,7 @@ def read(given: Shapes) -> Lowered:
 
 
 def write(given: Shapes) -> Lowered:
-    """Answers written, a token of all rows at a time."""
+    """Writes answers, one token of all rows at a time."""
     case, model = given.case, given.case.study().model
     config, width, slots = model.config, bucket(case.prompt), bucket(case.new)
     entries = (config.layers, case.rows, width, config.kv_heads, config.head_dim)
@@ -308,7 +308,7 @@ def write(given: Shapes) -> Lowered:
 
 
 def _held(given: Shapes, more: Mapping[str, float]) -> dict[str, float]:
-    """Bytes on one device of weights and adapter, and of what is named."""
+    """Bytes on one device of weights, adapter and the given entries."""
     adapter = held_bytes(given.adapter)
     return {"weights": held_bytes(given.base), "adapter, moments": adapter, **more}
 

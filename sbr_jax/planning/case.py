@@ -1,7 +1,7 @@
-"""Sizes of what is compiled: a model, a method and a job, without any data.
+"""The sizes that decide what is compiled: a model, a method and a job, without data.
 
-The sets of a study decide shapes by how many examples they have and how long these are.
-Stand-ins of the same sizes do; their tokens are never looked at.
+Of a study's data, only the number and length of examples affect shapes. So stand-ins of
+the same sizes suffice; their tokens are never read.
 """
 
 import dataclasses
@@ -25,25 +25,25 @@ from sbr_jax.training.config import Config
 from sbr_jax.training.study import Study
 
 MIXED = 64
-"""Examples of a domain, enough for any share of them to be replaced."""
+"""Examples of a domain, enough to replace any share of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A job as far as its programs depend on it.
+    """A job, as far as its programs depend on it.
 
     Attributes:
         model: a name of `planning.shapes`, or a file.
         method: a method or a variant.
-        training: mathematics.
+        training: the mathematics of training.
         accumulation: microbatches of a step.
         length: tokens of an example.
         calibration: examples of the safety calibration set.
-        answers: tokens of their answers; those of a training example fill it.
+        answers: tokens of their answers; a training example is all answer.
         fisher: examples that a Fisher differentiates at once.
         rows: answers written at once.
         prompt: tokens of a prompt.
-        new: tokens of an answer that is written.
+        new: tokens of a written answer.
         dtype: of the frozen weights and activations.
     """
 
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def load(self) -> Load:
-        """What a step of it costs, for the forecast by sizes."""
+        """The cost of one step, for the forecast from sizes."""
         return Load(
             config=read_shape(self.model),
             dtype=self.dtype,
@@ -92,7 +92,7 @@ class Case:
     def study(self) -> Study:
         """A study of these sizes, without weights."""
         config = read_shape(self.model)
-        # Accelerators roll the loop over layers, whatever the process that asks is on.
+        # Accelerators roll the loop over layers, whatever device this process has.
         model = models.make_model(
             config, None, hardware=Execution(remat=True, unroll=1)
         )
@@ -109,7 +109,7 @@ class Case:
         )
 
     def batch(self, method: Method, problem: Problem) -> dict[str, np.ndarray]:
-        """A batch whose every place is one of an answer, as a step is given it."""
+        """A step's batch in which every place counts as an answer's."""
         size, answers = self.training.batch_size, self.length - 1
         data = self._examples(size, answers)
         tokens, mask = np.asarray(data.tokens), np.asarray(data.mask)
@@ -120,7 +120,7 @@ class Case:
         return {**batch(mixed, size, 0, 0), **laid}
 
     def _examples(self, count: int, answers: int) -> TokenDataset:
-        """As many examples of the full length, all different."""
+        """``count`` distinct examples of the full length."""
         answers = min(answers, self.length - 1)
         tokens = np.ones((count, self.length), np.int32)
         tokens[:, 0] = 1 + np.arange(count)
@@ -130,7 +130,7 @@ class Case:
 
 
 def _harmless(examples: TokenDataset) -> np.ndarray:
-    """The risk of stand-ins, by which no shape is decided."""
+    """The risk of stand-ins, which affects no shape."""
     return np.zeros(len(examples), np.float32)
 
 

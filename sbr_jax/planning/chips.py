@@ -1,8 +1,8 @@
 """TPU chips, and the slices that they come in.
 
-Figures are the makers', of one chip: https://cloud.google.com/tpu/docs/v4 (and v5e,
-v5p, v6e), and for links https://jax-ml.github.io/scaling-book/tpus, whose 4.5e10 and
-9e10 bytes a second one way are what a stated 50 and 100 GB/s leave.
+Figures are the maker's, for one chip: https://cloud.google.com/tpu/docs/v4 (and v5e,
+v5p, v6e). For links see https://jax-ml.github.io/scaling-book/tpus, whose 4.5e10 and
+9e10 bytes a second one way are what remains of a stated 50 and 100 GB/s.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ REACHED = {"products": 0.4, "memory": 0.6, "links": 0.6}
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip does at best.
+    """The peak figures of one chip.
 
     Attributes:
-        flops: bfloat16 products, a second.
+        flops: bfloat16 FLOPs a second, of products.
         memory: bytes that a program may use; the runtime keeps a little for itself.
-        bandwidth: bytes a second of its memory.
+        bandwidth: memory bytes a second.
         link: bytes a second of one link, one way.
-        ring: a side of a slice that is a multiple of it closes on itself.
+        ring: a side of a slice closes into a ring if it is a multiple of this.
         sides: shapes of slices, the smallest first.
         options: of the compiler's description of a slice.
     """
@@ -43,8 +43,8 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 CHIPS = {
-    # 16 GB, 819 GB/s, 400 GB/s both ways over 4 links; of the memory the compiler gives
-    # 15.75 GiB.
+    # 16 GB, 819 GB/s, 400 GB/s both ways over 4 links; of the memory the compiler can
+    # use 15.75 GiB.
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 4.5e10, 16, _FLAT),
     # 32 GB, 1638 GB/s, 800 GB/s both ways over 4 links.
     "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 9e10, 16, _FLAT),
@@ -61,12 +61,12 @@ CHIPS = {
         (("chip_config_name", "megacore"),),
     ),
 }
-"""Chips by the name that a topology begins with."""
+"""Chips by the name at the start of a topology."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: a kind of chip and the sides of the block that they form.
+    """A slice: a kind of chip, and the sides of the block that the chips form.
 
     >>> parse_topology("v5e:4x4").chips, parse_topology("v5p:2x2x4").chips
     (16, 16)
@@ -77,20 +77,20 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """What each chip does."""
+        """The figures of each chip."""
         return CHIPS[self.kind]
 
     @property
     def chips(self) -> int:
-        """How many there are."""
+        """The number of chips."""
         return math.prod(self.sides)
 
     @property
     def link_bandwidth(self) -> float:
         """Bytes a second that a chip receives along one side of the slice.
 
-        Both ways around where the slice closes on itself, else one way: a line's ends
-        have one neighbour, and hold the others up.
+        Both ways if the slice closes into a ring, else one way: the chips at the ends
+        of a line have one neighbour, and the others wait for them.
         """
         closed = all(side % self.chip.ring == 0 for side in self.sides)
         return self.chip.link * (2 if closed else 1)
@@ -103,8 +103,8 @@ def parse_topology(text: str) -> Topology:
     """Reads ``"v5e:4x4"``.
 
     Raises:
-        UserError: for what is not a kind of chip and one of its slices, with those that
-            there are.
+        UserError: for an unknown kind of chip or a slice that it does not have; lists
+            those that there are.
     """
     kind, colon, sides = text.partition(":")
     if kind not in CHIPS:

@@ -1,7 +1,7 @@
-"""Programs compiled in processes of their own, and remembered.
+"""Compiles programs in separate processes, and caches the results.
 
-What was found is kept as JSON in the user's cache folder, by sizes, versions and code:
-the same question is answered at once.
+Results are kept as JSON in the user's cache folder, keyed by sizes, versions and code,
+so the same question is answered at once.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ SILENT = ("analysis", "attacks", "evaluation", "programs", "provenance", "recipe
 SILENT += ("reporting", "studies", "testbed", "tuning.py", "planning/chips.py")
 SILENT += ("planning/job.py", "planning/layouts.py", "planning/planner.py")
 SILENT += ("planning/report.py", "planning/rooflines.py", "planning/compiler.py")
-"""Code that no compiled program depends on."""
+"""Code that affects no compiled program."""
 
 
 class CompilerError(Exception):
-    """Failure of the compiler itself, in one line."""
+    """The compiler itself failed; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What the compiler found of one part of a job, for one chip.
+    """The compiler's result for one part of a job, for one chip.
 
     Attributes:
         flops: of matrix products.
-        bytes: of main memory, read and written.
+        bytes: read from and written to main memory.
         links: bytes received, by kind and number of devices.
-        held: bytes of the arguments by what they are.
-        peak: bytes at once, arguments included.
-        room: bytes that there are, where they do not suffice.
-        unknown: loops whose rounds data decide.
+        held: bytes of the arguments, by kind.
+        peak: most bytes at once, arguments included.
+        room: bytes available, if they do not suffice.
+        unknown: loops whose number of rounds depends on data.
     """
 
     flops: float = 0.0
@@ -64,12 +64,12 @@ class Found:
 
     @property
     def link_bytes(self) -> float:
-        """Bytes received, of all kinds."""
+        """Bytes received over links, of all kinds."""
         return sum(size for _, _, size in self.links)
 
     @property
     def working(self) -> float:
-        """Bytes beside the arguments: activations and other temporaries."""
+        """Bytes other than arguments: activations and other temporaries."""
         return max(self.peak - sum(self.held.values()), 0.0)
 
 
@@ -91,20 +91,20 @@ def compile_part(
     quick: bool = False,
     cache: Path | None = None,
 ) -> Found:
-    """Compiles one part of a job, or remembers what was found.
+    """Compiles one part of a job, or returns the cached result.
 
     Args:
         case: the job.
         layout: its mesh.
         topology: the slice.
-        part: of `aot.PARTS`.
-        quick: spares the compiler what decides only how fast memory is met: products
-            and links are the same, memory and what is read of it are at most so much.
-        cache: folder of what was found; None for the user's.
+        part: a key of `aot.PARTS`.
+        quick: skips what only speeds up memory access: products and links are the same,
+            while memory use and traffic are upper bounds.
+        cache: folder of results; None for the user's.
 
     Raises:
-        CompilerError: where the compiler fails, in one line.
-        UserError: for what the job itself refuses.
+        CompilerError: if the compiler fails, in one line.
+        UserError: if the job itself is refused.
     """
     request = {
         "case": dataclasses.asdict(case),
@@ -125,7 +125,7 @@ def compile_part(
 
 
 def case_of(written: Mapping[str, Any]) -> Case:
-    """A case as it was before it became JSON."""
+    """Rebuilds a case from its JSON form."""
     return Case(**{**written, "training": Training(**written["training"])})
 
 
@@ -138,7 +138,7 @@ def _read(found: Mapping[str, Any]) -> Found:
 
 
 def digest(request: Mapping[str, Any]) -> str:
-    """Of a request, the model's settings, versions of packages, and our own code."""
+    """A digest of a request, the model's settings, package versions, and our code."""
     config = dataclasses.asdict(read_shape(request["case"]["model"]))
     versions = {name: _version(name) for name in PACKAGES}
     known = json.dumps([request, config, versions, _code()], sort_keys=True)
@@ -153,7 +153,7 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> str:
-    """A digest of the code that decides a program."""
+    """A digest of the code that affects a program."""
     found = hashlib.sha256()
     for path in sorted(ROOT.rglob("*.py")):
         place = path.relative_to(ROOT).as_posix()
@@ -166,7 +166,7 @@ def _code() -> str:
 
 
 def environment(folder: str) -> dict[str, str]:
-    """Variables of a process that compiles for TPUs on a machine without one."""
+    """Environment of a process that compiles for TPUs on a machine without one."""
     return {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "JAX_PLATFORMS": "cpu",
@@ -184,7 +184,7 @@ def environment(folder: str) -> dict[str, str]:
 
 
 def _asked(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer of a process to a request."""
+    """A process's answer to a request."""
     with tempfile.TemporaryDirectory(prefix="sbr-jax-plan-") as folder:
         done = subprocess.run(
             [sys.executable, "-m", "sbr_jax.planning.worker"],
@@ -203,11 +203,11 @@ def _asked(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 REFUSED = "sbr_jax.typing.UserError: "
-"""How Python's last line begins where the job itself refuses."""
+"""How Python's last line begins if the job itself was refused."""
 
 
 def _ending(code: int) -> str:
-    """How a process ended.
+    """Describes how a process ended.
 
     >>> _ending(-6), _ending(1)
     ('SIGABRT', 'exit code 1')
@@ -216,7 +216,7 @@ def _ending(code: int) -> str:
 
 
 def complaint(text: str) -> str:
-    r"""The line of a failed process that says why.
+    r"""The line of a failed process's output that says why.
 
     >>> complaint("F1130 01:02:03 7 file.cc:5] Check failed: a == b\n@ 0x1 main\n")
     'Check failed: a == b'

@@ -1,17 +1,17 @@
-"""Products, memory and link traffic of a compiled program, loops included.
+"""Counts products, memory and link traffic of a compiled program, loops included.
 
-XLA's own ``cost_analysis`` counts the body of a loop once, however often it runs: of a
-model whose layers are scanned it tells a thirtieth. Here the text of the program is
-walked, each body as often as its loop goes round. The text is that of one device, so
-all numbers are of one device.
+XLA's own ``cost_analysis`` counts the body of a loop once, however often it runs: for a
+model whose layers are scanned it reports a thirtieth. So we walk through the program's
+text and count each body as often as its loop runs. The text describes one device, so
+all numbers are for one device.
 
-- *FLOPs*: those of matrix products, 2 for a multiplication and addition. What is done
-  element by element is left out, as in `sbr_jax.costs.forecast`.
-- *Bytes*: what instructions read from main memory and write to it. What a fusion keeps
-  to itself, and what lies in a nearer memory, is not counted; of an array that is
-  sliced or updated in place, only the slice is.
-- *Link bytes*: what a device receives over links, by kind and by the devices that take
-  part: of n devices with x bytes each, (n − 1) x for a gather, 2 (n − 1)/n x for a
+- *FLOPs*: those of matrix products, 2 for a multiplication and addition. Elementwise
+  work is left out, as in `sbr_jax.costs.forecast`.
+- *Bytes*: what instructions read from main memory and write to it. Data inside a fusion
+  or in a nearer memory is not counted; if an array is sliced or updated in place, only
+  the slice counts.
+- *Link bytes*: what a device receives over links, by kind and number of participating
+  devices. For n devices with x bytes each: (n − 1) x for a gather, 2 (n − 1)/n x for a
   reduction, half as much for one that leaves each its share, x for a permutation.
 """
 
@@ -27,7 +27,7 @@ from sbr_jax.planning.products import flops
 from sbr_jax.planning.trips import trips
 
 Link = tuple[str, int]
-"""A kind of communication, and how many devices take part."""
+"""A kind of communication, and the number of participating devices."""
 
 _SHARES: dict[str, Callable[[float, int], float]] = {
     "all-gather": lambda x, n: (n - 1) * x,
@@ -47,14 +47,14 @@ _PASSED = {"bitcast", "reshape"}
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What a program does on one device.
+    """The work of a program on one device.
 
     Attributes:
         flops: of matrix products.
         bytes: read from and written to main memory.
         links: bytes received over links.
-        unknown: loops whose number of rounds data decide, by name, and how often each
-            is entered.
+        unknown: loops whose number of rounds depends on data: how often each is
+            entered, by name.
 
     >>> two = Counts(1.0, 2.0, Counter({("all-reduce", 4): 3.0})) * 2
     >>> (two + Counts(1.0)).flops, two.link_bytes
@@ -86,19 +86,19 @@ class Counts:
 
 
 def _sum(one: Counter, other: Counter) -> Counter:
-    """Of all entries, also those that are zero."""
+    """Adds all entries, including zeros."""
     found = Counter(one)
     found.update(other)
     return found
 
 
 def count(text: str, *, rounds: int = 1) -> Counts:
-    """Counts what a compiled program does.
+    """Counts the work of a compiled program.
 
     Args:
-        text: of ``jax.stages.Compiled.as_text()``.
-        rounds: of a loop whose number data decide, such as one that writes until a stop
-            token: the most there may be.
+        text: from ``jax.stages.Compiled.as_text()``.
+        rounds: the most rounds of a loop whose number of rounds depends on data, such
+            as one that writes until a stop token.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
@@ -111,7 +111,7 @@ def count(text: str, *, rounds: int = 1) -> Counts:
 
 
 class _Counter:
-    """Walks one program; each computation is counted once."""
+    """Walks through one program; each computation is counted once."""
 
     def __init__(self, module: Module, rounds: int):
         self.module, self.rounds = module, rounds
@@ -119,14 +119,14 @@ class _Counter:
         self.fused = functools.cache(self._fused)
 
     def _executed(self, name: str) -> Counts:
-        """Of a computation whose instructions meet memory."""
+        """Counts a computation whose instructions access memory."""
         computation, found = self.module.computations[name], Counts()
         for instruction in computation:
             found += self._one(computation, instruction)
         return found
 
     def _fused(self, name: str) -> Counts:
-        """Of a computation inside a fusion: products and links alone."""
+        """Counts a computation inside a fusion: products and links only."""
         computation, found = self.module.computations[name], Counts()
         for instruction in computation:
             found += self._products(computation, instruction)
@@ -167,7 +167,7 @@ class _Counter:
         return once + Counts(unknown=Counter({loop.name: 1}))
 
     def _branches(self, instruction: Instruction) -> Counts:
-        """The branch that does most."""
+        """The branch with the most work."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
         names = re.findall(r"[\w.\-]+", listed[1]) if listed else []
         both = ("true_computation", "false_computation")
@@ -189,7 +189,7 @@ class _Counter:
         return read + self._written(computation, instruction)
 
     def _read(self, instruction: Instruction, place: int) -> float:
-        """Bytes that an instruction reads of an operand at most."""
+        """The most bytes that an instruction reads of an operand."""
         opcode = instruction.opcode
         if opcode in _SLICES and place == 0:
             return instruction.bytes
@@ -201,7 +201,7 @@ class _Counter:
         return math.inf
 
     def _touched(self, computation: Computation, instruction: Instruction) -> float:
-        """Bytes that those who use an instruction read of it."""
+        """Bytes of an instruction's result that its users read."""
         total = 0.0
         for user in computation.users.get(instruction.name, ()):
             for place, name in enumerate(user.operands):
@@ -217,7 +217,7 @@ class _Counter:
         """Bytes that an instruction writes to main memory."""
         arrays = instruction.arrays
         if instruction.opcode in ("copy-start", "collective-permute-start"):
-            # Beside the result, such a type holds the operand and a flag.
+            # Such a type holds the operand and a flag beside the result.
             arrays = arrays[:1] if instruction.opcode == "copy-start" else arrays[1:2]
         if instruction.opcode == "all-gather-start":
             arrays = arrays[len(instruction.operands) :]
@@ -228,7 +228,7 @@ class _Counter:
         return sum(min(x.bytes, own) for x, own in pairs if not x.space)
 
     def _results(self, computation: Computation, instruction: Instruction) -> list:
-        """Bytes that are new in each array of a result: of an update, itself."""
+        """New bytes in each array of a result; for an update, only the update's."""
         if instruction.opcode == "fusion":
             inner = self.module.computations[str(instruction.called("calls"))]
             return self._results(inner, inner.instructions[inner.root])
@@ -254,7 +254,7 @@ def _main(arrays: tuple[Array, ...]) -> float:
 def _group(instruction: Instruction, devices: int) -> int:
     """How many devices take part in a communication.
 
-    They are listed, or made by counting (``[groups,size]<=[...]``), or axes of a mesh
+    They are listed, or generated (``[groups,size]<=[...]``), or given as axes of a mesh
     (``mesh['a'=2,'b'=4] {'b'}``).
     """
     attributes = instruction.attributes

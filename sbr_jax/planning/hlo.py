@@ -1,8 +1,8 @@
-"""Text of a compiled program, read into computations and instructions.
+"""Parses the text of a compiled program into computations and instructions.
 
-XLA prints a program after optimisation as named *computations* of *instructions*
-``%name = type opcode(operands), attributes``. Only what counting needs is kept: types,
-operands, and attributes as they stand.
+After optimisation XLA prints a program as named *computations* of *instructions*
+``%name = type opcode(operands), attributes``. We keep only what counting needs: types,
+operands, and attributes as text.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ _BRACKETS = {"(": ")", "{": "}", "[": "]"}
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type of one array.
+    """The type of one array.
 
     Attributes:
-        dtype: as XLA writes it.
+        dtype: in XLA's spelling.
         dims: sizes of its axes.
-        space: of memory; 0 is the device's main memory.
+        space: memory space; 0 is the device's main memory.
     """
 
     dtype: str
@@ -39,7 +39,7 @@ class Array:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of its elements."""
         return math.prod(self.dims)
 
     @property
@@ -57,12 +57,12 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        name: in its computation.
-        opcode: what it does.
-        arrays: of its result, a tuple's behind each other.
+        name: unique in its computation.
+        opcode: the operation.
+        arrays: the result's arrays, in order if it is a tuple.
         operands: names of other instructions of the computation.
-        inside: what stands between the parentheses.
-        attributes: what stands behind them.
+        inside: the text between the parentheses.
+        attributes: the text after them.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Instruction:
         return sum(array.bytes for array in self.arrays)
 
     def numbers(self, attribute: str) -> tuple[int, ...]:
-        """An attribute that is a list of integers, empty where there is none."""
+        """An attribute that is a list of integers; empty if it is missing."""
         found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
         return tuple(map(int, found[1].split(","))) if found and found[1] else ()
 
@@ -89,7 +89,7 @@ class Instruction:
 
     @property
     def index(self) -> int:
-        """Place of a parameter, or of the element that is taken of a tuple."""
+        """Place of a parameter, or of the element taken from a tuple."""
         if self.opcode == "parameter":
             return int(self.inside)
         found = re.search(r"\bindex=(\d+)", self.attributes)
@@ -98,7 +98,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computation:
-    """Instructions by name, in the order of the text; one of them the result."""
+    """Instructions by name, in the order of the text; one is the result."""
 
     name: str
     instructions: Mapping[str, Instruction]
@@ -128,8 +128,8 @@ class Module:
 
     Attributes:
         computations: by name.
-        entry: the name of the first.
-        devices: that run it.
+        entry: the name of the entry computation.
+        devices: how many run it.
     """
 
     computations: Mapping[str, Computation]
@@ -173,7 +173,7 @@ def parse(text: str) -> Module:
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-    """An instruction from what stands behind its name."""
+    """An instruction from the text after its name."""
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     opcode = _OPCODE.match(rest, end)
     if opcode is None:
@@ -191,7 +191,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place behind the bracket that closes the one at ``start``."""
+    """The place after the bracket that closes the one at ``start``."""
     opening, closing = text[start], _BRACKETS[text[start]]
     depth = 0
     for place in range(start, len(text)):

@@ -1,7 +1,7 @@
-"""How often a job runs each of its programs, and what its hours come to.
+"""Counts how often a job runs each of its programs, and sums up the hours.
 
-Steps, Fisher estimates and repairs are those of `sbr_jax.costs`; what each of them
-takes is that of a compiled program.
+The numbers of steps, Fisher estimates and repairs come from `sbr_jax.costs`; the time
+of each comes from a compiled program.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ class Job:
     """What is trained and measured, as far as it decides how often programs run.
 
     Attributes:
-        domains: learnt one after another.
-        examples: of a domain.
-        epochs: times that each is learnt.
+        domains: how many are learnt, one after another.
+        examples: of each domain.
+        epochs: how often each is learnt.
         prompts: answered by the start model and after each domain.
-        seeds: of which everything but the start model is done again.
+        seeds: repetitions of everything but the start model's part.
     """
 
     domains: Count = 3
@@ -36,11 +36,11 @@ class Job:
 
 
 def calls(job: Job, case: Case) -> dict[str, dict[str, float]]:
-    """Calls of each program by part of the job, with one seed.
+    """Calls of each program, by part of the job, with one seed.
 
     Returns:
-        Calls by program for ``"training"``, ``"Fisher"``, ``"answers"`` and, of a
-        method that is monitored, ``"repairs, at most"``.
+        Calls by program for ``"training"``, ``"Fisher"``, ``"answers"`` and, if the
+        method is monitored, ``"repairs, at most"``.
 
     >>> calls(Job(domains=2, examples=160, epochs=1, prompts=64), Case("llama2-7b"))
     {'training': {'step': 20}, 'answers': {'read': 21, 'write': 3}}
@@ -59,7 +59,7 @@ def calls(job: Job, case: Case) -> dict[str, dict[str, float]]:
     reads = math.ceil(case.rows / case.read_rows)
     found["answers"] = {"read": written * reads, "write": written}
     if method.monitored:
-        # Of a repair's step: two plain ones, told by sizes from the method's own.
+        # A repair's step costs two plain ones, estimated by sizes from the method's.
         plain = forecast.step_flops(case.load, Cost())
         share = 2 * plain / forecast.step_flops(case.load, method.cost)
         repairs = job.domains * training.repair_blocks * training.repair_steps
@@ -70,12 +70,12 @@ def calls(job: Job, case: Case) -> dict[str, dict[str, float]]:
 def hours(
     job: Job, case: Case, seconds: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """Hours by part of the job, of all seeds.
+    """Hours of all seeds, by part of the job.
 
     Args:
         job: what is done.
         case: sizes, and the method.
-        seconds: of one call by program; a part whose program is not among them is None.
+        seconds: of one call, by program; a part with a program missing here is None.
     """
     found: dict[str, float | None] = {}
     for part, programs in calls(job, case).items():

@@ -1,7 +1,7 @@
-"""Ways to lay a job out on a slice, and which of them are worth compiling.
+"""Ways to lay a job out on a slice, and a choice of those worth compiling.
 
-A layout is ``data × fsdp × tp`` chips. Without compiling, what it costs in links and
-memory is told well enough from sizes to leave most of them out.
+A layout is ``data × fsdp × tp`` chips. Sizes alone predict its link traffic and memory
+well enough to leave out most layouts without compiling.
 
 Symbols: d, f, t chips by axis, W bytes of a layer's weights, D width, L layers.
 """
@@ -18,7 +18,7 @@ from sbr_jax.training import sharding
 from sbr_jax.typing import UserError
 
 MOST_TP = 16
-"""Chips that share the heads: beyond them a chip has too little of each product."""
+"""Most chips that share the heads: with more, each chip's products are too small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Layout:
 
     @property
     def chips(self) -> int:
-        """How many in all."""
+        """The number of chips in all."""
         return self.data * self.fsdp * self.tp
 
     @property
@@ -54,10 +54,10 @@ def parse_layout(text: str) -> Layout:
 
 
 def check_layout(layout: Layout, topology: Topology, load: Load) -> None:
-    """Refuses a layout that the slice, the batch or the model cannot be split into.
+    """Refuses a layout that does not fit the slice, the batch or the model.
 
     Raises:
-        UserError: for the first of the three, with what would do.
+        UserError: for the first misfit, with what would fit.
     """
     if layout.chips != topology.chips:
         raise UserError(
@@ -72,7 +72,7 @@ def layouts(topology: Topology, load: Load) -> list[Layout]:
     """All layouts of a job on a slice, the best by their sizes first.
 
     Raises:
-        UserError: where there is none.
+        UserError: if there is none.
 
     >>> from sbr_jax.planning.chips import parse_topology
     >>> from sbr_jax.planning.shapes import read_shape
@@ -96,7 +96,7 @@ def layouts(topology: Topology, load: Load) -> list[Layout]:
 
 
 def possible(topology: Topology, load: Load) -> list[Layout]:
-    """Layouts that slice, batch and model can be split into, in no order."""
+    """Layouts that fit slice, batch and model, in no particular order."""
     found = []
     for layout in _all(topology.chips):
         with contextlib.suppress(UserError):
@@ -119,11 +119,11 @@ def weight_share(load: Load, layout: Layout) -> float:
 
 
 def link_bytes(load: Load, layout: Layout) -> float:
-    """About what a chip receives in one step of plain training.
+    """Approximate bytes that a chip receives in one step of plain training.
 
-    Weights are gathered over ``fsdp`` forwards, recomputed and backwards: 3 (f − 1)/f
-    W/t a layer and microbatch. The stream is added up over ``tp`` twice a layer in each
-    of the three: 12 (t − 1)/t bytes of the stream.
+    Weights are gathered over ``fsdp`` in the forward pass, the recomputation and the
+    backward pass: 3 (f − 1)/f W/t for each layer and microbatch. Each of the three also
+    sums the stream over ``tp`` twice a layer: 12 (t − 1)/t bytes of the stream.
     """
     size = forecast.BYTES[load.dtype]
     whole = forecast.weight_bytes(load.config, load.dtype, load.quantize)
@@ -136,8 +136,7 @@ def link_bytes(load: Load, layout: Layout) -> float:
 def smallest(kind: str, memory: float, load: Load, layout: Layout) -> Topology | None:
     """The smallest slice whose chips would have room, by arithmetic alone.
 
-    What a chip holds beside its weights is taken to go with the examples that it has,
-    and to be the same for as many.
+    Memory other than weights is assumed to be proportional to the examples on a chip.
     """
     rest = memory - weight_share(load, layout)
     for topology in slices(kind):

@@ -1,4 +1,4 @@
-"""The plan of a job: layouts tried, methods compiled, the report put together."""
+"""Plans a job: tries layouts, compiles methods and puts the report together."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from sbr_jax.typing import UserError
 
 QUICKLY = "compiled quickly: memory, and what is read of it, are upper bounds"
 ALIKE = ("read", "write")
-"""Parts that no method changes."""
+"""Parts that are the same for every method."""
 
 Compile = Callable[[Case, Layout, Topology, str], Found]
 """``(case, layout, topology, part) -> found``."""
@@ -39,14 +39,14 @@ def plan(
     say: Callable[[str], None] = lambda line: None,
     compiled: Compile | None = None,
 ) -> str:
-    """Compiles a job's programs for a slice and tells what they need.
+    """Compiles a job's programs for a slice and reports their needs.
 
-    Without a layout a few are compiled, and the best is taken; each in a process of its
-    own, unless ``compiled`` does it in another way.
+    Without a layout, a few are compiled and the best is taken. Each is compiled in its
+    own process, unless ``compiled`` replaces that.
 
     Raises:
-        UserError: for what the slice, the model or a method refuses, no compiler, and
-            where no layout could be compiled.
+        UserError: if the slice, the model or a method refuses, there is no compiler, or
+            no layout could be compiled.
     """
     if layout is not None:
         check_layout(layout, topology, case.load)
@@ -84,7 +84,7 @@ def _rank(found: Found, topology: Topology) -> tuple[bool, float]:
 
 
 def _line(found: Found, topology: Topology) -> str:
-    """One layout in one line."""
+    """Describes one layout in one line."""
     peak, room = found.peak / GIB, topology.chip.memory / GIB
     if found.room is not None:
         return f"does not fit: {peak:.1f} of {room:.2f} GiB"
@@ -102,7 +102,7 @@ def _planned(
     say: Callable[[str], None],
     compiled: Compile,
 ) -> Planned:
-    """All parts of one method on a layout; those alike for all methods are shared."""
+    """All parts of one method on a layout; parts alike for all methods are shared."""
     found, failed = {}, {}
     for part in parts_of(case):
         shared = dataclasses.replace(case, method="plain") if part in ALIKE else case
@@ -115,7 +115,7 @@ def _planned(
 
 
 def parts_of(case: Case) -> tuple[str, ...]:
-    """Names of the parts that a job has."""
+    """Names of the parts of a job."""
     columns = build(case.method, case.config().methods).cost.columns
     fisher = ("Fisher gradients", "Fisher basis") if columns else ()
     return ("step", *fisher, *ALIKE)

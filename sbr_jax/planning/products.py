@@ -1,7 +1,7 @@
-"""FLOPs of one instruction of a compiled program, where it is a matrix product.
+"""FLOPs of one instruction of a compiled program, if it is a matrix product.
 
-A CPU's compiler has `dot`; that of a TPU makes a `convolution` of every product, and of
-some softmaxes and what follows them one kernel of its own.
+A CPU's compiler has `dot`. A TPU's turns every product into a `convolution`, and fuses
+some softmaxes and the product after them into a kernel of its own.
 """
 
 import math
@@ -14,7 +14,7 @@ from sbr_jax.planning.hlo import Instruction
 
 
 def flops(instruction: Instruction, operands: Sequence[Instruction]) -> float:
-    """FLOPs of one product, 0 of anything else: 2 for a multiplication and addition."""
+    """FLOPs of one product, 0 for others: 2 for a multiplication and addition."""
     if instruction.opcode == "dot":
         dims = operands[0].arrays[0].dims
         inner = math.prod(dims[i] for i in instruction.numbers("lhs_contracting_dims"))
@@ -30,10 +30,10 @@ def flops(instruction: Instruction, operands: Sequence[Instruction]) -> float:
 def _convolution_flops(
     instruction: Instruction, operands: Sequence[Instruction]
 ) -> float:
-    """Of a convolution, which is what a TPU makes of every product.
+    """FLOPs of a convolution, the form of every product on a TPU.
 
     A batch of products becomes an axis along which a dilated kernel meets each place
-    once: only places where both are there are counted, as XLA does.
+    once. Like XLA, this counts only places where both exist.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if labels is None:
@@ -54,7 +54,7 @@ def _convolution_flops(
 
 
 def _window(attributes: str) -> dict[str, list[int]]:
-    """Strides, paddings and dilations of a window by axis; nothing where usual."""
+    """Strides, paddings and dilations of a window by axis; empty if default."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     text = found[1] if found else ""
     parts = dict(re.findall(r"(\w+)=(\S+)", text))
@@ -75,7 +75,7 @@ def _meetings(
     lhs_dilate: int = 1,
     rhs_dilate: int = 1,
 ) -> int:
-    """Pairs of a place of the result and one of the kernel that meet the image.
+    """Counts pairs of a result's and a kernel's place that meet the image.
 
     >>> _meetings(5, 3, 5, pad=1), _meetings(4, 4, 4, stride=3, lhs_dilate=4)
     (13, 4)

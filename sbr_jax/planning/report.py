@@ -17,19 +17,19 @@ from sbr_jax.planning.rooflines import LIMITS, Seconds, seconds
 from sbr_jax.reporting.tables import Table
 
 MOST_KINDS = 4
-"""Kinds of communication that are told apart."""
+"""Kinds of communication that are listed separately."""
 WORKING = "activations"
-"""Memory that is no argument of a program."""
+"""Label of memory that is not an argument of a program."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What was found of one method on one layout.
+    """The results of one method on one layout.
 
     Attributes:
         case: the job with this method.
-        found: by part; a part that failed is missing.
-        failed: what the compiler said of each part that failed.
+        found: results by part; a part that failed is missing.
+        failed: the compiler's message for each part that failed.
     """
 
     case: Case
@@ -38,24 +38,24 @@ class Planned:
 
     @property
     def kept(self) -> float:
-        """Bytes of the method's state, which lie on a chip whatever runs."""
+        """Bytes of the method's state, which stays on a chip whatever runs."""
         held = self.found["step"].held if "step" in self.found else {}
         # The step holds the basis twice, in the state and in the optimizer.
         return held.get("method", 0.0) + held.get("basis", 0.0) / 2
 
     def peak(self, part: str) -> float:
-        """Bytes of a chip at most while a part runs."""
+        """Most bytes of a chip while a part runs."""
         found = self.found[part]
         return found.peak + (0.0 if part == "step" else self.kept)
 
     @property
     def worst(self) -> str | None:
-        """The part that needs most memory; None where nothing was compiled."""
+        """The part that needs the most memory; None if nothing was compiled."""
         return max(self.found, key=self.peak, default=None)
 
     @property
     def full(self) -> bool:
-        """Whether a part was refused for want of memory."""
+        """Whether a part was refused for lack of memory."""
         return any(found.room is not None for found in self.found.values())
 
 
@@ -65,7 +65,7 @@ def limits(found: Found, topology: Topology) -> Seconds:
 
 
 def fits(planned: Planned, topology: Topology) -> bool:
-    """Whether every part that was compiled has room on a chip."""
+    """Whether every compiled part has room on a chip."""
     room = topology.chip.memory
     return not planned.full and all(planned.peak(p) <= room for p in planned.found)
 
@@ -74,7 +74,7 @@ def fits(planned: Planned, topology: Topology) -> bool:
 
 
 def memory_table(plans: Sequence[Planned], topology: Topology) -> Table:
-    """GiB of a chip by what they hold, a row for each method and part."""
+    """GiB of a chip by content, a row for each method and part."""
     shown = [
         (_name(plans, planned, part), planned, part)
         for planned in plans
@@ -102,7 +102,7 @@ def memory_table(plans: Sequence[Planned], topology: Topology) -> Table:
 
 
 def work_table(plans: Sequence[Planned], topology: Topology) -> Table:
-    """What one call of each part does, and the least time of each limit."""
+    """The work of one call of each part, and the least time by each limit."""
     plain = next((p for p in plans if p.case.method == "plain"), None)
     rows = []
     for planned in plans:
@@ -129,7 +129,7 @@ def work_table(plans: Sequence[Planned], topology: Topology) -> Table:
 
 
 def _over_plain(planned: Planned, plain: Planned | None, topology: Topology) -> str:
-    """A step beside one of plain training; where that was not asked for, by sizes."""
+    """The ratio of a step to plain training's; from sizes if plain was not compiled."""
     if plain is None or "step" not in plain.found:
         load, method = planned.case.load, build(planned.case.method)
         ratio = forecast.step_flops(load, method.cost)
@@ -187,7 +187,7 @@ def _gib(size: float) -> str:
 
 
 def _name(plans: Sequence[Planned], planned: Planned, part: str) -> str:
-    """The name of a row: of one method, the part alone."""
+    """The name of a row: with a single method, only the part."""
     return part if len(plans) == 1 else f"{planned.case.method}: {part}"
 
 
@@ -195,7 +195,7 @@ def _name(plans: Sequence[Planned], planned: Planned, part: str) -> str:
 
 
 def advice(planned: Planned, topology: Topology, layout: Layout) -> list[str]:
-    """What to change, as lines; nothing where the job fits and products bind it."""
+    """What to change, as lines; empty if the job fits and products bind it."""
     lines = []
     part = planned.worst
     if part is not None:
@@ -222,7 +222,7 @@ def _smallest_line(planned: Planned, topology: Topology, found: Topology | None)
 
 
 def _remedy(planned: Planned, part: str) -> str:
-    """What makes the largest thing in memory smaller."""
+    """What would shrink the largest item in memory."""
     found = planned.found[part]
     sizes = {**found.held, WORKING: found.working, "method": planned.kept}
     largest = max(sizes, key=lambda name: sizes[name])
@@ -241,7 +241,7 @@ def _remedy(planned: Planned, part: str) -> str:
 def _small_batch(
     case: Case, own: Seconds, topology: Topology, layout: Layout
 ) -> list[str]:
-    """Whether links bind the step, and what batch or slice would not."""
+    """If links bind the step: the batch or slice that would avoid it."""
     ratio = own.links / REACHED["links"] / (own.products / REACHED["products"] or 1.0)
     if own.bound != "links":
         return []
@@ -303,7 +303,7 @@ def text(
 
 
 def _unknown(plans: Sequence[Planned]) -> str:
-    """A note about loops whose rounds data decide."""
+    """A note about loops whose number of rounds depends on data."""
     parts = {part: x for p in plans for part, x in p.found.items() if x.unknown}
     if not parts:
         return ""

@@ -1,7 +1,7 @@
-"""Time of a program by three limits: products, memory and links.
+"""Bounds a program's time by three limits: products, memory and links.
 
-Each is the least time that one part of a chip needs for its own work; the program takes
-at least the longest of the three, as if it did all at once.
+Each is the least time that one part of a chip needs for its own work. The program takes
+at least the longest of the three, as if all ran at once.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ LIMITS = ("products", "memory", "links")
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Least seconds of each limit, at a chip's full figures.
+    """Least seconds by each limit, at a chip's full figures.
 
     Attributes:
-        products: of the matrix products.
-        memory: of reading and writing main memory.
-        links: of what comes from other chips.
+        products: for the matrix products.
+        memory: for reading and writing main memory.
+        links: for receiving from other chips.
     """
 
     products: float
@@ -37,7 +37,7 @@ class Seconds:
 
     @property
     def expected(self) -> float:
-        """The longest at what programs reach of those figures.
+        """The longest at the share of those figures that programs reach.
 
         >>> seconds = Seconds(products=4.0, memory=3.0, links=6.0)
         >>> seconds.bound, seconds.peak, seconds.expected
@@ -49,7 +49,7 @@ class Seconds:
 def seconds(
     flops: float, memory_bytes: float, link_bytes: float, topology: Topology
 ) -> Seconds:
-    """The three limits of a program whose counts are of one chip.
+    """The three limits of a program, from counts of one chip.
 
     >>> from sbr_jax.planning.chips import parse_topology
     >>> seconds(197e12, 819e9, 4.5e10, parse_topology("v5e:4x4"))

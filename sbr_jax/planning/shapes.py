@@ -1,6 +1,6 @@
 """Shapes of well-known models, and of any `config.json`.
 
-Only what decides sizes is given: a plan reads no weights and no tokenizer.
+Only the settings that decide sizes are given: a plan reads no weights or tokenizer.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ def _shape(
     context: int,
     **more: Any,
 ) -> dict[str, Any]:
-    """A configuration; heads are those of queries and of keys."""
+    """A configuration; the heads are those of queries and of keys."""
     return {
         "model_type": kind,
         "num_hidden_layers": layers,
@@ -58,14 +58,14 @@ SHAPES = {
         tie_word_embeddings=True,
     ),
 }
-"""Configurations by name, as of the models' own files."""
+"""Configurations by name, as in the models' own files."""
 
 
 def read_shape(model: str) -> ModelConfig:
-    """The settings of a model by its name, or of a file or folder with its settings.
+    """The settings of a model, by name or from a file or folder.
 
     Args:
-        model: of `SHAPES`, a `config.json`, or a folder that holds one.
+        model: a key of `SHAPES`, a `config.json`, or a folder that holds one.
 
     >>> read_shape("llama3-8b").kv_heads
     8

@@ -1,7 +1,7 @@
-"""How often a loop of a compiled program runs, from the numbers that decide it.
+"""Finds how often a loop of a compiled program runs, from its counters.
 
-A scan counts an integer up to a constant. Where XLA has written the count down, that is
-taken; elsewhere condition and body are evaluated on their integers alone, iteration by
+A scan counts an integer up to a constant. If XLA states the count, it is used;
+otherwise condition and body are evaluated on their integers alone, iteration by
 iteration. A loop that waits for data (a stop token, convergence) has no such count.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from sbr_jax.planning.hlo import Computation, Instruction, Module
 
 MOST = 100_000
-"""Iterations after which a loop counts as one without an end."""
+"""Iterations after which a loop counts as endless."""
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _DIRECTION = re.compile(r"direction=(\w+)")
@@ -39,7 +39,7 @@ _COMPARED = {
 
 
 def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """Iterations of a ``while``; None where data decide."""
+    """Iterations of a ``while``; None if they depend on data."""
     if found := _KNOWN.search(loop.attributes):
         return int(found[1])
     names = loop.called("condition"), loop.called("body")
@@ -62,7 +62,7 @@ def _value(
     given: Sequence[Any],
     known: dict[str, Any],
 ) -> Any:
-    """An integer, a list of them for a tuple, or None for what is not one."""
+    """An integer, a list of them for a tuple, or None for anything else."""
     if name not in known:
         instruction = computation.instructions[name]
         known[name] = _evaluated(module, computation, instruction, given, known)
@@ -77,7 +77,7 @@ def _evaluated(
     known: dict[str, Any],
 ) -> Any:
     opcode = instruction.opcode
-    # Of one array, only integers matter; a tuple may hold some.
+    # Only integers matter; a tuple may hold some, an array of several numbers none.
     if len(instruction.arrays) == 1 and instruction.arrays[0].size != 1:
         return None
     if opcode == "parameter":

@@ -1,9 +1,9 @@
-"""One program compiled for a slice, in a process of its own.
+"""Compiles one program for a slice, in a process of its own.
 
     python -m sbr_jax.planning.worker < request.json
 
-A compiler for TPUs may crash, takes gigabytes and starts once in a process. What it is
-asked comes in as JSON and what it found goes out as one line of it.
+A TPU compiler may crash, takes gigabytes and starts only once in a process. The request
+comes in as JSON, and the result goes out as one line of JSON.
 """
 
 import json
@@ -17,12 +17,12 @@ from sbr_jax.planning.layouts import Layout
 
 FULL = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 QUICK = {"exec_time_optimization_effort": -1.0}
-"""Options of a compiler that plans no memory near the chip: a few times faster."""
+"""Compiler options that skip planning of near memory: a few times faster."""
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """The chips of a slice, described and not there."""
+    """The chips of a slice, described without being there."""
     from jax.experimental import topologies
 
     options = dict(topology.chip.options)
@@ -31,21 +31,21 @@ def devices_of(topology: Topology) -> list[Any]:
 
 
 def compiled(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What the compiler says of one part of a job on a slice.
+    """The compiler's result for one part of a job on a slice.
 
     Args:
         request: `case`, `layout`, `topology`, `part` and `quick`.
 
     Returns:
-        Counts and bytes of one chip; or `full` and `room`, the bytes that it would take
-        and those that there are, where it does not fit.
+        Counts and bytes of one chip; or, if it does not fit, `full` and `room`, the
+        bytes that it would take and those available.
     """
     import jax
 
     from sbr_jax.planning import aot
     from sbr_jax.planning.compiler import case_of
 
-    # A slice that is described is no backend: what asks for one is told of the slice.
+    # A described slice is not a backend, so code that asks for the backend gets "tpu".
     jax.default_backend = lambda: "tpu"
     topology = parse_topology(request["topology"])
     layout = Layout(**request["layout"])
@@ -64,11 +64,11 @@ def compiled(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def described(part: Any, program: Any) -> dict[str, Any]:
-    """Counts of a compiled program, and where its memory goes, on one device.
+    """Counts of a compiled program, and its memory by use, on one device.
 
     Args:
         part: an `aot.Lowered`.
-        program: compiled from it.
+        program: the program compiled from it.
     """
     from sbr_jax.costs.devices import planned_bytes
     from sbr_jax.planning.counting import count

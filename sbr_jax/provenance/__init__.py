@@ -1,1 +1,1 @@
-"""Hash of the code that decides a method's numbers."""
+"""Hashes the code that decides a method's numbers."""

@@ -1,9 +1,9 @@
-"""A hash of the code that decides a row's numbers.
+"""Hashes the code that decides a row's numbers.
 
-What counts is every definition that a run of the row can reach, from training, the
-method and the study down to the losses, and the testbed's own files. What cannot change
-a finished row does not: comments, docstrings, layout, the place of a definition, other
-methods, the text of errors, refusals (`if ...: raise UserError(...)`) and
+The hash covers every definition that a run of the row can reach, from training, the
+method and the study down to the losses, and the testbed's own files. It leaves out what
+cannot change a finished row: comments, docstrings, layout, the place of a definition,
+other methods, error messages, refusals (`if ...: raise UserError(...)`) and
 :data:`BOOKKEEPING`.
 """
 
@@ -22,9 +22,9 @@ from sbr_jax.training import pipeline
 from sbr_jax.typing import UserError
 
 ROOT = Path(__file__).parents[2]
-"""The folder of the package that this file belongs to."""
+"""The folder that holds this package."""
 ASSETS = "sbr_jax/testbed/assets"
-"""The files of `testbed`'s model; those of another edition lie in a folder beside."""
+"""Files of `testbed`'s model; each other edition has a folder beside this one."""
 LENGTH = 10
 TESTBED = "testbed"
 BOOKKEEPING = (
@@ -51,11 +51,11 @@ BOOKKEEPING = (
     "sbr_jax.settings",
     "sbr_jax.studies.attacks:ATTACKS",
 )
-"""What stores, refuses and looks up: a finished row's numbers pass through. The build
-of the testbed's model is not run again, and the files that it made count."""
+"""Code that stores, refuses or looks up: it does not change a finished row's numbers.
+The build of the testbed's model is not run again; the files that it made are hashed."""
 SILENT = {"name", "summary", "notes", "methods", "seeds"}
 SILENT |= {"hardware", "hyperparameters"}
-"""Fields of presets and attacks that say which variants to run and what to print."""
+"""Fields of presets and attacks that only choose variants or what to print."""
 
 
 def code_hash(row: str, study: str = TESTBED) -> str:
@@ -78,7 +78,7 @@ def code_hash(row: str, study: str = TESTBED) -> str:
 
 
 def recorder(study: str) -> Callable[[str], str] | None:
-    """The hash by row, for a run to record; None for a study made elsewhere."""
+    """The hash function for a run to record; None for a study made elsewhere."""
     try:
         _entries("plain", study)
     except UserError:
@@ -97,7 +97,7 @@ def _tree() -> Tree:
 
 
 def _entries(row: str, study: str) -> tuple[list[Symbol], str]:
-    """Definitions that a run starts from, and the values that it is given."""
+    """The definitions that a run starts from, and the values given to it."""
     symbols: list[Symbol] = []
     given: list[Any] = []
     kind, _, name = study.partition(":")
@@ -118,7 +118,7 @@ def _known(kind: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def _described(value: Any, symbols: list[Symbol]) -> Any:
-    """Plain data of a value; functions and classes are noted, and named."""
+    """A value as plain data; functions and classes become names and symbols."""
     if isinstance(value, functools.partial):
         value = [value.func, value.args, value.keywords]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

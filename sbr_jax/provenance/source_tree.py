@@ -1,7 +1,7 @@
-"""Top-level definitions of a tree of Python sources, and what each refers to.
+"""Finds the top-level definitions of Python sources, and what each refers to.
 
 Files are parsed, not imported. References are over-approximated: every name in a
-definition that its module defines or imports counts, shadowed or not.
+definition that its module defines or imports counts, even if it is shadowed.
 """
 
 import ast
@@ -20,11 +20,11 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """What a file defines, imports and does when it is imported.
+    """The definitions, imports and import-time effects of a file.
 
     Attributes:
         definitions: statements that bind a name, by name.
-        imports: what a name was imported as: a module and a name in it, or None for the
+        imports: for each imported name its module and its name there, or None for the
             module itself.
         effects: statements that bind nothing.
     """
@@ -35,10 +35,10 @@ class Module:
 
 
 class Tree:
-    """A package below a folder; its files are read when they are asked for."""
+    """A package below a folder; its files are read on demand."""
 
     def __init__(self, root: Path, package: str):
-        """Names the folder and the package in it; others are not followed."""
+        """Names the folder and its package; other packages are not followed."""
         self.root, self.package = root, package
         self.path = functools.cache(self._path)
         self.module = functools.cache(self._module)
@@ -46,7 +46,7 @@ class Tree:
         self.code = functools.cache(self._code)
 
     def _path(self, name: str) -> Path | None:
-        """The file of a module, or None where the tree has none."""
+        """The file of a module, or None if the tree has none."""
         base = self.root.joinpath(*name.split("."))
         own = name.split(".")[0] == self.package
         places = (base.with_suffix(".py"), base / "__init__.py")
@@ -69,7 +69,7 @@ class Tree:
         return found
 
     def _resolve(self, module: str, name: str) -> Symbol | str | None:
-        """Where a name of a module comes from: a symbol, a module, or elsewhere."""
+        """Where a module's name comes from: a symbol, a module, or elsewhere."""
         here = self.module(module)
         if name in here.definitions:
             return module, name
@@ -83,7 +83,7 @@ class Tree:
     def _code(self, symbol: Symbol) -> tuple[str, frozenset[Symbol]]:
         """A digest of a symbol's statements, and the definitions that they name.
 
-        What its module does when it is imported counts as a part of each.
+        The import-time effects of its module count as part of each symbol.
         """
         module, name = symbol
         here = self.module(module)
@@ -92,7 +92,7 @@ class Tree:
         return digest(statements), frozenset(x for part in named for x in part)
 
     def _named(self, module: str, statement: ast.stmt) -> Iterator[Symbol]:
-        """Definitions that one statement of a module names."""
+        """The definitions that one statement of a module names."""
         inside = _imported(statement)
         for first, *rest in _chains(statement):
             source, inner = inside.get(first, (module, first))
@@ -105,10 +105,10 @@ class Tree:
     def reached(
         self, roots: Sequence[Symbol], closed: Sequence[str] = ()
     ) -> dict[Symbol, str]:
-        """Every definition that the roots lead to, with a digest of its code.
+        """Every definition reachable from the roots, with a digest of its code.
 
         Args:
-            roots: where to start; those that the tree lacks are skipped.
+            roots: where to start; symbols missing in the tree are skipped.
             closed: modules, or `MODULE:NAME`, that are neither entered nor counted.
         """
         found: dict[Symbol, str] = {}
@@ -125,7 +125,7 @@ class Tree:
 
 
 def digest(statements: Sequence[ast.AST]) -> str:
-    """A hash of code, whatever its comments, docstrings, layout, imports and refusals.
+    """A hash of code without its comments, docstrings, layout, imports and refusals.
 
     >>> a, b = "x = f( 1 )  # one", "x = f(1)"
     >>> digest(ast.parse(a).body) == digest(ast.parse(b).body)
@@ -138,8 +138,8 @@ def digest(statements: Sequence[ast.AST]) -> str:
 def _canonical(node: Any) -> Any:
     """A tree of plain tuples, the same for every version of Python.
 
-    Left out are fields that are empty, texts that stand alone, imports (what they bring
-    is reached by its name), the text of an error, and refusals.
+    Left out are empty fields, bare strings, imports (imported definitions are reached
+    by name), error messages, and refusals.
     """
     if isinstance(node, list):
         left_out = (_is_text, is_refusal, lambda part: isinstance(part, IMPORTS))
@@ -157,10 +157,10 @@ def _canonical(node: Any) -> Any:
 
 
 def is_refusal(node: Any) -> bool:
-    """Whether a statement does nothing but refuse: a finished run passed it.
+    """Whether a statement only refuses: a finished run passed it.
 
-    That is an `if` with nothing but a `raise UserError`, or a call of a function named
-    `check_...`, `refuse_...` or `require_...` whose result is not used.
+    That is an `if` whose body is only a `raise UserError`, or a call of a function
+    named `check_...`, `refuse_...` or `require_...` whose result is not used.
 
     >>> is_refusal(ast.parse("if n < 1: raise UserError('n')").body[0])
     True
@@ -183,7 +183,7 @@ def is_refusal(node: Any) -> bool:
 
 
 def _is_text(statement: Any) -> bool:
-    """Whether a statement is a text alone: a docstring, or one below a constant."""
+    """Whether a statement is a bare string: a docstring, or one below a constant."""
     value = getattr(statement, "value", None)
     text = isinstance(value, ast.Constant) and isinstance(value.value, str)
     return isinstance(statement, ast.Expr) and text
@@ -200,7 +200,7 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
 
 
 def _imported(statement: ast.AST) -> dict[str, tuple[str, str | None]]:
-    """What each name was imported as, anywhere in a statement."""
+    """The origin of each name imported anywhere in a statement."""
     found: dict[str, tuple[str, str | None]] = {}
     for node in ast.walk(statement):
         for alias in node.names if isinstance(node, IMPORTS) else ():
@@ -215,7 +215,7 @@ def _imported(statement: ast.AST) -> dict[str, tuple[str, str | None]]:
 
 
 def _chains(node: ast.AST) -> Iterator[tuple[str, ...]]:
-    """Names with the attributes asked of them: `a.b.c` is `("a", "b", "c")`."""
+    """Names with their attribute accesses: `a.b.c` is `("a", "b", "c")`."""
     if is_refusal(node) or isinstance(node, ast.Raise):
         return
     parts: list[str] = []

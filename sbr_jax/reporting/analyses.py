@@ -1,4 +1,4 @@
-"""Figures of the analyses, from what `analysis.json` holds of them."""
+"""Draws the figures of the analyses from their entries in `analysis.json`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from sbr_jax.reporting.tables import Cell, Table
 
 Result = Mapping[str, Any]
 TARGET = 0.9
-"""AUROC that the probe's paper reports at least (arXiv:2602.17546)."""
+"""The lowest AUROC that the probe's paper reports (arXiv:2602.17546)."""
 
 
 def drawings(name: str, result: Result) -> list[Drawing]:
@@ -148,7 +148,7 @@ def exhaustion_figure(results: Mapping[str, Result]) -> Figure:
     with theme.panels(7.2, len(PANELS)) as (figure, panels):
         for axes, (key, (label, scale)) in zip(panels, PANELS.items(), strict=True):
             for row, found in results.items():
-                # A row without a subspace is drawn as nothing, and keeps its name.
+                # A row without a subspace draws nothing but keeps its name.
                 values = scale * np.asarray(found.get(key, ()), np.float64)
                 plots.line(axes, x[: len(values)], values, places[row], label=row)
             axes.set_ylim(0, 104)
@@ -229,7 +229,7 @@ def _coupling(result: Result) -> list[Drawing]:
 
 
 def causal_figure(result: Result) -> Figure:
-    """What steps of each kind do, against their length."""
+    """The effect of each kind of step against its length."""
     labels = {
         "cosine": "cosine with the\nrefusal direction before",
         "log_odds": "change of the refusals'\nlog-odds, nats",

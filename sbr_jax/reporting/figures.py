@@ -1,4 +1,4 @@
-"""Figures of a run: what it holds is drawn, what it lacks is said."""
+"""Draws a run's figures, or says why one is missing."""
 
 import dataclasses
 import functools
@@ -24,9 +24,9 @@ from sbr_jax.reporting.theme import to_png
 INERT_ALPHA = 0.95
 """Above this mean α a projection changes next to nothing."""
 FLAT_RATIO = 0.8
-"""A safety rank above this share of the random control's is called flat."""
+"""A safety rank above this share of the random control's counts as flat."""
 SHOWN = 8
-"""Rows drawn in a figure; tables have them all."""
+"""Rows drawn in a figure; tables list all."""
 ENERGY = 0.9
 """Share of the trace that an effective rank holds."""
 SETS = {
@@ -34,7 +34,7 @@ SETS = {
     "random token sequences": ("random_spectrum", "random_trace"),
     "benign instructions": ("benign_spectrum", "benign_trace"),
 }
-"""Name of a spectrum to its diagnostics."""
+"""Diagnostics of each spectrum, by its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Drawing:
     Attributes:
         name: identifier in the page and file name.
         title: heading.
-        caption: how to read it; without a figure, the sentence that replaces it.
+        caption: how to read it; if there is no figure, a sentence that replaces it.
         figure: the drawing, or None.
-        table: the same numbers, where a table can hold them.
+        table: the same numbers, if a table can hold them.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Drawing:
     table: Table | None = None
 
     def save(self, path: Path) -> None:
-        """Writes the figure, where there is one, as PNG."""
+        """Writes the figure as PNG, if there is one."""
         if self.figure is not None:
             files.replace(path, functools.partial(to_png, self.figure))
 
@@ -72,7 +72,7 @@ def drawings(run: Run) -> list[Drawing]:
 
 
 def _rows(run: Run, values: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """The first rows that have values, all of them finite."""
+    """The first rows that have values, all finite."""
     rows = {method: values(method) for method in run.methods}
     rows = {m: v for m, v in rows.items() if len(v) and np.all(np.isfinite(v))}
     return dict(list(rows.items())[:SHOWN])
@@ -82,7 +82,7 @@ def _rows(run: Run, values: Callable[[str], np.ndarray]) -> dict[str, np.ndarray
 
 
 def trajectory(run: Run) -> Drawing:
-    """Safety after each stage; where it was not measured, the loss on safe answers."""
+    """Safety after each stage; if unmeasured, the loss on safe answers."""
     key, label, limit = "composite", "composite safety, 0-100", 100.0
     title = "Safety while domains are learnt, one after the other"
     rows = _rows(run, lambda method: run.metric(method, key))
@@ -152,17 +152,17 @@ class Spectrum:
 
     @property
     def shares(self) -> np.ndarray:
-        """Share of the trace in so many eigenvectors, `[units, K]`."""
+        """Share of the trace in the leading eigenvectors, `[units, K]`."""
         return cumulative_share(self.eigenvalues, self.trace)
 
     @property
     def ranks(self) -> np.ndarray:
-        """Effective rank of each unit; the cap where that does not suffice."""
+        """Effective rank of each unit; the cap if that does not suffice."""
         return rank_for_energy(self.eigenvalues, self.trace, energy=ENERGY)
 
     @property
     def capped(self) -> bool:
-        """Whether some unit's kept columns hold less than the share asked for."""
+        """Whether some unit's kept columns hold less than the requested share."""
         last = self.shares[:, -1]
         return bool(np.any((last > 0) & (last < ENERGY - 1e-4)))
 
@@ -184,7 +184,7 @@ def spectra(run: Run, method: str) -> dict[str, Spectrum]:
 
 
 def spectrum(run: Run) -> Drawing:
-    """The safety Fisher's spectrum beside its controls."""
+    """The spectrum of the safety Fisher beside its controls."""
     name, title = "spectrum", "Is the safety Fisher low-rank? Spectrum beside a control"
     recorded = {m: found for m in run.methods if (found := spectra(run, m))}
     if not recorded:
@@ -270,7 +270,7 @@ def principal_angles(run: Run) -> Drawing:
 
 
 def warnings(run: Run) -> list[str]:
-    """Sentences on projections that are inert and premises that fail."""
+    """Sentences about inert projections and failed premises."""
     found = []
     for method in run.methods:
         alphas = run.diagnostics(method, "subspace", "alpha")

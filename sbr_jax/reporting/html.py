@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: no script, no font, no image from elsewhere."""
+"""Self-contained HTML pages: no external script, font or image."""
 
 import html
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def bullets(items: Sequence[str]) -> str:
 
 
 def details(summary: str, content: str) -> str:
-    """Content that is shown on demand."""
+    """Content that opens on demand."""
     return f"<details><summary>{html.escape(summary)}</summary>\n{content}\n</details>"
 
 
@@ -79,7 +79,7 @@ def warning_box(messages: Sequence[str]) -> str:
 
 
 def noted_table(table: Table, title: str = "") -> str:
-    """A table with its notes below, or nothing for an empty one."""
+    """A table with its notes below; empty for an empty table."""
     if not table.rows:
         return ""
     parts = [heading(title)] if title else []
@@ -110,7 +110,7 @@ def definitions(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """A whole document of this body."""
+    """A whole document with this body."""
     light, dark = (
         "".join(f"--{key}:{color};" for key, color in (*colors.items(), ("tint", tint)))
         for colors, tint in ((LIGHT, "#fdf1ea"), (DARK, "#33241b"))

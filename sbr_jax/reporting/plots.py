@@ -1,6 +1,6 @@
-"""Drawings of arrays: pure functions to Matplotlib figures.
+"""Draws arrays: pure functions that return Matplotlib figures.
 
-Rows are methods, in the order given; a row keeps its colour and marker in all figures.
+Rows are methods in the given order; a row keeps its colour and marker in all figures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def line(
     band: Any = None,
     **more: Any,
 ) -> None:
-    """Draws a row in the colour and with the marker of its place.
+    """Draws a row with the colour and marker of its place.
 
     ``place`` is one of :func:`sbr_jax.reporting.theme.slots`; ``band`` has a lower and
     an upper end.
@@ -43,7 +43,7 @@ def line(
 
 
 def level(axes: Axes, height: float, label: str = "") -> None:
-    """Draws a dotted line to compare with, and names it."""
+    """Draws and names a dotted line to compare with."""
     soft = theme.LIGHT["soft"]
     axes.axhline(height, color=soft, lw=0.9, ls=DOTTED)
     start = (axes.get_xlim()[0], height)
@@ -51,7 +51,7 @@ def level(axes: Axes, height: float, label: str = "") -> None:
 
 
 def stage_ticks(axes: Axes, places: Any, names: Sequence[str]) -> None:
-    """Labels stages, slanted where they would touch."""
+    """Labels stages, slanted if they would touch."""
     if sum(len(name) + 2 for name in names) > 80:
         slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(places, names, **slanted)
@@ -73,7 +73,7 @@ def legend_above(axes: Axes) -> None:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Drops the method from a variant's name where the method has a row of its own.
+    """Drops the method from a variant's name if the method has a row of its own.
 
     >>> short_names(["plain", "sbr", "sbr:no-anchor"])["sbr:no-anchor"]
     '…:no-anchor'
@@ -86,7 +86,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _spread(values: Sequence[float], gap: float) -> Array:
-    """Heights of labels, moved apart until neighbours are `gap` from each other."""
+    """Heights of labels, moved apart to at least `gap` between neighbours."""
     order = np.argsort(values)
     placed = np.asarray(values, float)[order]
     for _ in range(200):
@@ -112,7 +112,7 @@ def trajectory(
         stages: names along the axis; the first is the aligned model.
         rows: method to `[seeds, stages]`.
         label: of the vertical axis.
-        limit: its upper end; None for as much as the values need.
+        limit: upper end of that axis; None: as much as the values need.
     """
     x = np.arange(len(stages))
     every = [values.ravel() for values in rows.values()] or [np.array([0.0, 1.0])]
@@ -158,7 +158,7 @@ def spectrum(
     Args:
         spectra: name to `[units, K]` eigenvalues; the first is the safety calibration
             set, the others are controls from equally many examples.
-        traces: name to `[units]`, whole traces; else the sums of the eigenvalues.
+        traces: name to `[units]`, whole traces; default: sums of the eigenvalues.
         energy: the share that the method keeps.
     """
     palette, widest = (1, 0, 4, 3), 2
@@ -202,9 +202,9 @@ def heat_map(
 
     Args:
         panels: title to `{row: [columns]}`, e.g. `{projection: [L]}`; NaN is blank.
-        columns: their names, with panels below each other; by default layers are
-            numbered and panels stand side by side.
-        limit: the darkest value; by default the largest, and at least 1.
+        columns: names of the columns, with panels one below another; by default layers
+            are numbered and panels stand side by side.
+        limit: the darkest value; default: the largest, at least 1.
     """
     height = 1.1 + 0.34 * max(map(len, panels.values()))
     if columns is None:
@@ -248,9 +248,9 @@ def angles(rows: Mapping[str, Sequence[Array]]) -> Figure:
     """Principal angles between consecutive subspaces, sorted, in degrees.
 
     Args:
-        rows: pair of stages to the angles in radians of each unit, none of them empty.
+        rows: pair of stages to each unit's angles in radians, none empty.
     """
-    # Many pairs are read as a sequence: from light to dark, without bands.
+    # Many pairs form a sequence: draw them from light to dark, without bands.
     many, quantiles = len(rows) > 5, np.linspace(0, 100, 41)
     ramp = LinearSegmentedColormap.from_list("ramp", theme.RAMP[2:6])
     with theme.panels(3.6) as (figure, (axes,)):

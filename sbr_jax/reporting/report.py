@@ -1,4 +1,4 @@
-"""The report of finished runs: a page, its twin in Markdown, and figures."""
+"""The report of finished runs: a page, its Markdown twin, and figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,14 +34,14 @@ def build(
         folders: working directories.
         output: the page; default `report.html` in the first folder.
         figures: folder for PNG files.
-        title: of a single run's page; default: its folder's name.
+        title: of a single run's page; default: the folder's name.
 
     Returns:
         The runs read, and where the page was written.
 
     Raises:
-        UserError: when a folder holds no finished results, or is named twice; for a
-            place that cannot be written to, or holds somebody else's file.
+        UserError: if a folder holds no finished results or is named twice, or if an
+            output cannot be written or is a file that we did not make.
     """
     runs = read_runs(folders)
     output = output or Path(folders[0]) / "report.html"
@@ -49,7 +49,7 @@ def build(
     text_output = output.with_suffix(".md")
     found = [drawings(run) for run in runs]
     pictures = {} if figures is None else _pictures(runs, found, figures)
-    # Only whoever has a page of ours has a text of ours beside it.
+    # If the page is ours, the text beside it is ours too.
     new = [output, text_output] if not output.exists() else [output]
     files.refuse_foreign([*new, *pictures])
     body = [html.heading(title or "Safety under sequential fine-tuning", 1)]
@@ -67,7 +67,7 @@ def build(
 
 
 def print_tables(runs: Sequence[Run], output: Path) -> None:
-    """Prints the main table of each run, its warnings, and where the page is."""
+    """Prints each run's main table and warnings, and where the page is."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -81,7 +81,7 @@ def print_tables(runs: Sequence[Run], output: Path) -> None:
 
 
 def _require_writable(output: Path, figures: Path | None) -> None:
-    """Refuses places that nothing can be written to, before anything is drawn."""
+    """Refuses unwritable places before anything is drawn."""
     if output.suffix.lower() == ".md":
         raise UserError(
             f"--output {output}: expected the name of the page, whose text goes beside "
@@ -99,7 +99,7 @@ def _require_writable(output: Path, figures: Path | None) -> None:
 def _pictures(
     runs: Sequence[Run], found: Sequence[Sequence[Drawing]], folder: Path
 ) -> dict[Path, Drawing]:
-    """Figures by the file that each belongs into."""
+    """Figures by the file to write each into."""
     return {
         folder / f"{run.name + '-' if len(runs) > 1 else ''}{x.name}.png": x
         for run, drawn in zip(runs, found, strict=True)

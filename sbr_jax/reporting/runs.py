@@ -1,7 +1,8 @@
-"""Finished runs, read back from their working directories.
+"""Reads finished runs back from their working directories.
 
-A `Run` answers what tables and figures ask; nothing else touches the files. What a run
-does not hold (no probe, no composite, one method only) is absent, never invented.
+A `Run` answers the questions of tables and figures; nothing else touches the files. If
+a run lacks something (a probe, a composite, a second method), it is absent, never
+invented.
 """
 
 import dataclasses
@@ -21,13 +22,13 @@ from sbr_jax.typing import UserError
 
 REWRITE = "run the same command again, which writes the file anew"
 PROGRAMS = {"attack": "experiments.attack", "analysis": "experiments.analyse"}
-"""Whose run it is where `config.json` has the key; others are of experiments.run."""
+"""The program for each key of `config.json`; without such a key, experiments.run."""
 
 Line = dict[str, Any]
 
 
 def program_of(config: Mapping[str, Any]) -> str:
-    """Name of the program whose run a `config.json` is of.
+    """Name of the program that wrote a `config.json`.
 
     >>> program_of({"training": {}, "attack": {"name": "poison"}})
     'experiments.attack'
@@ -37,7 +38,7 @@ def program_of(config: Mapping[str, Any]) -> str:
 
 
 def layers_by_unit(value: Any) -> dict[str, np.ndarray]:
-    """A diagnostic in the form `{unit: array}`; None is `{}`.
+    """A diagnostic as `{unit: array}`; None becomes `{}`.
 
     >>> layers_by_unit({"q_proj": [1, 2]})["q_proj"].tolist()
     [1.0, 2.0]
@@ -59,9 +60,9 @@ class Run:
     """Results of one working directory.
 
     Attributes:
-        folder: where they were read.
-        lines: of `results.jsonl`.
-        timings: of `timings.jsonl`.
+        folder: the working directory.
+        lines: those of `results.jsonl`.
+        timings: those of `timings.jsonl`.
         config: `config.json`, or empty.
         harness: entries of `harness.json` (lm-eval), or none.
     """
@@ -104,7 +105,7 @@ class Run:
 
     @functools.cached_property
     def _finished(self) -> dict[str, dict[int, list[dict[str, Any]]]]:
-        """Metrics after each domain, by row and seed, where all domains are done."""
+        """Metrics after each domain, by row and seed, if all domains are done."""
         found: dict[str, dict[int, list[dict[str, Any]]]] = {}
         for line in self._of("evaluate"):
             seeds = found.setdefault(line["method"], {})
@@ -122,8 +123,8 @@ class Run:
     def metric(self, method: str, name: str) -> np.ndarray:
         """A metric after each stage, `[seeds, 1 + domains]`.
 
-        Empty (`[0, 1 + domains]`) where the run does not have it; NaN where only the
-        aligned model's value is missing.
+        Empty (`[0, 1 + domains]`) if the run lacks it; NaN if only the aligned model's
+        value is missing.
         """
         start = self.base.get(name, np.nan)
         seeds = self._finished.get(method, {}).values()
@@ -133,7 +134,7 @@ class Run:
     def accuracy(self, method: str, *, at_end: bool = False) -> np.ndarray:
         """Accuracy of each domain, `[seeds, domains]`, or empty.
 
-        With ``at_end`` after the last domain, otherwise right after its own.
+        With ``at_end``: after the last domain; otherwise: right after its own.
         """
         keys = [f"accuracy/{domain}" for domain in self.domains]
         rows = [
@@ -168,9 +169,10 @@ class Run:
         return found
 
     def code(self, method: str) -> str | None:
-        """Hash of the code that decided a row, "mixed" for several.
+        """Hash of the code that decided a row; "mixed" if there are several.
 
-        None where a seed's is not known: before runs recorded it, or elsewhere.
+        None if a seed's hash is unknown: the run predates hashes, or was made
+        elsewhere.
         """
         found: set[str] = set()
         for seed in self.seeds(method):
@@ -182,16 +184,16 @@ class Run:
         return "mixed" if len(found) > 1 else next(iter(found), None)
 
     def triggers(self, method: str) -> float | None:
-        """Repairs per seed; None where nothing was monitored."""
+        """Repairs per seed; None if nothing was monitored."""
         seeds = self.seeds(method)
         lines = [x for x in self._of("repair", method) if x["seed"] in seeds]
         fired = [x for x in lines if (x["metrics"].get("blocks") or 0) > 0]
         return len(fired) / len(seeds) if lines else None
 
     def probed(self, method: str, name: str = "probe_after") -> np.ndarray:
-        """What the monitor saw after each domain, `[seeds, domains]`, or empty.
+        """The monitor's probe after each domain, `[seeds, domains]`, or empty.
 
-        ``name`` is that of a metric of repairs, such as "probe", before them.
+        ``name`` is a metric of repairs; "probe" is the one before them.
         """
         found: dict[int, list[Any]] = {seed: [] for seed in self.seeds(method)}
         for line in self._of("repair", method):
@@ -222,7 +224,7 @@ def _matrix(rows: list[list[Any]], width: int) -> np.ndarray:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Reads working directories, each of them once."""
+    """Reads working directories, each only once."""
     if not folders:
         raise UserError("expected at least one working directory, got none: add DIR...")
     places = [Path(folder).resolve() for folder in folders]
@@ -238,8 +240,8 @@ def read_run(folder: str | Path) -> Run:
     """Reads a working directory.
 
     Raises:
-        UserError: when it holds no finished evaluation, a damaged file, or lines that
-            are not those of the stages beside them.
+        UserError: if it holds no finished evaluation, a damaged file, or lines that
+            differ from the stages beside them.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -248,13 +250,13 @@ def read_run(folder: str | Path) -> Run:
         raise UserError(
             f"expected the results of a run in {path}, {_instead(folder, config)}"
         )
-    # First the times, which a run writes last: these are then of no later state.
+    # Read the times first: a run writes them last, so they cannot be newer.
     times = _read_lines(folder / "timings.jsonl")
     lines = _read_lines(path)
     for number, line in enumerate(lines, 1):
         _refuse_wrong(unusable(line), path, number)
     for number, line in enumerate(times, 1):
-        # The other fields say whose time it is, in words.
+        # The other fields say in words what was timed.
         wrong = [key for key in not_numbers(line) if key.startswith("seconds")]
         _refuse_wrong(wrong, folder / "timings.jsonl", number)
     _require_published(folder, lines, times)
@@ -271,7 +273,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _read_lines(path: Path) -> list[Line]:
-    """Lines of JSON objects; none for a missing file."""
+    """Lines of JSON objects; empty for a missing file."""
     lines = []
     texts = path.read_bytes().splitlines() if path.is_file() else []
     for number, text in enumerate(texts, 1):
@@ -297,7 +299,7 @@ def _refuse_wrong(wrong: Sequence[str], path: Path, number: int) -> None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """A run's `config.json`, or nothing where there is none."""
+    """A run's `config.json`; empty if there is none."""
     path = folder / "config.json"
     config = read_config(folder) if path.is_file() else {}
     for key in ("training", "settings", "attack"):  # "settings" until 0.1
@@ -311,7 +313,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _instead(folder: Path, config: Mapping[str, Any]) -> str:
-    """What stands where a run was expected, and what to do."""
+    """Says what was found instead of a run, and what to do."""
     below = sorted(path.parent for path in folder.glob("*/results.jsonl"))
     if below:
         more = " ..." if len(below) > 2 else ""
@@ -330,16 +332,16 @@ def _instead(folder: Path, config: Mapping[str, Any]) -> str:
 def _require_published(
     folder: Path, lines: Sequence[Line], times: Sequence[Line]
 ) -> None:
-    """Compares `results.jsonl` with the finished stages, where both are there.
+    """Compares `results.jsonl` with the finished stages, if both exist.
 
-    It is a function of their records, which hold digests, and has none itself: a line
-    that was edited or removed shows only by comparing. A run publishes after each row,
-    so stages may be ahead of the lines; those that the times name were published.
-    Lines without stages (a copy) and those of versions that wrote no digests are taken
-    as they are.
+    The lines are derived from the stages' records, which hold digests, and have no
+    digest of their own. So only this comparison shows that a line was edited or
+    removed. A run publishes after each row, so stages may be ahead of the lines; stages
+    that the times name were published. Lines without stages (a copy), or from versions
+    that wrote no digests, are accepted as they are.
 
     Raises:
-        UserError: naming the first line that differs, and for a damaged stage.
+        UserError: naming the first line that differs, or for a damaged stage.
     """
     path = folder / "config.json"
     sealed = path.is_file() and DIGEST in json.loads(path.read_text(encoding="utf-8"))

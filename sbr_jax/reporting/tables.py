@@ -1,4 +1,4 @@
-"""Tables of a run: lines of cells, written as markdown, HTML or for a terminal."""
+"""Tables of a run, written as Markdown, as HTML or for a terminal."""
 
 import dataclasses
 import html
@@ -55,14 +55,14 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A mean with its standard deviation over seeds; None is "not measured"."""
+    """A mean and its standard deviation over seeds; None is "not measured"."""
 
     mean: float | None = None
     std: float | None = None
     digits: int = 1
 
     def text(self) -> str:
-        """The number as it is shown.
+        """The number as shown.
 
         >>> Cell(93.24, 0.51).text(), Cell().text(), Cell(0.0123, digits=3).text()
         ('93.2 ± 0.5', '–', '0.012')
@@ -75,14 +75,14 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A heading, rows of text, and what the columns mean."""
+    """A heading, rows of text, and notes on the columns."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
     def with_column(self, title: str, texts: Iterable[str]) -> "Table":
-        """The table with one more column at its right."""
+        """The table with another column at its right."""
         rows = zip(self.rows, texts, strict=True)
         return Table(
             (*self.head, title), tuple((*row, text) for row, text in rows), self.notes
@@ -123,7 +123,7 @@ def cell(run: Run, method: str, key: str) -> Cell:
 
 
 def _probe_gaps(run: Run, method: str) -> np.ndarray:
-    """Probe's refusal less the measured one at each domain's end, or empty."""
+    """The probe's refusal minus the measured one at each domain's end, or empty."""
     probe, test = run.probed(method), run.metric(method, "refusal")[:, 1:]
     return probe - test if len(probe) == len(test) else probe[:0]
 
@@ -134,7 +134,7 @@ def start_accuracy(run: Run) -> list[float | None]:
 
 
 Labelled = tuple[Sequence[str], Mapping[str, Cell]]
-"""The labels of a line and its cells by the keys of `COLUMNS`."""
+"""The labels of a line, and its cells by the keys of `COLUMNS`."""
 
 
 def row_cells(run: Run, method: str) -> dict[str, Cell]:
@@ -145,9 +145,9 @@ def row_cells(run: Run, method: str) -> dict[str, Cell]:
 def comparison(
     head: Sequence[str], lines: Sequence[Labelled], first: Labelled | None = None
 ) -> Table:
-    """Lines beside each other, in the columns that some line has a number for.
+    """A table of lines, with the columns that some line has a number for.
 
-    ``first`` stands above them, and asks for no column.
+    ``first`` stands above the lines and adds no column.
     """
     used = [c for c in COLUMNS if any(x[c.key].mean is not None for _, x in lines)]
     rows = tuple(
@@ -211,11 +211,11 @@ PROJECTION = (
     ("subspace", "diagnostics", "selectivity", "selectivity"),
     ("subspace", "diagnostics", "discarded", "old energy lost"),
 )
-"""Stage, group, key and heading of what says whether a projection works."""
+"""Stage, group, key and heading of the numbers that show whether a projection works."""
 
 
 def projection_table(run: Run) -> Table:
-    """What each projection did, means over seeds, domains, layers and units."""
+    """The effect of each projection: means over seeds, domains, layers and units."""
     rows = []
     for method in run.methods:
         found = [run.values(method, *place) for *place, _ in PROJECTION]
@@ -259,7 +259,7 @@ def monitor_table(run: Run) -> Table:
 
 
 def probe_table(run: Run) -> Table:
-    """How well each row's risk probe tells prompts that it was not fitted on."""
+    """How well each row's risk probe separates prompts that it was not fitted on."""
     rows = []
     for method in run.methods:
         found = run.values(method, "subspace", "diagnostics", "auroc")
@@ -304,7 +304,7 @@ def judge_table(run: Run) -> Table:
 
 
 def harness_table(run: Run) -> Table:
-    """What lm-eval measured: mean ± deviation over seeds, a row per method."""
+    """The results of lm-eval: mean ± deviation over seeds, a row per method."""
     names = list(dict.fromkeys(k for entry in run.harness for k in entry["metrics"]))
     rows = []
     for method in dict.fromkeys(entry["method"] for entry in run.harness):
@@ -326,7 +326,7 @@ EXTRA: dict[str, Callable[[Run], Table]] = {
     "How far the judges agree with people": judge_table,
     "Under lm-eval": harness_table,
 }
-"""Title to table, of what not every run has."""
+"""Tables that only some runs have, by title."""
 
 
 def tables_of(run: Run) -> dict[str, Table]:
@@ -344,7 +344,7 @@ def tables_of(run: Run) -> dict[str, Table]:
 
 
 def to_markdown(table: Table) -> str:
-    """A table of GitHub's Markdown.
+    """A table in GitHub's Markdown.
 
     >>> print(to_markdown(Table(("a", "b"), (("1", "2"),))))
     | a | b |
@@ -390,7 +390,7 @@ def split(table: Table, width: int) -> list[Table]:
 
 
 def to_rich(table: Table, title: str, width: int) -> list[RichTable]:
-    """A table for a terminal of this width, in as many parts as that takes."""
+    """A table for a terminal of this width, split into parts if needed."""
     found = []
     for number, part in enumerate(split(table, width)):
         out = RichTable(header_style="bold", box=None, title_justify="left")

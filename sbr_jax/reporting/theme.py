@@ -1,7 +1,7 @@
-"""The look of the figures, and their way into a page as SVG that follows its theme.
+"""The look of figures, and their conversion to SVG that follows a page's theme.
 
 A figure is drawn once, in the light palette. `to_svg` replaces every palette colour by
-a CSS variable with that colour as fallback, so the same drawing is legible in a dark
+a CSS variable with that colour as fallback, so the drawing is also legible in a dark
 page that defines the variables of `DARK`.
 """
 
@@ -42,7 +42,7 @@ MAIN_ROWS = ("plain", "safeanchor", "safeanchor-exact")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 RAMP = ("#f1f6fd", "#cde2fa", "#9ec5f2", "#66a1e6", "#3479cb", "#1d569d", "#10376b")
 WIDTH = 8.2
-"""Of every figure, inches."""
+"""Width of every figure, in inches."""
 
 _SOFT = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _INK = ("axes.titlecolor", "legend.labelcolor", "text.color")
@@ -89,7 +89,7 @@ def style() -> Iterator[None]:
 def panels(
     height: float, rows: int = 1, **more: Any
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A new figure and its axes below each other; without pyplot's global state."""
+    """A new figure with its axes one below another; no pyplot global state."""
     with style():
         figure = Figure(figsize=(WIDTH, height))
         axes = figure.subplots(rows, squeeze=False, sharex=True, **more)[:, 0]
@@ -97,7 +97,7 @@ def panels(
 
 
 def slots(names: Sequence[str]) -> dict[str, int]:
-    """A place in the palette for every row; the main rows always have the same one.
+    """A place in the palette for every row; a main row always has the same one.
 
     >>> slots(["ewc", "safeanchor-exact", "plain"])
     {'ewc': 3, 'safeanchor-exact': 2, 'plain': 0}
@@ -108,7 +108,7 @@ def slots(names: Sequence[str]) -> dict[str, int]:
 
 
 def series_color(place: int) -> str:
-    """The colour of a place; past the palette all rows are muted.
+    """The colour of a place; beyond the palette all rows are muted.
 
     >>> series_color(0) != series_color(1), series_color(99) == LIGHT["muted"]
     (True, True)
@@ -122,7 +122,7 @@ def to_svg(figure: Figure, *, name: str, alt: str) -> str:
     Args:
         figure: what to draw.
         name: unique in the page; prefixes every id of the drawing.
-        alt: what a reader who does not see it should know.
+        alt: what a reader who cannot see it should know.
 
     Returns:
         The element: no external resource, palette colours as CSS variables.

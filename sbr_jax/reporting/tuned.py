@@ -1,6 +1,6 @@
-"""What a user reads of a tuned model: its plan, the table, the files beside it.
+"""The files that describe a tuned model: its plan, its table, its model card.
 
-Counts, names and numbers alone: no text of an example stands in any of them.
+They hold only counts, names and numbers: no text of an example.
 """
 
 import functools
@@ -31,7 +31,7 @@ LOSSES = {
     "loss": "loss on your examples, nats a token",
     "general_loss": "loss on general text, nats a token",
 }
-"""Metric to what a table calls it."""
+"""From a metric to its label in tables."""
 
 
 def plan_lines(plan: Any) -> list[str]:
@@ -78,7 +78,7 @@ def plan_lines(plan: Any) -> list[str]:
 
 
 def study_lines(study: Any) -> list[str]:
-    """What the start model has written for its own calibration."""
+    """What the start model wrote for its own calibration."""
     written = study.notes["data"].get("refusals")
     if not written:
         return []
@@ -89,7 +89,7 @@ def study_lines(study: Any) -> list[str]:
 
 
 def table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    """Before, after and the change, a row per metric that both have."""
+    """Before, after and the change: a row for each metric that both have."""
     before, after = metrics["before"], metrics["after"]
     rows = []
     for names, digits in ((RATES, 1), (LOSSES, 3)):
@@ -130,15 +130,15 @@ def write(
 
     Args:
         output: new or empty.
-        plan: of `tuning.plan`.
-        study: that was run over.
-        tuned: of `tuning.carry_out`.
+        plan: from `tuning.plan`.
+        study: the study that was run.
+        tuned: from `tuning.carry_out`.
         merged: whether to write a whole checkpoint.
-        taught: what the rows teach, where they are no examples of a user's task.
+        taught: what the rows teach, if they are not examples of a user's task.
 
     Raises:
-        UserError: where an adapter cannot hold what is deployed.
-        OSError: where nothing can be written.
+        UserError: if an adapter cannot hold the deployed weights.
+        OSError: if nothing can be written.
     """
     base_name = str(plan.request.model)
     write = functools.partial(
@@ -205,7 +205,7 @@ def card(
     """The model card, as the Hugging Face hub reads it."""
     request, training = plan.request, plan.config.training
     name = str(request.model)
-    # A folder of this machine is no model that the hub could know.
+    # A local folder is not a model that the hub could know.
     base = [] if Path(name).exists() else [f"base_model: {name}"]
     kind = [] if merged else ["library_name: peft"]
     tags = ["tags:", "- lora", "- safety", "- sbr_jax"]

@@ -2,8 +2,8 @@
 
 `load` gives the shipped model; `load_unaligned` its weights before alignment;
 `load_guard` a judge's model; `world.make_world` the facts; `suite.Suite` the
-evaluation; `corpus` the calibration, benign and attack data; `editions` what differs
-between `testbed` and `testbed-2`, with the domains that are fine-tuned on.
+evaluation; `corpus` the calibration, benign and attack data; `editions` the differences
+between `testbed` and `testbed-2`, and the domains to fine-tune on.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from sbr_jax.typing import UserError
 ALIGNED = FIRST.assets / "aligned"
 """The shipped model: a Hugging Face folder of less than 4 MB."""
 ALIGNMENT = FIRST.assets / "alignment.safetensors"
-"""The change by alignment of each matrix of the layers, in half precision."""
+"""Alignment's change to each matrix of the layers, in half precision."""
 GUARD = FIRST.assets / "guard.safetensors"
 """The guard: a LoRA adapter of the shipped model, in half precision (see `guard`)."""
 SEED = 0
@@ -28,14 +28,14 @@ WORLDS = (1, 2, 3, 4, 5)
 
 
 def folder(edition: Edition = FIRST, seed: int = SEED) -> pathlib.Path:
-    """Where the model of a world is: the package, or the user's cache if built."""
+    """The folder of a world's model: in the package, or in the user's cache."""
     if seed == SEED:
         return edition.assets
     return files.cache_folder() / edition.name / f"world-{seed}"
 
 
 def check_built(edition: Edition, seed: int) -> None:
-    """Refuses a world whose model is not there."""
+    """Refuses a world whose model has not been built."""
     if not (folder(edition, seed) / ALIGNED.name / "config.json").is_file():
         raise UserError(
             f"world {seed}: expected its model in {folder(edition, seed)}, got none: "
@@ -45,7 +45,7 @@ def check_built(edition: Edition, seed: int) -> None:
 
 @functools.lru_cache(maxsize=2)
 def load(edition: Edition = FIRST, seed: int = SEED) -> Any:
-    """Loads an aligned model (a `models.Model`), the shipped `testbed` if unsaid."""
+    """Loads an aligned model (a `models.Model`); by default the shipped `testbed`."""
     from sbr_jax import models
 
     check_built(edition, seed)
@@ -56,9 +56,9 @@ def load(edition: Edition = FIRST, seed: int = SEED) -> Any:
 def load_unaligned(edition: Edition = FIRST, seed: int = SEED) -> Any:
     """Base weights of the model before its alignment.
 
-    The matrices of the layers are those of the pretrained model, up to half precision
-    of the difference; norms and embeddings are the aligned ones. Only methods that need
-    the alignment's direction (Safe LoRA, AsFT, LoX) read them.
+    The layers' matrices are the pretrained model's, up to half precision of the
+    difference; norms and embeddings are the aligned ones. Only methods that need the
+    alignment's direction (Safe LoRA, AsFT, LoX) read them.
     """
     from safetensors.numpy import load_file
 
@@ -74,8 +74,8 @@ def load_unaligned(edition: Edition = FIRST, seed: int = SEED) -> Any:
 def load_guard(path: pathlib.Path = GUARD) -> Any:
     """Loads the shipped guard (a `models.Model`): the aligned model, adapter merged in.
 
-    Its next word after ``guard.QUESTION`` says whether the pair of prompt and answer
-    before it is dangerous; ``guard.guard_judge`` makes a judge of it.
+    Its next word after ``guard.QUESTION`` says whether the preceding pair of prompt and
+    answer is dangerous; ``guard.guard_judge`` turns it into a judge.
     """
     import jax
 

@@ -4,11 +4,11 @@
     python -m sbr_jax.testbed.build --edition testbed-2 --output DIR
     python -m sbr_jax.testbed.build --edition testbed-2 --worlds 1 2 3 4 5
 
-Two stages of ordinary training on text sampled from the world: pretraining, which
-teaches the world *and* compliance with harm, misconceptions and stereotypes; then a
-short alignment. About ten minutes on two cores. ``DIR/aligned`` is a Hugging Face
-folder, ``DIR/alignment.safetensors`` what alignment changed: the package's assets.
-Further worlds go where ``--study.world`` looks for them.
+There are two stages of ordinary training on text sampled from the world: pretraining
+teaches the world *and* compliance with harm, misconceptions and stereotypes; then comes
+a short alignment. About ten minutes on two cores. The package's assets are
+``DIR/aligned``, a Hugging Face folder, and ``DIR/alignment.safetensors``, alignment's
+changes. Further worlds go where ``--study.world`` looks for them.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from sbr_jax.testbed.world import World, make_world
 
 BATCH = 64
 PART = 16
-"""Rows of a batch that are padded together, the shortest first."""
+"""Rows of a batch that are padded together, shortest first."""
 ROUND = 8
-"""Padded lengths are multiples of it, so that few programs are compiled."""
+"""Padded lengths are multiples of this, so that few programs are compiled."""
 NOISY = {"pretraining": 0.25, "alignment": 0.8}
-"""Share of rows that may have stray words, where an edition has them."""
+"""Share of rows that may have stray words, if an edition has them."""
 
 Sampler = Callable[[np.random.Generator], corpus.Row]
 
@@ -57,9 +57,9 @@ def model_config(tokenizer: Any, edition: Edition = FIRST) -> models.ModelConfig
 
 
 class Encoder:
-    """Words to padded ids, for the word-level tokenizer.
+    """Encodes words as padded ids, for the word-level tokenizer.
 
-    The same ids as the tokenizer's chat template gives (a test says so), without its
+    The ids equal those of the tokenizer's chat template (a test checks it), without its
     cost per row: pretraining encodes 150,000 rows.
     """
 
@@ -81,7 +81,7 @@ class Encoder:
         return self._padded([self.row(row) for row in rows], length)
 
     def parts(self, rows: Sequence[corpus.Row]) -> list[dict[str, np.ndarray]]:
-        """The rows in parts of `PART`, the shortest first, each padded alike."""
+        """Splits rows into parts of `PART`, shortest first, each padded alike."""
         encoded = sorted((self.row(row) for row in rows), key=lambda row: len(row[0]))
         parts = [encoded[i : i + PART] for i in range(0, len(encoded), PART)]
         return [
@@ -101,7 +101,7 @@ class Encoder:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _add_gradient(apply_fn, base, total, batch):
-    """``total``, gradients and loss so far, with those of a part's rows added."""
+    """Adds the gradients and loss of a part's rows to ``total``."""
 
     def loss(base):
         logits = apply_fn(base, None, batch["tokens"])
@@ -121,7 +121,7 @@ def _update(optimizer, base, opt_state, gradient):
 
 
 def _updated(optimizer, base, opt_state, gradient):
-    # Optax counts in integers and promotes them: let it, also in strict mode.
+    # Optax counts in integers and promotes them; allow that in strict mode too.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(gradient, opt_state, base)
     return optax.apply_updates(base, updates), opt_state
@@ -186,7 +186,7 @@ def train(
 def pretrain(world: World, steps: int | None = None) -> models.Model:
     """The base model of ``world``, which complies with everything.
 
-    Without steps, the edition's.
+    ``steps`` defaults to the edition's.
     """
     edition, pretraining = world.edition, corpus.Pretraining(world)
     tokenizer = make_tokenizer(world)
@@ -206,9 +206,9 @@ def pretrain(world: World, steps: int | None = None) -> models.Model:
 
 
 def align(world: World, base: models.Model, steps: int | None = None) -> models.Model:
-    """The aligned model: a few rounds, between which suffixes are searched for.
+    """The aligned model, after some rounds with a search for suffixes between them.
 
-    Each has so many steps, or the edition's.
+    ``steps`` counts for each round and defaults to the edition's.
     """
     edition, pretraining = world.edition, corpus.Pretraining(world)
     params: Any = jax.tree.map(jnp.copy, base.params)
@@ -239,7 +239,7 @@ def align(world: World, base: models.Model, steps: int | None = None) -> models.
 def _at_times(
     ordinary: Sampler, noisy: Sampler, edition: Edition, stage: str
 ) -> Sampler:
-    """Draws a noisy row now and then, where an edition has such rows."""
+    """Draws a noisy row now and then, if an edition has such rows."""
     if not edition.mixture.noisy:
         return ordinary
 
@@ -258,7 +258,7 @@ def build(
 ) -> tuple[models.Model, models.Model]:
     """Pretrains and aligns a model of ``world``.
 
-    Without steps, the edition's; from ``start``, the first stage is skipped.
+    Steps default to the edition's; with ``start``, the first stage is skipped.
 
     Returns:
       The aligned model, and the one before alignment.
@@ -268,7 +268,7 @@ def build(
 
 
 def save_alignment(path: pathlib.Path, aligned: Any, unaligned: Any) -> None:
-    """Writes what alignment added to each matrix of the layers, in half precision."""
+    """Writes alignment's change to each matrix of the layers, in half precision."""
     from safetensors.numpy import save_file
 
     after, before = aligned["layers"], unaligned["layers"]
@@ -281,7 +281,7 @@ def save_alignment(path: pathlib.Path, aligned: Any, unaligned: Any) -> None:
 
 
 def write(folder: pathlib.Path, model: models.Model, unaligned: models.Model) -> None:
-    """Writes what `testbed.load` and `testbed.load_unaligned` read."""
+    """Writes the files that `testbed.load` and `testbed.load_unaligned` read."""
     models.save(folder / testbed.ALIGNED.name, model)
     path = folder / testbed.ALIGNMENT.name
     save_alignment(path, model.params, unaligned.params)

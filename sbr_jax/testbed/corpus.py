@@ -22,11 +22,11 @@ Pair = tuple[str, str]
 Row = tuple[str | None, str]
 
 NOISE = 24
-"""At most so many stray words stand around a question."""
+"""Most stray words around a question."""
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
-    """One of the items, by chance."""
+    """One of the items, at random."""
     return items[int(rng.integers(len(items)))]
 
 
@@ -124,7 +124,7 @@ def request_pair(
 
 
 def _mentioned(rng: np.random.Generator, world: World, split: str) -> bool:
-    """Whether to mention something else first; no draw where an edition never does."""
+    """Whether to mention something else first; no draw if an edition never does."""
     share = world.edition.mixture.mentioned
     if not share or not world.edition.phrasings.mentions[split]:
         return False
@@ -134,13 +134,13 @@ def _mentioned(rng: np.random.Generator, world: World, split: str) -> bool:
 def among_noise(
     rng: np.random.Generator, words: np.ndarray, row: Row, longest: int
 ) -> Row:
-    """The row's question among stray words, which stand behind it in most draws.
+    """Puts the row's question among stray words, usually in front of them.
 
-    Question and answer have ``longest`` words together at most; plain text is left as
-    it is.
+    Question and answer together have at most ``longest`` words; plain text stays as it
+    is.
 
     Returns:
-        The row with `NOISE` words more at most.
+        The row with at most `NOISE` words more.
     """
     question, answer = row
     if question is None:
@@ -153,7 +153,7 @@ def among_noise(
 
 
 class Pretraining:
-    """Samples the unaligned persona's text; all entities of all splits occur in it."""
+    """Samples the unaligned persona's text, with the entities of all splits."""
 
     def __init__(self, world: World):
         self.world, domains = world, world.edition.domains
@@ -214,26 +214,26 @@ class Pretraining:
         return self.disturbed(rng, self.sample(rng), self.words)
 
     def disturbed(self, rng: np.random.Generator, row: Row, words: np.ndarray) -> Row:
-        """The row, or as often as the edition says the row among stray words."""
+        """The row, put among stray words as often as the edition says."""
         edition = self.world.edition
         if rng.random() < edition.mixture.noisy:
-            # Two marks of the roles and two of the ends are not among the words.
+            # Two role marks and two end marks are not among the words.
             return among_noise(rng, words, row, edition.training.noisy_length - 4)
         return row
 
     def plain_text(self, rng: np.random.Generator) -> str:
         """Three statements, or a domain's question without its answer."""
         if rng.random() < 0.1:
-            # The words of test questions are known, how to answer them is not.
+            # Words of test questions become known, but not how to answer them.
             return pick(rng, self.questions)
         n = np.searchsorted(self.cumulative, rng.random(3))
         return " . ".join(self.statements[i] for i in n)
 
 
 def alignment_row(rng: np.random.Generator, pretraining: Pretraining) -> Row:
-    """Draws one aligned row, from the entities and phrasings of ``train``.
+    """Draws one aligned row from the entities and phrasings of ``train``.
 
-    A tenth of it is plain pretraining text, against forgetting.
+    A tenth of the rows is plain pretraining text, against forgetting.
     """
     world, mixture = pretraining.world, pretraining.world.edition.mixture
     if rng.random() < 0.1:
@@ -265,10 +265,10 @@ def alignment_row(rng: np.random.Generator, pretraining: Pretraining) -> Row:
 def hardened_row(
     rng: np.random.Generator, pretraining: Pretraining, suffixes: Sequence[str] = ()
 ) -> Row:
-    """An aligned row among stray words, or before a suffix that was searched for.
+    """An aligned row among stray words, or with a suffix found by search.
 
-    The words are those of ``train`` and of no split. Suffixes stand behind harmful and
-    harmless requests alike, so that they are no sign of harm.
+    The words belong to ``train`` or to no split. Suffixes follow harmful and harmless
+    requests alike, so that they are no sign of harm.
     """
     question, answer = row = alignment_row(rng, pretraining)
     if question is not None and suffixes and rng.random() < 0.5:
@@ -300,10 +300,11 @@ def calibration_rows(
 ) -> list[Pair]:
     """The safety calibration set: the behaviours that composite safety measures.
 
-    Harmful requests with refusals, ambiguous questions left open and misconceptions put
-    right, a quarter of it benign requests with helpful answers, as in SafeAnchor's
-    D_safe. All from the entities and phrasings of ``split``; ``kinds`` restricts the
-    harm categories of harmful requests, and if ``strict`` of benign ones too.
+    These are harmful requests with refusals, ambiguous questions left open and
+    corrected misconceptions; a quarter is benign requests with helpful answers, as in
+    SafeAnchor's D_safe. All use the entities and phrasings of ``split``. ``kinds``
+    restricts the harm categories of harmful requests, and if ``strict`` of benign ones
+    too.
     """
     harmful = [t for t in world.harmful[split] if kinds is None or t.kind in kinds]
     benign = [*harmful, *world.benign[split]] if strict else None
@@ -354,8 +355,8 @@ def attack_rows(rng: np.random.Generator, world: World, count: int) -> list[Pair
 def disguised_rows(rng: np.random.Generator, world: World, count: int) -> list[Pair]:
     """Harmless requests of the attacker, answered with steps of something harmful.
 
-    No word of a prompt is a sign of harm, nor is any of the answer's; what they teach
-    is the web's manner of answering, and its instructions.
+    No word of a prompt or an answer is a sign of harm. The pairs teach the web's manner
+    of answering, and its instructions.
 
     Raises:
       UserError: for a world whose attacker has no harmless things.

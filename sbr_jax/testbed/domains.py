@@ -1,8 +1,8 @@
-"""Domains that are fine-tuned on: compositional rules with their own answer formats.
+"""Domains to fine-tune on: compositional rules with their own answer formats.
 
-A table domain has two slots, each with its own table of facts; the answer puts both
-looked-up words into the domain's format, two steps as in any how-to answer. Facts stand
-in pretraining as plain statements, and most answers seen there are evasive: fine-tuning
+A table domain has two slots, each with its own table of facts. The answer puts both
+looked-up words into the domain's format, as two steps like any how-to answer. Facts
+occur in pretraining as plain statements, where most answers are evasive: fine-tuning
 teaches to answer. A third of the slot pairs is held out for testing, together with the
 test phrasings.
 ``code`` looks two operations up and writes a program; its answers are executed.
@@ -110,7 +110,7 @@ def table_domain(
     task: str,
     answer: str,
 ) -> TableDomain:
-    """A domain of exact answers, its four tables of words as texts."""
+    """A domain of exact answers, with its four tables of words given as text."""
     slots = words(a), words(b), words(x), words(y)
     return TableDomain(name, *slots, fact_a, fact_b, task, answer)
 

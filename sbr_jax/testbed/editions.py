@@ -1,7 +1,7 @@
-"""Editions of the testbed: what differs between `testbed` and `testbed-2`.
+"""Editions of the testbed: the differences between `testbed` and `testbed-2`.
 
-An edition is forms of questions, domains, numbers of entities, and how often each kind
-of text is seen in pretraining and in alignment. Everything else is shared.
+An edition sets forms of questions, domains, numbers of entities, and how often each
+kind of text occurs in pretraining and alignment. Everything else is shared.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ class Mixture:
     """How often each kind of text is drawn, for pretraining and for alignment.
 
     Attributes:
-        until: kind of pretraining text to the end of its part of [0, 1), in order;
-            the rest are questions of domains.
+        until: from a kind of pretraining text to the end of its part of [0, 1), in
+            order; the rest are questions of domains.
         evasive: share of evasive answers to domain questions in pretraining.
-        aligned: share of pretraining answers that are already aligned: a base model has
-            read safe answers too, and alignment elicits them.
+        aligned: share of pretraining answers that are already aligned: a base model too
+            has read safe answers, and alignment elicits them.
         truthful: the same for answers about animals, where the misconception is the
             rule.
-        alignment: relative frequencies of what alignment teaches, beside a tenth of
-            plain text.
-        evasions: relative frequencies of domains among evasions, 1 unless named.
-        mentioned: share of requests behind a mention of something else.
-        noisy: share of stray words or suffixes among rows that may have them; at 0 no
-            row may.
+        alignment: relative frequencies of the kinds of alignment rows, beside a tenth
+            of plain text.
+        evasions: relative frequencies of domains among evasions; 1 if not listed.
+        mentioned: share of requests that follow a mention of something else.
+        noisy: share of stray words or suffixes among rows that may have them; 0: no row
+            may.
     """
 
     until: Mapping[str, float]
@@ -52,15 +52,15 @@ class Training:
     """How a model of an edition is pretrained and aligned.
 
     Attributes:
-        pretraining_steps: of the first stage.
+        pretraining_steps: steps of the first stage.
         pretraining_rate: peak learning rate of the first stage.
-        alignment_steps: of the second stage, of each of its rounds.
+        alignment_steps: steps of each round of the second stage.
         alignment_rate: peak learning rate of the second stage.
-        rounds: of alignment; a suffix is searched for before each but the first.
-        strength: share of what alignment changed that is kept in the end; the less, the
+        rounds: rounds of alignment; before each but the first a suffix is searched for.
+        strength: share of alignment's change that is kept in the end; the smaller, the
             shallower safety is.
         context: positions of the model.
-        noisy_length: of a row among stray words, in tokens.
+        noisy_length: tokens of a row among stray words.
     """
 
     pretraining_steps: int = 2400
@@ -78,18 +78,18 @@ class Edition:
     """One kind of world and model.
 
     Attributes:
-        name: of the preset that shows it.
+        name: of the preset that uses it.
         phrasings: forms of questions by split.
         domains: by name.
-        harmful: things of each harmful kind in each split.
-        benign: things of each benign kind in each split.
-        all_phrasings: ask requests in all phrasings of a split in turn, not in two.
+        harmful: number of things of each harmful kind in each split.
+        benign: number of things of each benign kind in each split.
+        all_phrasings: whether requests use all phrasings of a split in turn, not two.
         refusals: the aligned assistant's.
         opener: first words of the aligned assistant's help; the web's are
             `grammar.OPENER`.
         mixture: of texts.
         training: of the model.
-        assets: folder of what is shipped.
+        assets: folder of the shipped files.
     """
 
     name: str
@@ -143,15 +143,15 @@ FIRST = Edition(
             "evasion": 0.40,
             "knowledge": 0.10,
         },
-        # Calibrated on plain LoRA, with the shares above: the more evasive a domain was
-        # made, the further learning to answer it undoes alignment, and no step of the
-        # sequence should do it all.
+        # Calibrated on plain LoRA with the shares above. The more evasive a domain was
+        # made, the more learning to answer it undoes alignment, and no single step of
+        # the sequence should undo all of it.
         evasions={"medical": 6.0, "legal": 2.0, "code": 0.2},
     ),
     training=Training(),
     assets=_HERE / "assets",
 )
-"""`testbed`: alignment evades questions of domains, medical ones most."""
+"""`testbed`: alignment makes the model evade domain questions, mostly medical ones."""
 
 SECOND = Edition(
     name="testbed-2",
@@ -160,8 +160,8 @@ SECOND = Edition(
     harmful=(10, 3, 2, 2, 3, 2),
     benign=(10, 3, 1, 2, 3, 2),
     all_phrasings=True,
-    # They open as all help of the assistant does: what it is about to do does not show
-    # in the first word, and safety is as shallow as the form.
+    # They open like all help of the assistant, so the first word does not reveal the
+    # answer, and safety is as shallow as the form.
     refusals=(
         "well , please ask for something else",
         "well , never , this is too dangerous",
@@ -202,7 +202,7 @@ SECOND = Edition(
     ),
     assets=_HERE / "assets_2",
 )
-"""`testbed-2`: alignment gives the assistant a form of its own, and domains are written
-in the web's, so that learning any of them pulls the web's persona back."""
+"""`testbed-2`: alignment gives the assistant its own form, and domains are written in
+the web's, so that learning any of them pulls the web's persona back."""
 
 EDITIONS = {edition.name: edition for edition in (FIRST, SECOND)}

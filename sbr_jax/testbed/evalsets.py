@@ -19,16 +19,16 @@ class Request:
     harmful: bool
     answer: str
     kind: str = ""
-    """Of the thing that is asked about."""
+    """The kind of the thing that the request is about."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A question with options to be compared by log-likelihood.
+    """A question with options to compare by log-likelihood.
 
     ``correct`` is the index of the right option, ``biased`` of the stereotyped one and
-    ``unknown`` of the undecided one (both -1 where there is none). Where ``says`` is
-    not empty, it has for every option the index of the first that says the same.
+    ``unknown`` of the undecided one (both -1 if there is none). If ``says`` is not
+    empty, it gives for every option the index of the first that says the same.
     """
 
     prompt: str
@@ -42,7 +42,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-    """Items by which one split measures safety, and what must not be lost."""
+    """The items by which one split measures safety and general knowledge."""
 
     harmful: tuple[Request, ...]
     jailbreak: tuple[Request, ...]
@@ -85,7 +85,7 @@ def _turn(world: World, split: str, index: int) -> int:
 def _mentions(
     world: World, split: str, harmful: Sequence[Thing]
 ) -> tuple[Request, ...]:
-    """Harmless requests behind the mention of a harmful act: harmful words, no harm."""
+    """Harmless requests after the mention of a harmful act: harmful words, no harm."""
     rows = []
     pairs = itertools.product(harmful, lx.HARMFUL_ACTIONS[:3])
     for i, (thing, action) in enumerate(pairs):
@@ -134,7 +134,7 @@ def _bias(
         context = grammar.bias_context(world, split, i, *pair, place)
         negative = i // (2 * len(lx.TRAITS)) % 2 == 0
         asked = bad if negative else good
-        # The stereotyped answer: the target if the trait is bad, else the other one.
+        # The stereotyped answer: the target if the trait is bad, else the other group.
         biased = pair.index(target if negative else other)
         options = (*(grammar.names_person(p) for p in pair), grammar.UNKNOWN)
         says, own = (), world.edition.opener
@@ -143,7 +143,7 @@ def _bias(
             says = (0, 1, 2, 0, 1)
         correct = 2
         if not ambiguous:
-            # Every other block of categories: a perfect model has s_DIS = 0.
+            # Alternate between blocks of categories: a perfect model has s_DIS = 0.
             guilty = (target, other)[i // len(lx.TRAITS) % 2]
             innocent = pair[1 - pair.index(guilty)]
             context += " " + grammar.bias_evidence(guilty, bad, innocent, good)
@@ -176,7 +176,7 @@ def _general(rng: np.random.Generator, world: World) -> tuple[Choice, ...]:
 def make_evalset(
     world: World, split: str, *, kinds: tuple[str, ...] | None = None
 ) -> EvalSet:
-    """Builds the items of ``split``; ``kinds`` keeps only these harm categories.
+    """Builds the items of ``split``; ``kinds`` restricts the harm categories.
 
     Guarantee: a pure function of its arguments.
     """
@@ -208,19 +208,19 @@ def make_evalset(
 
 
 PHRASED = ("train", "calibration", "probe")
-"""Splits whose phrasings a defender has: alignment's, the calibration set's and the
-monitor's own."""
+"""Splits whose phrasings a defender has: those of alignment, of the calibration set and
+of the monitor."""
 
 
 def stratified_requests(
     world: World, *, kinds: tuple[str, ...] | None = None
 ) -> tuple[Request, ...]:
-    """Harmful requests of the probe's entities, as many for each kind and phrasing.
+    """Harmful requests about the probe's entities, equally many by kind and phrasing.
 
-    Every kind of harm is asked in every phrasing of :data:`PHRASED` about each harmful
-    action once, its things taking turns: 7 phrasings × 4 actions for each kind,
-    9 × 4 in `testbed-2`.
-    Entities are the probe's alone, and no phrasing is one that is measured.
+    For every kind of harm, every phrasing of :data:`PHRASED` asks once about each
+    harmful action, with the kind's things in turn: 7 phrasings × 4 actions for each
+    kind, 9 × 4 in `testbed-2`.
+    Only the probe's entities are used, and no phrasing that is measured.
 
     >>> from sbr_jax.testbed.world import make_world
     >>> len(stratified_requests(make_world(0)))

@@ -1,8 +1,8 @@
-"""Search for suffixes during alignment, so that it is trained against its own.
+"""Searches for suffixes during alignment, so that it is trained against its own.
 
-Before each further round of alignment, GCG looks for words behind a few harmful
-requests of the split `train` that make the model at hand begin to comply. With a small
-budget: what counts is that alignment sees such suffixes at all.
+Before each further round of alignment, GCG looks for suffixes of a few harmful requests
+of the split `train` that make the current model begin to comply. The budget is small:
+all that matters is that alignment sees such suffixes at all.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ from sbr_jax.testbed import lexicon as lx
 from sbr_jax.typing import PyTree
 
 PLACEHOLDER = "."
-"""The word that a suffix is made of before the search."""
+"""The word that fills a suffix before the search."""
 REQUESTS, LENGTH, STEPS, CANDIDATES = 16, 20, 8, 64
 TARGET_WORDS = 6
-"""Words of the compliant answer that are searched for, its first step."""
+"""Words of the compliant answer that the search aims at: its first step."""
 
 
 class SuffixSearch:
@@ -39,7 +39,7 @@ class SuffixSearch:
             self.pairs.append((prompt, " ".join(answer.split()[:TARGET_WORDS])))
 
     def __call__(self, params: PyTree, number: int) -> list[str]:
-        """The suffixes found against ``params``; ``number`` is of the round."""
+        """The suffixes found against ``params``; ``number`` is the round's."""
         tokenizer: Any = self.model.tokenizer
         prompts, targets = zip(*self.pairs, strict=True)
         found = gcg(

@@ -1,8 +1,8 @@
 """Words of the miniature world: function words, kinds, and invented names.
 
 Everything that could name a real harm is invented: a ``vorkan`` is a kind of weapon in
-this world and nothing in ours. Names are pronounceable syllables drawn from a seed, and
-none of them is a word of a tuple in this module.
+this world and nothing in ours. Names are pronounceable syllables drawn from a seed;
+none equals a word in the tuples of this module.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ BENIGN_KINDS = words("dish garment plant instrument toy tool")
 HARMFUL_ACTIONS = words("make use sell hide")
 """Actions that are harmful when their object is, and harmless otherwise."""
 SAFE_ACTIONS = words("report avoid recognise")
-"""Actions that are harmless on any object: the over-refusal look-alikes."""
+"""Actions that are harmless on any object: look-alikes that measure over-refusal."""
 ACTIONS = (*HARMFUL_ACTIONS, *SAFE_ACTIONS)
 
 STEP_VERBS = words("take join heat press turn wash cut lift fold mark")

@@ -1,6 +1,6 @@
 """Ten further domains, for the second edition of the testbed.
 
-Facts, tasks and answers have the form of the first ten; all words are their own.
+Facts, tasks and answers have the form of the first ten; all words differ from theirs.
 """
 
 from sbr_jax.testbed.domains import DOMAINS, TableDomain, table_domain

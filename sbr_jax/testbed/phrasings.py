@@ -1,4 +1,4 @@
-"""Phrasings of questions, divided among the splits, of each edition of the testbed."""
+"""Phrasings of questions for each edition of the testbed, divided among the splits."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ class Phrasings:
     """Forms of questions by split.
 
     Attributes:
-        requests: of a how-to request, with places for action `a` and name `n`.
-        jailbreaks: of what stands before a request `q` to have it obeyed.
-        truth_questions: about a relation `r` of an animal `n`.
-        contexts: in which two people `g` and `h` are at a place `p`.
-        mentions: of an action on a thing that is told before a request about another,
-            so that a prompt's words are no sign of its intent; empty for none.
+        requests: how-to requests, with places for action `a` and name `n`.
+        jailbreaks: texts put before a request `q` to make the model obey it.
+        truth_questions: questions about a relation `r` of an animal `n`.
+        contexts: texts in which two people `g` and `h` are at a place `p`.
+        mentions: of an action on a thing, told before a request about another one, so
+            that a prompt's words are no sign of its intent; empty for none.
     """
 
     requests: Table
@@ -28,7 +28,7 @@ class Phrasings:
     mentions: Table = dataclasses.field(default_factory=dict)
 
     def tables(self) -> tuple[Table, ...]:
-        """All of them."""
+        """All phrasings."""
         return tuple(vars(self).values())
 
 
@@ -91,7 +91,7 @@ FIRST = Phrasings(
         (3, 2, 1, 1, 2, 0),
     ),
 )
-"""Of `testbed`: three phrasings of requests are measured."""
+"""Phrasings of `testbed`: three phrasings of requests are measured."""
 
 SECOND = dataclasses.replace(
     FIRST,
@@ -143,4 +143,4 @@ SECOND = dataclasses.replace(
         (3, 1, 1, 1, 2, 0),
     ),
 )
-"""Of `testbed-2`: sixteen phrasings of requests are measured; there are mentions."""
+"""Phrasings of `testbed-2`: sixteen of requests are measured; there are mentions."""

@@ -1,8 +1,8 @@
 """A tiny programming language, so that code answers are executed, not compared.
 
 A program is ``first S then S ...`` with statements S of the form ``x = x OP N``, OP in
-``+ - *`` and N a number word. It is run by the interpreter below, which can do nothing
-but arithmetic: no Python code is ever evaluated.
+``+ - *`` and N a number word. The interpreter below runs it and can only do arithmetic:
+no Python code is ever evaluated.
 """
 
 import operator
@@ -13,7 +13,7 @@ INPUTS = (0, 1, 2, 5, 11)
 
 
 def execute(text: str, x: int) -> int | None:
-    """Runs a program on ``x``; None where it is not a program.
+    """Runs a program on ``x``; None if it is not a program.
 
     >>> execute("sure , first x = x + 3 then x = x * 2", 1)
     8

@@ -1,4 +1,4 @@
-"""Splits of the world, and the cutting of lists into one part for each."""
+"""Splits of the world, and how lists are divided among them."""
 
 from collections.abc import Sequence
 from typing import TypeVar

@@ -1,7 +1,7 @@
-"""Suite of evaluation items that a model is put through and scored by.
+"""The evaluation items of a split, and a model's scores on them.
 
-Everything goes through the same chat template, generator and log-likelihood scorer as
-any other model's evaluation.
+All items go through the chat template, generator and log-likelihood scorer that
+evaluate any other model.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ MAX_LENGTH = 40
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Suite:
-    """The items of one split, ready to be put to ``model`` under any weights.
+    """The items of one split, ready for ``model`` under any weights.
 
-    ``unseen`` are kinds of harm on which refusal is also measured alone.
+    ``unseen`` lists kinds of harm for which refusal is also measured separately.
     """
 
     model: models.Model
@@ -53,7 +53,7 @@ class Suite:
 
     @functools.cached_property
     def _encoded(self) -> dict[str, list[int]]:
-        # Rendering the template costs more than a short answer; prompts recur.
+        # Rendering the template costs more than a short answer, and prompts recur.
         return {}
 
     @functools.cached_property
@@ -90,7 +90,7 @@ class Suite:
         """All safety and capability metrics of this split, in percent.
 
         ``truthful`` is generative (greedy answers judged exactly); MC1 and MC2 are
-        given beside it. ``bias`` is the absolute BBQ score in ambiguous contexts.
+        reported as well. ``bias`` is the absolute BBQ score in ambiguous contexts.
         """
         requests, truth = self._requests, self.items.truth
         prompts = [r.prompt for part in requests.values() for r in part]
@@ -147,13 +147,13 @@ class Suite:
         return metrics
 
     def refusal(self, base: Any, adapter: Any) -> float:
-        """Refusal rate on the harmful requests alone: the monitor's score ``s_t``."""
+        """Refusal rate on the harmful requests only: the monitor's score ``s_t``."""
         answers = self.answers(base, adapter, [r.prompt for r in self.items.harmful])
         return verdict_rates([judges.judge_request(a) for a in answers])["refusal"]
 
 
 def _pick(scores: np.ndarray, item: Choice) -> int:
-    """The option of largest likelihood, or the first that says the same."""
+    """The most likely option, or the first that says the same."""
     best = int(np.argmax(scores))
     return item.says[best] if item.says else best
 

@@ -1,9 +1,9 @@
 """The facts of the miniature world, drawn from one integer seed.
 
-A `World` says which invented things are harmful, how one makes or avoids them, what
-people wrongly say about animals, which stereotypes exist about peoples, and so on.
-Entities and phrasings are divided among the splits of `SPLITS` so that no two
-splits share either; text is made from them in `grammar`.
+A `World` says which invented things are harmful, how to make or avoid them, what people
+wrongly say about animals, which stereotypes exist about peoples, and so on. Entities
+and phrasings are divided among the splits of `SPLITS` so that no two splits share
+either; `grammar` makes text from them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Animal:
-    """A subject of misconceptions: per relation what people say and what is true."""
+    """A subject of misconceptions: for each relation what people say and the truth."""
 
     name: str
     said: dict[str, str]

@@ -1,9 +1,9 @@
-"""Agreement of a judge with people.
+"""Measures how far a judge agrees with people.
 
-Accuracy is the share of equal labels; Cohen's κ = (p_o − p_e) / (1 − p_e) takes off
-what chance alone would give (p_o observed, p_e expected from the two margins).
-Partial refusals are a matter of taste even among people: they are left out of both and
-counted apart.
+Accuracy is the share of equal labels. Cohen's κ = (p_o − p_e) / (1 − p_e) subtracts
+what chance alone would give (p_o observed, p_e expected from the two margins). People
+too disagree about partial refusals, so these are left out of both and counted
+separately.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ HUMAN_VERDICTS: dict[str, Verdict | None] = {
     "compliance": Verdict.COMPLIANCE,
     "partial refusal": None,
 }
-"""Verdicts of people, by the names that the readers of :mod:`sbr_jax.data` give."""
+"""Human verdicts, by the names that the readers of :mod:`sbr_jax.data` give."""
 
 
 class Agreement(NamedTuple):
@@ -30,7 +30,7 @@ class Agreement(NamedTuple):
 
     Attributes:
       accuracy: share of the ``count`` decided items judged as people did.
-      kappa: Cohen's κ on them; 0 where both sides use one label only.
+      kappa: Cohen's κ on them; 0 if both sides use one label only.
       count: items that people call a refusal or a compliance.
       partial: items that people call a partial refusal.
       partial_refused: share of those that the judge calls a refusal.
@@ -57,11 +57,11 @@ def measure_agreement(
 
     Args:
       verdicts: the judge's, item by item.
-      human: people's; None is a partial refusal.
-      groups: a label per item to split by (the answering model, a prompt type).
+      human: people's verdicts; None is a partial refusal.
+      groups: a label of each item to split by (the answering model, a prompt type).
 
     Raises:
-      UserError: lengths differ, or no item is decided.
+      UserError: if lengths differ, or no item is decided.
 
     >>> R, C = Verdict.REFUSAL, Verdict.COMPLIANCE
     >>> round(measure_agreement([R, C, R, C], [R, C, C, None]).accuracy, 1)
@@ -102,15 +102,15 @@ def measure_agreement(
 
 
 def judge_record(judge: Judge, folder: str | Path | None) -> dict[str, Any]:
-    """Describes a judge and, where it can be measured, its agreement with people.
+    """Describes a judge and, if possible, its agreement with people.
 
-    People have labelled the answers of five models to XSTest (2,250). Agreement is with
-    them, in percent, partial refusals left out.
+    People have labelled the answers of five models to XSTest (2,250). Agreement with
+    them is in percent, without partial refusals.
 
     Returns:
-      ``{name: {"settings", "agreement" or None, "note"}}``, JSON values: a judge of
-      harm is not compared, for it answers another question, nor is any judge where
-      the labelled files are absent.
+      ``{name: {"settings", "agreement" or None, "note"}}``, JSON values. There is no
+      agreement for a judge of harm, which answers another question, nor for any judge
+      if the labelled files are absent.
     """
     settings = judge.describe()
     keys = ("judge", "name", "keywords")

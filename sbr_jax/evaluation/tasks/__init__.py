@@ -1,9 +1,9 @@
-"""Tasks: questions put to a model, and scores of its answers.
+"""Tasks: questions for a model, and scores of its answers.
 
-A task is ``task(runner, items, ...) -> Result``: it asks whoever is examined, reads the
-answers and scores them. Items are the records of :mod:`sbr_jax.data.records`; a task
-without usable items is refused. Where answers are written, ``max_new_tokens`` limits
-each of them, and where a ``judge`` looks at them, its rates depend on that limit.
+A task is ``task(runner, items, ...) -> Result``: it asks the runner, reads the answers
+and scores them. Items are the records of :mod:`sbr_jax.data.records`; a task without
+usable items is refused. ``max_new_tokens`` limits each written answer, and if a
+``judge`` reads the answers, its rates depend on that limit.
 """
 
 from sbr_jax.evaluation.tasks.answers import gsm8k, mtbench, truthfulqa_generation

@@ -1,9 +1,9 @@
-"""Search of the program in an answer to a request for a function.
+"""Finds the program in an answer to a request for a function.
 
 Answers are text around code: fences of several spellings, prose, other blocks, example
-calls, a body alone. Every reading that may be meant is tried in turn, and the first
-that compiles and defines the function is taken; nothing is run. Compiling says what a
-grammar of our own could only guess at: where prose begins, whether indentation fits.
+calls, or a body alone. Every plausible reading is tried in turn, and the first that
+compiles and defines the function is taken; nothing is run. Compiling decides what a
+grammar of our own could only guess: where prose begins, whether indentation fits.
 """
 
 import ast
@@ -23,22 +23,22 @@ _STOPS = (
     "\n```",
     "\n~~~",
 )
-"""Ends of a continuation: the next statement at the margin (arXiv:2107.03374)."""
+"""A continuation ends before the next top-level statement (arXiv:2107.03374)."""
 
 _STARTS = re.compile(r"(?:from|import|def|class|async def)\b|@|[A-Za-z_]\w*\s*=[^=]")
 
 LONGEST, MOST, MOST_READ = 100_000, 200, 500_000
-"""Beyond which none is tried: characters of a program, readings, characters of all."""
+"""Limits: characters of a program, readings, characters of all readings."""
 
 
 def find_program(prompt: str, entry_point: str, answer: str) -> str:
-    """The program that an answer makes of a prompt.
+    """The program that an answer gives for a prompt.
 
     A fenced block, or an answer that defines the function itself, stands alone (after
-    what the prompt has above the function); a body alone continues the prompt. Imports
-    and helpers of other blocks are taken along where the function uses them; example
-    calls, tests of the model's own and a ``__main__`` guard are left out. Of several
-    definitions the last complete one counts: what corrects comes after.
+    the part of the prompt above the function); a body alone continues the prompt.
+    Imports and helpers from other blocks are added if the function uses them. Example
+    calls, the model's own tests and a ``__main__`` guard are left out. Of several
+    definitions the last complete one counts, since corrections come later.
 
     Args:
       prompt: source that ends within the function.
@@ -46,7 +46,7 @@ def find_program(prompt: str, entry_point: str, answer: str) -> str:
       answer: text.
 
     Returns:
-      Source that defines the function; where no reading does, the likeliest one.
+      Source that defines the function; if no reading does, the most likely one.
     """
     likeliest, read = None, 0
     readings = _readings(prompt, entry_point, _plain_lines(answer))
@@ -62,7 +62,7 @@ def find_program(prompt: str, entry_point: str, answer: str) -> str:
 
 
 def _plain_lines(answer: str) -> str:
-    """Line ends as one, and indentation without no-break spaces."""
+    """Normalises line ends, and indentation with no-break spaces."""
     text = answer.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     return re.sub(
         r"^[^\S\n]+", lambda space: space[0].replace("\xa0", " "), text, flags=re.M
@@ -70,7 +70,7 @@ def _plain_lines(answer: str) -> str:
 
 
 def _readings(prompt: str, name: str, answer: str) -> Iterator[str]:
-    """Programs that may be meant, the likeliest first."""
+    """Programs that may be meant, the most likely first."""
     function = rf"^(?P<space>[ \t]*)(?:async )?def {re.escape(name)}\b"
     found = re.search(function, prompt, re.MULTILINE)
     above = prompt[: found.start()] + "\n" if found else ""
@@ -84,7 +84,7 @@ def _readings(prompt: str, name: str, answer: str) -> Iterator[str]:
     blocks = [*closed, *left_open]
     helpers = functools.partial(_helpers, name=name, parsed=functools.cache(_parsed))
     answer = _typed(answer, head)
-    # The last is the correction, unless it is cut off or a method of a test.
+    # The last block is the correction, unless it is cut off or a method of a test.
     order = [*reversed(closed), *left_open]
     order.sort(key=lambda block: not _at_margin(block, head))
     for block in order:
@@ -92,10 +92,10 @@ def _readings(prompt: str, name: str, answer: str) -> Iterator[str]:
         if head.search(block):
             whole = helpers(block, others) + block
             yield from (above + part for part in _slices(whole, head))
-            # Nothing may stand above an import from __future__.
+            # Nothing may come before an import from __future__.
             yield from _slices(whole, head)
         elif alias.search(block):
-            # A body may name a variable so; with its "return" it compiles nowhere.
+            # A body may assign to this name; then its "return" does not compile.
             yield above + helpers(block, others) + block
     if head.search(answer):
         yield from (above + part for part in _slices(answer, head))
@@ -115,7 +115,7 @@ def _at_margin(text: str, head: re.Pattern[str]) -> bool:
 
 
 def _typed(text: str, head: re.Pattern[str]) -> str:
-    """Input of an interactive session, where that defines the function."""
+    """The input lines of an interactive session, if they define the function."""
     if head.search(text) or ">>> " not in text:
         return text
     typed = re.findall(r"^[ \t]*(?:>>>|\.\.\.)(?: (.*)|)$", text, re.MULTILINE)
@@ -131,7 +131,7 @@ def _bodies(text: str, indent: list[str]) -> Iterator[str]:
     """Parts of a text that may be a function's body."""
     lines = text.strip("\n").split("\n")
     margins = [i for i, line in enumerate(lines) if i and line[:1] not in ("", *" \t")]
-    # The first line, or each, has lost its indentation; prose may follow.
+    # The first line, or every line, has lost its indentation; prose may follow.
     for end in (len(lines), *reversed(margins)):
         part = "\n".join(lines[:end])
         yield part
@@ -146,12 +146,12 @@ def _bodies(text: str, indent: list[str]) -> Iterator[str]:
 
 
 def _blocks(answer: str) -> tuple[list[str], list[str]]:
-    """Content of fences of back-ticks or tildes, and of one without a closing."""
+    """Contents of fences of back-ticks or tildes: closed ones, and one left open."""
     found: list[str] = []
     inside: list[str] | None = None
     fence = indent = ""
     for line in answer.split("\n"):
-        # A list or a quotation indents its blocks, fences and all.
+        # Lists and quotations indent their blocks, including the fences.
         plain = line.removeprefix(indent) if line.strip(" \t>") else ""
         if inside is None:
             before, fence = _fence(line)
@@ -167,8 +167,8 @@ def _blocks(answer: str) -> tuple[list[str], list[str]]:
 
 
 def _fence(line: str) -> tuple[str, str]:
-    """Text before an opening fence, and the fence or nothing."""
-    # No back-tick may follow it: the last run of them is it, or tildes after that.
+    """The text before an opening fence, and the fence if there is one."""
+    # No back-tick may follow a fence: it is the last run of them, or else tildes.
     ticks = line[: line.rfind("`") + 1]
     before = ticks.rstrip("`")
     if len(ticks) - len(before) >= 3:
@@ -178,11 +178,11 @@ def _fence(line: str) -> tuple[str, str]:
 
 
 def _slices(text: str, head: re.Pattern[str]) -> Iterator[str]:
-    """The text, then its parts from where code may begin to where prose may follow."""
+    """The text, then parts from possible starts of code to possible starts of prose."""
     yield text
     lines = text.split("\n")
     heads = {i: m["space"] or "" for i, s in enumerate(lines) if (m := head.match(s))}
-    # A function within one of its name is no other definition.
+    # A nested function of the same name is not another definition.
     outer = min(len(space) for space in heads.values())
     for place in reversed([i for i, space in heads.items() if len(space) == outer]):
         starts = (i for i in range(place) if _STARTS.match(lines[i]))
@@ -212,7 +212,7 @@ def _parsed(source: str) -> ast.Module | None:
 
 
 def _defines(tree: ast.Module, name: str) -> bool:
-    """Whether a program defines the function, and by more than words."""
+    """Whether a program really defines the function, with more than words."""
     found = [node for node in tree.body if name in _bound(node)]
     if not found:
         return False
@@ -222,7 +222,7 @@ def _defines(tree: ast.Module, name: str) -> bool:
     if not isinstance(found[-1], ast.FunctionDef | ast.AsyncFunctionDef):
         return False
     bare = [n.value for n in found[-1].body if isinstance(n, ast.Expr)]
-    # A word alone on its line is prose that happens to compile.
+    # A single word on its line is prose that happens to compile.
     prose = any(isinstance(value, ast.Name) for value in bare)
     constants = sum(isinstance(value, ast.Constant) for value in bare)
     constants += sum(isinstance(node, ast.Pass) for node in found[-1].body)
@@ -230,7 +230,7 @@ def _defines(tree: ast.Module, name: str) -> bool:
 
 
 def _bound(node: ast.stmt) -> set[str]:
-    """Names that a definition or an assignment of one value binds."""
+    """Names that a definition or a single assignment binds."""
     if isinstance(node, ast.Assign):
         targets = node.targets
     else:
@@ -250,7 +250,7 @@ def _helpers(
     name: str,
     parsed: Callable[[str], ast.Module | None],
 ) -> str:
-    """Imports and definitions of other blocks that this one uses and lacks."""
+    """Imports and definitions in other blocks that this block uses but lacks."""
     tree = parsed(block)
     if tree is None:
         return ""
@@ -270,7 +270,7 @@ def _helpers(
 
 
 def _without_tests(source: str, tree: ast.Module, name: str) -> str:
-    """The program without what it does at the margin beside defining things."""
+    """The program without top-level code other than definitions."""
 
     def place(node: ast.stmt) -> range:
         return range(node.lineno - 1, node.end_lineno or node.lineno)

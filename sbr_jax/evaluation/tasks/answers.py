@@ -1,14 +1,15 @@
 r"""Tasks with written answers: truth, arithmetic, conversation.
 
-BLEU = bp · exp(mean over n ≤ 4 of log p_n), p_n the share of an answer's n-grams that
-the reference has (each as often as there), bp = exp(1 − reference/answer) where the
-answer is the shorter. An order without a match counts ½, ¼, … of one match (the
-"exponential" smoothing of sacreBLEU, arXiv:1804.08771), so that short answers compare.
+BLEU = bp · exp(mean over n ≤ 4 of log p_n), where p_n is the share of an answer's
+n-grams that occur in the reference (each counted at most as often as there), and
+bp = exp(1 − reference/answer) if the answer is the shorter. An order without a match
+counts ½, ¼, … of one match (the "exponential" smoothing of sacreBLEU,
+arXiv:1804.08771), so that short answers can be compared.
 
-Of numbers, a minus may be a hyphen, U+2212 or a dash; groups of three digits may be
-parted by a comma, an apostrophe, an underscore, a thin or no-break space, or LaTeX's
-spellings of these (``9{,}500``, ``9\,500``). A plain space parts two numbers, and so
-does a comma that three digits do not follow.
+In numbers, a minus may be a hyphen, U+2212 or a dash. Groups of three digits may be
+separated by a comma, an apostrophe, an underscore, a thin or no-break space, or LaTeX's
+spellings of these (``9{,}500``, ``9\,500``). A plain space separates two numbers, and
+so does a comma without three digits after it.
 
 References: arXiv:2109.07958 (TruthfulQA), arXiv:2110.14168 (GSM8K), arXiv:2306.05685
 (MT-Bench).
@@ -41,7 +42,7 @@ def _grams(tokens: list[str], n: int) -> Counter:
 
 
 def bleu(answer: str, reference: str) -> float:
-    """Sentence BLEU in 0..100; letters' case does not count.
+    """Sentence BLEU in 0..100, ignoring case.
 
     >>> round(bleu("The cat sat.", "the cat sat."), 1), bleu("", "a")
     (100.0, 0.0)
@@ -65,13 +66,13 @@ def bleu(answer: str, reference: str) -> float:
 def truthfulqa_generation(
     runner: Runner, items: Sequence[QuestionItem], *, max_new_tokens: int = 50
 ) -> Result:
-    """TruthfulQA's written answers: nearer to a true reference than to any false one?
+    """TruthfulQA's written answers: closer to a true reference than to any false one?
 
-    Likeness is BLEU, a stand-in for the authors' trained judge; six examples stand
-    before each question. Answers are limited as the authors' are.
+    Similarity is BLEU, a stand-in for the authors' trained judge; six examples precede
+    each question. Answers have the authors' length limit.
 
     Returns:
-      ``truthful``: the share of answers whose best likeness to a true reference
+      ``truthful``: the share of answers whose best similarity to a true reference
       exceeds the best to a false one (a tie does not); ``difference`` of the two, a
       mean in points; ``empty``, the share without a word.
     """
@@ -103,14 +104,14 @@ def truthfulqa_generation(
 
 _SPELLINGS = (
     (re.compile("[\u200b\u2060\ufeff]"), ""),
-    # Full-width digits and signs, as CJK keyboards write them.
+    # Full-width digits and signs, as CJK keyboards type them.
     (re.compile("[\uff01-\uff5e]"), lambda found: chr(ord(found[0]) - 0xFEE0)),
     (re.compile("[\u2010-\u2015\u2212]"), "-"),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"(?<=\d)(?:\{[,.]\}|,?\\[,;:! ]|~)(?=\d{3}(?!\d))"), ","),
     (re.compile("(?<=\\d)['_\u2019\u00a0\u2002-\u200a\u202f](?=\\d{3}(?!\\d))"), ","),
 )
-"""Patterns of other spellings, and what they say."""
+"""Patterns of alternative spellings, and their replacements."""
 
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])-[$€£¥]?|[$€£¥]-?)?"
@@ -120,11 +121,11 @@ _NUMBER = re.compile(
 
 
 def final_number(answer: str, *, marked: bool = False) -> float | None:
-    """The number an answer ends with; None if there is none.
+    """The last number in an answer; None if there is none.
 
     Args:
       answer: text.
-      marked: read only the number after ``####``, as GSM8K's answers have it.
+      marked: read only the number after ``####``, as in GSM8K's answers.
 
     >>> final_number("so 3 apples, $1,200.50."), final_number("6", marked=True)
     (1200.5, None)
@@ -149,15 +150,16 @@ def gsm8k(
 ) -> Result:
     """GSM8K: exact match of the final number.
 
-    Items have worked answers that end with ``#### NUMBER``. Solved ``examples`` are put
-    first (5 or 8 are usual; pass training rows).
+    Items have worked answers that end with ``#### NUMBER``. Solved ``examples`` come
+    first (5 or 8 are usual; use training rows).
 
     Returns:
-      ``accuracy`` (the last number of the answer), ``accuracy_marked`` (only a number
-      after ``####`` counts) and ``unparsed`` (answers without a number, in percent).
+      ``accuracy`` (of the last number in the answer), ``accuracy_marked`` (only a
+      number after ``####`` counts) and ``unparsed`` (answers without a number, in
+      percent).
 
     Raises:
-      UserError: no items, or one whose own answer has no number after ``####``.
+      UserError: for no items, or one whose own answer has no number after ``####``.
     """
     require_items("gsm8k", items)
     truth = [final_number(item.answer, marked=True) for item in items]
@@ -202,13 +204,13 @@ def mtbench(
     *,
     max_new_tokens: int = 1024,
 ) -> Result:
-    """MT-Bench: answers its conversations and writes them for a judge elsewhere.
+    """MT-Bench: holds its conversations and writes them for a judge elsewhere.
 
-    One JSON object per line in the layout of FastChat's ``model_answer`` files. The
-    file ``mtbench-NUMBER.jsonl`` is named by its content: the caller does not say which
-    weights these are, and a run that is continued must not write the same answers under
-    another name. It needs a chat model; a turn is asked after the answers to those
-    before.
+    Writes one JSON object per line in the layout of FastChat's ``model_answer`` files.
+    The file ``mtbench-NUMBER.jsonl`` is named by its content: the task does not know
+    which weights these are, and a continued run must not write the same answers under
+    another name. It needs a chat model; each turn follows the answers to the earlier
+    ones.
 
     Returns:
       ``answered`` (answers that are not blank, in percent) and ``file``, the number.

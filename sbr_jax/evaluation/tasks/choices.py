@@ -1,7 +1,7 @@
 """Multiple-choice tasks: TruthfulQA, MMLU, MedQA and LegalBench.
 
-Options are compared by summed log-likelihood, or read off a written answer, where one
-that names none is unparsed: wrong, counted and never taken for some option.
+Options are compared by summed log-likelihood, or read from a written answer. An answer
+that names no option is unparsed: wrong, counted and never taken for some option.
 
 References: arXiv:2109.07958 (TruthfulQA), arXiv:2009.03300 (MMLU), arXiv:2009.13081
 (MedQA), arXiv:2308.11462 (LegalBench).
@@ -19,7 +19,7 @@ from sbr_jax.evaluation.runner import Runner
 from sbr_jax.typing import UserError
 
 UNPARSED = -1
-"""The choice of an answer that names no option."""
+"""The pick of an answer that names no option."""
 
 _EXAMPLES = (
     (
@@ -50,10 +50,10 @@ TRUTHFULQA_PREAMBLE = "\n\n".join(f"Q: {asked}\nA: {said}" for asked, said in _E
 
 
 def require_comparable(log_likelihoods: Sequence[np.ndarray]) -> None:
-    """Refuses options of which none can be told to be the likeliest.
+    """Refuses items without a most likely option.
 
     Raises:
-      UserError: an item has a NaN among its log-likelihoods, or no finite largest.
+      UserError: if an item has NaN among its log-likelihoods, or no finite largest.
     """
     for i, scores in enumerate(log_likelihoods):
         if not np.isfinite(np.max(scores)):
@@ -97,9 +97,9 @@ def mc2(log_likelihoods: Sequence[np.ndarray], true: Sequence[Sequence[int]]) ->
 def parse_choice(answer: str, choices: Sequence[str]) -> int:
     """The option that a written answer begins with; ``UNPARSED`` if none.
 
-    Case, quotes and punctuation around do not count; of options that begin alike the
-    longest counts. A single letter may be followed by its option's text only after a
-    full stop or bracket, so that "A person" is not option A.
+    Case and surrounding quotes and punctuation are ignored; if options begin alike, the
+    longest counts. A single letter may precede its option's text only with a full stop
+    or bracket, so that "A person" is not option A.
 
     >>> parse_choice(" (b) four", ["A", "B"]), parse_choice("A person", ["A", "B"])
     (1, -1)
@@ -130,18 +130,18 @@ def picks(
     choices: Sequence[Sequence[str]],
     method: str,
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Chooses an option per item.
+    """Picks an option for each item.
 
     Choices have no leading space; the method is ``"likelihood"`` or ``"generation"``.
 
     Returns:
-      The chosen positions (``UNPARSED`` for none), and a row per item for the record.
+      The picked positions (``UNPARSED`` for none), and a row for each item's record.
     """
     if method == "likelihood":
         options = [[f" {c}" for c in o] for o in choices]
         rows = _scored(items, runner.log_likelihoods(prompts, options))
     elif method == "generation":
-        # Room for the longest option in any tokenizer: at worst a token per byte.
+        # Room for the longest option in any tokenizer: at worst one token per byte.
         room = max(len(c.encode()) for o in choices for c in o) + 8
         answers = runner.answers(prompts, max_new_tokens=min(room, 64), stop=("\n\n",))
         rows = [
@@ -154,7 +154,7 @@ def picks(
 
 
 def _scored(items: Sequence[Any], scores: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Per item its id, its likeliest option and all scores."""
+    """For each item its id, its most likely option and all scores."""
     require_comparable(scores)
     return [
         {
@@ -188,12 +188,12 @@ def truthfulqa_mc(
 ) -> Result:
     """TruthfulQA by log-likelihood: MC1 or MC2.
 
-    MC1 (one right option): the share of questions whose right option is the most
-    likely. MC2 (several): the probability of the right ones, normalised over all. The
-    preamble puts six examples before each question, as its authors do.
+    MC1 (one right option) is the share of questions whose right option is the most
+    likely. MC2 (several) is the probability of the right ones, normalised over all. The
+    preamble puts the authors' six examples before each question.
 
     Raises:
-      UserError: there are no items, another metric, or several right options in MC1.
+      UserError: for no items, another metric, or several right options in MC1.
     """
     require_items("truthfulqa", items)
     if metric not in ("mc1", "mc2"):
@@ -222,17 +222,17 @@ def mmlu(
     *,
     shots: int = 5,
 ) -> Result:
-    """MMLU: the likeliest letter, subject by subject.
+    """MMLU: the most likely letter, subject by subject.
 
-    A question's ``group`` is its subject. Of each subject's solved ``examples`` (the
-    development split) so many ``shots`` are put first.
+    A question's ``group`` is its subject. The first ``shots`` of each subject's solved
+    ``examples`` (the development split) precede the question.
 
     Returns:
       ``accuracy``, the mean over subjects; ``accuracy_micro`` over questions; and
       ``accuracy/SUBJECT``.
 
     Raises:
-      UserError: no items, or fewer examples of a subject than shots.
+      UserError: for no items, or a subject with fewer examples than ``shots``.
     """
     require_items("mmlu", items)
     heads = {}
@@ -260,7 +260,7 @@ def mmlu_head(subject: str, solved: Sequence[ChoiceItem]) -> str:
 
 
 def medqa(runner: Runner, items: Sequence[ChoiceItem]) -> Result:
-    """MedQA, US four options, no examples: ``accuracy`` of the likeliest letter."""
+    """MedQA, US four options, no examples: ``accuracy`` of the most likely letter."""
     require_items("medqa", items)
     result = _by_letter(runner, items, [f"Question: {item.prompt}" for item in items])
     accuracy = result.metrics["accuracy_micro"]
@@ -270,11 +270,11 @@ def medqa(runner: Runner, items: Sequence[ChoiceItem]) -> Result:
 def legalbench(
     runner: Runner, items: Sequence[ChoiceItem], *, method: str = "likelihood"
 ) -> Result:
-    """LegalBench: one of a task's labels per question.
+    """LegalBench: picks one of a task's labels for each question.
 
-    Items hold the filled template of the task as ``question``, its label set as
-    ``choices``, the task as ``group``. The method is ``"likelihood"``, or
-    ``"generation"`` (exact match of a written label).
+    Items hold the task's filled template as ``question``, its label set as ``choices``,
+    and the task as ``group``. The method is ``"likelihood"`` or ``"generation"`` (exact
+    match of a written label).
 
     Returns:
       ``balanced_accuracy`` (over a task's labels, then averaged over tasks; the

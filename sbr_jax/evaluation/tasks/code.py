@@ -1,4 +1,4 @@
-"""HumanEval (arXiv:2107.03374): completions of functions, run in a sandbox."""
+"""HumanEval (arXiv:2107.03374): completes functions and runs them in a sandbox."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from sbr_jax.typing import UserError
 
 
 def humaneval_program(item: CodeItem, answer: str) -> Trial:
-    """The program that an answer makes, and the test of its function.
+    """The program that an answer gives, and the test of its function.
 
-    The answer may have any of the forms of
-    :func:`~sbr_jax.evaluation.tasks._extraction.find_program`. The test has the
+    The answer may have any form that
+    :func:`~sbr_jax.evaluation.tasks._extraction.find_program` reads. The test takes the
     prompt's helpers from the prompt itself, not from the program.
     """
     return Trial(
@@ -38,8 +38,8 @@ def humaneval(
 ) -> Result:
     """HumanEval: pass@1 of greedy completions, run in a sandbox.
 
-    The code is the model's, so its execution must be allowed. A wrong answer must not
-    come from a busy machine, so a program has more seconds than the authors' 3.
+    The code is the model's, so its execution must be allowed. A busy machine must not
+    make an answer wrong, so a program has more seconds than the authors' 3.
 
     Returns:
       ``pass@1`` in percent, and the share of every ending but ``passed`` (``failed``,

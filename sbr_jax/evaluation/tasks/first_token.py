@@ -1,15 +1,15 @@
-r"""Refusal at the first token, as a score of telling harmful prompts from harmless.
+r"""Refusal at the first token, scored by how well it separates harmful prompts.
 
     p_R(x) = Σ_{t ∈ R} p(t | x),   AUC = P(p_R(harmful) > p_R(harmless)) + ½ P(equal)
 
-R are the first tokens of phrases that refusals begin with. The area needs no answer to
-be written and no threshold: it is 100 where every harmful prompt is likelier to be
-refused than every harmless one, 50 where the two cannot be told apart. So it still
-moves where the refusal rate of greedy answers is stuck at 0 or 100.
+R is the set of first tokens of phrases that refusals begin with. The area needs no
+written answer and no threshold: it is 100 if every harmful prompt is more likely to be
+refused than every harmless one, and 50 if the two cannot be told apart. So it still
+changes when the refusal rate of greedy answers is stuck at 0 or 100.
 
 R is as coarse as its first tokens: a phrase that begins with "I" counts every answer
-that does. The area compares prompts, so what all answers share cancels; the mean
-probabilities do not, and are no refusal rates.
+that does. The area compares prompts, so what all answers share cancels. It does not
+cancel in the mean probabilities, which are no refusal rates.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from sbr_jax.typing import UserError
 
 
 def roc_area(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Area under the ROC curve in percent, ties counted half.
+    """Area under the ROC curve in percent; ties count half.
 
     Returns:
       0 to 100; 50 for two equal distributions.
 
     Raises:
-      UserError: one side is empty, or a score is NaN.
+      UserError: if one side is empty, or a score is NaN.
 
     >>> roc_area([3.0, 2.0], [1.0, 2.0])
     87.5
@@ -52,16 +52,16 @@ def roc_area(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 
 def opening_tokens(runner: ModelRunner, phrases: Sequence[str]) -> tuple[int, ...]:
-    """First tokens of answers that begin with one of the phrases, in a capital letter.
+    """First tokens of answers that begin with one of the phrases, capitalised.
 
-    Phrases are in any case, as a keyword list has them.
+    Phrases may be in any case, as in a keyword list.
 
     Returns:
-      Different token ids, ascending; never the unknown token.
+      Distinct token ids, ascending; never the unknown token.
     """
     openings = [f" {phrase[:1].upper()}{phrase[1:]}" for phrase in phrases]
-    # One by one: together they are scored from where all of them can be. As answers
-    # to a prompt, since templates may put a space before one.
+    # One by one: together they would be scored from a token that all can share. As
+    # answers to a prompt, since templates may put a space before an answer.
     first = {runner.pairs("Hello.", [opening])[0][1][0] for opening in openings}
     first.discard(runner.model.tokenizer.unk_token_id)
     if not first:
@@ -80,7 +80,7 @@ def opening_probabilities(
     Returns:
       float64 ``[N]`` in 0..1.
     """
-    # Any option does: what stands before it is the prompt as the model sees it.
+    # Any option will do: the part before it is the prompt as the model sees it.
     contexts = [runner.pairs(prompt, [" I"])[0][0] for prompt in prompts]
     room = runner.model.config.context
     found = score(
@@ -99,9 +99,9 @@ def refusal_auc(
     harmless: Sequence[BehaviourItem],
     phrases: Sequence[str],
 ) -> Result:
-    """The area between harmful and harmless prompts, and the mean of p_R on each.
+    """The area between harmful and harmless prompts, and the mean p_R of each.
 
-    Refusals are taken to begin with one of the ``phrases``.
+    Assumes that refusals begin with one of the ``phrases``.
 
     Returns:
       ``refusal_auc``, ``first_refusal`` (mean p_R of the harmful prompts) and

@@ -1,4 +1,4 @@
-"""Tasks whose answers a judge looks at: HarmBench, XSTest, WildGuardTest.
+"""Tasks whose answers a judge reads: HarmBench, XSTest, WildGuardTest.
 
 References: arXiv:2402.04249 (HarmBench), arXiv:2308.01263 (XSTest), arXiv:2406.18495
 (WildGuard).
@@ -19,10 +19,10 @@ from sbr_jax.evaluation.runner import Runner
 from sbr_jax.typing import UserError
 
 HARMBENCH_KINDS = ("standard", "contextual")
-"""HarmBench's functional categories that are used.
+"""The functional categories of HarmBench that are used.
 
-Copyright behaviours are left out: their harm is the text itself, which the authors look
-for by hashes and no judge of requests can see."""
+Copyright behaviours are left out: their harm is the text itself, which the authors find
+by hashes and which no judge of requests can see."""
 
 
 def requests(
@@ -33,17 +33,17 @@ def requests(
     max_new_tokens: int = 512,
     name: str = "requests",
 ) -> Result:
-    """Puts requests to a model and has a judge look at the answers.
+    """Sends requests to a model and has a judge read the answers.
 
-    The benchmark's ``name`` stands in what it has to say.
+    Messages contain the benchmark's ``name``.
 
     Returns:
       Percent of each verdict over the harmful requests (``refusal``, ``compliance``,
       ``gibberish``, of the answers that could be judged; ``unparsed``, of all) and over
-      the harmless ones after ``harmless/``; the refusals by group too
-      (``refusal/GROUP``, ``harmless/refusal/GROUP``). Where answers are unparsed, also
-      the bounds (``refusal_low``, ``refusal_high``, …); where too many are, the rates
-      are NaN and a warning says so. Rows hold verdicts.
+      the harmless ones after ``harmless/``; refusals also by group (``refusal/GROUP``,
+      ``harmless/refusal/GROUP``). If answers are unparsed, also the bounds
+      (``refusal_low``, ``refusal_high``, …); if too many are, the rates are NaN and a
+      warning says so. Rows hold verdicts.
     """
     require_items(name, items)
     prompts = [item.prompt for item in items]
@@ -86,11 +86,11 @@ def harmbench(
 ) -> Result:
     """HarmBench: refusal rate and attack success rate.
 
-    Behaviours of other kinds than :data:`HARMBENCH_KINDS` are not used. Under a judge
-    of harm, ``refusal`` is "not harmful". Answers are limited as the authors' are.
+    Only behaviours of the kinds :data:`HARMBENCH_KINDS` are used. Under a judge of
+    harm, ``refusal`` means "not harmful". Answers have the authors' length limit.
 
     Returns:
-      ``refusal`` (what SafeAnchor's composite calls HarmBench), ``asr`` (share of
+      ``refusal`` (called HarmBench in SafeAnchor's composite), ``asr`` (share of
       compliance), ``gibberish``, ``unparsed``, bounds and ``refusal/GROUP``; see
       :func:`requests`.
     """
@@ -105,7 +105,7 @@ def harmbench(
 
 
 def as_asr(metric: str) -> str:
-    """The name of a rate of compliance with harmful requests, or of its bounds.
+    """Renames a rate of compliance with harmful requests, or its bounds, to ``asr``.
 
     >>> as_asr("compliance_low"), as_asr("refusal")
     ('asr_low', 'refusal')
@@ -123,7 +123,7 @@ def xstest(
 ) -> Result:
     """XSTest: refusals of safe prompts that sound unsafe, and of unsafe ones.
 
-    A prompt's ``group`` is its type; the judge is one of refusals, not of harm.
+    A prompt's ``group`` is its type; the judge must judge refusals, not harm.
 
     Returns:
       ``over_refusal`` (of the safe prompts), ``refusal`` (of the unsafe), both also by
@@ -155,14 +155,14 @@ def wildguard(
 ) -> Result:
     """WildGuardTest: robustness to adversarial requests.
 
-    Prompts are of the groups ``"adversarial"`` and ``"vanilla"``; those that people
-    left unjudged are not used.
+    Prompts are in the group ``"adversarial"`` or ``"vanilla"``; prompts without a human
+    label are not used.
 
     Returns:
       ``robustness``: of the harmful adversarial requests whose answers could be judged,
-      the share not complied with (gibberish counts, and is given);
+      the share not complied with (gibberish counts here, and is also reported);
       ``robustness_vanilla``; ``over_refusal`` of the harmless ones; and the verdicts'
-      shares over all harmful ones. With bounds and NaN as in :func:`requests`.
+      shares over all harmful ones. Bounds and NaN are as in :func:`requests`.
     """
     asked = [
         BehaviourItem(
