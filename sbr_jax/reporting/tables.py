@@ -1,131 +1,24 @@
 """Tables of a run, written as Markdown, as HTML or for a terminal."""
 
-import dataclasses
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from rich.table import Table as RichTable
 
+from sbr_jax.reporting.columns import (
+    COLUMNS,
+    Cell,
+    Table,
+    cell,
+    cell_of,
+    digits_of,
+    probe_gaps,
+)
+from sbr_jax.reporting.paired import paired_table
 from sbr_jax.reporting.runs import Run
 
-
-class Column(NamedTuple):
-    """One column of the main table.
-
-    Attributes:
-        key: the metric's name in `results.jsonl`, or a derived one.
-        title: the heading.
-        hint: what it means, and which direction is better.
-    """
-
-    key: str
-    title: str
-    hint: str
-
-
-COLUMNS = (
-    Column("composite", "composite", "mean of refusal, truth and 100 − bias; higher"),
-    Column("retention", "retention %", "final composite over the start's; higher"),
-    Column("refusal", "refusal", "refused harmful requests, %; higher"),
-    Column("refusal_unseen", "unseen harm", "refused, of kinds no defence saw; higher"),
-    Column("refusal_auc", "first token", "harmful told from harmless, AUC %; higher"),
-    Column(
-        "harmful_score", "harmful score", "harmful requests complied with, %; lower"
-    ),
-    Column("asr", "ASR", "the same as the attack asks them, %; lower"),
-    Column("refusal_gcg", "refusal, GCG", "refused with a searched suffix, %; higher"),
-    Column("truthful", "truthful", "truthful answers, %; higher"),
-    Column("bias", "bias", "|bias score| in ambiguous contexts; lower"),
-    Column("over_refusal", "over-refusal", "refused benign look-alikes, %; lower"),
-    Column("domain_accuracy", "domain acc.", "mean over domains at the end; higher"),
-    Column("exact_match", "exact match", "right answers word for word, %; higher"),
-    Column("accuracy_learned", "when learnt", "of each domain right after it; higher"),
-    Column("general", "general", "untouched general knowledge, %; higher"),
-    Column("safety_loss", "safety loss", "on held-out safe answers, nats; lower"),
-    Column("domain_loss", "domain loss", "mean held-out loss of domains; lower"),
-    Column("general_loss", "general loss", "on held-out general text, nats; lower"),
-    Column("seconds_per_step", "s / step", "training time of a step; lower"),
-    Column("triggers", "CSM triggers", "repairs by the monitor per seed"),
-    Column("probe", "probe", "refused on the monitor's probe set, %; near refusal"),
-    Column("probe_gap", "probe − test", "mean over domain ends, points; near 0"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A mean and its standard deviation over seeds; None is "not measured"."""
-
-    mean: float | None = None
-    std: float | None = None
-    digits: int = 1
-
-    def text(self) -> str:
-        """The number as shown.
-
-        >>> Cell(93.24, 0.51).text(), Cell().text(), Cell(0.0123, digits=3).text()
-        ('93.2 ± 0.5', '–', '0.012')
-        """
-        if self.mean is None or not np.isfinite(self.mean):
-            return "–"
-        spread = "" if self.std is None else f" ± {self.std:.{self.digits}f}"
-        return f"{self.mean:.{self.digits}f}{spread}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A heading, rows of text, and notes on the columns."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-
-    def with_column(self, title: str, texts: Iterable[str]) -> "Table":
-        """The table with another column at its right."""
-        rows = zip(self.rows, texts, strict=True)
-        return Table(
-            (*self.head, title), tuple((*row, text) for row, text in rows), self.notes
-        )
-
-
 # --- the main table -------------------------------------------------------------------
-
-
-def _cell(values: np.ndarray, digits: int = 1) -> Cell:
-    if not len(values) or not np.all(np.isfinite(values)):
-        return Cell()
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Cell(float(np.mean(values)), std, digits)
-
-
-def _digits(key: str) -> int:
-    return 3 if key.endswith("loss") else 1
-
-
-def cell(run: Run, method: str, key: str) -> Cell:
-    """One cell of the main table."""
-    if key == "retention":
-        composite = run.metric(method, "composite")
-        return _cell(100 * composite[:, -1] / composite[:, 0])
-    if key in ("domain_accuracy", "accuracy_learned"):
-        accuracy = run.accuracy(method, at_end=key == "domain_accuracy")
-        return _cell(accuracy.mean(1) if accuracy.size else np.zeros(0))
-    if key == "seconds_per_step":
-        return Cell(run.seconds_per_step(method), digits=3)
-    if key == "triggers":
-        return Cell(run.triggers(method))
-    if key == "probe":
-        return _cell(run.probed(method)[:, -1])
-    if key == "probe_gap":
-        return _cell(_probe_gaps(run, method).mean(1))
-    return _cell(run.metric(method, key)[:, -1], _digits(key))
-
-
-def _probe_gaps(run: Run, method: str) -> np.ndarray:
-    """The probe's refusal minus the measured one at each domain's end, or empty."""
-    probe, test = run.probed(method), run.metric(method, "refusal")[:, 1:]
-    return probe - test if len(probe) == len(test) else probe[:0]
 
 
 def start_accuracy(run: Run) -> list[float | None]:
@@ -169,7 +62,7 @@ def main_table(run: Run) -> Table:
     accuracy = float(np.mean(known)) if known else None
     base = {"retention": 100.0} if "composite" in run.base else {}
     base |= {**run.base, "domain_accuracy": accuracy, "accuracy_learned": accuracy}
-    start = {c.key: Cell(base.get(c.key), digits=_digits(c.key)) for c in COLUMNS}
+    start = {c.key: Cell(base.get(c.key), digits=digits_of(c.key)) for c in COLUMNS}
     return comparison(("method", "seeds"), lines, (("start", "–"), start))
 
 
@@ -179,7 +72,7 @@ def main_table(run: Run) -> Table:
 def trajectory_table(run: Run, key: str = "composite") -> Table:
     """A metric after each stage, a row per method."""
     rows = tuple(
-        (method, *(_cell(v, _digits(key)).text() for v in values.T))
+        (method, *(cell_of(v, digits_of(key)).text() for v in values.T))
         for method in run.methods
         if len(values := run.metric(method, key))
     )
@@ -194,7 +87,7 @@ def accuracy_table(run: Run) -> Table:
         pair = (run.accuracy(method), run.accuracy(method, at_end=True))
         if all(map(len, pair)):
             columns = [values[:, i] for i in range(len(run.domains)) for values in pair]
-            rows.append((method, *(_cell(v).text() for v in columns)))
+            rows.append((method, *(cell_of(v).text() for v in columns)))
     head = (part for domain in run.domains for part in (domain, f"{domain}, at end"))
     return Table(("method", *head), tuple(rows))
 
@@ -241,13 +134,13 @@ def monitor_table(run: Run) -> Table:
     rows = []
     for method in run.methods:
         before, after = run.probed(method, "probe"), run.probed(method)
-        gaps, blocks = _probe_gaps(run, method), run.probed(method, "blocks")
+        gaps, blocks = probe_gaps(run, method), run.probed(method, "blocks")
         if not (len(before) and len(gaps)):
             continue
         test = run.metric(method, "refusal")[:, 1:]
         for i, domain in enumerate(run.domains):
             columns = (before[:, i], after[:, i], test[:, i], gaps[:, i])
-            cells = (_cell(values).text() for values in columns)
+            cells = (cell_of(values).text() for values in columns)
             rows.append((method, domain, *cells, Cell(blocks[:, i].mean()).text()))
     notes = (
         "probe: refusal on the monitor's probe set after training; repaired: after "
@@ -310,7 +203,7 @@ def harness_table(run: Run) -> Table:
     for method in dict.fromkeys(entry["method"] for entry in run.harness):
         own = [e["metrics"] for e in run.harness if e["method"] == method]
         columns = [[m[n] for m in own if m.get(n) is not None] for n in names]
-        cells = (_cell(np.asarray(values, np.float64)).text() for values in columns)
+        cells = (cell_of(np.asarray(values, np.float64)).text() for values in columns)
         rows.append((method, str(len(own)), *cells))
     notes = (
         "Start model and final deployed weights under EleutherAI's harness, in its "
@@ -333,6 +226,7 @@ def tables_of(run: Run) -> dict[str, Table]:
     """All tables of a run by title, without empty ones."""
     found = {
         "Results": main_table(run),
+        "Differences from the safest row": paired_table(run),
         "Composite safety after each stage": trajectory_table(run),
         "Accuracy of each domain": accuracy_table(run),
         **{title: make(run) for title, make in EXTRA.items()},

@@ -101,7 +101,7 @@ def test_table_numbers(run):
     assert cell(run, "plain", "triggers").text() == "–"
     assert [row[0] for row in main_table(run).rows] == ["start", *run.methods]
     made = tables.tables_of(run)
-    assert len(made) == 4
+    assert len(made) == 5
     for table in made.values():
         assert all(len(row) == len(table.head) for row in table.rows)
 
