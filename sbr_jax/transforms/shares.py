@@ -52,9 +52,9 @@ def adamw_gradient_projection(
 ) -> optax.GradientTransformationExtraArgs:
     """Project the gradient before AdamW and record the task's share inside.
 
-    The task part of the step is ``−η ((m̂ − m̂_b) / (√v̂ + ε) + ω θ)``. Here m_b is
-    the first moment of the clipped bypass alone. The state holds the part's share inside
-    the subspace (`read_task_share`).
+    The task part of the step is ``−η ((m̂ − m̂_b) / (√v̂ + ε) + ω θ)``, where m_b is
+    the first moment of the clipped bypass alone. The state holds the share of this part
+    inside the subspace (`read_task_share`).
 
     **Guarantee**: the step is that of ``gradient_projection(subspace, adamw)``.
 
@@ -110,7 +110,7 @@ def adamw_gradient_projection(
         step, after = found
         passed = jax.tree.map(lambda m: B1 * m, state.bypass)
         if bypass is not None:
-            # `inner` computes the same product; once compiled, it is computed only once.
+            # `inner` computes the same product; compiled, it is computed only once.
             kept, _ = projection.update(updates, state.inner_state[0])
             factor = clip_factor(kept, bypass, max_norm)
             passed = jax.tree.map(
