@@ -59,7 +59,7 @@ class Problem:
         calibration set's entities.
       unaligned: base weights before alignment, for methods that need the direction of
         alignment (Safe LoRA, AsFT, LoX).
-      judge: ``judge(dataset) -> risk [N]``, the risk in [0, 1] of learning each example.
+      judge: ``judge(dataset) -> risk [N]``, in [0, 1], the risk of each example.
       domain: the domain just learned; only given to ``end_domain``.
       answer: ``(base, prompts, most, stops) -> answers``: token ids of a model's greedy
         answers without an adapter, each of at most ``most`` tokens and cut before a
