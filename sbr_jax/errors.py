@@ -34,7 +34,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuses unknown and repeated names.
+    """Refuse unknown and repeated names.
 
     Raises:
       UserError: for the first such name.
@@ -49,7 +49,7 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_some(kind: str, given: Iterable[object]) -> None:
-    """Refuses an empty list.
+    """Refuse an empty list.
 
     Raises:
       UserError: naming what is missing.

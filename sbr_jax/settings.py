@@ -86,7 +86,7 @@ class Training:
     memory_budget: Positive | None = None
 
     def __post_init__(self):
-        """Refuses values that cannot be meant."""
+        """Refuse values outside the declared types and ranges."""
         checks.fields(self, "training")
 
     @property
@@ -137,7 +137,7 @@ class Hardware:
     score_tokens: Count = 16_384
 
     def __post_init__(self):
-        """Refuses values that cannot be meant."""
+        """Refuse values outside the declared types and ranges."""
         checks.fields(self, "hardware")
 
 

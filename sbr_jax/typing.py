@@ -23,7 +23,7 @@ ApplyFn = Callable[..., "jax.Array"]
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for, described in one line.
+    """A mistake of the user, described in one line.
 
     Command-line programs print the message and exit with code 2. Any other exception is
     a bug in this package and keeps its traceback.

@@ -5,7 +5,7 @@ independently. The causal test moves the adapter by steps of equal length,
 
     leading    ± v_1 of every layer
     inside     Π z,              z random: a random combination of U's eigenvectors
-    benign     (I − Π) Π' z,     Π' of as many benign examples: sensitive, not safety
+    benign     (I − Π) Π' z,     Π' of equally many benign examples: not about safety
     outside    (I − Π) z,        z random
 
 and measures how the direction and the log-odds of refusals change:

@@ -54,8 +54,8 @@ def safe_lora(
         raise UserError("threshold: expected a number where layers is None, got None")
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        # Only a check: refuse a study that lacks what the edit needs now, not after
-        # the first domain.
+        # Only a check: if the study lacks what the edit needs, refuse it now, not
+        # after the first domain.
         alignments(problem, base, adapter, "safe-lora")
         pairs = sum(pair.lora_b.shape[0] for pair in adapter.values())
         if layers is not None and layers > pairs:

@@ -88,7 +88,7 @@ def length_ratio(x: jax.Array, y: jax.Array, split: Split | None = None) -> jax.
 
 
 def used_columns(basis: jax.Array, split: Split | None = None) -> jax.Array:
-    """Marks the columns of ``basis [P, K]`` in use: bool ``[K]``."""
+    """Mark the columns of ``basis [P, K]`` in use: bool ``[K]``."""
     used = jnp.any(basis != 0, axis=-2)
     if split is None:
         return used
@@ -177,7 +177,7 @@ def kept(
     energy: jax.Array | float,
     start: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Marks the leading eigenvalues that reach ``ρ · total``: bool ``[K]``.
+    """Mark the leading eigenvalues that reach ``ρ · total``: bool ``[K]``.
 
     Keeps the smallest k with ``start + Σ_{j≤k} λ_j ≥ ρ · total``: one column more
     than the cumulative fractions strictly below ρ, which is the published rule. Two

@@ -83,8 +83,8 @@ class UpdateProjectionState(NamedTuple):
     """State of `update_projection`: four moments and the projection.
 
     ``task`` and ``bypass`` are first moments of g and b. ``together`` is the second
-    moment of g + b, and ``apart`` the sum of the second moments of g and b. The last
-    two are mixed on use, so that a new α or subspace counts at once. ``task_share`` is
+    moment of g + b, ``apart`` that of the two parts separately, g² + b². They are mixed
+    on use, so that a new α or subspace counts at once. ``task_share`` is
     ``‖Π u‖ / ‖u‖`` of the last step u without the part that was let past, if asked for.
     """
 
