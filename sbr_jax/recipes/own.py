@@ -47,7 +47,7 @@ TRAINING = Training(
     fisher_buffer=256,
 )
 
-# All projections learn to refuse quickly, and overdo it just as quickly.
+# With all projections adapted, the model soon learns to refuse, and soon too much.
 ALIGNING = dataclasses.replace(
     TRAINING,
     learning_rate=1e-3,

@@ -54,7 +54,7 @@ def sampled_orders(domains: tuple[str, ...], count: int) -> tuple[tuple[str, ...
     >>> sampled_orders(("a", "b", "c"), 2)[0]
     ('a', 'b', 'c')
     """
-    # Of Python's generators, only `random()` gives the same values in every version.
+    # Only `random()` gives the same values in every version of Python.
     draw = random.Random(0).random
     orders = {domains: None}
     while len(orders) < count:
