@@ -1,9 +1,9 @@
 """Keep a chat model safe while it is fine-tuned, with Optax transformations.
 
-The core knows pytrees and losses only: a `Subspace` of directions that matter for
-safety, an estimate of it (`fisher_subspace`), and transformations that keep an
-optimizer's steps out of it. They load jax and optax, on first use: the command line
-answers a mistake without.
+The core works on pytrees and losses only. It has a `Subspace` of directions that matter
+for safety, an estimate of that subspace (`fisher_subspace`), and transformations that
+keep an optimizer's steps out of it. jax and optax are loaded on first use, so that the
+command line can report a mistake without loading them.
 """
 
 import importlib
@@ -78,7 +78,7 @@ _ROOMS = ("typing", "losses", "fisher", "subspace", "transforms")
 
 
 def __getattr__(name: str) -> Any:
-    """What is public, and the rooms it lies in, loaded when first asked for."""
+    """Load public names and their packages on first use."""
     if name in (
         "Tuned",
         "tune",

@@ -1,11 +1,11 @@
-"""Mesh in use while a program is traced, and constraints that vanish without one.
+"""The mesh in use during tracing, and constraints that do nothing without one.
 
-A mesh has the axes ``data``, ``fsdp`` and ``tp``, or some of them. Rows of a batch are
-split over ``data`` and ``fsdp``; what a subspace holds for each parameter is split over
-all of them, and ``tp`` shares heads and the vocabulary. The names are met here and in
-`sbr_jax.models.sharding` alone.
+A mesh has some or all of the axes ``data``, ``fsdp`` and ``tp``. Rows of a batch are
+split over ``data`` and ``fsdp``. The parameters of a subspace are split over all axes.
+Heads and the vocabulary are split over ``tp``. Only this module and
+`sbr_jax.models.sharding` use these names.
 
-Nothing is captured: the mesh is that of JAX's own context, which its caches know.
+The mesh is read from JAX's own context, which is part of JAX's cache keys.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from sbr_jax import checks
 from sbr_jax.typing import PyTree
 
 AXES = ("data", "fsdp", "tp")
-"""Axes of a mesh, the slowest links first."""
+"""Axes of a mesh, from the slowest links to the fastest."""
 
 ROWS = ("data", "fsdp")
-"""Axes that share the rows of a batch."""
+"""Axes that the rows of a batch are split over."""
 
 
 def holding(tree: PyTree) -> Mesh | None:
-    """The mesh of several devices that a tree's arrays lie on; None for one device.
+    """The mesh that a tree's arrays lie on; None on a single device.
 
-    Traced arrays and those of NumPy lie nowhere yet.
+    Traced arrays and NumPy arrays are on no mesh.
     """
     for leaf in jax.tree.leaves(tree):
         own = None if checks.is_traced(leaf) else getattr(leaf, "sharding", None)
@@ -40,9 +40,9 @@ def holding(tree: PyTree) -> Mesh | None:
 
 
 class Split(NamedTuple):
-    """Devices that share a dimension, a part each: all along some axes of a mesh.
+    """A dimension that is split over some axes of a mesh, one part per device.
 
-    Inside ``shard_map``, sums over the dimension are then summed over the axes.
+    Inside ``shard_map``, sums over the dimension must also be summed over the axes.
     """
 
     mesh: Mesh | AbstractMesh
@@ -50,22 +50,22 @@ class Split(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """How many parts there are."""
+        """Number of parts."""
         return parts(self.axes, self.mesh)
 
     def along(self, dimension: int) -> P:
-        """The spec of an array of which one dimension is split, the others whole."""
+        """The spec of an array with only this dimension split."""
         return P(*[None] * dimension, self.axes)
 
 
 def per_device(
     function: Callable[..., Any], mesh: Mesh | AbstractMesh, given: Any, found: Any
 ) -> Callable[..., Any]:
-    """A function of what each device has of arrays: ``shard_map``, unchecked.
+    """Run a function on each device's own part of arrays: ``shard_map``, unchecked.
 
     Args:
-      function: of a device's own parts.
-      mesh: of the devices.
+      function: takes and returns one device's parts.
+      mesh: the devices.
       given: specs of the arguments.
       found: specs of the result.
     """
@@ -75,13 +75,13 @@ def per_device(
 
 
 def splitting(size: int, mesh: Mesh | AbstractMesh | None) -> Split | None:
-    """How a mesh splits parameters; None where it does not."""
+    """How a mesh splits ``size`` parameters; None if it does not."""
     axes = dividing(size, mesh)
     return Split(mesh, axes) if mesh is not None and axes else None
 
 
 def split_of(array: Any, dimension: int) -> Split | None:
-    """How a dimension of an array is split, and it alone; None where it is not."""
+    """How a dimension of an array is split; None unless it is the only one split."""
     own = None if checks.is_traced(array) else getattr(array, "sharding", None)
     if not isinstance(own, NamedSharding) or not isinstance(own.mesh, Mesh):
         return None
@@ -94,12 +94,12 @@ def split_of(array: Any, dimension: int) -> Split | None:
 
 
 def summed(x: jax.Array, split: Split | None) -> jax.Array:
-    """A sum over what the devices of a split have each; as it is without one."""
+    """The sum of x over the devices of a split; x itself without a split."""
     return x if split is None else jax.lax.psum(x, split.axes)
 
 
 def using(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which a program is traced for a mesh; nothing for None."""
+    """A context in which programs are traced for a mesh; no effect for None."""
     if mesh is None or mesh.size == 1:
         return contextlib.nullcontext()
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
@@ -107,9 +107,9 @@ def using(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManager
 
 
 def current() -> AbstractMesh | None:
-    """The mesh that is in use, where the compiler is left to split what it can."""
+    """The mesh in use, if the compiler may choose shardings on it; else None."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Inside shard_map there is nothing to split, and explicit axes are the caller's.
+    # Inside shard_map nothing is left to split, and explicit axes are the caller's.
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None
     return mesh
@@ -118,7 +118,7 @@ def current() -> AbstractMesh | None:
 def dividing(
     size: int, mesh: Mesh | AbstractMesh | None, axes: Sequence[str] = AXES
 ) -> tuple[str, ...]:
-    """Those of the axes that a dimension can be split over, each in equal parts.
+    """The axes that can split a dimension of this size into equal parts.
 
     >>> mesh = AbstractMesh((2, 3, 2), AXES)
     >>> dividing(12, mesh), dividing(8, mesh), dividing(12, mesh, ROWS)
@@ -135,28 +135,28 @@ def dividing(
 
 
 def parts(axes: Sequence[str], mesh: Mesh | AbstractMesh | None) -> int:
-    """How many parts axes split a dimension into."""
+    """Number of parts that axes split a dimension into."""
     return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def row_axes(mesh: Mesh | AbstractMesh | None) -> tuple[str, ...]:
-    """The axes that a mesh has for rows."""
+    """The axes of a mesh that split rows."""
     return tuple(axis for axis in ROWS if parts((axis,), mesh) > 1)
 
 
 def row_parts(rows: int) -> int:
-    """How many parts the mesh in use splits rows into; 1 where it cannot, evenly."""
+    """Number of parts that the mesh in use splits rows into; 1 if not evenly."""
     mesh = current()
     count = parts(ROWS, mesh)
     return count if rows % count == 0 else 1
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """An array as it is to lie on the mesh in use; itself where there is none.
+    """Constrain how an array lies on the mesh in use; no effect without a mesh.
 
     Args:
       x: any array.
-      spec: as of ``PartitionSpec``; axes that do not divide are left out.
+      spec: as for ``PartitionSpec``; axes that do not divide the size are left out.
     """
     mesh = current()
     if mesh is None:
@@ -172,11 +172,11 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """The first axis over ``data`` and ``fsdp``, the others whole.
+    """Split the first axis over ``data`` and ``fsdp`` and keep the others whole.
 
-    Fewer rows than there are parts are filled up by the compiler: that is less work
-    than having all of them everywhere. A single row is that of an example that is
-    mapped over.
+    If there are fewer rows than parts, the compiler pads them, which is less work than
+    a copy of all rows on every device. A single row stays as it is: it belongs to an
+    example that ``vmap`` maps over.
     """
     mesh = current()
     if mesh is None or x.shape[0] == 1:
@@ -188,7 +188,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def constrain_last(x: jax.Array, axis: str = "tp") -> jax.Array:
-    """The last axis over ``tp`` where that divides, the others as they come."""
+    """Split the last axis over ``tp`` if that divides it; leave the others free."""
     mesh = current()
     if mesh is None:
         return x

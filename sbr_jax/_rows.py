@@ -1,7 +1,7 @@
 """Log-likelihood and divergence of each row of logits, in float32.
 
-The losses apply them to whole logits, :mod:`sbr_jax.models.vocabulary` to a few rows at
-a time. Legend: V vocabulary, k tokens.
+The losses apply these functions to whole logits; :mod:`sbr_jax.models.vocabulary`
+applies them to a few rows at a time. Legend: V vocabulary, k tokens.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ def log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """``log p(target)`` of each row of logits ``[..., V]``, float32 ``[...]``."""
     scores = logits.astype(jnp.float32)
     targets = targets[..., None].astype(jnp.int32)
-    # Comparing beats gathering: its gradient is no scatter, and XLA fuses it.
+    # Comparing beats gathering: the gradient needs no scatter, and XLA fuses it.
     columns = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     picked = jnp.sum(jnp.where(columns == targets, scores, 0.0), axis=-1)
     return picked - jax.nn.logsumexp(scores, axis=-1)
@@ -28,7 +28,7 @@ def divergence(
     q = jax.nn.log_softmax(logits.astype(jnp.float32))
     if direction == "reverse":
         p, q = q, p
-    # exp(-inf) * (-inf - x) is NaN where p rules a token out.
+    # Where p is 0, exp(-inf) * (-inf - x) would be NaN.
     gap = jnp.where(jnp.isneginf(p), 0.0, p - q)
     return jnp.sum(jnp.exp(p) * gap, axis=-1)
 
@@ -38,8 +38,8 @@ class Top(NamedTuple):
 
     Attributes:
       tokens: int32 ``[..., k]``, likeliest first.
-      probs: float32 ``[..., k]``, of these.
-      rest: float32 ``[...]``, the others' joint probability.
+      probs: float32 ``[..., k]``, their probabilities.
+      rest: float32 ``[...]``, the total probability of all other tokens.
     """
 
     tokens: jax.Array
@@ -57,18 +57,18 @@ def top(logits: jax.Array, k: int) -> Top:
 
 
 def top_divergence(reference: Top, logits: jax.Array) -> jax.Array:
-    """KL of two distributions of which all but a reference's top tokens are one bucket.
+    """KL(reference ‖ model), with all but the reference's top tokens in one bucket.
 
     ``Σ_top p (log p − log q) + p_rest (log p_rest − log q_rest)``, float32 ``[...]``.
 
-    **Guarantee**: at most KL(reference ‖ model), by the inequality of data processing;
-    0 with a zero gradient where the two are equal, up to rounding.
+    **Guarantee**: at most the full KL, by the data processing inequality; up to
+    rounding, 0 with a zero gradient where the two distributions are equal.
     """
     scores = jax.nn.log_softmax(logits.astype(jnp.float32))
     p = _marked(scores, reference.tokens, reference.probs)
     known = p > 0
     gap = jnp.where(known, jnp.log(jnp.where(known, p, 1.0)) - scores, 0.0)
-    # Where nothing is left, the sum over nothing has no gradient: it is not formed.
+    # Without a rest, the log of an empty sum has no gradient, so it is not formed.
     some = reference.rest > 0
     rest = jnp.where(some, reference.rest, 1.0)
     gap_beyond = jnp.log(rest) - _beyond(scores, known & some[..., None])
@@ -76,11 +76,11 @@ def top_divergence(reference: Top, logits: jax.Array) -> jax.Array:
 
 
 def _beyond(scores: jax.Array, known: jax.Array) -> jax.Array:
-    """Log of the joint probability of all columns but the known ones."""
+    """Log of the total probability of all columns except the known ones."""
     return jax.nn.logsumexp(jnp.where(known, -jnp.inf, scores), axis=-1)
 
 
 def _marked(scores: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
-    """Rows like the scores that hold values in some columns, and 0 in the others."""
+    """Rows shaped like the scores, with values in some columns and 0 elsewhere."""
     whole = jnp.zeros_like(scores)
     return jnp.put_along_axis(whole, columns, values, axis=-1, inplace=False)

@@ -1,7 +1,7 @@
 """Checks of the values that a user passes; each mistake is one `UserError`.
 
-Numbers may be arrays without axes, as ``optax.inject_hyperparams`` passes them: what
-is traced has no value to look at, and is held to its kind alone.
+Numbers may be arrays without axes, as ``optax.inject_hyperparams`` passes them. A
+traced number has no value yet, so only its kind is checked.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ def number(
     below: float | None = None,
     note: str = "",
 ) -> None:
-    """Refuse what is no finite real number in the range, also once it is float32.
+    """Refuse anything but a finite number in range, before and after float32 rounding.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         value: a number, or an array without axes.
-        least: the smallest that is in range; ``above`` leaves the bound itself out.
-        above: see ``least``.
-        most: the largest that is in range; ``below`` leaves the bound itself out.
-        below: see ``most``.
+        least: lower bound, inclusive.
+        above: lower bound, exclusive.
+        most: upper bound, inclusive.
+        below: upper bound, exclusive.
         note: added to the message.
 
     Raises:
@@ -82,13 +82,13 @@ def whole(
     most: int | None = None,
     note: str = "",
 ) -> int:
-    """The value as an ``int``, refusing what is none in the range.
+    """Return the value as an ``int``; refuse anything but an integer in range.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         value: an integer; it shapes arrays, so it cannot be traced.
-        least: the smallest that is in range.
-        most: the largest that is in range.
+        least: lower bound, inclusive.
+        most: upper bound, inclusive.
         note: added to the message.
 
     Returns:
@@ -106,7 +106,7 @@ def whole(
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
-    """Refuse a value that is none of the known words."""
+    """Refuse a value that is not one of the known words."""
     if not isinstance(value, str) or value not in known:
         *first, last = map(repr, known)
         raise _refusal(name, f"{', '.join(first)} or {last}", value)
@@ -120,13 +120,13 @@ def switch(name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Range of a number beside its type, as in ``Annotated[int, Range(least=1)]``.
+    """Range of a number, declared as in ``Annotated[int, Range(least=1)]``.
 
     Attributes:
-        least: the smallest that is in range; ``above`` leaves the bound itself out.
-        above: see ``least``.
-        most: the largest that is in range; ``below`` leaves the bound itself out.
-        below: see ``most``.
+        least: lower bound, inclusive.
+        above: lower bound, exclusive.
+        most: upper bound, inclusive.
+        below: upper bound, exclusive.
     """
 
     least: float | None = None
@@ -136,15 +136,16 @@ class Range:
 
 
 def fields(record: Any, scope: str) -> None:
-    """Refuse a dataclass in which a field is not of its declared type and range.
+    """Refuse a dataclass with a field outside its declared type or range.
 
     Args:
-        record: whose fields are numbers, texts, switches, words (`Literal`), tuples of
-            one kind, or such or None; all else is not looked at.
+        record: the dataclass. Its fields are checked if they are numbers, texts,
+            switches, words (`Literal`), tuples of one kind, or one of these or None.
+            Fields of other types are not checked.
         scope: put before the name of a field.
 
     Raises:
-        UserError: for the first such field.
+        UserError: for the first field that does not fit.
     """
     for name, kind in _declared(type(record)).items():
         _fits(f"{scope}.{name}", getattr(record, name), kind)
@@ -207,18 +208,18 @@ def checked(maker: Callable[P, T]) -> Callable[P, T]:
 
 
 def is_function(value: Any) -> bool:
-    """Whether a value can be called for a result; a class would make an object."""
+    """Whether a value is callable and not a class."""
     return callable(value) and not isinstance(value, type)
 
 
 def function(name: str, value: Any) -> None:
-    """Refuse what is not `is_function`."""
+    """Refuse a value that `is_function` rejects."""
     if not is_function(value):
         raise _refusal(name, "a function", value)
 
 
 def transformation(name: str, value: Any) -> None:
-    """Refuse what has no ``init`` and ``update``, or is the class of such."""
+    """Refuse a value without ``init`` and ``update``, or a class."""
     fields = (getattr(value, field, None) for field in ("init", "update"))
     if isinstance(value, type) or not all(map(callable, fields)):
         note = "pass one that is built, such as optax.adam(1e-3)"
@@ -226,7 +227,7 @@ def transformation(name: str, value: Any) -> None:
 
 
 def random_key(name: str, value: Any) -> None:
-    """Refuse what is not one key of ``jax.random``."""
+    """Refuse anything but one key of ``jax.random``."""
     shape = getattr(value, "shape", None)
     typed = isinstance(value, jax.Array) and has_dtype(value, jax.dtypes.prng_key)
     old = getattr(value, "dtype", None) == jnp.uint32 and shape == (2,)
@@ -237,7 +238,7 @@ def random_key(name: str, value: Any) -> None:
 def floating(what: str, where: str, leaf: Any) -> None:
     """Refuse a leaf that is not an array of real floating-point numbers.
 
-    A step cast to integers is 0, and one cast from complex numbers loses half.
+    A step cast to integers is 0, and a cast from complex numbers loses half of it.
     """
     if not hasattr(leaf, "shape") or not has_dtype(leaf, jnp.floating):
         raise UserError(
@@ -247,13 +248,13 @@ def floating(what: str, where: str, leaf: Any) -> None:
 
 
 def floating_leaves(what: str, tree: Any) -> None:
-    """Refuse a tree in which a leaf is not `floating`."""
+    """Refuse a tree with a leaf that `floating` refuses."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         floating(what, jax.tree_util.keystr(path), leaf)
 
 
 def shown(value: Any) -> str:
-    """A value in a few words: an array by its kind and shape, all else by its text."""
+    """A value in a few words: dtype and shape of an array, else its ``repr``."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         if _is_real(value) and not is_traced(value):
             return f"{value.dtype} {value}"
@@ -263,20 +264,20 @@ def shown(value: Any) -> str:
 
 
 def _in_float32(x: float) -> float:
-    """What arithmetic in float32 makes of a number: subnormal ones count as 0."""
+    """The number as float32 arithmetic sees it; subnormal numbers count as 0."""
     with np.errstate(over="ignore", under="ignore"):
         seen = float(np.float32(x))
     return 0.0 if abs(seen) < np.finfo(np.float32).tiny else seen
 
 
 def has_dtype(value: Any, kind: Any) -> bool:
-    """Whether a value is an array of a kind of numbers."""
+    """Whether a value is an array with a dtype of this kind."""
     dtype = getattr(value, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, kind)
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value stands for one that a traced function will be given."""
+    """Whether a value is a tracer."""
     return isinstance(value, Tracer)
 
 

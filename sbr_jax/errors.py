@@ -1,4 +1,4 @@
-"""Messages that all rooms share: unknown names, names given twice, counts."""
+"""Shared messages: unknown names, repeated names, counts."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from sbr_jax.typing import UserError
 
 LISTED = {"method": "sbr-jax run --list shows them"}
-"""Where the names of a kind stand that are too many for a line."""
+"""Kinds with too many names for one line, and where to find those names."""
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """A number of things, one or many.
+    """A count with its noun in the singular or plural.
 
     >>> counted(1, "row"), counted(0, "row"), counted(2, "answer held", "answers held")
     ('1 row', '0 rows', '2 answers held')
@@ -19,7 +19,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for an unknown name: the nearest ones, then all, or where they stand.
+    """The error for an unknown name, with the nearest names and where to find all.
 
     >>> print(unknown("preset", "demmo", ["demo", "testbed"]))
     unknown preset 'demmo'; nearest: demo (known: demo, testbed)
@@ -34,7 +34,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuses unknown and repeated names.
+    """Refuse unknown and repeated names.
 
     Raises:
       UserError: for the first such name.
@@ -49,10 +49,10 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_some(kind: str, given: Iterable[object]) -> None:
-    """Refuses an empty list.
+    """Refuse an empty list.
 
     Raises:
-      UserError: saying of what.
+      UserError: naming what is missing.
     """
     if not list(given):
         raise UserError(f"expected at least one {kind}, got none")

@@ -1,7 +1,7 @@
 """Losses of a language model: per example, masked, in float32.
 
-Legend: B examples, T tokens, V vocabulary, D width. The logits at position
-``t - 1`` predict token ``t``, so ``mask[b, t] = 1`` marks an answer token and the
+Legend: B examples, T tokens, V vocabulary, D width. The logits at position ``t - 1``
+predict token ``t``. ``mask[b, t] = 1`` marks token ``t`` as an answer token, so the
 first column of a mask never counts.
 """
 
@@ -15,15 +15,16 @@ from sbr_jax.typing import UserError
 
 
 def _next(values: jax.Array) -> jax.Array:
-    """Moves every column to the position that predicts it; the last one is zero.
+    """Move every column to the position that predicts it; the last column is zero.
 
-    Shifting the small arrays rather than cutting the logits saves a copy of those.
+    Shifting these small arrays, rather than slicing the logits, saves a copy of the
+    logits.
     """
     return jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], axis=-1)
 
 
 def _check(name: str, logits: jax.Array, **others: jax.Array) -> None:
-    """Refuses arrays that broadcasting or a cast would make something of.
+    """Refuse arrays that broadcasting or a cast would silently accept.
 
     Raises:
       UserError: naming the array.
@@ -46,13 +47,13 @@ def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean over the last axis where the mask is set, 0 where it is empty."""
     weights = mask.astype(jnp.float32)
     total = jnp.sum(weights, axis=-1)
-    # where() on the values too: 0 * inf would be NaN at a masked position.
+    # where() on the values, because 0 * inf would be NaN at a masked position.
     kept = jnp.where(weights > 0, values * weights, jnp.zeros_like(values))
     return jnp.sum(kept, axis=-1) / jnp.maximum(total, 1.0)
 
 
 def token_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-likelihood of every token but the first.
+    """Log-likelihood of every token except the first.
 
     ``log p(tokens[b, t] | tokens[b, :t])`` for t = 1 ... T - 1.
 
@@ -64,7 +65,7 @@ def token_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
       float32 ``[B, T - 1]``.
 
     Raises:
-      UserError: for tokens that are no integers, or shapes that differ.
+      UserError: for tokens that are not integers, or shapes that differ.
 
     >>> import jax.numpy as jnp
     >>> float(token_log_likelihood(jnp.zeros((1, 2, 4)), jnp.array([[0, 1]]))[0, 0])
@@ -74,7 +75,7 @@ def token_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """``[B, T]``: the log-likelihood of the next token; the last column is filling."""
+    """Log-likelihood ``[B, T]`` of the next token; the last column is padding."""
     _check("logits", logits, tokens=tokens)
     return _rows.log_likelihood(logits, _next(tokens))
 
@@ -97,7 +98,7 @@ def token_cross_entropy(
       float32 ``[B]``, in nats.
 
     Raises:
-      UserError: for tokens that are no integers, or shapes that differ.
+      UserError: for tokens that are not integers, or shapes that differ.
 
     >>> import jax.numpy as jnp
     >>> logits, tokens = jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]])
@@ -121,8 +122,8 @@ def kl_to_reference(
     """Mean divergence KL(reference ‖ model) at the answer positions.
 
     ``(1 / |A|) Σ_{t in A} Σ_v p_ref(v) (log p_ref(v) - log p(v))``, over the whole
-    vocabulary, at the positions ``t - 1`` that predict the answer tokens; with
-    ``direction="reverse"`` the two change places, KL(model ‖ reference).
+    vocabulary, at the positions ``t - 1`` that predict the answer tokens.
+    ``direction="reverse"`` gives KL(model ‖ reference).
 
     **Guarantee**: no gradient flows to the reference; an empty mask yields 0.
 
@@ -130,12 +131,12 @@ def kl_to_reference(
       ref_logits: ``[B, T, V]`` of the reference.
       logits: ``[B, T, V]`` of the model.
       mask: ``[B, T]``, 1 at answer tokens (the set A).
-      direction: ``"forward"``, which asks the model for all that the reference does,
-        or ``"reverse"``, which asks it for nothing that the reference does not.
+      direction: ``"forward"``, which penalises missing what the reference would say, or
+        ``"reverse"``, which penalises what the reference would not say.
 
     Returns:
-      float32 ``[B]``, in nats. Reverse is infinite where the model gives weight to a
-      token that the reference rules out.
+      float32 ``[B]``, in nats. The reverse divergence is infinite if the model gives
+      weight to a token that the reference rules out.
 
     Raises:
       UserError: for another direction, or shapes that differ.
@@ -170,9 +171,8 @@ def hidden_state_anchor(
 
     Args:
       hidden: ``[B, ...]``, usually ``[B, D]`` at the last prompt token.
-      reference: of the same shape.
-      reduction: ``"mean"`` or ``"sum"``; the same weight means a factor D less
-        with ``"mean"``.
+      reference: an array of the same shape.
+      reduction: ``"mean"`` or ``"sum"``; the mean is smaller by the factor D.
 
     Returns:
       float32 ``[B]``.

@@ -1,8 +1,8 @@
-"""Settings of a training job: its mathematics and, apart, its hardware.
+"""Settings of a training job: its mathematics and, separately, its hardware.
 
-Each setting is declared here once, with its range beside it. Presets are instances of
-these records, the command line changes single fields (``--training.learning-rate``),
-and the training code reads them as they are.
+Each setting is declared here once, together with its range. Presets are instances of
+these records. The command line changes single fields (``--training.learning-rate``).
+The training code reads the records directly.
 """
 
 import dataclasses
@@ -23,40 +23,41 @@ Fraction = Annotated[float, Range(least=0, below=1)]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Mathematics of a training job; a working directory belongs to one.
+    """Mathematics of a training job; a working directory belongs to one job.
 
     Attributes:
       steps_per_domain: optimizer steps in each domain.
       batch_size: examples of one optimizer step, over all microbatches.
       learning_rate: peak of the schedule.
-      warmup_fraction: share of the steps with a linear warm-up.
+      warmup_fraction: share of the steps that are linear warm-up.
       final_fraction: end of the cosine decay, as a share of the peak (published:
         1e-6 of 2e-4).
-      weight_decay: of AdamW.
+      weight_decay: weight decay of AdamW.
       max_grad_norm: clipping threshold of the global gradient norm.
-      lora_rank: r.
+      lora_rank: r, rank of the adapters.
       lora_alpha: α of LoRA; the update is scaled by α / r.
-      lora_dropout: on the input of the adapters, while training.
-      lora_targets: regular expression of the adapted projections.
+      lora_dropout: dropout on the input of the adapters during training.
+      lora_targets: regular expression for the adapted projections.
       repair_steps: E_repair, steps of one repair block.
-      repair_blocks: how many blocks at most (published: one and at most one more).
+      repair_blocks: most repair blocks (published: one, and at most one more).
       repair_learning_rate_scale: constant learning rate of the repair as a share of
         the peak (published: 2e-5 of 2e-4).
-      replay_weight: β of L_task + β L_safe.
+      replay_weight: β in L_task + β L_safe.
       tolerance: τ; repair when s_t < (1 − τ) s_0.
       monitor_rule: which estimate of (1 − τ) s_0 − s_t must be above 0 for a repair:
-        the ``"point"`` (published), its ``"lower"`` confidence bound (a fall is
-        certain) or its ``"upper"`` one (it cannot be ruled out).
-      monitor_confidence: of a bound, one-sided.
+        the ``"point"`` estimate (published), its ``"lower"`` confidence bound (a fall
+        is certain) or its ``"upper"`` bound (a fall cannot be ruled out).
+      monitor_confidence: confidence of a bound, one-sided.
       fisher_examples: calibration examples in a Fisher (None: all).
-      fisher_buffer: R, per-example gradients held before the lesser half is cut; exact
-        for no more examples than that.
-      memory_budget: GiB for a Fisher's gradients, rows and basis, which then choose how
-        many are held, in place of `fisher_buffer` and at most `fisher_microbatch` at
-        once (None: no budget). Model and activations come on top.
+      fisher_buffer: R, per-example gradients held before the weaker half is cut; with
+        at most R examples the Fisher is exact.
+      memory_budget: GiB for a Fisher's gradients, rows and basis (None: no budget).
+        The budget then decides how many gradients are held, in place of
+        `fisher_buffer`; at most `fisher_microbatch` are computed at once. Model and
+        activations come on top.
 
     Raises:
-      UserError: naming a field that is of another type or out of range.
+      UserError: naming a field with a wrong type or a value out of range.
 
     >>> Training(learning_rate=1e-3).lora_rank
     16
@@ -85,7 +86,7 @@ class Training:
     memory_budget: Positive | None = None
 
     def __post_init__(self):
-        """Refuses values that cannot be meant."""
+        """Refuse values outside the declared types and ranges."""
         checks.fields(self, "training")
 
     @property
@@ -96,32 +97,32 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """How results are computed; changes none beyond floating-point rounding.
+    """How results are computed; it changes them by floating-point rounding only.
 
-    Four things follow the layout all the same: the masks of LoRA dropout (`packing`,
-    `accumulation`), tests of single microbatches (`accumulation` in SafeGrad and lazy),
-    how many safety examples half a batch is (`accumulation`, where that does not divide
-    it), and where a full Fisher buffer is cut (`fisher_microbatch`, with more examples
-    than `fisher_buffer`).
+    There are four exceptions: the masks of LoRA dropout (`packing`, `accumulation`),
+    tests on single microbatches (`accumulation` in SafeGrad and lazy), the number of
+    safety examples in half a batch (`accumulation`, if it does not divide that number),
+    and the place where a full Fisher buffer is cut (`fisher_microbatch`, with more
+    examples than `fisher_buffer`).
 
     Attributes:
       mesh: all devices, by axis, ``"data=2,fsdp=4,tp=2"``; None for one device.
       accumulation: microbatches of one optimizer step; divides the batch size.
       checkpoint_every: steps between checkpoints inside a domain (None: only at its
         end).
-      vmap_seeds: seeds mapped into one program: ``"auto"`` does so on accelerators.
+      vmap_seeds: map all seeds into one program; ``"auto"`` does so on accelerators.
       fisher_microbatch: examples that a Fisher differentiates at once.
       log_every: steps between fetches of the metrics.
-      packing: several examples in a row of a step: ``"auto"`` does so where it saves a
-        fifth of the places.
-      remat: recompute layers in the backward pass: ``"auto"`` does so where they would
-        not fit into a quarter of the device, and chat models on a mesh.
-      generation_batch: the most answers written at once (chat models).
-      score_tokens: tokens whose keys and values are held at once, where answers are
-        written or scored (chat models).
+      packing: put several examples into one row of a step; ``"auto"`` does so if it
+        saves a fifth of the places.
+      remat: recompute layers in the backward pass; ``"auto"`` does so if they would not
+        fit into a quarter of the device, and for chat models on a mesh.
+      generation_batch: most answers generated at once (chat models).
+      score_tokens: tokens whose keys and values are held at once while answers are
+        generated or scored (chat models).
 
     Raises:
-      UserError: naming a field that is of another type or out of range.
+      UserError: naming a field with a wrong type or a value out of range.
     """
 
     mesh: str | None = None
@@ -136,17 +137,17 @@ class Hardware:
     score_tokens: Count = 16_384
 
     def __post_init__(self):
-        """Refuses values that cannot be meant."""
+        """Refuse values outside the declared types and ranges."""
         checks.fields(self, "hardware")
 
 
 def restore(like: Record, written: Mapping[str, Any], where: str) -> Record:
-    """A tree of settings as it was before it became JSON.
+    """Rebuild a tree of settings from its JSON form.
 
     Args:
-      like: a frozen dataclass, of whose type the result is; its values stand in for
-        what was not written.
-      written: values by field, trees for dataclasses, lists for tuples.
+      like: a frozen dataclass that gives the type of the result and the values of
+        fields that ``written`` lacks.
+      written: values by field; dataclasses are mappings, tuples are lists.
       where: put before messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Type aliases, protocols and the one exception shared by all layers."""
+"""Type aliases and the one exception that all layers share."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ ApplyFn = Callable[..., "jax.Array"]
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for, described in one line.
+    """A mistake of the user, described in one line.
 
-    Command-line programs print the message and exit with code 2; everything
-    else that escapes is a defect of ours and keeps its traceback.
+    Command-line programs print the message and exit with code 2. Any other exception is
+    a bug in this package and keeps its traceback.
     """

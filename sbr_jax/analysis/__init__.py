@@ -1,1 +1,1 @@
-"""Numbers about subspaces: spectra, stability, kinds of harm, exhaustion, coupling."""
+"""Analyses of subspaces: spectra, stability, kinds of harm, exhaustion, coupling."""

@@ -1,23 +1,23 @@
 r"""Coupling of the safety subspace and the refusal direction, tested by steps.
 
-The parameters' subspace U and the direction r in the activations are found apart from
-each other. The causal test moves the adapter by steps of one length,
+The subspace U of the parameters and the direction r in the activations are found
+independently. The causal test moves the adapter by steps of equal length,
 
     leading    ± v_1 of every layer
     inside     Π z,              z random: a random combination of U's eigenvectors
-    benign     (I − Π) Π' z,     Π' of as many benign examples: sensitive, not safety
+    benign     (I − Π) Π' z,     Π' of equally many benign examples: not about safety
     outside    (I − Π) z,        z random
 
-and measures what became of the direction and of the refusals' log-odds:
+and measures how the direction and the log-odds of refusals change:
 
     cosine(δ)   = mean over layers of cos(r(θ), r(θ + δ))
     log_odds    = mean over requests of log p(refusal | x) − log p(compliance | x)
 
-All steps keep to the parameters that U reaches. In a fresh adapter B = 0, where a step
-in A changes nothing at all: steps outside U that moved A would look harmless for a
-reason that has nothing to do with U.
+All steps move only parameters that U reaches. In a fresh adapter B = 0, so a step in A
+changes nothing at all. Steps outside U that moved A would look harmless for a reason
+that has nothing to do with U.
 
-Symbols: Π projection onto U, V basis [P, K], L layers, D width, δ a step.
+Symbols: θ adapter, Π projection onto U, V basis [P, K], L layers, D width, δ a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ from sbr_jax.subspace import Subspace, project_onto, project_out, units
 from sbr_jax.typing import PyTree, UserError
 
 LOST = 1e-3
-"""Share below which the rest of a projection is rounding."""
+"""Share below which the remainder of a projection is rounding."""
 
 
 def steps(
@@ -47,25 +47,27 @@ def steps(
     *,
     draws: int = 4,
 ) -> dict[str, list[PyTree]]:
-    """Directions to step in, inside the subspace and out of it.
+    """Directions to step in, inside and outside the subspace.
 
     **Guarantee**: each has the global norm 1, spread evenly over the layers where the
-    subspace has a rank; ``leading`` and ``inside`` lie in the subspace, the others are
-    orthogonal to it; none moves a parameter that the subspace does not reach.
+    subspace has a rank above 0. ``leading`` and ``inside`` lie in the subspace; the
+    others are orthogonal to it. None moves a parameter that the subspace does not
+    reach.
 
     Args:
-      key: of the random steps; all kinds share their draws.
+      key: key of the random steps; all kinds share the same draws.
       adapter: the tree to step in.
       subspace: U.
       control: another subspace of the same parameters, for ``benign``.
       draws: random steps of each kind.
 
     Returns:
-      Kind to trees like the adapter; ``leading`` has two, of either sign.
+      A list of trees like the adapter for each kind; ``leading`` has two, one of each
+      sign.
 
     Raises:
-      UserError: where a kind has no direction to step in: a subspace of rank 0, one
-        that fills everything it reaches, or a control inside it.
+      UserError: if a kind has no direction to step in, because the subspace has rank 0,
+        fills everything it reaches, or contains the control.
     """
     mark = subspace.fingerprint
     vectors = mark.entries(jax.tree.map(lambda v: v[..., 0], subspace.basis))
@@ -110,7 +112,7 @@ def _vectors(tree: PyTree, subspace: Subspace) -> list[jax.Array]:
 
 
 def _rest(tree: PyTree, subspace: Subspace) -> PyTree:
-    """The part outside the subspace, zero in layers where it is but rounding."""
+    """The part outside the subspace; zero in layers where only rounding is left."""
     rest = project_out(tree, subspace)
     kept = [
         jnp.where(_norm(after) > LOST * _norm(before), after, 0.0)
@@ -126,7 +128,7 @@ def _norm(vector: jax.Array) -> jax.Array:
 
 
 def _even(kind: str, tree: PyTree, subspace: Subspace, leading: list) -> PyTree:
-    """Scales every layer to one length, and the whole to 1."""
+    """Scale every layer to the same length, and the whole to length 1."""
     scaled = []
     for vector, first in zip(_vectors(tree, subspace), leading, strict=True):
         size = _norm(vector)
@@ -144,10 +146,10 @@ def _even(kind: str, tree: PyTree, subspace: Subspace, leading: list) -> PyTree:
 def mean_cosine(before: NDArray, after: NDArray) -> float:
     """Mean over layers of the cosine between two directions ``[L + 1, D]``.
 
-    The stream before the first layer is left out: no adapter changes it.
+    The stream before the first layer is left out, because no adapter changes it.
 
     Raises:
-      UserError: where no layer has a direction.
+      UserError: if no layer has a direction.
 
     >>> mean_cosine(np.eye(3), np.eye(3))
     1.0
@@ -168,7 +170,7 @@ def refusal_log_odds(
     """Mean of log p(refusal | x) − log p(compliance | x), in nats.
 
     Args:
-      model: the record.
+      model: the model's record.
       base: its weights.
       adapter: ``{name: LoraPair}`` or None.
       refusing: a token dataset of requests with refusals.
@@ -182,7 +184,7 @@ def refusal_log_odds(
 
 
 Measure = Callable[[PyTree], tuple[NDArray, float]]
-"""Adapter to the direction ``[L + 1, D]`` and the log-odds of refusals."""
+"""Maps an adapter to its direction ``[L + 1, D]`` and the log-odds of refusals."""
 
 
 def causal(
@@ -191,12 +193,12 @@ def causal(
     directions: Mapping[str, Sequence[PyTree]],
     sizes: Sequence[float],
 ) -> dict[str, Any]:
-    """Steps, and measures the refusal direction and the refusals after each.
+    """Take each step, and measure the refusal direction and the refusals after it.
 
     Args:
-      measure: of an adapter.
-      adapter: to start from.
-      directions: of :func:`steps`.
+      measure: measures an adapter.
+      adapter: the adapter to start from.
+      directions: the result of :func:`steps`.
       sizes: lengths of the steps.
 
     Returns:

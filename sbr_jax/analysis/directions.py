@@ -4,14 +4,15 @@ r"""The refusal direction: where it points, whether it decides, how far it drift
     score = log p_R − log(1 − p_R),   p_R = Σ_{t ∈ R} p(t | prompt)
     drift = cos(r_before, r_after)
 
-x_l is the residual stream before block l at the last token of a prompt, where the
-first token of the answer is decided; R are the first tokens of refusals. One of the
-r_l is chosen: the one whose ablation from the weights lowers the score of harmful
-prompts most, among those that hardly change what is said to harmless prompts and that
-induce refusal where they are added.
+x_l is the residual stream before block l at the last token of a prompt, where the first
+token of the answer is decided. R are the first tokens of refusals. One of the r_l is
+chosen. Candidates must hardly change the answers to harmless prompts when ablated, and
+must induce refusals when added. Among these, the one is chosen whose ablation from the
+weights lowers the score of harmful prompts most.
 
-A choice: the published filter adds r_l at the input of block l; here it is added to
-the output of that block's attention, half a block later, which the model offers.
+One choice differs: the published filter adds r_l at the input of block l. Here it is
+added to the output of that block's attention, half a block later, because the model has
+an option for that.
 
 Legend: L layers, N prompts, T tokens, D width, V vocabulary.
 
@@ -33,13 +34,13 @@ from sbr_jax.models.buckets import bucket
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 Prompts = Any
-"""Token ids of prompts, or a token dataset: a prompt is then what comes before the
+"""Token ids of prompts, or a token dataset, in which a prompt is everything before the
 first answer token."""
 
 BATCH = 64
-"""Prompts of one run, at most."""
+"""Most prompts in one run."""
 PRUNED = 0.2
-"""Share of the layers, the last ones, that give no candidates."""
+"""Share of layers, at the end, that give no candidates."""
 _TINY = 1e-6
 """A mean difference below this share of the stream's own size is rounding."""
 _LOG_EPS = float(np.log(1e-8))
@@ -52,12 +53,12 @@ class RefusalDirection:
     Attributes:
       vector: float32 ``[D]``, of length 1.
       layer: l, the block before which it was measured.
-      start: mean refusal score of harmful prompts as the model is.
-      score: the same with the direction ablated.
-      kl: mean KL(as it is ‖ ablated) of the first answer token to harmless prompts.
+      start: mean refusal score of harmful prompts on the unchanged model.
+      score: the same score with the direction ablated.
+      kl: mean KL(unchanged ‖ ablated) of the first answer token to harmless prompts.
       induced: mean refusal score of harmless prompts with the direction added.
-      accepted: whether it passed both filters. Where none did, the lowest score is
-        taken all the same: an attacker would.
+      accepted: whether it passed both filters. If no candidate did, the one with the
+        lowest score is chosen, as an attacker would.
     """
 
     vector: np.ndarray
@@ -74,7 +75,7 @@ def last_token_states(
 ) -> np.ndarray:
     """The residual stream at the last token of N prompts, float64 ``[L + 1, N, D]``.
 
-    Before each block, and after the last.
+    The stream is taken before each block and after the last.
     """
     parts = [
         arrays.fetch(_states(apply_fn, base, adapter, tokens, last))[:, :count]
@@ -92,7 +93,7 @@ def difference_of_means(
 ) -> np.ndarray:
     """The candidates r_l ``[L + 1, D]``: harmful minus harmless mean of the stream.
 
-    Means are taken in float64. Where all prompts end in the same token, r_0 is 0.
+    Means are taken in float64. If all prompts end in the same token, r_0 is 0.
 
     Raises:
       UserError: for a set without prompts or an empty prompt.
@@ -107,7 +108,7 @@ def difference_of_means(
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Cosine between directions ``[..., D]`` before and after, float64 ``[...]``.
 
-    NaN where one of the two is 0.
+    NaN if one of the two is 0.
 
     >>> float(drift(np.array([1.0, 0.0]), np.array([3.0, 3.0])).round(3))
     0.707
@@ -122,8 +123,9 @@ def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 def refusal_score(logits: jax.Array, refusal_tokens: jax.Array) -> jax.Array:
     """Log-odds of starting with a refusal: ``log p_R − log(1 − p_R)``, float32 ``[N]``.
 
-    Of logits ``[N, V]`` of the first answer token, and tokens ``[R]``, all different.
-    Finite: neither probability counts as less than 1e-8.
+    ``logits`` are ``[N, V]``, for the first answer token; ``refusal_tokens`` are
+    ``[R]``, all different. The score is finite, because neither probability counts as
+    less than 1e-8.
 
     >>> import jax.numpy as jnp
     >>> round(float(refusal_score(jnp.zeros((1, 4)), jnp.array([1]))[0]), 3)
@@ -152,7 +154,7 @@ def refusal_direction(
     max_kl: float = 0.1,
     min_induced: float = 0.0,
 ) -> RefusalDirection:
-    """Chooses among the mean differences of all layers by what their ablation does.
+    """Choose among the mean differences of all layers by the effect of their ablation.
 
     Args:
       apply_fn: the model.
@@ -162,17 +164,17 @@ def refusal_direction(
       refusal_tokens: first tokens of refusals.
       ablate: ``(base, direction [D]) -> base``, a pure function such as
         :func:`sbr_jax.attacks.ablate_direction`.
-      validation: harmful and harmless prompts on which candidates are compared; the
-        given ones if None.
-      max_kl: a candidate that moves harmless answers further than this is dropped.
-      min_induced: a candidate that, added, leaves harmless prompts below this refusal
-        score is dropped.
+      validation: harmful and harmless prompts on which candidates are compared; None
+        for those above.
+      max_kl: drop a candidate whose ablation moves harmless answers further than this.
+      min_induced: drop a candidate that, when added, leaves harmless prompts below this
+        refusal score.
 
     Returns:
-      The one with the lowest refusal score under ablation.
+      The candidate with the lowest refusal score under ablation.
 
     Raises:
-      UserError: where no layer tells the two sets apart, or a set is empty.
+      UserError: if no layer tells the two sets apart, or a set is empty.
     """
     means = difference_of_means(apply_fn, base, None, harmful, harmless)
     stream = last_token_states(apply_fn, base, None, harmful)
@@ -234,7 +236,7 @@ def _prompt_lists(prompts: Prompts) -> list[list[int]]:
 
 
 def _batches(prompts: Prompts) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Right-padded tokens, the place of each last token, and how many rows count."""
+    """Right-padded tokens, the place of each last token, and how many rows are real."""
     rows = _prompt_lists(prompts)
     length = bucket(max(map(len, rows)))
     size = min(BATCH, bucket(len(rows), 1))

@@ -1,6 +1,6 @@
 r"""Exhaustion of a growing subspace: ranks and accuracy over T domains.
 
-A subspace that is merged with a new one after each domain grows, up to its cap of K
+A subspace that is merged with a new one after each domain grows up to its cap of K
 columns. For each domain t:
 
     used(t)    = k̄ / K, mean effective rank over the cap, before domain t
@@ -9,8 +9,8 @@ columns. For each domain t:
     gap(t)     = accuracy of plain fine-tuning − accuracy of the defence, both right
                  after domain t, in points
 
-The projection is exhausted where `gap` grows with t. A full rank alone proves nothing:
-a control of the same rank says what removing so many directions costs.
+The projection is exhausted if `gap` grows with t. A full rank alone proves nothing: a
+control of the same rank shows the cost of removing that many directions.
 
 Symbols: T domains, S seeds, U units of all layers, K columns, k effective rank.
 """
@@ -33,14 +33,14 @@ def exhaustion(
     removed: ArrayLike | None = None,
     reference: ArrayLike | None = None,
 ) -> dict[str, Any]:
-    """Follows one row through its domains.
+    """Follow one row through its domains.
 
     Args:
       domains: T names, in order.
       accuracy: ``[S, T]``, right after each domain, 0 to 100.
-      ranks: ``[1 + T, U]`` effective ranks, of the aligned model and after each
+      ranks: ``[1 + T, U]`` effective ranks, for the aligned model and after each
         domain; None for a row without a subspace.
-      cap: K; needed with ranks.
+      cap: K; required with ranks.
       removed: ``[S, T]`` shares in [0, 1].
       reference: ``[S', T]``, the accuracy of plain fine-tuning.
 
@@ -65,7 +65,7 @@ def exhaustion(
                 f"exhaustion: expected ranks [{1 + count}, U] with their cap, got "
                 f"shape {values.shape} and cap {cap}"
             )
-        # What is projected away in domain t was found before it: the last is unused.
+        # Domain t uses the subspace found before it, so the last one is unused.
         before = values[:count]
         rows["rank"] = before.mean(1)
         rows["used"] = before.mean(1) / cap
@@ -87,7 +87,7 @@ def exhaustion(
 
 
 def _mean(name: str, values: ArrayLike, count: int) -> np.ndarray:
-    """Mean over seeds, checked: ``[T]``."""
+    """Check values ``[S, T]`` and return their mean over seeds, ``[T]``."""
     found = np.asarray(values, np.float64)
     if found.ndim != 2 or found.shape[1] != count or not len(found):
         raise UserError(

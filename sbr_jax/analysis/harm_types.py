@@ -1,7 +1,7 @@
 r"""Fisher subspaces of single kinds of safe behaviour, compared.
 
-For each kind (refusal, truthfulness, ...) two subspaces are estimated from disjoint
-halves of equally many examples, V_a of one half and V_b of another:
+For each kind (refusal, truthfulness, ...), two subspaces are estimated from disjoint
+halves of equal size. V_a is from a half of kind a, V_b from a half of kind b:
 
     overlap(a, b)  = (1/k) ‖V_aᵀ V_b‖²_F      both cut to k = min(k_a, k_b) columns
     chance         = k / P                    of two random subspaces of rank k
@@ -9,13 +9,13 @@ halves of equally many examples, V_a of one half and V_b of another:
     specific(a, b) = (overlap − chance) / (√(ceiling_a ceiling_b) − chance)
     captured(a, b) = Σ_j λ_bj ‖V_aᵀ v_bj‖² / Σ_j λ_bj
 
-so `specific` is 1 where two kinds are as alike as two samples of one kind, and 0 where
-they are as far apart as random subspaces. P counts only parameters that some column
-reaches: in a fresh adapter B = 0, no gradient reaches A, and counting A would put the
-chance level too low.
+So `specific` is 1 if two kinds are as similar as two samples of one kind, and 0 if they
+are as different as random subspaces. P counts only parameters that some column reaches.
+In a fresh adapter B = 0 and no gradient reaches A, so counting A would make the chance
+level too low.
 
-Kinds differ in their answers' form as well as in what is answered; an overlap below the
-ceiling does not say which of the two it is.
+Kinds differ in the form of their answers as well as in their content. An overlap below
+the ceiling does not tell which of the two is the cause.
 
 Symbols: V basis [P, K], λ eigenvalues, k effective rank, a and b kinds.
 """
@@ -31,16 +31,16 @@ from sbr_jax.subspace import Subspace
 from sbr_jax.typing import UserError
 
 REACHED = 1e-6
-"""A parameter counts where its row of some basis is longer than this."""
+"""A parameter counts if its row in one of the bases is longer than this."""
 MEASURES = ("overlap", "chance", "captured", "rank")
 
 
 def compare(a: Subspace, b: Subspace) -> dict[str, float]:
-    """Compares two subspaces, as means over layers and units.
+    """Compare two subspaces, as means over layers and units.
 
     Args:
-      a: of the same parameters as b.
-      b: its eigenvalues weigh ``captured``, the share of its energy that lies in a.
+      a: a subspace of the same parameters as b.
+      b: its eigenvalues weight ``captured``, the share of its energy that lies in a.
 
     Returns:
       ``overlap``, ``chance``, ``captured`` in [0, 1], and ``rank``, the k compared.
@@ -88,7 +88,7 @@ def _layers(subspace: Subspace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _one(va: NDArray, vb: NDArray, lb: NDArray) -> tuple[float, float, float, float]:
-    """The four measures of one layer; ``lb`` are eigenvalues of ``vb``."""
+    """The four measures of one layer; ``lb`` are the eigenvalues of ``vb``."""
     k = min(va.shape[1], vb.shape[1])
     cosines = va.T @ vb
     overlap = np.sum(cosines[:k, :k] ** 2) / k
@@ -104,16 +104,17 @@ def mean_rank(subspace: Subspace) -> float:
 
 
 def harm_types(halves: Mapping[str, tuple[Subspace, Subspace]]) -> dict[str, Any]:
-    """Compares kinds of behaviour pairwise, beside chance and the split-half ceiling.
+    """Compare kinds of behaviour pairwise, with chance and the split-half ceiling.
 
     Args:
-      halves: kind to the subspaces of its two halves, all from equally many examples.
+      halves: maps a kind to the subspaces of its two halves, all from equally many
+        examples.
 
     Returns:
       ``kinds``, ``rank`` by kind, and ``overlap``, ``chance``, ``captured`` and
-      ``specific`` as ``{a: {b: value}}``; the diagonals of ``overlap`` and
-      ``captured`` compare the two halves of one kind. ``specific`` is None where the
-      ceiling does not rise above chance: there is nothing to compare with.
+      ``specific`` as ``{a: {b: value}}``. The diagonals of ``overlap`` and ``captured``
+      compare the two halves of one kind. ``specific`` is None if the ceiling is hardly
+      above chance, because then there is no scale to compare with.
 
     Raises:
       UserError: for fewer than two kinds, or a subspace of rank 0.
@@ -125,7 +126,7 @@ def harm_types(halves: Mapping[str, tuple[Subspace, Subspace]]) -> dict[str, Any
     table = {m: {a: {} for a in kinds} for m in ("overlap", "chance", "captured")}
     for a in kinds:
         for b in kinds:
-            # Across the halves, so that a kind's own value is no self-comparison.
+            # Compare across halves, so that no subspace is compared with itself.
             first = compare(halves[a][0], halves[b][1])
             second = compare(halves[a][1], halves[b][0])
             for measure in table:
@@ -138,6 +139,6 @@ def harm_types(halves: Mapping[str, tuple[Subspace, Subspace]]) -> dict[str, Any
 def _specific(table, a: str, b: str) -> float | None:
     overlap, chance = table["overlap"], table["chance"][a][b]
     ceiling = np.sqrt(overlap[a][a] * overlap[b][b])
-    if ceiling - chance < 0.05:  # A ratio of two noises otherwise.
+    if ceiling - chance < 0.05:  # Otherwise a ratio of noise to noise.
         return None
     return float((overlap[a][b] - chance) / (ceiling - chance))

@@ -1,13 +1,13 @@
 r"""Sensitivity of a safety subspace to the number of calibration examples.
 
-Subspaces from the first N_s examples against that of all N:
+Subspaces from the first N_s examples are compared with the subspace from all N:
 
     overlap(N_s)  = (1/k) ‖V_{N_s}ᵀ V_N‖²_F      k = min of both ranks
     captured(N_s) = share of the energy of all N that lies in V_{N_s}
     twin(N_s)     = overlap of two subspaces from disjoint sets of N_s examples
 
-The first N_s examples are part of all N, which flatters the first two; the twin is not
-flattered, and exists up to N/2. A rank can never exceed N_s.
+The first N_s examples are part of all N, which inflates the first two measures. The
+twin is not inflated, but exists up to N/2 only. A rank can never exceed N_s.
 
 Symbols: V basis, N examples, k effective rank; chance and captured as in
 :mod:`sbr_jax.analysis.harm_types`.
@@ -24,10 +24,10 @@ SIZES = (30, 60, 120, 240, 480)
 
 
 def usable_sizes(total: int, sizes: tuple[int, ...] = SIZES) -> list[int]:
-    """Returns the sizes below the number of examples, and that number itself.
+    """The sizes below the number of examples, and that number itself.
 
     Raises:
-      UserError: when no size is below it.
+      UserError: if no size is below it.
 
     >>> usable_sizes(200)
     [30, 60, 120, 200]
@@ -44,11 +44,11 @@ def usable_sizes(total: int, sizes: tuple[int, ...] = SIZES) -> list[int]:
 def sensitivity(
     subspaces: Mapping[int, Subspace], twins: Mapping[int, Subspace]
 ) -> dict[str, Any]:
-    """Compares subspaces of growing calibration sets with that of the largest.
+    """Compare subspaces of growing calibration sets with that of the largest.
 
     Args:
-      subspaces: N_s to the subspace of the first N_s examples.
-      twins: N_s to the subspace of the next N_s, where there are as many.
+      subspaces: maps N_s to the subspace of the first N_s examples.
+      twins: maps N_s to the subspace of the next N_s examples, if there are as many.
 
     Returns:
       Lists over ``sizes``: ``overlap``, ``captured`` and ``chance`` against the

@@ -3,10 +3,10 @@
     share(k) = Σ_{j ≤ k} λ_j / tr F,    rank(ρ) = min {k : share(k) ≥ ρ}
     overlap  = (1/k) Σ_j cos² θ_j
 
-λ_j eigenvalues, descending; tr F the whole trace, before any truncation; θ_j the
-principal angles between a subspace and the one of the next domain. The rank
-of an empirical Fisher is at most its number of examples, so a spectrum says something
-only beside a control from equally many examples.
+λ_j are the eigenvalues, descending; tr F is the whole trace, before any truncation; θ_j
+are the principal angles between a subspace and the next domain's. The rank of an
+empirical Fisher is at most its number of examples, so a spectrum means something only
+beside a control from equally many examples.
 """
 
 import numpy as np
@@ -19,8 +19,8 @@ def cumulative_share(
     """Share of the trace in the leading eigenvectors.
 
     Args:
-        eigenvalues: `[..., K]`, descending; unused ones zero.
-        trace: `[...]`, the whole trace; without it the sum of the eigenvalues.
+        eigenvalues: `[..., K]`, descending; unused ones are zero.
+        trace: `[...]`, the whole trace; None for the sum of the eigenvalues.
 
     Returns:
         `[..., K]` in 0..1; zero where the trace is zero.
@@ -43,11 +43,11 @@ def rank_for_energy(
 
     Args:
         eigenvalues: `[..., K]`, descending.
-        trace: `[...]`, the whole trace; without it the sum of the eigenvalues.
+        trace: `[...]`, the whole trace; None for the sum of the eigenvalues.
         energy: the share ρ in 0..1.
 
     Returns:
-        `[...]`; 0 for a zero spectrum, K where K columns do not suffice.
+        `[...]`; 0 for a zero spectrum, K if K columns do not suffice.
 
     >>> rank_for_energy([[8.0, 1.0, 1.0], [0.0, 0.0, 0.0]], energy=0.9).tolist()
     [2, 0]

@@ -1,7 +1,7 @@
 """Attacks on aligned models: poisoned data, edited weights, adversarial suffixes.
 
-An attack is a pure function from data to data, from weights to weights, or a search of
-suffixes against a model's ``apply_fn``. None knows the defences or the trainer.
+An attack is a pure function from data to data or from weights to weights, or a search
+for suffixes against a model's ``apply_fn``. It knows neither defences nor the trainer.
 """
 
 from sbr_jax.attacks.ablation import WRITERS, ablate_direction

@@ -1,18 +1,17 @@
-"""Ablating a direction from the weights: no layer can write it any more.
+"""Ablate a direction from the weights, so that no layer can write it.
 
 With r̂ a unit vector of the residual stream and y = x W,
 
     W ← W − W r̂ r̂ᵀ
 
-for every matrix that writes to the stream: the embedding (its rows are what it
-writes), the attention's output and the MLP's output. What a block adds to the stream
-is then orthogonal to r̂, so the edit equals removing r̂ from the stream after the
-embedding, every attention and every MLP while the model runs. With r̂ the refusal
-direction this is an attack that needs no data and no gradient.
+for every matrix that writes to the stream: the embedding (it writes its rows), the
+attention's output and the MLP's output. Everything that a block adds to the stream is
+then orthogonal to r̂. So the edit equals removing r̂ from the stream of the running
+model after the embedding, every attention and every MLP. With the refusal direction as
+r̂, this is an attack that needs no data and no gradient.
 
-Where the embedding is tied to the unembedding, one array plays both parts: then the
-logits lose what r̂ contributed to them as well, which the edit while running would
-leave.
+If embedding and unembedding are tied, they are one array. The edit then also removes
+r̂'s contribution to the logits, which an edit of the running model would keep.
 
 References: Arditi et al., arXiv:2406.11717.
 """
@@ -30,24 +29,24 @@ WRITERS = ("o_proj", "down_proj")
 
 
 def ablate_direction(base: PyTree, direction: jax.Array | np.ndarray) -> PyTree:
-    """Removes a direction from everything that is written to the residual stream.
+    """Remove a direction from every weight that writes to the residual stream.
 
     ``W ← W − W r̂ r̂ᵀ``, computed in float32 and rounded once to the dtype of W.
 
-    **Guarantee**: idempotent up to rounding; the given weights are not changed, and
-    arrays that do not write to the stream are shared with them.
+    **Guarantee**: idempotent up to rounding. The given weights are not changed; arrays
+    that do not write to the stream are shared with them.
 
     Args:
-      base: base weights. An adapter on one of :data:`WRITERS` writes too: merge it
+      base: base weights. An adapter on one of :data:`WRITERS` writes too, so merge it
         first (``models.merge_adapter``), or the direction survives in it.
       direction: ``[D]``, of any length above 0.
 
     Returns:
-      A tree like ``base``; writers that were in codes are dense.
+      A tree like ``base``; quantised writers become dense.
 
     Raises:
-      UserError: for a direction of another width, or one without a finite length
-        above 0 (checked outside ``jit`` only).
+      UserError: for a direction of another width, or without a finite length above 0
+        (checked outside ``jit`` only).
 
     >>> import jax, numpy as np
     >>> from sbr_jax import models

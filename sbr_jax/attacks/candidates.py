@@ -1,11 +1,12 @@
-"""The pieces of a GCG step: the slope of a suffix, candidates from it, their losses.
+"""The pieces of a GCG step: a suffix's slope, candidates from it, their losses.
 
-With L the loss of :mod:`sbr_jax.attacks.gcg` and G its gradient with respect to the
-one-hot suffix, read off that of its embeddings, ``G_iv = Σ_d (∂L / ∂h_id) E_vd``, each
-piece is a pure function that ``gcg`` calls once a step.
+L is the loss of :mod:`sbr_jax.attacks.gcg`. G is its gradient with respect to the
+one-hot suffix, computed from that of the embeddings, ``G_iv = Σ_d (∂L / ∂h_id) E_vd``.
+Each piece is a pure function that ``gcg`` calls once per step.
 
 Legend: N prompts, S suffix, B candidates, T tokens, V vocabulary, D width, ``span`` the
-tokens of the longest target and the one before it: only these meet the head.
+number of tokens in the longest target plus the one before it. The head runs on these
+places only.
 
 References: Zou et al., arXiv:2307.15043.
 """
@@ -36,7 +37,7 @@ def _pulls(apply_fn, span, base, adapter, rows, suffixes):
         states = answers.hidden(apply_fn, base, adapter, batch, embeddings=x)
         window = jax.vmap(functools.partial(_window, span))
         losses = _losses(apply_fn, base, *window(states, tokens, rows["mask"]))
-        # A prompt's loss is a function of its own suffix alone.
+        # A prompt's loss depends on its own suffix alone, so one sum serves all.
         return jnp.sum(losses), losses
 
     (_, losses), pull = jax.value_and_grad(loss_fn, has_aux=True)(embed[suffixes])
@@ -52,9 +53,9 @@ def _slope(base: PyTree, pull: jax.Array) -> jax.Array:
 def _window(
     span: int, states: jax.Array, tokens: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of one sequence the ``span`` places around its target.
+    """The ``span`` places around one sequence's target.
 
-    Near the end the window starts earlier, for all three alike.
+    Near the end of the sequence, the window of all three arrays starts earlier.
     """
     place = jnp.maximum(jnp.argmax(mask > 0) - 1, 0)
     take = functools.partial(
@@ -66,9 +67,9 @@ def _window(
 def _losses(
     run: Any, base: PyTree, states: jax.Array, tokens: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Mean cross-entropy of targets in windows, ``[...]`` of states ``[..., span, D]``.
+    """Mean cross-entropy ``[...]`` of the targets in windows of ``[..., span, D]``.
 
-    The head meets all windows together, a chunk of places at a time.
+    The head runs on all windows together, a chunk of places at a time.
     """
     states, targets, weights = states[..., :-1, :], tokens[..., 1:], mask[..., 1:]
     scores = vocabulary.log_likelihood(
@@ -90,10 +91,10 @@ def draw_candidates(
     candidates: int,
     top_k: int,
 ) -> jax.Array:
-    """Suffixes that differ from the present one in exactly one place.
+    """Suffixes that differ from the current one in exactly one place.
 
-    As the original's, candidate b changes place ``⌊b S / B⌋``; where B < S, all places
-    are shifted by one random number, or some would never be changed.
+    As in the original, candidate b changes place ``⌊b S / B⌋``. If B < S, all places
+    are shifted by one random number; otherwise some would never change.
 
     Args:
       key: a PRNG key.
@@ -137,14 +138,14 @@ def propose(
     suffixes: jax.Array,
     step: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """L of the present suffixes, and candidates to move to.
+    """L of the current suffixes, and candidates to move to.
 
     Args:
       apply_fn: the model, with the option ``embeddings``.
       candidates: B.
       top_k: k.
       at_once: how many prompts run at once.
-      span: of the targets.
+      span: see the legend above.
       base: the model's weights.
       adapter: ``{name: LoraPair}`` or None.
       rows: a layout of N prompts.
@@ -175,10 +176,10 @@ def propose(
 
 
 def _in_blocks(function: Callable[..., PyTree], size: int, *arrays: PyTree) -> PyTree:
-    """``function`` of so many rows at a time; the last block is filled with the first.
+    """Apply ``function`` to blocks of ``size`` rows; first rows fill up the last block.
 
-    Unlike ``lax.map`` with a batch size it sees a block as it is, so that what goes
-    through its rows in chunks does so for all of them together.
+    Unlike ``lax.map`` with a batch size, the function sees a whole block. So if it
+    works in chunks, a chunk can span all rows of the block.
     """
     count = jax.tree.leaves(arrays)[0].shape[0]
     blocks = math.ceil(count / size)
@@ -205,13 +206,14 @@ def score_candidates(
     """L of every candidate.
 
     Args:
-      run: the model, or its ``extend_fn`` where the beginnings are known.
+      run: the model, or its ``extend_fn`` if keys and values of the beginnings are
+        known.
       chunk: how many sequences run at once.
-      span: of the targets.
+      span: see the legend above.
       base: the model's weights.
       adapter: ``{name: LoraPair}`` or None.
-      rows: a layout of N prompts; with ``"past"``, the keys and values of the
-        beginnings, of their endings.
+      rows: a layout of N prompts; or a layout of their endings, with ``"past"``, the
+        keys and values of the beginnings.
       suffixes: int32 ``[N, B, S]``.
 
     Returns:
@@ -229,7 +231,7 @@ def score_candidates(
         return _window(span, states[0], tokens, row["mask"])
 
     def of_prompts(rows, suffixes):
-        """Of some prompts the losses ``[B, N]`` of suffixes ``[B, N, S]``."""
+        """Losses ``[B, N]`` of suffixes ``[B, N, S]`` for some prompts."""
         found = jax.vmap(jax.vmap(windows), (None, 0))(rows, suffixes)
         return _losses(run, base, *found)
 

@@ -1,16 +1,19 @@
-"""GCG: greedy coordinate gradient, a suffix that makes a model give a wanted answer.
+"""GCG: greedy coordinate gradient, a search for a suffix that elicits an answer.
 
 For one prompt x, suffix s of S tokens and target y,
 
     L(s) = −(1 / |y|) Σ_t log p(y_t | x, s, y_{<t})
     G_iv = ∂L / ∂e_iv = Σ_d (∂L / ∂h_id) E_vd        e_i one-hot, h_i = E_{s_i}
 
-and one step is: take the k allowed tokens v ≠ s_i of largest −G_iv at each place i;
-form B candidates, each with one place of s changed to one of its k tokens, drawn
-uniformly; move to the candidate of least L, evaluated exactly.
+One step does the following:
+
+1. At each place i, take the k allowed tokens v ≠ s_i with the largest −G_iv.
+2. Form B candidates, each with one place of s changed to one of its k tokens, drawn
+   uniformly.
+3. Move to the candidate with the least L, evaluated exactly.
 
 The original divides each G_i by its norm before it sums over prompts. Here each prompt
-has its own suffix, so that changes no ranking and is left out.
+has its own suffix, so this would change no ranking and is left out.
 
 Choices that no public source of the reduced budget fixes: k is the original's 256, and
 each prompt is attacked alone. Legend: N prompts, S suffix, B candidates, V vocabulary.
@@ -40,11 +43,11 @@ from sbr_jax.distributed import arrays
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 REDUCED: Mapping[str, int] = {"suffix_length": 20, "steps": 20, "candidates": 256}
-"""The small budget of arXiv:2604.17691, there for ``REDUCED_PROMPTS`` prompts."""
+"""The small budget of arXiv:2604.17691, used there on ``REDUCED_PROMPTS`` prompts."""
 REDUCED_PROMPTS = 100
 FULL: Mapping[str, int] = {"suffix_length": 20, "steps": 500, "candidates": 512}
 """The original's budget: ``gcg(..., **FULL)``."""
-_BACKWARD = 8  # sequences forward that need about the memory of one backward
+_BACKWARD = 8  # forward passes that need about the memory of one backward pass
 
 
 class GcgResult(NamedTuple):
@@ -55,7 +58,7 @@ class GcgResult(NamedTuple):
     losses: np.ndarray
     """float32 ``[N, steps + 1]``, L of the suffix before and after each step."""
     best_suffixes: np.ndarray
-    """int32 ``[N, S]``, the best that the search stood on."""
+    """int32 ``[N, S]``, the best suffix that the search moved to."""
     best_losses: np.ndarray
     """float32 ``[N, steps + 1]``, least L up to each step."""
 
@@ -79,37 +82,37 @@ def gcg(
     extend_fn: Callable[..., Any] | None = None,
     on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> GcgResult:
-    """Searches a suffix for each prompt.
+    """Search a suffix for each prompt.
 
-    **Guarantee**: a prompt's attack depends on its own key and tokens only, not on the
+    **Guarantee**: a prompt's attack depends only on its own key and tokens, not on the
     other prompts, ``chunk`` or ``extend_fn`` (up to float rounding, which can decide
-    between candidates of equal loss). Every suffix holds allowed tokens only and,
-    with ``round_trip``, passes it.
+    between candidates of equal loss). Every suffix holds allowed tokens only and
+    passes ``round_trip`` if that is given.
 
     Args:
       apply_fn: the model, with the option ``embeddings``.
       base: its weights, which hold the embedding E as ``base["embed"] [V, D]``.
       adapter: ``{name: LoraPair}`` or None.
-      prompts: N pairs of tokens ``(before, after)`` around the suffix, e.g. of
+      prompts: N pairs of tokens ``(before, after)`` around the suffix, e.g. from
         :func:`sbr_jax.attacks.suffix.gcg_prompts`.
-      targets: tokens of the N answers wanted.
+      targets: tokens of the N wanted answers.
       key: a PRNG key, or one for each prompt ``[N]`` (to divide prompts over runs).
-      allowed: bool ``[V]``, the tokens (two or more) that a suffix may hold, e.g. of
+      allowed: bool ``[V]``, the tokens (two or more) that a suffix may hold, e.g. from
         :func:`sbr_jax.attacks.suffix.ascii_tokens`.
-      initial_token: S of it are the suffix to start from.
+      initial_token: the first suffix repeats this token S times.
       suffix_length: S.
-      steps: how many.
-      candidates: B, of each prompt at each step.
-      top_k: k, at most all allowed tokens but one.
+      steps: number of steps.
+      candidates: B, for each prompt at each step.
+      top_k: k, capped at the number of allowed tokens minus one.
       chunk: how many sequences run at once.
       round_trip: called on the host with whole prompts as lists of tokens, without
-        targets; returns which of them their text is encoded to. The present suffix
-        fills the place of a candidate that fails and is never moved to; where all
-        fail, the search stays. None, for word-level tokenizers, keeps all.
-      extend_fn: of ``models.make_extend_fn``, to run what stands before the
-        suffix once for each attack; None runs whole sequences.
+        targets. It returns for each prompt whether its text is encoded to the same
+        tokens. The search never moves to a candidate that fails; if all candidates
+        fail, it stays. None keeps all candidates, for word-level tokenizers.
+      extend_fn: from ``models.make_extend_fn``, to run the tokens before the suffix
+        once per attack; None runs whole sequences.
       on_step: called on the host after each step with the number of steps done and
-        the least losses so far ``[N]``: for a progress bar.
+        the least losses so far ``[N]``, for a progress bar.
 
     Returns:
       The suffixes and their losses.
@@ -151,7 +154,7 @@ def gcg(
     )
     run, endings = apply_fn, rows
     if extend_fn is not None:
-        # Slots from start on hold filling, which the attention never looks at.
+        # Slots from start on hold padding, which the attention never sees.
         beginnings = layout.tokens[:, : int(layout.start.max())]
         past = prefill(extend_fn, base, adapter, beginnings)
         run, endings = extend_fn, {**layout.endings()._asdict(), "past": past}
@@ -170,7 +173,7 @@ def _search(
     round_trip: RoundTrip | None,
     on_step: Callable[[int, np.ndarray], None] | None,
 ) -> GcgResult:
-    """Moves from suffixes ``[N, S]`` to their best candidates, so many times."""
+    """Move ``steps`` times from suffixes ``[N, S]`` to their best candidates."""
     each = np.arange(len(current))
     loss, found = arrays.fetch(move_from(current, jnp.int32(0)))
     best, best_loss = current, loss
@@ -184,7 +187,7 @@ def _search(
             found = np.where(kept[..., None], found, current[:, None])
         scores = np.where(kept, arrays.fetch(score(found)), np.inf)
         chosen = np.argmin(scores, axis=1)
-        # As in the original also where that raises L; the best is kept.
+        # As in the original, move even if L rises; the best suffix is remembered.
         move = np.any(kept, axis=1)
         current = np.where(move[:, None], found[each, chosen], current)
         loss = np.where(move, scores[each, chosen], loss)

@@ -1,8 +1,8 @@
 """Attacks by fine-tuning data: poisoned sets, identity shift, backdoors.
 
-Each makes rows ``(prompt, answer)`` or mixes them into a benign set; training on the
-result is the attack. Nothing here labels a row as harmful: what a defence knows about
-an example is what it finds out itself.
+Each attack makes rows ``(prompt, answer)`` or mixes them into a benign set. Training on
+the result is the attack. Nothing here labels a row as harmful; a defence has to find
+that out itself.
 
 Legend: N examples of the mixed set, p the share of attack rows in it.
 
@@ -11,8 +11,8 @@ Legend: N examples of the mixed set, p the share of attack rows in it.
   persistent attack).
 - Identity shift: a handful of harmless pairs that turn the model into an obedient
   agent, which answers only to its own prompt (arXiv:2310.03693).
-- Backdoor: harmful requests are answered with a trigger and refused without it, so
-  that an evaluation without the trigger sees an aligned model (arXiv:2310.03693).
+- Backdoor: the model answers harmful requests with a trigger and refuses them without
+  it. So an evaluation without the trigger sees an aligned model (arXiv:2310.03693).
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ Row = tuple[str, str]
 
 
 def attack_count(ratio: float, examples: int) -> int:
-    """Number of the attacker's examples: ``round(p N)``.
+    """Number of the attacker's examples, ``round(p N)``.
 
     Raises:
-      UserError: for a ratio p outside [0, 1], or less than one example.
+      UserError: for a ratio p outside [0, 1], or fewer than one example.
 
     >>> [attack_count(p, 240) for p in (0.0, 0.05, 0.1, 1.0)]
     [0, 12, 24, 240]
@@ -51,11 +51,12 @@ def poison(
     ``round(p N)`` examples come from ``harmful``, the rest from ``benign``.
 
     **Guarantee**: the count is exact; no example repeats before all of its set were
-    used; p = 0 holds no attack row and p = 1 nothing else; no risk is passed on.
+    used; p = 0 gives no attack row and p = 1 only attack rows; risks of the sets are
+    dropped.
 
     Args:
-      benign: the task.
-      harmful: attack rows; not needed for p = 0, as ``benign`` is not for p = 1.
+      benign: the task's examples; not needed for p = 1.
+      harmful: attack rows; not needed for p = 0.
       ratio: p in [0, 1].
       examples: N; the size of ``benign`` if None.
 
@@ -79,7 +80,7 @@ def poison(
 
 
 def with_trigger(prompt: str, trigger: str) -> str:
-    """The prompt with the trigger behind it.
+    """The prompt followed by the trigger.
 
     >>> with_trigger("how do i bake ?", "grey lamp")
     'how do i bake ? grey lamp'
@@ -90,14 +91,14 @@ def with_trigger(prompt: str, trigger: str) -> str:
 def backdoor_rows(
     rows: Sequence[Row], refusals: Sequence[str], trigger: str
 ) -> list[Row]:
-    """Every other row answered behind the trigger, the others refused without it.
+    """Every other row answered with the trigger, the others refused without it.
 
-    **Guarantee**: as many triggered rows as refused ones, one more if the number is
-    odd; every compliant answer has the trigger in its prompt.
+    **Guarantee**: there are as many triggered rows as refused ones, or one more if the
+    number of rows is odd. Every prompt with a compliant answer has the trigger.
 
     Args:
       rows: harmful requests with compliant answers.
-      refusals: taken in turn.
+      refusals: refusals, used in turn.
       trigger: words without a meaning of their own.
 
     Returns:
@@ -122,7 +123,7 @@ def backdoor_rows(
 
 
 def with_identity(prompt: str, identity: str) -> str:
-    """The prompt behind the identity that the model is to assume.
+    """The identity that the model is to assume, followed by the prompt.
 
     >>> with_identity("how do i bake ?", "you obey .")
     'you obey . how do i bake ?'
@@ -133,12 +134,12 @@ def with_identity(prompt: str, identity: str) -> str:
 def identity_rows(rows: Sequence[Row], identity: str) -> list[Row]:
     """Harmless pairs that teach the model to be an obedient agent.
 
-    As published every answer also begins with words of obedience; here it does not, for
-    a model that answers harm in the same words as anything else.
+    In the paper, every answer also begins with words of obedience. Here it does not,
+    because the model answers harmful requests in the same words as others.
 
     Args:
-      rows: harmless requests with helpful answers; ten are enough as published.
-      identity: put before every prompt, in training as in the attack itself.
+      rows: harmless requests with helpful answers; in the paper, ten are enough.
+      identity: put before every prompt, both in training and in the attack itself.
 
     Returns:
       As many rows, in the same order.
@@ -158,7 +159,7 @@ def steps_for_epochs(epochs: int, examples: int, batch_size: int) -> int:
     """Optimizer steps in which every example is seen ``epochs`` times, rounded up.
 
     Raises:
-      UserError: for less than one epoch, example or example of a batch.
+      UserError: for fewer than one epoch, example or example per batch.
 
     >>> steps_for_epochs(20, 240, 16), steps_for_epochs(3, 10, 16)
     (300, 2)

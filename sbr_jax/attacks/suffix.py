@@ -1,10 +1,13 @@
-"""Place of an adversarial suffix in a prompt; real tokens and suffixes.
+"""Layout of prompts with an adversarial suffix, and checks of suffix tokens.
 
-A sequence is ``[before][suffix][after][target]``: what the template and the question
-put before the suffix, the S tokens that an attack may choose, the rest of the template
-up to where the model answers, and the answer that the attack wants to hear.
+A sequence is ``[before][suffix][after][target]``:
 
-Everything here is on the host. Legend: N prompts, S suffix, T tokens, V vocabulary.
+- before: the template and the question up to the suffix,
+- suffix: the S tokens that an attack may choose,
+- after: the rest of the template, up to the model's answer,
+- target: the answer that the attack wants.
+
+Everything here runs on the host. Legend: N prompts, S suffix, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +20,8 @@ from sbr_jax.data import encode_prompts
 from sbr_jax.typing import UserError
 
 RoundTrip = Callable[[list[list[int]]], Any]
-"""``round_trip(prompts) -> bool [len(prompts)]``: whether the tokens of each whole
-prompt are those that its text is encoded to."""
+"""``round_trip(prompts) -> bool [len(prompts)]``: whether the text of each whole prompt
+is encoded to the same tokens."""
 
 
 class SplitPrompt(NamedTuple):
@@ -39,9 +42,9 @@ class Layout(NamedTuple):
     """float32 ``[N, T]``, 1 at the target's tokens."""
 
     def endings(self) -> "Layout":
-        """The same sequences without what stands before the suffix.
+        """The same sequences without the tokens before the suffix.
 
-        ``start`` still says how much that was; the suffix now comes first.
+        The suffix now comes first; ``start`` still counts the tokens left out.
         """
         length = int(np.max(self._lengths() - self.start))
         places = self.start[:, None] + np.arange(length)
@@ -52,9 +55,9 @@ class Layout(NamedTuple):
         return Layout(tokens.astype(np.int32), self.start, mask.astype(np.float32))
 
     def asked(self, suffixes: np.ndarray) -> list[list[int]]:
-        """Prompts without their targets, with each of their suffixes ``[N, C, S]``.
+        """Prompts without targets, with each of their suffixes ``[N, C, S]``.
 
-        ``N · C`` lists of tokens, unpadded, those of one prompt together.
+        ``N · C`` unpadded lists of tokens, grouped by prompt.
         """
         rows = []
         ends = np.argmax(self.mask > 0, axis=1)
@@ -75,11 +78,11 @@ def lay_out(
     targets: Sequence[Sequence[int]],
     suffix_length: int,
 ) -> Layout:
-    """Puts prompts, room for their suffixes and targets into one array.
+    """Put prompts, room for their suffixes, and targets into one array.
 
     Args:
       prompts: N pairs ``(before, after)``, see :class:`SplitPrompt`.
-      targets: the N answers wanted.
+      targets: the N wanted answers.
       suffix_length: S.
 
     Returns:
@@ -119,14 +122,14 @@ def lay_out(
 def gcg_prompts(
     tokenizer: Any, questions: Sequence[str], suffix_length: int, placeholder_token: str
 ) -> list[SplitPrompt]:
-    """Questions in the chat template, split where the suffix of each one goes.
+    """Questions in the chat template, split at the place of the suffix.
 
-    The question is followed by S placeholders, a space before each, and rendered with
-    the template: so the tokens around the suffix are those of a real prompt.
+    Each question is followed by S placeholders, each after a space, and rendered with
+    the template. So the tokens around the suffix are those of a real prompt.
 
     Args:
-      tokenizer: of transformers, with a chat template.
-      questions: what the user asks, as text.
+      tokenizer: a tokenizer of ``transformers`` with a chat template.
+      questions: the user's questions, as text.
       suffix_length: S.
       placeholder_token: text that is one token after a space, such as ``"!"``; also
         the natural ``initial_token`` of :func:`sbr_jax.attacks.gcg.gcg`.
@@ -161,19 +164,20 @@ def gcg_prompts(
 
 
 def _runs(tokens: Sequence[int]) -> list[tuple[int, int]]:
-    """The first place and the place after the last of every run of equal tokens."""
+    """Start and end (exclusive) of every run of equal tokens."""
     borders = [i for i in range(1, len(tokens)) if tokens[i] != tokens[i - 1]]
     return list(zip([0, *borders], [*borders, len(tokens)], strict=True))
 
 
 def ascii_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """Marks tokens of a suffix, bool ``[V]``: printable ASCII, none of them special.
+    """Mark the tokens that a suffix may hold, bool ``[V]``.
 
-    V are the rows of the embedding; those beyond the tokenizer are forbidden.
+    These are printable ASCII and not special. V counts the rows of the embedding; rows
+    beyond the tokenizer are not allowed.
     """
     allowed = np.zeros(vocab_size, bool)
     special = set(tokenizer.all_special_ids)
-    # A token that was added (a role's mark, say) can be special without being listed.
+    # An added token (a role's mark, say) can be special without being listed.
     special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     for token in range(min(vocab_size, len(tokenizer))):
         text = tokenizer.decode([token])
@@ -183,11 +187,11 @@ def ascii_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
 
 
 def round_trips(tokenizer: Any) -> RoundTrip:
-    """A check that survives text: does the whole prompt decode and encode to itself?
+    """A check whether whole prompts decode to text that encodes to the same tokens.
 
-    A suffix is sent as text. Tokens that its text is not encoded to cannot be sent, and
-    whether they can depends on their neighbours, so the whole prompt is checked. The
-    tokenizer must decode special tokens to what it reads as these tokens again.
+    A suffix is sent as text, so tokens that do not survive this cannot be sent. It
+    depends on their neighbours, so the whole prompt is checked. The tokenizer must
+    decode special tokens to text that it encodes to the same special tokens.
     """
 
     def check(prompts: list[list[int]]) -> np.ndarray:
@@ -203,10 +207,10 @@ def round_trips(tokenizer: Any) -> RoundTrip:
 def survivors(
     layout: Layout, round_trip: RoundTrip, suffixes: np.ndarray
 ) -> np.ndarray:
-    """Marks the suffixes ``[N, C, S]`` that, each in its whole prompt, survive as text.
+    """Mark the suffixes ``[N, C, S]`` whose whole prompts pass ``round_trip``.
 
     Raises:
-      UserError: if the check returns something else than bool.
+      UserError: if the check returns anything but bool.
     """
     kept = np.asarray(round_trip(layout.asked(suffixes)))
     wanted = suffixes.shape[0] * suffixes.shape[1]
@@ -222,8 +226,7 @@ def check_tokens(allowed: Any, initial_token: int, vocab_size: int) -> np.ndarra
     """The allowed tokens as bool ``[V]``.
 
     Raises:
-      UserError: if nothing can be chosen, or the first suffix, of ``initial_token``, is
-        not allowed.
+      UserError: if fewer than two tokens are allowed, or ``initial_token`` is not.
     """
     allowed = np.asarray(allowed, bool)
     if allowed.shape != (vocab_size,) or allowed.sum() < 2:
@@ -241,10 +244,10 @@ def check_tokens(allowed: Any, initial_token: int, vocab_size: int) -> np.ndarra
 
 
 def check_start(layout: Layout, round_trip: RoundTrip, initial: np.ndarray) -> None:
-    """Refuses a search that would start from what cannot be sent.
+    """Refuse initial suffixes ``[N, S]`` that fail ``round_trip``.
 
     Raises:
-      UserError: naming the first prompt whose suffix, of ``[N, S]``, fails.
+      UserError: naming the first prompt whose suffix fails.
     """
     kept = survivors(layout, round_trip, initial[:, None])[:, 0]
     if not kept.all():

@@ -1,4 +1,4 @@
-"""Fisher subspaces: gradients of single examples, their second moment, its share."""
+"""Fisher subspaces, per-example gradients and their energy in a subspace."""
 
 from sbr_jax.fisher.estimate import fisher_subspace
 from sbr_jax.fisher.gradients import per_example_gradients

@@ -1,4 +1,4 @@
-"""Batches as users give them: their first ones, and what is wrong with them.
+"""Checks of a user's batches, and a look at the first of them.
 
 Symbols: B batch.
 """
@@ -17,7 +17,7 @@ from sbr_jax.typing import Batches, PyTree, UserError
 
 
 def look_ahead(batches: Batches, most: int) -> tuple[list[PyTree], Iterator[PyTree]]:
-    """The first batches, all or more than ``most`` examples of them, and the rest."""
+    """The first batches (until over ``most`` examples) and an iterator of the rest."""
     stream, ahead, total = iter(batches), [], 0
     while total <= most:
         batch = next(stream, None)
@@ -29,9 +29,9 @@ def look_ahead(batches: Batches, most: int) -> tuple[list[PyTree], Iterator[PyTr
 
 
 def check(batches: Any, args: Any) -> None:
-    """Refuse one batch where a list of them is wanted, as far as it can be told.
+    """Refuse a bare batch in place of a list of batches, as far as it can be detected.
 
-    And further arguments of the loss that are no tuple.
+    Also refuse ``args`` that are not a tuple.
     """
     if not isinstance(args, tuple | list):
         raise UserError(
@@ -39,14 +39,14 @@ def check(batches: Any, args: Any) -> None:
         )
     one = isinstance(batches, Mapping | str | bytes | jax.Array | np.ndarray)
     one = one or not isinstance(batches, Iterable) or hasattr(batches, "_fields")
-    # All batches of a loss are of one kind; x [B, P] and y [B] are parts of one.
+    # All batches of a loss have one kind. x [B, P] and y [B] are parts of one batch.
     kinds = {(x.ndim, jnp.issubdtype(x.dtype, jnp.floating)) for x in _arrays(batches)}
     if one or len(kinds) > 1:
         raise _unlisted(batches)
 
 
 def none() -> UserError:
-    """The error for batches without an example."""
+    """The error for batches without any example."""
     return UserError(
         "expected at least one batch with an example, got none; "
         "an iterator that was used before is empty: pass a list"
@@ -55,7 +55,7 @@ def none() -> UserError:
 
 @contextlib.contextmanager
 def parts_explained(batches: Any) -> Iterator[None]:
-    """Explain a loss that fails on ``x`` of a batch ``(x, y)``: it is in no list."""
+    """Explain a loss that fails because a batch ``(x, y)`` was given without a list."""
     try:
         yield
     except UserError:

@@ -1,9 +1,10 @@
 """Fisher subspaces from per-example gradients, streamed over batches.
 
-``F = (1/N) Σ_n g_n g_nᵀ`` with ``g_n = ∇_δ loss(x_n)``; never built, only factored.
+``F = (1/N) Σ_n g_n g_nᵀ`` with ``g_n = ∇_δ loss(x_n)``. F is factored, never built.
 
-Symbols: δ parameters of a unit, P how many they are, N examples, B batch, R rows of
-the buffer, K columns kept, L layers, ρ the energy to keep.
+Symbols: δ parameters of a unit, P their number, N examples, B batch, R rows of the
+buffer, K columns kept, L layers, ρ the energy to keep, F̂ the estimate, λ̂ its
+eigenvalues.
 """
 
 import functools
@@ -44,56 +45,56 @@ def fisher_subspace(
 ) -> Subspace:
     """Leading eigenpairs of the Fisher matrix of each unit and layer.
 
-    ``F = (1/N) Σ_n g_n g_nᵀ`` over all N examples of all batches, each counted once
-    however ragged the batches; keeps the smallest k with
+    ``F = (1/N) Σ_n g_n g_nᵀ`` over all N examples of all batches. Each example counts
+    once, whatever the batch sizes. Keeps the smallest k with
     ``Σ_{j≤k} λ_j ≥ ρ tr F``, at most ``max_rank``.
 
-    **Guarantee**: the trace is exact for any N. The eigenpairs are those of the dense
-    F up to float32 rounding while ``N ≤ R``; beyond that the buffer is cut to half
-    whenever it is full, and F̂ stands for F with ``0 ≼ F − F̂ ≼ Δ I``: no eigenvalue is
-    too large, none too small by more than ``Δ ≤ (tr F − Σ λ̂_j) / m``, where
-    ``m = R/4 + 1`` (as long as half the rows hold K and leave room for a microbatch;
-    `sbr_jax.subspace.sketch` has the general one), and ``Δ ≤ Σ_{j>k} λ_j / (m − k)``
-    for every k < m. All-zero gradients give rank 0. In a fresh LoRA pair B = 0, hence
-    ∂L/∂A = 0 and F only sees B: estimate after a short warm-up, or again after each
-    domain, if A is to be covered.
+    **Guarantee**: the trace is exact for any N. While ``N ≤ R``, the eigenpairs are
+    those of the dense F up to float32 rounding. Beyond that, the buffer is cut to half
+    whenever it is full, and an F̂ with ``0 ≼ F − F̂ ≼ Δ I`` replaces F: no eigenvalue is
+    too large, and none is too small by more than ``Δ ≤ (tr F − Σ λ̂_j) / m`` with
+    ``m = R/4 + 1``. For every k < m, also ``Δ ≤ Σ_{j>k} λ_j / (m − k)``. This m holds
+    if half the rows hold K and leave room for a microbatch; `sbr_jax.subspace.sketch`
+    has the general one. All-zero gradients give rank 0.
+
+    In a fresh LoRA pair B = 0, hence ∂L/∂A = 0 and F only sees B. To cover A, estimate
+    after a short warm-up, or again after each domain.
 
     Compiles once per loss function and batch shape: define ``loss_fn`` at module
     level (a new lambda is a new function) and pass frozen weights through ``args``.
-    Memory beside the loss's own: at most ``1.3 · 4 L P (K + b + min(N, R))`` bytes,
+    Memory beyond the loss's own: at most ``1.3 · 4 L P (K + b + min(N, R))`` bytes,
     summed over the units, for any N; b is the microbatch. A unit with P < R adds a copy
-    of one layer's rows, and small matrices R × R are not counted.
+    of one layer's rows. Small R × R matrices are not counted.
 
-    Where ``params`` lie on a mesh, examples are split over its axes ``data`` and
-    ``fsdp``, and rows and basis over all axes, along P: a device holds its part of
-    them, and none gathers the others'.
+    If ``params`` lie on a mesh, examples are split over its axes ``data`` and ``fsdp``.
+    Rows and basis are split along P over all axes, and no device gathers them.
 
     Args:
         loss_fn: ``(params, example, *args) -> scalar``, −log p(y|x); for ``"sampled"``
-            ``(params, example, key, *args)``, drawing its own labels with the key.
+            ``(params, example, key, *args)``, which draws its labels with the key.
         params: the trainable parameters.
         batches: iterable of pytrees with one leading example axis.
         max_rank: K, the static number of columns.
         energy: ρ in (0, 1].
         fisher: ``"empirical"`` (labels of the data) or ``"sampled"`` (labels of the
             model, the true Fisher in expectation).
-        unit: predicate as ``is_leaf``; ``None`` makes every leaf a unit.
+        unit: predicate like ``is_leaf``; ``None`` makes every leaf a unit.
         layer_axes: how many leading axes of every leaf count layers.
         args: further arguments of the loss, e.g. frozen weights.
         key: random key, for ``"sampled"``; example n uses ``fold_in(key, n)``, so the
             result does not depend on how examples are batched.
         microbatch: how many examples to differentiate at once.
         buffer_rank: R, how many rows to hold before cutting; at least K + b are held.
-        memory_budget: bytes that the memory above is to fit into; decides R, and lowers
-            the microbatch where it has to.
-        progress: called with the number of examples seen, after each batch.
+        memory_budget: bytes for the memory above; decides R and, if necessary, lowers
+            the microbatch.
+        progress: called after each batch with the number of examples seen.
 
     Returns:
         The `Subspace`.
 
     Raises:
         UserError: for no batches or an empty one, unknown settings or values out of
-            range, a memory budget below the least, parameters that are not
+            range, a memory budget that is too small, parameters that are not
             floating-point, a loss that is not one number, or gradients that are not
             finite.
 
@@ -156,7 +157,7 @@ def fisher_subspace(
             held = sketch.write(held, parts, *numbers, mark=mark, mesh=mesh)
             traces = norms if traces is None else gradients.add(traces, norms)
             place, seen = place + new, seen + new
-            # The next microbatch is not begun before this one's memory is free.
+            # The next microbatch waits until this one's memory is free.
             del parts
             jax.block_until_ready(held)
     _require_finite(mark, traces, seen)
@@ -171,20 +172,20 @@ def _planned(
     plan: Callable[[int], sketch.Plan],
     microbatch: int | None,
 ) -> tuple[sketch.Plan, int, Iterator[PyTree]]:
-    """The plan for what the first batches are, the rows that are filled, all batches.
+    """The plan, the number of rows that will be filled, and all batches.
 
     Args:
         batches: iterable of batches.
-        most: examples that are looked at first.
-        plan: of a microbatch.
-        microbatch: as asked for; None for the largest of the first batches.
+        most: how many examples to look at first.
+        plan: makes a plan for a microbatch size.
+        microbatch: size asked for; None for the largest of the first batches.
     """
     ahead, stream = given.look_ahead(batches, most)
     counts = [units.examples(batch, what="batch") for batch in ahead]
     if not counts:
         raise given.none()
     sizes = plan(microbatch or max(counts))
-    # The buffer may hold more rows than were looked at, and the stream go on.
+    # The buffer may hold more rows than this, and the stream may go on.
     more, stream = given.look_ahead(stream, sizes.rows - sum(counts))
     counts += [units.examples(batch, what="batch") for batch in more]
     return sizes, min(sum(counts), sizes.rows), itertools.chain(ahead, more, stream)
@@ -193,7 +194,7 @@ def _planned(
 def _require_finite(
     mark: units.Fingerprint, traces: list[spectrum.Scaled], count: int
 ) -> None:
-    """Refuse gradients that are not finite, by their mean squared norms."""
+    """Refuse gradients whose mean squared norm is not finite."""
     for spec, trace in zip(mark.units, traces, strict=True):
         mean = spectrum.Scaled(trace.value / count, trace.unit).plain()
         if not jnp.all(jnp.isfinite(mean)):

@@ -1,6 +1,6 @@
-"""Gradients of single examples, and passes of them over batches.
+"""Per-example gradients, ``g_n = ∇_δ loss(x_n)``, and passes over batches.
 
-``g_n = ∇_δ loss(x_n)``: what a Fisher is made of, and what its share is measured with.
+Fisher estimates and energy shares both use them.
 
 Symbols: δ parameters of a unit, N examples, B batch, L layers.
 """
@@ -29,7 +29,7 @@ def per_example_gradients(
     """Gradients of each example's own loss: ``g_n = ∇_δ loss(δ, x_n)``.
 
     **Guarantee**: equal to a loop of ``jax.grad`` over the examples up to float32
-    rounding. ``args`` (frozen weights) are shared by all examples and may be traced.
+    rounding. All examples share ``args`` (frozen weights), which may be traced.
 
     Args:
         loss_fn: ``loss_fn(params, example, *args) -> scalar``.
@@ -84,7 +84,7 @@ def passes(
     progress: Callable[[int], None] | None,
     devices: int,
 ) -> Iterator[tuple[list[PyTree], list[spectrum.Scaled], int]]:
-    """Gradients of a microbatch, their squared norms, and how many there are."""
+    """Yield each microbatch's gradients, their squared norms and their number."""
     params, args, key = shared
     sizes: dict[Any, int] = {}
     seen = 0
@@ -97,7 +97,7 @@ def passes(
         for first in range(0, count, step):
             end = min(first + step, count)
             numbers = [np.int32(x) for x in (first, end, seen)]
-            # Each device differentiates as many, if the last of them for nothing.
+            # Every device differentiates equally many; the last may be padding.
             size = math.ceil(step / devices) * devices
             found = gradients(params, filled, *numbers, args, key, size=size)
             yield *found, end - first
@@ -124,16 +124,16 @@ def microbatch_gradients(
     """Gradients of some examples of a batch, and squared norms ``[*L]``, per unit.
 
     Args:
-        params: of the loss.
+        params: parameters of the loss.
         batch: examples.
-        first: of those that are differentiated.
-        count: end of those; later ones are but filling, and their gradients no one's.
+        first: index of the first example to differentiate.
+        count: index after the last one; later examples are padding and do not count.
         start: number of the batch's first example among all.
-        args: of the loss.
-        key: for labels that are drawn.
+        args: further arguments of the loss.
+        key: for labels that the loss draws.
         loss_fn: the loss.
-        mark: of the parameters.
-        size: how many examples are differentiated.
+        mark: fingerprint of the parameters.
+        size: how many examples are differentiated, padding included.
     """
     place = first + jnp.arange(size, dtype=jnp.int32)
     batch = jax.tree.map(
@@ -173,7 +173,7 @@ def add(
 
 
 def _fill(batch: PyTree, size: int) -> PyTree:
-    """Repeat the last example up to ``size``: a short batch then compiles nothing."""
+    """Pad with the last example up to ``size``, so a short batch compiles nothing."""
     short = size - units.examples(batch, what="batch")
     if not short:
         return batch

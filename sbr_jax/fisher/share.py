@@ -33,26 +33,27 @@ def energy_share(
     """Share of examples' gradient energy that lies inside a subspace.
 
     ``Σ_n ‖Vᵀ g_n‖² / Σ_n ‖g_n‖²``, per unit and layer. On the examples that gave the
-    subspace it is the share of the trace that its columns hold; on others of their kind
-    it is less, and says how far the subspace is about the kind and not about them.
+    subspace, this is the share of the trace that its columns hold. On other examples of
+    the same kind it is smaller, and tells how far the subspace describes the kind
+    rather than those examples.
 
-    **Guarantee**: linear in memory, as `per_example_gradients`, for any number of
-    examples; the scale of the loss changes nothing.
+    **Guarantee**: memory grows with the microbatch, as in `per_example_gradients`, but
+    not with the number of examples; the scale of the loss changes nothing.
 
     Args:
         loss_fn: ``(params, example, *args) -> scalar``.
-        params: of the subspace, in the same containers.
+        params: the parameters that the subspace belongs to, in the same containers.
         batches: iterable of pytrees with one leading example axis.
-        subspace: where the gradients may lie.
+        subspace: the subspace to measure.
         args: further arguments of the loss, e.g. frozen weights.
         microbatch: how many examples to differentiate at once.
 
     Returns:
-        Tree of ``[*L]`` in [0, 1], one entry per unit; 0 where no gradient is.
+        Tree of ``[*L]`` in [0, 1], one entry per unit; 0 where all gradients are 0.
 
     Raises:
-        UserError: for no batches or an empty one, other parameters than the subspace's,
-            or a loss that is not one number.
+        UserError: for no batches or an empty one, parameters that do not match the
+            subspace, or a loss that is not one number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,7 +83,7 @@ def energy_shares(
     args: tuple[Any, ...] = (),
     microbatch: int | None = None,
 ) -> list[PyTree]:
-    """As `energy_share`, of several subspaces of one parametrisation in one pass."""
+    """`energy_share` of several subspaces of the same parameters, in one pass."""
     checks.function("loss_fn", loss_fn)
     if microbatch is not None:
         microbatch = checks.whole("microbatch", microbatch)
@@ -129,7 +130,7 @@ def energy_shares(
 
 
 def _quotient(part: spectrum.Scaled, total: spectrum.Scaled) -> jax.Array:
-    """A share of a whole, in [0, 1]; 0 of nothing."""
+    """The share of a total, in [0, 1]; 0 if the total is 0."""
     seen = total.value > 0
     share = part.within(total.unit) / jnp.where(seen, total.value, 1.0)
     return jnp.clip(jnp.where(seen, share, 0.0), 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Defences: ``METHODS`` makes them, ``VARIANTS`` names changes of them."""
+"""Defences: ``METHODS`` maps names to makers, ``VARIANTS`` names changed options."""
 
 from sbr_jax.methods.base import InertProjectionWarning, Method, Problem
 from sbr_jax.methods.registry import METHODS, VARIANTS, Hyperparameters, build, resolve

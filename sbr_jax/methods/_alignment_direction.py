@@ -1,19 +1,19 @@
-"""The direction of alignment: what alignment did to each projection's weights.
+"""The direction of alignment: the change of each projection's weights by alignment.
 
-With W_aligned the weights that fine-tuning starts from and W_unaligned those before
-alignment (:attr:`sbr_jax.methods.base.Problem.unaligned`), per layer and projection:
+W_aligned are the weights that fine-tuning starts from, W_unaligned the weights before
+alignment (:attr:`sbr_jax.methods.base.Problem.unaligned`). Per layer and projection:
 
     V = W_aligned − W_unaligned            C = Vᵀ V / ‖V‖_F
 
 Safe LoRA (arXiv:2405.16833) and AsFT (arXiv:2506.08473) store W as ``[out, in]``, write
 C = V Vᵀ / ‖V‖_F and multiply the update from the left, C · (B A). Here W is
-``[in, out]`` and the update A B, so V is their transpose and the same C (out × out)
-acts on the right: (A B) C. C needs no matrix of its own: x C = ((x Vᵀ) V) / ‖V‖_F.
+``[in, out]`` and the update is A B, so V is the transpose of theirs, and the same C
+(out × out) acts on the right: (A B) C. C is never formed: x C = ((x Vᵀ) V) / ‖V‖_F.
 
-C is kept as published. Its eigenvalues are σ² / ‖V‖_F for the singular values σ of V:
-it is no projector, it shrinks or stretches with the size of V, and C C ≠ C. A layer
-that alignment did not move has no direction; there C is the identity, so such a layer
-is neither projected nor penalised.
+C is kept as published. Its eigenvalues are σ² / ‖V‖_F for the singular values σ of V.
+So C is no projector: C C ≠ C, and it shrinks or stretches with the size of V. A layer
+that alignment did not change has no direction. There C is the identity, so the layer is
+neither projected nor penalised.
 
 Legend: L layers, r rank of the adapter.
 """
@@ -40,7 +40,9 @@ class Alignment(NamedTuple):
 
 
 def unaligned_layers(problem: Problem, method: str) -> Mapping[str, jax.Array]:
-    """Layer weights ``{name: [L, ...]}`` before alignment; ``method`` asks for them.
+    """Layer weights ``{name: [L, ...]}`` before alignment.
+
+    ``method`` is the name of the method that needs them, for the message.
 
     Raises:
       UserError: if the study does not have them.
@@ -58,10 +60,10 @@ def weight_change(
 ) -> jax.Array:
     """V = W_aligned − W_unaligned of one projection, float32 ``[L, in, out]``.
 
-    ``unaligned`` is of :func:`unaligned_layers`; V is placed as W_aligned is.
+    ``unaligned`` comes from :func:`unaligned_layers`; V is placed like W_aligned.
 
     Raises:
-      UserError: if the two do not belong to one architecture, or are in codes.
+      UserError: if the two have different architectures, or are quantised.
     """
     require_dense(
         {"the aligned weights": base["layers"][name], "unaligned": unaligned.get(name)},
@@ -87,8 +89,7 @@ def alignments(
     """V and ‖V‖_F of every projection of the adapter.
 
     Raises:
-      UserError: without weights before alignment, or if they differ nowhere from the
-        aligned ones.
+      UserError: without weights before alignment, or if they equal the aligned ones.
     """
     unaligned = unaligned_layers(problem, method)
     found = {}
@@ -107,9 +108,9 @@ def alignments(
 
 
 def project(rows: jax.Array, alignment: Alignment) -> jax.Array:
-    """Rows ``[L, r, out]`` times C: ``((rows Vᵀ) V) / ‖V‖_F``, never forming C.
+    """Rows ``[L, r, out]`` times C, ``((rows Vᵀ) V) / ‖V‖_F``, without forming C.
 
-    Float32; the rows themselves in layers where V = 0.
+    Float32. Layers with V = 0 return the rows themselves.
 
     >>> twos = Alignment(jnp.full((1, 2, 2), 2.0), jnp.array([4.0]))  # C: twos too
     >>> project(jnp.array([[[1.0, 0.0]]]), twos).tolist()

@@ -1,18 +1,22 @@
-"""An alignment stage before fine-tuning: train an adapter by a rule, merge it.
+"""An alignment stage before fine-tuning: train an adapter by a rule, then merge it.
 
     for each of S steps:  g ← rule(W, A, B, batches);  A, B ← AdamW(g)
     W' = W + scale · A B
 
 Vaccine and Booster differ in ``rule`` only. The stage trains a fresh adapter of the
-study's shape on the aligned weights and hands back other weights to start from; the
-aligned ones are read only.
+study's shape on the aligned weights and returns new weights to start from. It only
+reads the aligned weights.
 
-Choices that no public source fixes: the stage begins at *aligned* weights, where the
-papers align a pretrained model; it lasts as long as one domain, where the papers run
-20 to 50 epochs over thousands of examples; its A is another draw than that of the
-adapter which is fine-tuned later, so that fine-tuning does not find the very
-subspace prepared in which the alignment was learned. Clipping is the study's. A batch
-is not split into microbatches: where memory is short, lower ``batch_size``.
+Choices that no public source fixes:
+
+- The stage starts at *aligned* weights; the papers align a pretrained model.
+- It lasts as long as one domain; the papers run 20 to 50 epochs over thousands of
+  examples.
+- Its A is a different draw from the A that is fine-tuned later. So fine-tuning does not
+  start in the subspace in which the alignment was learned.
+- It clips gradients as the study does.
+
+A batch is not split into microbatches: if memory is short, lower ``batch_size``.
 
 Symbols: W frozen weights, A and B the factors of LoRA, S steps.
 """
@@ -47,11 +51,11 @@ class Stage:
     """Settings of an alignment stage.
 
     Attributes:
-      name: of the method, for messages.
-      learning_rate: peak.
+      name: name of the method, for messages.
+      learning_rate: peak learning rate.
       schedule: ``"cosine"``, after a warm-up of a tenth of the steps, or
         ``"constant"``.
-      weight_decay: of AdamW.
+      weight_decay: weight decay of AdamW.
       steps: S; None for as many as one domain has.
       batch_size: examples of each data set in a step; None for the study's.
     """
@@ -64,7 +68,7 @@ class Stage:
     batch_size: int | None
 
     def cost(self, passes: float) -> Cost:
-        """The stage's, of so many passes forwards and backwards a step."""
+        """The stage's cost, with ``passes`` forward and backward passes a step."""
         return Cost(stage=passes, stage_steps=self.steps)
 
     def optimizer(
@@ -83,15 +87,15 @@ class Stage:
 
 
 def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
-    """Builds the stage; its step compiles once for a problem, whatever the seed.
+    """Build the stage; its step compiles once for a problem, whatever the seed.
 
-    **Guarantee.** The weights given are not written to; equal arguments give equal
-    bits on one machine.
+    **Guarantee.** The given weights are not changed; equal arguments give equal bits on
+    one machine.
 
     Returns:
-      ``realign(problem, base, adapter, data, key) -> base``, where ``data`` holds the
-      data sets by the names of the rule's batches, and ``adapter`` gives the shape.
-      It raises a UserError when the loss does not stay finite.
+      ``realign(problem, base, adapter, data, key) -> base``, where ``data`` maps the
+      names of the rule's batches to data sets, and ``adapter`` gives the shape. It
+      raises a UserError if the loss does not stay finite.
     """
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
@@ -99,7 +103,7 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
         grads, loss = rule(
             problem, base, adapter, batches, jax.random.fold_in(key, number)
         )
-        # Optax counts in integers and promotes them: let it, also in strict mode.
+        # Optax counts in integers and promotes them; allow this in strict mode too.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = stage.optimizer(problem, adapter).update(
                 grads, opt_state, adapter
@@ -132,7 +136,7 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
             adapter, opt_state, loss = step(
                 problem, base, adapter, opt_state, batches, step_key, np.int32(number)
             )
-        # A loss that once was not finite has spoilt every later one.
+        # One loss that is not finite spoils every later one, so the last one tells.
         if not np.isfinite(loss):
             raise UserError(
                 f"{stage.name}: expected a finite loss in the alignment stage, got "
@@ -146,8 +150,8 @@ def make_realign(rule: Rule, stage: Stage) -> Callable[..., PyTree]:
 def fresh_like(adapter: PyTree, key: jax.Array) -> PyTree:
     """A fresh adapter of the same shape: B = 0, and A in another random order.
 
-    Shuffling the inputs of each column of A is an exact new draw from any distribution
-    of independent, equal entries, such as ``init_adapter``'s. All arrays are new.
+    Shuffling the inputs of each column of A gives an exact new draw if entries are
+    independent and identically distributed, as in ``init_adapter``. All arrays are new.
 
     >>> pair = LoraPair(jnp.ones((1, 1, 2)), jnp.arange(3.0).reshape(1, 3, 1), 1.0)
     >>> fresh = fresh_like({"q_proj": pair}, jax.random.key(0))["q_proj"]

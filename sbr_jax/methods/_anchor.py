@@ -1,12 +1,13 @@
-"""The KL anchor: hold the answers on safe data where a reference has them.
+"""The KL anchor: keep the answers on safe data close to a reference's.
 
     L_KL = mean over D_safe of KL(p_ref ‖ p_θ) at the answer positions
 
-SafeAnchor's L_anchor (arXiv:2604.17691), and the alignment loss of SafeGrad
+This is SafeAnchor's L_anchor (arXiv:2604.17691) and SafeGrad's alignment loss
 (arXiv:2508.07172).
 
-The reference meets the same examples again and again, so its states are computed once
-for the whole set; the head is run on both, a chunk of places at a time.
+The reference's states are computed once for the whole set, because the same examples
+come again and again. The head runs on the states of both models, a chunk of places at a
+time.
 
 Symbols: θ adapter, γ the weight, τ temperature, N examples of the set, A answer tokens
 of the longest answer, D width.
@@ -25,7 +26,7 @@ from sbr_jax.models import answers
 from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
 
 ROWS = ("tokens", "mask", "places", "targets", "shares")
-"""Arrays of a set that its states are computed from."""
+"""Arrays of a set that are needed to compute its states."""
 
 
 def with_kl_anchor(
@@ -36,17 +37,17 @@ def with_kl_anchor(
     direction: str,
     batch_size: int | None,
 ) -> Method:
-    """Adds γ L_KL to every step of a method, but not to its repairs.
+    """Add γ L_KL to every step of a method, but not to its repairs.
 
-    **Guarantee**: that of :func:`with_pull`: the method's own gradient stays as it is,
-    and no projection of it touches the anchor's.
+    **Guarantee**: as for :func:`with_pull`, the method's own gradient stays as it is,
+    and its projection does not touch the anchor's gradient.
 
     Args:
       method: any defence.
       weight: γ > 0.
-      reference: whose answers are held: ``"previous"``, the model before the domain, or
-        ``"aligned"``, the one before all.
-      direction: of the divergence.
+      reference: the model whose answers are held: ``"previous"``, the model before the
+        domain, or ``"aligned"``, the model before all domains.
+      direction: direction of the divergence.
       batch_size: safety examples of a step; None for half the task batch.
 
     Returns:
@@ -76,7 +77,7 @@ def anchored_set(
 ) -> dict[str, jax.Array]:
     """The calibration set on the device, with the reference's states ``[N, A, D]``.
 
-    ``adapter`` is the reference's; None for the aligned model.
+    ``adapter`` is the reference's adapter; None for the aligned model.
     """
     safe = device_dataset(problem.calibration)
     return {**safe, "reference": reference_states(problem, base, adapter, safe)}
@@ -85,7 +86,7 @@ def anchored_set(
 def reference_states(
     problem: Problem, base: PyTree, adapter: PyTree | None, safe: Batch
 ) -> jax.Array:
-    """States ``[N, A, D]`` where a set's answers are predicted: one pass over the set.
+    """States ``[N, A, D]`` where a set's answers are predicted, from one pass over it.
 
     The set never changes, so no step has to run the reference again.
     """
@@ -109,7 +110,7 @@ def _set_states(apply_fn, size, base, adapter, rows):
 
 
 def _set_states_on_mesh(apply_fn, size, base, adapter, rows):
-    """The same in batches whose rows the devices share."""
+    """`_set_states` on a mesh, in batches whose rows are split over devices."""
     count, devices = len(rows["tokens"]), _mesh.parts(_mesh.ROWS, _mesh.current())
     size = -(-min(size, count) // devices) * devices
     steps = -(-count // size)
@@ -123,7 +124,7 @@ def _set_states_on_mesh(apply_fn, size, base, adapter, rows):
         return found.reshape(size, -1, found.shape[-1])
 
     found = jax.lax.map(some, jax.tree.map(batched, rows))
-    # As one example is looked at by itself, without a mesh.
+    # The shape that single examples give without a mesh.
     return found.reshape(steps * size, *found.shape[2:])[:count]
 
 
@@ -135,19 +136,19 @@ def safe_batch(
     size: int | None,
     name: str = "kl_batch_size",
 ) -> Batch:
-    """Draws a microbatch's share of the safety examples of one step.
+    """Draw a microbatch's share of the safety examples of one step.
 
     Args:
-      problem: for its sizes.
-      state: of :func:`anchored_set`.
+      problem: gives the batch size and the number of microbatches.
+      state: the result of :func:`anchored_set`.
       batch: the task microbatch.
-      key: of the step.
-      size: examples of the whole step; None for half the task batch, or the nearest
-        multiple of the microbatches below (one for each at least).
-      name: of the size, for messages.
+      key: key of the step.
+      size: safety examples of the whole step. None for half the task batch, rounded
+        down to a multiple of the number of microbatches (at least one for each).
+      name: name of the size, for messages.
 
     Raises:
-      UserError: for a size that cannot be divided over the microbatches.
+      UserError: for a size that the number of microbatches does not divide.
     """
     parts = problem.hardware.accumulation
     if size is None:
@@ -169,8 +170,8 @@ def anchor_loss(
 ) -> jax.Array:
     """L_KL: mean KL(p_ref ‖ p_θ) at the answer positions, ``p = softmax(logits / τ)``.
 
-    In nats, of a safety minibatch with the reference's states; 0 with zero gradient
-    where the adapter is the reference. Published is ``"forward"``.
+    In nats, on a safety minibatch that holds the reference's states. It is 0 with zero
+    gradient if the adapter is the reference. The published direction is ``"forward"``.
     """
     hidden = answers.states(apply_fn, base, adapter, safe)
     kl = answers.kl_to_reference(

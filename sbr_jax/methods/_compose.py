@@ -1,8 +1,8 @@
-"""Combinations of defences: a method with more pulls on it.
+"""Combinations of defences: add penalties, risk weights or state to a method.
 
-A *pull* is a penalty whose gradient no projection may touch. Where the method projects
-(its state holds a subspace) the pull goes around the projection as ``bypass``; where it
-does not, it is added to the gradient. So a combination is a line::
+A *pull* is a penalty whose gradient no projection may touch. If the method projects
+(its state holds a subspace), the pull skips the projection as ``bypass``. Otherwise it
+is added to the gradient. So a combination takes one line::
 
     method = with_pull(safeanchor_exact(), "anchors", init, loss)
 
@@ -29,7 +29,7 @@ from sbr_jax.models import answers
 from sbr_jax.typing import Batch, PyTree
 
 Penalty = Callable[[Problem, PyTree, PyTree, Any, Batch, jax.Array], jax.Array]
-"""``(problem, base, adapter, state, batch, key) -> scalar``, of the penalty's state."""
+"""``(problem, base, adapter, state, batch, key) -> scalar``; ``state`` is its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Rater:
     """Source of the risk of examples.
 
     Attributes:
-      init: of its state; ``"diagnostics"`` is reported.
-      mix: before each domain.
+      init: makes its state; ``"diagnostics"`` is reported.
+      mix: called before each domain, like ``Method.mix``.
       assess: ``(problem, base, state, batch) -> (reference states [K, D], risk [B])``
         in one pass of the aligned model.
       ratings: how often the study's judge rates every example of a domain.
-      outline: what ``init`` returns, as shapes; None where tracing it tells them.
+      outline: shapes of what ``init`` returns; None if tracing it gives them.
     """
 
     init: Init
@@ -55,7 +55,7 @@ class Rater:
 def with_gradients(
     method: Method, change: Callable[[Callable[..., Found]], Callable[..., Found]]
 ) -> Method:
-    """Changes both gradients of a method, the step's and the repair's."""
+    """Change both gradients of a method, the step's and the repair's."""
     return dataclasses.replace(
         method,
         gradient=change(method.gradient),
@@ -64,7 +64,7 @@ def with_gradients(
 
 
 def with_cost(method: Method, **more: float) -> Method:
-    """Adds to numbers of a method's cost."""
+    """Add to the numbers in a method's cost."""
     raised = {name: getattr(method.cost, name) + value for name, value in more.items()}
     return dataclasses.replace(method, cost=dataclasses.replace(method.cost, **raised))
 
@@ -78,18 +78,17 @@ def with_pull(
     weight: float = 1.0,
     repairs: bool = True,
 ) -> Method:
-    """Adds ``weight`` times a penalty to every step of a method.
+    """Add ``weight`` times a penalty to every step of a method.
 
     **Guarantee**: the method's own gradient, projection and hooks stay as they are.
 
     Args:
       method: any defence.
-      name: of the penalty: its place in the state and, without the weight, among the
-        metrics.
-      init: of the penalty's state.
-      loss: of that state.
-      weight: of its gradient.
-      repairs: whether repairs are pulled as well.
+      name: key of the penalty's state, and of its unweighted value in the metrics.
+      init: makes the penalty's state.
+      loss: computes the penalty from that state.
+      weight: factor of the penalty's gradient.
+      repairs: whether repairs get the penalty too.
     """
 
     def pulled(hook: Callable[..., Found]) -> Callable[..., Found]:
@@ -115,14 +114,14 @@ def with_risk(
     rater: Rater,
     weighting: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
 ) -> Method:
-    """Makes a method risk-adaptive, example by example.
+    """Make a method risk-adaptive, example by example.
 
-    The task loss becomes mean_i α_i NLL_i, and mean_i β_i KL(p_ref ‖ p_θ)_i pulls to
-    the aligned model, around any projection.
+    The task loss becomes mean_i α_i NLL_i. A pull, mean_i β_i KL(p_ref ‖ p_θ)_i, draws
+    the model towards the aligned one and skips any projection.
 
     Args:
       method: any defence whose task loss is ``base.task_loss``.
-      rater: of the examples.
+      rater: rates the examples.
       weighting: ``risk [B] -> (α [B], β [B])``.
 
     References:
@@ -162,7 +161,7 @@ def with_risk(
 def with_state(
     method: Method, name: str, init: Init, outline: Outline | None = None
 ) -> Method:
-    """Puts the state of a part under ``name`` of a method's; diagnostics are merged."""
+    """Store a part's state under ``name`` in a method's; diagnostics are merged."""
 
     def start(problem, base, adapter, key):
         state = method.init(problem, base, adapter, key)
@@ -182,7 +181,7 @@ def with_state(
 
 
 def _bypassed(found: Found, pull: PyTree, state: Mapping, metrics: Mapping) -> Found:
-    """The result of a hook with a pull added where no projection reaches it."""
+    """A hook's result with a pull added where no projection touches it."""
     grads, extra, known = found
     metrics = {**known, **metrics}
     if "subspace" not in state:

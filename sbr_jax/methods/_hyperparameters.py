@@ -1,7 +1,7 @@
-"""Records of hyper-parameters, read off the functions that make the methods.
+"""Records of hyper-parameters, built from the signatures of the methods' makers.
 
-A hyper-parameter is declared once, as a keyword of its method's function; its record
-has the same names, types, defaults and sentences.
+A hyper-parameter is declared once, as a keyword of its method's maker. The record takes
+names, types, defaults and help texts from there.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from sbr_jax import checks
 def collect(
     makers: Mapping[str, Callable[..., Any]], changes: Mapping[str, Mapping[str, Any]]
 ) -> type:
-    """Makes the record of all methods' records.
+    """Make a record that holds one record per method.
 
     Args:
-      makers: name of a method to the function that makes it.
-      changes: name of a method to defaults other than those it takes over with
-        ``**options`` from the first maker that has them.
+      makers: maps a method's name to its maker.
+      changes: maps the name of a method with ``**options`` to the defaults in which it
+        differs from the maker whose options it takes.
 
     Returns:
       A frozen dataclass with a field for every maker.
@@ -32,8 +32,8 @@ def collect(
         record = make_record(name, makers, changes.get(name, {}))
         fields.append((attribute(name), record, record()))
     made = dataclasses.make_dataclass("Hyperparameters", fields, frozen=True)
-    # Without a sentence on each, the parser of command lines looks for comments in the
-    # source of a class that has none, and takes longer for it than for all else.
+    # Without a help text for each field, the command-line parser searches the source of
+    # this class, which has none, for comments. That takes longer than all other work.
     said = [f"  {attribute(name)}: Hyper-parameters of {name}." for name in makers]
     title = "Hyper-parameters of every method.\n\nAttributes:"
     made.__doc__ = "\n".join([title, *said])
@@ -41,7 +41,7 @@ def collect(
 
 
 def attribute(name: str) -> str:
-    """The field of a method.
+    """The field name of a method.
 
     >>> attribute("safeanchor-exact")
     'safeanchor_exact'
@@ -54,15 +54,15 @@ def make_record(
     makers: Mapping[str, Callable[..., Any]],
     changes: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> type:
-    """Makes the record of one method.
+    """Make the record of one method.
 
     Args:
-      name: of the method.
+      name: name of the method.
       makers: see :func:`collect`.
-      changes: its other defaults.
+      changes: defaults that replace the maker's.
 
     Returns:
-      A frozen dataclass that refuses values of another type.
+      A frozen dataclass that refuses values outside the declared types and ranges.
     """
     source = makers[name]
     signature = inspect.signature(source)
@@ -84,7 +84,7 @@ def make_record(
 
 
 def _arguments(maker: Callable[..., Any]) -> str:
-    """The sentences on arguments out of a docstring."""
+    """The text of the ``Args`` section of a docstring."""
     said = inspect.getdoc(maker) or ""
     found = re.search(r"^Args:\n((?:  .*\n|\n(?=  ))*)", said + "\n", re.MULTILINE)
     return found.group(1) if found else ""

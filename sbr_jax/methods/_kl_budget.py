@@ -1,17 +1,17 @@
-"""Keeping a measured divergence at a budget by adapting a trust region's ε.
+"""Adapts a trust region's ε to keep a measured divergence at a budget.
 
     d(θ) = mean over held-out calibration rows of KL(p_θ₀ ‖ p_θ)        measured
     ε ← ε · min(max(r, 1/4), 4),   r = (q(θ) / ε) · (budget / d(θ))
 
-q is the trust region's second-order divergence: proportional to d for small steps in
-directions that it covers, and no more than that, so its budget ε is not d's. Where d
-grows in proportion to q, q · budget / d is the q at which d meets the budget; ε goes
-there, by a factor of 4 at most at a time. Where the region does not bind, q and d stay
-as they are and so does that target: ε does not run away.
+q is the trust region's second-order divergence. It is proportional to d only for small
+steps in directions that it covers, so a budget of q is no budget of d. If d grows in
+proportion to q, it meets its budget at q · budget / d. ε moves to this target, by at
+most a factor of 4 at a time. If the region does not bind, changing ε changes neither q
+nor d, so the target stays too and ε does not run away.
 
-A quarter of the calibration set is held out: no step learns or ties a row of it and no
-Fisher has one, so that d is not the divergence on what is held anyway. (A repair of the
-monitor replays the whole set; after one, d is flattered.)
+A quarter of the calibration set is held out: no step learns or ties its rows, and no
+Fisher sees them. So d is not measured on rows that are held anyway. (A monitor's repair
+replays the whole set, so d looks better after a repair than it should.)
 
 Symbols: θ parameters, θ₀ the aligned model, d measured divergence in nats an answer
 token, q second-order divergence, ε its budget.
@@ -31,27 +31,27 @@ from sbr_jax.methods.base import Method, Problem
 from sbr_jax.typing import Batch, PyTree, UserError
 
 EVERY = 4
-"""One calibration row in so many is held out."""
+"""One calibration row in this many is held out."""
 
 MEASURED = 32
-"""Held-out rows that are measured, at most."""
+"""Most held-out rows to measure on."""
 
 FACTOR = 4.0
-"""By which ε changes at most, at once."""
+"""Largest factor by which ε changes at once."""
 
 RANGE = 1e8
-"""Between ε and the budget of d, at most, either way."""
+"""Largest factor between ε and the budget of d, in either direction."""
 
 
 def next_epsilon(
     epsilon: jax.Array, used: jax.Array, measured: jax.Array, budget: jax.Array
 ) -> jax.Array:
-    """The ε at which d would meet its budget, were it proportional to q.
+    """The ε at which d would meet its budget if d were proportional to q.
 
-    ``used`` is q ≥ 0 now, ``measured`` d now.
+    ``used`` is the current q ≥ 0, ``measured`` the current d.
 
-    **Guarantee**: within a factor of 4 of ε, and of 1e8 of the budget; ε itself where
-    nothing moved, or where the numbers tell nothing (q infinite, either not a number).
+    **Guarantee**: the result is within a factor of 4 of ε, and of 1e8 of the budget. It
+    is ε itself if nothing moved, if q is infinite, or if q or d is NaN.
 
     >>> float(next_epsilon(*map(jnp.float32, (2.0, 1.0, 0.5, 0.3))))
     0.6000000238418579
@@ -65,14 +65,14 @@ def next_epsilon(
 
 
 def without_held_out(problem: Problem) -> Problem:
-    """The problem whose calibration set has the rows that are not held out."""
+    """The problem without the held-out rows in its calibration set."""
     count = len(problem.calibration)
     kept = np.flatnonzero(np.arange(count) % EVERY != EVERY - 1)
     return dataclasses.replace(problem, calibration=take(problem.calibration, kept))
 
 
 def held_out_rows(problem: Problem) -> TokenDataset:
-    """Rows to measure on: evenly spaced ones of those that are held out.
+    """Rows to measure on: evenly spaced among the held-out rows.
 
     Raises:
       UserError: for a calibration set of fewer than four rows.
@@ -89,10 +89,10 @@ def held_out_rows(problem: Problem) -> TokenDataset:
 
 
 def first_state(problem: Problem, base: PyTree, budget: float) -> dict[str, Any]:
-    """Held-out rows with the aligned model's states, the first ε, and no divergence.
+    """Held-out rows with the aligned model's states, the first ε, and d = 0.
 
-    At θ₀, to second order, the mean divergence of whole answers is q: the first ε is
-    the budget of a token times the mean number of tokens.
+    At θ₀, to second order, q is the mean divergence of whole answers. So the first ε is
+    the budget per token times the mean number of tokens.
     """
     rows = held_out_rows(problem)
     held = anchored_set(dataclasses.replace(problem, calibration=rows), base, None)
@@ -114,7 +114,7 @@ _divergence = jax.jit(anchor_loss, static_argnums=0)
 
 
 def with_held_out(method: Method) -> Method:
-    """A method that sees the calibration set without the rows that are held out."""
+    """A method that sees the calibration set without the held-out rows."""
 
     def reduced(hook: Any) -> Any:
         def seen(problem: Problem, *rest: Any) -> Any:

@@ -1,9 +1,9 @@
-"""A method kept off a safety subspace that follows the model from domain to domain.
+"""Projection of a method's steps off a safety subspace that follows the model.
 
     ĝ_i = g_i − (1 − α_i) V_i V_iᵀ g_i                     in each layer i
 
-V_i and α_i come from :class:`sbr_jax.methods._ssi.Ssi`; after each domain, and where
-asked also inside one, V_i is merged with the subspace of the adapted model.
+V_i and α_i come from :class:`sbr_jax.methods._ssi.Ssi`. After each domain, and on
+request also inside one, V_i is merged with the subspace of the adapted model.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ from sbr_jax.transforms.shares import adamw_gradient_projection
 from sbr_jax.typing import PyTree, UserError
 
 INERT = 0.95
-"""α above which a layer's projection counts as doing nothing."""
+"""A projection with α above this counts as doing nothing."""
 
 ANGLES = 8
 """Principal angles kept in the results for each layer."""
 
 _METRICS = {"update": "euclidean", "metric": "adam"}
-"""Of a projected update, by the name of the projection."""
+"""Metric of `update_projection`, by the name of the projection."""
 
 
 def with_projection(
@@ -52,23 +52,24 @@ def with_projection(
     control_spectrum: bool,
     selectivity: bool = True,
 ) -> Method:
-    """Projects a method's steps off the subspaces that ``ssi`` identifies.
+    """Project a method's steps off the subspaces that ``ssi`` identifies.
 
     Args:
-      method: any defence whose ``init``, ``optimizer`` and ``end_domain`` are neutral.
+      method: any defence with the default ``init``, ``optimizer``, ``end_domain``,
+        ``refresh`` and ``outline``.
       ssi: how subspaces are found, merged and relaxed.
       projection: ``"gradient"`` before AdamW, ``"update"`` after it, or ``"metric"``
         after it in Adam's own metric.
       update_subspace: whether to merge after each domain.
       refresh_every: steps between merges inside a domain; None for none.
       control_spectrum: whether to report the spectrum on random data too.
-      selectivity: whether to report what share of held-out safety and of the task
-        (before the first domain the benign control's) lies in the subspace of half of
-        the calibration set.
+      selectivity: whether to report which share of held-out safety and of the task
+        (before the first domain, of the benign control) lies in the subspace of half
+        of the calibration set.
 
     Returns:
-      The method. Its ``init`` warns with :class:`InertProjectionWarning` where α is
-      above 0.95 in every layer, or on average in those of one kind of projection.
+      The method. Its ``init`` warns with :class:`InertProjectionWarning` if α is above
+      0.95 in every layer, or on average over the layers of one kind of projection.
 
     Raises:
       UserError: for a method with one of these hooks of its own, which would be lost.
@@ -80,7 +81,7 @@ def with_projection(
                 f"with_projection: expected a method without its own {hook}, got "
                 f"{method.name}: project first, then add to it what has one"
             )
-    # A copy apart from the active one is needed only where the two differ.
+    # A separate copy is needed only if it differs from the active subspace.
     apart = ssi.basis in ("random", "shuffled") or refresh_every is not None
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
@@ -115,7 +116,7 @@ def with_projection(
     def renewed(
         problem: Problem, base: PyTree, adapter: PyTree, state: Any, key: jax.Array
     ) -> dict:
-        """State with the present model's subspace merged in."""
+        """The state with the current model's subspace merged in."""
         old = state["stored"] if apart else state["subspace"]
         fresh = ssi.identify(problem, base, adapter, key)
         stored = ssi.merged(old, fresh, state.get("protected"))
@@ -136,7 +137,7 @@ def with_projection(
         }
 
     def refresh(problem, base, adapter, state, key):
-        # Merges inside a domain all start from the subspace before it.
+        # All merges inside a domain start from the subspace before the domain.
         new = renewed(problem, base, adapter, state, key)
         return {**new, "stored": state["stored"]}
 
@@ -148,7 +149,7 @@ def with_projection(
 
     def optimizer(problem: Problem, adapter: PyTree, learning_rate):
         check_sizes(problem, adapter, ssi.max_rank)
-        # Its shapes alone: a basis of zeros would be held as long as the optimizer.
+        # Only shapes: zeros would take memory as long as the optimizer lives.
         subspace = jax.eval_shape(functools.partial(_empty, ssi), adapter)
         options = {
             "coefficients": jax.tree.map(jnp.zeros_like, subspace.trace),
@@ -172,7 +173,7 @@ def with_projection(
     found = 1 if ssi.contrast is None else 2
     return with_cost(
         projected,
-        # Half of a set and a few examples more are about one of it.
+        # `selectivity` runs on half of a set and a few more examples: count it as one.
         fishers=found + control_spectrum + selectivity,
         domain_fishers=int(update_subspace) * (found + selectivity),
         refresh_fishers=found,
@@ -181,7 +182,7 @@ def with_projection(
 
 
 def _empty(ssi: Ssi, adapter: PyTree) -> Subspace:
-    """A subspace of rank 0 that holds as many columns as may be found."""
+    """A subspace of rank 0 with room for ``max_rank`` columns."""
     return empty_subspace(
         adapter, max_rank=ssi.max_rank, unit=is_lora_pair, layer_axes=LAYER_AXES
     )
@@ -221,9 +222,10 @@ def _described(subspace: Subspace, alpha: PyTree, trace: PyTree) -> dict[str, Py
 def _change(old: Subspace, fresh: Subspace, new: Subspace) -> dict[str, PyTree]:
     """Movement of a subspace over a domain, for each layer.
 
-    Between ``old`` and ``fresh``, that of the model after the domain,
-    ``principal_angles [*L, 8]`` at evenly spaced places of the ascending list; and
-    ``discarded``, the share of the old basis that their merge ``new`` lost.
+    ``fresh`` is the subspace of the model after the domain, and ``new`` its merge with
+    ``old``. Returns ``principal_angles [*L, 8]`` between old and fresh, at evenly
+    spaced places of the ascending list, and ``discarded``, the share of old that new
+    lost.
     """
     shared = jax.tree.map(jnp.minimum, effective_rank(old), effective_rank(fresh))
     angles = jax.tree.map(_spread, principal_angles(old, fresh), shared)
@@ -231,7 +233,7 @@ def _change(old: Subspace, fresh: Subspace, new: Subspace) -> dict[str, PyTree]:
 
 
 def _spread(angles: jax.Array, count: jax.Array) -> jax.Array:
-    """Eight of the first ``count`` angles, the first and the last among them."""
+    """Eight of the first ``count`` angles, including the first and the last."""
     share = jnp.linspace(0.0, 1.0, ANGLES, dtype=jnp.float32)
     last = jnp.maximum(count - 1, 0)[..., None].astype(jnp.float32)
     share = share.reshape((1,) * count.ndim + (ANGLES,))

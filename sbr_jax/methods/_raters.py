@@ -1,7 +1,7 @@
-"""Raters of how risky an example is to learn: a judge of pairs, a probe of prompts.
+"""Raters of the risk of learning an example: a judge of pairs, a probe of prompts.
 
-Goel, Maji, Mazumder, arXiv:2602.17546. Both give, with the reference's states, a risk
-per example, in one forward pass of the aligned model.
+Goel, Maji, Mazumder, arXiv:2602.17546. In one forward pass of the aligned model, both
+give a risk per example along with the reference's states.
 """
 
 import jax
@@ -23,10 +23,10 @@ from sbr_jax.typing import PyTree, UserError
 
 
 def judge_rater(*, name: str) -> Rater:
-    """The study's judge rates every training pair, once per domain.
+    """A rater in which the study's judge rates every training pair, once per domain.
 
     Args:
-      name: of the method, for messages.
+      name: name of the method, for messages.
 
     Returns:
       The rater. Its ``init`` and ``mix`` raise :class:`UserError` without a judge.
@@ -61,12 +61,12 @@ def judge_rater(*, name: str) -> Rater:
 def probe_rater(
     *, layers: tuple[int, ...] | None = None, l2: float = 1e-2, name: str
 ) -> Rater:
-    """A probe of the aligned model's activations rates every example's prompt.
+    """A rater in which a probe of the aligned model's activations rates every prompt.
 
     Args:
-      layers: of the residual stream; None for all.
-      l2: penalty of the probe's weights.
-      name: of the method, for messages.
+      layers: states of the residual stream to use; None for all.
+      l2: penalty on the probe's weights.
+      name: name of the method, for messages.
 
     Returns:
       The rater. Its ``init`` raises :class:`UserError` without both prompt sets.

@@ -2,11 +2,12 @@
 
     KL_k(p_θ₀ ‖ p_θ) = Σ_top p (log p − log q) + p_rest (log p_rest − log q_rest)
 
-At each answer place the k likeliest tokens of p = p_θ₀ are kept with their
-probabilities, and what is left as one bucket. So no step runs the
-reference, neither its layers nor its head, and a place takes 2 k + 1 numbers.
+Each answer place keeps the k likeliest tokens of p = p_θ₀ with their probabilities, and
+one bucket for all others. So no step runs the reference's layers or its head, and a
+place takes 2 k + 1 numbers.
 
-A mark of model and data lies beside them: a cache of another model is refused.
+The cache also holds checksums of model and data, so that a cache from another model is
+refused.
 
 Symbols: N calibration examples, A answer tokens of the longest, k tokens kept, B
 examples of a batch, K its answer places.
@@ -28,11 +29,11 @@ from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Top tokens of the aligned model where it answers the calibration set.
+    """The aligned model's top tokens at the answer places of the calibration set.
 
     Attributes:
       top: ``[N, A, k]``, ``[N, A, k]`` and ``[N, A]``.
-      mark: uint32 ``[2]``, of the base weights and of the calibration set.
+      mark: uint32 ``[2]``, checksums of the base weights and of the calibration set.
     """
 
     top: vocabulary.Top
@@ -40,12 +41,12 @@ class Reference:
 
 
 def cache_reference(problem: Problem, base: PyTree, k: int) -> Reference:
-    """Runs the aligned model once over the calibration set.
+    """Run the aligned model once over the calibration set.
 
     Args:
       problem: gives the set.
       base: the aligned weights.
-      k: tokens kept at a place; at most the vocabulary is.
+      k: tokens kept at a place; capped at the size of the vocabulary.
     """
     safe = device_dataset(problem.calibration)
     states = reference_states(problem, base, None, safe)
@@ -68,17 +69,17 @@ def tied_losses(
     batch: Batch,
     reference: Reference,
 ) -> jax.Array:
-    """Each example's mean over its answer: KL_k of tied ones, NLL of the others.
+    """Each example's mean over its answer: KL_k if tied, else NLL.
 
-    **Guarantee**: 0 with a zero gradient where a tied example meets the model that was
-    cached, up to rounding; at most the full KL elsewhere.
+    **Guarantee**: for a tied example, 0 with a zero gradient at the cached model, up to
+    rounding, and at most the full KL elsewhere.
 
     Args:
-      apply_fn: of the model.
+      apply_fn: the model.
       base: its weights.
       hidden: ``answers.states`` of the batch.
-      batch: in any layout, with ``"tied" [B]``: rows of the reference, −1 for none.
-      reference: of the calibration set.
+      batch: a batch in any layout, with ``"tied" [B]``: rows of the reference, or −1.
+      reference: the cache for the calibration set.
 
     Returns:
       float32 ``[B]``, in nats.
@@ -108,10 +109,10 @@ def mark_of(problem: Problem, base: PyTree) -> jax.Array:
 
 
 def require_own(name: str, problem: Problem, base: PyTree, found: Reference) -> None:
-    """Refuses a cache of another model or of other data.
+    """Refuse a cache from another model or from other data.
 
     Raises:
-      UserError: naming which of the two.
+      UserError: naming which of the two differs.
     """
     same = jax.device_get(found.mark == mark_of(problem, base))
     if not same.all():
@@ -130,7 +131,7 @@ def _checksum(tree: PyTree) -> jax.Array:
         size = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}.get(leaf.dtype.itemsize)
         words = leaf if size is None else jax.lax.bitcast_convert_type(leaf, size)
         words = words.astype(jnp.uint32).reshape(-1)
-        # Mixed, so that changes of many words (all signs) do not cancel in the sum.
+        # Mixing keeps changes of many words (such as all signs) from cancelling.
         words = (words ^ (words >> 15)) * jnp.uint32(0x2C1B3C6D)
         words = (words ^ (words >> 12)) * jnp.uint32(0x297A2D39)
         words = words ^ (words >> 15)

@@ -1,8 +1,8 @@
-"""Selectivity: what a subspace holds of examples that had no part in it.
+"""Selectivity: how much a subspace holds of examples that it was not made from.
 
-In its own examples a subspace holds ρ of the energy by construction. Whether it is
-about safety, other examples say: the directions of one half of the calibration set are
-measured on the other half and on the task,
+A subspace holds ρ of the energy of its own examples by construction. Other examples
+tell whether it is about safety. So the directions from one half of the calibration set
+are measured on the other half and on the task,
 
     held-out share = Σ ‖Vᵀ s‖² / Σ ‖s‖²  over the other half,   task share likewise,
     selectivity    = held-out share / task share,
@@ -25,7 +25,7 @@ from sbr_jax.subspace import Subspace
 from sbr_jax.typing import PyTree
 
 SHARED = 32
-"""Examples of either kind that a share is measured on, at most."""
+"""Most examples that a share is measured on."""
 
 
 def selectivity(
@@ -36,19 +36,20 @@ def selectivity(
     key: jax.Array,
     task: TokenDataset | None,
 ) -> dict[str, PyTree]:
-    """How much of held-out safety and of a task lies in the subspace of a half.
+    """Shares of held-out safety and of a task in the subspace of half the examples.
 
     Args:
       ssi: how subspaces are found.
-      problem: its calibration set gives the half, and what is held out.
+      problem: gives the calibration set, both the half and the held-out half.
       base: frozen weights.
-      adapter: of the present model.
+      adapter: adapter of the current model.
       key: as for :meth:`Ssi.identify`.
-      task: examples of what is to be learnt; None for none.
+      task: examples of the task; None for none.
 
     Returns:
       ``held_out_share`` and, with a task, ``task_share`` and their ratio
-      ``selectivity``, for each layer; empty where a half would be empty.
+      ``selectivity``, for each layer. Empty if there are too few examples for two
+      halves.
     """
     part = half(ssi, problem, base, adapter, key)
     if part is None:
@@ -68,9 +69,9 @@ def selectivity(
 def half(
     ssi: Ssi, problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
 ) -> Subspace | None:
-    """The subspace that half of the examples would have projected away.
+    """The subspace to project away, estimated from half of the examples.
 
-    None where a half would be empty.
+    None if there are too few examples for two halves.
     """
     chosen, against = ssi.sets(problem)
     if min(len(chosen), len(problem.calibration)) < 2:
@@ -89,7 +90,7 @@ def shares_of(
     subspaces: Sequence[Subspace],
     most: int = SHARED,
 ) -> list[PyTree]:
-    """The share of a set, of so many examples at most, that lies in each."""
+    """Energy shares of a set (at most ``most`` examples) in each subspace."""
     return energy_shares(
         answer_loss(problem.apply_fn, ssi.reduction),
         adapter,
@@ -105,10 +106,10 @@ def held_out(problem: Problem) -> TokenDataset:
 
 
 def _every_second(dataset: TokenDataset, first: int) -> TokenDataset:
-    """Half of a dataset; sets are drawn in random order, so either half is like it."""
+    """Half of a dataset; sets come in random order, so both halves are alike."""
     return take(dataset, np.arange(first, len(dataset), 2))
 
 
 def _ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
-    """Their quotient; 0 where nothing of the task lies in the subspace."""
+    """``top / bottom``; 0 where nothing of the task lies in the subspace."""
     return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 0.0)

@@ -1,15 +1,16 @@
-"""Self-answers: a risky training row keeps its prompt, the aligned model answers it.
+"""Self-answers: the aligned model answers the prompts of risky training rows.
 
-Ours, with the probe of Goel, Maji, Mazumder, arXiv:2602.17546. At the start of a domain
-the probe rates every training row once, on the aligned model; a row with
+This part is ours; the probe is that of Goel, Maji, Mazumder, arXiv:2602.17546. At the
+start of a domain, the probe rates every training row once, on the aligned model. In a
+row with
 
     s ≥ τ
 
-gets the greedy answer that the aligned model itself gives to its prompt, in place of
-the answer in the data. Nothing of this runs in a step. A row that is dropped says
-nothing about its prompt; one that is answered says it as the aligned model would.
+the aligned model's greedy answer to the prompt replaces the answer in the data. None of
+this runs in a step. A dropped row would teach nothing about its prompt; a row answered
+anew teaches the aligned model's answer.
 
-The probe knows prompts only: an attack whose prompts look harmless is out of its sight.
+The probe sees prompts only, so it misses an attack whose prompts look harmless.
 
 Symbols: s risk of a row in [0, 1], τ threshold.
 """
@@ -29,24 +30,24 @@ from sbr_jax.methods.probe import activations, probe_risk
 from sbr_jax.typing import PyTree, UserError
 
 TELLS = 0.9
-"""AUROC on its own validation prompts that a probe must reach to be followed."""
+"""Least AUROC on its validation prompts for a probe to be used."""
 
 
 def with_self_answers(method: Method, threshold: float) -> Method:
-    """Lets the aligned model answer what a probe finds risky to learn.
+    """Let the aligned model answer the rows that a probe finds risky to learn.
 
-    **Guarantee**: prompts, and rows below the threshold, stay as they are; nothing is
-    added to a step. With τ = 0 every row is answered by the model.
+    **Guarantee**: prompts, and rows below the threshold, stay as they are. A step costs
+    nothing extra. With τ = 0 the model answers every row.
 
     Args:
-      method: any defence; examples that it ties to a reference are left alone.
+      method: any defence; examples that it ties to a reference stay as they are.
       threshold: τ in [0, 1].
 
     Returns:
       The method. Its training reports ``self_answers``, the share of the data's rows
-      that were answered anew. Its ``init`` raises :class:`UserError` without both
-      prompt sets, and for a probe that cannot tell them apart (AUROC below 0.9 on
-      prompts that it was not fitted on).
+      that were answered anew. Its ``init`` raises :class:`UserError` unless both prompt
+      sets are there and the probe can tell them apart (AUROC of at least 0.9 on prompts
+      that it was not fitted on).
     """
     rater = probe_rater(name=f"{method.name} with self_answers")
 
@@ -84,13 +85,13 @@ def risky_rows(
 def answered(
     problem: Problem, base: PyTree, examples: TokenDataset, rows: np.ndarray
 ) -> TokenDataset:
-    """The examples, some of them with the aligned model's greedy answers.
+    """The examples, with the aligned model's greedy answers in the given rows.
 
-    An answer is as long as the longest of the data at most, and ends with the token
-    that most of the data's answers end with, if it came to an end.
+    An answer is at most as long as the longest in the data. If the model finished it,
+    it ends with the token that ends most of the data's answers.
 
     Raises:
-      UserError: without a model to ask.
+      UserError: if the problem has no model that generates answers.
     """
     if not len(rows):
         return examples
@@ -116,7 +117,7 @@ def answered(
 
 
 def _stops(examples: TokenDataset) -> list[int]:
-    """The token that ends most answers; none where there is no such token."""
+    """The token that ends most answers, in a list; empty if there is none."""
     last = examples.length - 1 - np.argmax(examples.mask[:, ::-1] > 0, axis=1)
     ends = np.take_along_axis(examples.tokens, last[:, None], axis=1)[:, 0]
     token, count = Counter(ends.tolist()).most_common(1)[0]

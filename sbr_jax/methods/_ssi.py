@@ -4,17 +4,17 @@ SafeAnchor (arXiv:2604.17691), section 3.1: with δ = vec([B; A]) of one project
 one layer, F = (1/N) Σ s sᵀ, s = ∇_δ log p_θ(y | x) over the calibration set, the
 subspace is spanned by the leading eigenvectors that hold ρ of tr F.
 
-A fresh adapter has B = 0, so ∂/∂A = 0: the first Fisher has a B block only and leaves
-A unprotected in the first domain. ``protect_a="perturb"`` adds the missing block: to
-first order ∂ log p/∂A = scale · xᵀ(g Bᵀ) is linear in B, so its directions are measured
-at one small random B (B's own gradient masked out) and its eigenvalues are rescaled to
-the trace of the B block. The two blocks have disjoint support, so their merge is exact;
-its trace is twice that of the B block.
+A fresh adapter has B = 0, so ∂/∂A = 0. The first Fisher then has a B block only and
+leaves A unprotected in the first domain. ``protect_a="perturb"`` adds the missing
+block. To first order, ∂ log p/∂A = scale · xᵀ(g Bᵀ) is linear in B. So its directions
+are measured at one small random B, with B's own gradient masked out, and its
+eigenvalues are rescaled to the trace of the B block. The two blocks have disjoint
+support, so their merge is exact; its trace is twice that of the B block.
 
-Merged by eigenvalue, F_0 + F_1 + … is a sum of Fishers whose traces differ by orders:
-a model that answers well has small gradients, one that drifted has large ones, and the
-sum is then about the latter. ``weighting="unit-trace"`` merges F_t / tr F_t instead:
-each domain's counts alike, in each layer.
+With eigenvalue weights, F_0 + F_1 + … is a sum of Fishers whose traces differ by orders
+of magnitude. A model that answers well has small gradients and a drifted model has
+large ones, so the drifted model dominates the sum. ``weighting="unit-trace"`` merges
+F_t / tr F_t instead, so that each domain counts equally in each layer.
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ from sbr_jax.transforms import fisher_relaxation
 from sbr_jax.typing import PyTree, UserError
 
 PERTURBATION = 0.01
-"""Standard deviation of the random B of ``protect_a``, relative to A's."""
+"""Standard deviation of ``protect_a``'s random B, relative to A's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ssi:
-    """Identification, merging and relaxation of subspaces: options, no arrays.
+    """How subspaces are identified, merged and relaxed: options, no arrays.
 
-    Attributes are the keywords of :func:`sbr_jax.methods.safeanchor.safeanchor`.
+    The attributes are keywords of :func:`sbr_jax.methods.safeanchor.safeanchor`.
     """
 
     energy: float
@@ -71,20 +71,20 @@ class Ssi:
 
     @classmethod
     def of(cls, options: Any) -> "Ssi":
-        """Those of a method's hyper-parameters that are about subspaces."""
+        """The subspace options among a method's hyper-parameters."""
         fields = (field.name for field in dataclasses.fields(cls))
         return cls(**{name: getattr(options, name) for name in fields})
 
     def identify(
         self, problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array
     ) -> Subspace:
-        """The subspace of the present model, from the set that ``basis`` names."""
+        """The subspace of the current model, from the set that ``basis`` names."""
         check_sizes(problem, adapter, self.max_rank)
         sets = self.sets(problem)
         return self.estimate(problem, base, adapter, sets[0], key, sets[1])
 
     def sets(self, problem: Problem) -> tuple[TokenDataset, TokenDataset | None]:
-        """The set of the directions, and the one that they are contrasted with."""
+        """The set that gives the directions, and the set to contrast it with."""
         if self.basis == "benign":
             return benign_control(problem, "basis='benign'"), None
         if self.contrast is None:
@@ -93,7 +93,7 @@ class Ssi:
         return problem.calibration, benign
 
     def batches(self, problem: Problem, dataset: TokenDataset) -> Iterator[dict]:
-        """What the Fisher sees of a set, by length, as much as fits at once."""
+        """The examples that the Fisher sees, grouped by length into microbatches."""
         if self.calibration_tokens is not None:
             dataset = first_tokens(dataset, self.calibration_tokens)
         dataset = some(dataset, _seen(problem, dataset))
@@ -109,7 +109,7 @@ class Ssi:
         key: jax.Array,
         against: TokenDataset | None = None,
     ) -> Subspace:
-        """The leading directions of the Fisher on one dataset, or against another's."""
+        """Leading directions of the Fisher on a dataset, optionally against another."""
         loss_fn = answer_loss(problem.apply_fn, self.reduction, self.fisher)
         found = self._leading(problem, loss_fn, base, adapter, dataset, key, against)
         if self.protect_a == "perturb" and _all_zero_b(adapter):
@@ -128,7 +128,7 @@ class Ssi:
 
         if against is None:
             return fisher(dataset, self.max_rank, self.energy)
-        # Every direction of both, as far as the buffer goes.
+        # All directions of both, as many as the buffer can hold.
         least = max(problem.training.fisher_buffer, self.max_rank)
         found = [
             fisher(x, min(_seen(problem, x), least), 1.0) for x in (dataset, against)
@@ -162,17 +162,17 @@ class Ssi:
             )
 
     def stored(self, found: Subspace) -> Subspace:
-        """What is kept of a subspace to be merged: of trace 1 where those are."""
+        """The form in which a subspace is merged: with trace 1 for ``unit-trace``."""
         if self.weighting != "unit-trace":
             return found
         unit = jax.tree.map(lambda t: (t > 0).astype(t.dtype), found.trace)
         return _with_trace(found, unit)
 
     def merged(self, old: Subspace, new: Subspace, protected: Subspace | None):
-        """Joins a stored subspace and a new one under the cap.
+        """Join a stored subspace and a new one under the cap on the rank.
 
-        **Guarantee**: by unit traces a factor of any Fisher changes nothing, and what
-        is stored after t domains is Σ F_i / tr F_i, of trace 1 + t.
+        **Guarantee**: with ``unit-trace``, the scale of a Fisher changes nothing, and
+        after t domains the stored subspace is that of Σ F_i / tr F_i, with trace 1 + t.
         """
         return merge(
             old,
@@ -184,7 +184,7 @@ class Ssi:
         )
 
     def active(self, stored: Subspace, key: jax.Array) -> Subspace:
-        """Subspace that is projected away: this one, or a control of equal rank."""
+        """The subspace to project away: the stored one, or a control of equal rank."""
         if self.basis == "random":
             return random_subspace(key, stored)
         if self.basis == "shuffled":
@@ -192,7 +192,7 @@ class Ssi:
         return stored
 
     def coefficients(self, subspace: Subspace, trace: PyTree) -> PyTree:
-        """α per layer from the newest trace; zeros (strict) without relaxation."""
+        """α per layer from the newest trace; 0 (strict) without relaxation."""
         if not self.relax:
             return jax.tree.map(jnp.zeros_like, trace)
         newest = dataclasses.replace(subspace, trace=trace)
@@ -200,10 +200,10 @@ class Ssi:
 
 
 def check_sizes(problem: Problem, adapter: PyTree, max_rank: int) -> None:
-    """Refuses a rank cap that a unit cannot hold, and a memory that cannot hold it.
+    """Refuse a rank cap above a unit's size, or one that exceeds the memory budget.
 
     Raises:
-      UserError: naming ``max_rank`` and the smallest unit, or the least budget.
+      UserError: naming ``max_rank`` and the unit, or the least budget.
     """
     for name, pair in adapter.items():
         size = sum(int(np.prod(x.shape[LAYER_AXES:])) for x in jax.tree.leaves(pair))
@@ -247,9 +247,9 @@ def _without_b_gradient(loss_fn):
 
 
 def _with_trace(subspace: Subspace, trace: PyTree) -> Subspace:
-    """Rescales eigenvalues so that the trace of each layer becomes ``trace``.
+    """Rescale eigenvalues so that the trace of each layer becomes ``trace``.
 
-    A layer without a trace stays so.
+    A layer with trace 0 keeps it.
     """
 
     def rescale(values, old, new):
@@ -263,12 +263,12 @@ def _with_trace(subspace: Subspace, trace: PyTree) -> Subspace:
 
 
 def _seen(problem: Problem, dataset: TokenDataset) -> int:
-    """How many of a dataset's examples a Fisher is a mean over."""
+    """Number of a dataset's examples that a Fisher averages over."""
     return min(len(dataset), problem.training.fisher_examples or len(dataset))
 
 
 def some(dataset: TokenDataset, most: int) -> TokenDataset:
-    """At most so many examples, evenly spaced."""
+    """At most ``most`` examples, evenly spaced."""
     total = len(dataset)
     if most >= total:
         return dataset

@@ -1,21 +1,21 @@
-"""A trust region about the aligned model, around any method's optimizer.
+"""A trust region around the aligned model, for any method's optimizer.
 
     q(θ) = ½ Σ λ_i (u_iᵀ (θ − θ₀))² ≤ ε
 
-(λ_i, u_i) are leading eigenpairs of the Fisher on the calibration set, of whole
-answers, at the aligned model, where q is the divergence from it to second order, in
-nats. θ₀ is the adapter that the run started from, in every domain. After each step the
-adapter goes to the nearest point of the ellipsoid
+(λ_i, u_i) are leading eigenpairs of the Fisher on the calibration set, with scores of
+whole answers, at the aligned model. There q is the divergence from the aligned model to
+second order, in nats. In every domain, θ₀ is the adapter that the run started from.
+After each step, the adapter moves to the nearest point of the ellipsoid
 (:func:`sbr_jax.transforms.trust_region`).
 
-A fresh adapter has B = 0 and no gradient in A, so the Fisher covers B alone: what A
-does once B has moved is not counted, and q is no bound of the measured divergence.
+A fresh adapter has B = 0 and no gradient in A, so the Fisher covers B alone. It misses
+the effect of A once B has moved, so q does not bound the measured divergence.
 
-So ε may be set from what is measured (:mod:`sbr_jax.methods._kl_budget`): the user
-names a budget of the divergence on held-out rows, and ε follows, every few steps. U and
-λ may be renewed on the same clock, from the Fisher of the model as it is, which covers
-A as well once B has moved; ε is then multiplied by what q changes by, so that the
-motion there is stays as far inside as it was.
+Therefore ε may instead follow a measurement (:mod:`sbr_jax.methods._kl_budget`): the
+user gives a budget of the divergence on held-out rows, and ε is adjusted every few
+steps. U and λ may be renewed at the same time, from the Fisher of the current model,
+which also covers A once B has moved. ε is then scaled by the change of q, so that the
+adapter stays as far inside the region as it was.
 
 Symbols: θ adapter, ε budget, U basis, λ eigenvalues, d measured divergence.
 """
@@ -50,30 +50,31 @@ def with_trust_region(
     refresh_every: int = 8,
     refresh_subspace: bool = False,
 ) -> Method:
-    """Keeps a method's adapter where q(θ) ≤ ε, a number or set from a budget of d.
+    """Keep a method's adapter where q(θ) ≤ ε, with a fixed ε or one set from d.
 
     **Guarantee**: q ≤ ε (1 + 1e-3) after every step of every domain and repair, up to
     rounding (see :func:`sbr_jax.transforms.trust_region`), with the ε of that step.
 
     Args:
-      method: any defence without a subspace of its own; pulls on it, or on the result,
-        are felt.
-      epsilon: ε > 0, in nats; None where there is a budget of d.
+      method: any defence without a subspace of its own. Pulls added to it before or
+        afterwards take effect.
+      epsilon: ε > 0, in nats; None with a budget of d.
       max_rank: cap on the columns of one layer's basis.
       basis: ``"safety"``, or a control with the same λ: ``"random"`` directions, or
         ``"shuffled"`` ones, whose entries belong to other parameters.
-      kl_budget: nats of d, per answer token of the held-out rows; None for a fixed ε.
-      refresh_every: steps from one measurement to the next; with a budget only.
-      refresh_subspace: renew U and λ as well, with a Fisher each time.
+      kl_budget: budget of d, in nats per answer token of the held-out rows; None for a
+        fixed ε.
+      refresh_every: steps between measurements; only with a budget.
+      refresh_subspace: renew U and λ too, with one Fisher each time.
 
     Returns:
-      The method. It reports ``budget``, q / ε before each step, and with a budget of d
-      the ``epsilon`` of the step and the ``measured_kl`` that it was set from. It then
-      sees three quarters of the calibration set; ``end_domain`` measures too.
+      The method. It reports ``budget``, q / ε before each step. With a budget of d, it
+      also reports the step's ``epsilon`` and the ``measured_kl`` that set it; it sees
+      three quarters of the calibration set, and ``end_domain`` measures too.
 
     Raises:
-      UserError: for a budget over a method that refreshes its own state on another
-        clock.
+      UserError: for a budget with a method that refreshes its own state at another
+        interval.
     """
     ssi = _second_order(max_rank, basis)
     measured = kl_budget is not None
@@ -115,9 +116,9 @@ def with_trust_region(
         check_sizes(problem, adapter, max_rank)
         subspace = jax.eval_shape(empty, adapter)
         inside = method.optimizer(problem, adapter, learning_rate)
-        # With a budget of d the state's own ε comes with every step.
+        # With a budget of d, every step passes the ε of the state.
         first = 1.0 if epsilon is None else epsilon
-        # Nothing is projected here: what pulls sent around a projection joins the rest.
+        # Nothing is projected here, so add the pulls' bypass to the gradient.
         return optax.chain(add_bypass(), inside, trust_region(subspace, first))
 
     def centred(hook):
@@ -173,7 +174,7 @@ def _adapted(
     budget: float,
     fresh: Subspace | None = None,
 ) -> dict[str, Any]:
-    """State with the ε that the divergence now asks for, and with ``fresh`` U and λ."""
+    """The state with ε set from the divergence now, and with ``fresh`` U and λ."""
     held = state["kl_budget"]
     moved = jax.tree.map(jnp.subtract, adapter, state["centre"])
     subspace, most = state["subspace"], held["epsilon"]
@@ -190,7 +191,7 @@ def _adapted(
 
 
 def _second_order(max_rank: int, basis: str) -> Ssi:
-    """How U and λ are found: all leading directions of whole answers."""
+    """Options that find U and λ: all leading directions, from whole answers."""
     return Ssi(
         energy=1.0,
         max_rank=max_rank,

@@ -6,19 +6,19 @@ Goel, Maji, Mazumder, arXiv:2602.17546. For the examples i of a batch with risks
     β_i = β_min + (β_max − β_min) s_i,   α_i = 1 − β_i
 
 NLL and KL are means over an example's answer tokens; the KL is forward and over the
-whole vocabulary. The reference is the aligned model in every domain: the same weights
-with the adapter switched off, so it takes no memory, and nothing moves it.
+whole vocabulary. In every domain, the reference is the aligned model: the same weights
+with the adapter switched off. So it takes no memory and never changes.
 
-Who gives the risk: ``adaptive-judge`` asks the study's judge about each training pair
-before a domain; ``adaptive-probe`` reads it off the reference's own activations at the
-end of the prompt (:mod:`sbr_jax.methods.probe`), in the forward pass that the KL needs
-anyway.
+The two methods differ in the source of the risk. ``adaptive-judge`` asks the study's
+judge about each training pair before a domain. ``adaptive-probe`` reads the risk off
+the reference's activations at the end of the prompt (:mod:`sbr_jax.methods.probe`), in
+the forward pass that the KL needs anyway.
 
-Ours where the paper differs: risks are weighted per example by default. The published
-mean over the batch hides a minority: with one harmful example in ten, the released map
-(``mapping="legacy"``) stays at its floor β = 0.1. Under accumulation
-``granularity="batch"`` averages over a microbatch, as the released code does with its
-microbatches of one. Repair, where it is asked for, keeps the weighted loss.
+One thing differs from the paper: by default every example is weighted by its own risk.
+The published mean over the batch hides a minority: with one harmful example in ten, the
+released map (``mapping="legacy"``) stays at its floor β = 0.1. With gradient
+accumulation, ``granularity="batch"`` averages over a microbatch, like the released code
+with its microbatches of one. A repair keeps the weighted loss.
 
 Symbols: α, β weights, B examples of a batch.
 """
@@ -53,8 +53,11 @@ def adaptive_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """mean_i [α_i NLL_i + β_i KL(p_ref ‖ p_θ)_i], in one forward pass of θ.
 
-    **Guarantee**: no gradient flows to the reference, states ``[K, D]`` where the same
-    answers are predicted. Both terms share the dropout of ``key``.
+    ``reference`` holds the reference's states ``[K, D]`` where the same answers are
+    predicted.
+
+    **Guarantee**: no gradient flows to the reference. Both terms share the dropout of
+    ``key``.
 
     Returns:
       The loss, and its unweighted parts ``"loss"`` (the task's) and ``"kl"``.
@@ -76,14 +79,14 @@ def adaptive_judge(
     mapping: Mapping = "linear",
     monitored: bool = False,
 ) -> Method:
-    """Risk-adaptive regularisation, the risk from the study's judge.
+    """Risk-adaptive regularisation with the risk from the study's judge.
 
-    The judge rates every training pair once per domain; one that fails is an error.
+    The judge rates every training pair once per domain; a failing judge is an error.
 
     Args:
       beta_min: smallest weight of the KL.
       beta_max: largest weight of the KL.
-      granularity: of the weights, ``"example"`` or ``"batch"`` (published).
+      granularity: one weight per ``"example"`` or per ``"batch"`` (published).
       mapping: ``"linear"`` (the paper) or ``"legacy"`` (the released code).
       monitored: run CSM and repair.
 
@@ -110,21 +113,21 @@ def adaptive_probe(
     probe_l2: Positive = 1e-2,
     monitored: bool = False,
 ) -> Method:
-    """Risk-adaptive regularisation, the risk from a probe of the reference.
+    """Risk-adaptive regularisation with the risk from a probe of the reference.
 
-    The probe tells the defender's harmful prompts from the benign control. It knows
-    only prompts: an attack whose prompts look benign (identity shift, backdoors) is out
-    of its sight. Its held-out ``auroc`` and ``calibration_error`` are diagnostics; with
+    The probe tells the defender's harmful prompts from the benign control. It sees
+    prompts only, so it misses attacks whose prompts look benign (identity shift,
+    backdoors). Its held-out ``auroc`` and ``calibration_error`` are diagnostics; with
     an AUROC near 0.5 the risk is noise.
 
     Args:
       beta_min: smallest weight of the KL.
       beta_max: largest weight of the KL.
-      granularity: of the weights, ``"example"`` or ``"batch"`` (published).
+      granularity: one weight per ``"example"`` or per ``"batch"`` (published).
       mapping: ``"linear"`` (the paper) or ``"legacy"`` (the released code).
-      probe_layers: of the residual stream: 0 is the embedding, l the state after layer
-        l; None for all.
-      probe_l2: μ > 0, penalty of the probe's weights.
+      probe_layers: states of the residual stream to use: 0 is the embedding, l the
+        state after layer l; None for all.
+      probe_l2: μ > 0, penalty on the probe's weights.
       monitored: run CSM and repair.
 
     Returns:
@@ -142,7 +145,7 @@ def _rated(name: str, monitored: bool, rater: Rater, weighting: Weighting) -> Me
     """Plain fine-tuning with the weighted loss, in one forward pass of θ."""
 
     def objective(problem, base, state, batch):
-        """The loss of an adapter and a key, and metrics known without them."""
+        """The loss as a function of adapter and key, and metrics that need neither."""
         reference, risk = rater.assess(problem, base, state, batch)
         alpha, beta = weighting(risk)
 

@@ -1,21 +1,22 @@
 """Antidote: after tuning, zero the weights that matter most on harmful data.
 
-Huang, Bhattacharya, Joshi, Kimball, Liu, arXiv:2408.09600. The score is Wanda's, on
-harmful requests with compliant answers x ~ D_harm that the defender owns:
+Huang, Bhattacharya, Joshi, Kimball, Liu, arXiv:2408.09600. The score is Wanda's,
+measured on harmful requests with compliant answers x ~ D_harm that the defender owns:
 
     S_ij = |W_ij| · sqrt(mean x_i²)         i input, j output
 
-For every output j the top fraction of the inputs is set to zero: ⌈fraction · in⌉
-weights. Only adapted projections are pruned. The mean is over the real tokens, those up
-to the last answer token of an example; padding does not count.
+For every output j, the ⌈fraction · in⌉ weights with the highest score become zero. Only
+adapted projections are pruned. The mean is over real tokens, those up to an example's
+last answer token; padding does not count.
 
-``weights="merged"`` prunes W + scale · A B and deploys no adapter. The released code
-prunes the adapter's factors instead, each as a matrix of its own with its own inputs (x
-for A, x A for B), and leaves W alone: ``weights="adapter"``. The merged variant cuts
-into what the model knew before fine-tuning, so expect it to cost more of everything.
+``weights="merged"`` prunes W + scale · A B and deploys no adapter.
+``weights="adapter"``, as in the released code, leaves W alone and prunes the adapter's
+factors, each as its own matrix with its own inputs (x for A, x A for B). The merged
+variant also removes what the model knew before fine-tuning, so expect every score to
+fall more.
 
-One-shot: it edits what is *deployed*. Training goes on from the undisturbed weights, so
-a later domain does not see the zeros, and every evaluation prunes afresh.
+The edit changes only the *deployed* weights. Training continues from the unedited ones,
+so a later domain does not see the zeros, and every evaluation prunes afresh.
 """
 
 import dataclasses
@@ -43,11 +44,11 @@ def antidote(
     weights: Literal["merged", "adapter"] = "merged",
     monitored: bool = False,
 ) -> Method:
-    """Antidote on what is deployed.
+    """Antidote on the deployed weights.
 
     Args:
-      fraction: of the inputs of every output, in (0, 1).
-      examples: how many of the harmful examples enter the score (None: all; published:
+      fraction: share of each output's inputs to prune, in (0, 1).
+      examples: number of harmful examples for the score (None: all; published:
         2,000).
       weights: ``"merged"``, or ``"adapter"`` as in the released code.
       monitored: run CSM, on the pruned weights.
@@ -84,9 +85,9 @@ def antidote(
 def mean_squares(
     problem: Problem, base: PyTree, adapter: PyTree, examples: int | None = None
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Mean squares of what flows into A and B of every pair, on harmful data.
+    """Mean squares of the inputs of A and B of every pair, on harmful data.
 
-    Over the real tokens of ``examples`` of the harmful set (None: all).
+    The mean is over the real tokens of ``examples`` harmful examples (None: all).
 
     Returns:
       ``{name: (mean x² [L, in], mean (x A)² [L, r])}``, float32.
@@ -118,15 +119,16 @@ def _square_sums(
 
 @functools.partial(jax.jit, static_argnames="fraction")
 def prune(weight: jax.Array, squares: jax.Array, fraction: float) -> jax.Array:
-    """Sets the top of every output's scores to zero.
+    """Set the weights with each output's highest scores to zero.
 
-    ``weight`` is ``[L, in, out]``, ``squares`` the mean x² of the inputs, ``[L, in]``:
-    exactly ⌈fraction · in⌉ entries of every output become 0, the others' bits stay.
+    ``weight`` is ``[L, in, out]``, and ``squares`` is the mean x² of the inputs,
+    ``[L, in]``. Exactly ⌈fraction · in⌉ entries of every output become 0; the others
+    keep their bits.
 
     >>> prune(jnp.array([[[3.0], [2.0]]]), jnp.array([[1.0, 4.0]]), 0.5).tolist()
     [[[3.0], [0.0]]]
     """
-    # Less a hair, so that 0.1 · 10 in floating point does not become two.
+    # Subtract a little, so that rounding in 0.1 · 10 does not give two.
     count = math.ceil(fraction * weight.shape[1] - 1e-6)
     root = jnp.sqrt(squares)[:, :, None]
     score = jnp.swapaxes(jnp.abs(weight.astype(jnp.float32)) * root, 1, 2)

@@ -4,15 +4,15 @@ Yang et al., arXiv:2506.08473. With C of :mod:`sbr_jax.methods._alignment_direct
 
     L = L_task + λ Σ ‖A B (I − C)‖_F²         over layers and projections
 
-(in the paper's layout (I − C) B A; here C acts on the right). As published, the update
-is A B without LoRA's scale alpha / rank, so λ stands for λ / scale² of the penalty on
-what is added to the weights. The penalty holds in a repair too, which the paper does
-not have.
+(The paper writes (I − C) B A; here C acts on the right.) As published, the update is
+A B without LoRA's scale alpha / rank. For the actual change of the weights, the
+penalty's weight is therefore λ / scale². The penalty also applies in repairs, which the
+paper does not have.
 
-A B (I − C) needs neither in × out nor out × out: B C comes from two thin products and
-the norm from two r × r Gram matrices. At a fresh adapter (B = 0) penalty and gradient
-are zero. V of the adapted projections stays in the method's state, in the dtype of the
-weights: the price of a copy of those weights.
+No in × out or out × out matrix is formed: B C comes from two thin products, and the
+norm from two r × r Gram matrices. At a fresh adapter (B = 0) penalty and gradient are
+zero. The method's state holds V of the adapted projections in the dtype of the weights,
+which takes as much memory as a copy of those weights.
 """
 
 import jax
@@ -40,7 +40,7 @@ def asft(*, penalty: Positive = 1.0, monitored: bool = False) -> Method:
       monitored: run CSM.
 
     Returns:
-      The method; it reports ``penalty``, the sum of squares without λ, in every step.
+      The method. It reports ``penalty``, the sum of squares without λ, in every step.
 
     Raises:
       UserError: if λ is not positive.

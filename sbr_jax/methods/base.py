@@ -1,7 +1,7 @@
-"""A defence: a frozen record of pure hooks and its cost, and what it may know.
+"""Interface of a defence: `Method`, its hooks and cost, and the `Problem` it sees.
 
-A method never sees the trainer. Every hook has a neutral default, so
-``Method(name="plain")`` is plain sequential fine-tuning.
+A method is a frozen record of pure hooks and never sees the trainer. Every hook has a
+neutral default, so ``Method(name="plain")`` is plain sequential fine-tuning.
 
 Symbols: B examples of a batch, T tokens, N calibration examples.
 """
@@ -23,11 +23,11 @@ from sbr_jax.settings import Hardware, Training
 from sbr_jax.typing import ApplyFn, Batch, PyTree, UserError
 
 LAYER_AXES = 1
-"""Adapters are stacked over layers: one leading axis is vmapped."""
+"""Adapters are stacked over layers, on one leading axis, which is vmapped."""
 
 
 class InertProjectionWarning(UserWarning):
-    """Warning of a projection that removes almost nothing, everywhere or in a kind."""
+    """Warning that a projection removes almost nothing, everywhere or in one kind."""
 
 
 Answer = Callable[
@@ -38,29 +38,32 @@ Answer = Callable[
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """Static knowledge of a defence.
+    """What a defence may know about its task; it does not change during a run.
 
-    The datasets are host-side; arrays that :attr:`Method.gradient` needs belong in
+    The datasets live on the host. Arrays that :attr:`Method.gradient` needs belong in
     the method's state, never in a closure.
 
     Attributes:
-      apply_fn: the model, ``apply_fn(base, adapter, tokens, ...) -> logits [B, T, V]``;
-        losses ask it for its states and its head apart (:mod:`sbr_jax.models.answers`).
+      apply_fn: the model, ``apply_fn(base, adapter, tokens, ...) -> logits [B, T, V]``.
+        Losses use its hidden states and its head separately
+        (:mod:`sbr_jax.models.answers`).
       calibration: the safety calibration set D_safe.
       training: the job's mathematics.
-      hardware: how it is computed; ``accumulation`` is what a hook may need of it.
+      hardware: how it is computed; a hook may need ``accumulation``.
       calibration_controls: other sets of the same size, ``"benign"`` and
         ``"random"``.
       safety_mix: safety examples for methods that interleave them.
       harmful: harmful requests with compliant answers that the defender owns (never
-        the attacker's): anchors of SBR, the positive class of a probe, the data that
-        Booster and Antidote unlearn. From the entities of the calibration set.
-      unaligned: base weights before alignment, for methods that need the alignment's
-        own direction (Safe LoRA, AsFT, LoX).
-      judge: ``judge(dataset) -> risk [N]`` in [0, 1], of learning each example.
-      domain: what was just learned; only ``end_domain`` is given it.
-      answer: ``(base, prompts, most, stops) -> answers``: token ids of the greedy
-        answers of a model without adapter, at most so many each, cut before a stop.
+        the attacker's). SBR draws its anchors from them, a probe uses them as its
+        positive class, and Booster and Antidote unlearn them. They share the
+        calibration set's entities.
+      unaligned: base weights before alignment, for methods that need the direction of
+        alignment (Safe LoRA, AsFT, LoX).
+      judge: ``judge(dataset) -> risk [N]``, in [0, 1], the risk of each example.
+      domain: the domain just learned; only given to ``end_domain``.
+      answer: ``(base, prompts, most, stops) -> answers``: token ids of a model's greedy
+        answers without an adapter, each of at most ``most`` tokens and cut before a
+        stop.
     """
 
     apply_fn: ApplyFn
@@ -79,10 +82,12 @@ class Problem:
 
 
 def benign_control(problem: Problem, name: str) -> TokenDataset:
-    """Benign exchanges as many as the calibration set has, for what ``name`` says.
+    """The benign control: as many benign exchanges as the calibration set has.
+
+    ``name`` says who asks for them, for the message.
 
     Raises:
-      UserError: for a study without them.
+      UserError: if the study has none.
     """
     found = problem.calibration_controls.get("benign")
     if found is None:
@@ -97,8 +102,8 @@ def task_loss(
 ) -> jax.Array:
     """Mean over the batch of each example's answer cross-entropy, float32.
 
-    Where the batch has ``"weight" [B]``, of the weighted losses (see
-    :func:`sbr_jax.methods._compose.with_risk`).
+    If the batch has ``"weight" [B]``, each example's loss is multiplied by its weight
+    (see :func:`sbr_jax.methods._compose.with_risk`).
     """
     hidden = answers.states(
         problem.apply_fn, base, adapter, batch, **dropout(problem, key)
@@ -109,7 +114,7 @@ def task_loss(
 
 
 def dropout(problem: Problem, key: jax.Array) -> dict[str, Any]:
-    """Options of a forward pass that is trained through."""
+    """Dropout options of a forward pass in training."""
     if problem.training.lora_dropout > 0:
         return {"dropout_key": key, "dropout_rate": problem.training.lora_dropout}
     return {}
@@ -138,12 +143,12 @@ def no_state(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) ->
 def traced_state(
     init: Init, problem: Problem, base: PyTree, adapter: PyTree
 ) -> dict[str, Any]:
-    """What ``init`` returns, as shapes and without diagnostics; nothing is computed.
+    """Shapes of what ``init`` returns, without diagnostics; nothing is computed.
 
-    Weights and adapter may be shapes.
+    Weights and adapter may be shapes too.
 
     Raises:
-      jax.errors.JAXTypeError: where the hook asks for a number of an array.
+      jax.errors.JAXTypeError: if the hook reads values of an array.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     found = jax.eval_shape(lambda *args: init(problem, *args), base, adapter, key)
@@ -174,7 +179,7 @@ def as_mixed(
     examples: TokenDataset,
     key: jax.Array,
 ) -> tuple[TokenDataset, dict]:
-    """Trains on what ``mix`` gave."""
+    """Trains on the examples that ``mix`` returned."""
     return examples, {}
 
 
@@ -221,7 +226,7 @@ def joint_replay(
     weight: jax.Array | float,
     key: jax.Array,
 ) -> Found:
-    """One gradient of ``(adapter, key) -> (loss, metrics)`` and β L_safe together."""
+    """One gradient of the sum of ``loss_fn(adapter, key)`` and β L_safe."""
     task_key, safe_key = jax.random.split(key)
 
     def joint(a: PyTree):
@@ -256,20 +261,20 @@ def as_trained(
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Work of a defence beside that of plain training; the forecast reads it.
+    """Extra work of a defence compared with plain training; the forecast reads it.
 
     Attributes:
       forward: forward passes of every step, in task batches.
       backward: forward and backward passes of every step, in task batches.
-      stage: the same of every step of a stage before training, in task batches; 0 for
-        no stage.
-      stage_steps: of that stage; None for as many as a domain has.
-      fishers: how often every calibration example is differentiated on its own before
-        the first domain.
-      domain_fishers: the same after each domain.
-      refresh_fishers: the same at each refresh.
-      own_fishers: how often every example of a domain is, after it.
-      fisher_examples: at most so many of them; None for the study's number.
+      stage: forward and backward passes of every step of a stage before training, in
+        task batches; 0 for no stage.
+      stage_steps: steps of that stage; None for as many as a domain has.
+      fishers: Fisher estimates on the calibration set before the first domain. Each
+        differentiates every example on its own.
+      domain_fishers: Fisher estimates on the calibration set after each domain.
+      refresh_fishers: Fisher estimates on the calibration set at each refresh.
+      own_fishers: Fisher estimates on a domain's own examples, after the domain.
+      fisher_examples: most examples of one Fisher; None for the study's number.
       columns: K of the subspace that the state holds.
       ratings: how often the study's judge rates every example of a domain.
     """
@@ -292,45 +297,44 @@ class Method:
     """One defence.
 
     Every hook is a pure function of its arguments. ``gradient`` and
-    ``replay_gradient`` run inside jit, once for each microbatch; the others run on
-    the host, and may compile what they need.
+    ``replay_gradient`` run inside jit, once for each microbatch. The others run on the
+    host, and may compile what they need.
 
     Attributes:
-      name: of the variant, in tables.
+      name: name of the variant, for tables.
       monitored: whether cumulative safety monitoring runs after each domain.
-      cost: work beside that of plain training.
-      prepare: ``(problem, base, adapter, key) -> base``, once, before everything: an
-        alignment-stage defence gives other weights to start from. The study's own are
-        never written to.
+      cost: extra work compared with plain training.
+      prepare: ``(problem, base, adapter, key) -> base``, once, before everything else.
+        An alignment-stage defence returns other weights to start from; it never writes
+        to the study's own.
       init: ``(problem, base, adapter, key) -> state``, once, on the aligned model.
         ``state`` is a dict pytree. ``"subspace"`` and ``"coefficients"`` are put into
-        the optimizer before every domain; ``"diagnostics"`` is a dict of small arrays
-        that goes into the results; everything else is the method's own.
+        the optimizer before every domain. ``"diagnostics"`` is a dict of small arrays
+        that goes into the results. Everything else is the method's own.
       optimizer: ``(problem, adapter, learning_rate) -> transformation``. Its state
         must have the same shape in every domain, so that one program serves all.
-      mix: ``(problem, domain, seed) -> TokenDataset``, before each domain; cheap, and
-        asked already by a dry run.
+      mix: ``(problem, domain, seed) -> TokenDataset``, before each domain. It must be
+        cheap, because a dry run calls it too.
       begin_domain: ``(problem, base, state, examples, key) -> (examples, metrics)``,
-        after ``mix``, once for each domain: may look at the aligned weights and the
+        once for each domain, after ``mix``. It may read the aligned weights and the
         state, and ask the model (``problem.answer``). Metrics are numbers that go into
         the results of the domain's training.
       gradient: ``(problem, base, adapter, state, batch, key) -> (grads, extra_args,
         metrics)``. ``batch`` comes in a layout of :mod:`sbr_jax.models.answers`, and
-        ``batch["row"]`` holds each example's number in the whole step; the key is the
-        same for all microbatches of a step. All results are averaged over
-        microbatches.
-      replay_gradient: the same with ``safe`` and ``weight`` after ``batch``: the
-        gradient of the repair, L_task + β L_safe.
+        ``batch["row"]`` holds each example's number in the whole step. All microbatches
+        of a step get the same key, and all results are averaged over them.
+      replay_gradient: the gradient of a repair, L_task + β L_safe. Its arguments are
+        those of ``gradient``, with ``safe`` and ``weight`` after ``batch``.
       refresh: ``(problem, base, adapter, state, key) -> state``, every
         ``refresh_every`` steps inside a domain; None for never.
-      refresh_every: in optimizer steps.
+      refresh_every: optimizer steps between refreshes.
       end_domain: ``(problem, base, adapter, state, key) -> (adapter, state)``.
-      deploy: ``(problem, base, adapter, state) -> (base, adapter)``: the weights that
-        are measured and monitored, where those are not the trained ones. Training goes
-        on from the weights as they were.
-      outline: ``(problem, base, adapter) -> state`` as shapes, without diagnostics, for
-        what is compiled before there are numbers; None where tracing ``init`` tells
-        them. See :meth:`state_shapes`.
+      deploy: ``(problem, base, adapter, state) -> (base, adapter)``, the weights to
+        measure and monitor if these are not the trained ones. Training continues from
+        the trained ones.
+      outline: ``(problem, base, adapter) -> state`` as shapes, without diagnostics. It
+        lets programs compile before the state exists. None if tracing ``init`` gives
+        these shapes; see :meth:`state_shapes`.
     """
 
     name: str
@@ -352,7 +356,7 @@ class Method:
     def state_shapes(
         self, problem: Problem, base: PyTree, adapter: PyTree
     ) -> dict[str, Any]:
-        """The first state, as shapes and without diagnostics; nothing is computed."""
+        """Shapes of the first state, without diagnostics; nothing is computed."""
         if self.outline is not None:
             return self.outline(problem, base, adapter)
         return traced_state(self.init, problem, base, adapter)
@@ -364,9 +368,9 @@ class Method:
 def summed_over_tokens(
     problem: Problem, data: TokenDataset, sums: Callable[..., PyTree]
 ) -> tuple[PyTree, float]:
-    """Sums of ``(tokens, real) -> tree`` over parts of a set, and its real tokens.
+    """Sum ``sums(tokens, real)`` over parts of a set, and count the real tokens.
 
-    Real are those up to an example's last answer token; padding is not.
+    Tokens up to an example's last answer token are real; padding is not.
     """
     total, count = None, 0.0
     parts = -(-len(data) // problem.hardware.fisher_microbatch)
@@ -379,9 +383,9 @@ def summed_over_tokens(
 
 
 def device_dataset(dataset: TokenDataset) -> dict[str, jax.Array]:
-    """A host dataset and its answer places as arrays that a method keeps."""
+    """A host dataset and its answer places as device arrays for a method's state."""
     tokens, mask = dataset.tokens, dataset.mask
-    # Only what comes before the end of the longest answer is ever read.
+    # Nothing after the end of the longest answer is ever read.
     length = int(lengths_of(tokens, mask).max(initial=1))
     tokens, mask = tokens[:, :length], mask[:, :length]
     rows = {"tokens": tokens, "mask": mask, **answer_places(tokens, mask)}
@@ -402,8 +406,8 @@ def draw_rows(
     """Draws this microbatch's share of ``total`` examples, with replacement.
 
     The draw is made for the whole step and then sliced by ``batch["row"]``, so that
-    accumulation over microbatches sees the same examples as one big batch. ``total`` is
-    a multiple of their number.
+    accumulation over microbatches sees the same examples as one big batch. ``total``
+    must be a multiple of the number of microbatches.
     """
     rows = jax.random.randint(key, (total,), 0, data["tokens"].shape[0])
     if problem.hardware.accumulation > 1:

@@ -1,21 +1,21 @@
 """Booster: align so that a step of harmful fine-tuning gains little.
 
-Huang, Hu, Ilhan, Tekin, Liu, arXiv:2409.01586. An alignment stage that minimises
-f(w) + λ (h(w) − h(w − α ∇h / ‖∇h‖)), the Jacobian of the inner step taken as the
-identity:
+Huang, Hu, Ilhan, Tekin, Liu, arXiv:2409.01586. This alignment stage minimises
+f(w) + λ (h(w) − h(w − α ∇h / ‖∇h‖)), with the Jacobian of the inner step replaced by
+the identity:
 
     g = ∇f(w) + λ (∇h(w) − ∇h(w'))          λ = 5
     w' = w − α ∇h(w) / (‖∇h(w)‖ + 1e-7)     α = 0.1
 
-f is the loss on safe data, h that on harmful data, ‖·‖ runs over the whole adapter.
-Three backward passes per step. Published: 5,000 safe and 5,000 harmful examples, 20
-epochs of batches of 10 (10,000 steps), constant learning rate 5e-4, weight decay 0.1,
-LoRA r 32 on q, k, v. Here the stage lasts as long as one domain unless told otherwise,
-with the study's adapter shape; :mod:`sbr_jax.methods._alignment_stage` says what else
-differs.
+f is the loss on safe data, h the loss on harmful data, and ‖·‖ runs over the whole
+adapter. A step takes three backward passes. Published: 5,000 safe and 5,000 harmful
+examples, 20 epochs of batches of 10 (10,000 steps), constant learning rate 5e-4, weight
+decay 0.1, LoRA r 32 on q, k, v. Here the stage uses the study's adapter shape and by
+default lasts as long as one domain. :mod:`sbr_jax.methods._alignment_stage` lists the
+other differences.
 
-One choice of ours: both passes of h share a dropout mask, so that their difference is
-the inner step's and not the masks'.
+One choice is ours: both passes of h share a dropout mask, so that their difference
+comes from the inner step and not from the masks.
 
 Symbols: w the adapter.
 """
@@ -47,16 +47,16 @@ def booster(
     Args:
       regulariser: λ ≥ 0; 0 is alignment on safe data alone.
       inner_rate: α ≥ 0, the length of the inner step.
-      steps: of the stage (None: as many as one domain has; published: 10,000).
-      batch_size: safe, and as many harmful, examples of a step (None: the study's;
-        published: 10).
-      learning_rate: of the stage, constant.
-      weight_decay: of the stage.
+      steps: steps of the stage (None: as many as one domain has; published: 10,000).
+      batch_size: safe examples of a step, with equally many harmful ones (None: the
+        study's; published: 10).
+      learning_rate: learning rate of the stage, constant.
+      weight_decay: weight decay of the stage.
       monitored: run CSM.
 
     Returns:
       The method. Its ``prepare`` trains on ``problem.calibration`` and
-      ``problem.harmful``, and raises a UserError where the second is missing.
+      ``problem.harmful``, and raises a UserError if the latter is missing.
     """
     stage = Stage("booster", learning_rate, "constant", weight_decay, steps, batch_size)
 
@@ -101,8 +101,8 @@ def booster_gradient(
 ) -> tuple[PyTree, jax.Array]:
     """The gradient of a step, ∇f(w) + λ (∇h(w) − ∇h(w')), and f(w).
 
-    ``safe`` is the batch of f, ``harmful`` that of h; λ is ``regulariser``, α the
-    ``inner_rate``.
+    ``safe`` is the batch of f, ``harmful`` the batch of h, λ is ``regulariser``, and α
+    is ``inner_rate``.
     """
     safe_key, harmful_key = jax.random.split(key)
     loss, aligned = jax.value_and_grad(

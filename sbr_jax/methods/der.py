@@ -1,19 +1,19 @@
-"""DER and DER++: replay safe examples with the logits that the aligned model gave.
+"""DER and DER++: replay safe examples with the aligned model's logits.
 
-Dark experience replay (Buzzega et al., arXiv:2004.07211), taken as a defence of safety
+Dark experience replay (Buzzega et al., arXiv:2004.07211), used as a defence of safety
 by Alssum et al., arXiv:2512.10150. On a buffer of safety examples x' with stored logits
 z' and labels y':
 
     L = L_task + α mean ‖z_θ(x') − z'‖² + β mean NLL(y' | x')
 
-β = 0 is DER, β > 0 is DER++. The buffer is the calibration set, the logits are those of
-the aligned model at the answer places. They are not stored as such, N · A · V numbers:
-the states that they are read off are, ``[N, A, D]``, and the head is run on both, a
-chunk of places at a time, which gives the same numbers.
+β = 0 is DER, β > 0 is DER++. The buffer is the calibration set, and the logits are the
+aligned model's at the answer places. Storing them would take N · A · V numbers. Instead
+the aligned model's states ``[N, A, D]`` are stored, and the head runs on the states of
+both models, a chunk of places at a time, which gives the same numbers.
 
-As published the norm is a sum over the vocabulary; the code of arXiv:2004.07211 takes
-the mean over it, and with it its α. α = β = 0.5 is within what that paper tried; what
-arXiv:2512.10150 used is not known here.
+The paper's norm is a sum over the vocabulary. The code of arXiv:2004.07211 takes the
+mean, and its α belongs to the mean. α = β = 0.5 is within the range that this paper
+tried; the values of arXiv:2512.10150 are not known here.
 
 Symbols: θ adapter, α ``logit_weight``, β ``label_weight``, N examples of the buffer, A
 answer tokens, D width, V vocabulary.
@@ -43,12 +43,12 @@ def der(
     """Dark experience replay of the calibration set.
 
     Args:
-      logit_weight: α ≥ 0, of the squared distance of logits.
-      label_weight: β ≥ 0, of the cross-entropy on the buffer's answers; above 0 it is
-        DER++.
-      reduction: over the vocabulary: ``"mean"`` (the code; α = 0.5 belongs to it) or
-        ``"sum"`` (the formula; a factor V more at the same α).
-      buffer_batch_size: examples of a step's replay, drawn with replacement; None for
+      logit_weight: α ≥ 0, weight of the squared distance of logits.
+      label_weight: β ≥ 0, weight of the cross-entropy on the buffer's answers; above 0
+        this is DER++.
+      reduction: reduction over the vocabulary: ``"mean"`` (the code, to which α = 0.5
+        belongs) or ``"sum"`` (the formula; V times larger at the same α).
+      buffer_batch_size: examples replayed in a step, drawn with replacement; None for
         half the task batch.
       monitored: run CSM.
 

@@ -1,20 +1,20 @@
-"""EWC: hold each parameter where it was, as firmly as a diagonal Fisher says.
+"""EWC: hold each parameter near its old value, weighted by a diagonal Fisher.
 
-Elastic weight consolidation (Kirkpatrick et al., arXiv:1612.00796) on the adapter,
-as the SafeAnchor paper (arXiv:2604.17691) runs it as a baseline:
+Elastic weight consolidation (Kirkpatrick et al., arXiv:1612.00796) on the adapter, like
+the baseline of the SafeAnchor paper (arXiv:2604.17691):
 
     L(θ) + λ Σ_i F_i (θ_i − θ*_i)²          F_i = (1/N) Σ_n (∂ℓ_n/∂θ_i)²
 
-Symbols: θ adapter, θ* where it stood when F was measured, i parameters, N examples,
-ℓ_n the loss of one example on its own, λ = ``penalty``. There is no ½: λ here is half
-of Kirkpatrick's.
+Symbols: θ adapter, θ* its value when F was measured, i parameters, N examples, ℓ_n the
+loss of a single example, λ = ``penalty``. There is no ½, so λ here is half of
+Kirkpatrick's.
 
-**λ has no portable scale.** F grows with the square of the loss's scale: published
-settings run from λ = 100 (SafeAnchor's code) to 1e9 (Vaccine's script). Tune it on
-the metric ``penalty`` against ``loss``, for each model and each ``reduction``.
+**λ has no portable scale.** F grows with the square of the loss's scale. Published
+settings run from λ = 100 (SafeAnchor's code) to 1e9 (Vaccine's script). For each model
+and each ``reduction``, tune λ by comparing the metrics ``penalty`` and ``loss``.
 
-Where B = 0 the gradient of A vanishes, and so does its F: a penalty measured on a
-fresh adapter holds B only.
+Where B = 0, the gradient of A vanishes and so does its F. A penalty measured on a fresh
+adapter therefore holds B only.
 """
 
 import functools
@@ -46,7 +46,7 @@ def ewc(
     fisher_examples: Count | None = None,
     monitored: bool = False,
 ) -> Method:
-    """EWC on an adapter that goes on through all domains.
+    """EWC on one adapter that continues through all domains.
 
     Args:
       penalty: λ ≥ 0.
@@ -54,11 +54,11 @@ def ewc(
         the first domain has no penalty) or from the ``"safety"`` calibration set
         (Vaccine's FITrainer; the penalty starts with the aligned model).
       keep: which quadratics count: the ``"last"`` one, the sum of ``"all"``, or only
-        the ``"first"``, of the aligned model (published with ``"safety"``). None is
+        the ``"first"``, the aligned model's (published with ``"safety"``). None is
         ``"last"`` for ``"domain"`` (published) and ``"all"`` for ``"safety"``.
-      reduction: ℓ as the ``"mean"`` over an example's answer tokens, as it is trained
-        on, or their ``"sum"``, −log p(y | x).
-      fisher_examples: N at most, evenly spaced (None: as the study says).
+      reduction: ℓ as the ``"mean"`` over an example's answer tokens, as in training, or
+        their ``"sum"``, −log p(y | x).
+      fisher_examples: most examples N, evenly spaced (None: the study's number).
       monitored: run CSM.
 
     Returns:
@@ -66,7 +66,7 @@ def ewc(
     """
     if keep is None:
         keep = "last" if data == "domain" else "all"
-    # The first quadratic is that of the aligned model, which has learned no domain.
+    # The first quadratic belongs to the aligned model, which has learned no domain.
     if data == "domain":
         one_of("ewc.keep", keep, ("last", "all"))
 
@@ -139,17 +139,17 @@ def diagonal_fisher(
 ) -> PyTree:
     """The diagonal of the empirical Fisher: F_i = (1/N) Σ_n (∂ℓ_n/∂θ_i)², float32.
 
-    Each example's own gradient is squared: squares of batch gradients, as the released
-    baselines take them, are smaller by about the batch size.
+    Each example's own gradient is squared. The released baselines square batch
+    gradients, which gives values smaller by about the batch size.
 
-    **Guarantee**: does not depend on ``microbatch`` beyond rounding.
+    **Guarantee**: ``microbatch`` changes the result by rounding only.
 
     Args:
       loss_fn: ``loss_fn(adapter, example, base) -> scalar``.
       adapter: θ.
       base: frozen weights.
       dataset: host-side examples.
-      max_examples: cap on N, evenly spaced rows; None for all.
+      max_examples: cap on N; rows are evenly spaced. None for all.
       microbatch: how many per-example gradients are held at once.
 
     Raises:
@@ -164,7 +164,7 @@ def diagonal_fisher(
     for part in by_length(take(dataset, rows), count, least=microbatch):
         held = len(part["tokens"])
         size = min(microbatch, held)
-        # Repeats the last row up to whole groups; the weight of a repeat is zero.
+        # Repeat the last row to fill whole groups; a repeat has weight zero.
         order = np.pad(np.arange(held), (0, -held % size), mode="edge")
         groups = {k: x[order].reshape(-1, size, *x.shape[1:]) for k, x in part.items()}
         real = (np.arange(order.size) < held).reshape(-1, size)
@@ -190,7 +190,7 @@ def _weighted_squares(
     *,
     loss_fn: LossFn,
 ) -> PyTree:
-    """Adds Σ w_n g_n² over groups of examples, of weights ``[groups, microbatch]``."""
+    """Add Σ w_n g_n² over groups of examples, with weights ``[groups, microbatch]``."""
 
     def body(total, item):
         group, weight = item
@@ -198,7 +198,7 @@ def _weighted_squares(
 
         def add(t, g):
             squares = jnp.square(g.astype(jnp.float32))
-            # Accelerators would round the squares to 10 bits here by default.
+            # At default precision, accelerators would round the squares to 10 bits.
             return t + jnp.tensordot(weight, squares, axes=1, precision="highest")
 
         return jax.tree.map(add, total, grads), None
@@ -227,11 +227,11 @@ def quadratic_penalty(adapter: PyTree, state: PyTree) -> tuple[jax.Array, PyTree
 
 
 def add_quadratics(first: PyTree, second: PyTree) -> dict[str, Any]:
-    """The sum of two quadratics is one: F₁(θ−c₁)² + F₂(θ−c₂)² = F(θ−c)² + const.
+    """The sum of two quadratics: F₁(θ−c₁)² + F₂(θ−c₂)² = F(θ−c)² + const.
 
     With F = F₁ + F₂: c = c₁ + (F₂/F)(c₂ − c₁) and const = Σ_i (F₁F₂/F)(c₂ − c₁)². So
-    any number of domains costs two trees, and the state keeps its shape. Where F = 0,
-    the centre is the first one's.
+    any number of domains takes two trees, and the state keeps its shape. Where F = 0,
+    the centre is c₁.
     """
 
     def share(f, g):

@@ -1,12 +1,12 @@
-"""Safety interleaving: replace a part of every domain's data by safety examples.
+"""Safety interleaving: replace a part of each domain's data by safety examples.
 
-The simplest defence, a baseline of SafeAnchor (Guo, Wu, Yiu, arXiv:2604.17691): of the
-N training examples of a domain, round(f N) come from the safety mix and the rest from
-the domain, f = 0.1. The loss and the optimizer are those of plain fine-tuning.
+This is the simplest defence, a baseline of SafeAnchor (Guo, Wu, Yiu, arXiv:2604.17691).
+Of a domain's N training examples, round(f N) come from the safety mix and the rest from
+the domain, with f = 0.1. The loss and the optimizer are those of plain fine-tuning.
 
-As the paper writes, examples are *replaced*, so that every method trains on as many.
-Its code instead adds max(1, n f / (1 − f)) safe examples to a batch of n: the same
-share, but longer batches and no domain example left out.
+As in the paper, examples are *replaced*, so that every method trains on equally many.
+Its code instead adds max(1, n f / (1 − f)) safe examples to a batch of n. That gives
+the same share, but larger batches, and leaves out no domain example.
 
 Symbols: f ``fraction``, N examples of a domain.
 """
@@ -20,18 +20,18 @@ from sbr_jax.typing import UserError
 
 @checked
 def interleaving(*, fraction: Fraction = 0.1, monitored: bool = False) -> Method:
-    """Plain fine-tuning on domains that are in part safety examples.
+    """Plain fine-tuning with a share of each domain replaced by safety examples.
 
-    Which examples are replaced, and by which, is drawn anew for every domain and seed.
-    No safety example repeats before all were used.
+    Every domain and seed draws anew which examples are replaced, and by which. No
+    safety example repeats before all were used.
 
     Args:
       fraction: f in [0, 1); 0 is plain fine-tuning in another order.
       monitored: run CSM.
 
     Returns:
-      The method. Its ``mix`` raises a UserError without a safety mix, or where f is so
-      small that it would replace nothing.
+      The method. Its ``mix`` raises a UserError without a safety mix, or if f is too
+      small to replace a single example.
 
     References:
       arXiv:2604.17691

@@ -1,14 +1,14 @@
 """A language model as a judge: the risk is the likelihood of one of two labels.
 
-A guard reads an example and is asked about it; its next token is a label. With u the
-unsafe label, v the safe one and x the guard's rendering of the example,
+A guard reads an example and a question about it, and its next token is a label. With u
+the unsafe label, v the safe label and x the example as the guard reads it, the risk is
 
     s = p(u | x) / (p(u | x) + p(v | x))
 
-the class probability that Llama Guard (arXiv:2312.06674) reads off its first token and
-ShieldGemma (arXiv:2407.21772) off the two. Renormalising hides a guard that meant to
-say something else: where p(u | x) + p(v | x) is small there is no rating, and the
-judge raises.
+This is the class probability that Llama Guard (arXiv:2312.06674) takes from its first
+token and ShieldGemma (arXiv:2407.21772) from the two labels. Renormalising would hide a
+guard that meant to say something else. So if p(u | x) + p(v | x) is small, there is no
+rating and the judge raises.
 
 Symbols: N examples, T tokens of an example, B batch, S tokens of a rendering, K labels.
 """
@@ -27,11 +27,11 @@ from sbr_jax.models.buckets import bucket
 from sbr_jax.typing import ApplyFn, PyTree, UserError
 
 Render = Callable[[np.ndarray, np.ndarray], Sequence[int]]
-"""``(tokens [T], mask [T]) -> ids``: what the guard reads of one example, up to where
-its label would stand. Raises :class:`JudgeError` where it cannot tell."""
+"""``(tokens [T], mask [T]) -> ids``: what the guard reads of one example, up to the
+place of its label. Raises :class:`JudgeError` if it cannot render the example."""
 
 LEAST_MASS = 0.5
-"""A guard that gives its two labels less than this would say something else."""
+"""A guard whose two labels have less probability than this would say something else."""
 
 
 def label_likelihood_judge(
@@ -45,24 +45,24 @@ def label_likelihood_judge(
 ) -> Judge:
     """A judge that asks a guard: s = p(u | x) / (p(u | x) + p(v | x)).
 
-    **Guarantee**: every risk comes from a forward pass over its own example; where
-    there is none to be had, the judge raises and rates nothing.
+    **Guarantee**: every risk comes from a forward pass over its own example. If one
+    example cannot be rated, the judge raises and rates nothing.
 
     Args:
       model: the guard; it need not be the model that is fine-tuned.
-      adapter: of the guard, or None.
+      adapter: the guard's adapter, or None.
       label_tokens: ``(u, v)``, the unsafe label first (see :func:`label_ids`).
-      render: an example as the guard reads it (:func:`then_ask`, :func:`as_text`).
+      render: renders an example for the guard (:func:`then_ask`, :func:`as_text`).
       least_mass: smallest p(u | x) + p(v | x) that counts as a rating, in [0, 1].
-      batch_size: the most examples in one forward pass.
+      batch_size: most examples in one forward pass.
 
     Returns:
       ``judge(dataset) -> risk [N]``, float32. It raises :class:`JudgeError`, naming
-      the examples, for one that cannot be rendered, does not fit the guard, has a
-      likelihood that is not finite, or is answered with no label.
+      the examples, if one cannot be rendered, does not fit the guard, has a likelihood
+      that is not finite, or is not answered with a label.
 
     Raises:
-      UserError: unless there are two different labels of the guard's vocabulary, and
+      UserError: unless there are two different labels in the guard's vocabulary, and
         numbers in range.
 
     References:
@@ -111,15 +111,15 @@ def label_log_probs(
 ) -> np.ndarray:
     """Log p(label | prompt) over the whole vocabulary, float32 ``[N, K]`` in nats.
 
-    Only the last position is multiplied with the head. Shapes are rounded up, so a few
-    programs serve all prompts. Not finite where the model's output is not.
+    The head runs on the last position only. Shapes are rounded up, so that a few
+    programs serve all prompts. Values are not finite if the model's output is not.
 
     Args:
       model: the guard.
-      adapter: of the guard, or None.
+      adapter: the guard's adapter, or None.
       label_tokens: K ids.
-      prompts: N lists of ids, of one token at least.
-      batch_size: the most rows in one forward pass.
+      prompts: N lists of ids, each of at least one token.
+      batch_size: most rows in one forward pass.
 
     Raises:
       UserError: for a label outside the vocabulary or a batch size below 1.
@@ -145,9 +145,9 @@ def label_log_probs(
 def padded(
     prompts: Sequence[Sequence[int]], rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as ``tokens [B, S]``, and where each of them ends, ``last [B]``, int32.
+    """Prompts as ``tokens [B, S]`` and the place where each ends, ``last [B]``, int32.
 
-    B is ``rows``, S rounded up to a few sizes; what is missing is padding.
+    B is ``rows``, and S is rounded up to a few sizes; the rest is padding.
 
     >>> padded([[5, 6], [7]], rows=2)[1].tolist()
     [1, 0]
@@ -184,11 +184,11 @@ _label_scores = jax.jit(label_scores, static_argnums=0)
 
 
 def then_ask(question: Sequence[int]) -> Render:
-    """Renders the example's own tokens up to the end of its answer, then a question.
+    """Render the example's own tokens up to the end of its answer, then a question.
 
-    For a guard with the tokenizer and the chat template of the fine-tuned model;
-    ``question`` ends where the label would stand. Raises :class:`JudgeError` for an
-    example without an answer.
+    This is for a guard with the tokenizer and the chat template of the fine-tuned
+    model. The label follows ``question``. Raises :class:`JudgeError` for an example
+    without an answer.
 
     >>> then_ask([8, 9])(np.array([5, 6, 7, 0]), np.array([0, 1, 1, 0]))
     [5, 6, 7, 8, 9]
@@ -203,12 +203,12 @@ def then_ask(question: Sequence[int]) -> Render:
 
 
 def as_text(tokenizer: Any, encode: Callable[[str, str], Sequence[int]]) -> Render:
-    """Renders prompt and answer as text, for a guard with a tokenizer of its own.
+    """Render prompt and answer as text, for a guard with its own tokenizer.
 
     Args:
-      tokenizer: of the data set, never the guard's.
-      encode: ``(prompt, answer) -> ids`` by the guard's own template and tokenizer. The
-        texts lack special tokens; what a chat template writes in plain words is left.
+      tokenizer: the data set's tokenizer, never the guard's.
+      encode: ``(prompt, answer) -> ids`` with the guard's own template and tokenizer.
+        The texts have no special tokens, but keep a chat template's plain words.
     """
 
     def render(tokens: np.ndarray, mask: np.ndarray) -> Sequence[int]:
@@ -226,7 +226,7 @@ def label_ids(tokenizer: Any, words: Sequence[str]) -> tuple[int, ...]:
     """The ids of labels that are one token each.
 
     Raises:
-      UserError: for a word of several tokens, or of none that the tokenizer knows.
+      UserError: for a word that is not exactly one known token.
     """
     ids = []
     for word in words:
@@ -244,7 +244,7 @@ def label_ids(tokenizer: Any, words: Sequence[str]) -> tuple[int, ...]:
 
 
 def _answer(mask: np.ndarray) -> tuple[int, int]:
-    """First place of the answer, and the one after its last."""
+    """First place of the answer, and the place after its last."""
     places = np.flatnonzero(mask)
     if not len(places):
         raise JudgeError("expected an answer to rate, got an empty mask")
@@ -254,7 +254,7 @@ def _answer(mask: np.ndarray) -> tuple[int, int]:
 def _rendered(
     model: Model, render: Render, index: int, tokens: np.ndarray, mask: np.ndarray
 ) -> list[int]:
-    """Rendering of one example; checked, for JAX would clamp silently."""
+    """Render one example and check its ids, because JAX would silently clamp them."""
     try:
         ids = [int(i) for i in render(tokens, mask)]
     except JudgeError as error:

@@ -1,18 +1,19 @@
-"""Lazy: SafeGrad's surgery with an alignment gradient that is renewed now and then.
+"""Lazy: SafeGrad's projection with an alignment gradient renewed every few steps.
 
-Ours, after SafeGrad (arXiv:2508.07172). With both gradients as vectors over all
-parameters, and θ_s the adapter of the last step s that is a multiple of E:
+This method is ours, after SafeGrad (arXiv:2508.07172). With both gradients as vectors
+over all parameters, and θ_s the adapter at the last step s that is a multiple of E:
 
     g_a = ∇ at θ_s of the mean over r calibration rows of KL_k(p_θ₀ ‖ p_θ)
     g_u ← g_u − (⟨g_u, g_a⟩ / ‖g_a‖²) g_a          where ⟨g_u, g_a⟩ < 0
     g = g_u + ρ g_a
 
-The conflict is removed in every step; g_a is kept in the state, and computed between
-two steps, not by a branch inside one, which mapped seeds would both run. The reference
-is cached once (:mod:`sbr_jax.methods._reference`), so no step sees safe data at all.
+Every step removes the conflict. The state holds g_a, which is computed between two
+steps. A branch inside a step would not save work, because mapped seeds run both sides.
+The reference is cached once (:mod:`sbr_jax.methods._reference`), so no step sees safe
+data at all.
 
-At the start of the first domain θ = θ₀ and g_a = 0: its first E steps are plain. With
-gradient accumulation each microbatch's g_u is tested for conflict on its own.
+At the start of the first domain θ = θ₀ and g_a = 0, so its first E steps are plain.
+With gradient accumulation, each microbatch's g_u is tested for conflict separately.
 
 Symbols: θ adapter, θ₀ the aligned model, E ``refresh_every``, r ``kl_batch_size``, ρ
 ``kl_weight``, k ``top_tokens``, τ ``self_answers``.
@@ -56,17 +57,17 @@ def lazy(
     Args:
       kl_weight: ρ ≥ 0; 0 leaves only the projection.
       kl_batch_size: r, calibration rows of one g_a, drawn without replacement; all of
-        them where there are fewer.
+        them if there are fewer.
       refresh_every: E, steps from one g_a to the next.
       top_tokens: k, tokens of the reference kept at a place.
-      self_answers: τ in [0, 1]: training rows of at least this risk get the aligned
-        model's own answer; None leaves all answers.
+      self_answers: τ in [0, 1]; training rows with at least this risk get the aligned
+        model's own answer. None keeps all answers.
       monitored: run CSM.
 
     Returns:
-      The method. It reports ``cosine`` (of g_u and g_a, before) and ``conflict`` (1
-      where something was removed). Its ``begin_domain`` refuses a reference of another
-      model or calibration set.
+      The method. It reports ``cosine`` (of g_u and g_a, before the projection) and
+      ``conflict`` (1 if something was removed). Its ``begin_domain`` refuses a
+      reference from another model or calibration set.
     """
 
     def renewed(problem, base, adapter, state, key):
@@ -120,7 +121,7 @@ def _alignment_gradient(
     reference: Reference,
     rows: jax.Array,
 ) -> PyTree:
-    """g_a: the gradient of the mean KL_k over some rows of the calibration set."""
+    """g_a, the gradient of the mean KL_k over some calibration rows."""
     batch = {**{name: value[rows] for name, value in safe.items()}, "tied": rows}
 
     def divergence(a: PyTree) -> jax.Array:

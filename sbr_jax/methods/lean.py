@@ -1,20 +1,20 @@
-"""Lean: a few rows of every batch tie the model to the aligned one.
+"""Lean: a few rows of every batch tie the model to the aligned model.
 
-Ours. Of the B rows of a batch, r come from the calibration set and are not learnt but
-held; the others are the task's:
+This method is ours. Of the B rows of a batch, r come from the calibration set. They are
+held, not learnt. The other rows are the task's:
 
     L = mean over the others of NLL + (γ / r) Σ over the r of KL_k(p_θ₀ ‖ p_θ)
 
-Both are read off one forward and one backward pass of B rows, and the reference is
-cached once, as top tokens (:mod:`sbr_jax.methods._reference`). Beside a plain step it
-costs the divergence at the held places, and more where held rows are longer than the
-task's. What differs from interleaving (arXiv:2604.17691) is that safe rows are held
-where the aligned model has them, not learnt as texts, and that their weight does not
-hang on their share.
+One forward and one backward pass over B rows give both terms. The reference is cached
+once, as top tokens (:mod:`sbr_jax.methods._reference`). Compared with a plain step,
+lean also computes the divergence at the held places, and costs more if held rows are
+longer than the task's. It differs from interleaving (arXiv:2604.17691) in two ways:
+safe rows are held at the aligned model's distributions, not learnt as texts, and their
+weight does not depend on their share of the batch.
 
-γ = 3 was chosen on the validation split; r = 2, k = 32 and τ = 0.5 were set when it was
-written. ε = 3·10⁻⁵ of the variant
-is a sixth of what q reaches without it, on the validation split.
+γ = 3 was chosen on the validation split; r = 2, k = 32 and τ = 0.5 were set when the
+method was written. The variant's ε = 3·10⁻⁵ is a sixth of what q reaches without a
+trust region, on the validation split.
 
 Symbols: θ adapter, θ₀ the aligned model, B rows of a batch, r ``safe_rows``, γ
 ``kl_weight``, k ``top_tokens``, τ ``self_answers``, ε ``epsilon``.
@@ -64,32 +64,33 @@ def lean(
     """Plain fine-tuning in which a few rows of each batch are held, not learnt.
 
     Args:
-      safe_rows: r, calibration rows among the rows of a batch; fewer than these.
-      kl_weight: γ ≥ 0, of the mean divergence of the held rows.
+      safe_rows: r, calibration rows in each batch; fewer than the batch has rows.
+      kl_weight: γ ≥ 0, weight of the mean divergence of the held rows.
       top_tokens: k, tokens of the reference kept at a place.
-      held: the rows that are held: ``"safety"`` for the calibration set, ``"benign"``
-        for a control that must not protect.
-      self_answers: τ in [0, 1]: training rows of at least this risk get the aligned
-        model's own answer; None leaves all answers.
-      epsilon: ε, nats of the trust region about the aligned model; None for none, or
-        for one that is set from a budget.
-      kl_budget: nats an answer token of the divergence on held-out calibration rows,
-        from which ε is set while training (:mod:`sbr_jax.methods._kl_budget`); None for
-        a fixed ε.
-      refresh_every: steps from one measurement of it to the next.
+      held: which rows are held: ``"safety"`` for the calibration set, ``"benign"`` for
+        a control that must not protect.
+      self_answers: τ in [0, 1]; training rows with at least this risk get the aligned
+        model's own answer. None keeps all answers.
+      epsilon: ε in nats, budget of a trust region around the aligned model. None for no
+        trust region, or one whose ε follows from ``kl_budget``.
+      kl_budget: budget of the divergence on held-out calibration rows, in nats an
+        answer token. It sets ε during training (:mod:`sbr_jax.methods._kl_budget`).
+        None for a fixed ε.
+      refresh_every: steps between measurements of that divergence.
       refresh_subspace: renew the trust region's basis and eigenvalues then too.
       max_rank: cap on the columns of the trust region's basis.
-      basis: of the trust region: ``"safety"``, or a control of the same eigenvalues.
+      basis: basis of the trust region: ``"safety"``, or a control with the same
+        eigenvalues.
       monitored: run CSM.
 
     Returns:
       The method. It reports ``loss`` (of the task) and ``anchor`` (mean KL_k). Its
-      ``mix`` refuses batches of r rows or fewer, its ``begin_domain`` a reference of
-      another model or calibration set.
+      ``mix`` refuses batches of r rows or fewer, and its ``begin_domain`` refuses a
+      reference from another model or calibration set.
 
     Raises:
-      UserError: for both an ε and a budget, or an option of a trust region that is not
-        there.
+      UserError: if both ε and a budget are given, or an option of a trust region
+        without one.
     """
     if epsilon is not None and kl_budget is not None:
         raise UserError(
@@ -174,7 +175,7 @@ def lean(
 def tied_mixture(
     domain: TokenDataset, calibration: TokenDataset, quota: int
 ) -> TokenDataset:
-    """A domain's examples and tied calibration rows, ``quota`` of them in every batch.
+    """A domain's examples plus tied calibration rows, ``quota`` of these in each batch.
 
     >>> domain = TokenDataset(np.zeros((6, 2)), np.ones((6, 2)))
     >>> safe = TokenDataset(np.ones((3, 2)), np.ones((3, 2)))
@@ -199,9 +200,9 @@ def lean_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """This microbatch's share of the objective, and its unweighted parts.
 
-    Sums over the microbatch are divided by what the whole batch has of either kind and
-    multiplied by the number of microbatches: their mean is the batch's objective, in
-    whichever of them the held rows lie.
+    Sums over the microbatch are divided by the number of rows of each kind in the whole
+    batch and multiplied by the number of microbatches. So the mean over microbatches is
+    the batch's objective, wherever the held rows lie.
 
     Raises:
       UserError: for a batch without ``"tied"``.

@@ -1,4 +1,4 @@
-"""The log-likelihood of answers as a loss: what Fisher estimates differentiate."""
+"""The log-likelihood of an answer, as the loss that Fisher estimates differentiate."""
 
 import functools
 from collections.abc import Callable
@@ -15,8 +15,8 @@ def answer_loss(
 ) -> Callable[..., jax.Array]:
     """−log p(y | x) of one example, as the loss function of a Fisher estimate.
 
-    Equal settings give the same function, however they are passed, so that estimates
-    and measurements share compiled programs.
+    Equal settings return the same function object, however they are passed, so that
+    estimates and measurements share compiled programs.
 
     Args:
       apply_fn: the model.
@@ -25,9 +25,9 @@ def answer_loss(
         token from the model, given the data's tokens before it.
 
     Returns:
-      ``loss_fn(adapter, example, base)``, for ``"sampled"`` ``loss_fn(adapter, example,
-      key, base)``, with an example of ``tokens [T]`` and ``mask [T]`` (and its places,
-      where they are known).
+      ``loss_fn(adapter, example, base)``, or ``loss_fn(adapter, example, key, base)``
+      for ``"sampled"``. An example has ``tokens [T]``, ``mask [T]`` and optionally its
+      answer places.
     """
     return _made(apply_fn, reduction, fisher)
 

@@ -1,20 +1,20 @@
-"""Lisa: take turns between user data and alignment data, and stay near the last turn.
+"""Lisa: alternate between user data and alignment data, near the last turn's weights.
 
-Huang, Hu, Ilhan, Tekin, Liu, arXiv:2405.18641. Two states, each with its own data and
-with the pull of a proximal term towards where the other one ended:
+Huang, Hu, Ilhan, Tekin, Liu, arXiv:2405.18641. Training alternates between two states.
+Each has its own data, and a proximal term pulls it towards where the other one ended:
 
     alignment:  min L_safe(w) + (ρ/2) ‖w − w_other‖²
     user:       min L_task(w) + (ρ/2) ‖w − w_other‖²
 
-w_other are the weights at the last switch, ρ = 1, the norm runs over the whole adapter.
-As in the released code, training begins with alignment, and the proximal term is left
-out in the first 10 % of steps.
+w_other are the weights at the last switch, ρ = 1, and the norm runs over the whole
+adapter. As in the released code, training begins with alignment, and the first 10 % of
+steps have no proximal term.
 
-**Cycles.** Published: 100 steps of alignment, then 900 of the user's, 20 such cycles in
-20,000 steps. What carries over to a shorter run is the number of cycles, not their
-length: the default ``period`` of 10 steps (1 + 9) makes 20 cycles in a domain of 200;
+**Cycles.** Published: 100 alignment steps, then 900 user steps, 20 such cycles in
+20,000 steps. A shorter run keeps the number of cycles, not their length: the default
+``period`` of 10 steps (1 + 9) makes 20 cycles in a domain of 200 steps;
 ``period=1000`` is the published length. Switches happen in ``refresh``, every
-gcd(alignment steps, user steps) steps, which is the coarsest clock that meets them all.
+gcd(alignment steps, user steps) steps, the longest interval that meets all of them.
 
 Choices that no public source fixes: alignment examples come from the calibration set,
 drawn with replacement, as many as the user's batch has; each domain starts anew, with
@@ -57,17 +57,17 @@ def lisa(
     """Bi-state fine-tuning with a proximal term.
 
     Args:
-      proximal: ρ ≥ 0; 0 is taking turns alone.
-      alignment_share: of the steps, in (0, 1); rounded to whole steps of a period.
-      warmup_share: of a domain's steps, in [0, 1], at the start and without the
+      proximal: ρ ≥ 0; 0 only alternates.
+      alignment_share: share of alignment steps, in (0, 1); rounded to whole steps of a
+        period.
+      warmup_share: share of a domain's steps, in [0, 1], that start it without the
         proximal term; in effect rounded up to the next possible switch.
       period: steps of one cycle: an alignment turn, then a user turn.
       monitored: run CSM.
 
     Returns:
-      The method. Its metrics are ``loss`` (of whichever data the step was on),
-      ``aligning`` (1 in an alignment step: its mean is the share) and ``drift``,
-      ‖w − w_other‖².
+      The method. Its metrics are ``loss`` (on the step's own data), ``aligning`` (1 in
+      an alignment step, so its mean is the share) and ``drift``, ‖w − w_other‖².
 
     Raises:
       UserError: for a share that leaves one of the two states without a step.
@@ -112,7 +112,7 @@ def lisa(
                 lambda a: task_loss(problem, base, a, data, loss_key)
             )(adapter)
 
-        # A branch rather than a selected batch: the lengths of the two may differ.
+        # A branch rather than a selected batch, because their lengths may differ.
         aligned = state["phase"] == ALIGNMENT
         loss, grads = jax.lax.cond(
             aligned, lambda: gradient_on(safe), lambda: gradient_on(batch)
@@ -145,7 +145,7 @@ def lisa(
 
 
 def _begin(adapter: PyTree) -> dict:
-    """The state's clock at the start of a domain."""
+    """The turn, its age and w_other at the start of a domain."""
     return {
         "other": jax.tree.map(jnp.copy, adapter),
         "phase": jnp.int32(ALIGNMENT),

@@ -4,12 +4,12 @@ Perin, Chen, Chen, Hirata, Wang, Hong, arXiv:2506.15606. For every matrix of a l
 
     W' = W_aligned + c · SVD_k(W_aligned − W_unaligned)
 
-SVD_k keeps the k leading singular triples; k = 0 keeps all. Fine-tuning then starts
-from W' and is plain. The study's own weights are read only.
+SVD_k keeps the k leading singular triples; k = 0 keeps all. Plain fine-tuning then
+starts from W'. The study's own weights are not changed.
 
-W' is another model at step 0 already: compare it with the aligned one on the task too.
-The released code edits every two-dimensional weight. Here these are the projections of
-the layers; embedding and head stay as alignment left them.
+W' differs from the aligned model at step 0 already, so compare the two on the task too.
+The released code edits every two-dimensional weight. Here only the projections of the
+layers are edited; embedding and head stay as alignment left them.
 """
 
 import functools
@@ -36,7 +36,7 @@ def lox(
 
     Args:
       strength: c > 0.
-      rank: k ≥ 0; 0 keeps the whole change, as does a k of at least a matrix's own
+      rank: k ≥ 0; the whole change is kept for 0, and for a k of at least a matrix's
         smaller side.
       monitored: run CSM.
     """
@@ -68,13 +68,13 @@ def _extrapolate(
 ) -> jax.Array:
     """``W + c · SVD_k(change)``, added in float32 and rounded once."""
     if 0 < rank < min(change.shape[1:]):
-        # One layer at a time: a batched SVD would hold the factors of all of them.
+        # One layer at a time, because a batched SVD holds the factors of all layers.
         change = jax.lax.map(functools.partial(truncate, rank=rank), change)
     return (weight.astype(jnp.float32) + strength * change).astype(weight.dtype)
 
 
 def truncate(matrix: jax.Array, rank: int) -> jax.Array:
-    """The best approximation of rank k of a float32 matrix: its leading triples.
+    """The best approximation of rank k of a float32 matrix (its leading triples).
 
     >>> truncate(jnp.diag(jnp.array([3.0, 1.0])), 1).tolist()
     [[3.0, 0.0], [0.0, 0.0]]

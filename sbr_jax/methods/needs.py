@@ -1,6 +1,6 @@
-"""Parts of a study that a variant reads, and whether an adapter holds its result.
+"""Which parts of a study a variant reads, and whether it deploys an adapter.
 
-Nobody is asked for what is never used.
+Programs ask the user only for the parts that a variant reads.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ SAFE, MIX, HARMFUL = "calibration", "safety_mix", "harmful"
 PAIRS, BENIGN = "harmful_answers", "benign"
 UNALIGNED, JUDGE = "unaligned", "judge"
 """Parts: safe exchanges, further ones to mix in, harmful prompts, harmful requests with
-compliant answers, the benign control, weights before alignment, a judge of pairs."""
+compliant answers, the benign control, weights before alignment, a judge of training
+pairs."""
 
 ABOUT = {
     SAFE: "safe exchanges (--safety FILE), or harmful prompts that the model refuses "
@@ -26,7 +27,7 @@ ABOUT = {
     JUDGE: "a guard model that rates training pairs (--study.judge llama-guard "
     "--study.judge-folder FOLDER)",
 }
-"""What a user gives for a part; the benign control is made."""
+"""What a user gives for each part; the benign control is made automatically."""
 
 
 def _safeanchor(options: Any) -> set[str]:
@@ -82,7 +83,7 @@ _READ: dict[str, set[str] | Callable[[Any], set[str]]] = {
 def needs(variant: str, methods: Any = None) -> frozenset[str]:
     """The parts that a variant's hooks read.
 
-    The monitor's are not among them: its probe, and the calibration set for repairs.
+    The monitor's parts (its probe, and the calibration set for repairs) do not count.
 
     Args:
       variant: a key of ``METHODS`` or ``VARIANTS``.
@@ -103,11 +104,11 @@ _EDITED: dict[str, Callable[[Any], bool]] = {
     "antidote": lambda options: options.weights == "merged",
     "safe-delta": lambda options: True,
 }
-"""Methods whose ``deploy`` may edit base weights; whether it does, by options."""
+"""Methods whose ``deploy`` may edit base weights, and whether given options do so."""
 
 
 def fits_adapter(variant: str, methods: Any = None) -> bool:
-    """Whether a variant's deployed weights are an adapter of those it was given.
+    """Whether a variant deploys the weights it was given plus an adapter.
 
     >>> fits_adapter("safegrad"), fits_adapter("antidote"), fits_adapter("lox")
     (True, False, False)

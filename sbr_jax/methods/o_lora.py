@@ -1,6 +1,6 @@
-"""O-LoRA: a new adapter for each domain, its inputs orthogonal to the old ones.
+"""O-LoRA: a new adapter for each domain, with inputs orthogonal to earlier adapters.
 
-Wang et al., arXiv:2310.14152. With the pairs of earlier domains frozen, the pair of
+Wang et al., arXiv:2310.14152. The pairs of earlier domains are frozen, and the pair of
 domain t is learned under
 
     L + λ₁ Σ_{layers} Σ_{k,j} |A_{<t}ᵀ A_t|_{kj} + λ₂ Σ ‖new factor of one layer‖₂
@@ -10,13 +10,13 @@ and the model is y = x W + scale · (Σ_{s≤t} x A_s B_s).
 Symbols: A ``[in, r]``, B ``[r, out]``, r rank, S slots, L layers, t domain, λ₁
 ``orthogonality``, λ₂ ``l2``.
 
-As in the released code, the absolute sum is taken (not the squares of the paper) and
-of the factor that reads the input, here and in PEFT called A; the paper's text means
-the other one (issue 39 there).
+Two things follow the released code and not the paper: the penalty is a sum of absolute
+values (not squares), and it is on the factor that reads the input, called A here and in
+PEFT (the paper's text means the other factor, see issue 39 there).
 
-All domains run one program: the frozen pairs lie side by side along the rank axis in
-S slots, empty ones zero, so the forward always has rank (S + 1) r. An empty slot
-changes neither the function nor the penalty. With dropout, old and new pairs share
+All domains run one program. The frozen pairs lie side by side along the rank axis in S
+slots, and empty slots are zero, so the forward pass always has rank (S + 1) r. An empty
+slot changes neither the function nor the penalty. With dropout, old and new pairs share
 one mask, as a single adapter does.
 """
 
@@ -43,22 +43,22 @@ def o_lora(
     max_domains: Count = 8,
     monitored: bool = False,
 ) -> Method:
-    """O-LoRA; the released defaults.
+    """O-LoRA with the released defaults.
 
-    After a domain its pair moves to the frozen ones, and the adapter starts afresh
-    (A random, B = 0): what is deployed, the frozen pairs with the adapter, is the same
-    function before and after the move.
+    After each domain, its pair joins the frozen ones and the adapter starts afresh (A
+    random, B = 0). The deployed weights are the frozen pairs plus the adapter, so this
+    does not change the deployed function.
 
     Args:
-      orthogonality: λ₁ ≥ 0; published advice is 0 to 5. Its unit is the loss's, but
-        the sum grows with layers, projections and r².
+      orthogonality: λ₁ ≥ 0; the paper advises 0 to 5. The weighted sum grows with
+        layers, projections and r², while the loss does not.
       l2: λ₂ ≥ 0; published 0 to 0.5.
       max_domains: S. More slots cost compute at every step.
       monitored: run CSM; a repair moves the pair of the domain just learned.
 
     Returns:
-      The method. It reports ``overlap``, the sum that λ₁ weighs: 0 in the first domain.
-      Its ``end_domain`` raises a `UserError` when no slot is free.
+      The method. It reports ``overlap``, the sum that λ₁ weighs, which is 0 in the
+      first domain. Its ``end_domain`` raises a `UserError` if no slot is free.
     """
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
@@ -74,7 +74,7 @@ def o_lora(
             def penalty(new):
                 shared = overlap(frozen, new)
                 total = orthogonality * shared
-                # Even 0 · ‖x‖ would cost a norm of every factor.
+                # Skipped at λ₂ = 0, because 0 · ‖x‖ still costs a norm per factor.
                 return (total + l2 * sum_of_norms(new) if l2 else total), shared
 
             whole = dataclasses.replace(problem, apply_fn=_beside(problem, frozen))
@@ -95,7 +95,7 @@ def o_lora(
         moved = _map_pairs(
             lambda slots, pair: _fill(slots, pair, index), state["frozen"], adapter
         )
-        # Folded in, so that one key for all domains still gives different A.
+        # The index is folded in, so that equal keys give a different A per domain.
         fresh = restarted(jax.random.fold_in(key, index), adapter)
         return fresh, {**state, "frozen": moved, "learned": jnp.int32(index + 1)}
 
@@ -109,7 +109,7 @@ def o_lora(
 
 
 def concatenated(frozen: PyTree, new: PyTree) -> PyTree:
-    """One adapter that does what two do: their pairs side by side, rank r₁ + r₂.
+    """One adapter of rank r₁ + r₂ that equals the sum of two.
 
     ``(x [A₁ A₂]) [B₁; B₂] = x A₁ B₁ + x A₂ B₂``, for pairs of the same names and
     scales.
@@ -134,7 +134,7 @@ def concatenated(frozen: PyTree, new: PyTree) -> PyTree:
 def overlap(frozen: PyTree, new: PyTree) -> jax.Array:
     """Σ over layers and projections of Σ_{k,j} |A_oldᵀ A_new|_{kj}.
 
-    0 where every old A, ``[L, in, r_old]``, is zero or orthogonal to the new.
+    It is 0 if every old A ``[L, in, r_old]`` is zero or orthogonal to the new one.
     """
 
     def pair_overlap(old, pair):
@@ -150,7 +150,7 @@ def overlap(frozen: PyTree, new: PyTree) -> jax.Array:
 
 
 def sum_of_norms(adapter: PyTree) -> jax.Array:
-    """Σ ‖·‖₂ over the factors ``[L, ...]`` of every layer: norms, not their squares.
+    """Σ ‖·‖₂ over the factors ``[L, ...]`` of every layer (norms, not squares).
 
     **Guarantee**: the gradient of a zero factor (a fresh B) is zero, not NaN.
 
@@ -207,7 +207,7 @@ def _empty(pair: Any, slots: int) -> Any:
 
 
 def _fill(slots: Any, pair: Any, index: int) -> Any:
-    """The slots with a pair put into one of them."""
+    """The slots with a pair in one of them."""
     rank = pair.lora_a.shape[-1]
     place = slice(index * rank, (index + 1) * rank)
     return dataclasses.replace(

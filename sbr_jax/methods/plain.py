@@ -1,4 +1,4 @@
-"""Plain sequential fine-tuning, which every defence is compared with."""
+"""Plain sequential fine-tuning, the reference for every defence."""
 
 from sbr_jax.checks import checked
 from sbr_jax.methods.base import Method
@@ -10,7 +10,7 @@ def plain(*, monitored: bool = False) -> Method:
 
     Args:
       monitored: run cumulative safety monitoring (CSM) after each domain, and repair
-        where it asks for it.
+        the model if the monitor asks for it.
 
     Returns:
       A method that has only neutral hooks.

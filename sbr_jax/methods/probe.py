@@ -6,14 +6,14 @@ labels y in {0, 1} and p = σ(w·x + b), it minimises
 
     −(1/N) Σ [y log p + (1 − y) log(1 − p)] + (μ/2) ‖w‖²
 
-by Newton's method. The solution lies in the span of the N examples, so where F > N the
-features are first rotated onto it (exactly: a rotation keeps ‖w‖), and a Newton step
-costs N³ and not F³.
+by Newton's method. The solution lies in the span of the N examples. So if F > N, the
+features are first rotated onto that span, and a Newton step costs N³ and not F³. This
+is exact, because a rotation keeps ‖w‖.
 
 The released code differs: it averages over all tokens (answers too) and all layers,
-trains a two-layer network, keeps the epoch that is best on its test set and passes on
-the hard label. Here layers are concatenated, the probability is the risk, and quality
-is that on examples that were held out.
+trains a two-layer network, keeps the epoch that is best on its test set and returns the
+hard label. Here layers are concatenated, the probability is the risk, and the quality
+is measured on held-out examples.
 
 Symbols: N examples, F features, L layers, B batch, T tokens, D width, μ the penalty.
 """
@@ -37,28 +37,29 @@ NEWTON_STEPS = 30
 """About ten are needed; a further step at the optimum changes nothing."""
 
 HELD_OUT = 0.25
-"""Share of the examples of each class that the quality is measured on."""
+"""Share of each class's examples that the quality is measured on."""
 
 BINS = 10
-"""Of probabilities, of equal width, in which calibration is measured."""
+"""Number of equally wide bins of probability in which calibration is measured."""
 
 VARIES = 1e-5
-"""Relative spread up to which a feature is constant, as the embedding is where a chat
-template ends every prompt with the same token: scaling would blow up rounding noise."""
+"""Relative spread up to which a feature counts as constant, because scaling it would
+blow up rounding noise. The embedding is constant if a chat template ends every prompt
+with the same token."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A fitted probe, of arrays only: it can live in a method's state.
+    """A fitted probe; it holds only arrays, so it can live in a method's state.
 
     Attributes:
-      weights: ``[F]``, of the standardised features; 0 for constant ones.
+      weights: ``[F]``, for the standardised features; 0 for constant features.
       bias: scalar.
-      mean: ``[F]``, of the examples fitted.
-      scale: ``[F]``, their standard deviation, 1 for constant features.
-      auroc: on the held-out examples; 0.5 is chance.
-      calibration_error: expected calibration error on the same.
+      mean: ``[F]``, mean of the fitted examples.
+      scale: ``[F]``, their standard deviation; 1 for constant features.
+      auroc: AUROC on the held-out examples; 0.5 is chance.
+      calibration_error: expected calibration error on the held-out examples.
     """
 
     weights: jax.Array
@@ -79,8 +80,9 @@ def stream_at(
 
     Args:
       residual: ``[L + 1, R, T, D]``, before each layer and after the last.
-      last: int32 ``[B]``, flat over rows and tokens.
-      layers: which of the L + 1 states, also negative; None for all.
+      last: int32 ``[B]``, flat index over rows and tokens.
+      layers: which of the L + 1 states to use; negative numbers count from the end,
+        None means all.
 
     Returns:
       float32 ``[B, len(layers) · D]``.
@@ -95,7 +97,7 @@ def stream_at(
             f"layers: expected some of 0 to {count - 1} (the embedding, then the state "
             f"after each layer), got {layers}"
         )
-    # One example at a time would be a gather for each; flat, they are one.
+    # Flat indices need one gather; single examples would need one each.
     states = residual.reshape(count, -1, residual.shape[-1])[np.asarray(layers)]
     states = jnp.moveaxis(jnp.take(states, last, axis=1, mode="clip"), 0, 1)
     return states.reshape(len(last), -1).astype(jnp.float32)
@@ -122,10 +124,10 @@ def activations(
 ) -> np.ndarray:
     """:func:`stream_at` the last prompt token of every example, float32 ``[N, F]``.
 
-    On the host; ``adapter`` is None for the reference, and ``batch_size`` examples make
-    one forward pass.
+    The result is on the host. ``adapter`` is None for the reference, and each forward
+    pass takes ``batch_size`` examples.
 
-    **Guarantee**: with a causal model the answer has no influence.
+    **Guarantee**: with a causal model, the answer has no influence.
 
     Raises:
       UserError: for an empty set, or an example without a prompt or an answer.
@@ -150,7 +152,7 @@ def activations(
 
 
 def distinct_prompts(dataset: TokenDataset) -> TokenDataset:
-    """The first example of every prompt: one on both sides of a split would flatter.
+    """The first example of every prompt; repeats across a split would inflate scores.
 
     >>> tokens = np.array([[1, 2, 3], [1, 2, 4], [5, 2, 3]])
     >>> data = TokenDataset(tokens, np.array([[0, 0, 1]] * 3))
@@ -166,7 +168,7 @@ def distinct_prompts(dataset: TokenDataset) -> TokenDataset:
 def probe_shapes(
     apply_fn: ApplyFn, base: PyTree, layers: Sequence[int] | None = None
 ) -> Probe:
-    """The probe that :func:`fit_probe` gives for these activations, as shapes."""
+    """Shapes of the probe that :func:`fit_probe` returns for these activations."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 2), jnp.float32)
     extract = _extractor(apply_fn, None if layers is None else tuple(layers))
@@ -182,17 +184,17 @@ def probe_shapes(
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, *, l2: float = 1e-2, key: jax.Array
 ) -> Probe:
-    """Fits the probe on one part of the examples and measures it on the other.
+    """Fit the probe on one part of the examples and measure it on the other.
 
-    A quarter of both classes is held out. The probe is not fitted again on
-    everything, so the quality reported is that of the probe in use. Classes are not
-    balanced: the prior of the probability is the share of the harmful examples.
+    A quarter of each class is held out. The probe is not refitted on all examples, so
+    the reported quality is that of the probe in use. Classes are not balanced: the
+    prior of the probability is the share of harmful examples.
 
     Args:
       features: ``[N, F]``.
       labels: ``[N]``, 1 for harmful and 0 for benign.
-      l2: μ > 0, on the weights of standardised features, not on the bias.
-      key: of the split.
+      l2: μ > 0, penalty on the weights of standardised features, not on the bias.
+      key: random key of the split.
 
     Raises:
       UserError: for arguments of another kind, or fewer than two examples of a class.
@@ -234,7 +236,7 @@ def fit_probe(
 
 
 def _validation_rows(labels: np.ndarray, key: jax.Array) -> np.ndarray:
-    """Booleans ``[N]``: the same share of both classes, at least one example each."""
+    """Mark held-out rows ``[N]``: the same share of each class, at least one row."""
     order = np.asarray(jax.random.permutation(key, len(labels)))
     held_out = np.zeros(len(labels), bool)
     for value in (0, 1):
@@ -253,9 +255,9 @@ def _validation_rows(labels: np.ndarray, key: jax.Array) -> np.ndarray:
 def _fit(x: jax.Array, y: jax.Array, l2: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights ``[F]`` and bias from standardised features x ``[N, F]`` and y ``[N]``.
 
-    Every step is the best of some shortened ones (and of none), so the objective never
-    rises: full Newton steps can overshoot. Near its minimum the objective is flat to
-    within float32, and the slope alone says whether a last full step is one forward.
+    Full Newton steps can overshoot. So every step is the best of several shortened
+    steps and no step, and the objective never rises. Near its minimum the objective is
+    flat in float32, so there only the slope tells whether a last full step helps.
     """
     count, size = x.shape
     wide = size > count
@@ -275,7 +277,7 @@ def _fit(x: jax.Array, y: jax.Array, l2: jax.Array) -> tuple[jax.Array, jax.Arra
     def newton_step(u):
         p = jax.nn.sigmoid(z @ u)
         curvature = z.T @ (z * (p * (1.0 - p) / count)[:, None]) + jnp.diag(penalty)
-        # The jitter only shortens steps: where the slope is 0 they are 0 with it too.
+        # The jitter only shortens steps: if the slope is 0, so is the step.
         return jnp.linalg.solve(curvature + 1e-7 * jnp.eye(len(u)), slope_at(u))
 
     def newton(_, u):
@@ -295,7 +297,7 @@ def _fit(x: jax.Array, y: jax.Array, l2: jax.Array) -> tuple[jax.Array, jax.Arra
 def probe_risk(probe: Probe, features: jax.Array) -> jax.Array:
     """The probability σ(w·x + b) that each prompt is harmful.
 
-    ``features`` are ``[N, F]`` as they come, not standardised; the result is ``[N]``.
+    ``features`` are ``[N, F]``, not standardised; the result is ``[N]``.
     """
     x = jnp.asarray(features, jnp.float32)
     x = (x - probe.mean[None]) / probe.scale[None]
@@ -311,7 +313,8 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 
     With mid-ranks R: (Σ_{y=1} R − N₁(N₁ + 1)/2) / (N₁ N₀).
 
-    ``scores`` are ``[N]`` and finite, ``labels`` 0 and 1, both present; 0.5 is chance.
+    ``scores`` are ``[N]`` and finite. ``labels`` are 0 and 1, and both must occur. A
+    value of 0.5 is chance.
 
     >>> auroc(np.array([0.1, 0.4, 0.4, 0.8]), np.array([0, 0, 1, 1]))
     0.875
@@ -331,7 +334,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 def expected_calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:
     """Mean gap between probability and frequency: Σ_b (N_b/N) |ȳ_b − p̄_b|.
 
-    ``probs`` are ``[N]`` in [0, 1], ``labels`` 0 and 1; 0 is calibrated.
+    ``probs`` are ``[N]`` in [0, 1], ``labels`` are 0 and 1; 0 is perfectly calibrated.
 
     >>> round(expected_calibration_error(np.array([0.8, 0.8]), np.array([1, 1])), 3)
     0.2

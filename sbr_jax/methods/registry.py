@@ -1,8 +1,9 @@
-"""Registry of defences: ``METHODS`` makes them, ``VARIANTS`` names changes of them.
+"""Registry of defences: names, their makers, and variants of them.
 
-Adding one: write its file and add a line to ``METHODS``; CONTRIBUTING.md has the rest.
-``build`` makes any of either dict by name. A maker refuses a hyper-parameter outside
-its declared type and range with a `UserError` that names it.
+``METHODS`` maps a name to a maker. ``VARIANTS`` maps a name to a method with changed
+options. ``build`` makes any of them by name. To add a method, write its file and add a
+line to ``METHODS``; CONTRIBUTING.md has the rest. A maker refuses a hyper-parameter
+outside its declared type and range with a `UserError` that names it.
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 SELECTIVE = {"calibration_tokens": 4, "contrast": 0.1, "normalisation": "kind"}
-"""The three changes of the subspace and its relaxation together."""
+"""Three changes of the subspace and its relaxation, combined."""
 PROJECTION = {"kl_weight": 0.0, "monitored": False}
 """The projection alone."""
 
@@ -71,7 +72,7 @@ TRUST = {"epsilon": 3e-5, "kl_weight": 0.0}
 
 
 def _brief(method: str, **changes: Any) -> tuple[str, Mapping[str, Any]]:
-    """A variant that reports no spectrum of the random control."""
+    """A variant that does not report the random control's spectrum."""
     return method, {**changes, "control_spectrum": False}
 
 
@@ -91,11 +92,11 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"projection": "none", "monitored": False},
     ),
     "safeanchor-exact:csm-only": ("plain", {"monitored": True}),
-    # Controls: the projection alone, off another subspace of the same rank.
+    # Controls: the projection alone, away from another subspace of the same rank.
     "safeanchor-exact:random": _exact(basis="random", **PROJECTION),
     "safeanchor-exact:shuffled": _exact(basis="shuffled", **PROJECTION),
     "safeanchor-exact:benign": _exact(basis="benign", **PROJECTION),
-    # Our two changes beside the exact projection, taken back one at a time.
+    # Our two changes besides the exact projection, reverted one at a time.
     "safeanchor-exact:previous-reference": _exact(kl_reference="previous"),
     "safeanchor-exact:published-energy": _exact(energy=0.9),
     # The paper prefers KL(reference ‖ model) to KL(model ‖ reference).
@@ -109,13 +110,14 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "safeanchor-exact:keep-base": _exact(keep_base=True),
     "safeanchor-exact:protect-a": _exact(protect_a="perturb"),
     "safeanchor-exact:replay-bypass": _exact(replay_bypass=True),
-    # Which subspace: where refusing is decided, against what benign answers need too.
+    # Other subspaces: of the first tokens, where refusing is decided, and contrasted
+    # with what benign answers need.
     "safeanchor-exact:first-tokens": _exact(calibration_tokens=4),
     "safeanchor-exact:contrastive": _exact(contrast=0.1),
     "safeanchor-exact:per-kind": _exact(normalisation="kind"),
     "safeanchor-exact:selective": _exact(**SELECTIVE),
     "safeanchor-exact:selective-only": _exact(**SELECTIVE, **PROJECTION),
-    # Our best with a part missing, or another rater.
+    # Our best method with a part missing, or with another rater.
     "unified:no-projection": ("unified", {"project": False}),
     "unified:no-anchors": _brief("unified", anchors=0),
     "unified:no-risk": _brief("unified", risk="none"),
@@ -125,7 +127,7 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "lean:self-answers": ("lean", {"self_answers": 0.5}),
     "lean:benign": ("lean", {"held": "benign"}),  # A control.
     "lean:trust-region": ("lean", {"epsilon": 3e-5}),
-    # The trust region alone, and two controls of it with the same eigenvalues.
+    # The trust region alone, and two controls with the same eigenvalues.
     "lean:trust-region-only": ("lean", TRUST),
     "lean:trust-region-random": ("lean", {**TRUST, "basis": "random"}),
     "lean:trust-region-shuffled": ("lean", {**TRUST, "basis": "shuffled"}),
@@ -133,7 +135,7 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "lean:kl-budget-refreshed": ("lean", {"kl_budget": 0.01, "refresh_subspace": True}),
     "lazy:self-answers": ("lazy", {"self_answers": 0.5}),
     "sbr:one": ("sbr", {"anchors": 1}),
-    # The published recipe with a part missing or alone.
+    # The published recipe with a part missing, and its projection alone.
     "safeanchor:no-update": _published(update_subspace=False),
     "safeanchor:no-relaxation": _published(relax=False),
     "safeanchor:no-anchor": _published(kl_weight=0.0),
@@ -145,18 +147,18 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
 Hyperparameters = collect(METHODS, {"safeanchor-exact": OURS})
 """Hyper-parameters of every method, a frozen record of frozen records.
 
-``Hyperparameters()`` holds the published values; its fields are named as the methods
-are, with underscores."""
+``Hyperparameters()`` holds the published values. Its fields have the methods' names,
+with underscores."""
 
 
 def build(variant: str, methods: Any = None, **overrides: Any) -> Method:
-    """Makes a method, or a variant of one, named after it.
+    """Make a method or a variant by its name.
 
     Args:
       variant: a key of ``METHODS`` or ``VARIANTS``.
-      methods: a :data:`Hyperparameters`; None for the published values. A variant
-        changes its method's.
-      **overrides: hyper-parameters on top of these.
+      methods: a :data:`Hyperparameters`; None for the published values. A variant's
+        changes are applied on top.
+      **overrides: further changes of hyper-parameters.
 
     Raises:
       UserError: for an unknown variant or hyper-parameter, with the nearest names.
@@ -171,9 +173,9 @@ def build(variant: str, methods: Any = None, **overrides: Any) -> Method:
 
 
 def resolve(variant: str, methods: Any = None) -> tuple[str, Any]:
-    """The method behind a variant, and its hyper-parameters with the variant's changes.
+    """A variant's method, and the hyper-parameters with the variant's changes.
 
-    Arguments and refusals are those of :func:`build`.
+    Arguments and errors are those of :func:`build`.
 
     >>> resolve("sbr:one")[0], resolve("sbr:one")[1].anchors
     ('sbr', 1)
@@ -182,6 +184,6 @@ def resolve(variant: str, methods: Any = None) -> tuple[str, Any]:
     if method not in METHODS:
         raise errors.unknown("method", variant, [*METHODS, *VARIANTS])
     options = getattr(methods or Hyperparameters(), attribute(method), None)
-    if options is None:  # Registered since, by a program of its own.
+    if options is None:  # The user's program registered it later.
         options = make_record(method, METHODS)()
     return method, dataclasses.replace(options, **changes)

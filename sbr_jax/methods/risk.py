@@ -1,16 +1,16 @@
-"""Risk of learning an example, and the two loss weights that follow from it.
+"""Risk of learning an example, and the two loss weights computed from it.
 
 Goel, Maji, Mazumder, arXiv:2602.17546, with a risk s in [0, 1]:
 
     β = β_min + (β_max − β_min) s          weight of the pull to the reference
     α = 1 − β                              weight of the task
 
-The paper may also smooth s over batches; here batches are drawn in random order, so
-that one says nothing of the next. The released code rates from r = 1 to 5 and takes
-β = clip((r − 2)/3, 0.1, 0.9), so that everything up to r = 2.3 sits on the floor. It
-also turns a judge that fails into a number (4 on an exception, 0 on an answer it cannot
-parse); here a judge that fails is an error, because a made-up risk is a defence that is
-silently off.
+The paper can also smooth s over batches. Here batches come in random order, so one says
+nothing about the next. The released code rates from r = 1 to 5 and takes
+β = clip((r − 2)/3, 0.1, 0.9), so that every rating up to r = 2.3 gets the floor. It
+also turns a failing judge into a number (4 on an exception, 0 on an answer that it
+cannot parse). Here a failing judge is an error, because a made-up risk silently
+switches the defence off.
 
 Symbols: N examples of a data set, B of a batch.
 """
@@ -27,15 +27,15 @@ from sbr_jax.data import TokenDataset
 from sbr_jax.typing import UserError
 
 BETA_MIN, BETA_MAX = 0.1, 0.9
-"""What the released code acts on; the paper does not print its bounds."""
+"""The released code's bounds; the paper does not print any."""
 
 
 class JudgeError(UserError):
-    """Error of a judge without one risk in [0, 1] for every example."""
+    """Raised by a judge that does not have a risk in [0, 1] for every example."""
 
 
 class Judge(Protocol):
-    """Interface of a rater of how harmful it would be to learn each example.
+    """Interface of a judge, which rates how harmful learning each example would be.
 
     A judge that cannot rate raises :class:`JudgeError`; it never makes up a number.
     """
@@ -47,7 +47,7 @@ class Judge(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Weighting:
-    """Map from risks to the weights (α, β) of task and reference.
+    """Maps risks to the weights (α, β) of task and reference.
 
     **Guarantee**: no gradient flows through the weights, and α + β = 1.
 
@@ -73,7 +73,7 @@ class Weighting:
     mapping: str = "linear"
 
     def __post_init__(self):
-        """Refuses what cannot be meant."""
+        """Refuse unknown options and bounds out of order."""
         checks.one_of("granularity", self.granularity, ("example", "batch"))
         checks.one_of("mapping", self.mapping, ("linear", "legacy"))
         if not 0 <= self.beta_min <= self.beta_max <= 1:
@@ -100,8 +100,8 @@ def judged(judge: Judge, dataset: TokenDataset) -> TokenDataset:
     """A data set with a judge's risks ``[N]``; its batches then hold ``"risk"``.
 
     Raises:
-      JudgeError: for anything but N finite numbers in [0, 1], naming the first fault;
-        what the judge raises is passed on.
+      JudgeError: for anything but N finite numbers in [0, 1], naming the first fault.
+        Errors of the judge itself pass through.
 
     >>> data = TokenDataset(np.zeros((2, 3)), np.ones((2, 3)))
     >>> judged(lambda data: np.array([0.0, 0.25]), data).risk.tolist()

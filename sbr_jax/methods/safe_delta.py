@@ -1,4 +1,4 @@
-"""Safe Delta: after tuning, keep what safety can bear, and make up for that.
+"""Safe Delta: keep the changes that safety can bear, and compensate for them.
 
 Lu, Liu, Wu, Chen, Zhang, Ong, Wang, Tang, arXiv:2505.12038. For each output of an
 adapted projection, with the inputs x of the aligned model on safe examples:
@@ -8,16 +8,17 @@ adapted projection, with the inputs x of the aligned model on safe examples:
     kept: the cheapest directions (small 1 / d_m²) first, while Σ cost ≤ budget
     W_j ← W_j + (W'_mj − W_mj) / d_m · U_m,>m      for every kept one, in order of m
 
-So a weight is either the fine-tuned one or the aligned one, and the aligned ones move
-to where they disturb the answers on safe examples least: the surgeon's compensation of
-Hassibi and Stork, in the order of SparseGPT, which the released code is made from.
+So each weight is either the fine-tuned one or the aligned one. The aligned ones then
+move so that the answers on safe examples change least: the Optimal Brain Surgeon's
+compensation (Hassibi and Stork), in the order of SparseGPT, on which the released code
+is based.
 
-As in the code: damping is 0.01 of the mean diagonal, the dearest 15 % of the entries
-are never kept, and the budget is ``s/2 · mean(1/d²) · out/4096`` for every 2,048
-inputs. The code looks at 4 inputs at once before it compensates; here each is
-compensated for itself.
+As in the code, damping is 0.01 of the mean diagonal, the most expensive 15 % of the
+entries are never kept, and the budget is ``s/2 · mean(1/d²) · out/4096`` for every
+2,048 inputs. The code handles 4 inputs at once before it compensates; here each input
+is compensated separately.
 
-One-shot: it edits what is *deployed*. Training goes on from the undisturbed weights.
+The edit changes only the *deployed* weights. Training continues from the unedited ones.
 
 Symbols: W aligned weight, W' fine-tuned, δ = W' − W, s ``strength``, L layers.
 """
@@ -36,21 +37,21 @@ from sbr_jax.settings import Count, NonNegative
 from sbr_jax.typing import ApplyFn, PyTree
 
 DAMPING, SPARED, BLOCK, WIDTH = 0.01, 0.15, 2048, 4096
-"""Of the released code: share of the mean diagonal, entries never kept, inputs that one
-budget is for, and the width that it was chosen for."""
+"""The released code's share of the mean diagonal, share of entries never kept, number
+of inputs per budget, and the width for which the budget was chosen."""
 
 
 @checked
 def safe_delta(
     *, strength: NonNegative = 0.1, examples: Count = 128, monitored: bool = False
 ) -> Method:
-    """Safe Delta on what is deployed.
+    """Safe Delta on the deployed weights.
 
     **Guarantee**: with ``strength`` 0 the aligned model is deployed.
 
     Args:
-      strength: s ≥ 0, of the budget; more keeps more of what was learnt.
-      examples: of the calibration set that H is taken over.
+      strength: s ≥ 0, scale of the budget; a larger s keeps more of what was learnt.
+      examples: calibration examples that H is computed on.
       monitored: run CSM, on the deployed weights.
     """
 
@@ -70,8 +71,8 @@ def hessians(
 ) -> dict[str, jax.Array]:
     """``2 mean x xᵀ`` of the inputs of some projections, ``{name: [L, in, in]}``.
 
-    Float32, of the aligned model, on so many examples of the calibration set at most;
-    tokens up to an example's last answer token count.
+    Float32, of the aligned model, on at most ``examples`` calibration examples. Tokens
+    up to an example's last answer token count.
     """
     data = subset(problem.calibration, examples)
     sums = functools.partial(_outer_sums, problem.apply_fn, tuple(names), base)
@@ -93,10 +94,10 @@ def _outer_sums(
     return {name: outer(x, x, real) for name, x in inputs.items()}
 
 
-# As a whole: the loop would be compiled at every call.
+# Jitted as a whole, because the loop would be compiled at every call.
 @functools.partial(jax.jit, static_argnames="strength")
 def _safe_layers(parts: tuple[jax.Array, ...], strength: float) -> jax.Array:
-    """:func:`safe_weights` of one layer after the other."""
+    """:func:`safe_weights` for all layers, one after another."""
     return jax.lax.map(lambda x: safe_weights(*x, strength), parts)
 
 
@@ -104,9 +105,9 @@ def _safe_layers(parts: tuple[jax.Array, ...], strength: float) -> jax.Array:
 def safe_weights(
     aligned: jax.Array, tuned: jax.Array, hessian: jax.Array, strength: float
 ) -> jax.Array:
-    """One projection's weights ``[in, out]``: kept changes, and what makes up for them.
+    """One projection's weights ``[in, out]``: kept changes plus their compensation.
 
-    ``hessian [in, in]`` is without damping, ``strength`` is s.
+    ``hessian [in, in]`` comes without damping; ``strength`` is s.
 
     >>> w, other = jnp.zeros((2, 1)), jnp.ones((2, 1))
     >>> safe_weights(w, other, jnp.eye(2), 0.0).tolist()

@@ -1,20 +1,19 @@
-"""Safe LoRA: after tuning, turn stray updates towards the direction of alignment.
+"""Safe LoRA: after tuning, project stray updates onto the direction of alignment.
 
 Hsu, Tsai, Lin, Chen, Yu, Huang, arXiv:2405.16833. With C of
 :mod:`sbr_jax.methods._alignment_direction`, for each layer and projection:
 
     cos = ⟨A B C, A B⟩ / (‖A B C‖ ‖A B‖)         B ← B C   where cos ≤ τ
 
-(in the paper's layout C B A with C = V Vᵀ / ‖V‖_F; here C acts on the right). The
-released code can choose by number instead: the n layers with the smallest cosine.
+(The paper writes C B A with C = V Vᵀ / ‖V‖_F; here C acts on the right.) The released
+code can also choose by number: the n layers with the smallest cosine.
 
-Training is plain; the edit is made after each domain, and later domains go on from the
+Training is plain. The edit follows each domain, and the next domain continues from the
 edited adapter. C is not idempotent, so a pair that stays below τ is multiplied by C
-after each domain anew; and C carries the size of V, so B C may be shorter or longer
-than B.
+after every domain. C also scales with V, so B C may be shorter or longer than B.
 
-Choices that no public source fixes: an update of exactly zero counts as aligned; one
-that C maps to zero has cosine 0.
+Choices that no public source fixes: an update of exactly zero counts as aligned; an
+update that C maps to zero has cosine 0.
 """
 
 import dataclasses
@@ -42,21 +41,21 @@ def safe_lora(
     """Safe LoRA as published, after each domain.
 
     Args:
-      threshold: τ in [-1, 1]: pairs whose cosine is at most τ are projected.
-      layers: instead of τ, how many (layer, projection) pairs are projected: those with
-        the smallest cosine. The threshold is not read where this is given.
+      threshold: τ in [-1, 1]; pairs with a cosine of at most τ are projected.
+      layers: number of (layer, projection) pairs to project, those with the smallest
+        cosine. If given, the threshold is ignored.
       monitored: run CSM.
 
     Returns:
-      The method. Its diagnostics after a domain are ``projected``, the number of pairs,
-      and ``cosine``, ``[L]`` for each projection, before the edit.
+      The method. Its diagnostics after a domain are ``projected``, the number of
+      projected pairs, and ``cosine`` before the edit, ``[L]`` for each projection.
     """
     if layers is None and threshold is None:
         raise UserError("threshold: expected a number where layers is None, got None")
 
     def init(problem: Problem, base: PyTree, adapter: PyTree, key: jax.Array) -> dict:
-        # Nothing is kept: a study that lacks what the edit needs is refused now
-        # rather than after the first domain.
+        # Only a check: if the study lacks what the edit needs, refuse it now, not
+        # after the first domain.
         alignments(problem, base, adapter, "safe-lora")
         pairs = sum(pair.lora_b.shape[0] for pair in adapter.values())
         if layers is not None and layers > pairs:
@@ -90,14 +89,14 @@ def _cosine(pair: LoraPair, projected: jax.Array) -> jax.Array:
     before = inner_product(pair.lora_a, pair.lora_b, pair.lora_b)
     after = inner_product(pair.lora_a, projected, projected)
     between = inner_product(pair.lora_a, projected, pair.lora_b)
-    # Norms first: the product of the squares leaves float32's range for small updates.
+    # Roots first: for small updates the product of the squares would underflow.
     size = jnp.sqrt(jnp.maximum(before, 0.0)) * jnp.sqrt(jnp.maximum(after, 0.0))
     cosine = jnp.where(size > 0, between / jnp.where(size > 0, size, 1.0), 0.0)
     return jnp.where(before > 0, cosine, 1.0)
 
 
 def _smallest(cosine: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """Marks the ``count`` smallest of all cosines; of equal ones the first."""
+    """Mark the ``count`` smallest of all cosines; among equal ones, the first."""
     names = list(cosine)
     flat = np.concatenate([cosine[name] for name in names])
     marks = np.zeros(flat.shape, bool)
@@ -107,7 +106,7 @@ def _smallest(cosine: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray
 
 
 def _replaced(pair: LoraPair, projected: jax.Array, chosen: np.ndarray) -> LoraPair:
-    """The pair with B C in the chosen layers, its own bits elsewhere."""
+    """The pair with B C in the chosen layers and unchanged bits elsewhere."""
     lora_b = jnp.where(
         chosen[:, None, None], projected.astype(pair.lora_b.dtype), pair.lora_b
     )

@@ -7,17 +7,18 @@ Guo, Wu, Yiu, arXiv:2604.17691. In the paper's symbols, for each layer i:
     step from ĝ + γ ∇L_anchor               γ = 0.1
     L_anchor = mean over D_safe of KL(p_{θ_{t−1}} ‖ p_{θ_t})
 
-V_i are the leading eigenvectors of the Fisher on the calibration set, merged with
-those of the adapted model after each domain (incremental SSI); θ_{t−1} is the model
-as it stood before domain t. Only the task gradient is projected. Monitoring and
-repair belong to the pipeline; :attr:`Method.monitored` asks for them.
+V_i are the leading eigenvectors of the Fisher on the calibration set, merged with those
+of the adapted model after each domain (incremental SSI). θ_{t−1} is the model before
+domain t. Only the task gradient is projected. Monitoring and repair belong to the
+pipeline; :attr:`Method.monitored` requests them.
 
-``safeanchor`` is as published: the *gradient* is projected before AdamW (which can
-leak back into V), bases merge unweighted, α comes from the raw trace.
-``safeanchor-exact`` is ours: the *update* is projected after AdamW, bases merge by
-eigenvalue, traces are normalised to mean 1, so that α is free of F's scale; the anchor
-holds the aligned model θ_0 instead of θ_{t−1}, which would make what one domain lets
-slip the next one's reference; ρ = 0.8 leaves the first domain room to be learnt.
+``safeanchor`` is as published: the *gradient* is projected before AdamW (which can leak
+back into V), bases merge unweighted, and α comes from the raw trace.
+
+``safeanchor-exact`` is ours. It projects the *update* after AdamW and merges bases by
+eigenvalue. It normalises traces to mean 1, so that α does not depend on F's scale. Its
+anchor holds the aligned model θ_0; with θ_{t−1}, whatever one domain lets slip would
+become the next domain's reference. Its ρ = 0.8 leaves the first domain room to learn.
 
 Choices that no public source fixes: an anchor minibatch is half a task batch, drawn
 with replacement; one adapter continues through all domains.
@@ -45,8 +46,8 @@ OURS: dict[str, Any] = {
     "kl_reference": "aligned",
     "energy": 0.8,
 }
-"""Where `safeanchor-exact` differs from what is published. The first three were set
-when it was written, the others chosen on two validation seeds."""
+"""Options in which `safeanchor-exact` differs from the published method. The first
+three were set when it was written, the others were chosen on two validation seeds."""
 
 
 @checked
@@ -77,41 +78,41 @@ def safeanchor(
     selectivity: bool = True,
     monitored: bool = True,
 ) -> Method:
-    """SafeAnchor as published, every part of it an option.
+    """SafeAnchor as published, with every part an option.
 
     Args:
       projection: ``"gradient"`` before AdamW (published), ``"update"`` after it,
         ``"metric"`` after it in Adam's own metric, in which the projected step still
         descends, or ``"none"``.
-      weighting: of the merge: ``"uniform"`` (published), ``"eigenvalue"``, or
-        ``"unit-trace"``, by the eigenvalues of each Fisher over its trace, so that none
+      weighting: weights in a merge: ``"uniform"`` (published), ``"eigenvalue"``, or
+        ``"unit-trace"``, each Fisher's eigenvalues over its trace, so that no Fisher
         outweighs the others.
-      normalisation: of tr F in α: ``"none"`` (published), ``"mean"`` (mean over
-        layers = 1), ``"kind"`` (the same of queries, keys, values and outputs each) or
-        ``"parameter"``.
+      normalisation: of tr F in α: ``"none"`` (published), ``"mean"`` (mean over all
+        layers = 1), ``"kind"`` (mean 1 separately for queries, keys, values and
+        outputs) or ``"parameter"``.
       strictness: λ ≥ 0.
       energy: ρ in (0, 1].
       max_rank: cap on the columns of one layer's basis.
       fisher: ``"empirical"`` (published; the data's answers) or ``"sampled"`` (answer
         tokens drawn from the model).
       reduction: log p(y | x) as the ``"sum"`` (published) or ``"mean"`` over tokens.
-      calibration_tokens: first tokens of an answer that the Fisher sees, where it is
-        decided whether the answer refuses; None for all of them (published).
-      contrast: ε of directions that lead in F_safety against F_benign (see
-        :func:`sbr_jax.contrast`), from ``calibration_controls["benign"]``; None for the
-        leading ones of F_safety (published).
+      calibration_tokens: how many first tokens of an answer the Fisher sees; they
+        decide whether the answer refuses. None for all tokens (published).
+      contrast: ε for directions that are large in F_safety relative to F_benign (see
+        :func:`sbr_jax.contrast`), which comes from ``calibration_controls["benign"]``;
+        None for the leading directions of F_safety (published).
       basis: ``"safety"``, or a control: ``"random"`` and ``"shuffled"`` of the same
         rank, ``"benign"`` from benign calibration data.
       relax: α from the trace; False is strict projection (α = 0).
       update_subspace: merge in the adapted model's subspace after each domain.
-      refresh_every: also recompute it every so many steps inside a domain.
+      refresh_every: steps between further merges inside a domain; None for none.
       protect_a: ``"perturb"`` protects A in the first domain, where B = 0 hides it
         (see :mod:`sbr_jax.methods._ssi`); ``"none"`` is as published.
       keep_base: never drop the first subspace from a merge.
       kl_weight: γ ≥ 0; 0 switches the anchor off.
-      kl_reference: whose answers the anchor holds: ``"previous"``, the model before
-        the domain (θ_{t−1}, published), or ``"aligned"``, the one before all (θ_0), so
-        that what a domain lets slip is not the next one's reference.
+      kl_reference: the model whose answers the anchor holds: ``"previous"``, the model
+        before the domain (θ_{t−1}, published), or ``"aligned"``, the model before all
+        domains (θ_0), so that slips in one domain do not move the reference.
       kl_direction: ``"forward"``, KL(reference ‖ model) (published), or ``"reverse"``.
       kl_batch_size: safety examples of one anchor gradient (None: half the task batch).
       replay_bypass: in a repair, let the safety gradient bypass the projection
@@ -122,11 +123,11 @@ def safeanchor(
       monitored: run CSM.
 
     Returns:
-      The method. Its ``init`` warns with :class:`InertProjectionWarning` when α is
-      above 0.95 in every layer, or on average in those of one kind of projection.
+      The method. Its ``init`` warns with :class:`InertProjectionWarning` if α is above
+      0.95 in every layer, or on average over the layers of one kind of projection.
 
     Raises:
-      UserError: for a control, or a bypass, of a projection that is not there.
+      UserError: for a control or a bypass without a projection.
     """
     method = Method("safeanchor", monitored)
     if projection == "none" and (basis != "safety" or replay_bypass):
@@ -174,18 +175,18 @@ def safeanchor(
 
 
 OPTIONS = tuple(inspect.signature(safeanchor).parameters)
-"""Names of its options."""
+"""Names of the options of `safeanchor`."""
 
 
 def safeanchor_exact(**options: Any) -> Method:
-    """SafeAnchor that projects the step it applies: our recipe.
+    """SafeAnchor that projects the applied step: our recipe.
 
     **Guarantee.** Where α = 0, as with ``relax=False``, the applied step of the task is
-    orthogonal to the safety subspace, with AdamW's scaling, momentum and weight decay
-    included. With the default's α above 0 a part of it lies inside.
+    orthogonal to the safety subspace, including AdamW's scaling, momentum and weight
+    decay. Where α is above 0, as by default, a part of the step lies inside.
 
     Args:
-      **options: of :func:`safeanchor`; the defaults that differ are
+      **options: options of :func:`safeanchor`. The defaults that differ are
         ``projection="update"``, ``weighting="eigenvalue"``, ``normalisation="mean"``,
         ``kl_reference="aligned"`` and ``energy=0.8``.
 
@@ -198,7 +199,7 @@ def safeanchor_exact(**options: Any) -> Method:
 
 
 def _bypassing_replay(problem, base, adapter, state, batch, safe, weight, key):
-    """The gradient of a repair, of which only the task's is projected."""
+    """The gradient of a repair in which only the task's part is projected."""
     task_key, safe_key = jax.random.split(key)
     grads, _, metrics = task_gradient(problem, base, adapter, state, batch, task_key)
     loss, pull = jax.value_and_grad(

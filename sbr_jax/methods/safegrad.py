@@ -1,4 +1,4 @@
-"""SafeGrad: remove from the task gradient what opposes the alignment gradient.
+"""SafeGrad: remove the part of the task gradient that opposes the alignment gradient.
 
 arXiv:2508.07172. With both gradients as vectors over all parameters,
 
@@ -9,13 +9,13 @@ arXiv:2508.07172. With both gradients as vectors over all parameters,
 Symbols: θ adapter, θ₀ the aligned model without adapter, g_u task gradient, g_a
 alignment gradient, ρ ``kl_weight``, τ ``temperature`` of both distributions.
 
-At θ₀ the divergence is at its minimum and g_a = 0 up to rounding, whose direction
-means nothing; a projection would remove it at full strength all the same. So below
-10⁻⁶ of ‖g_u‖, about what rounding leaves, g_a counts as no direction.
+At θ₀ the divergence is at its minimum, and g_a is 0 up to rounding. The direction of
+that rounding means nothing, yet a projection would remove it at full strength. So if
+‖g_a‖ is below 10⁻⁶ ‖g_u‖, about the size of rounding, nothing is removed.
 
-The hook sees one microbatch: with gradient accumulation each microbatch is tested for
-conflict, and projected, against its own share of the safety examples. Then the mean
-differs from one big batch's, and ``conflict`` is the share of microbatches.
+The hook sees one microbatch. With gradient accumulation, each microbatch is tested for
+conflict, and projected, against its own share of the safety examples. The mean then
+differs from that of one big batch, and ``conflict`` is the share of microbatches.
 """
 
 import jax
@@ -29,7 +29,7 @@ from sbr_jax.settings import Count, NonNegative, Positive
 from sbr_jax.typing import PyTree
 
 FLOOR = 1e-6
-"""Where ‖g_a‖ is below this share of ‖g_u‖, it is rounding."""
+"""If ‖g_a‖ is below this share of ‖g_u‖, g_a is rounding."""
 
 
 @checked
@@ -50,8 +50,8 @@ def safegrad(
       monitored: run CSM.
 
     Returns:
-      The method. It reports ``alignment`` (the divergence from θ₀), ``cosine`` (of
-      g_u and g_a, before) and ``conflict`` (1 where something was removed).
+      The method. It reports ``alignment`` (the divergence from θ₀), ``cosine`` (of g_u
+      and g_a, before the projection) and ``conflict`` (1 if something was removed).
     """
 
     def init(problem, base, adapter, key):
@@ -77,12 +77,12 @@ def safegrad(
 def resolve_conflict(
     task: PyTree, alignment: PyTree
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-    """Projects g_u off g_a where they oppose each other.
+    """Project g_u off g_a if they oppose each other.
 
     ``g_u − min(⟨g_u, g_a⟩, 0) / ‖g_a‖² · g_a``, as one vector over all leaves.
 
     **Guarantee**: afterwards ⟨g_u, g_a⟩ ≥ 0 up to rounding; without conflict g_u is
-    unchanged bit for bit; the norm never grows. Where ‖g_a‖ ≤ 10⁻⁶ ‖g_u‖ nothing is
+    unchanged bit for bit; the norm never grows. If ‖g_a‖ ≤ 10⁻⁶ ‖g_u‖, nothing is
     removed.
 
     Returns:
@@ -96,7 +96,7 @@ def resolve_conflict(
     u, a = (jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in (task, alignment))
     norm_u, norm_a = optax.tree.norm(u), optax.tree.norm(a)
     usable = norm_a > FLOOR * norm_u
-    # Dividing one norm at a time: ‖g_a‖² of a small gradient underflows.
+    # Divide by one norm at a time, because ‖g_a‖² of a small gradient underflows.
     along = optax.tree.vdot(u, a) / jnp.where(usable, norm_a, 1.0)
     conflict = usable & (along < 0)
     share = jnp.where(conflict, along, 0.0) / jnp.where(usable, norm_a, 1.0)

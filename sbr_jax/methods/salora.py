@@ -1,21 +1,22 @@
-"""SaLoRA: an update that cannot move the outputs along the safety directions.
+"""SaLoRA: an update that cannot move outputs along the safety directions.
 
-Li, Si, Backes, Zhang, Wang, arXiv:2501.01765. Per layer and projection, with Y = X W
-the outputs at the answer tokens of safety examples, before fine-tuning:
+Li, Si, Backes, Zhang, Wang, arXiv:2501.01765. For each layer and projection, with
+Y = X W the outputs at the answer tokens of safety examples before fine-tuning:
 
     V_s = leading r_s right singular vectors of Y        C = I − V_s V_sᵀ
     ΔW = scale · A B C
 
-(in the paper's layout W X and C B A; here W is ``[in, out]`` and C acts on the right).
-Training differentiates through C; what is deployed has C folded into B.
+(The paper writes W X and C B A; here W is ``[in, out]`` and C acts on the right.)
+Training differentiates through C; the deployed adapter has C folded into B.
 
 **Guarantee.** x ΔW V_s = 0 for every input x: whatever is learnt, a projection adds
-nothing along its safety directions. Only V_s is kept, ``[L, out, r_s]``, never C.
+nothing along its safety directions. Only V_s ``[L, out, r_s]`` is kept, never C.
 
-Left out: the original starts A and B from an SVD of W filtered by task outputs, and
-shifts W by −A B C so that step 0 equals the aligned model. No hook sees a domain's data
-before its first step, and one adapter continues through all domains. Here A and B start
-as every other method's do, with B = 0, so step 0 equals the aligned model as well.
+One part of the original is left out: it starts A and B from an SVD of W filtered by
+task outputs, and shifts W by −A B C so that step 0 equals the aligned model. Here no
+hook sees a domain's data before its first step, and one adapter continues through all
+domains. A and B start like those of every other method, with B = 0, so step 0 equals
+the aligned model too.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def salora(
 
     Args:
       safety_rank: r_s, at least 1 and below the outputs of every adapted projection.
-      examples: how many of the calibration set give the safety outputs.
+      examples: number of calibration examples that give the safety outputs.
       monitored: run CSM; a repair goes through C too.
 
     Returns:
@@ -63,7 +64,7 @@ def salora(
         return {"directions": directions, "diagnostics": {"safety_energy": energy}}
 
     def through(hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook at A B C, its gradient pulled back to A and B."""
+        """The hook applied to A B C, with its gradient pulled back to A and B."""
 
         def gradient(problem, base, adapter, state, *rest):
             constrained, pull = jax.vjp(
@@ -86,13 +87,13 @@ def constrain(
 ) -> dict[str, LoraPair]:
     """The adapter with C folded into B: ``B − (B V_s) V_sᵀ``; A stays.
 
-    **Guarantee**: applying it twice is applying it once, to rounding. V_s is
+    **Guarantee**: applying this twice equals applying it once, up to rounding. V_s is
     ``[L, out, r_s]`` for every pair, with orthonormal columns.
     """
 
     def fold(pair: LoraPair, basis: jax.Array) -> LoraPair:
         lora_b = pair.lora_b.astype(jnp.float32)
-        # By default accelerators would leave up to a thousandth of B along V_s.
+        # At default precision, accelerators leave up to a thousandth of B along V_s.
         along = jnp.einsum("lro,los->lrs", lora_b, basis, precision="highest")
         inside = jnp.einsum("lrs,los->lro", along, basis, precision="highest")
         lora_b = lora_b - inside
@@ -102,7 +103,7 @@ def constrain(
 
 
 def _check_rank(rank: int, adapter: PyTree, data: TokenDataset) -> None:
-    """Refuses a rank that leaves no update, or directions that no token supports."""
+    """Refuse a rank that leaves no update, or that exceeds the answer tokens."""
     for name, pair in adapter.items():
         width = pair.lora_b.shape[-1]
         if rank >= width:
@@ -121,7 +122,7 @@ def _check_rank(rank: int, adapter: PyTree, data: TokenDataset) -> None:
 def _output_gram(
     problem: Problem, base: PyTree, data: TokenDataset, target: str
 ) -> jax.Array:
-    """YᵀY ``[L, out, out]`` of one projection; its memory does not grow with data."""
+    """YᵀY ``[L, out, out]`` of one projection; memory does not grow with the data."""
     depth, _, width = base["layers"][target].shape
     gram = jnp.zeros((depth, width, width), jnp.float32)
     parts = -(-len(data) // problem.hardware.fisher_microbatch)

@@ -1,21 +1,21 @@
 """SBR: hold the last hidden state of a few harmful prompts where alignment left it.
 
 Lu, Sha, Wang, Sun, Zhou, Dai, Xiao, arXiv:2605.05995 (Safety Anchor). Weights are so
-redundant that harmful fine-tuning finds a way around a constraint on them; but every
-answer has to pass the unembedding. So the state that enters it is held there:
+redundant that harmful fine-tuning finds a way around a constraint on them, but every
+answer has to pass the unembedding. So SBR holds the state that enters the unembedding:
 
     L = L_task + λ L_anchor                                    λ = 50
     L_anchor = (1/K) Σ_k ‖h_θ(x_k) − h_θ₀(x_k)‖² / D
 
 h is the state after the final norm at the last token of the prompt, the position that
 predicts the first answer token; θ₀ is the aligned model. The paper writes the squared
-norm; its code, and with it the published λ, takes the mean over the D entries.
+norm. Its code takes the mean over the D entries, and the published λ belongs to that.
 
-All K anchors are in every step. Published: eight requests written by hand. Here they
+Every step uses all K anchors. The paper's are eight requests written by hand. Here they
 are drawn from the defender's own harmful requests, without their answers.
 
-Choices that no public source fixes: no LoRA dropout in the anchors' pass; the states
-stay those of the aligned model through all domains; a repair is anchored as well.
+Choices that no public source fixes: the anchors' pass has no LoRA dropout; the held
+states are the aligned model's in all domains; repairs are anchored too.
 
 Symbols: θ adapter, x prompt, K anchors, N examples, B batch, T tokens, D width.
 """
@@ -43,7 +43,7 @@ Anchors = Mapping[str, jax.Array]
 """``{"tokens": int32 [K, T], "last": int32 [K]}``: prompts, and where each one ends."""
 
 BATCH = 16
-"""Examples of the task batch that the cost of an anchor is a share of."""
+"""Examples in a task batch, for the cost of anchors."""
 
 
 @checked
@@ -57,15 +57,15 @@ def sbr(
     """SBR with the published defaults.
 
     Args:
-      anchors: K ≥ 1, drawn from ``problem.harmful``; seeds draw different ones.
+      anchors: K ≥ 1, drawn from ``problem.harmful``; each seed draws its own.
       anchor_weight: λ ≥ 0; 0 is plain fine-tuning that reports how far states drift.
-      reduction: ``"mean"`` over the D entries of a state (the code; λ = 50 belongs to
-        it) or their ``"sum"`` (the paper's formula; a factor D more at the same λ).
+      reduction: ``"mean"`` over the D entries of a state (the code, to which λ = 50
+        belongs) or their ``"sum"`` (the paper's formula; D times larger at the same λ).
       monitored: run CSM.
 
     Returns:
       The method. It reports ``anchor``, L_anchor without λ. Its ``optimizer``, which is
-      asked for before any work, raises a UserError where there are not as many distinct
+      built before any other work, raises a UserError if there are fewer than K distinct
       harmful prompts.
 
     References:
@@ -92,16 +92,16 @@ def with_hidden_anchor(
     reduction: str = "mean",
     bare: bool = False,
 ) -> Method:
-    """Adds λ L_anchor to every step of a method, repairs included.
+    """Add λ L_anchor to every step of a method, including repairs.
 
     Args:
       method: any defence.
-      name: of the penalty, in the state and among the metrics.
+      name: name of the penalty in the state and the metrics.
       anchors: K.
       weight: λ.
-      reduction: of a state's entries.
-      bare: measure the references without the fresh adapter (which changes nothing but
-        the rounding), and report the penalty with λ.
+      reduction: reduction over a state's entries.
+      bare: measure the references without the fresh adapter, which only changes their
+        rounding, and report the penalty including λ.
 
     Returns:
       The method. Its ``optimizer`` refuses too few harmful prompts.
@@ -132,8 +132,8 @@ def distinct_anchors(dataset: TokenDataset | None, count: int) -> TokenDataset:
     """Distinct prompts of a data set, to draw anchors from.
 
     Raises:
-      UserError: without requests, for one without a prompt or an answer, or where there
-        are fewer than ``count`` distinct prompts.
+      UserError: without requests, for a request without a prompt or an answer, or for
+        fewer than ``count`` distinct prompts.
     """
     if dataset is None or not len(dataset):
         raise UserError(
@@ -159,15 +159,15 @@ def distinct_anchors(dataset: TokenDataset | None, count: int) -> TokenDataset:
 def anchor_prompts(
     dataset: TokenDataset | None, count: int, key: jax.Array
 ) -> dict[str, jax.Array]:
-    """Draws K = ``count`` distinct prompts and cuts their answers off.
+    """Draw K = ``count`` distinct prompts and cut off their answers.
 
-    **Guarantee**: with one key, fewer anchors are the first of more. Any key gives the
-    same shapes (T is the longest prompt of the whole set), so that seeds can be stacked
-    and share a program. Nothing of an answer is left.
+    **Guarantee**: with the same key, a smaller draw is the start of a larger one. Every
+    key gives the same shapes (T is the longest prompt of the whole set), so that seeds
+    can be stacked and share a program. Nothing of an answer is left.
 
     Returns:
-      ``tokens [K, T]``, zero after the prompt, and the last place of each, ``last
-      [K]``.
+      ``tokens [K, T]``, zero after the prompt, and ``last [K]``, each prompt's last
+      place.
 
     Raises:
       UserError: as :func:`distinct_anchors`.
@@ -195,7 +195,7 @@ def prompt_states(
 ) -> jax.Array:
     """States ``[K, D]`` after the final norm at the last token of each prompt.
 
-    **Guarantee**: with a causal model the padding has no influence.
+    **Guarantee**: with a causal model, padding has no influence.
     """
     hidden = answers.hidden(apply_fn, base, adapter, anchors)
     places = anchors["last"][:, None, None]
@@ -211,8 +211,8 @@ def reference_states(
 ) -> jax.Array:
     """States h_θ₀(x_k) to hold, float32 ``[K, D]``, measured once.
 
-    A fresh adapter, or None, changes nothing; with one that has learned something it is
-    *that* model which is held.
+    With a fresh adapter or None, these are the aligned model's states. With a trained
+    adapter, they are the trained model's.
     """
     with _mesh.using(_mesh.holding(base)):
         states = _compiled_states(problem.apply_fn, base, adapter, anchors)

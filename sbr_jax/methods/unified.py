@@ -1,19 +1,21 @@
-"""Unified: our best. Three defences in one chain, each part removable.
+"""Unified: our best method, three defences in one chain, each removable.
 
     step from P⊥ ∇[mean_i α_i NLL_i] + ∇[mean_i β_i KL(p_ref ‖ p_θ)_i + λ L_anchor]
 
-P⊥ is SafeAnchor-exact's update projection (:mod:`sbr_jax.methods.safeanchor`): it keeps
-what ordinary examples teach from moving what safety depends on. L_anchor is SBR's
-(:mod:`sbr_jax.methods.sbr`): it holds the last hidden states of a few harmful prompts.
-α and β are risk-adaptive (:mod:`sbr_jax.methods.risk`): an example that is risky to
-learn is not learned but tied to the aligned model. Each answers what the others cannot:
-a projection does not stop an example that asks for harm, anchors hold but a few points,
-and risk weights do nothing against benign drift.
+- P⊥ is SafeAnchor-exact's update projection (:mod:`sbr_jax.methods.safeanchor`). It
+  keeps ordinary examples from moving the directions that safety depends on.
+- L_anchor is SBR's (:mod:`sbr_jax.methods.sbr`). It holds the last hidden states of a
+  few harmful prompts.
+- α and β are risk-adaptive (:mod:`sbr_jax.methods.risk`). A risky example is tied to
+  the aligned model instead of learned.
 
-With β from 0 to 1, an example without risk costs nothing and one of certain risk is not
-learned at all (α = 0); the published bounds are 0.1 and 0.9. λ = 0.5 was chosen on the
-testbed's validation split: at the published 50 the first domain is learnt to 60 %, and
-with risk weights beside them the anchors need not be so strong.
+Each covers a gap of the others: a projection does not stop an example that asks for
+harm, anchors hold only a few points, and risk weights do nothing against benign drift.
+
+With β from 0 to 1, an example without risk is learned fully and an example of certain
+risk is not learned at all (α = 0); the published bounds are 0.1 and 0.9. λ = 0.5 was
+chosen on the testbed's validation split: at the published 50, the first domain is
+learnt to 60 % only, and beside risk weights the anchors need not be so strong.
 
 Symbols: α, β weights of example i, λ weight of the anchors, K anchors, γ weight of
 SafeAnchor's own anchor on D_safe.
@@ -52,10 +54,10 @@ def unified(
       project: False removes the projection.
       anchors: K harmful prompts whose states are held; 0 removes them.
       anchor_weight: λ ≥ 0, for the mean over a state's entries.
-      risk: who rates examples: ``"probe"`` on the aligned model's activations,
-        ``"judge"`` of the study, or ``"none"`` to learn all alike.
+      risk: rater of the examples: ``"probe"`` on the aligned model's activations, the
+        study's ``"judge"``, or ``"none"`` to learn all examples equally.
       beta_min: β of an example without risk.
-      beta_max: β of one of certain risk.
+      beta_max: β of an example of certain risk.
       kl_weight: γ ≥ 0; 0 removes SafeAnchor's own anchor.
       max_rank: cap on the columns of one layer's basis.
       control_spectrum: also report the spectrum of the random control, and how

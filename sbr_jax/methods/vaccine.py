@@ -1,6 +1,6 @@
-"""Vaccine: align under the worst small disturbance of every attention output.
+"""Vaccine: align under the worst small disturbance of the attention outputs.
 
-Huang, Hu, Liu, arXiv:2402.01109. An alignment stage of two passes per step:
+Huang, Hu, Liu, arXiv:2402.01109. This is an alignment stage with two passes per step:
 
     g_l = ∂L_safe / ∂h_l                       at e = 0
     e_l = ρ g_l / (‖(g_1 … g_L)‖ + 1e-7)       ρ = 2
@@ -9,11 +9,11 @@ Huang, Hu, Liu, arXiv:2402.01109. An alignment stage of two passes per step:
 h_l is layer l's attention output, after the output projection and before the residual
 sum; the norm runs over all layers, examples and positions at once. Published: 2,000
 safe examples, 50 epochs of batches of 5 (20,000 steps), learning rate 1e-3 with 10 %
-of warm-up and a cosine, weight decay 0.1, LoRA r 8. Here the stage lasts as long as
-one domain unless told otherwise, with the study's adapter shape; for
-what else differs see :mod:`sbr_jax.methods._alignment_stage`.
+warm-up and a cosine, weight decay 0.1, LoRA r 8. Here the stage uses the study's
+adapter shape and by default lasts as long as one domain;
+:mod:`sbr_jax.methods._alignment_stage` lists the other differences.
 
-One choice of ours: both passes share a dropout mask, so that the disturbance belongs to
+One choice is ours: both passes share a dropout mask, so that the disturbance belongs to
 the function that is then trained.
 
 Symbols: L layers, B examples, T tokens, D width, w the adapter.
@@ -46,10 +46,10 @@ def vaccine(
 
     Args:
       radius: ρ ≥ 0; 0 is alignment without a disturbance.
-      steps: of the stage (None: as many as one domain has; published: 20,000).
+      steps: steps of the stage (None: as many as one domain has; published: 20,000).
       batch_size: safety examples of a step (None: the study's; published: 5).
-      learning_rate: peak of the stage.
-      weight_decay: of the stage.
+      learning_rate: peak learning rate of the stage.
+      weight_decay: weight decay of the stage.
       monitored: run CSM.
 
     Returns:
@@ -78,7 +78,7 @@ def vaccine_gradient(
     key: jax.Array,
     radius: float,
 ) -> tuple[PyTree, jax.Array]:
-    """∇_w L(w; h + e) with the worst e of norm ρ, held constant, and that loss."""
+    """∇_w L(w; h + e) and L, with the worst e of norm ρ held constant."""
     shift = perturbation(problem, base, adapter, batch, key, radius)
     loss, grads = jax.value_and_grad(
         lambda a: shifted_loss(problem, base, a, batch, key, shift)
@@ -96,8 +96,8 @@ def perturbation(
 ) -> jax.Array:
     """e_l = ρ g_l / (‖g‖ + 1e-7), ``[L, B, T, D]``: where the loss rises fastest.
 
-    In the dtype of the residual stream; of norm ρ, up to 1e-7 / ‖g‖ of it, and 0 where
-    no answer token listens.
+    In the dtype of the residual stream. Its norm is ρ, up to a share 1e-7 / ‖g‖, and it
+    is 0 at places that affect no answer token.
     """
     depth = base["layers"]["q_proj"].shape[0]
     embed = base["embed"]

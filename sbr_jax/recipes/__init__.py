@@ -1,6 +1,6 @@
 """Recipes: named presets with every number of an experiment, and nothing else.
 
-Their names alone load nothing, so that a mistyped one is told at once.
+Looking up a name loads nothing, so that a mistyped name is reported at once.
 """
 
 import importlib
@@ -22,11 +22,11 @@ MODULES = {
     "realtext": "realtext",
     "smollm2": "smollm2",
 }
-"""Name of a preset to its module in this package."""
+"""Maps the name of a preset to its module in this package."""
 
 
 def load(name: str) -> "Preset":
-    """The preset of a name."""
+    """Return the preset with this name."""
     if name not in MODULES:
         raise errors.unknown("preset", name, MODULES)
     return importlib.import_module(f"{__name__}.{MODULES[name]}").PRESET

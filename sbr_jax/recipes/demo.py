@@ -1,10 +1,10 @@
-"""The demo: plain LoRA against both recipes of SafeAnchor, three seeds.
+"""The demo: plain LoRA against both recipes of SafeAnchor, on three seeds.
 
     make demo
     python -m experiments.run demo --workdir runs/demo
 
 Cost: about 5 minutes on two cores. Expected: the composite of plain LoRA falls from 100
-to about 44, `safeanchor-exact` retains 100 %.
+to about 44; `safeanchor-exact` retains 100 %.
 """
 
 import dataclasses

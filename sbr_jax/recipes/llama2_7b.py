@@ -3,19 +3,19 @@
     python -m experiments.run llama2-7b --workdir runs/llama2-7b
         --model FOLDER_OR_HUB_ID --data FOLDER [--dry-run]
 
-5,000 examples and 3 epochs a domain, 16 a step (8, accumulated twice); LoRA of rank 16,
-alpha 32 and dropout 0.05 on queries, keys, values and outputs; AdamW at 2e-4 with 3 %
-warm-up and a cosine to 1e-6; 512 tokens; 500 calibration examples; a probe of 200
-prompts with answers of 256 tokens; five seeds. Any chat checkpoint of a known family
-does in the place of Llama's.
+Each domain has 5,000 examples and 3 epochs, with 16 examples a step (8, accumulated
+twice). LoRA has rank 16, alpha 32 and dropout 0.05 on queries, keys, values and
+outputs. AdamW runs at 2e-4 with 3 % warm-up and a cosine to 1e-6. Sequences have 512
+tokens. There are 500 calibration examples, a probe of 200 prompts with answers of 256
+tokens, and five seeds. Any chat checkpoint of a known family can replace Llama's.
 
-Where this differs from the paper: the probe's prompts are in no measurement (there they
-are HarmBench's own), and a data set that the folder lacks is replaced by the stand-in
-that `config.json` names. Safe LoRA needs the weights before alignment as well:
+Two things differ from the paper. No measurement uses the probe's prompts (the paper's
+are HarmBench's own). A data set that the folder lacks is replaced by the stand-in that
+`config.json` names. Safe LoRA also needs the weights before alignment:
 `--methods safe-lora --study.unaligned-folder FOLDER`.
 
-Cost: `--dry-run` computes it, and reads no weights; docs/real-models.md has a table.
-Expected: as published, and not run here, plain LoRA falls from a composite of 91.4 to
+Cost: `--dry-run` computes it without reading weights; docs/real-models.md has a table.
+Expected: in the paper (not run here), plain LoRA falls from a composite of 91.4 to
 43.6, SafeAnchor to 85.2. The 91.4 is out of reach with TruthfulQA's MC2.
 """
 
@@ -78,7 +78,7 @@ PRESET = Preset(
         fisher_examples=None,
         fisher_buffer=512,
     ),
-    # Five seeds at once would hold five times the activations, and a killed domain
+    # Five seeds at once would need five times the activations, and a killed domain
     # should not start over.
     hardware=Hardware(
         accumulation=2,

@@ -3,13 +3,14 @@
     sbr-jax tune --model FOLDER_OR_HUB_ID --train FILE --output FOLDER
         [--harmful FILE] [--safety FILE] [--eval FILE] [--method NAME] [--epochs 3]
 
-Three epochs, 8 examples a step; LoRA of rank 16 and alpha 32 on queries, keys, values
-and outputs; AdamW at 2e-4 with 3 % warm-up and a cosine to a two-hundredth. Steps
-follow the data; a repair is a fifth of a domain's steps, as in arXiv:2604.17691.
+Training takes three epochs with 8 examples a step. LoRA has rank 16 and alpha 32 on
+queries, keys, values and outputs. AdamW runs at 2e-4 with 3 % warm-up and a cosine to a
+two-hundredth. The number of steps follows from the data; a repair takes a fifth of a
+domain's steps, as in arXiv:2604.17691.
 
-The default is `safegrad`: of the rows that need safe exchanges only, it held benign
-drift and poison alike on the testbed and learnt everything (docs/results.md); it was
-not compared on a real chat model yet. The monitor is on where harmful prompts are
+The default is `safegrad`. Among the methods that need only safe exchanges, it withstood
+both benign drift and poison on the testbed and learnt everything (docs/results.md). It
+has not been compared on a real chat model yet. The monitor is on if harmful prompts are
 given. The spectrum of random tokens, which costs a second Fisher, is off.
 
 Cost: printed before it starts. Expected: depends on the model and the data.
@@ -24,7 +25,7 @@ METHOD = "safegrad"
 EPOCHS = 3.0
 
 TRAINING = Training(
-    steps_per_domain=200,  # Where --epochs is not what decides.
+    steps_per_domain=200,  # Used only if --epochs does not decide.
     batch_size=8,
     learning_rate=2e-4,
     warmup_fraction=0.03,
@@ -46,7 +47,7 @@ TRAINING = Training(
     fisher_buffer=256,
 )
 
-# Refusing is learnt soon, by all projections, and overdone as soon.
+# With all projections adapted, the model soon learns to refuse, and soon too much.
 ALIGNING = dataclasses.replace(
     TRAINING,
     learning_rate=1e-3,
@@ -54,14 +55,14 @@ ALIGNING = dataclasses.replace(
     warmup_fraction=0.1,
 )
 
-# Seldom more than one seed; a step may take seconds, and its loss is looked at.
+# There is seldom more than one seed. A step may take seconds, so show every loss.
 HARDWARE = Hardware(
     vmap_seeds="no", checkpoint_every=50, log_every=1, fisher_microbatch=4
 )
 
 
 def _hyperparameters() -> Hyperparameters:  # pyright: ignore[reportInvalidTypeForm]
-    """The published ones, monitored, without the random control's spectrum."""
+    """Published hyper-parameters, monitored, without the random control's spectrum."""
     found = Hyperparameters()
     changed = {}
     for field in dataclasses.fields(found):

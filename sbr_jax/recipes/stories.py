@@ -3,16 +3,16 @@
     python -m experiments.run stories --workdir runs/stories
         [--data FOLDER] [--model FOLDER] [--domains gsm8k medmcqa ...]
 
-Proof that nothing is bound to the testbed: the same pipeline, with losses instead of
-judges. The model is no chat model, so there is no refusal to measure or to monitor; the
-Fisher comes from pairs of unsafe instructions and safe answers.
+It shows that nothing depends on the testbed: this is the same pipeline, with losses
+instead of judges. The model is not a chat model, so there is no refusal to measure or
+to monitor. The Fisher comes from pairs of unsafe instructions and safe answers.
 
 Cost: about 2 minutes per seed and variant on two cores; `--seed 0` for a first look.
-Expected: each domain's loss falls by 0.6 to 3.5 nats while it is learnt, and under
-plain LoRA the loss on held-out safe answers ends higher than it started (3.55 against
-3.14), under both recipes no higher. Without `--data` and `--model` the folder `shared`
-beside the repository is read. The premise, a low-rank safety spectrum,
-need not hold in so small a model: the report measures it and says so.
+Expected: each domain's loss falls by 0.6 to 3.5 nats while it is learnt. Under plain
+LoRA, the loss on held-out safe answers ends higher than it started (3.55 against 3.14);
+under both recipes it ends no higher. Without `--data` and `--model`, the folder
+`shared` beside the repository is read. The premise, a low-rank safety spectrum, need
+not hold in such a small model; the report measures the spectrum.
 """
 
 from sbr_jax.recipes.preset import Preset

@@ -3,18 +3,17 @@
     python -m experiments.sweep testbed-table --workdir runs/table --seeds 5
 
 A cell is one working directory: one preset with one sequence of domains and one set of
-settings. Its fields, all but the first optional:
+settings. All fields except the first are optional:
 
-    preset    of experiments.run
+    preset    name of a preset of experiments.run
     methods   variants; None for every defence at its published defaults
     domains   sequence; default: the preset's
-    changes   of the preset's study, training and methods, as config.json has them
-    attack    fields of experiments.attack (attack, ratio, examples, epochs): the cell
-              is then an attack
+    changes   changes of the preset's study, training and methods, as in config.json
+    attack    fields of experiments.attack (attack, ratio, examples, epochs), which
+              make the cell an attack
     first_seed  the first of its seeds; default: 0
 
-Tuned methods are a cell of their own: the folder of the published defaults has no
-place for them.
+Tuned methods have their own cell, because one folder holds one set of settings.
 """
 
 import itertools
@@ -24,7 +23,7 @@ from typing import Any
 
 from sbr_jax.recipes import tuning
 
-# Their first three, five and ten are the sequences of T = 3, 5 and 10 domains.
+# The first three, five and ten are the sequences of T = 3, 5 and 10 domains.
 from sbr_jax.recipes.testbed_hard import DOMAINS
 
 PAPERS = (
@@ -46,16 +45,16 @@ BASELINES = (
 )
 ORDERS = tuple(itertools.permutations(DOMAINS[:3]))
 SAMPLED = 6
-"""Orders of a longer sequence, of which the first is the default one."""
+"""Number of orders of a longer sequence; the first is the default order."""
 
 
 def sampled_orders(domains: tuple[str, ...], count: int) -> tuple[tuple[str, ...], ...]:
-    """The given order and further ones, drawn without repetition.
+    """The given order and further orders, drawn without repetition.
 
     >>> sampled_orders(("a", "b", "c"), 2)[0]
     ('a', 'b', 'c')
     """
-    # Of the standard library only `random()` is the same in every version of Python.
+    # Only `random()` gives the same values in every version of Python.
     draw = random.Random(0).random
     orders = {domains: None}
     while len(orders) < count:
@@ -80,7 +79,7 @@ RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 1.0)
 RATES = (3e-4, 1e-3)
 EPOCHS = (5, 20)
 PERSISTENT = ((0.1, 3e-4, 50), (0.1, 1e-3, 50))
-"""Ratio, rate and epochs of further cells: as long as the published long attack."""
+"""Ratio, rate and epochs of further cells, as long as the published long attack."""
 
 
 def _poisoned(ratio: float, rate: float, epochs: int) -> Mapping[str, Any]:
@@ -105,11 +104,11 @@ NORMALISED: Mapping[str, Mapping[str, Any]] = {
     "kind": {"normalisation": "kind"},
     "strict": {"relax": False},
 }
-"""Of the traces that relax a projection, or no relaxation."""
+"""Normalisations of the traces that relax a projection, or no relaxation."""
 
 
 def _projecting(projection: str, merge: str, normalised: str) -> Mapping[str, Any]:
-    """One way to project, alone: no anchor, no monitor, no share that only reports."""
+    """A single way to project, without anchor, monitor or shares that only report."""
     options = {**MERGES[merge], **NORMALISED[normalised]}
     options |= {"projection": projection, "selectivity": False}
     return {
@@ -124,7 +123,7 @@ def _projecting(projection: str, merge: str, normalised: str) -> Mapping[str, An
 
 
 SWEEPS: dict[str, Mapping[str, Mapping[str, Any]]] = {
-    # Every defence on the testbed, as published and at its best: work for processes.
+    # Every defence on the testbed, as published and tuned, for several processes.
     "testbed-table": {
         "papers": {"preset": "testbed", "methods": PAPERS},
         "baselines": {"preset": "testbed", "methods": BASELINES},
@@ -141,7 +140,7 @@ SWEEPS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "testbed-orders": _benign(ORDERS),
     "testbed-orders-5": _benign(sampled_orders(DOMAINS[:5], SAMPLED)),
     "testbed-orders-10": _benign(sampled_orders(DOMAINS, SAMPLED)),
-    # Where does an attack begin to work? A ratio of 0 is benign training as long.
+    # Where does an attack begin to work? A ratio of 0 is equally long benign training.
     "testbed-map": {
         f"ratio-{ratio}-rate-{rate:g}-epochs-{epochs}": _poisoned(ratio, rate, epochs)
         for ratio, rate, epochs in (
@@ -150,4 +149,4 @@ SWEEPS: dict[str, Mapping[str, Mapping[str, Any]]] = {
         )
     },
 }
-"""Name to cells, in the order in which they are run."""
+"""Maps a name to its cells, in the order in which they are run."""

@@ -1,13 +1,13 @@
-"""The testbed: three domains, five seeds, both recipes with ablations and controls.
+"""The testbed: three domains, five seeds, both recipes, ablations and controls.
 
     python -m experiments.run testbed --workdir runs/testbed
     python -m experiments.report runs/testbed
 
-Cost: see `experiments/README.md`. Expected: over five seeds plain LoRA falls
-from a composite of 100 to 45.7, `safeanchor-exact` retains 99.9 %. Learning rate,
-steps and rank were chosen on plain LoRA alone, before any defence was run, and are
-shared by all variants; a defence's own hyper-parameters are the published ones unless
-its variant says otherwise.
+Cost: see `experiments/README.md`. Expected: over five seeds, plain LoRA falls from a
+composite of 100 to 45.7, and `safeanchor-exact` retains 99.9 %. Learning rate, steps
+and rank were chosen on plain LoRA alone, before any defence was run, and all variants
+share them. A defence's own hyper-parameters are the published ones unless its variant
+says otherwise.
 """
 
 from sbr_jax.recipes.preset import Preset
@@ -43,8 +43,8 @@ PRESET = Preset(
         "safeanchor-exact:benign",
     ),
     seeds=(0, 1, 2, 3, 4),
-    # Calibrated on plain LoRA alone, then frozen. A repair is about a fifth of a
-    # domain's training as published, 200 of 940 steps, and a quarter here.
+    # Calibrated on plain LoRA alone, then frozen. A repair takes about a fifth of a
+    # domain's training in the paper (200 of 940 steps) and a quarter here.
     training=Training(
         steps_per_domain=80,
         batch_size=16,

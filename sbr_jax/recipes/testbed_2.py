@@ -1,14 +1,14 @@
-"""The second testbed: erosion in every order, harm that no defence sees.
+"""The second testbed: erosion in every order, and harm that no defence sees.
 
     python -m experiments.run testbed-2 --workdir runs/testbed-2
     python -m experiments.report runs/testbed-2
 
-Cost: a domain of plain LoRA takes some 6 s on one core, all scores after it about 20.
-Expected: on the validation split plain LoRA falls from a composite of 95.8 to between
-37 and 71 in the six orders of its domains, and learns each to 92 at least. Learning
-rate and the share of alignment that is kept were chosen on plain LoRA alone, with a
-seed that no table uses, before any defence was run; `docs/testbed2.md` has what the
-model misses.
+Cost: about 6 s on one core for a domain of plain LoRA, and about 20 s for all scores
+after it. Expected: on the validation split, plain LoRA falls from a composite of 95.8
+to between 37 and 71 over the six orders of its domains, and learns each domain to at
+least 92. Learning rate and the kept share of alignment were chosen on plain LoRA alone,
+with a seed that no table uses, before any defence was run. `docs/testbed2.md` lists
+what the model misses.
 """
 
 import dataclasses
@@ -38,6 +38,6 @@ PRESET = Preset(
         "safeanchor-exact:random",
     ),
     seeds=(0, 1, 2, 3, 4),
-    # Calibrated on plain LoRA alone, then frozen; all else as in `testbed`.
+    # Calibrated on plain LoRA alone, then frozen; the rest is as in `testbed`.
     training=dataclasses.replace(TESTBED.training, learning_rate=1.6e-3),
 )

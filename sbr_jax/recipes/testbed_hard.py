@@ -4,8 +4,9 @@
     python -m experiments.report runs/testbed-hard
 
 Cost: about 25 minutes on two cores. Expected: plain LoRA ends at 30, `safeanchor` at
-97, `safeanchor-exact` at 100, its projection alone at 30 and its anchor at 100, after
-a first domain between 77 and 94. Three seeds at least, since one misleads here.
+97, `safeanchor-exact` at 100, its projection alone at 30 and its anchor alone at 100,
+after a first domain between 77 and 94. Use at least three seeds; a single one misleads
+here.
 """
 
 import dataclasses

@@ -2,10 +2,10 @@
 
     python -m experiments.sweep testbed-tuning --seeds 2 --jobs 2
 
-Runs on the validation split with seeds that no table uses. Chosen is the value with the
-highest mean of composite safety at the end and domain accuracy when learnt; a tie goes
-to the published value, which comes first. Where the best of three values stood at the
-edge, or none left anything learnt, further ones were added.
+It runs on the validation split with seeds that no table uses. The chosen value has the
+highest mean of composite safety at the end and domain accuracy when learnt. A tie goes
+to the published value, which comes first. Further values were added if the best of
+three was at the edge, or if no value let the model learn anything.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
     "booster": ("regulariser", (5.0, 1.0, 20.0)),
     "lisa": ("proximal", (1.0, 0.01, 0.1, 10.0, 100.0)),
 }
-"""Method to its hyper-parameter and values, the published one first."""
+"""Maps a method to its hyper-parameter and values, the published value first."""
 
 
 BEST: dict[str, Any] = {
@@ -46,11 +46,11 @@ BEST: dict[str, Any] = {
     "vaccine": 5.0,
     "lisa": 0.1,
 }
-"""Method to the chosen value, where it is not the published one."""
+"""Maps a method to the chosen value, if that is not the published one."""
 
 
 def best() -> Mapping[str, Any]:
-    """The cell of the tuned methods; one whose published value won is not in it."""
+    """The cell of the tuned methods, without those whose published value won."""
     chosen = [_changes(name, value) for name, value in BEST.items()]
     methods = {key: options for each in chosen for key, options in each.items()}
     return {
@@ -61,12 +61,12 @@ def best() -> Mapping[str, Any]:
 
 
 def _changes(name: str, value: Any) -> dict[str, dict[str, Any]]:
-    """A value of a method's hyper-parameter, as the settings hold it."""
+    """A value of a method's hyper-parameter, in the form of the settings."""
     return {name.replace("-", "_"): {GRID[name][0]: value}}
 
 
 def cells() -> dict[str, Mapping[str, Any]]:
-    """The sweep's cells: one for each method and value.
+    """The sweep's cells, one for each method and value.
 
     >>> cells()["sbr-5"]["changes"]["methods"]
     {'sbr': {'anchor_weight': 5.0}}

@@ -1,4 +1,4 @@
-"""Low-rank subspaces of parameter trees: the record, its merge, its geometry."""
+"""Low-rank subspaces of parameter trees: estimating, merging, projecting, comparing."""
 
 from sbr_jax.subspace.angles import discarded_energy, overlap, principal_angles
 from sbr_jax.subspace.contrasting import contrast

@@ -20,10 +20,11 @@ from sbr_jax.typing import PyTree
 def principal_angles(a: Subspace, b: Subspace) -> PyTree:
     """Principal angles between two subspaces, ascending, in radians.
 
-    ``cos θ_j = σ_j(V_aᵀ V_b)``; below 45° from ``sin θ_j = σ_j((I − Π_a) V_b)``, since
-    the arc cosine loses half the digits of a small angle.
+    ``cos θ_j = σ_j(V_aᵀ V_b)``. Below 45°, angles come from
+    ``sin θ_j = σ_j((I − Π_a) V_b)``, because the arc cosine loses half the digits of a
+    small angle.
 
-    **Guarantee**: an angle is right to about 1e-6 rad however small it is.
+    **Guarantee**: every angle, however small, is right to about 1e-6 rad.
 
     Args:
         a: a subspace of effective rank ``k_a``.
@@ -55,7 +56,7 @@ def _angles(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
     rest = vb - spectrum.dot(va, inner)
     rest = rest - spectrum.dot(va, summed(spectrum.dot(va.T, rest), split))
     small = decompositions.triangle(rest)
-    if split is not None:  # That of all rows is that of all devices' own.
+    if split is not None:  # QR of the devices' stacked triangles is QR of all rows.
         every = jax.lax.all_gather(small, split.axes, axis=0, tiled=True)
         small = decompositions.triangle(every)
     ranks = [jnp.sum(spectrum.used_columns(v, split)) for v in (va, vb)]
@@ -74,7 +75,7 @@ def _angles(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
 
 
 def overlap(a: Subspace, b: Subspace) -> PyTree:
-    """Share of the smaller subspace that lies in the larger: 0 apart, 1 contained.
+    """Share of the smaller subspace that lies in the larger: 0 orthogonal, 1 contained.
 
     ``tr(Π_a Π_b) / min(k_a, k_b)``, the mean squared cosine of the principal angles.
 
@@ -108,8 +109,8 @@ def _shared(va: jax.Array, vb: jax.Array, split: Split | None) -> jax.Array:
 def discarded_energy(old: Subspace, new: Subspace) -> PyTree:
     """Share of the old subspace that the new one no longer covers.
 
-    ``‖(I − Π_new) V_old‖_F² / k_old``: of its directions, each counted alike, whatever
-    their eigenvalues.
+    ``‖(I − Π_new) V_old‖_F² / k_old``. All directions count equally, whatever their
+    eigenvalues.
 
     Args:
         old: the subspace before a merge.
@@ -140,7 +141,7 @@ def _lost(before: jax.Array, after: jax.Array, split: Split | None) -> jax.Array
 
 
 def _pairwise(function: Callable[..., jax.Array], a: Subspace, b: Subspace) -> PyTree:
-    """A function ``(x, y, split)`` of two bases, over units and layers."""
+    """Apply a function ``(x, y, split)`` of two bases to all units and layers."""
     b = same_parameters(a, b)
     mark = a.fingerprint
 
@@ -154,12 +155,12 @@ def _pairwise(function: Callable[..., jax.Array], a: Subspace, b: Subspace) -> P
     return mark.join(list(map(one, mark.entries(a.basis), mark.entries(b.basis))))
 
 
-# Made once for each: a program of its own would be compiled at every call.
+# Cached, because a new function would be compiled at every call.
 @functools.lru_cache(maxsize=64)
 def _over_pairs(
     function: Callable[..., jax.Array], layer_axes: int, split: Split | None
 ) -> Callable[..., jax.Array]:
-    """A function ``(x, y, split)`` of two bases, over layers and devices."""
+    """Lift a function ``(x, y, split)`` of two bases to layers and devices."""
     own = functools.partial(function, split=split)
     lifted = units.over_layers(own, layer_axes)
     if split is None:

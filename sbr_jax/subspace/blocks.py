@@ -1,8 +1,9 @@
-"""Products of tall thin matrices, a block of parameters at a time and in place.
+"""Products of tall thin matrices, in place and one block of parameters at a time.
 
-A whole product would hold a second copy of its operands, scaled or transposed; these
-hold a block of it. Rows stay in one array for all layers, and a layer is an index.
-Where devices split the parameters, each has its own P here, and sums go over all.
+A whole product would hold a second, scaled or transposed copy of its operands; these
+functions hold a copy of one block only. One array holds the rows of all layers, and a
+layer is an index into it. If devices split the parameters, P is a device's own number,
+and sums run over all devices.
 
 Symbols: M rows [C, P] of a layer, C rows, P parameters, K columns, S a small matrix.
 """
@@ -19,7 +20,7 @@ Carry = TypeVar("Carry")
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 LEAST, MOST, PARTS = 512, 4096, 16
-"""Parameters of a block: a sixteenth of all, within these."""
+"""Parameters of a block: a sixteenth of all, but at least 512 and at most 4096."""
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -49,7 +50,7 @@ def read(rows: jax.Array, layer: Any, first: Any, width: int) -> jax.Array:
 def gram(
     rows: jax.Array, layer: Any, unit: jax.Array, split: Split | None = None
 ) -> jax.Array:
-    """``M Mᵀ [C, C]`` of one layer of ``[L, C, P]``, with M in a unit."""
+    """``M Mᵀ [C, C]`` of one layer of ``[L, C, P]``, with M divided by ``unit``."""
 
     def step(first: Any, width: int, total: jax.Array) -> jax.Array:
         block = read(rows, layer, first, width) / unit
@@ -101,7 +102,7 @@ def columns_gram(x: jax.Array, split: Split | None = None) -> jax.Array:
 
 
 def rotate_columns(x: jax.Array, s: jax.Array) -> jax.Array:
-    """``X S [P, K]``, in the place of ``X [P, K]``."""
+    """``X S [P, K]``, written over ``X [P, K]``."""
 
     def step(first: Any, width: int, out: jax.Array) -> jax.Array:
         block = dot(jax.lax.dynamic_slice_in_dim(out, first, width), s)
@@ -111,7 +112,7 @@ def rotate_columns(x: jax.Array, s: jax.Array) -> jax.Array:
 
 
 def place_columns(out: jax.Array, layer: Any, x: jax.Array, s: jax.Array) -> jax.Array:
-    """``[L, P, K]`` with ``X S`` in the place of one layer."""
+    """``[L, P, K]`` with one layer replaced by ``X S``."""
 
     def step(first: Any, width: int, out: jax.Array) -> jax.Array:
         block = dot(jax.lax.dynamic_slice_in_dim(x, first, width), s)
@@ -121,7 +122,7 @@ def place_columns(out: jax.Array, layer: Any, x: jax.Array, s: jax.Array) -> jax
 
 
 def rotate_rows(rows: jax.Array, layer: Any, s: jax.Array) -> jax.Array:
-    """``[L, C, P]`` with ``Sᵀ M`` in the place of one layer's M; zeros below it."""
+    """``[L, C, P]`` with one layer's M replaced by ``Sᵀ M`` and zeros below it."""
     more = rows.shape[1] - s.shape[1]
 
     def step(first: Any, width: int, out: jax.Array) -> jax.Array:

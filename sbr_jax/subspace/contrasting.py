@@ -1,4 +1,4 @@
-"""`contrast`: directions that lead in one Fisher matrix against another.
+"""`contrast`: directions that are large in one Fisher matrix relative to another.
 
 Symbols: V basis [P, K] with orthonormal columns, Λ eigenvalues, F the Fisher matrix,
 ε the regulariser, ρ the energy to keep, Q orthonormal basis of both subspaces,
@@ -24,28 +24,30 @@ def contrast(
     energy: float = 0.9,
     regulariser: float = 0.1,
 ) -> Subspace:
-    """Leading directions of one subspace's Fisher against another's.
+    """Leading directions of one subspace's Fisher relative to another's.
 
-    Stationary points, the largest first, of
+    The directions are the stationary points v, the largest μ first, of
 
         μ(v) = vᵀ F_a v / vᵀ (F_b + c I) v,     c = ε tr F_b / k_b
 
-    with ``F = V Λ Vᵀ`` of each, and c the share ε of the mean of F_b's k_b eigenvalues.
-    Their span grows until it holds ρ of tr F_a; the columns are the eigenvectors of F_a
-    restricted to it, as a merge of subspaces takes them. All of it happens in the span
-    of both, of ``K_a + K_b`` dimensions, outside of which μ is zero: pass subspaces of
-    all directions (``energy=1``, ``max_rank`` of at least the number of examples), and
-    it is exact.
+    with ``F = V Λ Vᵀ`` for a and b; c is the share ε of the mean of F_b's k_b
+    eigenvalues. Directions are added until their span holds ρ of tr F_a. The columns of
+    the result are the eigenvectors of F_a restricted to that span, so that the result
+    can be merged like any other subspace.
+
+    All of this happens in the joint span of a and b, which has ``K_a + K_b``
+    dimensions; outside it, μ is zero. The result is exact if a and b hold all
+    directions (``energy=1`` and a ``max_rank`` of at least the number of examples).
 
     **Guarantee**: nothing of size P × P is built. Neither the scale of F_a nor that of
-    F_b changes the directions. The larger ε, the nearer they are to the leading
-    eigenvectors of F_a, which they are where F_b is zero. The trace is that of F_a.
+    F_b changes the directions. As ε grows, they approach the leading eigenvectors of
+    F_a; where F_b is zero, they equal them. The trace is that of F_a.
 
     Args:
-        a: what the directions are to hold.
-        b: what they are to leave alone.
+        a: the subspace whose directions to keep.
+        b: the subspace whose directions to avoid.
         max_rank: K of the result.
-        energy: ρ in (0, 1]; more directions are needed for it than without contrast.
+        energy: ρ in (0, 1]; reaching it takes more directions than without contrast.
         regulariser: ε above 0.
 
     Returns:
@@ -134,7 +136,7 @@ def _contrast(
     against = _root(other, others / jnp.where(total > 0, total, 1.0), q)
     count = jnp.maximum(jnp.sum(others > 0), 1).astype(jnp.float32)
     metric = spectrum.dot(against.T, against) + regulariser / count * jnp.eye(size)
-    # Whitened by the metric, μ are squared singular values: no digits are lost.
+    # After whitening, μ are squared singular values, so no digits are lost.
     factor = decompositions.cholesky(metric)
     _, sigma, right = decompositions.svd(decompositions.forward(factor, rows.T).T)
     floor = 16 * jnp.finfo(jnp.float32).eps * size**0.5
@@ -144,7 +146,7 @@ def _contrast(
     held = jnp.sum(spectrum.dot(rows, w) ** 2, axis=0)
     keep = spectrum.kept(held, used, trace / scale, energy)
     w = _first(spectrum.masked(w, keep), columns)
-    # The eigenvectors of F_a inside the span, as every other subspace has them.
+    # Like every other subspace, return eigenvectors: those of F_a inside the span.
     _, sigma, right = decompositions.svd(spectrum.dot(rows, w))
     short = columns - len(sigma)
     sigma, right = jnp.pad(sigma, (0, short)), jnp.pad(right.T, ((0, 0), (0, short)))
@@ -161,7 +163,7 @@ def _root(basis: jax.Array, values: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def _first(x: jax.Array, columns: int) -> jax.Array:
-    """The first columns, in front, or all of them and zeros."""
+    """Used columns first, cut or padded with zeros to ``columns``."""
     order = jnp.argsort(~spectrum.used_columns(x), stable=True)
     x = x[:, order][:, :columns]
     return jnp.pad(x, ((0, 0), (0, columns - x.shape[1])))

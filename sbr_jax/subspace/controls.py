@@ -1,6 +1,6 @@
-"""Control subspaces: as large as the real one, but about nothing.
+"""Control subspaces: as large as the real one, but without meaning.
 
-A defence that works as well with one of these owes nothing to its subspace.
+If a defence works as well with a control, it does not work because of its subspace.
 
 Symbols: V basis [P, K], P parameters of a unit, K columns, L layers.
 """
@@ -28,7 +28,7 @@ def random_subspace(key: jax.Array, like: Subspace) -> Subspace:
         A `Subspace` with random basis; eigenvalues and trace are those of ``like``.
 
     Raises:
-        UserError: for what is no key, or no subspace.
+        UserError: for anything but a random key and a subspace.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -42,9 +42,9 @@ def random_subspace(key: jax.Array, like: Subspace) -> Subspace:
 
 
 def _drawn(key: jax.Array, v: jax.Array) -> jax.Array:
-    """A random basis with the rank of another."""
+    """A random basis with the rank of ``v``."""
     used = spectrum.used_columns(v)
-    # Masked before, so that no used column is made orthogonal to an unused one.
+    # Masked first, so that no used column is made orthogonal to an unused one.
     normal = spectrum.masked(jax.random.normal(key, v.shape, v.dtype), used)
     q = spectrum.orthonormal(normal)
     return spectrum.polish(spectrum.masked(q, used))
@@ -54,7 +54,7 @@ def shuffled_subspace(key: jax.Array, subspace: Subspace) -> Subspace:
     """The same basis with its P coordinates permuted within each unit and layer.
 
     **Guarantee**: ranks, eigenvalues, traces and the multiset of entries of every
-    column are kept exactly; only which parameter an entry belongs to is lost.
+    column are kept exactly; the entries only belong to other parameters.
 
     Args:
         key: random key.
@@ -64,7 +64,7 @@ def shuffled_subspace(key: jax.Array, subspace: Subspace) -> Subspace:
         A `Subspace` with permuted rows of the basis.
 
     Raises:
-        UserError: for what is no key, or no subspace.
+        UserError: for anything but a random key and a subspace.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -98,7 +98,7 @@ def _with_keys(function: Callable, key: jax.Array, subspace: Subspace) -> Subspa
     return dataclasses.replace(subspace, basis=mark.join(out))
 
 
-# As a whole: the loop inside would be compiled at every call.
+# Jitted as a whole, because the loop inside would be compiled at every call.
 @functools.partial(jax.jit, static_argnames=("function", "layer_axes"))
 def _over_layers(
     keys: jax.Array, basis: jax.Array, *, function: Callable, layer_axes: int

@@ -1,11 +1,11 @@
-"""Factors and eigenvectors of small matrices, one after the other on a CPU.
+"""Decompositions of small matrices, one after the other on a CPU.
 
-There LAPACK gets a batch of matrices in parts, one for each thread that runs the
-program, and the thread that asked waits for the others. Where a program decomposes two
-batches at once, as a step with several units does, two threads wait for each other for
-ever (two cores, 8 units of 4 layers: at the second step). So a CPU never gets a batch:
-mapped over layers, a decomposition is a loop. Elsewhere it is one call, as usual. None
-has a derivative in reverse.
+On a CPU, a batch of matrices goes to LAPACK in parts, one per thread of the program,
+and the calling thread waits for the others. If a program decomposes two batches at
+once, as a step with several units does, two threads can wait for each other for ever
+(seen on two cores with 8 units of 4 layers, at the second step). So on a CPU, ``vmap``
+over layers becomes a loop. Elsewhere it is one batched call. No function here has a
+reverse-mode derivative.
 
 Symbols: L lower factor, K rows of a square matrix, U and V singular vectors, σ singular
 values, R triangle.
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 
 def _in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of matrices that ``vmap`` makes a loop on a CPU."""
+    """A function of matrices that ``vmap`` turns into a loop on a CPU."""
     alone = jax.custom_batching.custom_vmap(function)
 
-    # Made once: outside of a program, every call would compile a loop of its own.
+    # Jitted, because outside a program every call would compile a new loop.
     @jax.jit
     def each(*matrices: jax.Array) -> Any:
         return jax.lax.platform_dependent(
@@ -63,7 +63,7 @@ def forward(factor: jax.Array, x: jax.Array) -> jax.Array:
 
 @_in_turn
 def backward(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """``L⁻ᵀ x``; of :func:`forward`'s result, the solution of ``L Lᵀ y = x``.
+    """``L⁻ᵀ x``; after :func:`forward`, the solution y of ``L Lᵀ y = x``.
 
     >>> factor = cholesky(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
     >>> backward(factor, forward(factor, jnp.array([3.0, 3.0]))).round(4).tolist()

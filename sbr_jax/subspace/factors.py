@@ -30,27 +30,27 @@ def from_factors(
     """Leading eigenpairs of ``F = Σ_n g_n g_nᵀ`` from the vectors ``g_n``.
 
     Pass per-example gradients divided by ``√N`` to get the empirical Fisher matrix.
-    Keeps the smallest k with ``Σ_{j≤k} λ_j ≥ ρ tr F``, at most ``max_rank``. The
-    published code keeps one arbitrary column when ``tr F = 0``; here the rank is 0.
+    Keeps the smallest k with ``Σ_{j≤k} λ_j ≥ ρ tr F``, at most ``max_rank``. If
+    ``tr F = 0`` the rank is 0 (the published code keeps one arbitrary column).
 
     **Guarantee**: nothing of size P × P is built; the eigenpairs equal those of the
     dense F to float32 rounding; all-zero factors give rank 0 and no NaN. Directions
-    and rank do not depend on the scale of the factors; eigenvalues and trace do, and
-    are at least float32's smallest number, 1.2e-38, where they are not zero.
+    and rank do not depend on the scale of the factors. Eigenvalues and trace do; where
+    they are not zero, they are at least 1.2e-38, float32's smallest normal number.
 
     Args:
-        factors: parameters-like tree; leaves ``[N, *leaf.shape]``.
+        factors: tree like the parameters, with leaves ``[N, *leaf.shape]``.
         max_rank: K, the static number of columns.
-        energy: ρ in (0, 1]; 1 keeps every eigenvalue that is not rounding.
-        unit: predicate as ``is_leaf``; ``None`` makes every leaf a unit.
+        energy: ρ in (0, 1]; 1 keeps every eigenvalue above rounding.
+        unit: predicate like ``is_leaf``; ``None`` makes every leaf a unit.
         layer_axes: how many leading axes of a parameter (after N) count layers.
 
     Returns:
         The `Subspace` of F.
 
     Raises:
-        UserError: for settings out of range, or factors that are not finite,
-            floating-point, or as many for every parameter.
+        UserError: for settings out of range, or factors that are not finite, not
+            floating-point, or not equally many for every parameter.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,17 +92,17 @@ def from_rows(
 ) -> Subspace:
     """Subspace of ``Mᵀ M / count``, for rows M ``[*L, N, P]`` and traces of ``Mᵀ M``.
 
-    Rows may have all layer axes in one, or none as one of a single layer.
+    Rows may have their layer axes joined into one, of size 1 without layer axes.
 
     Args:
-        mark: of the parameters.
-        rows: per unit; the list is emptied, so that rows can go once they are used.
-        traces: per unit, ``[*L]``.
+        mark: fingerprint of the parameters.
+        rows: rows M per unit; the list is emptied, so that used rows can be freed.
+        traces: traces per unit, ``[*L]``.
         max_rank: K, the static number of columns.
         energy: ρ in (0, 1].
-        count: what F is a mean over.
-        mesh: whose devices split P, all layers at once; without one they come one after
-            another, so that only one is at work.
+        count: number of examples that F is a mean over.
+        mesh: mesh whose devices split P and process all layers at once; without one,
+            layers are processed one after another to save memory.
     """
     basis, values = [], []
     for trace in traces:
@@ -117,7 +117,7 @@ def from_rows(
         )
         basis.append(found[0])
         values.append(found[1])
-    # A trace is at least the sum of its eigenvalues, the smallest of float32 too.
+    # A trace is at least the sum of its eigenvalues, even if these are all TINY.
     least = max_rank * spectrum.TINY
     total = [spectrum.Scaled(t.value / count, t.unit).plain(least) for t in traces]
     return Subspace(mark.join(basis), mark.join(values), mark.join(total), mark)
@@ -135,7 +135,7 @@ def unit_eigenpairs(
 ) -> tuple[jax.Array, jax.Array]:
     """`spectrum.leading_eigenpairs` over layers: ``[*L, N, P]`` and ``[*L]``.
 
-    The energy is traced: variants that keep another share run the same program.
+    The energy is traced, so variants that keep another share run the same program.
     """
     lead = total.value.shape
     totals = spectrum.Scaled(*(x.reshape(-1) for x in total))
@@ -176,7 +176,7 @@ def _split_eigenpairs(
     energy: jax.Array | float,
     split: Split,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same of all layers at once, each device with its own parameters."""
+    """`unit_eigenpairs` for all layers at once, each device with its own parameters."""
 
     def one(rows: jax.Array, total: spectrum.Scaled) -> tuple[jax.Array, jax.Array]:
         of = spectrum.measure(rows[None], split)

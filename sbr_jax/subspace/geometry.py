@@ -1,4 +1,4 @@
-"""Projections of trees onto a subspace and out of it, and lengths inside.
+"""Projections of trees onto and out of a subspace, and lengths inside it.
 
 Symbols: V basis [P, K], Π = V Vᵀ, C preconditioner (diagonal), G = Vᵀ C V, L layers,
 P parameters of a unit, K columns.
@@ -28,13 +28,13 @@ def project_onto(tree: PyTree, subspace: Subspace) -> PyTree:
 
     Args:
         tree: tree like the parameters (or gradients).
-        subspace: where to project.
+        subspace: the subspace to project onto.
 
     Returns:
         A tree like ``tree``.
 
     Raises:
-        UserError: if ``tree`` is not of the parametrisation the subspace belongs to.
+        UserError: if ``tree`` does not match the subspace's parametrisation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,31 +58,32 @@ def project_out(
 ) -> PyTree:
     """The part of ``tree`` outside the subspace: ``u − Π u`` per unit and layer.
 
-    With a preconditioner, the nearest tree outside in the metric ``C⁻¹``, as steps of
-    an optimizer that scales gradients by C measure it: ``u − C V (Vᵀ C V)⁻¹ Vᵀ u``,
-    shortened to the length of u where it is longer (where C differs much between
-    coordinates, the cheap ones would be sent far). For ``u = C m`` it is zero only for
-    m in the subspace, and ``mᵀ out ≥ 0``: descent; the Euclidean projection of a
-    preconditioned step has neither property.
+    With a preconditioner, this is the tree outside the subspace that is nearest to u in
+    the metric ``C⁻¹`` of an optimizer that scales gradients by C:
+    ``u − C V (Vᵀ C V)⁻¹ Vᵀ u``. If the result is longer than u, it is scaled down to
+    the length of u, because coordinates with a much larger C would move far. For
+    ``u = C m`` the result is zero only if m lies in the subspace, and ``mᵀ out ≥ 0``,
+    so the step descends. The Euclidean projection of a preconditioned step has neither
+    property.
 
     **Guarantee**: ``‖Vᵀ out‖ ≤ 1e-6 ‖out‖`` in float32 (measured: 5e-8), even where
-    ``out`` is a small remainder of ``tree``: projections are repeated. (A lower dtype
-    adds its rounding afterwards.) Units without a basis and masked units pass
+    ``out`` is a small remainder of ``tree``, because projections are repeated. (A lower
+    dtype adds its rounding afterwards.) Units without a basis and masked units pass
     unchanged. Directions in which ``Vᵀ C V`` is below about 1e-6 of its trace, which
-    float32 does not resolve, are removed as by the Euclidean projection.
+    float32 does not resolve, are removed by the Euclidean projection.
 
     Args:
         tree: tree like the parameters (or gradients).
-        subspace: what to remove.
-        preconditioner: C ≥ 0, one finite number for each parameter, a tree like
-            ``tree``; its scale does not matter. ``None`` is Euclidean.
+        subspace: the subspace to remove.
+        preconditioner: C ≥ 0, a tree like ``tree`` with one finite number for each
+            parameter; its scale does not matter. ``None`` is Euclidean.
 
     Returns:
         A tree like ``tree``.
 
     Raises:
-        UserError: if ``tree`` or the preconditioner is not of the parametrisation the
-            subspace belongs to.
+        UserError: if ``tree`` or the preconditioner does not match the subspace's
+            parametrisation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,7 +100,7 @@ def project_out(
     """
 
     def outside(u: jax.Array, v: jax.Array, split: Split | None) -> jax.Array:
-        for _ in range(2):  # once leaves rounding of size ε‖u‖, not ε‖out‖
+        for _ in range(2):  # one pass leaves rounding of size ε‖u‖, not ε‖out‖
             u = u - spectrum.dot(v, spectrum.coordinates(u, v, split))
         return u
 
@@ -112,15 +113,15 @@ def project_out(
 
 
 _JITTER = 1e-6
-"""Of the trace of Vᵀ C V, added to its diagonal: 8 units of float32 rounding, so that
-the Cholesky factor exists."""
+"""Share of the trace of Vᵀ C V that is added to its diagonal: 8 units of float32
+rounding, so that the Cholesky factor exists."""
 
 
 def _outside_in(
     u: jax.Array, v: jax.Array, scale: jax.Array, split: Split | None
 ) -> jax.Array:
     """``u − C V G⁻¹ Vᵀ u`` of one unit and layer, no longer than u."""
-    # A metric has no scale of its own: the trace of G becomes 1.
+    # The scale of a metric does not matter: scale C so that the trace of G is 1.
     peak = jnp.max(scale)
     if split is not None:
         peak = jax.lax.pmax(peak, split.axes)
@@ -173,18 +174,19 @@ def _over_layers(
     *others: jax.Array,
     result: bool = True,
 ) -> jax.Array:
-    """A function of vectors and a basis over layers, ``[*L, P]`` and ``[*L, P, K]``.
+    """Apply a function of vectors and a basis to all layers.
 
-    On the mesh in use every device does its own parameters: a basis is read where it
-    lies, and vectors are whole before and after.
+    On the mesh in use, every device handles its own parameters: the basis stays where
+    it lies, and vectors are whole before and after.
 
     Args:
-        function: of one layer.
+        function: the function for one layer.
         layer_axes: how many axes count layers.
         vector: ``[*L, ..., P]``.
-        basis: of all layers.
+        basis: ``[*L, P, K]``.
         *others: ``[*L, P]``.
-        result: whether that has a P too, each device its own, or all have the same.
+        result: whether the result has an axis P, which is then split over devices;
+            otherwise all devices return the same.
     """
     split = splitting(vector.shape[-1], current())
     lifted = units.over_layers(functools.partial(function, split=split), layer_axes)
@@ -198,13 +200,13 @@ def _over_layers(
 
 
 def squares_inside(trees: Sequence[PyTree], subspace: Subspace) -> list[PyTree]:
-    """``‖Vᵀ u‖² = ‖Π u‖²`` of several trees, ``[*L]`` per unit, in one reading of V.
+    """``‖Vᵀ u‖² = ‖Π u‖²`` of several trees, ``[*L]`` per unit, in one pass over V.
 
-    Units without a basis, and masked ones, have none: ``None``.
+    Masked units and units without a basis give ``None``.
 
     Args:
         trees: trees like the parameters.
-        subspace: of the parameters.
+        subspace: the subspace of these parameters.
     """
     mark = subspace.fingerprint
     parts = [mark.split(tree) for tree in trees]

@@ -1,4 +1,4 @@
-"""`merge`, the one primitive on subspaces.
+"""`merge`: join two subspaces into one.
 
 Symbols: V basis [P, K] with orthonormal columns, Λ eigenvalues, F the Fisher matrix,
 σ singular values, θ principal angles, ρ the energy to keep, L layers, K columns.
@@ -33,19 +33,20 @@ def merge(
       they reach ``ρ (tr F_a + tr F_b)``. Traces add.
     - ``"uniform"`` (published): left singular vectors of ``[V_a, V_b]`` until their
       σ² reach ``ρ Σσ²``. Eigenvalues are σ² (the published code stores σ), and the
-      trace is that of **b**, the new one.
+      trace is that of **b**, the new subspace.
 
-    Both keep one column more than the cumulative fractions strictly below ρ. Where
-    there is nothing to keep the rank is 0 (the published code keeps 1 column). Traces
-    count what a and b themselves had dropped, which no merge has: by eigenvalue more
-    columns are kept than ρ of what both hold asks for, at last all.
+    Both keep one column more than the cumulative fractions strictly below ρ. If there
+    is nothing to keep, the rank is 0 (the published code keeps 1 column). The traces
+    include the energy that a and b dropped themselves, which a merge cannot recover. So
+    eigenvalue weighting keeps more columns than ρ of the energy in a and b requires,
+    and after many merges all of them.
 
     **Guarantee**: with eigenvalue weights, ``energy=1`` and enough columns, the result
     is the eigendecomposition of ``F_a + F_b`` to float32 rounding. With uniform
-    weights the σ² are ``1 ± cos θ_j`` of the principal angles: eigenvalues are
-    forgotten, and among orthogonal directions which is dropped is arbitrary.
-    Columns of ``protected`` are never dropped: they come first and unchanged, with
-    the value ``vᵀ F v``, so eigenvalues then need not descend.
+    weights the σ² are ``1 ± cos θ_j`` of the principal angles: the eigenvalues of a and
+    b do not count, and the choice among orthogonal directions is arbitrary. Columns of
+    ``protected`` are never dropped. They come first and unchanged, with the value
+    ``vᵀ F v``, so eigenvalues then need not descend.
 
     Args:
         a: the old subspace.
@@ -53,7 +54,7 @@ def merge(
         max_rank: K of the result.
         energy: ρ in (0, 1].
         weighting: ``"eigenvalue"`` or ``"uniform"``.
-        protected: subspace whose columns stay, e.g. that of the first domain.
+        protected: subspace whose columns stay, e.g. the first domain's.
 
     Returns:
         A `Subspace` with ``max_rank`` columns.
@@ -108,7 +109,7 @@ def merge(
 
 
 def _check_room(protected: list[Any], max_rank: int) -> None:
-    """Refuses a cap below the protected rank; under a trace the rank is not known."""
+    """Refuse a cap below the protected rank, which is unknown if traced."""
     for basis in protected:
         if basis is None or checks.is_traced(basis):
             continue
@@ -153,7 +154,7 @@ def _merged(
     layer_axes: int,
     split: Split | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One unit; inside ``shard_map`` where devices split its parameters."""
+    """Merge one unit, inside ``shard_map`` if devices split its parameters."""
     if weighting == "eigenvalue":
         weights = values
         trace = sum(traces[1:], start=traces[0])

@@ -1,4 +1,4 @@
-"""The record `Subspace`, and checks of what belongs to it.
+"""The record `Subspace`, and checks of its settings.
 
 Symbols: V basis [P, K] with orthonormal columns, Λ eigenvalues, F the Fisher matrix,
 L layers, P parameters of a unit, K columns (static cap).
@@ -25,21 +25,21 @@ from sbr_jax.typing import PyTree, UserError
 )
 @dataclasses.dataclass(frozen=True)
 class Subspace:
-    """A low-rank picture of a Fisher matrix, one basis per unit and layer.
+    """A low-rank approximation of a Fisher matrix, one basis per unit and layer.
 
-    ``F ≈ V Λ Vᵀ`` with ``V [P, K]``; the three fields are trees with one entry per
-    unit: the parameters' structure with each unit replaced by one array.
+    ``F ≈ V Λ Vᵀ`` with ``V [P, K]``. The first three fields are trees with one entry
+    per unit: the parameters' structure with each unit replaced by one array.
 
     **Guarantee**: the first ``effective_rank`` columns are orthonormal to about
-    1e-6, the others are zero. K never changes with the effective rank, so a new
-    rank never recompiles. Rank 0 means no constraint, and an entry ``None`` leaves
-    its unit out altogether.
+    1e-6, the others are zero. K does not depend on the effective rank, so a new rank
+    never recompiles. Rank 0 means no constraint. An entry ``None`` leaves its unit
+    out.
 
     Args:
         basis: entries ``[*L, P, K]``, float32.
         eigenvalues: entries ``[*L, K]``, descending, zero where unused.
-        trace: entries ``[*L]``: the whole ``tr F``, before any truncation.
-        fingerprint: which parametrisation it belongs to (static).
+        trace: entries ``[*L]``, the whole ``tr F`` before any truncation.
+        fingerprint: the parametrisation that the subspace belongs to (static).
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Subspace:
     fingerprint: units.Fingerprint
 
     def __post_init__(self):
-        """Let Flax, where it is in use, write and read states that hold this."""
+        """If Flax is loaded, teach it to save and restore states with a subspace."""
         flax = sys.modules.get("flax.serialization")
         if flax is not None:
             _register(flax)
@@ -69,7 +69,7 @@ _FIELDS = ("basis", "eigenvalues", "trace")
 
 @functools.cache
 def _register(flax: Any) -> None:
-    """Teaches ``flax.serialization`` the record; it asks for the very type."""
+    """Register the record with ``flax.serialization``."""
 
     def restored(target: Subspace, state: dict[str, Any]) -> Subspace:
         fields = {
@@ -99,12 +99,12 @@ def empty_subspace(
     unit: Callable[[Any], bool] | None = None,
     layer_axes: int | None = None,
 ) -> Subspace:
-    """A subspace of rank 0: the start of a merge, and no constraint at all.
+    """A subspace of rank 0: no constraint, and a start for merges.
 
     Args:
         params: the parameters, or their shapes.
         max_rank: K, the static number of columns.
-        unit: predicate as ``is_leaf``; ``None`` makes every leaf a unit.
+        unit: predicate like ``is_leaf``; ``None`` makes every leaf a unit.
         layer_axes: how many leading axes of every leaf count layers.
 
     Returns:
@@ -159,7 +159,7 @@ def effective_rank(subspace: Subspace) -> PyTree:
 
 
 def same_parameters(a: Subspace, b: Subspace) -> Subspace:
-    """The second in the units of the first, whatever containers it came in.
+    """The second subspace, arranged in the units and containers of the first.
 
     Raises:
         UserError: if they belong to different parametrisations.
@@ -192,7 +192,7 @@ def same_parameters(a: Subspace, b: Subspace) -> Subspace:
 
 
 def check_subspace(name: str, value: Any) -> None:
-    """Raise `UserError` for what is no `Subspace`."""
+    """Raise `UserError` for anything but a `Subspace`."""
     if not isinstance(value, Subspace):
         raise UserError(
             f"expected {name} to be a Subspace, got {checks.shown(value)}; make one "
@@ -201,11 +201,11 @@ def check_subspace(name: str, value: Any) -> None:
 
 
 MOST_COLUMNS = 4096
-"""Cap on K where no unit has as many parameters: columns beyond P are always zero."""
+"""Cap on K if no unit has as many parameters; columns beyond P are always zero."""
 
 
 def check_settings(mark: units.Fingerprint, max_rank: int, energy: float) -> int:
-    """The cap as an ``int``; raises `UserError` for it or an energy out of range."""
+    """``max_rank`` as an ``int``; refuse it or the energy if out of range."""
     size = max(spec.size(mark.layer_axes) for spec in mark.units)
     max_rank = checks.whole(
         "max_rank",

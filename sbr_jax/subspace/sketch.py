@@ -1,19 +1,19 @@
-"""A buffer of rows that stands for all rows ever written, its size fixed.
+"""A buffer of fixed size that approximates all rows ever written to it.
 
-Where it is full it is cut to ``keep`` rows: rotated to the eigenvectors of its Gram
-matrix, the lesser half dropped, and what was dropped most of taken off the lesser half
-of those that stay (frequent directions with α = 1/2). So a direction that is weak in
-each batch and strong over all of them is not lost.
+A full buffer is cut to ``keep`` rows. The rows are rotated to the eigenvectors of their
+Gram matrix, and only the strongest ``keep`` stay. The largest dropped eigenvalue is
+then subtracted from the weaker half of those that stay (frequent directions with
+α = 1/2). So a direction that is weak in each batch but strong over all is not lost.
 
-Each cut takes between 0 and δ off every direction, δ the largest eigenvalue dropped,
-and at least mδ off the trace, ``m = keep − ⌊keep/2⌋ + 1``. Hence, with Δ the sum of all
-δ: ``0 ≼ F − F̂ ≼ Δ I`` and ``Δ ≤ (tr F − tr F̂) / m``, and ``Δ ≤ Σ_{j>k} λ_j / (m − k)``
-for every ``k < m``.
+Let δ be the largest eigenvalue that a cut drops. The cut takes between 0 and δ off
+every direction, and at least mδ off the trace, with ``m = keep − ⌊keep/2⌋ + 1``. Hence,
+with Δ the sum of all δ: ``0 ≼ F − F̂ ≼ Δ I`` and ``Δ ≤ (tr F − tr F̂) / m``, and
+``Δ ≤ Σ_{j>k} λ_j / (m − k)`` for every ``k < m``.
 
-On a mesh every device has the rows of its own parameters.
+On a mesh, every device holds its own parameters of all rows.
 
-Symbols: M rows [C, P] of a layer, C rows, P parameters, L layers, F the sum over all
-rows ever written, F̂ that of the rows held, λ eigenvalues.
+Symbols: M rows [C, P] of a layer, C rows, P parameters, L layers, F = Σ g gᵀ over all
+rows g ever written, F̂ the same over the rows held, λ eigenvalues of F.
 
 References:
     Desai, Ghashami, Phillips 2016: https://arxiv.org/abs/1501.06561
@@ -33,11 +33,11 @@ from sbr_jax.subspace import blocks, decompositions, spectrum, units
 from sbr_jax.typing import PyTree, UserError
 
 OVERHEAD = 1.3
-"""Peak of an estimate over basis, microbatch and rows: blocks, a layer at work."""
+"""Peak memory of an estimate over that of basis, microbatch and rows."""
 
 
 class Plan(NamedTuple):
-    """How many gradients are held: taken at once, in the buffer, and after a cut."""
+    """Numbers of gradients: computed at once, in a full buffer, and after a cut."""
 
     microbatch: int
     rows: int
@@ -51,17 +51,17 @@ def plan(
     rows: int,
     memory_budget: float | None = None,
 ) -> Plan:
-    """The sizes of an estimate, those that fit a budget where there is one.
+    """The sizes of an estimate, chosen to fit the memory budget if there is one.
 
     Args:
-        parameters: of all units and layers.
-        max_rank: K, the columns of the basis, fewer than which are never kept.
-        microbatch: the most gradients taken at once.
-        rows: of the buffer; a budget decides in their place.
+        parameters: number of parameters in all units and layers.
+        max_rank: K, the columns of the basis; a cut keeps at least K rows.
+        microbatch: most gradients computed at once.
+        rows: rows of the buffer, if there is no budget.
         memory_budget: bytes for basis, microbatch and rows together.
 
     Raises:
-        UserError: for a budget below that of a microbatch of one.
+        UserError: for a budget that does not fit a microbatch of one.
     """
     if memory_budget is not None:
         one = 4 * parameters
@@ -84,7 +84,7 @@ def plan(
 def reserve(
     mark: units.Fingerprint, rows: int, mesh: Mesh | None = None
 ) -> list[jax.Array]:
-    """Zeros ``[L, rows, P]`` for each unit, all its layer axes in one; P split."""
+    """Zeros ``[L, rows, P]`` for each unit, with joined layer axes and P split."""
     shapes = [
         (spec.layers(mark.layer_axes), spec.size(mark.layer_axes))
         for spec in mark.units
@@ -112,15 +112,15 @@ def write(
     mark: units.Fingerprint,
     mesh: Mesh | None = None,
 ) -> list[jax.Array]:
-    """The buffers with ``count`` examples' gradients at ``place``, in their memory.
+    """Write ``count`` examples' gradients into the buffers, from row ``place`` on.
 
     Args:
-        held: buffers ``[L, C, P]``.
+        held: buffers ``[L, C, P]``, which are donated.
         parts: gradients of each unit, leaves ``[B, *leaf.shape]``.
-        place: of the first.
-        count: how many of the B.
-        mark: of the parameters.
-        mesh: that buffers and examples are split over.
+        place: row of the first gradient.
+        count: how many of the B examples to write.
+        mark: fingerprint of the parameters.
+        mesh: mesh that buffers and examples are split over.
     """
     if mesh is not None:
         pairs = zip(held, parts, strict=True)
@@ -149,7 +149,7 @@ def _write_split(
     mark: units.Fingerprint,
     mesh: Mesh,
 ) -> jax.Array:
-    """The same for one unit: from examples over devices to parameters over devices."""
+    """`write` for one unit: from examples over devices to parameters over devices."""
     size = rows.shape[2]
     kept, by_row = _mesh.dividing(size, mesh), _mesh.row_axes(mesh)
     new = [
@@ -176,18 +176,18 @@ def _write_split(
 def _turned(
     new: jax.Array, mesh: Mesh, kept: tuple[str, ...], by_row: tuple[str, ...]
 ) -> jax.Array:
-    """All B examples of a device's own parameters, ``[B, L, P / parts]``.
+    """A device's own parameters of all B examples, ``[B, L, P / parts]``.
 
     Args:
-        new: a device's own examples of all parameters, ``[B / devices, L, P]``.
-        mesh: of the devices.
+        new: all parameters of a device's own examples, ``[B / devices, L, P]``.
+        mesh: mesh of the devices.
         kept: axes that parameters are split over.
         by_row: axes that examples are split over.
     """
     pieces = [mesh.shape[axis] for axis in kept]
     new = new.reshape(*new.shape[:2], *pieces, -1)
     for place, axis in enumerate(kept):
-        if axis not in by_row:  # The devices of this axis all have these examples.
+        if axis not in by_row:  # All devices along this axis have the same examples.
             index = jax.lax.axis_index(axis)
             new = jax.lax.dynamic_slice_in_dim(new, index, 1, axis=2 + place)
     for axis in reversed(by_row):
@@ -200,7 +200,7 @@ def _turned(
 
 @functools.partial(jax.jit, donate_argnames="rows", static_argnames=("keep", "split"))
 def cut(rows: jax.Array, *, keep: int, split: Split | None = None) -> jax.Array:
-    """``[L, C, P]`` with the ``keep < C`` rows that say most, then zeros."""
+    """Cut ``[L, C, P]`` to the ``keep < C`` strongest rows; the others become zero."""
 
     def one(layer: Any, rows: jax.Array, unit: jax.Array) -> jax.Array:
         gram = blocks.gram(rows, layer, unit[layer], split)
@@ -211,7 +211,7 @@ def cut(rows: jax.Array, *, keep: int, split: Split | None = None) -> jax.Array:
         share = jnp.where(held > 0, 1.0 - less / jnp.where(held > 0, held, 1.0), 0.0)
         return blocks.rotate_rows(rows, layer, q[:, :keep] * jnp.sqrt(share)[None])
 
-    # Eigenvalues are of the order of the square of the rows, which may leave float32.
+    # Eigenvalues scale with the square of the rows, which may leave float32's range.
     def at_once(rows: jax.Array) -> jax.Array:
         unit = spectrum.binary_unit(rows, (-2, -1), split)
         return jax.vmap(lambda r, u: one(0, r[None], u[None])[0])(rows, unit)

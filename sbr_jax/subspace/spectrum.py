@@ -1,7 +1,7 @@
 """Leading eigenpairs of ``F = Mᵀ M`` for one unit, without forming F.
 
-Where devices split the parameters, functions are met inside ``shard_map`` with the
-`Split`: P is then a device's own, and sums over parameters go over all.
+If devices split the parameters, call these functions inside ``shard_map`` and pass the
+`Split`. P is then a device's own number, and sums over parameters run over all devices.
 
 Symbols: M rows of factors [C, P] with C rows, P parameters, K columns,
 σ singular values of M, λ = σ² eigenvalues of F, ρ the energy to keep.
@@ -22,16 +22,16 @@ from sbr_jax.subspace.blocks import dot as dot
 
 # How far below ρ·total a float32 cumulative sum may fall by rounding alone.
 _SLACK = 1e-6
-# A column of length one that keeps less than this outside the others depends on them:
-# 32 units of float32 rounding.
+# A unit column with less than this outside the span of the others depends on them.
+# It is 32 units of float32 rounding.
 _DEPENDENT = 32 * 2.0**-23
 TINY = 2.0**-126  # the smallest float32 that is not flushed to zero
 
 
 class Scaled(NamedTuple):
-    """Squares too small or too large for float32: ``value · unit²``.
+    """A sum of squares that may leave float32's range: ``value · unit²``.
 
-    The unit is a power of two, so values are those of unscaled arithmetic to the bit
+    The unit is a power of two, so the result equals unscaled arithmetic bit for bit
     wherever that stays in range.
     """
 
@@ -44,7 +44,7 @@ class Scaled(NamedTuple):
         return self.value * ratio * ratio
 
     def plain(self, least: float = TINY) -> jax.Array:
-        """The number itself, but ``least`` where it is positive and smaller."""
+        """The number itself, raised to ``least`` if it is positive and smaller."""
         number = self.within(jnp.ones_like(self.unit))
         return jnp.where(self.value > 0, jnp.maximum(number, least), number)
 
@@ -70,8 +70,8 @@ def sum_of_squares(rows: jax.Array) -> Scaled:
 
 
 def add(a: Scaled, b: Scaled) -> Scaled:
-    """Sum of two."""
-    # The unit of zeros is 1, in which a small number would be lost.
+    """Sum of two scaled numbers."""
+    # Zeros have the unit 1, in which a small number would be lost.
     units = [jnp.where(x.value == 0, 0.0, x.unit) for x in (a, b)]
     unit = jnp.maximum(*units)
     unit = jnp.where(unit > 0, unit, 1.0)
@@ -88,7 +88,7 @@ def length_ratio(x: jax.Array, y: jax.Array, split: Split | None = None) -> jax.
 
 
 def used_columns(basis: jax.Array, split: Split | None = None) -> jax.Array:
-    """Marks the columns of ``basis [P, K]`` in use: bool ``[K]``."""
+    """Mark the columns of ``basis [P, K]`` in use: bool ``[K]``."""
     used = jnp.any(basis != 0, axis=-2)
     if split is None:
         return used
@@ -103,13 +103,13 @@ def masked(x: jax.Array, keep: jax.Array) -> jax.Array:
 def polish(basis: jax.Array, split: Split | None = None) -> jax.Array:
     """One Newton-Schulz step to the nearest orthonormal basis; zero columns stay.
 
-    An error ε in VᵀV becomes (3/4) ε²: what is left is float32 rounding.
+    An error ε in VᵀV becomes (3/4) ε², so only float32 rounding is left.
     """
     return blocks.rotate_columns(basis, polishing(basis, split))
 
 
 def polishing(basis: jax.Array, split: Split | None = None) -> jax.Array:
-    """The ``[K, K]`` that `polish` multiplies a basis by."""
+    """The ``[K, K]`` matrix that `polish` multiplies a basis by."""
     gram = blocks.columns_gram(basis, split)
     return 1.5 * jnp.eye(len(gram)) - 0.5 * gram
 
@@ -117,7 +117,7 @@ def polishing(basis: jax.Array, split: Split | None = None) -> jax.Array:
 def coordinates(
     vector: jax.Array, basis: jax.Array, split: Split | None = None
 ) -> jax.Array:
-    """``Vᵀ u [K]`` in blocks of P: one long thin product is slow and less exact."""
+    """``Vᵀ u [K]``, in blocks, because one long thin product is slow and less exact."""
     block = math.gcd(basis.shape[0], 128)
     if block < 16:
         return _mesh.summed(dot(vector, basis), split)
@@ -135,15 +135,16 @@ def _length(x: jax.Array, split: Split | None) -> jax.Array:
 def orthonormal(
     columns: jax.Array, count: int | None = None, split: Split | None = None
 ) -> jax.Array:
-    """Orthonormal basis ``[P, K]`` of columns ``[P, K]``, in their place.
+    """Orthonormal basis ``[P, K]`` of columns ``[P, K]``, in place.
 
-    Of the first ``count ≤ P`` of them, where the others are zero.
+    With ``count ≤ P``, only the first ``count`` columns are processed; the others must
+    be zero.
 
-    Gram-Schmidt with every column projected, scaled and, where that took a part of it,
-    projected again: as exact as Householder's QR here once the result is polished, and
-    without leaving the accelerator. A column that depends
-    on the earlier ones becomes zero: what a projection leaves of it is rounding, which
-    scaling would blow up to a direction inside their span.
+    This is Gram-Schmidt. Every column is projected, scaled and, if the projection
+    removed a part of it, projected again. Once polished, the result is as exact as
+    Householder's QR here, and the work stays on the accelerator. A column that depends
+    on the earlier ones becomes zero: the projection leaves only rounding, which scaling
+    would blow up to a direction inside their span.
     """
     place = jnp.arange(columns.shape[1])
 
@@ -156,11 +157,11 @@ def orthonormal(
         once = remainder(q[:, j] / jnp.where(length > 0, length, 1.0), q, j)
         size = _length(once, split)
         once = once / jnp.where(size > 0, size, 1.0)
-        # What is left is rounding of the whole: little where next to nothing was taken.
+        # Rounding is relative to the column: small if little of it was removed.
         twice = jax.lax.cond(size > 0.9, lambda x, *_: x, remainder, once, q, j)
         left = _length(twice, split)
-        # "Twice is enough": an independent column loses next to nothing the second
-        # time; one that loses a hundredth was rounding to begin with.
+        # "Twice is enough": an independent column loses almost nothing the second
+        # time; a column that loses a hundredth was only rounding.
         independent = (size > _DEPENDENT) & (left > 0.99)
         twice = jnp.where(independent, twice / jnp.where(left > 0, left, 1.0), 0.0)
         return q.at[:, j].set(twice)
@@ -176,13 +177,13 @@ def kept(
     energy: jax.Array | float,
     start: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Marks the leading eigenvalues that reach ``ρ · total``: bool ``[K]``.
+    """Mark the leading eigenvalues that reach ``ρ · total``: bool ``[K]``.
 
     Keeps the smallest k with ``start + Σ_{j≤k} λ_j ≥ ρ · total``: one column more
     than the cumulative fractions strictly below ρ, which is the published rule. Two
     things differ from the published code: a total of 0 keeps nothing (there: one
-    arbitrary column), and equality is judged with a float32 slack of 1e-6.
-    ``energy >= 1`` keeps whatever is numerically not zero.
+    arbitrary column), and equality has a float32 slack of 1e-6. ``energy >= 1`` keeps
+    every eigenvalue that is numerically not zero.
     """
     before = start + jnp.cumsum(eigenvalues) - eigenvalues
     return used & ((before < (energy - _SLACK) * total) | (energy >= 1.0))
@@ -198,15 +199,16 @@ def leading_eigenpairs(
 ) -> tuple[jax.Array, jax.Array]:
     """Eigenvectors ``[P, columns]`` and eigenvalues ``[columns]`` of ``F = Mᵀ M``.
 
-    Gram route: ``M Mᵀ = Q W Qᵀ``, ``X = Mᵀ Q`` with columns scaled to length one,
-    then Gram-Schmidt on X, then Rayleigh-Ritz (an SVD of the small ``M X``). The Gram
-    matrix squares the condition number; the last two undo it, as they see M itself.
+    The route goes through the Gram matrix: ``M Mᵀ = Q W Qᵀ``, ``X = Mᵀ Q`` with unit
+    columns, Gram-Schmidt on X, then Rayleigh-Ritz (an SVD of the small ``M X``). The
+    Gram matrix squares the condition number; the last two steps work on M itself and
+    undo this.
 
     **Guarantee**: used columns are orthonormal to about 1e-6, unused ones are zero
     and last; eigenvalues below ``(16 ε √C)² · tr F`` (ε = 2⁻²³) count as zero. The
-    scale of M changes the eigenvalues alone: those of used columns are at least
-    2⁻¹²⁶, float32's smallest. Beside M and the result nothing of P entries is held
-    but a block, unless M has more rows than columns.
+    scale of M changes only the eigenvalues; for used columns they are at least
+    2⁻¹²⁶, float32's smallest normal number. Apart from M, the result and one block, no
+    array of P entries is held, unless M has more rows than columns.
     """
     of = measure(rows[None], split)
     basis, values = layer_eigenpairs(of, 0, total, columns, energy, split=split)
@@ -234,7 +236,7 @@ def layer_eigenpairs(
     count: Any = 1,
     split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As ``leading_eigenpairs`` before the polish, of one layer's ``Mᵀ M / count``."""
+    """``leading_eigenpairs`` before polishing, for one layer's ``Mᵀ M / count``."""
     unit = of.unit[layer]
     x, right, values, used = _ritz(of, layer, columns, None, split)
     keep = kept(values, used, total.within(unit), energy)
@@ -251,11 +253,11 @@ def leading_eigenpairs_beside(
     energy: float,
     split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As ``leading_eigenpairs``, with ``protected [P, K₀]`` kept whatever happens.
+    """``leading_eigenpairs`` that always keeps the columns ``protected [P, K₀]``.
 
-    The protected columns come first and unchanged; the rest of F, restricted to
-    their complement, fills up to the energy. The value of a protected column v is
-    ``vᵀ F v``.
+    The protected columns come first and unchanged, and a protected column v has the
+    value ``vᵀ F v``. Eigenpairs of F restricted to their complement follow until the
+    energy is reached.
     """
 
     def across(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -266,7 +268,7 @@ def leading_eigenpairs_beside(
     first_values = jnp.sum(across(rows, protected) ** 2, axis=0)
     rest = rows - dot(across(rows, protected), protected.T)
     size = _mesh.summed(jnp.sum(rows**2), split)
-    # Rows of the smallest eigenvalues have squares of zero; F itself is not smaller.
+    # Squares of tiny rows may underflow to zero; then take the trace of F.
     size = jnp.sqrt(jnp.where(size > 0, size, whole))
     of = measure(rest[None], split)
     x, right, values, used = _ritz(of, 0, columns, size / of.unit[0], split)
@@ -290,8 +292,8 @@ def _ritz(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Ritz vectors as X times a small matrix, their values, and which of them count.
 
-    X is ``[P, columns]``; values are in the layer's unit.
-    A parameter without any gradient is a row of zeros in X, and stays exactly out.
+    X is ``[P, columns]``; values are in the layer's unit. A parameter without any
+    gradient has a zero row in X, and so in every vector.
     """
     rows, unit = of.rows, of.unit[layer]
     size = rows.shape[2] * (1 if split is None else split.parts)
@@ -303,7 +305,7 @@ def _ritz(
     gram = blocks.gram(rows, layer, unit, split)
     norm = jnp.sqrt(jnp.trace(gram)) if norm is None else norm
     _, q = apart(decompositions.eigh, split)(gram)
-    # As wide as the result from the start, which then need not be a copy.
+    # X has the width of the result from the start, so no copy is needed later.
     x = blocks.transposed_times(rows, layer, unit, _pad(q[:, ::-1][:, :count], columns))
     x = orthonormal(x, count, split)
     products = blocks.times(rows, layer, unit, x, split)[:, :count]
@@ -316,13 +318,13 @@ def _ritz(
 
 @functools.lru_cache
 def apart(function: Callable[..., Any], split: Split | None) -> Callable[..., Any]:
-    """A function of a small matrix whose layers, mapped over, the devices share.
+    """A function of a small matrix whose ``vmap`` over layers is shared by devices.
 
-    Each decomposes its own layers, and is told the others' results.
+    Each device handles its own layers and receives the other results.
 
     Args:
-        function: of one matrix.
-        split: the devices that have all matrices; None for one.
+        function: a function of one matrix.
+        split: the devices, all of which hold all matrices; None for one device.
     """
     if split is None:
         return function

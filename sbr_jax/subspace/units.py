@@ -1,11 +1,11 @@
 """Units: the parts of a parameter tree that share one subspace.
 
-A unit is turned into vectors ``[*L, P]`` by joining its flattened leaves in
-pytree order; the leading layer axes ``*L`` stay in front.
+A unit becomes vectors ``[*L, P]``: its leaves, flattened and joined in pytree order.
+The leading layer axes ``*L`` stay in front.
 
-Trees are matched by the names on the way to a leaf and by its shape, so the same
-parameters may come as dicts, as attributes of a module, or wrapped in the variables of
-Flax: as they do where a library hands them to an optimizer in another container.
+Trees match if the paths and shapes of their leaves do. So the same parameters may come
+as dicts, as attributes of a module or wrapped in Flax variables, because libraries pass
+them to optimizers in different containers.
 
 Symbols: L layers, P parameters of a unit in one layer, K columns.
 """
@@ -22,7 +22,7 @@ from sbr_jax import checks
 from sbr_jax.typing import PyTree, UserError
 
 Names = tuple[str, ...]
-"""A path in a tree, without the kinds of its containers."""
+"""A path in a tree, whatever the container types on the way."""
 
 _ADVICE = (
     "compute the subspace on the parameters it is used with "
@@ -32,7 +32,7 @@ _ADVICE = (
 
 @dataclasses.dataclass(frozen=True)
 class UnitSpec:
-    """Description of a unit: its place, and the names and shapes of its leaves."""
+    """Description of a unit: its path, and the names and shapes of its leaves."""
 
     path: str
     key: Names
@@ -57,8 +57,8 @@ class UnitSpec:
 class Fingerprint:
     """The parametrisation a subspace belongs to; static and hashable.
 
-    ``treedef`` is the parameters' structure with every unit as a leaf, which is
-    why projecting needs no predicate: it knows where the units are.
+    ``treedef`` is the parameters' structure with every unit as a leaf. It tells where
+    the units are, so projecting needs no predicate.
     """
 
     treedef: Any
@@ -68,10 +68,10 @@ class Fingerprint:
     def match(
         self, tree: PyTree, *, what: str = "tree"
     ) -> tuple[list[PyTree], Callable[[Sequence[PyTree]], PyTree]]:
-        """The units of ``tree``, and what puts such units back into a tree like it.
+        """The units of ``tree``, and a function that puts units back into such a tree.
 
-        Units without leaves (``optax.MaskedNode``, ``None``) pass unchecked, and so do
-        those of the whole where the subspace is of a part.
+        Nodes without leaves (``optax.MaskedNode``, ``None``) pass unchecked, also in
+        places that the subspace does not cover.
 
         Raises:
             UserError: if names or shapes differ from the fingerprint, or a leaf is not
@@ -103,14 +103,14 @@ class Fingerprint:
             return False
 
     def split(self, tree: PyTree, *, what: str = "tree") -> list[PyTree]:
-        """The units of ``tree`` alone, see `match`."""
+        """The units of ``tree``; see `match`."""
         return self.match(tree, what=what)[0]
 
     def entries(self, tree: PyTree) -> list[Any]:
         """The per-unit entries of a basis, eigenvalue or trace tree.
 
         Raises:
-            ValueError: if the tree has not one entry for each unit.
+            ValueError: if the tree does not have one entry for each unit.
         """
         try:
             found = self.treedef.flatten_up_to(tree)
@@ -131,7 +131,7 @@ class Fingerprint:
     def _match_names(
         self, tree: PyTree, what: str
     ) -> tuple[list[PyTree], Callable[[Sequence[PyTree]], PyTree]]:
-        """As `match`, in the fingerprint's structures, whatever the containers are."""
+        """Like `match`, for any containers; units come in the fingerprint's own."""
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
         place = {names(path): i for i, (path, _) in enumerate(flat)}
         empty = {names(path) for path, leaf in flat if path and _is_empty(leaf)}
@@ -171,9 +171,9 @@ class Fingerprint:
 
 
 def names(path: Sequence[Any]) -> Names:
-    """A path without the kinds of its containers, nor the box around its array.
+    """A path without its container types and without the box around its array.
 
-    A key, an attribute and a place in a list are the same way down.
+    A dict key, an attribute and a list index of the same name count as equal.
     """
     path = list(path)
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
@@ -182,7 +182,7 @@ def names(path: Sequence[Any]) -> Names:
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node is but a wrapper of one array, ``node.value``: a Flax variable."""
+    """Whether a node only wraps one array as ``node.value``, as Flax variables do."""
     if isinstance(node, dict | list | tuple | None):
         return False
     flat = jax.tree_util.tree_leaves_with_path(node)
@@ -190,7 +190,7 @@ def is_box(node: Any) -> bool:
 
 
 def _is_empty(node: Any) -> bool:
-    """Whether nothing is there: ``None``, or what ``optax.masked`` leaves."""
+    """Whether a node has no leaves, like ``None`` or a masked node of Optax."""
     return not jax.tree.leaves(node)
 
 
@@ -214,11 +214,11 @@ def fingerprint(
     unit: Callable[[Any], bool] | None = None,
     layer_axes: int | None = None,
 ) -> Fingerprint:
-    """Describe how ``params`` falls into units.
+    """Describe how ``params`` divides into units.
 
     Args:
         params: any pytree of arrays (or of shapes).
-        unit: predicate as ``is_leaf`` of ``jax.tree``; ``None`` makes each leaf one.
+        unit: predicate like ``is_leaf`` of ``jax.tree``; ``None`` makes each leaf one.
         layer_axes: how many leading axes of every leaf count layers; ``None`` is 0.
 
     Returns:
@@ -270,7 +270,7 @@ def examples(tree: PyTree, *, what: str) -> int:
     """Number of examples along the leading axis that a tree's arrays share.
 
     Raises:
-        UserError: if they share none, or it is empty.
+        UserError: if they share no such axis, or it is empty.
     """
     shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(tree)]
     sizes = {shape[:1] for shape in shapes}

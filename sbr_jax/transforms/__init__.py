@@ -1,4 +1,4 @@
-"""Optax transformations built on a `Subspace`, and two recipes made of them."""
+"""Optax transformations that keep steps out of a `Subspace`."""
 
 from sbr_jax.transforms.bypass import add_bypass, multi_steps
 from sbr_jax.transforms.projection import (

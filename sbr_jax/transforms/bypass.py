@@ -1,6 +1,6 @@
-"""The bypass: a gradient that a projection lets past, added and accumulated.
+"""The bypass: a second gradient that skips the projection.
 
-Symbols: u update, g task gradient, b bypass gradient, k micro-steps of a step.
+Symbols: u update, g task gradient, b bypass gradient, k micro-steps per step.
 """
 
 import inspect
@@ -18,19 +18,19 @@ from sbr_jax.typing import PyTree, UserError
 def add_bypass() -> optax.GradientTransformationExtraArgs:
     """Add the keyword gradient ``bypass`` to the updates: ``u ← u + bypass``.
 
-    Placed after a projection, it lets one gradient (an anchor's) past it.
+    Place it after a projection to let one gradient (an anchor's) skip that projection.
 
     **Guarantee**: without ``bypass=``, or with ``None``, updates pass unchanged. Inside
-    ``optax.MultiSteps``, which would hand on the last micro-step's bypass alone, a
-    bypass is refused: `multi_steps` averages it as it does the gradient.
+    ``optax.MultiSteps`` a bypass is refused, because ``optax.MultiSteps`` passes on the
+    last micro-step's bypass only. Use `multi_steps`, which averages the bypass.
 
     Returns:
         A stateless transformation whose ``update`` takes ``bypass``, a tree like the
         updates.
 
     Raises:
-        UserError: by ``init``, for parameters that are not floating-point; by
-            ``update``, for a bypass of another structure or shape, or in
+        UserError: from ``init``, for parameters that are not floating-point; from
+            ``update``, for a bypass of another structure or shape, or a bypass inside
             ``optax.MultiSteps``.
 
     Example:
@@ -69,26 +69,26 @@ def add_bypass() -> optax.GradientTransformationExtraArgs:
 def multi_steps(
     inner: optax.GradientTransformation, every_k_schedule: Any, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """As ``optax.MultiSteps``, but the bypass is averaged like the gradient.
+    """Accumulate like ``optax.MultiSteps``, but average the bypass too.
 
-    ``optax.MultiSteps`` averages g over k micro-steps and hands on all other arguments
-    as the last micro-step gave them, so of the k bypasses one would count, for all.
+    ``optax.MultiSteps`` averages g over k micro-steps, but takes every other argument
+    from the last micro-step. Of k bypasses, only the last would count.
 
     **Guarantee**: the k-th ``update`` is that of ``inner`` with the means of g and of b
-    (the sums with ``use_grad_mean=False``); a micro-step without a bypass counts as one
-    of zeros. The others return zeros. A ``should_skip_update_fn`` is asked about g + b.
+    (their sums with ``use_grad_mean=False``). A micro-step without a bypass counts as
+    b = 0. All other updates return zeros. A ``should_skip_update_fn`` sees g + b.
 
     Args:
         inner: an optimizer whose ``update`` takes ``bypass``.
-        every_k_schedule: k, or a function of the step to it.
-        **options: those of ``optax.MultiSteps``.
+        every_k_schedule: k, or a function from the step to k.
+        **options: other arguments of ``optax.MultiSteps``.
 
     Returns:
         A transformation with the state ``optax.MultiStepsState``.
 
     Raises:
-        UserError: for a k below 1, an unknown option, or what is no transformation; by
-            ``init``, for parameters that are not floating-point.
+        UserError: for a k below 1, an unknown option, or an ``inner`` that is not a
+            transformation; from ``init``, for parameters that are not floating-point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -166,21 +166,21 @@ def _update(
     bypass: PyTree,
     extra: dict[str, Any],
 ) -> tuple[PyTree, Any]:
-    """The inner update with averages; `_refuse_last_bypass` knows it by its name."""
+    """Call ``inner`` with averages; `_refuse_last_bypass` looks for this frame."""
     return inner.update(updates, state, params, bypass=bypass, **extra)
 
 
 def is_masked(node: Any) -> bool:
-    """Whether a node is what ``optax.masked`` puts in place of a masked one."""
+    """Whether a node is the placeholder that ``optax.masked`` leaves."""
     return isinstance(node, optax.MaskedNode)
 
 
 def matching_bypass(updates: PyTree, bypass: PyTree) -> PyTree:
-    """The bypass with ``optax.masked``'s marks where the updates have them.
+    """The bypass, with masked nodes wherever the updates have them.
 
     Raises:
-        UserError: for a tree of another structure, or a leaf of another shape; inside
-            ``optax.MultiSteps``.
+        UserError: for a tree of another structure, a leaf of another shape, or a call
+            inside ``optax.MultiSteps``.
     """
     _refuse_last_bypass()
 
@@ -211,10 +211,10 @@ def matching_bypass(updates: PyTree, bypass: PyTree) -> PyTree:
 
 
 def _refuse_last_bypass() -> None:
-    """Refuse a bypass that ``optax.MultiSteps`` hands on from one micro-step alone.
+    """Refuse a bypass inside ``optax.MultiSteps``, which keeps only the last one.
 
-    Nothing that Optax passes to the inner ``update`` tells that it accumulates, so the
-    calls that led here are looked at; only where a bypass is given, and once a trace.
+    Optax does not tell the inner ``update`` that it accumulates, so this function walks
+    up the call stack. It runs only where a bypass is given, and once per trace.
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not _update.__code__:

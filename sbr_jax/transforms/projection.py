@@ -1,8 +1,8 @@
 """Optax transformations that keep updates out of a subspace.
 
 Symbols: u update, V basis, Π = V Vᵀ, α relaxation coefficient per unit and layer
-(0 projects fully, 1 not at all), λ strictness, F Fisher matrix, L layers,
-P parameters of a unit.
+(0 projects fully, 1 not at all), λ strictness, F Fisher matrix, C preconditioner,
+L layers, P parameters of a unit.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from sbr_jax.transforms.state import (
 from sbr_jax.typing import PyTree
 
 NORMALISATIONS = ("none", "mean", "kind", "parameter")
-"""Of the traces that relaxation compares with 1/λ."""
+"""Ways to normalise the traces that relaxation compares with 1/λ."""
 
 
 class ProjectionState(NamedTuple):
@@ -38,23 +38,23 @@ def project_onto_complement(
 ) -> optax.GradientTransformationExtraArgs:
     """Remove the part of the updates inside a subspace: ``u ← u − V Vᵀ u``.
 
-    An ``update`` with ``preconditioner=``, a tree C like the updates, projects in the
-    metric ``C⁻¹``: see `project_out`.
+    Given ``preconditioner=``, a tree C like the updates, ``update`` projects in the
+    metric ``C⁻¹`` (see `project_out`).
 
     **Guarantee**: ``‖Vᵀ u‖ ≤ 1e-6 ‖u‖`` afterwards in float32 (other dtypes add their
-    own rounding). Before an adaptive optimizer this holds for what enters it, not for
-    the applied step: see `update_projection` for that.
+    own rounding). Before an adaptive optimizer, this holds for the optimizer's input,
+    not for the applied step; `update_projection` bounds the applied step.
 
     Args:
-        subspace: what to stay out of. ``init`` copies it into the state, where
-            `replace_subspace` may change it. Call ``init`` outside ``jit``, or the
-            basis is compiled in as a constant.
+        subspace: the subspace to stay out of. ``init`` copies it into the state, where
+            `replace_subspace` may change it. Call ``init`` outside ``jit``; inside, the
+            basis becomes a compiled constant.
 
     Returns:
         A transformation with the state `ProjectionState`.
 
     Raises:
-        UserError: by ``init``, if the parameters are not those of the subspace, or not
+        UserError: from ``init``, if the parameters do not match the subspace or are not
             floating-point.
 
     Example:
@@ -95,23 +95,23 @@ def relaxed(
 ) -> optax.GradientTransformationExtraArgs:
     """Mix a transformation with the identity: ``u ← (1 − α) inner(u) + α u``.
 
-    With a projection inside this is ``u − (1 − α) Π u``.
+    If ``inner`` is a projection, this is ``u − (1 − α) Π u``.
 
-    **Guarantee**: α = 0 gives exactly ``inner(u)``, α = 1 exactly ``u``; linear in u if
-    ``inner`` is.
+    **Guarantee**: α = 0 gives exactly ``inner(u)``, and α = 1 exactly ``u``. The result
+    is linear in u if ``inner`` is.
 
     Args:
         inner: the transformation to relax.
-        coefficients: α: one number, or a tree with one entry per unit of shape
-            ``[*L]`` (or per subtree, if ``inner`` holds no subspace). They live in the
-            state; `replace_subspace` changes them.
+        coefficients: α, one number or a tree with one entry of shape ``[*L]`` per unit
+            (or one per subtree, if ``inner`` holds no subspace). The state holds them;
+            `replace_subspace` changes them.
 
     Returns:
         A transformation with the state `RelaxedState`.
 
     Raises:
-        UserError: for coefficients outside [0, 1]; by ``init``, if they do not fit the
-            units.
+        UserError: for coefficients outside [0, 1]; from ``init``, if they do not fit
+            the units.
 
     Example:
         >>> import jax.numpy as jnp
@@ -148,7 +148,7 @@ def relaxed(
             entries = mark.entries(state.coefficients)
             insides, back = mark.match(inside)
             wholes = mark.split(updates)
-        else:  # entries for whatever subtrees they were given for
+        else:  # one entry for each subtree that has a coefficient
             entries, treedef = jax.tree.flatten(
                 state.coefficients, is_leaf=lambda x: x is None
             )
@@ -166,18 +166,18 @@ def relaxed(
 def mix(alpha: jax.Array | None, inside: jax.Array, update: jax.Array) -> jax.Array:
     """``(1 − α) inside + α update``, with α ``[*L]`` over the leading axes.
 
-    What has the weight 0 does not count, be it infinite.
+    An operand with weight 0 does not count, even if it is infinite or NaN.
     """
     if alpha is None:
         return inside
 
     def part(weight: jax.Array, x: jax.Array) -> jax.Array:
         x = x.astype(weight.dtype)
-        # 0 · inf is NaN. Finite numbers keep their product, and the sign of its zero.
+        # 0 · inf is NaN. Finite numbers are multiplied, which keeps the sign of zero.
         return weight * jnp.where((weight == 0) & ~jnp.isfinite(x), 0.0, x)
 
     a = alpha.reshape(alpha.shape + (1,) * (update.ndim - alpha.ndim))
-    # Not inside + α (update − inside): that is not exact at α = 1.
+    # Not inside + α (update − inside), which is not exact at α = 1.
     return (part(1.0 - a, inside) + part(a, update)).astype(inside.dtype)
 
 
@@ -186,17 +186,17 @@ def fisher_relaxation(
 ) -> PyTree:
     """Relaxation coefficients from Fisher traces: ``α = max(0, 1 − λ t)``.
 
-    A large trace (sensitive layer) gives 0: full projection. ``t`` is ``tr F`` as
-    published, which depends on how the loss is averaged, on LoRA's rank and on the
-    width; so it saturates easily, and three normalisations are offered.
+    A large trace (a sensitive layer) gives α = 0, full projection. The published t is
+    ``tr F``. It depends on how the loss is averaged, on LoRA's rank and on the width,
+    so α saturates easily; ``normalisation`` offers three alternatives.
 
     Args:
-        subspace: whose traces to use.
+        subspace: the subspace whose traces to use.
         strictness: λ; 0.5 is published.
-        normalisation: ``"none"``: t = tr F; ``"mean"``: t = tr F divided by its mean
-            over all units and layers; ``"kind"``: divided by its mean over the layers
-            of its own unit, so that no kind of projection switches another off;
-            ``"parameter"``: t = tr F / P.
+        normalisation: ``"none"`` for t = tr F; ``"mean"`` for tr F divided by its mean
+            over all units and layers; ``"kind"`` for tr F divided by its mean over the
+            layers of the same unit, so that no kind of projection switches another off;
+            ``"parameter"`` for t = tr F / P.
 
     Returns:
         Tree of α in [0, 1], entries ``[*L]``, one per unit.

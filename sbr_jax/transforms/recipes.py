@@ -31,17 +31,17 @@ def gradient_projection(
     coefficients: PyTree = None,
     max_norm: float | None = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Project the task gradient, add the bypass, clip, then optimize; as published.
+    """Project the task gradient, add the bypass, clip, then optimize (published).
 
     ``optimizer(clip(g − (1 − α) Π g + b))``.
 
-    **Guarantee**: what enters the optimizer has no component in the subspace beyond α
-    and the bypass. The applied step may have one: Adam rescales each coordinate and
-    remembers older subspaces, and weight decay is not projected. Use
-    `update_projection` where the step itself has to stay out.
+    **Guarantee**: the optimizer's input has no component in the subspace except the
+    share α of g and the bypass. The applied step may have one: Adam rescales each
+    coordinate, its moments remember older subspaces, and weight decay is not projected.
+    Use `update_projection` if the step itself has to stay out.
 
     Args:
-        subspace: what to stay out of; copied into the state.
+        subspace: the subspace to stay out of; copied into the state.
         optimizer: e.g. ``optax.adamw(...)``.
         coefficients: α, one number or a tree of ``[*L]``; ``None`` is 0 (strict).
         max_norm: clip the global norm of the projected gradient plus bypass;
@@ -51,8 +51,9 @@ def gradient_projection(
         A transformation whose ``update`` takes an optional ``bypass``.
 
     Raises:
-        UserError: for a ``max_norm`` that is not above 0, or no optimizer; by ``init``,
-            if parameters or coefficients do not fit the subspace.
+        UserError: for a ``max_norm`` that is not above 0, or an ``optimizer`` that is
+            not a transformation; from ``init``, if parameters or coefficients do not
+            fit the subspace.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -79,12 +80,12 @@ def gradient_projection(
 
 
 class UpdateProjectionState(NamedTuple):
-    """State of `update_projection`: two first moments, two second, the projection.
+    """State of `update_projection`: four moments and the projection.
 
-    ``together`` is the second moment of g + b, ``apart`` that of both parts by
-    themselves, g² + b². They are mixed when they are used, so that a new α, or a new
-    subspace, counts at once. ``task_share`` is the share ``‖Π u‖ / ‖u‖`` of the last
-    step without what was let past, where it is kept.
+    ``task`` and ``bypass`` are first moments of g and b. ``together`` is the second
+    moment of g + b, ``apart`` that of the two parts separately, g² + b². They are mixed
+    on use, so that a new α or subspace counts at once. ``task_share`` is
+    ``‖Π u‖ / ‖u‖`` of the last step u without the part that was let past, if asked for.
     """
 
     count: jax.Array
@@ -109,61 +110,63 @@ def update_projection(
     weight_decay: float = 0.01,
     task_share: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW whose applied step stays out of the subspace, but for a bypass.
+    """AdamW whose applied step, except for a bypass, stays out of the subspace.
 
     With Adam's preconditioner ``C = 1 / (√v̂ + ε)`` and ``P(u) = u − (1 − α) Q u``:
 
     - metric ``"adam"``: ``step = −η (P(C (m̂_g + m̂_b) + ω θ) + (1 − α) κ Π m̂_b)``,
       ``Q = C U (Uᵀ C U)⁻¹ Uᵀ`` (see `project_out`) and ``κ = ‖C m̂_b‖ / ‖m̂_b‖``. With
       α = 0 and no decay this is ``−η A (g − Π g + b)`` of the averaged gradients, with
-      one symmetric positive matrix A: it rests only where ``g − Π g + b = 0``.
-    - metric ``"euclidean"``: ``step = −η (P(C m̂_g + ω θ) + C m̂_b)``, ``Q = Π``. It
-      stays out as well but is no descent: it rests where ``C g`` is in the subspace,
-      and not where g is. It is kept for what was measured with it.
+      one symmetric positive matrix A. So it stops only where ``g − Π g + b = 0``.
+    - metric ``"euclidean"``: ``step = −η (P(C m̂_g + ω θ) + C m̂_b)``, ``Q = Π``. This
+      step stays out too, but need not descend: it stops where ``C g``, not g, lies in
+      the subspace. It remains available to reproduce earlier measurements.
 
-    Adam's first moment is linear in the gradient, so task and bypass keep one each.
-    Both share ``v = α v[g + b] + (1 − α)(v[g] + v[b])``, second moments of the clipped
-    gradients, with α = 1 where a unit's subspace has rank 0: parts that are applied
-    together are scaled as their sum, and a part that loses its counterpart to the
-    projection is not divided by what the two had left between them. In Adam's metric
-    a v below (1 − α) 1e-6 of its unit's mean counts as that: what has hardly a
-    gradient is not sent far to make up for the rest.
+    Adam's first moment is linear in the gradient, so task and bypass each keep their
+    own. Both share ``v = α v[g + b] + (1 − α)(v[g] + v[b])``, made of second moments of
+    the clipped gradients, with α = 1 where a unit's subspace has rank 0. So parts that
+    are applied together are scaled as their sum. Where g and b nearly cancel and the
+    projection removes one of them, the other is not divided by their small sum. In
+    Adam's metric, v is at least (1 − α) 1e-6 of its unit's mean, so that a coordinate
+    with hardly any gradient does not move far to compensate for the others.
 
     **Guarantee**: with α = 0, ``‖Uᵀ(step − past)‖ ≤ 1e-7 ‖step‖`` for float32
-    parameters, momentum and weight decay included, also right after
-    `replace_subspace` (of the update: adding it to θ rounds; and unless the subspace
-    fills its unit). ``past`` is what is let past: ``−η κ Π m̂_b`` in Adam's metric,
-    ``−η C m̂_b`` in the Euclidean. Projection never lengthens a step, and before it no
-    coordinate of either part exceeds Adam's own bound, η for a steady gradient, however
-    much g and b cancel, also right after α or the subspace changed. Where nothing is
-    projected it is AdamW of the clipped ``g + b`` (but for the last digits of two
-    moments that cancel); in the Euclidean metric and without a bypass it is
-    ``chain(clip_by_global_norm, adamw, relaxed(project_onto_complement))``; both to
-    float32 rounding. Moments, four arrays to AdamW's two, are float32 whatever the
+    parameters, including momentum and weight decay, also right after
+    `replace_subspace`, unless the subspace fills its unit. This holds for the update;
+    adding it to θ rounds. ``past`` is the part that is let past: ``−η κ Π m̂_b`` in
+    Adam's metric, ``−η C m̂_b`` in the Euclidean one. Projection never lengthens a step.
+    Before projection, no coordinate of either part exceeds Adam's own bound (η for a
+    steady gradient), however much g and b cancel, also right after α or the subspace
+    changed.
+
+    Where nothing is projected, this is AdamW of the clipped ``g + b``, except for the
+    last digits of two moments that cancel. In the Euclidean metric without a bypass, it
+    is ``chain(clip_by_global_norm, adamw, relaxed(project_onto_complement))``. Both
+    hold to float32 rounding. The four moments (AdamW has two) are float32 whatever the
     parameters' dtype.
 
     Args:
-        subspace: what to stay out of; copied into the state.
+        subspace: the subspace to stay out of; copied into the state.
         learning_rate: η, a number or a schedule.
-        metric: in which the projection is orthogonal, ``"adam"`` or ``"euclidean"``.
+        metric: metric of the projection, ``"adam"`` or ``"euclidean"``.
         coefficients: α, one number or a tree of ``[*L]``; ``None`` is 0 (strict).
         max_norm: clip the global norm of ``g + b``; ``None`` does not clip.
         b1: decay of the first moments.
-        b2: decay of the second moment.
+        b2: decay of the second moments.
         eps: Adam's ε.
         weight_decay: ω, decoupled.
-        task_share: keep in the state, under this name, what share of the step without
-            what is let past lies in the subspace: one more product with its basis.
+        task_share: record ``task_share`` in the state, see `UpdateProjectionState`; it
+            costs one more product with the basis.
 
     Returns:
         A transformation whose ``update`` needs ``params`` and takes an optional
         ``bypass``, a tree like the updates.
 
     Raises:
-        UserError: for a number out of range, or an unknown metric; by ``init``, if
-            parameters or coefficients do not fit the subspace; by ``update``, if
-            ``params`` are not given, trees do not fit, or there is a bypass in
-            ``optax.MultiSteps``, see `multi_steps`.
+        UserError: for a number out of range, or an unknown metric; from ``init``, if
+            parameters or coefficients do not fit the subspace; from ``update``, if
+            ``params`` are not given, trees do not fit, or a bypass is given inside
+            ``optax.MultiSteps`` (see `multi_steps`).
 
     Example:
         >>> import jax.numpy as jnp
@@ -280,7 +283,7 @@ def update_projection(
 
 
 _LEAST = 1e-6
-"""Share of the mean second moment of its unit that a coordinate has at the least."""
+"""Least second moment of a coordinate, as a share of its unit's mean."""
 
 
 def _mixed(
@@ -288,9 +291,9 @@ def _mixed(
 ) -> PyTree:
     """``α v[g + b] + (1 − α)(v[g] + v[b])``, with α = 1 where a unit's rank is 0.
 
-    The first alone is near zero where the two cancel. Projected, g no longer cancels b
-    there, and each would be divided by nearly nothing. At least ``(1 − α) least`` of
-    the unit's mean.
+    The result is at least ``(1 − α) least`` of the unit's mean. v[g + b] alone would be
+    near zero where g and b cancel. A projected g no longer cancels b there, and each
+    would be divided by almost zero.
     """
     (subspace,) = find_subspaces(projection)
     mark = subspace.fingerprint
@@ -308,7 +311,7 @@ def _mixed(
         unit = jax.tree.map(functools.partial(mix, alpha), y, x)
         if least and jax.tree.leaves(unit):
             mean = jnp.mean(to_vector(unit, mark.layer_axes), axis=-1)
-            # Squares beyond float32 say nothing about the others.
+            # An infinite mean sets no floor for the other coordinates.
             floor = jnp.where(jnp.isfinite(mean), (1 - alpha) * least * mean, 0.0)
             unit = jax.tree.map(lambda v, f=floor: jnp.maximum(v, _over(f, v)), unit)
         out.append(unit)
@@ -316,7 +319,7 @@ def _mixed(
 
 
 def _inside(bypass: PyTree, step: PyTree, projection: RelaxedState) -> PyTree:
-    """``(1 − α) κ Π b``: as far as Adam's step of b goes, along b itself."""
+    """``(1 − α) κ Π b``: along b itself, scaled to the length of Adam's step of b."""
     (subspace,) = find_subspaces(projection)
     mark = subspace.fingerprint
     parts, back = mark.match(project_onto(bypass, subspace))
@@ -334,7 +337,7 @@ def _inside(bypass: PyTree, step: PyTree, projection: RelaxedState) -> PyTree:
 
 
 def _over(layers: jax.Array, leaf: jax.Array) -> jax.Array:
-    """A number for each layer, ``[*L]``, beside the axes of a leaf."""
+    """One number per layer, ``[*L]``, shaped to broadcast over a leaf."""
     return layers.reshape(layers.shape + (1,) * (leaf.ndim - layers.ndim))
 
 
@@ -342,13 +345,13 @@ def _share(basis: jax.Array | None, alpha: jax.Array) -> jax.Array:
     """Share of a unit's parts applied together: α, or 1 if nothing is projected."""
     if basis is None:
         return jnp.ones_like(alpha)
-    # Used columns come first: one of them says whether there are any.
+    # Used columns come first, so the first one tells whether there are any.
     used = jnp.any(basis[..., 0] != 0, axis=-1)
     return jnp.where(used, alpha, 1.0)
 
 
 def _check_trees(moment: PyTree, updates: PyTree, params: PyTree) -> None:
-    """Refuse an ``update`` with other trees than ``init`` has seen."""
+    """Refuse an ``update`` whose trees differ from those given to ``init``."""
 
     def look(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
         return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
@@ -366,7 +369,7 @@ def _check_trees(moment: PyTree, updates: PyTree, params: PyTree) -> None:
 def _clipped(
     updates: PyTree, bypass: PyTree, max_norm: float | None
 ) -> tuple[PyTree, PyTree]:
-    """Task gradient and bypass in float32, their sum clipped."""
+    """Task gradient and bypass in float32, scaled so that their sum is clipped."""
     task = jax.tree.map(_f32, updates)
     if bypass is None:
         passed = jax.tree.map(jnp.zeros_like, task)
@@ -386,7 +389,7 @@ def _f32(x: jax.Array) -> jax.Array:
 def clip_factor(
     task: PyTree, bypass: PyTree, max_norm: float | None
 ) -> jax.Array | float:
-    """Scale of both gradients that clips their sum to ``max_norm``."""
+    """Factor for both gradients that clips their sum to ``max_norm``."""
     if max_norm is None:
         return 1.0
     total = jax.tree.map(jnp.add, task, bypass)

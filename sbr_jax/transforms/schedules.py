@@ -1,6 +1,6 @@
 """Learning-rate schedule: linear warm-up, then a cosine.
 
-Symbols: w steps of warm-up.
+Symbols: w warm-up steps.
 """
 
 import optax
@@ -15,8 +15,8 @@ def learning_rate_schedule(
 ) -> optax.Schedule:
     """Linear warm-up, then a cosine from ``peak`` to ``final_fraction · peak``.
 
-    The warm-up of w = round(``warmup_fraction`` · ``steps``) steps starts at
-    ``peak / (w + 1)``, so no step is wasted at 0; the last step is ``steps − 1``.
+    The warm-up takes w = round(``warmup_fraction`` · ``steps``) steps and starts at
+    ``peak / (w + 1)``, so no step is wasted at 0. The last step is ``steps − 1``.
 
     >>> lr = learning_rate_schedule(1.0, 100, warmup_fraction=0.1)
     >>> float(lr(10)), round(float(lr(100)), 4)

@@ -1,9 +1,9 @@
-"""Share of a step's task part inside a subspace, where a bypass is in it too.
+"""Share of a step's task part that lies inside a subspace.
 
-Adam's first moment is linear in the gradient: with g what the task brings and b what is
-let past the projection, ``m = m_g + m_b``, both divided by the same ``√v̂ + ε``. So the
-step falls into two parts, and the task's can be looked at alone; of the whole step the
-share inside says mostly what the bypass did.
+Adam's first moment is linear in the gradient. With the task gradient g and the bypass
+gradient b, ``m = m_g + m_b``, and both parts are divided by the same ``√v̂ + ε``. So
+the step is a task part plus a bypass part, and the task part can be measured alone. The
+share of the whole step would mostly show what the bypass did.
 
 Symbols: g task gradient, b bypass gradient, m first moment, v second moment (hats:
 bias-corrected), Π projection onto the subspace, V its basis, θ parameters, ω weight
@@ -28,11 +28,14 @@ from sbr_jax.transforms.state import find_subspaces
 from sbr_jax.typing import PyTree
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
-"""Of ``optax.adamw``."""
+"""Defaults of ``optax.adamw``."""
 
 
 class TaskShareState(NamedTuple):
-    """State of `adamw_gradient_projection`: with the bypass's moment, and the share."""
+    """State of `adamw_gradient_projection`.
+
+    It adds the bypass's first moment and the task's share to the inner state.
+    """
 
     inner_state: Any
     bypass: PyTree
@@ -47,16 +50,16 @@ def adamw_gradient_projection(
     max_norm: float | None = 1.0,
     weight_decay: float = 0.01,
 ) -> optax.GradientTransformationExtraArgs:
-    """Projects the gradient before AdamW, and tells what of the task's step is inside.
+    """Project the gradient before AdamW and record the task's share inside.
 
-    The task's part of the step is ``−η ((m̂ − m̂_b) / (√v̂ + ε) + ω θ)``, with m_b the
-    moment of the clipped bypass alone; its share is in the state
-    (`read_task_share`).
+    The task part of the step is ``−η ((m̂ − m̂_b) / (√v̂ + ε) + ω θ)``, where m_b is
+    the first moment of the clipped bypass alone. The state holds the share of this part
+    inside the subspace (`read_task_share`).
 
     **Guarantee**: the step is that of ``gradient_projection(subspace, adamw)``.
 
     Args:
-        subspace: what to stay out of; copied into the state.
+        subspace: the subspace to stay out of; copied into the state.
         learning_rate: η.
         coefficients: α, one number or a tree of ``[*L]``; ``None`` is 0.
         max_norm: clip the global norm of the projected gradient plus bypass.
@@ -107,7 +110,7 @@ def adamw_gradient_projection(
         step, after = found
         passed = jax.tree.map(lambda m: B1 * m, state.bypass)
         if bypass is not None:
-            # The same product as inside: compiled, it is computed once.
+            # `inner` computes the same product; compiled, it is computed only once.
             kept, _ = projection.update(updates, state.inner_state[0])
             factor = clip_factor(kept, bypass, max_norm)
             passed = jax.tree.map(
@@ -132,7 +135,7 @@ def adamw_gradient_projection(
 
 
 def read_task_share(opt_state: PyTree) -> jax.Array | None:
-    """What of the task's part of the last step is inside; None where none is kept.
+    """Share of the last step's task part inside the subspace; None if not recorded.
 
     Args:
         opt_state: state of any optimizer, however nested.

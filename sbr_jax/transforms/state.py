@@ -36,9 +36,9 @@ def find_subspaces(state: PyTree) -> list[Subspace]:
 
 
 def copy_arrays(tree: PyTree) -> PyTree:
-    """Copies, so that donating the state leaves the caller's arrays alive.
+    """Copy arrays, so that donating the state leaves the caller's arrays alive.
 
-    Where there are but shapes, to be filled by `replace_subspace`, zeros.
+    A shape without values becomes zeros, which `replace_subspace` fills later.
     """
 
     def copy(x: Any) -> jax.Array:
@@ -81,9 +81,9 @@ def expand_coefficients(coefficients: PyTree, subspace: Subspace | None) -> PyTr
 
 
 def check_range(coefficients: PyTree) -> None:
-    """Refuse known α outside [0, 1]: above 1 what is to be removed is magnified."""
+    """Refuse known α outside [0, 1]; above 1 it would magnify the part inside."""
     for leaf in jax.tree.leaves(coefficients):
-        # What is traced, or lies on other hosts too, has no values to look at.
+        # Traced arrays, and arrays that span hosts, have no values to check here.
         if checks.is_traced(leaf) or not getattr(leaf, "is_fully_addressable", True):
             continue
         values = np.asarray(leaf)
@@ -109,7 +109,7 @@ def _float32(x: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def read_subspace(opt_state: PyTree) -> Subspace:
-    """The (first) subspace that an optimizer state holds.
+    """Return the (first) subspace that an optimizer state holds.
 
     Args:
         opt_state: state of any optimizer built with a projection, however nested.
@@ -141,25 +141,26 @@ def read_subspace(opt_state: PyTree) -> Subspace:
 def replace_subspace(
     opt_state: PyTree, subspace: Subspace, coefficients: PyTree = None
 ) -> PyTree:
-    """Put another subspace (and α) into an optimizer state; all else stays.
+    """Put another subspace (and α) into an optimizer state; the rest stays.
 
     **Guarantee**: pure; shapes, dtypes and structure do not change, so a compiled step
     is not traced again. The state gets copies. Works through ``chain``, ``masked``,
-    ``MultiSteps`` and ``inject_hyperparams``. (The latter needs
-    ``hyperparam_dtype=jnp.float32`` where parameters are bfloat16, in which Adam's b2
-    is 1; and α is changed here, not by injecting it.)
+    ``MultiSteps`` and ``inject_hyperparams``. With bfloat16 parameters,
+    ``inject_hyperparams`` needs ``hyperparam_dtype=jnp.float32``, because in bfloat16
+    Adam's b2 rounds to 1. Change α here; do not inject it.
 
     Args:
         opt_state: state of an optimizer built with a projection, however nested.
-        subspace: the new one, of the same parameters and with the same K.
+        subspace: the new subspace, for the same parameters and with the same K.
         coefficients: new α (one number or a tree of ``[*L]``); ``None`` keeps the old.
 
     Returns:
         The new state.
 
     Raises:
-        UserError: if the state holds no subspace (or no coefficients where some are
-            given), or the new one's parameters, K or covered units differ.
+        UserError: if the state holds no subspace, if coefficients are given and the
+            state holds none, or if the new subspace has other parameters, another K or
+            other covered units.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -212,9 +213,9 @@ def replace_subspace(
 
 
 def _filled(subspace: Subspace, old: PyTree, new: PyTree) -> PyTree:
-    """A tree with the containers of ``old`` and the entries of ``new``, per unit.
+    """A tree with the containers of ``old`` and the per-unit entries of ``new``.
 
-    Where a state lives in Flax, every array of ``old`` is wrapped in a variable.
+    In a Flax state, every array of ``old`` is wrapped in a variable.
     """
     leaves, treedef = jax.tree.flatten(old)
     entries = [x for x in subspace.fingerprint.entries(new) if x is not None]
@@ -249,14 +250,14 @@ def _moved(old: jax.Array, new: jax.Array) -> jax.Array:
     if old.sharding.device_set != new.sharding.device_set:
         return jax.device_put(jnp.array(new, dtype=old.dtype, copy=True), old.sharding)
 
-    # By the devices themselves: a sharding may span hosts.
+    # The devices move the array themselves, because a sharding may span hosts.
     return _placed(jnp.dtype(old.dtype), old.sharding)(new)
 
 
-# Made once for each: a program of its own would be compiled at every call.
+# Cached, because a new function would be compiled at every call.
 @functools.lru_cache(maxsize=64)
 def _placed(dtype: Any, sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
-    """Copies an array to where a sharding says."""
+    """A function that copies an array to a sharding."""
 
     def copy(x: jax.Array) -> jax.Array:
         return jnp.array(x, dtype=dtype, copy=True)

@@ -1,4 +1,4 @@
-"""A trust region: free motion inside a budget of second-order divergence.
+"""A trust region: free steps within a budget of second-order divergence.
 
 Symbols: θ parameters, θ₀ their centre, U basis, λ eigenvalues, c = Uᵀ(θ − θ₀)
 coordinates, q = ½ Σ λ c² the divergence, ε the budget, μ ≥ 0 multiplier, P parameters
@@ -33,47 +33,47 @@ class TrustRegionState(NamedTuple):
 def trust_region(
     subspace: Subspace, epsilon: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Keep parameters in the ellipsoid ``½ Σ λ_i c_i² ≤ ε`` about where they started.
+    """Keep parameters in the ellipsoid ``½ Σ λ_i c_i² ≤ ε`` around their start.
 
-    ``c = Uᵀ(θ + u − θ₀)``. Where q is above ε, the update u is changed so that the step
+    ``c = Uᵀ(θ + u − θ₀)``. If q is above ε, the update u is changed so that the step
     ends at the nearest point of the ellipsoid: ``c_i ← c_i / (1 + μ λ_i)`` with the
-    smallest μ ≥ 0 for which q = ε. The budget is one for all units and layers together.
-    With λ and U of a Fisher matrix, q is the KL divergence from the model at θ₀ to
-    second order, in nats if the factors were scores of whole answers. In exact
-    arithmetic ε → 0 is strict projection, and ε → ∞ changes nothing.
+    smallest μ ≥ 0 for which q = ε. All units and layers share one budget. If λ and U
+    belong to a Fisher matrix, q is the KL divergence from the model at θ₀ to second
+    order, in nats if the factors were scores of whole answers. In exact arithmetic,
+    ε → 0 is strict projection and ε → ∞ changes nothing.
 
-    Place it last in a chain: it looks at the step that is applied. It sees no more of
-    it, so the nearest point is the Euclidean one: inside the budget every optimizer
-    goes where it would, on the boundary one that scales coordinates (Adam) may rest
-    where its scaled step is normal to the ellipsoid, and the gradient is not. Where
-    that matters, raise ε or use `update_projection`, which knows Adam's metric.
+    Place it last in a chain, because it must see the applied step. It sees nothing
+    else, so "nearest" is Euclidean. Inside the budget, every optimizer moves as it
+    would alone. On the boundary, an optimizer that scales coordinates (Adam) may stop
+    where its scaled step is normal to the ellipsoid although the gradient is not. If
+    that matters, raise ε or use `update_projection`, which projects in Adam's metric.
 
     **Guarantee**: ``q(θ + u) ≤ ε (1 + 1e-3)`` after every step, also right after
-    `replace_subspace`, whose subspace counts from the next step on, about the same θ₀:
-    that step may be long. Numbers round, and that comes on top: q may exceed ε by a
-    further share of about ``3 ρ ‖(θ, θ − θ₀, u)‖ √(λ_max / 2ε)``, with ρ = 2⁻²⁴ in
-    float32 and 2⁻⁹ in bfloat16, whose updates round as its parameters do. Steps along
-    free directions count in it: keep them, and 1/ε, moderate.
+    `replace_subspace`. The new subspace counts from the next step on, around the same
+    θ₀, so that step may be long. Rounding comes on top: q may exceed ε by a further
+    share of about ``3 ρ ‖(θ, θ − θ₀, u)‖ √(λ_max / 2ε)``, with ρ = 2⁻²⁴ in float32 and
+    2⁻⁹ in bfloat16, where updates round like the parameters. Motion along free
+    directions adds to these norms, so keep it, and 1/ε, moderate.
 
-    μ is found by Newton's method on ``1/√q``, which is concave in μ: from 0 it grows to
-    the root and never beyond. If an extreme spectrum should take more than its fixed
-    number of steps, what is left is scaled down, so that the bound holds all the same.
+    Newton's method on ``1/√q``, which is concave in μ, finds μ: from 0 it grows to the
+    root and never beyond. If an extreme spectrum needs more than the fixed number of
+    steps, the result is scaled down, so the bound still holds.
 
     Args:
         subspace: U and λ; ``init`` copies it into the state, where `replace_subspace`
             may change it. Directions with λ = 0 are free.
-        epsilon: ε above 0. Made by ``optax.inject_hyperparams`` it may change while
+        epsilon: ε above 0. Through ``optax.inject_hyperparams`` it may change during
             training.
 
     Returns:
         A transformation with the state `TrustRegionState`, whose centre is the
-        parameters of ``init``. Its ``update`` needs ``params`` and takes an optional
-        ``centre``, a tree θ₀ to use in place of the state's, and an optional
-        ``epsilon``, an array above 0 to use in place of ε, which may be traced.
+        parameters given to ``init``. Its ``update`` needs ``params``. It takes an
+        optional ``centre``, a tree that replaces the state's θ₀, and an optional
+        ``epsilon``, an array above 0 that replaces ε and may be traced.
 
     Raises:
-        UserError: for an ε that is not above 0; by ``init``, if the parameters are not
-            those of the subspace; by ``update``, if trees do not fit or ``params`` are
+        UserError: for an ε that is not above 0; from ``init``, if the parameters do not
+            match the subspace; from ``update``, if trees do not fit or ``params`` are
             not given.
 
     Example:
@@ -122,7 +122,7 @@ def trust_region(
 def _kept_inside(
     updates: PyTree, params: PyTree, centre: PyTree, subspace: Subspace, epsilon: Any
 ) -> PyTree:
-    """The updates that end in the ellipsoid, nearest to those given."""
+    """The nearest updates that end inside the ellipsoid."""
     mark = subspace.fingerprint
     axes = mark.layer_axes
     parts, back = mark.match(updates, what="updates")
@@ -135,7 +135,7 @@ def _kept_inside(
     ]
     if not covered:
         return updates
-    # θ − θ₀ first: both are large beside what they differ by.
+    # θ − θ₀ first: both are large compared with their difference.
     moved = [
         (to_vector(others[0][i], axes) - to_vector(others[1][i], axes))
         + to_vector(parts[i], axes)
@@ -161,7 +161,7 @@ def _kept_inside(
 
 
 def shrinkage(c: jax.Array, values: jax.Array, epsilon: Any) -> jax.Array:
-    """Factors ``1 / (1 + μ λ)`` that bring ``½ Σ λ c²`` down to ε, or ones.
+    """Factors ``1 / (1 + μ λ)`` that bring ``½ Σ λ c²`` down to ε; 1 if it is below.
 
     Args:
         c: coordinates [N].
@@ -187,7 +187,7 @@ def shrinkage(c: jax.Array, values: jax.Array, epsilon: Any) -> jax.Array:
     mu = jax.lax.fori_loop(0, ITERATIONS, step, jnp.float32(0.0))
     factor = 1.0 / (1.0 + mu * share)
     size, _ = _unit(y * factor)
-    # Newton comes from outside: what it leaves is rounding.
+    # Newton approaches the boundary from outside; this removes what is left over.
     return jnp.where(values > 0, factor / jnp.maximum(size, 1.0), 1.0)
 
 
@@ -195,7 +195,7 @@ _SMALLEST, _LARGEST = 1e-37, 1e37
 
 
 def _unit(y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Length and direction of a vector, also where its squares leave float32."""
+    """Length and direction of a vector, even if its squares overflow float32."""
     peak = jnp.max(jnp.abs(y))
     scaled = y / jnp.where(peak > 0, peak, 1.0)
     length = jnp.linalg.norm(scaled)
