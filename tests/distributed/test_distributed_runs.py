@@ -213,7 +213,9 @@ def test_twenty_kills_of_either_process_change_no_byte(whole, tmp_path):
                 codes, said = zip(*map(ended, processes), strict=True)
             # Left alone they finish; a partner that is awaited in vain says so with 2.
             assert killed or codes == (0, 0), said
-            known = {0, 2, 134, 137, 143, -signal.SIGKILL, -signal.SIGTERM}
+            # JAX's own client aborts where its service is gone: 134 to a launcher.
+            ends = (signal.SIGABRT, signal.SIGKILL, signal.SIGTERM)
+            known = {0, 2, 134, 137, 143, *(-end for end in ends)}
             assert set(codes) <= known, said
         assert results(folder) == results(whole[0])
         folders += 1
