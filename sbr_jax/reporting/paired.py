@@ -8,14 +8,16 @@ from scipy.special import stdtrit
 from sbr_jax.reporting.columns import COLUMNS, Table, per_seed
 from sbr_jax.reporting.runs import Run
 
-COMPARED = ("composite", "refusal", "lowest", "accuracy_learned", "over_refusal")
+COMPARED = ("lowest", "composite", "refusal", "accuracy_learned", "over_refusal")
 """Columns whose differences between rows are told, where a run has them."""
+SAFE, LEARNT = COMPARED[:3], COMPARED[3]
 
 
 def paired_table(run: Run) -> Table:
-    """Differences from the safest row, seed by seed, with their 95 % intervals.
+    """Differences from the best row, seed by seed, with their 95 % intervals.
 
-    ``d̄ ± t₀.₉₇₅,ₙ₋₁ s / √n`` of the n seeds that both rows have finished.
+    ``d̄ ± t₀.₉₇₅,ₙ₋₁ s / √n`` of the n seeds that both rows have finished. The best row
+    has the highest mean of safety and learning: a model that learns nothing is safe.
     """
     rows = [m for m in run.methods if len(run.seeds(m)) > 1]
     if len(rows) < 2:
@@ -24,10 +26,11 @@ def paired_table(run: Run) -> Table:
         m: {key: _by_seed(run, m, key) for key in COMPARED if _by_seed(run, m, key)}
         for m in rows
     }
-    rank = [key for key in COMPARED[:-1] if all(key in found[m] for m in rows)]
-    if not rank:
+    safe = next((key for key in SAFE if all(key in found[m] for m in rows)), None)
+    if safe is None:
         return Table((), ())
-    best = max(rows, key=lambda m: [np.mean([*found[m][key].values()]) for key in rank])
+    rank = [safe, *([LEARNT] if all(LEARNT in found[m] for m in rows) else [])]
+    best = max(rows, key=lambda m: np.mean([[*found[m][key].values()] for key in rank]))
     used = [key for key in COMPARED if any(key in found[m] for m in rows)]
     lines = []
     for method in rows:
@@ -38,9 +41,9 @@ def paired_table(run: Run) -> Table:
             lines.append((method, str(len(seeds)), *texts))
     titles = {column.key: column.title for column in COLUMNS}
     notes = (
-        f"{best}, the row with the highest {titles[rank[0]]}, minus each other row, "
-        "seed by seed: mean and 95 % interval (Student's t). Where the interval holds "
-        "0, these seeds do not tell the two apart.",
+        f"{best}, the best row by {' and '.join(titles[key] for key in rank)}, minus "
+        "each other row, seed by seed: mean and 95 % interval (Student's t). Where the "
+        "interval holds 0, these seeds do not tell the two apart.",
     )
     return Table(
         ("method", "seeds", *(titles[key] for key in used)), tuple(lines), notes

@@ -226,7 +226,7 @@ def tables_of(run: Run) -> dict[str, Table]:
     """All tables of a run by title, without empty ones."""
     found = {
         "Results": main_table(run),
-        "Differences from the safest row": paired_table(run),
+        "Differences from the best row": paired_table(run),
         "Composite safety after each stage": trajectory_table(run),
         "Accuracy of each domain": accuracy_table(run),
         **{title: make(run) for title, make in EXTRA.items()},

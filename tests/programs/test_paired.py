@@ -9,7 +9,7 @@ import synthetic_run
 from scipy import stats
 
 from sbr_jax.reporting.columns import per_seed
-from sbr_jax.reporting.paired import paired_table
+from sbr_jax.reporting.paired import LEARNT, paired_table
 from sbr_jax.reporting.runs import read_run
 
 ROWS = ("plain", "safeanchor", "lean")
@@ -28,15 +28,21 @@ def numbers(text):
 def test_differences_and_intervals_are_those_of_a_paired_t_test(run):
     table = paired_table(run)
     ends = {m: per_seed(run, m, "composite") for m in ROWS}
-    best = max(ROWS, key=lambda m: ends[m].mean())
+    score = {
+        m: per_seed(run, m, "lowest").mean()
+        + per_seed(run, m, "accuracy_learned").mean()
+        for m in ROWS
+    }
+    best = max(ROWS, key=lambda m: score[m])
     assert [row[0] for row in table.rows] == [m for m in ROWS if m != best]
-    assert table.notes[0].startswith(f"{best}, the row with the highest composite")
+    assert table.notes[0].startswith(f"{best}, the best row by lowest and when learnt")
+    place = table.head.index("composite") - 2
     for name, seeds, *cells in table.rows:
         assert int(seeds) == len(ends[name])
         test = stats.ttest_rel(ends[best], ends[name])
         interval = test.confidence_interval(0.95)
         wanted = [np.mean(ends[best] - ends[name]), interval.low, interval.high]
-        np.testing.assert_allclose(numbers(cells[0]), wanted, atol=0.051)
+        np.testing.assert_allclose(numbers(cells[place]), wanted, atol=0.051)
 
 
 def edited(folder, change):
@@ -57,6 +63,17 @@ def test_the_lowest_is_of_all_domains_not_of_the_last(tmp_path):
     run = edited(tmp_path / "run", dip)
     ends = run.metric("lean", "composite")[:, -1]
     assert per_seed(run, "lean", "lowest").tolist() == [ends[0], 12.5, ends[2]]
+
+
+def test_a_row_that_learns_nothing_is_not_the_best(tmp_path):
+    def numb(line):
+        if line["method"] == "plain" and line["stage"] == "evaluate":
+            for key in line["metrics"]:
+                line["metrics"][key] = 0.0 if key.startswith("accuracy/") else 100.0
+        return line
+
+    table = paired_table(edited(tmp_path / "run", numb))
+    assert "plain" in {row[0] for row in table.rows}
 
 
 def test_only_seeds_of_both_rows_count_and_one_tells_nothing(tmp_path):
