@@ -84,7 +84,7 @@ def row_table(
 ) -> Table | None:
     """The lines of one row, each below plain fine-tuning; None if there are none.
 
-    Rows decided by other code than the manifest's version are marked.
+    Rows decided by other code than the table's version are marked.
     """
     found: list[tuple[str, Run]] = []
     for run in runs:
@@ -94,9 +94,10 @@ def row_table(
             found += [line for line in pair if line not in found]
     lines = []
     codes = [run.code(name) for name, run in found]
-    for (name, run), code in zip(found, codes, strict=True):
-        older = manifest and code and code not in manifest.hashes(name)
-        label = f"`{name}` {MARK}" if older else f"`{name}`"
+    known = [(name, code or "") for (name, _), code in zip(found, codes, strict=True)]
+    older = manifest.older(known) if manifest else [False] * len(known)
+    for (name, run), code, old in zip(found, codes, older, strict=True):
+        label = f"`{name}` {MARK}" if old and code else f"`{name}`"
         labels = (label, _source(name, run), str(len(run.seeds(name))))
         lines.append((labels, row_cells(run, name)))
     table = comparison(("row", "run", "seeds"), lines)

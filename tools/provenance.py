@@ -89,10 +89,18 @@ class Manifest:
         rows = self.codes[version].get(measured.study, {})
         return measured.code != rows.get(measured.row)
 
-    def hashes(self, row: str) -> set[str]:
-        """Hashes that generated tables may show for a row that is not older."""
-        studies = self.codes[self.version].values()
-        return {rows[row] for rows in studies if row in rows}
+    def older(self, lines: Sequence[tuple[str, str]]) -> list[bool]:
+        """Which lines of a generated table are of another version than the table.
+
+        The table's version is the one that most lines have, as `(row, code)`.
+        """
+
+        def known(version: str) -> list[bool]:
+            studies = self.codes[version].values()
+            return [any(x.get(row) == code for x in studies) for row, code in lines]
+
+        newest = [self.version, *reversed(self.codes)]
+        return [not found for found in max(map(known, newest), key=sum)]
 
     def to_json(self) -> str:
         """The file's text: a line for each line of a table."""
@@ -214,13 +222,15 @@ def _quoted(root: Path) -> Iterator[str]:
 
 def _generated(where: str, table: PageTable, manifest: Manifest) -> Iterator[str]:
     """Problems of a table with a column of hashes."""
-    for line in table.lines:
-        row, code = line[0].replace(MARK, "").strip(" `"), line[table.head.index(CODE)]
+    place = table.head.index(CODE)
+    names = [line[0].replace(MARK, "").strip(" `") for line in table.lines]
+    codes = [line[place] for line in table.lines]
+    older = manifest.older(list(zip(names, codes, strict=True)))
+    for name, code, old, line in zip(names, codes, older, table.lines, strict=True):
         if re.fullmatch(r"[0-9a-f]{10}", code):
-            older = code not in manifest.hashes(row)
-            yield from _mismatch(where, row, older, MARK in line[0])
+            yield from _mismatch(where, name, old, MARK in line[0])
         else:
-            yield f"{where}: {row}: expected a hash as its code, got {code!r}"
+            yield f"{where}: {name}: expected a hash as its code, got {code!r}"
 
 
 def _listed(where: str, table: PageTable, manifest: Manifest) -> Iterator[str]:

@@ -73,11 +73,11 @@ FAULTS = {
     "a table twice": (CHOOSE, r"\Z", f"\n<!-- table: stories -->{NEW}", "found twice"),
     "no sentence below": (PARTS, r"^† Measured.*\n", "", "a sentence with †"),
     "a column that is gone": (RESULTS, " poisoned ", " harmful ", "a column"),
-    "a figure without a mark": (
+    "a figure with an idle mark": (
         "README.md",
-        r"^† Drawn from",
-        "Drawn from",
-        "trajectory.png: measured with other code",
+        r"^Composite safety in",
+        "† Drawn from an older run. Composite safety in",
+        "trajectory.png: marked with †",
     ),
     "a figure of unknown rows": (
         "README.md",
@@ -190,7 +190,8 @@ def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
 
 def test_filled_rows_carry_their_hash_and_a_mark_where_they_are_older(site, tmp_path):
     folder = synthetic_run.write(tmp_path / "runs" / "x", ("plain", "ewc"), seeds=(0,))
-    (code,) = read_manifest(site).hashes("ewc")
+    manifest = read_manifest(site)
+    code = manifest.codes[manifest.version]["testbed"]["ewc"]
     record(folder, "plain", "0123456789")
     record(folder, "ewc", code)
     assert fill_docs.main([str(folder), "--docs", str(site / "docs")]) == 0
