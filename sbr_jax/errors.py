@@ -39,13 +39,24 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
     Raises:
       UserError: for the first such name.
     """
-    known, seen = list(known), set()
+    names, known = list(names), list(known)
     for name in names:
         if name not in known:
             raise unknown(kind, name, known)
-        if name in seen:
-            raise UserError(f"expected each {kind} once, got '{name}' twice: drop one")
-        seen.add(name)
+    check_once(kind, names)
+
+
+def check_once(kind: str, given: Iterable[object]) -> None:
+    """Refuses what is given twice.
+
+    Raises:
+      UserError: for the first such thing.
+    """
+    seen = set()
+    for one in given:
+        if one in seen:
+            raise UserError(f"expected each {kind} once, got '{one}' twice: drop one")
+        seen.add(one)
 
 
 def check_some(kind: str, given: Iterable[object]) -> None:

@@ -216,7 +216,7 @@ def plan(request: Request) -> Plan:
     if request.epochs is not None:
         note = "longer runs are said in steps: --training.steps-per-domain"
         checks.number("epochs", request.epochs, above=0, most=MOST_EPOCHS, note=note)
-    checks.whole("seed", request.seed, least=0)
+    checks.seed("seed", request.seed)
     needed = needs(request.method, request.methods)
     method = build(request.method, request.methods)
     options = dated(_with_dtype(request.study), request.folder)

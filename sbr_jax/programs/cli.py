@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sbr_jax import errors, files
+from sbr_jax import files
 from sbr_jax.distributed.errors import Ended, Lost
 from sbr_jax.programs import terminal
 from sbr_jax.programs.parsing import parse as parse
@@ -46,19 +46,6 @@ def check_folder(folder: Path, option: str = "--workdir") -> None:
                     "choose another"
                 )
             return
-
-
-SEEDS = 2**32
-"""Seeds lie below this: what a JAX key takes without dropping bits."""
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuses seeds that are out of range, or given twice."""
-    for seed in seeds:
-        if not 0 <= seed < SEEDS:
-            raise UserError(f"expected seeds from 0 to {SEEDS - 1}, got {seed}")
-    errors.check_some("seed", seeds)
-    errors.check_names("seed", map(str, seeds), map(str, seeds))
 
 
 def guarded(program: Callable[[], None], *, interrupted: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbr_jax import distributed, errors
+from sbr_jax import checks, distributed, errors
 from sbr_jax.data.leaks import refuse_leaks
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.base import as_aligned
@@ -88,7 +88,7 @@ def run(
         update or weights that are not finite, and where nothing can be written.
     """
     domains = tuple(study.domains) if domains is None else tuple(domains)
-    variants, seeds = list(variants), [int(seed) for seed in seeds]
+    variants, seeds = list(variants), checks.seeds(seeds)
     check(study, variants, seeds, domains, config)
     decides = {
         **(notes or {}),
@@ -133,13 +133,11 @@ def check(
     Raises:
       UserError: for the first mistake.
     """
-    for kind, given in (("method", variants), ("seed", seeds), ("domain", domains)):
+    for kind, given in (("method", variants), ("domain", domains)):
         errors.check_some(kind, given)
     errors.check_names("method", variants, [*METHODS, *VARIANTS])
     errors.check_names("domain", domains, study.domains)
-    errors.check_names("seed", map(str, seeds), map(str, seeds))
-    if min(seeds) < 0:
-        raise UserError(f"expected seeds of at least 0, got {min(seeds)}")
+    checks.seeds(seeds)
     refuse_leaks(study.leak_check)
     check_sizes(study, domains, config.training)
     if study.probe is not None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbr_jax import models
+from sbr_jax import checks, models
 from sbr_jax.data import (
     TokenDataset,
     concatenate,
@@ -167,7 +167,7 @@ def build(
         UserError: for missing files, prompts that leave no room for an answer, and a
             training that diverges.
     """
-    banned = kept_out(folder)
+    seed, banned = checks.seed("seed", seed), kept_out(folder)
     parts = read_corpus(folder, banned, seed)
     sets = {
         "the corpus": [x for p in parts.values() for x in (*p.train, *p.held_out)],
