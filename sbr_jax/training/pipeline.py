@@ -31,8 +31,9 @@ from sbr_jax.training.mapped import maps_seeds, train_mapped
 from sbr_jax.training.program import init_adapter, insert, make_program
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import BASE, Line, read_result, write_result
-from sbr_jax.training.stages import EVALUATE, REPAIR, SUBSPACE, TRAIN
+from sbr_jax.training.stages import EVALUATE, REPAIR, SUBSPACE, TRAIN, last_of
 from sbr_jax.training.step import TrainState
+from sbr_jax.training.streams import Stream
 from sbr_jax.training.study import Study, check_sizes
 from sbr_jax.training.track import (
     Held,
@@ -219,7 +220,7 @@ def train(turn: Turn, held: Held) -> Outcome:
     start = _resumed(turn, start)
     begun = turn.begin(held.state)
     batches = track.batches(begun["examples"], turn.domain)
-    key = track.key(2, turn.domain)
+    key = track.key(Stream.STEPS, turn.domain)
     save = functools.partial(_checkpoint, turn, held.state)
     with track.stages.writing():
         done = loop.train(
@@ -248,8 +249,9 @@ def end_domain(turn: Turn, held: Held) -> Outcome:
     problem = dataclasses.replace(
         track.program.problem, domain=turn.examples(held.state)
     )
+    key = track.key(Stream.END_DOMAIN, turn.domain)
     adapter, state = track.method.end_domain(
-        problem, track.base, held.adapter, held.state, track.key(3, turn.domain)
+        problem, track.base, held.adapter, held.state, key
     )
     state = dict(state)
     diagnostics = state.pop("diagnostics", {})
@@ -312,7 +314,7 @@ def _checkpoint(turn: Turn, before: PyTree, now: loop.Progress) -> None:
 def _refresher(turn: Turn) -> loop.Every | None:
     """The method's ``refresh`` inside a domain, where it has one."""
     track, program = turn.track, turn.track.program
-    refresh, key = track.method.refresh, track.key(4, turn.domain)
+    refresh, key = track.method.refresh, track.key(Stream.REFRESH, turn.domain)
     if refresh is None:
         return None
 
@@ -330,7 +332,7 @@ def _refresher(turn: Turn) -> loop.Every | None:
 
 def _note_code(tracks: Sequence[Track], code: Callable[[str], str]) -> None:
     """Writes down the code of the tracks that are not finished."""
-    last = 4 * len(tracks[0].job.domains)
+    last = last_of(len(tracks[0].job.domains))
     left = [track.stages for track in tracks if not track.stages.finished(last)]
     if left:
         by = code(left[0].variant)
