@@ -1,4 +1,4 @@
-"""Type aliases, protocols and the one exception shared by all layers."""
+"""Type aliases and the one exception shared by all layers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any

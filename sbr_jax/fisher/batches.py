@@ -45,7 +45,7 @@ def check(batches: Any, args: Any) -> None:
         raise _unlisted(batches)
 
 
-def none() -> UserError:
+def no_examples() -> UserError:
     """The error for batches without an example."""
     return UserError(
         "expected at least one batch with an example, got none; "
