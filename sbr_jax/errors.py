@@ -1,12 +1,51 @@
-"""Messages that all rooms share: unknown names, names given twice, counts."""
+"""Messages that all rooms share: unknown names, names given twice, counts, settings."""
 
+import contextlib
+import contextvars
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from sbr_jax.typing import UserError
 
 LISTED = {"method": "sbr-jax run --list shows them"}
 """Where the names of a kind stand that are too many for a line."""
+
+
+_commanded = contextvars.ContextVar("commanded", default=False)
+
+PYTHON = {"train": "examples", "eval": "evaluation", "data": "folder"}
+PYTHON |= {"mesh": "hardware.mesh"}
+"""Options whose argument of a function has another name."""
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Makes messages speak of options; outside it they have Python's names."""
+    token = _commanded.set(True)
+    try:
+        yield
+    finally:
+        _commanded.reset(token)
+
+
+def option(name: str, value: object = None) -> str:
+    """What the caller calls a setting, perhaps with its value.
+
+    Args:
+        name: of the option, without its dashes.
+        value: that it has or should have; None for the name alone.
+
+    >>> option("study.max-length"), option("train"), option("method", "plain")
+    ('study.max_length', 'examples', "method='plain'")
+    >>> with command_line():
+    ...     option("study.max-length"), option("train"), option("method", "plain")
+    ('--study.max-length', '--train', '--method plain')
+    """
+    if _commanded.get():
+        said = f"--{name.replace('_', '-')}"
+        return said if value is None else f"{said} {value}"
+    said = PYTHON.get(name, name.replace("-", "_"))
+    return said if value is None else f"{said}={value!r}"
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

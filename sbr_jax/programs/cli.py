@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sbr_jax import files
+from sbr_jax import errors, files
 from sbr_jax.distributed.errors import Ended, Lost
 from sbr_jax.programs import terminal
 from sbr_jax.programs.parsing import parse as parse
@@ -57,7 +57,7 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
     line and code 134. Anything else is a defect and keeps its traceback.
     """
     terminal.end_with_parent()
-    with terminal.streams():
+    with errors.command_line(), terminal.streams():
         try:
             with warnings.catch_warnings(), terminal.terminable():
                 warnings.showwarning = show_warning

@@ -131,7 +131,7 @@ def request_of(
         study=arguments.study,
         training=arguments.training,
         hardware=arguments.hardware,
-        methods=arguments.hyperparameters,
+        hyperparameters=arguments.hyperparameters,
         quiet=arguments.quiet,
         **more,
     )
@@ -152,7 +152,7 @@ def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
         arguments,
         words,
         epochs=EPOCHS,
-        train=arguments.train,
+        examples=arguments.train,
         evaluation=arguments.eval,
         safety=arguments.safety,
         method=arguments.method,

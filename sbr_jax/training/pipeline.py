@@ -155,8 +155,8 @@ def require_same(study: Study, config: Config) -> None:
     if session is not None and config.hardware.mesh is None:
         raise UserError(
             f"expected a mesh over the {jax.device_count()} devices of all "
-            f"{session.count} processes, got none: add --mesh "
-            f"fsdp={jax.device_count()}"
+            f"{session.count} processes, got none: add "
+            f"{errors.option('mesh', f'fsdp={jax.device_count()}')}"
         )
 
 

@@ -149,7 +149,7 @@ def test_folders_are_made_for_a_model_that_is_there(tmp_path, monkeypatch):
         ({"--seed": "-1"}, r"expected seed to be .* in \[0, 4294967295\]"),
         ({"--output": "taken"}, "expected a folder that is not there yet"),
         ({"--output": "taken/file/model"}, "cannot make"),
-        ({"--data": "absent"}, "absent, found none: name it with --data"),
+        ({"--data": "absent"}, "absent, found none: name another"),
         ({"--data": "taken"}, "expected the data file harmbench/"),
     ],
 )

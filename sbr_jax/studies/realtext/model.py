@@ -26,6 +26,7 @@ from sbr_jax.data import (
     encode_prompts,
     leaks,
 )
+from sbr_jax.errors import option
 from sbr_jax.evaluation import KeywordJudge, tasks
 from sbr_jax.evaluation.benchmarks import Ask, PreparedBenchmark
 from sbr_jax.evaluation.benchmarks import prepare as prepare_benchmark
@@ -114,7 +115,7 @@ def train(
             if not math.isfinite(loss):
                 raise UserError(
                     f"expected a finite held-out loss, got {loss} after step {step}: "
-                    "the training diverged; take another --seed"
+                    f"the training diverged; take another {option('seed')}"
                 )
             curve.append((step, round(loss, 4)))
             progress.update(task, description=f"training, held-out loss {loss:.3f}")
