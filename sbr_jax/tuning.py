@@ -35,7 +35,7 @@ from sbr_jax.studies.chat.study import ChatStudy
 from sbr_jax.studies.dates import dated
 from sbr_jax.studies.options import OwnOptions, recorded
 from sbr_jax.studies.own.given import Given, Source, require_needed
-from sbr_jax.studies.own.parts import Parts, steps_of, warn_sizes
+from sbr_jax.studies.own.parts import Parts, file_of, steps_of, warn_sizes
 from sbr_jax.training import deployed, pipeline
 from sbr_jax.training.config import Config
 from sbr_jax.training.run_folder import RunFolder
@@ -295,16 +295,14 @@ def batch_of(counts: Mapping[str, int], most: int) -> int:
     largest = max(counts.values())
     if least < most <= largest:
         raise UserError(
-            f"{option('train')} {name}: expected at least {most} examples to learn, as "
-            f"many as a step of the other files takes, got {least}: add some, or make "
-            "the steps of all files as small with "
-            f"{option('training.batch-size', least)}"
+            f"{file_of(name)}: expected at least {most} examples to learn, as many as "
+            f"a step of the other files takes, got {least}: add some, or make the "
+            f"steps of all files as small with {option('training.batch-size', least)}"
         )
     if least < min(most, largest):
         warnings.warn(
-            f"{option('train')} {name}: "
-            f"{counted(least, 'example is', 'examples are')} fewer than the {most} of "
-            f"a step, so the steps of all files are of {least}",
+            f"{file_of(name)}: {counted(least, 'example is', 'examples are')} fewer "
+            f"than the {most} of a step, so the steps of all files are of {least}",
             stacklevel=2,
         )
     return min(most, least)

@@ -397,7 +397,7 @@ def test_a_gguf_file_is_a_model_to_tune(tmp_path):
     path = gguf_case.written(tmp_path / "model.gguf", fields, tensors)
     examples = [("a" * i, "ab") for i in range(1, 5)]
     request = tuning.Request(path, [examples], tmp_path / "run", method="plain")
-    with pytest.warns(UserWarning, match="4 examples are few"):
+    with pytest.warns(UserWarning, match="^examples: 4 examples are few"):
         plan = tuning.plan(request)
     assert plan.model.params is None
     study = plan.make_study()

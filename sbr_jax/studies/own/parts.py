@@ -191,14 +191,14 @@ def _hold_back(trained: Rows, most: int) -> tuple[Rows, Rows, Mapping[str, Any]]
         learnt[name], others[name] = leaks.without(own, *back.values())
         if not learnt[name]:
             raise UserError(
-                f"{option('train')} {name}: expected rows that no other file holds "
-                f"back, got {counted(len(rows), 'that is', 'that are')}: give "
-                f"{option('eval')}, or leave this file out"
+                f"{file_of(name)}: expected rows that no other file holds back, got "
+                f"{counted(len(rows), 'that is', 'that are')}: give {option('eval')}, "
+                "or leave this file out"
             )
         if others[name]:
             warnings.warn(
-                f"{option('train')} {name}: {others[name]} of "
-                f"{counted(len(rows), 'row')} left out: held back in another file",
+                f"{file_of(name)}: {others[name]} of {counted(len(rows), 'row')} left "
+                "out: held back in another file",
                 stacklevel=2,
             )
         # Too few to spare any: then it is measured how well they are learnt.
@@ -230,8 +230,9 @@ def _unseen(
     ]
     named, tests = option("harmful"), option("eval")
     harmful = _left(named, given.harmful, seen, f"also learnt or in {tests}")
-    own = options.harmless_file is not None
-    name = option("study.harmless-file") if own else "harmless prompts"
+    name = "harmless prompts"
+    if options.harmless_file:
+        name = option("study.harmless-file")
     known = [*seen, *given.harmful]
     where = f"also learnt, in {tests} or in {named}"
     harmless = _left(name, given.harmless, known, where)
@@ -409,6 +410,12 @@ def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
 # --- sizes ----------------------------------------------------------------------------
 
 
+def file_of(domain: str) -> str:
+    """What a message calls the examples of a domain; rows have no file's name."""
+    said = option("train")
+    return said if said == domain else f"{said} {domain}"
+
+
 def _different(rows: Sequence[Conversation]) -> int:
     """Examples that differ in what is asked or answered."""
     records = [record for row in rows for record in row.records]
@@ -432,14 +439,14 @@ def warn_sizes(
             same = counted(different, "different example")
             shown = f"{same} (of {count}) {'is' if different == 1 else 'are'} few"
         warnings.warn(
-            f"{option('train')} {name}: {shown}; expect them to be learnt by heart "
-            f"and little else, and give {option('eval')} to see it",
+            f"{file_of(name)}: {shown}; expect them to be learnt by heart and little "
+            f"else, and give {option('eval')} to see it",
             stacklevel=2,
         )
     if epochs > MANY_EPOCHS:
         warnings.warn(
-            f"{option('train')} {name}: every example is seen {epochs:.0f} times; more "
-            f"than {MANY_EPOCHS} epochs mostly wear the model out",
+            f"{file_of(name)}: every example is seen {epochs:.0f} times; more than "
+            f"{MANY_EPOCHS} epochs mostly wear the model out",
             stacklevel=2,
         )
 
