@@ -331,7 +331,7 @@ PYTHON = {
         r"\(study.judge='llama-guard' study.judge_folder='FOLDER'\)",
     ),
     "few harmful prompts": (
-        {"method": "sbr", "harmful": ["w1", "w2"]},
+        {"method": "sbr", "harmful": ["w3", "w4"]},
         "^harmful: expected at least 8 different prompts",
     ),
     "no general text": (

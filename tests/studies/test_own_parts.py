@@ -258,10 +258,10 @@ def test_harmless_prompts_of_other_parts_are_left_out(place, count, benign, tmp_
         )
 
     if count == len(HARMLESS):
-        with pytest.raises(UserError, match=r"harmless-file: .* got 12 that are"):
+        with pytest.raises(UserError, match=r"study.harmless_file: .* got 12 that are"):
             act()
         return
-    found, warned = told("harmless-file: 3 prompts are also learnt", act)
+    found, warned = told("study.harmless_file: 3 prompts are also learnt", act)
     assert len(warned) == bool(count)
     assert found.record["harmless left out"] == count
     assert sorted([*found.harmless, *found.control]) == sorted(HARMLESS[count:])
