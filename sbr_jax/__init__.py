@@ -75,14 +75,13 @@ __all__ = [
 ]
 
 _ROOMS = ("typing", "losses", "fisher", "subspace", "transforms")
+_TUNING = ("Tuned", "tune")
+"""They load language models, and are in no `import *`."""
 
 
 def __getattr__(name: str) -> Any:
     """Load public names and their packages on first use."""
-    if name in (
-        "Tuned",
-        "tune",
-    ):  # They load language models, and are in no `import *`.
+    if name in _TUNING:
         return getattr(importlib.import_module(f"{__name__}.tuning"), name)
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
@@ -96,4 +95,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *__all__, *_ROOMS, *_TUNING})

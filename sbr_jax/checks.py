@@ -9,7 +9,7 @@ import functools
 import operator
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sbr_jax import errors
 from sbr_jax.typing import UserError
 
 P = ParamSpec("P")
@@ -103,6 +104,34 @@ def whole(
         wanted = f"a whole number{_range(least, None, most, None)}"
         raise _refusal(name, wanted, value, note)
     return int(value)
+
+
+SEEDS = 2**32
+"""Seeds lie below this: a JAX key takes 32 bits and drops those above them."""
+
+
+def seed(name: str, value: Any) -> int:
+    """The value as an ``int``, refusing what would not be a seed of its own.
+
+    >>> seed("seed", 2**32)
+    Traceback (most recent call last):
+    sbr_jax.typing.UserError: expected seed to be a whole number in [0, 4294967295], \
+got 4294967296; others give the random numbers of a seed in this range: take one of it
+    """
+    note = "others give the random numbers of a seed in this range: take one of it"
+    return whole(name, value, least=0, most=SEEDS - 1, note=note)
+
+
+def seeds(given: Iterable[Any]) -> list[int]:
+    """The seeds of a run, refusing none at all, what is no seed, and repeats.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    found = [seed("seed", value) for value in given]
+    errors.check_some("seed", found)
+    errors.check_once("seed", found)
+    return found
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from sbr_jax import checks, distributed, errors, files
 from sbr_jax.distributed import arrays
-from sbr_jax.errors import counted
+from sbr_jax.errors import counted, option
 from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
 from sbr_jax.methods.needs import needs
 from sbr_jax.models import Model, merge_adapter, save
@@ -35,7 +35,7 @@ from sbr_jax.studies.chat.study import ChatStudy
 from sbr_jax.studies.dates import dated
 from sbr_jax.studies.options import OwnOptions, recorded
 from sbr_jax.studies.own.given import Given, Source, require_needed
-from sbr_jax.studies.own.parts import Parts, steps_of, warn_sizes
+from sbr_jax.studies.own.parts import Parts, file_of, steps_of, warn_sizes
 from sbr_jax.training import deployed, pipeline
 from sbr_jax.training.config import Config
 from sbr_jax.training.run_folder import RunFolder
@@ -56,7 +56,7 @@ class Request:
 
     Attributes:
         model: a checkpoint's folder, a hub id, or the model itself.
-        train: a source of examples for each domain, in order of training.
+        examples: a source for each domain, in order of training.
         folder: of the run; the same folder continues it.
         evaluation: none, one for all, or one for each domain.
         safety: safe exchanges.
@@ -67,12 +67,12 @@ class Request:
         study: further options.
         training: mathematics.
         hardware: how it is computed.
-        methods: hyper-parameters.
+        hyperparameters: of the methods.
         quiet: print nothing.
     """
 
     model: str | Path | Model
-    train: Sequence[Source]
+    examples: Sequence[Source]
     folder: Path
     evaluation: Sequence[Source] = ()
     safety: Source | None = None
@@ -83,7 +83,7 @@ class Request:
     study: OwnOptions = OwnOptions()
     training: Training = TRAINING
     hardware: Hardware = HARDWARE
-    methods: Hyperparameters = HYPERPARAMETERS  # pyright: ignore[reportInvalidTypeForm]
+    hyperparameters: Hyperparameters = HYPERPARAMETERS  # pyright: ignore[reportInvalidTypeForm]
     quiet: bool = True
 
 
@@ -171,7 +171,7 @@ class Tuned:
         if self.adapter is None or self.base is not self.model.params:
             raise UserError(
                 f"'{self.method}' deploys other base weights than it was given, which "
-                "an adapter does not hold: write a merged checkpoint (--merged)"
+                "an adapter does not hold: write a merged checkpoint with save_merged()"
             )
         write = functools.partial(
             save_peft, model=self.model, adapter=self.adapter, base_name=base_name
@@ -214,14 +214,14 @@ def plan(request: Request) -> Plan:
     _check_kinds(request)
     errors.check_names("method", [request.method], [*METHODS, *VARIANTS])
     if request.epochs is not None:
-        note = "longer runs are said in steps: --training.steps-per-domain"
+        note = f"longer runs are said in steps: {option('training.steps-per-domain')}"
         checks.number("epochs", request.epochs, above=0, most=MOST_EPOCHS, note=note)
-    checks.whole("seed", request.seed, least=0)
-    needed = needs(request.method, request.methods)
-    method = build(request.method, request.methods)
+    checks.seed("seed", request.seed)
+    needed = needs(request.method, request.hyperparameters)
+    method = build(request.method, request.hyperparameters)
     options = dated(_with_dtype(request.study), request.folder)
     given = own.read_given(
-        request.train, request.evaluation, request.safety, request.harmful, options
+        request.examples, request.evaluation, request.safety, request.harmful, options
     )
     require_needed(request.method, needed, given, options)
     model = own.read_model(request.model, options)
@@ -231,7 +231,7 @@ def plan(request: Request) -> Plan:
     monitored = method.monitored and bool(given.harmful)
     parts = own.make_parts(given, options, needed, monitored, model, judge)
     training = _sized(request, parts)
-    config = Config(training, request.hardware, request.methods)
+    config = Config(training, request.hardware, request.hyperparameters)
     return Plan(request, given, parts, model, options, config, needed)
 
 
@@ -239,13 +239,13 @@ def _check_kinds(request: Request) -> None:
     """Refuses what is of another kind than the request's, as Python lets through."""
     wanted = {
         "model": (str | Path | Model, "a folder, a hub id or a models.Model"),
-        "train": (Sequence, "a list of sources"),
+        "examples": (Sequence, "a list of sources"),
         "evaluation": (Sequence, "a list of sources"),
         "folder": (Path, "a path"),
         "study": (OwnOptions, "OwnOptions"),
         "training": (Training, "Training"),
         "hardware": (Hardware, "Hardware"),
-        "methods": (Hyperparameters, "Hyperparameters"),
+        "hyperparameters": (Hyperparameters, "Hyperparameters"),
     }
     for name, (kind, shown) in wanted.items():
         value = getattr(request, name)
@@ -295,13 +295,13 @@ def batch_of(counts: Mapping[str, int], most: int) -> int:
     largest = max(counts.values())
     if least < most <= largest:
         raise UserError(
-            f"--train {name}: expected at least {most} examples to learn, as many as "
+            f"{file_of(name)}: expected at least {most} examples to learn, as many as "
             f"a step of the other files takes, got {least}: add some, or make the "
-            f"steps of all files as small with --training.batch-size {least}"
+            f"steps of all files as small with {option('training.batch-size', least)}"
         )
     if least < min(most, largest):
         warnings.warn(
-            f"--train {name}: {counted(least, 'example is', 'examples are')} fewer "
+            f"{file_of(name)}: {counted(least, 'example is', 'examples are')} fewer "
             f"than the {most} of a step, so the steps of all files are of {least}",
             stacklevel=2,
         )
@@ -393,7 +393,7 @@ def tune(
     *,
     harmful: Source | None = None,
     safety: Source | None = None,
-    evaluation: Source | None = None,
+    evaluation: Source | Sequence[Source] | None = None,
     epochs: float | None = EPOCHS,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -414,7 +414,8 @@ def tune(
         folder or hub id of a data set, or the texts. A part of them is measured on, a
         part monitors, and the rest the model refuses itself, where no safety is given.
       safety: exchanges with safe answers, in the same layouts as ``examples``.
-      evaluation: exchanges to measure on; None holds a tenth of the examples back.
+      evaluation: exchanges to measure on, of one source or in a list of files, one for
+        each domain; None holds a tenth of the examples back.
       epochs: over the examples; None for ``training.steps_per_domain``.
       seed: of adapter, order and dropout.
       folder: of the run, which it continues; None for one that is thrown away.
@@ -433,17 +434,14 @@ def tune(
     >>> from sbr_jax import tune
     >>> tune("no-such-folder", [("Two and two?", "Four.")], method="plain")
     Traceback (most recent call last):
-    sbr_jax.typing.UserError: --model: expected a checkpoint folder or a hub id ...
+    sbr_jax.typing.UserError: model: expected a checkpoint folder or a hub id ...
     """
-    several = isinstance(examples, list | tuple) and all(
-        isinstance(source, str | Path) for source in examples
-    )
     with _folder(folder) as place:
         request = Request(
             model=model,
-            train=list(examples) if several else [examples],  # pyright: ignore[reportArgumentType]
+            examples=_sources(examples),
             folder=place,
-            evaluation=[] if evaluation is None else [evaluation],
+            evaluation=[] if evaluation is None else _sources(evaluation),
             safety=safety,
             harmful=harmful,
             method=method,
@@ -452,11 +450,19 @@ def tune(
             study=study,
             training=training,
             hardware=hardware,
-            methods=hyperparameters,
+            hyperparameters=hyperparameters,
             quiet=quiet,
         )
         made = plan(request)
         return carry_out(made, made.make_study())
+
+
+def _sources(given: Any) -> list[Source]:
+    """The files of a list; anything else is one source, rows or a place of them."""
+    listed = isinstance(given, list | tuple) and len(given) > 0
+    if listed and all(isinstance(source, str | Path) for source in given):
+        return list(given)
+    return [given]
 
 
 __all__ = ["Plan", "Request", "Tuned", "carry_out", "plan", "tune"]

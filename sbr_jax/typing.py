@@ -1,4 +1,4 @@
-"""Type aliases and the one exception that all layers share."""
+"""Type aliases and the one exception shared by all layers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any

@@ -25,7 +25,7 @@ def guard_of(options: Any, load: Load) -> Load | None:
     from sbr_jax.models import hf_config
     from sbr_jax.studies.chat.checkpoints import locate
 
-    place = locate(folder, weights=False, option="study.judge-folder")
+    place = locate(folder, weights=False, setting="study.judge-folder")
     return Load(hf_config.read(place), load.dtype, rank=0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from sbr_jax.data._rows import Row
 from sbr_jax.data.readers import filled
+from sbr_jax.errors import option
 from sbr_jax.typing import UserError
 
 Cells = dict[str, Any]
@@ -33,11 +34,8 @@ class Hub:
     """Cells to add to each row, by our name of the split."""
 
 
-FOLDER = "name a data folder with --data"
-
-
 def hub_rows(
-    hub: Hub | None, name: str, split: str, *, remedy: str = FOLDER
+    hub: Hub | None, name: str, split: str, *, remedy: str | None = None
 ) -> list[Row]:
     """The rows of one split of a set on the hub, at least one.
 
@@ -45,12 +43,13 @@ def hub_rows(
       hub: its copy; None if the hub has none.
       name: our name of the set.
       split: our name of the split.
-      remedy: what else the user can do; it ends every error.
+      remedy: what else the user can do; it ends every error. None to name a folder.
 
     Raises:
       UserError: if the set or split is not on the hub, ``datasets`` is missing, the hub
         cannot be reached, or the copy's columns differ from its card.
     """
+    remedy = remedy or f"name a data folder: {option('data', 'FOLDER')}"
     theirs = split
     if hub is not None and hub.splits is not None:
         theirs = hub.splits.get(split)

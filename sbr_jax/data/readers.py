@@ -43,7 +43,7 @@ def find(folder: Path, *names: str) -> Path:
             return found[0]
     raise UserError(
         f"expected the data file {' or '.join(names)} (plain, .gz or .xz) in {folder}, "
-        "found none: put the data set there, or name another data folder with --data"
+        "found none: put the data set there, or name another data folder"
     )
 
 

@@ -440,7 +440,6 @@ def data_folder(folder: str | Path) -> Path:
         there = False
     if not there:
         raise UserError(
-            f"expected a folder with data sets at {folder}, found none: name it with "
-            "--data"
+            f"expected a folder with data sets at {folder}, found none: name another"
         )
     return folder

@@ -45,8 +45,8 @@ def check(batches: Any, args: Any) -> None:
         raise _unlisted(batches)
 
 
-def none() -> UserError:
-    """The error for batches without any example."""
+def no_examples() -> UserError:
+    """The error for batches without an example."""
     return UserError(
         "expected at least one batch with an example, got none; "
         "an iterator that was used before is empty: pass a list"

@@ -183,7 +183,7 @@ def _planned(
     ahead, stream = given.look_ahead(batches, most)
     counts = [units.examples(batch, what="batch") for batch in ahead]
     if not counts:
-        raise given.none()
+        raise given.no_examples()
     sizes = plan(microbatch or max(counts))
     # The buffer may hold more rows than this, and the stream may go on.
     more, stream = given.look_ahead(stream, sizes.rows - sum(counts))

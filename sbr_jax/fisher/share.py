@@ -117,7 +117,7 @@ def energy_shares(
             del parts
             jax.block_until_ready(inside)
     if whole is None:
-        raise given.none()
+        raise given.no_examples()
     return [
         mark.join(
             [

@@ -59,7 +59,7 @@ def _align(arguments: Arguments, args: Sequence[str]) -> None:
     if not arguments.quiet:
         print(f"rows     {len(mixed.rows)}, of which {mixed.safe} refuse")
     request = tune.request_of(
-        arguments, args, train=[mixed.rows], method="plain", epochs=1.0
+        arguments, args, examples=[mixed.rows], method="plain", epochs=1.0
     )
     # It is what is about to be mended.
     warnings.filterwarnings("ignore", "the start model refuses")

@@ -48,19 +48,6 @@ def check_folder(folder: Path, option: str = "--workdir") -> None:
             return
 
 
-SEEDS = 2**32
-"""Seeds lie below this: what a JAX key takes without dropping bits."""
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuses seeds that are out of range, or given twice."""
-    for seed in seeds:
-        if not 0 <= seed < SEEDS:
-            raise UserError(f"expected seeds from 0 to {SEEDS - 1}, got {seed}")
-    errors.check_some("seed", seeds)
-    errors.check_names("seed", map(str, seeds), map(str, seeds))
-
-
 def guarded(program: Callable[[], None], *, interrupted: str) -> int:
     """Runs a program and returns its exit code.
 
@@ -70,7 +57,7 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
     line and code 134. Anything else is a defect and keeps its traceback.
     """
     terminal.end_with_parent()
-    with terminal.streams():
+    with errors.command_line(), terminal.streams():
         try:
             with warnings.catch_warnings(), terminal.terminable():
                 warnings.showwarning = show_warning

@@ -33,6 +33,7 @@ from sbr_jax.training.config import Config
 from sbr_jax.training.records import read_json
 from sbr_jax.training.run_folder import run_of
 from sbr_jax.training.stage_records import BASE, read_result
+from sbr_jax.training.stages import last_of
 from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("export")
@@ -149,7 +150,9 @@ def _stage(arguments: Arguments, workdir: Path, config: Mapping[str, Any]) -> Pa
         )
     found = (variants[variant] / str(seed)).glob("*/result.json")
     stages = {int(p.parent.name.split("-")[0]): p.parent for p in sorted(found)}
-    last = 4 * len(config["domains"]) if arguments.stage is None else arguments.stage
+    last = arguments.stage
+    if last is None:
+        last = last_of(len(config["domains"]))
     if last not in stages:
         shown = ", ".join(path.name for path in stages.values()) or "none"
         raise UserError(

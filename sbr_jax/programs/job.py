@@ -7,7 +7,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from sbr_jax import errors, recipes, storage
+from sbr_jax import checks, errors, recipes, storage
 from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
 from sbr_jax.programs import cli
 from sbr_jax.recipes.preset import Preset
@@ -171,7 +171,7 @@ def make_job(
             f"runs/{preset.name}"
         )
     workdir = storage.folder(arguments.workdir or Path("runs") / preset.name)
-    cli.check_seeds(arguments.seed)
+    checks.seeds(arguments.seed)
     errors.check_some("domain", arguments.domains)
     errors.check_names("domain", arguments.domains, preset.study.known_domains())
     errors.check_some("method", arguments.methods)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sbr_jax import checks
 from sbr_jax.programs import cli
 from sbr_jax.recipes.realtext import BENCHMARKS
 from sbr_jax.studies import realtext
@@ -37,7 +38,7 @@ class Arguments:
 
 
 def _checked(arguments: Arguments) -> Arguments:
-    cli.check_seeds([arguments.seed])
+    checks.seed("seed", arguments.seed)
     if arguments.steps < 1:
         raise UserError(f"--steps: expected at least 1, got {arguments.steps}")
     output = arguments.output

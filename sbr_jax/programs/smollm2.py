@@ -81,9 +81,11 @@ def make(args: Sequence[str]) -> None:
                 f"--{name}: expected at least 1, got {getattr(arguments, name)}"
             )
     cli.check_folder(output, "--output")
-    from sbr_jax import programs
+    from sbr_jax import checks, programs
     from sbr_jax.data.registry import data_folder
     from sbr_jax.studies import smollm2
+
+    checks.seed("seed", arguments.seed)
 
     def say(line: str) -> None:
         if not arguments.quiet:

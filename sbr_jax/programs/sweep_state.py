@@ -57,22 +57,20 @@ class Sweep:
 def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
     """Seconds spent on every part that was begun, and whether it is finished."""
     from sbr_jax.training.run_folder import RunFolder, read_config
-    from sbr_jax.training.stages import EVALUATE
+    from sbr_jax.training.stages import last_of, name_of
 
     found: dict[Part, tuple[float, bool]] = {}
     for name, job in sweep.jobs.items():
         if not (job.workdir / "config.json").exists():
             continue
-        domains = len(read_config(job.workdir)["domains"])
+        number = last_of(len(read_config(job.workdir)["domains"]))
         folder = RunFolder(job.workdir)
         for record in folder.lines(job.methods):
             line = record["line"]
             if line["seed"] is None:
                 continue
             part = Part(name, line["method"], line["seed"])
-            last = folder.stage(
-                part.variant, part.seed, 4 * (domains - 1) + EVALUATE, "evaluate"
-            )
+            last = folder.stage(part.variant, part.seed, number, name_of(number))
             seconds, _ = found.get(part, (0.0, False))
             seconds += record["timing"].get("seconds", 0.0)
             found[part] = seconds, (last / "result.json").exists()

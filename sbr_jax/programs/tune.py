@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sbr_jax import distributed, files
+from sbr_jax import checks, distributed, files
 from sbr_jax.methods import Hyperparameters
 from sbr_jax.methods.needs import fits_adapter
 from sbr_jax.programs import cli, hosts
@@ -107,7 +107,7 @@ def check(arguments: Shared, words: Sequence[str], program: str) -> None:
             "there: name another, or remove it"
         )
     files.require_place(work_of(output), f"--output {output}")
-    cli.check_seeds([arguments.seed])
+    checks.seed("seed", arguments.seed)
     if values_of(STEPS, words) and arguments.epochs is not None:
         raise UserError(f"expected --epochs or {STEPS}, got both: drop one")
 
@@ -131,7 +131,7 @@ def request_of(
         study=arguments.study,
         training=arguments.training,
         hardware=arguments.hardware,
-        methods=arguments.hyperparameters,
+        hyperparameters=arguments.hyperparameters,
         quiet=arguments.quiet,
         **more,
     )
@@ -152,7 +152,7 @@ def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
         arguments,
         words,
         epochs=EPOCHS,
-        train=arguments.train,
+        examples=arguments.train,
         evaluation=arguments.eval,
         safety=arguments.safety,
         method=arguments.method,

@@ -9,9 +9,10 @@ two-hundredth. The number of steps follows from the data; a repair takes a fifth
 domain's steps, as in arXiv:2604.17691.
 
 The default is `safegrad`. Among the methods that need only safe exchanges, it withstood
-both benign drift and poison on the testbed and learnt everything (docs/results.md). It
-has not been compared on a real chat model yet. The monitor is on if harmful prompts are
-given. The spectrum of random tokens, which costs a second Fisher, is off.
+both benign drift and poison on the testbed and learnt everything (docs/results.md); on
+a real chat model it kept more refusals than plain training (docs/claims.md). The
+monitor is on if harmful prompts are given. The spectrum of random tokens, which costs a
+second Fisher, is off.
 
 Cost: printed before it starts. Expected: depends on the model and the data.
 """

@@ -34,7 +34,9 @@ class StudyOptions(Protocol):
         """All domains that may be asked for."""
         ...
 
-    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+    def check(
+        self, variants: Sequence[str], hyperparameters: Any, sources: Sources
+    ) -> None:
         """Refuses what the study could only refuse later."""
         ...
 
@@ -117,7 +119,9 @@ class WorldOptions:
         """What these options choose."""
         return WorldSetting()
 
-    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+    def check(
+        self, variants: Sequence[str], hyperparameters: Any, sources: Sources
+    ) -> None:
         """Refuses a data folder, for which the testbed has no use."""
         if sources.data is not None:
             raise UserError("--data: the testbed makes its own data; drop it")
@@ -180,9 +184,11 @@ class Testbed2Options(WorldOptions):
         """The world, how many kinds are held out, and the judge's quality."""
         return WorldSetting(self.world, self.unseen_kinds, auroc=self.judge_auroc)
 
-    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+    def check(
+        self, variants: Sequence[str], hyperparameters: Any, sources: Sources
+    ) -> None:
         """Refuses a data folder, and a world whose model was not built."""
-        super().check(variants, methods, sources)
+        super().check(variants, hyperparameters, sources)
         if sources.model is None:
             from sbr_jax import testbed
             from sbr_jax.testbed.editions import EDITIONS
@@ -220,7 +226,9 @@ class StoriesOptions:
 
         return tuple(DOMAINS)
 
-    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+    def check(
+        self, variants: Sequence[str], hyperparameters: Any, sources: Sources
+    ) -> None:
         """Refuses nothing: model and data have defaults."""
 
     def build(
@@ -303,9 +311,9 @@ class ModelOptions:
         guarded = kind != "keyword"
         if guarded != (self.judge_folder is not None):
             raise UserError(
-                f"study.judge {self.judge}: expected a folder with the judge's "
-                "checkpoint for every judge but 'keyword', got "
-                f"study.judge-folder {self.judge_folder!r}"
+                f"{errors.option('study.judge', self.judge)}: expected a folder with "
+                "the judge's checkpoint for every judge but 'keyword', got "
+                f"{errors.option('study.judge-folder')} {self.judge_folder!r}"
             )
 
 
@@ -360,7 +368,9 @@ class ChatOptions(ModelOptions):
 
         return (*DOMAINS, *SETS)
 
-    def check(self, variants: Sequence[str], methods: Any, sources: Sources) -> None:
+    def check(
+        self, variants: Sequence[str], hyperparameters: Any, sources: Sources
+    ) -> None:
         """Refuses a command line without model, data or what a variant needs."""
         from sbr_jax.methods import build, resolve
 
@@ -377,7 +387,7 @@ class ChatOptions(ModelOptions):
                     "what such a folder holds"
                 )
         for variant in variants:
-            method, _ = resolve(variant, methods)
+            method, _ = resolve(variant, hyperparameters)
             if self.quantize and method in COMPARED:
                 raise UserError(
                     f"{variant}: expected dense weights, got study.quantize "
@@ -389,7 +399,7 @@ class ChatOptions(ModelOptions):
                     f"{variant}: expected the weights before alignment, got none: add "
                     "--study.unaligned-folder FOLDER, or leave it out of --methods"
                 )
-            rated = build(variant, methods).cost.ratings
+            rated = build(variant, hyperparameters).cost.ratings
             if rated and self.judge not in RATERS:
                 raise UserError(
                     f"{variant}: expected a guard model that rates training pairs "

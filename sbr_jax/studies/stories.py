@@ -13,6 +13,7 @@ from sbr_jax import models
 from sbr_jax.data import TokenDataset, encode_text, take
 from sbr_jax.data.leaks import refuse_leaks, shared_prompts
 from sbr_jax.data.registry import Pair, load_source
+from sbr_jax.errors import option
 from sbr_jax.studies._held_out import held_out, random_tokens
 from sbr_jax.studies.options import Sources, StoriesOptions
 from sbr_jax.training.study import Domain, Study
@@ -54,7 +55,8 @@ class Encoder:
                 raise UserError(
                     f"expected at least one example of '{name}' for {part}, got none "
                     f"({size} asked for, {len(encoded)} fit into max_length="
-                    f"{self.max_length}): raise the size or --study.max-length"
+                    f"{self.max_length}): raise the size or "
+                    f"{option('study.max-length')}"
                 )
             found[part] = take(encoded, range(start, stop))
             start = stop

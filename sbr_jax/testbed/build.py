@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbr_jax import losses, models, testbed
+from sbr_jax import checks, losses, models, testbed
 from sbr_jax.testbed import corpus
 from sbr_jax.testbed.editions import EDITIONS, FIRST, Edition
 from sbr_jax.testbed.hardening import SuffixSearch
@@ -191,7 +191,8 @@ def pretrain(world: World, steps: int | None = None) -> models.Model:
     edition, pretraining = world.edition, corpus.Pretraining(world)
     tokenizer = make_tokenizer(world)
     config = model_config(tokenizer, edition)
-    base = models.init_params(jax.random.key(world.seed), config)
+    key = jax.random.key(checks.seed("world.seed", world.seed))
+    base = models.init_params(key, config)
     model = models.make_model(config, base, tokenizer)
     start = train(
         model,

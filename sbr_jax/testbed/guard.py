@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbr_jax import models, testbed
+from sbr_jax import checks, models, testbed
 from sbr_jax.data import TokenDataset, take
 from sbr_jax.methods.judges import (
     Render,
@@ -171,8 +171,9 @@ def train(
     """
     from rich.progress import Progress
 
+    key = jax.random.key(checks.seed("seed", seed))
     adapter: PyTree = models.init_adapter(
-        jax.random.key(seed), model.config, rank=RANK, alpha=ALPHA, targets=TARGETS
+        key, model.config, rank=RANK, alpha=ALPHA, targets=TARGETS
     )
     optimizer = _optimizer(steps)
     state = optimizer.init(adapter)

@@ -23,6 +23,7 @@ from sbr_jax import distributed
 from sbr_jax.settings import Training
 from sbr_jax.training import loop
 from sbr_jax.training.finite import require_number
+from sbr_jax.training.streams import Stream
 from sbr_jax.training.track import Held, Outcome, Turn, deployed
 from sbr_jax.typing import PyTree, UserError
 
@@ -222,7 +223,8 @@ def _repair_block(
     track, job, program = turn.track, turn.track.job, turn.track.program
     training, name = job.config.training, f"{turn.domain}/repair{count}"
     safe = track.batches(job.study.calibration, f"{name}/safe", packed=False)
-    task, key = track.batches(turn.examples(state), name), track.key(5, name)
+    task = track.batches(turn.examples(state), name)
+    key = track.key(Stream.REPAIR, name)
     weight = np.float32(training.replay_weight)
     done = loop.train(
         lambda train, state, step: program.repair_step(

@@ -7,6 +7,7 @@ Nothing is trained here, and nothing is written.
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from sbr_jax.errors import option
 from sbr_jax.methods.base import as_trained
 from sbr_jax.training import sharding
 from sbr_jax.training.config import Config
@@ -52,8 +53,9 @@ def weights(
         return track.base, adapter
     if not any((stages.path(n) / "state").is_dir() for n in numbers):
         raise UserError(
-            f"--stage {stage}: expected the state from which {track.name} makes its "
-            "deployed weights, but a later stage has replaced it: name a later one"
+            f"{option('stage', stage)}: expected the state from which {track.name} "
+            "makes its deployed weights, but a later stage has replaced it: name a "
+            "later one"
         )
     held = load(track, numbers[-1] + 1)
     return deployed(track, held.adapter, held.state)

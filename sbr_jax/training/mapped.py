@@ -12,6 +12,7 @@ from sbr_jax.data.layout import arrange, widest
 from sbr_jax.training import loop
 from sbr_jax.training.config import Config
 from sbr_jax.training.stages import TRAIN
+from sbr_jax.training.streams import Stream
 from sbr_jax.training.track import Held, Outcome, Turn, finish, load
 from sbr_jax.typing import PyTree, UserError
 
@@ -51,7 +52,7 @@ def train_mapped(
         sources.append(turn.track.draws(made["examples"], domain))
         layouts.append(turn.track.layout(made["examples"]))
     layout = widest(layouts)
-    keys = jnp.stack([turn.track.key(2, domain) for turn in turns])
+    keys = jnp.stack([turn.track.key(Stream.STEPS, domain) for turn in turns])
     config = first.job.config
 
     def advance(train: Any, state: PyTree, step: int) -> Any:

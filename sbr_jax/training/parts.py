@@ -29,7 +29,7 @@ from sbr_jax.training.run_folder import (
     run_of,
 )
 from sbr_jax.training.stage_records import BASE, RESULT, read_result
-from sbr_jax.training.stages import EVALUATE, NAMES
+from sbr_jax.training.stages import EVALUATE, NAMES, last_of
 from sbr_jax.typing import UserError
 
 Pair = tuple[str, int]
@@ -41,17 +41,12 @@ def unfinished(
     folder: pathlib.Path, pairs: Sequence[Pair], domains: Sequence[str]
 ) -> list[Pair]:
     """The variants and seeds without a last evaluation, in order."""
-    run, last = RunFolder(folder), _last(domains)
+    run, last = RunFolder(folder), last_of(len(domains))
     return [
         (variant, seed)
         for variant, seed in pairs
         if not (run.stage(variant, seed, last, NAMES[EVALUATE]) / RESULT).exists()
     ]
-
-
-def _last(domains: Sequence[str]) -> int:
-    """The number of the last evaluation."""
-    return 4 * (len(domains) - 1) + EVALUATE
 
 
 def hand_out(folder: pathlib.Path, part: str, pairs: Sequence[Pair]) -> pathlib.Path:
@@ -139,7 +134,7 @@ def _publish(folder: pathlib.Path, order: Sequence[str]) -> None:
     """
     if not (folder / CONFIG).exists():
         return
-    last = f"{_last(read_config(folder)['domains']):02d}-{NAMES[EVALUATE]}"
+    last = f"{last_of(len(read_config(folder)['domains'])):02d}-{NAMES[EVALUATE]}"
     if any(folder.glob(f"stages/*/*/{last}/{RESULT}")):
         RunFolder(folder).publish(order)
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbr_jax import distributed, errors
+from sbr_jax import checks, distributed, errors
 from sbr_jax.data.leaks import refuse_leaks
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.methods.base import as_aligned
@@ -31,8 +31,9 @@ from sbr_jax.training.mapped import maps_seeds, train_mapped
 from sbr_jax.training.program import init_adapter, insert, make_program
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import BASE, Line, read_result, write_result
-from sbr_jax.training.stages import EVALUATE, REPAIR, SUBSPACE, TRAIN
+from sbr_jax.training.stages import EVALUATE, REPAIR, SUBSPACE, TRAIN, last_of
 from sbr_jax.training.step import TrainState
+from sbr_jax.training.streams import Stream
 from sbr_jax.training.study import Study, check_sizes
 from sbr_jax.training.track import (
     Held,
@@ -88,7 +89,7 @@ def run(
         update or weights that are not finite, and where nothing can be written.
     """
     domains = tuple(study.domains) if domains is None else tuple(domains)
-    variants, seeds = list(variants), [int(seed) for seed in seeds]
+    variants, seeds = list(variants), checks.seeds(seeds)
     check(study, variants, seeds, domains, config)
     decides = {
         **(notes or {}),
@@ -133,13 +134,11 @@ def check(
     Raises:
       UserError: for the first mistake.
     """
-    for kind, given in (("method", variants), ("seed", seeds), ("domain", domains)):
+    for kind, given in (("method", variants), ("domain", domains)):
         errors.check_some(kind, given)
     errors.check_names("method", variants, [*METHODS, *VARIANTS])
     errors.check_names("domain", domains, study.domains)
-    errors.check_names("seed", map(str, seeds), map(str, seeds))
-    if min(seeds) < 0:
-        raise UserError(f"expected seeds of at least 0, got {min(seeds)}")
+    checks.seeds(seeds)
     refuse_leaks(study.leak_check)
     check_sizes(study, domains, config.training)
     if study.probe is not None:
@@ -156,8 +155,8 @@ def require_same(study: Study, config: Config) -> None:
     if session is not None and config.hardware.mesh is None:
         raise UserError(
             f"expected a mesh over the {jax.device_count()} devices of all "
-            f"{session.count} processes, got none: add --mesh "
-            f"fsdp={jax.device_count()}"
+            f"{session.count} processes, got none: add "
+            f"{errors.option('mesh', f'fsdp={jax.device_count()}')}"
         )
 
 
@@ -221,7 +220,7 @@ def train(turn: Turn, held: Held) -> Outcome:
     start = _resumed(turn, start)
     begun = turn.begin(held.state)
     batches = track.batches(begun["examples"], turn.domain)
-    key = track.key(2, turn.domain)
+    key = track.key(Stream.STEPS, turn.domain)
     save = functools.partial(_checkpoint, turn, held.state)
     with track.stages.writing():
         done = loop.train(
@@ -250,8 +249,9 @@ def end_domain(turn: Turn, held: Held) -> Outcome:
     problem = dataclasses.replace(
         track.program.problem, domain=turn.examples(held.state)
     )
+    key = track.key(Stream.END_DOMAIN, turn.domain)
     adapter, state = track.method.end_domain(
-        problem, track.base, held.adapter, held.state, track.key(3, turn.domain)
+        problem, track.base, held.adapter, held.state, key
     )
     state = dict(state)
     diagnostics = state.pop("diagnostics", {})
@@ -314,7 +314,7 @@ def _checkpoint(turn: Turn, before: PyTree, now: loop.Progress) -> None:
 def _refresher(turn: Turn) -> loop.Every | None:
     """The method's ``refresh`` inside a domain, where it has one."""
     track, program = turn.track, turn.track.program
-    refresh, key = track.method.refresh, track.key(4, turn.domain)
+    refresh, key = track.method.refresh, track.key(Stream.REFRESH, turn.domain)
     if refresh is None:
         return None
 
@@ -332,7 +332,7 @@ def _refresher(turn: Turn) -> loop.Every | None:
 
 def _note_code(tracks: Sequence[Track], code: Callable[[str], str]) -> None:
     """Writes down the code of the tracks that are not finished."""
-    last = 4 * len(tracks[0].job.domains)
+    last = last_of(len(tracks[0].job.domains))
     left = [track.stages for track in tracks if not track.stages.finished(last)]
     if left:
         by = code(left[0].variant)

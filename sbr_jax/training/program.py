@@ -21,6 +21,7 @@ from sbr_jax.training import sharding
 from sbr_jax.training.config import Config
 from sbr_jax.training.recompute import training_apply_fn
 from sbr_jax.training.step import TrainState, compiled_step, make_step
+from sbr_jax.training.streams import Stream, key_of
 from sbr_jax.training.study import Study
 from sbr_jax.transforms import replace_subspace
 from sbr_jax.transforms.schedules import learning_rate_schedule
@@ -170,7 +171,7 @@ def _answers(
 def init_adapter(study: Study, config: Config, seed: int) -> PyTree:
     """The adapter that a seed starts from."""
     return models.init_adapter(
-        jax.random.fold_in(jax.random.key(seed), 0),
+        key_of(seed, Stream.ADAPTER),
         study.model.config,
         rank=config.training.lora_rank,
         alpha=config.training.lora_alpha,

@@ -40,6 +40,29 @@ KEPT = 2
 NAMES = {TRAIN: "train", REPAIR: "repair", SUBSPACE: "subspace", EVALUATE: "evaluate"}
 
 
+def number_of(domain: int, kind: int) -> int:
+    """The number of a domain's stage of a kind; domains count from 0.
+
+    >>> number_of(0, TRAIN), number_of(1, EVALUATE)
+    (1, 8)
+    """
+    return len(NAMES) * domain + kind
+
+
+def last_of(domains: int) -> int:
+    """The number of the last stage of so many domains."""
+    return number_of(domains - 1, EVALUATE)
+
+
+def name_of(number: int) -> str:
+    """What a stage does: stage 0 makes the first subspace.
+
+    >>> name_of(0), name_of(1), name_of(8)
+    ('subspace', 'train', 'evaluate')
+    """
+    return NAMES[SUBSPACE if number == 0 else (number - 1) % len(NAMES) + 1]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stages:
     """The stages of one variant and seed.
@@ -68,15 +91,12 @@ class Stages:
     @property
     def numbers(self) -> list[int]:
         """Of all stages, in order."""
-        return [0, *(4 * i + kind for i in range(self.domains) for kind in self.kinds)]
-
-    def name(self, number: int) -> str:
-        """Names what a stage does."""
-        return NAMES[SUBSPACE if number == 0 else (number - 1) % 4 + 1]
+        domains, kinds = range(self.domains), self.kinds
+        return [0, *(number_of(i, kind) for i in domains for kind in kinds)]
 
     def path(self, number: int) -> Path:
         """The stage's folder."""
-        return self.folder.stage(self.variant, self.seed, number, self.name(number))
+        return self.folder.stage(self.variant, self.seed, number, name_of(number))
 
     def record(self, number: int) -> dict[str, Any] | None:
         """The stage's record, or None before it is finished."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sbr_jax import _mesh
@@ -22,6 +23,9 @@ from sbr_jax.subspace import project_onto
 from sbr_jax.subspace.geometry import squares_inside
 from sbr_jax.transforms.shares import read_task_share
 from sbr_jax.typing import PyTree
+
+TINY = np.float32(1e-30)
+"""Added to a norm that something is divided by."""
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +100,7 @@ def make_step(
             **metrics,
             "grad_norm": norm,
             "update_norm": update_norm,
-            **_safety_components(state, grads, updates),
+            **_safety_components(state, (grads, norm), (updates, update_norm)),
         }
         if "safety_update" in metrics:
             share = read_task_share(opt_state)
@@ -144,20 +148,23 @@ def _accumulated(hook, batch, more, accumulation):
     return jax.tree.map(lambda x: x / jnp.asarray(accumulation, x.dtype), total)
 
 
-def _safety_components(state, grads, updates) -> dict[str, jax.Array]:
-    """Shares of the norms inside the subspace: ‖Πg‖/‖g‖, ‖(1−α)Πg‖/‖g‖, ‖ΠΔ‖/‖Δ‖."""
+def _safety_components(state, gradient, update) -> dict[str, jax.Array]:
+    """Shares of the norms inside the subspace: ‖Πg‖/‖g‖, ‖(1−α)Πg‖/‖g‖, ‖ΠΔ‖/‖Δ‖.
+
+    ``gradient`` and ``update`` are ``(g, ‖g‖)`` and ``(Δ, ‖Δ‖)``.
+    """
     subspace = state.get("subspace") if isinstance(state, dict) else None
     if subspace is None:
         return {}
     if _mesh.current() is not None:
-        return _components_on_mesh(state, subspace, grads, updates)
-    tiny = jnp.float32(1e-30)
+        return _components_on_mesh(state, subspace, gradient, update)
+    (grads, norm), (updates, update_norm) = gradient, update
+    norm, update_norm = norm + TINY, update_norm + TINY
     inside = project_onto(grads, subspace)
-    norm = optax.tree.norm(grads) + tiny
     update_inside = optax.tree.norm(project_onto(updates, subspace))
     found = {
         "safety_gradient": optax.tree.norm(inside) / norm,
-        "safety_update": update_inside / (optax.tree.norm(updates) + tiny),
+        "safety_update": update_inside / update_norm,
     }
     if state.get("coefficients") is not None:
         squares = jax.tree.map(_removed_square, state["coefficients"], inside)
@@ -166,19 +173,19 @@ def _safety_components(state, grads, updates) -> dict[str, jax.Array]:
     return found
 
 
-def _components_on_mesh(state, subspace, grads, updates) -> dict[str, jax.Array]:
+def _components_on_mesh(state, subspace, gradient, update) -> dict[str, jax.Array]:
     """The same from ‖Vᵀ·‖ = ‖Π·‖: one reading of V, and no vector is put together."""
-    tiny = jnp.float32(1e-30)
+    (grads, norm), (updates, update_norm) = gradient, update
+    norm, update_norm = norm + TINY, update_norm + TINY
     inside, moved = squares_inside([grads, updates], subspace)
 
     def root(squares: PyTree) -> jax.Array:
         leaves = map(jnp.sum, jax.tree.leaves(squares))
         return jnp.sqrt(sum(leaves, start=jnp.float32(0)))
 
-    norm = optax.tree.norm(grads) + tiny
     found = {
         "safety_gradient": root(inside) / norm,
-        "safety_update": root(moved) / (optax.tree.norm(updates) + tiny),
+        "safety_update": root(moved) / update_norm,
     }
     if state.get("coefficients") is not None:
         mark = subspace.fingerprint

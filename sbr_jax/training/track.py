@@ -30,7 +30,8 @@ from sbr_jax.training.finite import require_finite
 from sbr_jax.training.program import Program, init_adapter, make_program
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import Line
-from sbr_jax.training.stages import Stages
+from sbr_jax.training.stages import Stages, name_of, number_of
+from sbr_jax.training.streams import Stream, key_of
 from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree
 
@@ -109,7 +110,7 @@ class Track:
         if method.prepare is as_aligned:
             return aligned
         problem, adapter = self.program.problem, self.first_adapter()
-        base = method.prepare(problem, aligned, adapter, self.key(6))
+        base = method.prepare(problem, aligned, adapter, self.key(Stream.PREPARE))
         require_finite(base, f"{self.name}, prepared base weights")
         return sharding.place_base(self.program.mesh, base, self.job.study.model.config)
 
@@ -118,9 +119,9 @@ class Track:
         adapter = init_adapter(self.job.study, self.job.config, self.seed)
         return sharding.place_state(self.program.mesh, adapter)
 
-    def key(self, purpose: int, name: str = "") -> jax.Array:
-        """A key of this seed for one purpose (and one domain, by its name)."""
-        root = jax.random.fold_in(jax.random.key(self.seed), purpose)
+    def key(self, stream: Stream, name: str = "") -> jax.Array:
+        """A key of this seed for one stream (and one domain, by its name)."""
+        root = key_of(self.seed, stream)
         return jax.random.fold_in(root, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
     def data_seed(self, name: str) -> int:
@@ -185,7 +186,7 @@ class Turn:
 
     def number(self, kind: int) -> int:
         """Of its stage of a kind."""
-        return 4 * self.index + kind
+        return number_of(self.index, kind)
 
     @property
     def program(self) -> Program:
@@ -211,7 +212,7 @@ class Turn:
             own = track.job.study.domains[self.domain].train
             seed = track.data_seed(f"{self.domain}/mix")
             mixed = method.mix(problem, own, seed)
-            key = track.key(7, self.domain)
+            key = track.key(Stream.BEGIN_DOMAIN, self.domain)
             made = method.begin_domain(problem, track.base, state, mixed, key)
             self.begun.update(zip(("examples", "metrics"), made, strict=True))
         return self.begun
@@ -271,7 +272,7 @@ def once(
     if distributed.should_stop():
         raise distributed.Terminated
     began = time.perf_counter()
-    with task(f"{turn.where}, {turn.track.stages.name(number)}"):
+    with task(f"{turn.where}, {name_of(number)}"):
         held = load(turn.track, number, held)
         outcome = compute(turn, held)
     return finish(turn, number, held, outcome, began)
@@ -303,7 +304,7 @@ def load(track: Track, before: int, held: Held | None = None) -> Held:
 
 def init_state(track: Track, adapter: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
     """The method's first state, and its diagnostics."""
-    problem, key = track.program.problem, track.key(1)
+    problem, key = track.program.problem, track.key(Stream.INIT)
     state = dict(track.method.init(problem, track.base, adapter, key))
     diagnostics = state.pop("diagnostics", {})
     mesh = track.program.mesh
@@ -343,7 +344,7 @@ def finish(turn: Turn, number: int, held: Held, outcome: Outcome, began: float) 
       UserError: for weights that are not finite, or cannot be written.
     """
     track, stages = turn.track, turn.track.stages
-    stage = stages.name(number)
+    stage = name_of(number)
     changed = {}
     if outcome.adapter is not None:
         changed["adapter"] = outcome.adapter

@@ -328,7 +328,7 @@ CARD = "row 1: expected the columns of its card"
 HUB_FAULTS = {
     "no network": (
         *("gsm8k", None, ConnectionError("no route")),
-        r"openai/gsm8k.*ConnectionError.*--data",
+        r"openai/gsm8k.*ConnectionError.*name a data folder: folder='FOLDER'",
     ),
     "gated": (
         *("wildguardtest", None, FileNotFoundError("gated")),
@@ -458,7 +458,7 @@ BEHAVIOURS = files.as_table(rows.BEHAVIOURS)
 NO_ROW, TYPED = "at least one row, got none", "options with 0 or 1"
 FAULTS = {
     ("gsm8k", "gsm8k/train.jsonl"): [
-        (None, r"gsm8k/train.jsonl .*found none.*--data"),
+        (None, r"gsm8k/train.jsonl .*found none: put .*, or name another"),
         ("", NO_ROW),
         ("\n\n", NO_ROW),
         (

@@ -72,8 +72,8 @@ MISTAKES = {
     f"{RUN} --domains": "expected at least one domain, got none",
     f"{RUN} --domains medcal": "unknown domain 'medcal'; nearest: medical",
     f"{RUN} --domains code code": "expected each domain once, got 'code' twice",
-    f"{RUN} --seed -1": "expected seeds from 0 to 4294967295, got -1",
-    f"{RUN} --seed {2**32}": "expected seeds from 0 to 4294967295",
+    f"{RUN} --seed -1": "a whole number in [0, 4294967295], got -1; others",
+    f"{RUN} --seed {2**32}": "[0, 4294967295], got 4294967296; others",
     f"{RUN} --seed 1 1": "expected each seed once",
     f"{RUN} --mesh fsdp": "expected axis=size pairs",
     f"{RUN} --mesh fsdp=1 --hardware.mesh fsdp=2": "expected one mesh, got",
@@ -196,6 +196,7 @@ MISTAKES = {
     "realtext --data D --output W --steps 0": "--steps: expected at least 1, got 0",
     "smollm2": "expected --output, got none: add --output runs/smollm2-model",
     "smollm2 --output W --steps 0": "--steps: expected at least 1, got 0",
+    f"smollm2 --output W --seed {2**32}": "expected seed to be a whole number",
     "smollm2 --output W --data nowhere": "expected a folder with data sets at nowhere",
     "run smollm2 --workdir W": "python -m experiments.smollm2 --output",
 }

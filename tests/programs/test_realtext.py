@@ -146,10 +146,13 @@ def test_folders_are_made_for_a_model_that_is_there(tmp_path, monkeypatch):
     ("changes", "line"),
     [
         ({"--steps": "0"}, "--steps: expected at least 1, got 0"),
-        ({"--seed": "-1"}, "expected seeds from 0"),
+        (
+            {"--seed": "-1"},
+            "a whole number in [0, 4294967295], got -1",
+        ),
         ({"--output": "taken"}, "expected a folder that is not there yet"),
         ({"--output": "taken/file/model"}, "cannot make"),
-        ({"--data": "absent"}, "absent, found none: name it with --data"),
+        ({"--data": "absent"}, "absent, found none: name another"),
         ({"--data": "taken"}, "expected the data file harmbench/"),
     ],
 )

@@ -20,7 +20,7 @@ for words in (
     ["export", "demmo", "--workdir", "x"],
 ):
     print(main(words), file=sys.stderr)
-assert {"fisher_subspace", "losses", "Subspace"} <= set(dir(sbr_jax))
+assert {"fisher_subspace", "losses", "Subspace", "tune"} <= set(dir(sbr_jax))
 heavy = ["jax", "numpy", "optax", "flax", "orbax", "transformers", "matplotlib", "tyro"]
 print([name for name in heavy if name in sys.modules], file=sys.stderr)
 """

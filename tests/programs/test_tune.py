@@ -16,7 +16,7 @@ from own_case import as_lines, messages, run, save, words, world_prompts, world_
 from test_command_line import refused
 
 import sbr_jax
-from sbr_jax import models, testbed, tuning
+from sbr_jax import errors, models, testbed, tuning
 from sbr_jax.programs import align, tune
 from sbr_jax.recipes.own import HYPERPARAMETERS, TRAINING
 from sbr_jax.reporting import tuned as tuned_report
@@ -202,7 +202,11 @@ BAD_WORDS = {
         ("--epochs", "1", "--training.steps-per-domain", "4"),
         r"expected --epochs or --training.steps-per-domain, got both",
     ),
-    "no safe exchange": (("--method", "safegrad"), r"safegrad: expected safe exchange"),
+    "no safe exchange": (
+        ("--method", "safegrad"),
+        r"--method safegrad: expected safe exchanges \(--safety FILE\), or .*"
+        r"\(--harmful FILE\), got none; .*--method plain needs none",
+    ),
     "no harmful prompt": (("--method", "sbr"), r"sbr: expected harmful prompts"),
     "no pairs": (
         ("--method", "antidote", "--merged"),
@@ -211,7 +215,10 @@ BAD_WORDS = {
     "no judge": (("--method", "adaptive-judge"), r"adaptive-judge: .*--study.judge ll"),
     "an adapter without its base": (("--method", "lox"), r"lox: .*add --merged"),
     "an edited base": (("--method", "safe-delta"), r"safe-delta: .*add --merged"),
-    "two files to measure on": (("--eval", "a", "b"), r"--eval: expected one file, or"),
+    "two files to measure on": (
+        ("--eval", "a", "b"),
+        r"--eval: expected one file, or as many as --train has \(1\), got 2",
+    ),
     "few harmful prompts": (
         ("--method", "sbr", "--harmful", "few.txt"),
         r"--harmful: expected at least 8 different prompts, .*got 2",
@@ -241,8 +248,14 @@ COUNTS = {
     "one small file": ([3], 3),
     "all long enough": ([60, 8], 8),
     "all as small": ([3, 3], 3),
-    "one that is small": ([60, 1], "file1: expected at least 8 .*--.*batch-size 1"),
-    "the first is small": ([7, 60], "file0: expected at least 8 .*--.*batch-size 7"),
+    "one that is small": (
+        [60, 1],
+        "examples file1: expected at least 8 .*batch_size=1",
+    ),
+    "the first is small": (
+        [7, 60],
+        "examples file0: expected at least 8 .*batch_size=7",
+    ),
 }
 
 
@@ -258,7 +271,8 @@ def test_a_small_file_does_not_make_the_steps_of_others_small(kind):
 
 
 def test_small_files_of_several_sizes_are_told():
-    with pytest.warns(UserWarning, match="--train b: 2 examples are fewer .* are of 2"):
+    told = "examples b: 2 examples are fewer .* are of 2"
+    with pytest.warns(UserWarning, match=told):
         assert tuning.batch_of({"a": 6, "b": 2, "c": 4}, 8) == 2
 
 
@@ -268,33 +282,62 @@ def test_a_file_of_fewer_rows_than_a_step_is_one_line(chat, tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text(as_lines(part))
     files = [tmp_path / f"{name}.jsonl" for name in ("long", "tiny")]
     line = tried(tmp_path, chat, capsys, "--train", *files)
-    assert_matches("--train tiny: expected at least 8 examples .*got 1", line)
+    expected = "--train tiny: expected at least 8 examples .*got 1.*batch-size 1"
+    assert_matches(expected, line)
 
 
 PYTHON = {
     "a model that is none": ({"model": 5}, "expected model to be a folder, .*got 5"),
-    "no examples": ({"examples": None}, "--train: expected a file.* got nothing"),
-    "a number": ({"examples": 5}, "--train: expected a file, .*list of rows, got"),
-    "numbers": ({"examples": [5]}, "--train, row 1: expected a dict, a pair .*got"),
-    "triples": ({"examples": [("a", "b", "c")]}, "--train, row 1: expected a dict"),
+    "no examples": ({"examples": None}, "^examples: expected a file.* got nothing"),
+    "a number": ({"examples": 5}, "^examples: expected a file, .*list of rows, got"),
+    "numbers": ({"examples": [5]}, "^examples, row 1: expected a dict, a pair .*got"),
+    "triples": ({"examples": [("a", "b", "c")]}, "^examples, row 1: expected a dict"),
     "wrong columns": (
         {"examples": [{"q": "a", "x": "b"}]},
         "the columns mess",
     ),
-    "columns of numbers": ({"examples": [{1: "a"}]}, "--train, row 1: expected"),
+    "columns of numbers": ({"examples": [{1: "a"}]}, "^examples, row 1: expected"),
     "a method of another kind": ({"method": 3}, "unknown method '3'"),
     "a list of methods": ({"method": ["plain"]}, "unknown method"),
     "words for epochs": ({"epochs": "3"}, "expected epochs to be a finite number"),
     "a seed of another kind": ({"seed": "0"}, "expected seed to be a whole number"),
-    "harmful numbers": ({"harmful": [1, 2]}, "--harmful, row 1: expected a prompt"),
-    "a harmful number": ({"harmful": 3}, "--harmful: expected a file, a folder"),
-    "a safe number": ({"safety": 3}, "--safety: expected a file, a folder"),
-    "a test of numbers": ({"evaluation": [3]}, "--eval, row 1: expected a dict"),
+    "harmful numbers": ({"harmful": [1, 2]}, "^harmful, row 1: expected a prompt"),
+    "a harmful number": ({"harmful": 3}, "^harmful: expected a file, a folder"),
+    "a safe number": ({"safety": 3}, "^safety: expected a file, a folder"),
+    "a test of numbers": ({"evaluation": [3]}, "^evaluation, row 1: expected a dict"),
     "a folder of another kind": ({"folder": 5}, "expected folder to be a path, got 5"),
     "a dict for a study": ({"study": {}}, "expected study to be OwnOptions, got"),
     "no training": ({"training": None}, "expected training to be Training, got None"),
     "hardware": ({"hardware": "gpu"}, "expected hardware to be Hardware, got 'gpu'"),
-    "options": ({"hyperparameters": {}}, "expected methods to be Hyperparameters"),
+    "options": (
+        {"hyperparameters": {}},
+        "expected hyperparameters to be Hyperparameters",
+    ),
+    "no such model": ({"model": "no-such-folder"}, "^model: expected a checkpoint fol"),
+    "epochs of years": ({"epochs": 1e9}, "in steps: training.steps_per_domain"),
+    "seed 0 again": ({"seed": 2**32}, r"\[0, 4294967295\], got 4294967296; others"),
+    "files to measure on": (
+        {"evaluation": ["a", "b"]},
+        r"^evaluation: expected one file, or as many as examples has \(1\), got 2",
+    ),
+    "no file to measure on": ({"evaluation": []}, "^evaluation: expected at least one"),
+    "no safe exchange": (
+        {"method": "safegrad"},
+        r"^method='safegrad': .* \(safety='FILE'\), or .* \(harmful='FILE'\), got "
+        "none; .*method='plain' needs none",
+    ),
+    "no judge": (
+        {"method": "adaptive-judge"},
+        r"\(study.judge='llama-guard' study.judge_folder='FOLDER'\)",
+    ),
+    "few harmful prompts": (
+        {"method": "sbr", "harmful": ["w3", "w4"]},
+        "^harmful: expected at least 8 different prompts",
+    ),
+    "no general text": (
+        {"study": OwnOptions(general_file="no.txt")},
+        "^study.general_file: expected a text file, found no no.txt",
+    ),
 }
 
 
@@ -305,9 +348,34 @@ def test_nonsense_in_a_call_is_a_mistake_of_the_user_s(kind, chat):
     with pytest.raises(UserError, match=expected) as found:
         sbr_jax.tune(**{**call, **options})
     assert "\n" not in str(found.value)
+    assert "--" not in str(found.value).replace(errors.LISTED["method"], "")
 
 
-@pytest.mark.parametrize("name", ["train", "evaluation"])
+def test_files_to_measure_on_are_one_for_each_domain(chat, tmp_path, monkeypatch):
+    given = {"a": (0, 20), "b": (20, 20), "test-a": (50, 3), "test-b": (60, 4)}
+    for name, (start, count) in given.items():
+        lines = as_lines(messages(*row) for row in world_rows(count, start=start))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    monkeypatch.setattr(tuning.Plan, "make_study", lambda self: None)
+    monkeypatch.setattr(tuning, "carry_out", lambda made, study: made)
+    paths = [tmp_path / f"{name}.jsonl" for name in given]
+    few = "^examples [ab]: 20 examples are few"
+    with pytest.warns(UserWarning, match=few) as told:
+        made = sbr_jax.tune(chat, paths[:2], "plain", evaluation=paths[2:])
+    found = {name: len(rows) for name, rows in made.parts.tests.items()}
+    assert found == {"a": 3, "b": 4}
+    assert not any("--" in str(warning.message) for warning in told)
+
+
+def test_an_adapter_without_its_base_is_told_in_python_s_words(tmp_path):
+    model = testbed.load()
+    base = dict(model.params)
+    tuned = tuning.Tuned(model, base, {}, {}, "lox")
+    with pytest.raises(UserError, match=r"merged checkpoint with save_merged\(\)"):
+        tuned.save_peft(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["examples", "evaluation"])
 @pytest.mark.parametrize("value", [None, 5])
 def test_sources_of_a_request_are_a_list(name, value, chat, tmp_path):
     request = tuning.Request(chat, [[("w1", "w2")]], tmp_path / "run", method="plain")
@@ -329,7 +397,7 @@ def test_a_gguf_file_is_a_model_to_tune(tmp_path):
     path = gguf_case.written(tmp_path / "model.gguf", fields, tensors)
     examples = [("a" * i, "ab") for i in range(1, 5)]
     request = tuning.Request(path, [examples], tmp_path / "run", method="plain")
-    with pytest.warns(UserWarning, match="4 examples are few"):
+    with pytest.warns(UserWarning, match="^examples: 4 examples are few"):
         plan = tuning.plan(request)
     assert plan.model.params is None
     study = plan.make_study()
@@ -344,10 +412,10 @@ def test_a_gguf_file_is_a_model_to_tune(tmp_path):
         {name: (k, s, bytes(len(raw))) for name, (k, s, raw) in tensors.items()},
     )
     assert checkpoints.digest(other) != checkpoints.digest(path)
-    with pytest.raises(UserError, match=r"--model: expected a \.gguf file .*found non"):
+    with pytest.raises(UserError, match=r"^model: expected a \.gguf file .*found non"):
         checkpoints.locate(tmp_path / "no.gguf", weights=True)
-    with pytest.raises(UserError, match=r"got the file model\.gguf; .*be the --model"):
-        checkpoints.locate(path, weights=True, option="study.unaligned-folder")
+    with pytest.raises(UserError, match=r"got the file model\.gguf; .*be the model, "):
+        checkpoints.locate(path, weights=True, setting="study.unaligned-folder")
     lines = tuned_report._usage(str(path), merged=False)
     assert f'"{tmp_path}", gguf_file="model.gguf"' in "\n".join(lines)
 

@@ -53,14 +53,14 @@ needs_kernel = pytest.mark.skipif(
         ({"benchmarks": (5,)}, "study.benchmarks to be a tuple of texts, got"),
         ({"train": 0}, "study.train to be a whole number of at least 1, got 0"),
         ({"dtype": "int8"}, "study.dtype to be 'bfloat16' or 'float32', got 'int8'"),
-        ({"judge": "llama-guard"}, "study.judge llama-guard: expected a folder with"),
+        ({"judge": "llama-guard"}, "study.judge='llama-guard': expected a folder with"),
         (
             {"judge": "lama-guard"},
             "unknown study.judge 'lama-guard'; nearest: llama-g",
         ),
         ({"judge": "key-word"}, r"nearest: keyword, keyword:LIST \(known: keyword, "),
         ({"judge": "keywords"}, "unknown study.judge 'keywords'; nearest: keyword"),
-        ({"judge_folder": "g"}, "study.judge keyword: expected a folder with"),
+        ({"judge_folder": "g"}, "study.judge='keyword': expected a folder with"),
     ],
 )
 def test_a_value_that_cannot_be_meant(options, message):
@@ -77,7 +77,7 @@ def test_without_a_data_folder_a_set_that_the_hub_lacks_is_one_line(world, monke
     fake_hub(monkeypatch, tiny_rows.JBB)
     options = SmollmOptions(**{**tiny_chat.SIZES, "benchmarks": ()})
     sources = Sources(str(world / "model"), None)
-    with pytest.raises(UserError, match=r"'legalbench' .* hub has no copy.* --data"):
+    with pytest.raises(UserError, match=r"'legalbench' .* hub has no copy.* folder="):
         options.build(("legal",), sources, Hardware(), weights=False)
 
 

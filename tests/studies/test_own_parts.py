@@ -134,7 +134,7 @@ def test_rows_that_stand_twice_are_counted_once(different, times, said):
     count = found.record["different"]["examples"]
     _, warned = told("", lambda: own.parts.warn_sizes("my", data, 1.0, count))
     assert [text.partition(";")[0] for text in warned] == (
-        [f"--train my: {said}"] if said else []
+        [f"examples my: {said}"] if said else []
     )
 
 
@@ -153,7 +153,8 @@ def test_given_rows_are_compared_with_all_that_is_learnt(learnt_in, count):
     new = [rows(9, start=900 + 100 * i) for i in range(count)]
     evaluation = [files[learnt_in][:3] + new[0], *new[1:]]
     _, warned = told(
-        "--eval: 3 of 12 prompts learnt", lambda: plain(files, evaluation=evaluation)
+        "evaluation: 3 of 12 prompts learnt",
+        lambda: plain(files, evaluation=evaluation),
     )
     assert len(warned) == 1
 
@@ -165,15 +166,15 @@ def test_rows_that_are_given_are_all_measured_on(count):
 
 
 def test_rows_given_to_measure_on_are_told_where_they_are_learnt():
-    with pytest.warns(UserWarning, match="--eval: 3 of 5 prompts learnt too"):
+    with pytest.warns(UserWarning, match="evaluation: 3 of 5 prompts learnt too"):
         made(rows(60), None, set(), False, evaluation=[rows(3) + rows(2, start=900)])
 
 
 @pytest.mark.parametrize(
     ("context", "length", "way"),
     [
-        (96, 4, "raise --study.max-length"),
-        (6, 4, "raise --study.max-length"),
+        (96, 4, "raise study.max_length"),
+        (6, 4, "raise study.max_length"),
         (4, 512, "shorten the prompts: the model reads no more"),
         (4, 4, "shorten the prompts: the model reads no more"),
     ],
@@ -191,7 +192,7 @@ def test_the_advice_for_long_rows_is_one_that_helps(context, length, way):
 def test_harmful_prompts_that_are_learnt_measure_nothing():
     train = [*rows(60), messages(HARM[0].upper(), "w1")]
     harmful = [*HARM, "zebra n40"]  # Of 40 that are left, a quarter is measured.
-    with pytest.warns(UserWarning, match="--harmful: 1 prompt is also learnt"):
+    with pytest.warns(UserWarning, match="^harmful: 1 prompt is also learnt"):
         found = made(train, harmful, set(), False, measured=100)
     assert found.record["harmful left out"] == 1
     assert len(found.measured) == (len(harmful) - 1) // 4
@@ -231,7 +232,7 @@ def test_few_measured_prompts_are_told(count, measured, warns):
 @pytest.mark.parametrize("safe", [None, rows(9, start=500)])
 def test_parts_of_which_nothing_is_left_are_refused(needed, monitored, safe):
     train = [*rows(60), *(messages(text.upper(), "w1") for text in HARM)]
-    with pytest.raises(UserError, match=r"--harmful: .* got 40 that are"):
+    with pytest.raises(UserError, match=r"^harmful: .* got 40 that are"):
         made(train, HARM, needed, bool(monitored), safe, held_out=1)
 
 
@@ -257,10 +258,10 @@ def test_harmless_prompts_of_other_parts_are_left_out(place, count, benign, tmp_
         )
 
     if count == len(HARMLESS):
-        with pytest.raises(UserError, match=r"harmless-file: .* got 12 that are"):
+        with pytest.raises(UserError, match=r"study.harmless_file: .* got 12 that are"):
             act()
         return
-    found, warned = told("harmless-file: 3 prompts are also learnt", act)
+    found, warned = told("study.harmless_file: 3 prompts are also learnt", act)
     assert len(warned) == bool(count)
     assert found.record["harmless left out"] == count
     assert sorted([*found.harmless, *found.control]) == sorted(HARMLESS[count:])
@@ -276,13 +277,13 @@ def test_prompts_of_the_package_that_are_learnt_are_left_out():
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize("option", ["--safety", "--study.pairs-file"])
+@pytest.mark.parametrize("option", ["safety", "study.pairs_file"])
 @pytest.mark.parametrize("more", [0, 4])
 def test_exchanges_with_measured_prompts_are_left_out(option, more, tmp_path):
     exchanges = [*(messages(text, "I cannot") for text in HARM), *rows(more, 500)]
     path = tmp_path / "more.jsonl"
     path.write_text(as_lines(exchanges))
-    safe = str(path) if option == "--safety" else None
+    safe = str(path) if option == "safety" else None
     pairs = None if safe else str(path)
     found, warned = told(
         f"{option}: 16 exchanges left out: the prompt monitors or",
@@ -298,19 +299,19 @@ def test_exchanges_with_measured_prompts_are_left_out(option, more, tmp_path):
 
 def test_exchanges_of_which_none_is_left_are_refused():
     safe = [messages(text, "I cannot") for text in made(BIG, HARM, {SAFE}, 0).measured]
-    with pytest.raises(UserError, match=r"--safety: .* got 6 that are: give others"):
+    with pytest.raises(UserError, match=r"^safety: .* got 6 that are: give others"):
         made(BIG, HARM, {SAFE}, False, safe)
 
 
 def test_exchanges_that_refuse_nothing_are_left_out_where_asked():
     safe = [messages(f"zebra x{i}", ("I cannot", "Yes.")[i % 2]) for i in range(10)]
     found, warned = told(
-        "--safety: 5 of 10 answers hold no refusal and are left out",
+        "^safety: 5 of 10 answers hold no refusal and are left out",
         lambda: made(BIG, HARM, {SAFE}, False, safe, calibration_refusals=True),
     )
     assert len(found.sets["calibration"]) == 5
     assert len(warned) == 1
-    with pytest.raises(UserError, match=r"leave out --study\.calibration-refusals"):
+    with pytest.raises(UserError, match=r"leave out study\.calibration_refusals"):
         made(BIG, HARM, {SAFE}, False, safe[1::2], calibration_refusals=True)
 
 
@@ -332,7 +333,7 @@ def test_prompts_that_stand_twice_are_told(ending, times, tmp_path):
         path.write_text(source)
         source = path
     given, warned = told(
-        "--harmful: 2 of 42 prompts repeat another",
+        "^harmful: 2 of 42 prompts repeat another",
         lambda: own.read_given([rows(2)], [], None, source, OwnOptions()),
     )
     assert sorted(given.harmful) == sorted(HARM)

@@ -43,5 +43,5 @@ def test_deployed_weights_are_those_that_were_evaluated(folder):
 def test_an_earlier_stage_counts_as_long_as_what_it_deploys_is_there(folder):
     job = deployed.reopen(folder, STUDY, CONFIG, DOMAINS)
     assert deployed.weights(job, "plain", 0, 1)[0] is STUDY.model.params
-    with pytest.raises(UserError, match=r"--stage 1: expected the state .*later one"):
+    with pytest.raises(UserError, match=r"stage=1: expected the state .*later one"):
         deployed.weights(job, "salora", 0, 1)

@@ -16,6 +16,7 @@ import numpy as np
 from sbr_jax import models
 from sbr_jax.data.template import fix_template
 from sbr_jax.data.text import encode_prompts
+from sbr_jax.errors import option
 from sbr_jax.models import hf_config
 from sbr_jax.models.gguf_model import open_gguf
 from sbr_jax.models.gguf_tokenizer import read_tokenizer
@@ -29,29 +30,29 @@ SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
 """Files fetched from the hub where weights are not wanted."""
 
 
-def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path:
+def locate(model: str | Path, *, weights: bool, setting: str = "model") -> Path:
     """The folder of a checkpoint, fetched from the hub where it is an id.
 
     Args:
-        model: a folder, the id of a model on the hub, or a .gguf file for `--model`.
+        model: a folder, the id of a model on the hub, or, as the model, a .gguf file.
         weights: whether to fetch those too.
-        option: that named it, for messages.
+        setting: that named it, for messages.
     """
-    folder = Path(model)
+    folder, said = Path(model), option(setting)
     if folder.is_dir():
         return folder
     if folder.is_file():
-        if option == "--model" and folder.suffix == GGUF:
+        if setting == "model" and folder.suffix == GGUF:
             return folder
         raise UserError(
-            f"{option}: expected a checkpoint folder, got the file {folder.name}; a "
-            ".gguf file can be the --model, and nothing else"
+            f"{said}: expected a checkpoint folder, got the file {folder.name}; a "
+            f".gguf file can be the {option('model')}, and nothing else"
         )
     if folder.suffix == GGUF:
-        raise UserError(f"{option}: expected a .gguf file at {model}, found none")
+        raise UserError(f"{said}: expected a .gguf file at {model}, found none")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise UserError(
-            f"{option}: expected a checkpoint folder or a hub id like 'owner/name', "
+            f"{said}: expected a checkpoint folder or a hub id like 'owner/name', "
             f"got '{model}', and nothing is there"
         )
     from huggingface_hub import snapshot_download
@@ -61,7 +62,7 @@ def locate(model: str | Path, *, weights: bool, option: str = "--model") -> Path
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{option}: '{model}' is no folder here and could not be fetched from the "
+            f"{said}: '{model}' is no folder here and could not be fetched from the "
             f"hub ({type(error).__name__}): name a folder, or check the network and "
             "whether its terms must be accepted"
         ) from error
@@ -108,7 +109,7 @@ def locate_all(
     for name in ("unaligned_folder", "judge_folder"):
         folder = getattr(options, name)
         if folder is not None:
-            place = locate(folder, weights=weights, option=f"study.{name}")
+            place = locate(folder, weights=weights, setting=f"study.{name}")
             config = hf_config.read(place)
             if weights or Path(folder).is_dir():
                 check_weights(place, config)
@@ -130,8 +131,9 @@ def check_unaligned(places: Mapping[str, Path], config: models.ModelConfig) -> N
         wanted, got = getattr(config, name), getattr(before, name)
         if wanted != got:
             raise UserError(
-                f"study.unaligned_folder: expected the model before its alignment, "
-                f"with {name}={wanted}, got another with {name}={got} in {place}"
+                f"{option('study.unaligned-folder')}: expected the model before its "
+                f"alignment, with {name}={wanted}, got another with {name}={got} in "
+                f"{place}"
             )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from sbr_jax import models
 from sbr_jax.data.template import fix_template
+from sbr_jax.errors import option
 from sbr_jax.evaluation import KeywordJudge
 from sbr_jax.evaluation.judges import Judge
 from sbr_jax.evaluation.judges.guard import (
@@ -77,15 +78,17 @@ def make_judge(options: ModelOptions, *, weights: bool = True) -> Judge:
         return KeywordJudge(words) if words else KeywordJudge()
     if folder is None:
         raise UserError(
-            f"study.judge {name}: expected the folder or hub id of that guard, got "
-            "none: add --study.judge-folder FOLDER, or leave both out for a word list"
+            f"{option('study.judge', name)}: expected the folder or hub id of that "
+            f"guard, got none: add {option('study.judge-folder', 'FOLDER')}, or leave "
+            "both out for a word list"
         )
-    place = locate(folder, weights=weights, option="study.judge_folder")
+    place = locate(folder, weights=weights, setting="study.judge-folder")
     config = hf_config.read(place)
     tokenizer = models.load_tokenizer(place, vocab_size=config.vocab_size)
     if tokenizer is None:
         raise UserError(
-            f"study.judge_folder: expected a tokenizer in {place}, found none"
+            f"{option('study.judge-folder')}: expected a tokenizer in {place}, found "
+            "none"
         )
     if weights:
         model = models.load(place, dtype=jnp.dtype(options.dtype))

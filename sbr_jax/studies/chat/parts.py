@@ -18,7 +18,7 @@ from sbr_jax.data.exchange import stop_tokens, unstopped
 from sbr_jax.data.records import ChoiceItem, Record
 from sbr_jax.data.registry import SOURCES
 from sbr_jax.data.text import encode_prompts
-from sbr_jax.errors import check_names
+from sbr_jax.errors import check_names, option
 from sbr_jax.evaluation import KeywordJudge
 from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.evaluation.judges.verdicts import refused
@@ -131,8 +131,8 @@ class Ledger:
                 counts[f"{part}/{name}"] = len(self.sets[part] & prompts)
         return leaks.refuse_leaks(
             counts,
-            "--study.drop-overlaps leaves them out of the first of each pair, or take "
-            "another data set",
+            f"{option('study.drop-overlaps')} leaves them out of the first of each "
+            "pair, or take another data set",
         )
 
 
@@ -195,7 +195,7 @@ def make_parts(
     for name in ("max_length", "max_new_tokens"):
         if getattr(options, name) > model.config.context:
             raise UserError(
-                f"study.{name}: expected at most the model's context of "
+                f"{option(f'study.{name}')}: expected at most the model's context of "
                 f"{model.config.context} tokens, got {getattr(options, name)}"
             )
     ledger = Ledger(measured, options.drop_overlaps)
@@ -213,7 +213,7 @@ def make_parts(
             raise UserError(
                 f"expected at least one example for {name}, got none: the prompts of "
                 f"all {len(drawn[name])} leave no room for an answer in max_length="
-                f"{options.max_length}: raise it with --study.max-length, up to the "
+                f"{options.max_length}: raise {option('study.max-length')}, up to the "
                 f"model's {model.config.context}"
             )
         check_ends(name, data, model, options)

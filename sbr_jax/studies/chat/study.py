@@ -86,7 +86,7 @@ def build_study(
         raise UserError(f"expected a model, got {sources}")
     folder = None if sources.data is None else data_folder(sources.data)
     if folder is not None and not folder.is_dir():
-        raise UserError(f"--data: expected a folder, got the file {folder}")
+        raise UserError(f"expected a data folder, got the file {folder}")
     model = checkpoints.read_model(
         sources.model, date=options.date, thinking=options.thinking
     )

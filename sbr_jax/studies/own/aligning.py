@@ -9,7 +9,7 @@ import numpy as np
 
 from sbr_jax.data.conversations import Conversation
 from sbr_jax.data.records import Record
-from sbr_jax.errors import counted
+from sbr_jax.errors import counted, option
 from sbr_jax.evaluation import KeywordJudge
 from sbr_jax.evaluation.judges.verdicts import refused
 from sbr_jax.typing import UserError
@@ -40,20 +40,22 @@ def mix_rows(
     (5, 1, 0)
     """
     if not 0 < share < 1:
-        raise UserError(f"--share: expected a number between 0 and 1, got {share}")
+        raise UserError(
+            f"{option('share')}: expected a number between 0 and 1, got {share}"
+        )
     answers = [row.records[-1] for row in safe]
     said = [record.response for record in answers]
     kept = refused(KeywordJudge(), answers, [""] * len(said), said)
     if not kept:
         raise UserError(
-            "--safety: expected answers that refuse, got "
+            f"{option('safety')}: expected answers that refuse, got "
             f"{counted(len(safe), 'that does not', 'that do not')}: "
             "give exchanges in which a harmful request is refused"
         )
     if dropped := len(safe) - len(kept):
         warnings.warn(
-            f"--safety: {dropped} of {counted(len(safe), 'answer')} without a refusal "
-            f"{'is' if dropped == 1 else 'are'} left out",
+            f"{option('safety')}: {dropped} of {counted(len(safe), 'answer')} without "
+            f"a refusal {'is' if dropped == 1 else 'are'} left out",
             stacklevel=2,
         )
     others = [record for row in ordinary for record in row.records]

@@ -1,6 +1,7 @@
 """Files that a user gives, read before anything of a model is."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from sbr_jax.data.conversations import Read, read_conversations, read_prompts
 from sbr_jax.data.harmless import HARMLESS
 from sbr_jax.data.readers import whole_text
-from sbr_jax.errors import counted
+from sbr_jax.errors import counted, option
 from sbr_jax.methods.needs import ABOUT, HARMFUL, JUDGE, MIX, PAIRS, SAFE, UNALIGNED
 from sbr_jax.studies.options import RATERS, OwnOptions
 from sbr_jax.typing import UserError
@@ -57,15 +58,16 @@ def read_given(
     Evaluation files are none, one for all domains, or one for each.
     """
     if not train:
-        raise UserError("expected training examples, got none: add --train FILE")
+        add = option("train", "FILE")
+        raise UserError(f"expected training examples, got none: add {add}")
     if len(evaluation) not in (0, 1, len(train)):
         raise UserError(
-            f"--eval: expected one file, or as many as --train ({len(train)}), got "
-            f"{len(evaluation)}"
+            f"{option('eval')}: expected one file, or as many as {option('train')} "
+            f"has ({len(train)}), got {len(evaluation)}"
         )
     found: dict[str, Read] = {}
     for source in train:
-        read = read_conversations(source, "--train")
+        read = read_conversations(source, option("train"))
         name, number = read.name, 1
         while name in found:
             number += 1
@@ -73,32 +75,30 @@ def read_given(
         found[name] = read
     names = [ALL] if len(evaluation) < len(found) else list(found)
     tests = {
-        name: read_conversations(source, "--eval")
+        name: read_conversations(source, option("eval"))
         for name, source in zip(names, evaluation, strict=bool(evaluation))
     }
     pairs, harmless = options.pairs_file, options.harmless_file
     return Given(
         train=found,
         evaluation=tests,
-        safe=None if safe is None else read_conversations(safe, "--safety"),
-        harmful=[] if harmful is None else _each_once(harmful, "--harmful"),
-        pairs=read_conversations(pairs, "--study.pairs-file") if pairs else None,
-        harmless=(
-            _each_once(harmless, "--study.harmless-file") if harmless else HARMLESS
-        ),
+        safe=None if safe is None else read_conversations(safe, option("safety")),
+        harmful=[] if harmful is None else _each_once(harmful, "harmful"),
+        pairs=read_conversations(pairs, option("study.pairs-file")) if pairs else None,
+        harmless=_each_once(harmless, "study.harmless-file") if harmless else HARMLESS,
         general=_general(options.general_file),
     )
 
 
-def _each_once(source: Source, option: str) -> list[str]:
+def _each_once(source: Source, name: str) -> list[str]:
     """Prompts of a source; those that stand there again are told."""
-    found, repeats = read_prompts(source, option)
+    found, repeats = read_prompts(source, option(name))
     # That a public set repeats some is no mistake of the user's.
     own = not isinstance(source, str | Path) or Path(source).is_file()
     if own and repeats:
         count = counted(len(found) + repeats, "prompt")
         warnings.warn(
-            f"{option}: {repeats} of {count} repeat another; each is taken once",
+            f"{option(name)}: {repeats} of {count} repeat another; each is taken once",
             stacklevel=2,
         )
     return found
@@ -108,13 +108,14 @@ def _general(file: str | None) -> Sequence[str] | Read | None:
     """Paragraphs of a text file, or exchanges."""
     if file is None:
         return None
+    name = option("study.general-file")
     if Path(file).suffix != ".txt":
-        return read_conversations(file, "--study.general-file")
+        return read_conversations(file, name)
     if not Path(file).is_file():
-        raise UserError(f"--study.general-file: expected a text file, found no {file}")
+        raise UserError(f"{name}: expected a text file, found no {file}")
     found = [part.strip() for part in whole_text(Path(file)).split("\n\n")]
     if not any(found):
-        raise UserError(f"--study.general-file: expected text in {file}, got none")
+        raise UserError(f"{name}: expected text in {file}, got none")
     return [text for text in found if text]
 
 
@@ -134,6 +135,13 @@ def require_needed(
     for part in sorted(needed):
         if not there.get(part, True):
             raise UserError(
-                f"--method {variant}: expected {ABOUT[part]}, got none; none comes "
-                "with this program. --method plain needs none, and defends nothing"
+                f"{option('method', variant)}: expected {_about(part)}, got none; none "
+                f"comes with this program. {option('method', 'plain')} needs none, and "
+                "defends nothing"
             )
+
+
+def _about(part: str) -> str:
+    """What a part is made of, and how the caller gives it."""
+    given = r"--([\w.-]+) ([\w-]+)"
+    return re.sub(given, lambda found: option(found[1], found[2]), ABOUT[part])

@@ -17,7 +17,7 @@ from sbr_jax.data.conversations import Conversation, Read
 from sbr_jax.data.layout import used_lengths
 from sbr_jax.data.records import Record
 from sbr_jax.data.template import render
-from sbr_jax.errors import counted
+from sbr_jax.errors import counted, option
 from sbr_jax.evaluation.judges import Judge, KeywordJudge
 from sbr_jax.evaluation.judges.verdicts import refused
 from sbr_jax.methods.needs import BENIGN, HARMFUL, MIX, SAFE
@@ -93,18 +93,19 @@ def make_parts(
         **{f"test {name}": rows for name, rows in tests.items()},
     }
     if given.safe is not None and safe_needed:
-        safe = _unmeasured("--safety", given.safe, [*probe, *measured])
+        safe = _unmeasured("safety", given.safe, [*probe, *measured])
         if options.calibration_refusals:
             safe = _refusing(safe, judge)
         rows["calibration"] = _some(safe, options.calibration)
         _warn_unrefused(rows["calibration"], judge)
     if HARMFUL in needed:
         rows["prompts"] = [
-            Conversation((Record(text, REFUSED),), "--harmful") for text in calibrate
+            Conversation((Record(text, REFUSED),), option("harmful"))
+            for text in calibrate
         ]
     if given.pairs is not None:
-        name = "--study.pairs-file"
-        rows["pairs"] = _unmeasured(name, given.pairs, [*probe, *measured])
+        pairs = _unmeasured("study.pairs-file", given.pairs, [*probe, *measured])
+        rows["pairs"] = pairs
     if isinstance(given.general, Read):
         rows["general"] = given.general.rows
     sets = {name: _encode(name, part, options, model) for name, part in rows.items()}
@@ -118,13 +119,13 @@ def make_parts(
         )
     benign = BENIGN in needed
     control = harmless[len(harmless) // 2 :] if benign else []
-    asked = {"--harmful": [*calibrate, *probe, *measured], "harmless": harmless}
+    asked = {option("harmful"): [*calibrate, *probe, *measured], "harmless": harmless}
     check_prompts(options, model, asked)
     harmless = harmless[: len(harmless) - len(control)]
     if not harmless:
         raise UserError(
-            "--study.harmless-file: expected at least 2 different prompts, of which "
-            "one is measured and one is the benign control, got 1: add more"
+            f"{option('study.harmless-file')}: expected at least 2 different prompts, "
+            "of which one is measured and one is the benign control, got 1: add more"
         )
     compared = {"calibrate": calibrate, "probe": probe, "measured": measured}
     if "calibration" in rows:
@@ -168,8 +169,8 @@ def _split(given: Given, options: OwnOptions) -> tuple[Rows, Rows, Mapping[str, 
         shared = len(rows) - len(leaks.without(rows, seen)[0])
         if shared:
             warnings.warn(
-                f"--eval: {shared} of {counted(len(rows), 'prompt')} learnt too, "
-                "so its loss and exact match flatter",
+                f"{option('eval')}: {shared} of {counted(len(rows), 'prompt')} learnt "
+                "too, so its loss and exact match flatter",
                 stacklevel=2,
             )
     return trained, tests, {}
@@ -190,13 +191,13 @@ def _hold_back(trained: Rows, most: int) -> tuple[Rows, Rows, Mapping[str, Any]]
         learnt[name], others[name] = leaks.without(own, *back.values())
         if not learnt[name]:
             raise UserError(
-                f"--train {name}: expected rows that no other file holds back, got "
-                f"{counted(len(rows), 'that is', 'that are')}: give --eval, or leave "
-                "this file out"
+                f"{file_of(name)}: expected rows that no other file holds back, got "
+                f"{counted(len(rows), 'that is', 'that are')}: give {option('eval')}, "
+                "or leave this file out"
             )
         if others[name]:
             warnings.warn(
-                f"--train {name}: {others[name]} of {counted(len(rows), 'row')} left "
+                f"{file_of(name)}: {others[name]} of {counted(len(rows), 'row')} left "
                 "out: held back in another file",
                 stacklevel=2,
             )
@@ -227,10 +228,13 @@ def _unseen(
         for row in rows
         for record in row.records
     ]
-    harmful = _left("--harmful", given.harmful, seen, "also learnt or in --eval")
-    name = "--study.harmless-file" if options.harmless_file else "harmless prompts"
+    named, tests = option("harmful"), option("eval")
+    harmful = _left(named, given.harmful, seen, f"also learnt or in {tests}")
+    name = "harmless prompts"
+    if options.harmless_file:
+        name = option("study.harmless-file")
     known = [*seen, *given.harmful]
-    where = "also learnt, in --eval or in --harmful"
+    where = f"also learnt, in {tests} or in {named}"
     harmless = _left(name, given.harmless, known, where)
     counts = {
         "harmful left out": len(given.harmful) - len(harmful),
@@ -279,7 +283,7 @@ def _encode(
     length = min(options.max_length, model.config.context)
     data = encode_records(model.tokenizer, records, length, names)
     if not len(data):
-        way = "raise --study.max-length"
+        way = f"raise {option('study.max-length')}"
         if model.config.context <= options.max_length:
             way = "shorten the prompts: the model reads no more"
         raise UserError(
@@ -325,8 +329,9 @@ def _three(
     least = LEAST_HARMFUL if calibrating or monitored else 1
     if len(prompts) < least:
         raise UserError(
-            f"--harmful: expected at least {least} different prompts, of which some "
-            f"calibrate, some monitor and some measure, got {len(prompts)}: add more"
+            f"{option('harmful')}: expected at least {least} different prompts, of "
+            "which some calibrate, some monitor and some measure, got "
+            f"{len(prompts)}: add more"
         )
     shuffled = np.random.default_rng(0).permutation(len(prompts)).tolist()
     order: list[str] = [str(prompts[i]) for i in shuffled]
@@ -338,7 +343,7 @@ def _three(
     left = rest[len(probe) :][: options.calibration]
     if len(measured) < min(options.measured, ENOUGH_TO_MEASURE):
         warnings.warn(
-            "--harmful: refusal is measured on "
+            f"{option('harmful')}: refusal is measured on "
             f"{counted(len(measured), 'prompt')}, a quarter of {len(order)}: a rate of "
             f"fewer than {ENOUGH_TO_MEASURE} says little",
             stacklevel=2,
@@ -346,18 +351,19 @@ def _three(
     return (left if calibrating else []), (probe if monitored else []), measured
 
 
-def _unmeasured(option: str, read: Read, measured: Sequence[str]) -> list[Conversation]:
+def _unmeasured(name: str, read: Read, measured: Sequence[str]) -> list[Conversation]:
     """Exchanges whose prompts neither monitor nor measure; others are told."""
     rows, dropped = leaks.without(read.rows, measured)
     if not rows:
         raise UserError(
-            f"{option}: expected at least one exchange whose prompt is not in "
-            f"--harmful, got {counted(dropped, 'that is', 'that are')}: give others"
+            f"{option(name)}: expected at least one exchange whose prompt is not in "
+            f"{option('harmful')}, got {counted(dropped, 'that is', 'that are')}: give "
+            "others"
         )
     if dropped:
         warnings.warn(
-            f"{option}: {counted(dropped, 'exchange')} left out: the prompt monitors "
-            "or measures refusal",
+            f"{option(name)}: {counted(dropped, 'exchange')} left out: the prompt "
+            "monitors or measures refusal",
             stacklevel=2,
         )
     return rows
@@ -376,13 +382,13 @@ def _refusing(rows: Sequence[Conversation], judge: Judge) -> list[Conversation]:
     kept = _refused(rows, judge)
     if not kept:
         raise UserError(
-            f"--safety: expected answers that refuse, got {len(rows)} that do not: "
-            "give others, or leave out --study.calibration-refusals"
+            f"{option('safety')}: expected answers that refuse, got {len(rows)} that "
+            f"do not: give others, or leave out {option('study.calibration-refusals')}"
         )
     if len(kept) < len(rows):
         warnings.warn(
-            f"--safety: {len(rows) - len(kept)} of {len(rows)} answers hold no refusal "
-            "and are left out",
+            f"{option('safety')}: {len(rows) - len(kept)} of {len(rows)} answers hold "
+            "no refusal and are left out",
             stacklevel=2,
         )
     return kept
@@ -394,13 +400,20 @@ def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
         return
     if other := len(rows) - len(_refused(rows, judge)):
         warnings.warn(
-            f"--safety: {other} of {counted(len(rows), 'answer')} without a refusal by "
-            "the keyword judge; what such protect is the manner of answering",
+            f"{option('safety')}: {other} of {counted(len(rows), 'answer')} without a "
+            "refusal by the keyword judge; what such protect is the manner of "
+            "answering",
             stacklevel=2,
         )
 
 
 # --- sizes ----------------------------------------------------------------------------
+
+
+def file_of(domain: str) -> str:
+    """What a message calls the examples of a domain; rows have no file's name."""
+    said = option("train")
+    return said if said == domain else f"{said} {domain}"
 
 
 def _different(rows: Sequence[Conversation]) -> int:
@@ -426,13 +439,13 @@ def warn_sizes(
             same = counted(different, "different example")
             shown = f"{same} (of {count}) {'is' if different == 1 else 'are'} few"
         warnings.warn(
-            f"--train {name}: {shown}; expect them to be learnt "
-            "by heart and little else, and give --eval to see it",
+            f"{file_of(name)}: {shown}; expect them to be learnt by heart and little "
+            f"else, and give {option('eval')} to see it",
             stacklevel=2,
         )
     if epochs > MANY_EPOCHS:
         warnings.warn(
-            f"--train {name}: every example is seen {epochs:.0f} times; more than "
+            f"{file_of(name)}: every example is seen {epochs:.0f} times; more than "
             f"{MANY_EPOCHS} epochs mostly wear the model out",
             stacklevel=2,
         )

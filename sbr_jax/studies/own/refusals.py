@@ -16,19 +16,23 @@ from typing import NamedTuple
 
 from sbr_jax import distributed
 from sbr_jax.data.records import Pair
-from sbr_jax.errors import counted
+from sbr_jax.errors import counted, option
 from sbr_jax.evaluation.judges import Judge
 from sbr_jax.evaluation.judges.verdicts import refused
 from sbr_jax.progress import task
 from sbr_jax.training.records import read_record, write_record
 from sbr_jax.typing import UserError
 
-ALIGN = (
-    "align the model first (sbr-jax align --help), or give safe exchanges with --safety"
-)
-
 Answers = Callable[[Sequence[str]], Sequence[str]]
 """The aligned model's greedy answers to prompts."""
+
+
+def to_align() -> str:
+    """What to do with a model that refuses too little."""
+    return (
+        "align the model first (sbr-jax align --help), or give safe exchanges "
+        f"({option('safety', 'FILE')})"
+    )
 
 
 class Refusals(NamedTuple):
@@ -104,12 +108,12 @@ def write_refusals(
     if not kept:
         raise UserError(
             f"expected a start model that refuses, got one that refuses {count}, so "
-            f"there is no safety to keep: {ALIGN}"
+            f"there is no safety to keep: {to_align()}"
         )
     if 2 * len(kept) < len(prompts):
         warnings.warn(
             f"the start model refuses {count}, less than half: what it does not "
-            f"refuse now cannot be kept; {ALIGN}",
+            f"refuse now cannot be kept; {to_align()}",
             stacklevel=2,
         )
     return Refusals(kept, len(prompts))

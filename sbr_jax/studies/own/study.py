@@ -36,7 +36,7 @@ from sbr_jax.studies.chat.study import (
 from sbr_jax.studies.options import OwnOptions
 from sbr_jax.studies.own.given import ALL
 from sbr_jax.studies.own.parts import Parts, steps_of
-from sbr_jax.studies.own.refusals import ALIGN, own_answers, write_refusals
+from sbr_jax.studies.own.refusals import own_answers, to_align, write_refusals
 from sbr_jax.training.study import Domain
 from sbr_jax.typing import PyTree, UserError
 
@@ -103,7 +103,7 @@ def build_study(
         loaded = dataclasses.replace(loaded, tokenizer=read.tokenizer)
     if options.unaligned_folder is not None:
         place = checkpoints.locate(
-            options.unaligned_folder, weights=True, option="study.unaligned-folder"
+            options.unaligned_folder, weights=True, setting="study.unaligned-folder"
         )
         places["unaligned_folder"] = place
         unaligned = checkpoints.load_model(place, options, hardware).params
@@ -258,7 +258,7 @@ def _refusals(
             warnings.warn(
                 f"the start model refuses {rates[name]:.0f} % of the held-out harmful "
                 "prompts: there is little to keep, and the monitor can hardly ask for "
-                f"a repair; {ALIGN}",
+                f"a repair; {to_align()}",
                 stacklevel=2,
             )
         found = {name: rates["refusal"], f"gibberish/{name}": rates["gibberish"]}

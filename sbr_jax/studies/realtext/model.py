@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbr_jax import models
+from sbr_jax import checks, models
 from sbr_jax.data import (
     TokenDataset,
     concatenate,
@@ -26,6 +26,7 @@ from sbr_jax.data import (
     encode_prompts,
     leaks,
 )
+from sbr_jax.errors import option
 from sbr_jax.evaluation import KeywordJudge, tasks
 from sbr_jax.evaluation.benchmarks import Ask, PreparedBenchmark
 from sbr_jax.evaluation.benchmarks import prepare as prepare_benchmark
@@ -114,7 +115,7 @@ def train(
             if not math.isfinite(loss):
                 raise UserError(
                     f"expected a finite held-out loss, got {loss} after step {step}: "
-                    "the training diverged; take another --seed"
+                    f"the training diverged; take another {option('seed')}"
                 )
             curve.append((step, round(loss, 4)))
             progress.update(task, description=f"training, held-out loss {loss:.3f}")
@@ -167,7 +168,7 @@ def build(
         UserError: for missing files, prompts that leave no room for an answer, and a
             training that diverges.
     """
-    banned = kept_out(folder)
+    seed, banned = checks.seed("seed", seed), kept_out(folder)
     parts = read_corpus(folder, banned, seed)
     sets = {
         "the corpus": [x for p in parts.values() for x in (*p.train, *p.held_out)],

@@ -1,0 +1,23 @@
+"""Streams of random numbers: one for each purpose of a seed, apart from all others."""
+
+import enum
+
+import jax
+
+
+class Stream(enum.IntEnum):
+    """What a key is for; the numbers are folded into it, and decide every result."""
+
+    ADAPTER = 0
+    INIT = 1
+    STEPS = 2
+    END_DOMAIN = 3
+    REFRESH = 4
+    REPAIR = 5
+    PREPARE = 6
+    BEGIN_DOMAIN = 7
+
+
+def key_of(seed: int, stream: Stream) -> jax.Array:
+    """The key of a seed for one stream."""
+    return jax.random.fold_in(jax.random.key(seed), int(stream))
