@@ -50,12 +50,6 @@ BAD_FILES = {
         as_lines([{"title": "w1", "body": "w2"}]),
         r"a\.jsonl, row 1: expected the columns messages, .*; got title, body",
     ),
-    "no messages": ("a.jsonl", with_row({"text": "w1"}), r"row 3: expected 'messages'"),
-    "an empty answer": (
-        "a.json",
-        json.dumps([PAIRS[0], {**PAIRS[1], "output": " "}]),
-        r"a\.json, row 2, column 'output': expected a text, got a blank text",
-    ),
     "a null answer": (
         "a.jsonl",
         with_row(NULL),
@@ -66,34 +60,11 @@ BAD_FILES = {
         "question,answer\nw1,w2\nw3,\n",
         r"a\.csv, row 2, column 'answer': expected a text, got a blank text",
     ),
-    "too many cells": (
-        "a.csv",
-        "question,answer\nw1,w2,w3\n",
-        r"a\.csv, row 1: expected 2 cells, got 3: .*',' in quotation marks",
-    ),
-    "a row cut short": ("a.csv", "question,answer\nw1\n", r"a\.csv, row 1: expected 2"),
-    "half a surrogate pair": (
-        "a.jsonl",
-        '{"question": "w1", "answer": "\\ud800"}\n',
-        r"a\.jsonl, row 1.*half of a pair of surrogates",
-    ),
     "UTF-16": (
         "a.jsonl",
         as_lines(GOOD).encode("utf-16"),
         r"a\.jsonl, got UTF-16 at line 1: save it as UTF-8",
     ),
-    "an array named .jsonl": (
-        "a.jsonl",
-        json.dumps(GOOD),
-        r"one JSON object a line in .*a\.jsonl, got a JSON array",
-    ),
-    "lines named .json": (
-        "a.json",
-        as_lines(GOOD),
-        r"a\.json, .*as if it were JSON",
-    ),
-    "cut off": ("a.jsonl", as_lines(GOOD)[:-9], r"a\.jsonl, row 4"),
-    "no rows": ("a.jsonl", "\n", r"a\.jsonl: expected at least one row"),
     "another ending": ("a.doc", "text", r"csv, tsv, json, jsonl or parquet .*a\.doc"),
     "ends with the user": (
         "a.jsonl",
@@ -166,8 +137,6 @@ def occupied(folder):
 
 
 BAD_WORDS = {
-    "no training file": ((), r"expected --train, got none"),
-    "an unknown method": (("--method", "plane"), r"unknown method 'plane'; nearest"),
     "an unknown method, briefly": (
         ("--method", "safegrat"),
         r"^unknown method 'safegrat'; nearest: safegrad[^()]* \(\d+ are known: "
@@ -177,7 +146,6 @@ BAD_WORDS = {
         ("--study.judge", "lama-guard"),
         r"unknown study.judge 'lama-guard'; nearest: llama-guard.*known: keyword, ",
     ),
-    "no epochs": (("--epochs", "0"), r"epochs.*in \(0, 1000\]"),
     "a plan of years": (
         ("--epochs", "1e9"),
         r"epochs.*in \(0, 1000\], got 1000000000\.0; .*steps: --training.steps-per",
@@ -210,7 +178,6 @@ BAD_WORDS = {
     ),
     "no judge": (("--method", "adaptive-judge"), r"adaptive-judge: .*--study.judge ll"),
     "an adapter without its base": (("--method", "lox"), r"lox: .*add --merged"),
-    "an edited base": (("--method", "safe-delta"), r"safe-delta: .*add --merged"),
     "two files to measure on": (("--eval", "a", "b"), r"--eval: expected one file, or"),
     "few harmful prompts": (
         ("--method", "sbr", "--harmful", "few.txt"),
@@ -226,20 +193,19 @@ def test_a_bad_command_line_is_one_line(kind, chat, tmp_path, capsys, monkeypatc
     (tmp_path / "my.jsonl").write_text(as_lines(GOOD))
     (tmp_path / "few.txt").write_text("w1\nw2\n")
     more, expected = BAD_WORDS[kind]
-    train = () if kind == "no training file" else ("--train", "my.jsonl")
     if kind == "an output in use":
         occupied(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     given = {"--model": chat, "--output": tmp_path / "out"}
     options = [x for pair in given.items() if pair[0] not in more for x in pair]
-    assert_matches(expected, refused(tune.main, [*options, *train, *more], capsys))
+    line = [*options, "--train", "my.jsonl", *more]
+    assert_matches(expected, refused(tune.main, line, capsys))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 COUNTS = {
     "one file": ([60], 8),
     "one small file": ([3], 3),
-    "all long enough": ([60, 8], 8),
     "all as small": ([3, 3], 3),
     "one that is small": ([60, 1], "file1: expected at least 8 .*--.*batch-size 1"),
     "the first is small": ([7, 60], "file0: expected at least 8 .*--.*batch-size 7"),
@@ -273,27 +239,18 @@ def test_a_file_of_fewer_rows_than_a_step_is_one_line(chat, tmp_path, capsys):
 
 PYTHON = {
     "a model that is none": ({"model": 5}, "expected model to be a folder, .*got 5"),
-    "no examples": ({"examples": None}, "--train: expected a file.* got nothing"),
     "a number": ({"examples": 5}, "--train: expected a file, .*list of rows, got"),
     "numbers": ({"examples": [5]}, "--train, row 1: expected a dict, a pair .*got"),
     "triples": ({"examples": [("a", "b", "c")]}, "--train, row 1: expected a dict"),
-    "wrong columns": (
-        {"examples": [{"q": "a", "x": "b"}]},
-        "the columns mess",
-    ),
     "columns of numbers": ({"examples": [{1: "a"}]}, "--train, row 1: expected"),
-    "a method of another kind": ({"method": 3}, "unknown method '3'"),
     "a list of methods": ({"method": ["plain"]}, "unknown method"),
     "words for epochs": ({"epochs": "3"}, "expected epochs to be a finite number"),
     "a seed of another kind": ({"seed": "0"}, "expected seed to be a whole number"),
     "harmful numbers": ({"harmful": [1, 2]}, "--harmful, row 1: expected a prompt"),
     "a harmful number": ({"harmful": 3}, "--harmful: expected a file, a folder"),
-    "a safe number": ({"safety": 3}, "--safety: expected a file, a folder"),
     "a test of numbers": ({"evaluation": [3]}, "--eval, row 1: expected a dict"),
     "a folder of another kind": ({"folder": 5}, "expected folder to be a path, got 5"),
     "a dict for a study": ({"study": {}}, "expected study to be OwnOptions, got"),
-    "no training": ({"training": None}, "expected training to be Training, got None"),
-    "hardware": ({"hardware": "gpu"}, "expected hardware to be Hardware, got 'gpu'"),
     "options": ({"hyperparameters": {}}, "expected methods to be Hyperparameters"),
 }
 
@@ -307,8 +264,7 @@ def test_nonsense_in_a_call_is_a_mistake_of_the_user_s(kind, chat):
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluation"])
-@pytest.mark.parametrize("value", [None, 5])
+@pytest.mark.parametrize(("name", "value"), [("train", None), ("evaluation", 5)])
 def test_sources_of_a_request_are_a_list(name, value, chat, tmp_path):
     request = tuning.Request(chat, [[("w1", "w2")]], tmp_path / "run", method="plain")
     with pytest.raises(UserError, match=f"expected {name} to be a list of sources"):
@@ -488,9 +444,7 @@ def test_the_page_s_lines_of_python_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "adapters" / "mine" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("method", ["plain", "safegrad"])
-def test_metrics_are_of_the_seed_that_was_asked_for(method, seed):
+def test_metrics_are_of_the_seed_that_was_asked_for():
     start = {"method": "base", "seed": None, "stage": "base", "metrics": {"x": 9.0}}
     lines = [
         {"method": name, "seed": i, "stage": stage, "metrics": {"x": [name, i, stage]}}
@@ -498,8 +452,8 @@ def test_metrics_are_of_the_seed_that_was_asked_for(method, seed):
         for i in range(3)
         for stage in ("subspace", "train", "evaluate")
     ]
-    found = tuning.measured_of([start, *lines], method, seed)
-    assert found == {"before": {"x": 9.0}, "after": {"x": [method, seed, "evaluate"]}}
+    found = tuning.measured_of([start, *lines], "safegrad", 1)
+    assert found == {"before": {"x": 9.0}, "after": {"x": ["safegrad", 1, "evaluate"]}}
 
 
 # --- align ----------------------------------------------------------------------------
@@ -547,15 +501,8 @@ def test_align_teaches_to_refuse_and_writes_a_checkpoint(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (("--ordinary", "my.jsonl"), r"expected --safety, got none"),
-        (
-            ("--safety", "my.jsonl", "--ordinary", "my.jsonl"),
-            r"--safety: expected answers that refuse, got 4 that do not",
-        ),
-        (
-            ("--safety", "my.jsonl", "--ordinary", "my.jsonl", "--share", "1.5"),
-            r"--share: expected a number between 0 and 1, got 1\.5",
-        ),
+        ((), r"--safety: expected answers that refuse, got 4 that do not"),
+        (("--share", "1.5"), r"--share: expected a number between 0 and 1, got 1\.5"),
     ],
 )
 def test_align_refuses_what_teaches_nothing(
@@ -563,6 +510,7 @@ def test_align_refuses_what_teaches_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text(as_lines(GOOD))
-    words = ["--model", chat, "--output", "out", *more]
+    files = ["--safety", "my.jsonl", "--ordinary", "my.jsonl"]
+    words = ["--model", chat, "--output", "out", *files, *more]
     assert_matches(expected, refused(align.main, words, capsys))
     assert [path.name for path in tmp_path.iterdir()] == ["my.jsonl"]
