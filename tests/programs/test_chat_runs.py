@@ -6,20 +6,13 @@ import shutil
 import jax
 import pytest
 import tiny_chat
-from chat_case import build, copy_world, save_world
+from chat_case import SMALL, build, copy_world, save_world
 from tiny_chat import MARK
-from tiny_data import as_json, as_table, put
+from tiny_data import as_json, put
 
 from sbr_jax.programs import run
 from sbr_jax.studies.chat import checkpoints
 
-
-def said(key, value):
-    values = value if isinstance(value, tuple) else (value,)
-    return [f"--study.{key.replace('_', '-')}", *map(str, values)]
-
-
-SMALL = [word for option in tiny_chat.SIZES.items() for word in said(*option)]
 QUICK = [
     *("--training.steps-per-domain=2", "--training.batch-size=4"),
     *("--training.repair-steps=1", "--training.lora-rank=2"),
@@ -74,9 +67,7 @@ def test_a_preset_runs_end_to_end_and_says_what_it_was_made_of(finished):
     lines = (finished / "results.jsonl").read_text().splitlines()
     stages = [(r["method"], r["stage"]) for r in map(json.loads, lines)]
     assert stages.count(("safeanchor", "repair")) == 2
-
-
-def test_no_text_of_the_data_reaches_the_results(finished):
+    # No text of the data reaches the results.
     for path in finished.rglob("*"):
         if path.is_file() and path.suffix in (".json", ".jsonl"):
             assert MARK not in path.read_text(), path.name
@@ -168,50 +159,21 @@ def truncated(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def other_family(folder):
-    path = folder / "model/config.json"
-    raw = json.loads(path.read_text())
-    raw["model_type"] = "qwen2"
-    path.write_text(json.dumps(raw))
+def no_prompts(folder):
+    (folder / "data/catqa/catqa_english.json").unlink()
 
 
-def missing(name):
-    return lambda folder: (folder / "data" / name).unlink()
+def no_answers(folder):
+    rows = as_json([{"instruction": "w1", "input": ""}])
+    put(folder / "data/alpaca/alpaca_5000.json", rows)
 
 
-def rewritten(name, text):
-    return lambda folder: put(folder / "data" / name, text)
-
-
-def long_prompt(folder):
-    path = folder / "data/harmbench/harmbench_behaviors_text_all.csv"
-    row = tiny_chat.behaviour("w1 " * 120, 0)
-    put(path, as_table([row]))
-
-
-NO_OUTPUT = as_json([{"instruction": "w1", "input": ""}])
 BAD = {
     "no template": (no_template, (), "a tokenizer with a chat template"),
     "two bos": (two_bos, (), "expected one '<s>' at the start, got 2"),
     "truncated": (truncated, (), "cut short"),
-    "other family": (other_family, (), "q_proj.bias"),
-    "missing file": (missing("catqa/catqa_english.json"), (), "catqa_english.json"),
-    "missing set": (
-        missing("harmbench/harmbench_behaviors_text_all.csv"),
-        (),
-        "harmbench_behaviors_text_all.csv",
-    ),
-    "empty split": (
-        rewritten("alpaca/alpaca_5000.json", "[]"),
-        (),
-        "expected at least one row, got none",
-    ),
-    "missing column": (
-        rewritten("alpaca/alpaca_5000.json", NO_OUTPUT),
-        (),
-        "expected a column 'output'",
-    ),
-    "long prompt": (long_prompt, (), "harmbench: expected prompts of at most 88"),
+    "missing file": (no_prompts, (), "catqa_english.json"),
+    "missing column": (no_answers, (), "expected a column 'output'"),
     "overlap": (
         tiny_chat.overlap,
         ("--study.calibration=26", "--study.safety-mix=1"),

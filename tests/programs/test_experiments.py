@@ -9,7 +9,6 @@ import pytest
 import tiny_stories
 from few_items import few_items
 from safetensors.numpy import load_file, save_file
-from tiers import few
 
 from sbr_jax.programs import report, run
 
@@ -66,10 +65,9 @@ def snapshot(folder):
 
 
 @pytest.mark.usefixtures(few_items.__name__)
-@pytest.mark.parametrize("name", few(["demo", "testbed-hard"], 1))
-def test_testbed_presets_run_two_steps(name, tmp_path):
+def test_a_testbed_preset_runs_two_steps(tmp_path):
     more = ("--methods", "plain", "--seed", "0", "--domains", "legal", "code")
-    assert run.main(command([name], tmp_path / "run", *more, sizes=QUICK)) == 0
+    assert run.main(command(["demo"], tmp_path / "run", *more, sizes=QUICK)) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     row = summary["methods"]["plain"]
     assert set(row["trajectory"]) == {"base", "legal", "code"}
@@ -89,22 +87,10 @@ def test_stories_runs_on_any_checkpoint_and_text(finished):
     text = (workdir / "report.html").read_text()
     assert "Spectrum beside a control" in text
     assert "held-out safe answers" in text
-
-
-def test_no_text_of_the_data_reaches_the_results(finished):
-    _, workdir = finished
+    # No text of the data reaches the results.
     for path in workdir.rglob("*"):
         if path.is_file() and path.suffix in (".json", ".jsonl", ".md", ".html"):
             assert tiny_stories.MARK not in path.read_text(), path.name
-
-
-def test_the_same_command_has_nothing_left_to_do(finished):
-    arguments, workdir = finished
-    before = snapshot(workdir / "stages")
-    results = (workdir / "results.jsonl").read_bytes()
-    assert run.main(arguments) == 0
-    assert snapshot(workdir / "stages") == before
-    assert (workdir / "results.jsonl").read_bytes() == results
 
 
 def test_two_processes_write_what_one_writes(tiny, tmp_path, monkeypatch):
