@@ -151,11 +151,9 @@ def leads_astray(page, target):
     name, _, anchor = target.partition("#")
     # Not resolved: a page of the site may be a link to one that lies beside its code.
     where = Path(os.path.normpath((ROOT / page).parent / name)) if name else ROOT / page
-    # The site holds docs/ only.
-    outside = page.parts[0] == "docs" and not where.is_relative_to(DOCS)
-    return (
-        not where.is_file() or outside or (anchor and anchor not in slugs(read(where)))
-    )
+    if not where.is_file() or (anchor and anchor not in slugs(read(where))):
+        return True
+    return page.parts[0] == "docs" and not where.is_relative_to(DOCS)  # All of the site
 
 
 def test_every_relative_link_leads_somewhere():

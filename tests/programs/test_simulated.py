@@ -18,7 +18,6 @@ ASKED = {
     "nobody": ({}, 1, None),
     "the variable": ({"JAX_NUM_CPU_DEVICES": "8"}, 8, 16),
     "the flag": ({"XLA_FLAGS": f"--xla_dump_to=x {FLAG}=4"}, 4, 8),
-    "one device": ({"JAX_NUM_CPU_DEVICES": "1"}, 1, None),
     "no number": ({"JAX_NUM_CPU_DEVICES": "many"}, 1, None),
     "threads of one's own": ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "9"}, 8, 9),
 }
