@@ -60,10 +60,8 @@ def test_every_cell_is_in_order(name, tmp_path):
     found = sweep.make_sweep(sweep.Arguments(name, tmp_path, seeds=2))
     assert list(found.jobs) == list(SWEEPS[name])
     # All of a seed comes before the next.
-    seeds = [part.seed for part in found.parts]
-    assert seeds == sorted(seeds) or any(
-        "first_seed" in x for x in SWEEPS[name].values()
-    )
+    turns = [found.jobs[part.cell].seeds.index(part.seed) for part in found.parts]
+    assert turns == sorted(turns)
     assert len(found.parts) == len(set(found.parts))
     for cell, made in found.jobs.items():
         assert made.workdir == tmp_path / cell
@@ -128,6 +126,12 @@ def test_baselines_are_tuned_apart_from_the_table(tmp_path):
 def test_a_cell_that_cannot_be_meant_is_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         sweep.make_cell(fields, tmp_path, (0,))
+
+
+def test_list_names_every_cell(capsys):
+    assert sweep.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*SWEEPS, "legal-code-medical"))
 
 
 # --- what is done, and what is left ---------------------------------------------------

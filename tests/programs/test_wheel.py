@@ -54,3 +54,13 @@ def test_a_core_that_is_alone_says_what_to_install(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "pip install 'sbr_jax[experiments]'" in said
+
+
+def test_no_program_imports_another():
+    folder = Path(sbr_jax.programs.__file__).parent
+    words = [name.replace("-", "_") for name in PROGRAMS]
+    for name in words:
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        for other in {*words} - {name}:
+            assert f"programs import {other}\n" not in text
+            assert f"programs.{other} import" not in text
