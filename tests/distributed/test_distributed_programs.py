@@ -18,7 +18,6 @@ from test_distributed_runs import (
     read,
     start,
 )
-from tiers import few
 
 from sbr_jax import models, testbed
 
@@ -120,7 +119,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("program", few(MISTAKES, ["tune"]))
+@pytest.mark.thorough  # Sessions of threads ask it of any program.
+@pytest.mark.parametrize("program", MISTAKES)
 def test_a_mistake_is_one_line_from_one_process_and_leaves_nothing(program, tmp_path):
     write_files(tmp_path)
     before = sorted(tmp_path.iterdir())

@@ -24,7 +24,6 @@ from sbr_jax.training.csm import check_rule, excess_bounds, monitor, needs_repai
 from sbr_jax.typing import UserError
 
 TAU = 0.05
-SIZES = (64, 128, 256)
 RULES = ("lower", "point", "upper")
 
 
@@ -47,9 +46,8 @@ def slow_wilson(successes, n, z):
     return found
 
 
-@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
-def test_the_bounds_are_their_slow_twin(confidence):
-    z = {0.8: 0.841621, 0.95: 1.644854, 0.99: 2.326348}[confidence]
+@pytest.mark.parametrize(("confidence", "z"), [(0.8, 0.841621), (0.95, 1.644854)])
+def test_the_bounds_are_their_slow_twin(confidence, z):
     for n, before, now in ((5, 5, 5), (64, 64, 60), (64, 50, 61), (256, 0, 0)):
         (l0, u0), (lt, ut) = (slow_wilson(x, n, z) for x in (before, now))
         p0, pt = before / n, now / n
@@ -76,8 +74,7 @@ def drawn(key, n, start, rate, paired, draws=4000):
     return (uniform < start).sum(1), (again < rate).sum(1)
 
 
-@pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("n", "paired"), [(64, False), (128, True)])
 def test_the_bounds_cover_the_true_excess(n, paired):
     bounds, _ = outcomes(n)
     for number, (start, rate) in enumerate(
@@ -104,10 +101,9 @@ def powers(n, rates, start=1.0):
     return {r: [float(pmf[0] @ fires[r] @ x) for x in pmf[1:]] for r in RULES}
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_the_rules_are_nested_and_each_does_what_it_says(n):
+def test_the_rules_are_nested_and_each_does_what_it_says():
     rates = (1.0, 0.99, 0.96, 0.95, 0.9, 0.85, 0.8, 0.65)
-    found = powers(n, rates)
+    found = powers(64, rates)
     for name in RULES:
         assert np.all(np.diff(found[name]) >= -1e-12), name
     for less, more in itertools.pairwise(RULES):
@@ -136,7 +132,6 @@ def test_the_table_of_powers_in_the_docs_is_what_the_rules_do():
         ("lower", 64, [90.0]),
         ("lower", 400, [90.0, 99.0]),
         ("upper", 64, [90.0, 99.0, 100.0]),
-        ("upper", 400, [90.0, 99.0]),
     ],
 )
 def test_the_rule_decides_each_block_from_the_newest_score(rule, n, wanted):
@@ -198,7 +193,6 @@ def test_a_stratified_probe_has_as_many_of_each_kind_and_phrasing(kinds):
 @pytest.mark.parametrize(
     ("rule", "tolerance", "count", "named"),
     [
-        ("lower", 0.05, 0, "probe_size"),
         ("upper", 0.05, 0, "probe_size"),
         ("upper", 0.05, 51, "got 51 prompts: take more"),
         ("upper", 0.0, 10**6, "rule out a fall of 0"),
