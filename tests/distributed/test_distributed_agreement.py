@@ -100,7 +100,6 @@ def test_a_first_process_that_does_not_come_is_named():
             {"command line": ["run", "demo", "--quiet"]},
             "another command line .*: --quiet there, nothing more here",
         ),
-        ({"index": 2}, "expected each process from 1 to 1 once"),
     ],
 )
 def test_who_differs_is_refused(changes, said):

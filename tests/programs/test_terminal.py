@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cloud_case import wait_for
 
 from sbr_jax.programs import cli, terminal
 from sbr_jax.typing import UserError
@@ -154,13 +155,6 @@ def test_a_closed_stream_costs_no_file(redirection, code, out, err, tmp_path):
 # --- signals --------------------------------------------------------------------------
 
 
-def wait_for(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < end:
-        time.sleep(0.02)
-    return found
-
-
 def test_sigterm_is_an_interrupt_with_a_code_of_its_own(capsys):
     cleaned = []
 
@@ -243,7 +237,7 @@ def test_a_process_ends_with_its_parent():
         assert process.stdout.readline() == "ready\n"
         assert not gone(pid)
         process.kill()
-        assert wait_for(lambda: gone(pid))
+        wait_for(lambda: gone(pid))
 
 
 def test_a_process_whose_parent_is_gone_before_ends(tmp_path):
@@ -283,8 +277,10 @@ def test_no_cell_outlives_a_sweep(tmp_path, monkeypatch, capfd):
 
     def program():
         def stop():
-            wait_for(lambda: all((tmp_path / name).exists() for name in "ab"))
-            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                wait_for(lambda: all((tmp_path / name).exists() for name in "ab"))
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=stop).start()
         sweep.execute_cells(made, 2, quiet=True)

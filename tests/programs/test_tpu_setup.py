@@ -131,77 +131,76 @@ COMMAND = ["--", "python", "-m", "experiments.run", "testbed", "--workdir", "gs:
 SENT = ["send", "install"]
 
 
+def answers(**lists):
+    """Lists as `Cloud.plan` takes them, of words such as `ACTIVE*2, none`."""
+    found = {}
+    for name, text in lists.items():
+        words = (word.partition("*") for word in text.split(", "))
+        found[name] = [x for word, _, n in words for x in [word] * int(n or 1)]
+    return found
+
+
+AGAIN = ["run", "delete", "create", *SENT, "run"]
+
+
 @pytest.mark.parametrize(
-    ("options", "answers", "acts", "code"),
+    ("options", "told", "acts", "code"),
     [
         # A mistake is never tried again, whatever the others say.
-        (["--keep"], {"codes": ["143 2"]}, ["run"], 2),
-        (["--keep", "--delete"], {"codes": ["2 2"]}, ["run", "delete"], 2),
-        (["--keep"], {"codes": ["1 134"]}, ["run"], 1),
+        ("--keep", answers(codes="143 2"), ["run"], 2),
+        ("--keep --delete", answers(codes="2 2"), ["run", "delete"], 2),
+        ("--keep", answers(codes="1 134"), ["run"], 1),
         # Aborted, killed, saved: again, on the same slice.
-        ([], {"codes": ["137 134", "134 143", "0 0"]}, ["run"] * 3, 0),
-        (["--keep"], {"codes": ["143 143", "0 0"]}, ["run"] * 2, 0),
-        ([], {"codes": ["134 134"]}, ["run"] * 5, 134),
+        ("", answers(codes="137 134, 134 143, 0 0"), ["run"] * 3, 0),
+        ("--keep", answers(codes="143 143, 0 0"), ["run"] * 2, 0),
+        ("", answers(codes="134 134"), ["run"] * 5, 134),
         # The machines were taken away.
-        ([], {"codes": ["143 143"], "requests": ["SUSPENDING"]}, ["run"], 143),
+        ("", answers(codes="143 143", requests="SUSPENDING"), ["run"], 143),
         (
-            ["--keep"],
-            {
-                "codes": ["143 143", "0 0"],
-                "requests": [
-                    *["ACTIVE"] * 2,
-                    *["SUSPENDING"] * 4,
-                    "SUSPENDED",
-                    "none",
-                    "ACTIVE",
-                ],
-            },
-            ["run", "delete", "create", *SENT, "run"],
+            "--keep",
+            answers(
+                codes="143 143, 0 0",
+                requests="ACTIVE*2, SUSPENDING*4, SUSPENDED, none, ACTIVE",
+            ),
+            AGAIN,
             0,
         ),
         (
-            ["--keep", "--delete"],
-            {
-                "codes": ["255 255", "0 0"],
-                "nodes": ["READY", "PREEMPTED"],
-                "requests": [*["ACTIVE"] * 5, "none", "ACTIVE"],
-            },
-            ["run", "delete", "create", *SENT, "run", "delete"],
+            "--keep --delete",
+            answers(
+                codes="255 255, 0 0",
+                nodes="READY, PREEMPTED",
+                requests="ACTIVE*5, none, ACTIVE",
+            ),
+            [*AGAIN, "delete"],
             0,
         ),
         # Nothing is there yet, and it goes while it is installed.
         (
-            ["--keep"],
-            {
-                "requests": [
-                    *["none"] * 3,
-                    "ACTIVE",
-                    "SUSPENDED",
-                    *["none"] * 3,
-                    "ACTIVE",
-                ],
-                "installs": ["255", "0"],
-            },
+            "--keep",
+            answers(
+                requests="none*3, ACTIVE, SUSPENDED, none*3, ACTIVE", installs="255, 0"
+            ),
             ["create", *SENT, "create", *SENT, "run"],
             0,
         ),
         # The connection alone broke: the same run is followed.
-        ([], {"codes": ["255 255", "0 0"]}, ["run"] * 2, 0),
+        ("", answers(codes="255 255, 0 0"), ["run"] * 2, 0),
     ],
     ids=str,
 )
 def test_launch_starts_again_what_was_stopped_and_nothing_else(
-    cloud, options, answers, acts, code
+    cloud, options, told, acts, code
 ):
-    cloud.plan(**answers)
-    found, printed = cloud.run("launch", *options, *COMMAND)
+    cloud.plan(**told)
+    found, printed = cloud.run("launch", *options.split(), *COMMAND)
     assert (cloud.acts, found) == (acts, code), printed
     assert cloud.left is ("--delete" not in options)
     ids = [re.search(r"run (\S+)-(\d+) ", c) for c in cloud.calls if RUN in c]
     numbers = [int(found[2]) for found in ids]
     assert len({found[1] for found in ids}) == 1
     fresh = [0]
-    for said in answers.get("codes", [])[: len(ids) - 1]:
+    for said in told.get("codes", [])[: len(ids) - 1]:
         fresh.append(fresh[-1] + (not said.startswith("255")))
     assert numbers[: len(fresh)] == fresh
 
