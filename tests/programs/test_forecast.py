@@ -17,23 +17,12 @@ from sbr_jax.costs.devices import DeviceOptions
 from sbr_jax.costs.forecast import Device, Load
 from sbr_jax.methods import METHODS, build
 from sbr_jax.models import answers, hf_config
+from sbr_jax.planning.shapes import read_shape
 from sbr_jax.programs import run
 from sbr_jax.studies.options import ChatOptions
 from sbr_jax.subspace import sketch
 
-LLAMA2_7B = hf_config.from_dict(
-    {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-    }
-)
+LLAMA2_7B = read_shape("llama2-7b")
 FAMILIES = {
     "untied": {"tied": False},
     "qwen2": {"qkv_bias": True, "model_type": "qwen2"},
