@@ -73,15 +73,14 @@ def test_a_preset_runs_end_to_end_and_says_what_it_was_made_of(finished):
             assert MARK not in path.read_text(), path.name
 
 
-def test_the_same_command_has_nothing_left_to_do(world, finished):
+def test_a_folder_is_left_as_it_is_and_other_data_are_refused(
+    world, copy, finished, capsys
+):
     before = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*")}
     # Hardware is free to change, data are not.
     again = command(world, finished, "--hardware.generation-batch=3")
     assert run.main(again) == 0
     assert {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*")} == before
-
-
-def test_a_folder_of_other_data_is_refused(copy, finished, capsys):
     path = copy / "data/alpaca/alpaca_5000.json"
     rows = json.loads(path.read_text())
     put(path, as_json(rows[::-1]))
@@ -203,7 +202,6 @@ def test_bad_input_is_one_line_before_anything_is_loaded(
     ("arguments", "message"),
     [
         (["--model", "no where", "--data", "D"], "a checkpoint folder or a hub id"),
-        (["--model", "M", "--data", "nowhere"], "a folder with data sets"),
         (
             ["--model", "M", "--data", "D", *SMALL, "--domains", "medical", "medqa"],
             "data set once, got 'medqa' twice",

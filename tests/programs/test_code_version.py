@@ -111,61 +111,6 @@ def test_a_digest_knows_an_empty_list_from_no_list():
 
 # --- this project's own rows ----------------------------------------------------------
 
-ROWS = ("plain", "safeanchor-exact", "unified", "sbr", "lisa")
-EDITS = {
-    "the update projection": (
-        [("sbr_jax/transforms/recipes.py", "1e-8", "1e-7")],
-        {"safeanchor-exact", "unified"},
-    ),
-    "a default of one defence": (
-        [
-            (
-                "sbr_jax/methods/lisa.py",
-                "proximal: NonNegative = 1.0",
-                "proximal: NonNegative = 2.0",
-            )
-        ],
-        {"lisa"},
-    ),
-    "the loss": (
-        [("sbr_jax/_rows.py", "picked - jax.nn", "picked - 0 * jax.nn")],
-        set(ROWS),
-    ),
-    "imports, the report and what is printed": (
-        [
-            ("sbr_jax/methods/lisa.py", "import math\n", "import cmath\n"),
-            ("sbr_jax/programs/report.py", "import sys\n", "import sys\n\nMORE = 1\n"),
-            ("sbr_jax/programs/cli.py", "import sys\n", "import sys\n\nMORE = 1\n"),
-        ],
-        set(),
-    ),
-}
-
-
-class Edited(Tree):
-    """The project's own tree with some files changed."""
-
-    edits = ()
-
-    def source(self, path):
-        text = super().source(path)
-        for name, old, new in self.edits:
-            if path == ROOT / name:
-                assert old in text, old
-                text = text.replace(old, new.replace("{}", old), 1)
-        return text
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("case", EDITS.values(), ids=EDITS)
-def test_an_edit_marks_the_rows_that_it_decides(case, monkeypatch):
-    edits, wanted = case
-    before = {row: code_hash(row) for row in ROWS}
-    edited = Edited(ROOT, "sbr_jax")
-    edited.edits = edits
-    monkeypatch.setattr(code_version, "_tree", lambda: edited)
-    assert {row for row in ROWS if code_hash(row) != before[row]} == wanted
-
 
 def test_the_values_of_a_study_and_of_a_row_count(monkeypatch):
     before = code_hash("plain"), code_hash("sbr:one")

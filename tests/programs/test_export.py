@@ -114,22 +114,6 @@ def test_a_merged_checkpoint_scores_what_the_run_measured(whole, tmp_path, varia
     assert abs(score - composite(STUDY.model.params, None)) > 1e-3 * score
 
 
-def test_other_base_weights_need_merging(whole, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
-    monkeypatch.setattr(export, "execute", pytest.fail)  # Nothing is built.
-    error = said(capsys, *command(whole, out, "lox"))
-    assert "other base weights" in error
-    assert "--merged" in error
-    assert not out.exists()
-
-
-def test_what_was_written_is_told(whole, tmp_path, capsys):
-    assert export.main(command(whole, tmp_path / "out", "plain")) == 0
-    text = capsys.readouterr().out
-    assert "adapter of plain, seed 3, after legal (stage 08-evaluate)" in text
-    assert str(tmp_path / "out") in text
-
-
 # --- stages ---------------------------------------------------------------------------
 
 
@@ -173,6 +157,7 @@ def test_mistakes_are_one_line_before_anything_is_built(
     out = tmp_path / "out"
     start = command(whole, out, "plain")
     for change, wanted in (
+        (command(whole, out, "lox"), "other base weights"),
         (start[:-2], "--output"),
         ([*start[:3], "--variant", "plane", *start[5:]], "nearest: plain"),
         ([*start[:6], "4", *start[7:]], "expected one of 3"),
@@ -239,7 +224,10 @@ def test_a_run_of_a_preset_is_exported(tmp_path, capsys):
     assert run.main(arguments) == 0
     start = ["stories", "--workdir", str(workdir), "--variant", "plain", "--seed", "0"]
     out = tmp_path / "out"
-    assert export.main([*start, *folders, "--output", str(out), "--quiet"]) == 0
+    assert export.main([*start, *folders, "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "adapter of plain, seed 0, after gsm8k (stage 04-evaluate)" in text
+    assert str(out) in text
     raw = json.loads((out / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == str(model)
     assert raw["r"] == 2
