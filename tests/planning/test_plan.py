@@ -423,15 +423,22 @@ def test_a_program_that_has_no_room_is_told_by_the_compilers_own_words():
     assert worker.FULL.search(words).groups() == ("20.30", "G", "15.75", "G")
 
 
+COMMAND = ["--model", "llama2-7b", "--topology", "v5e:4x4"]
+
+
+def pretend(monkeypatch, there):
+    """Has the compiler of TPUs installed, or not."""
+    real, found = importlib.util.find_spec, True if there else None
+    spec = lambda name: found if name == "libtpu" else real(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", spec)
+
+
 def test_the_command_prints_a_plan_and_remembers_it(
     asked, tmp_path, monkeypatch, capsys
 ):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: name == "libtpu" or real(name)
-    )
+    pretend(monkeypatch, there=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = ["--model", "llama2-7b", "--topology", "v5e:4x4", "--layouts", "2"]
+    words = [*COMMAND, "--layouts", "2"]
     assert program.main([*words, "--compare", "plain,safeanchor-exact"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("llama2-7b on v5e:4x4: fits\n")
@@ -447,14 +454,8 @@ def test_the_command_prints_a_plan_and_remembers_it(
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name == "libtpu" else real(name),
-    )
-    words = ["--model", "llama2-7b", "--topology", "v5e:4x4"]
-    assert program.main(words) == 2
+    pretend(monkeypatch, there=False)
+    assert program.main(COMMAND) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1

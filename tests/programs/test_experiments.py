@@ -66,11 +66,11 @@ def snapshot(folder):
 
 @pytest.mark.usefixtures(few_items.__name__)
 def test_a_testbed_preset_runs_two_steps(tmp_path):
-    more = ("--methods", "plain", "--seed", "0", "--domains", "legal", "code")
+    more = ("--methods", "plain", "--seed", "0", "--domains", "legal")
     assert run.main(command(["demo"], tmp_path / "run", *more, sizes=QUICK)) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     row = summary["methods"]["plain"]
-    assert set(row["trajectory"]) == {"base", "legal", "code"}
+    assert set(row["trajectory"]) == {"base", "legal"}
     assert 0 <= row["composite"] <= 100
     assert report.main([str(tmp_path / "run"), "--quiet"]) == 0
 

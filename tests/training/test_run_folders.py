@@ -129,16 +129,6 @@ def test_stages_of_another_run_and_another_place_are_refused(run, tmp_path, fini
     assert settle(run, results(finished))
 
 
-def test_seeds_of_the_same_run_are_joined_by_copying(tmp_path):
-    go(tmp_path / "both", variants=["plain"], seeds=(0, 1))
-    for seed in (0, 1):
-        go(tmp_path / str(seed), variants=["plain"], seeds=(seed,))
-    joined = tmp_path / "0"
-    shutil.copytree(tmp_path / "1/stages/plain/1", joined / "stages/plain/1")
-    go(joined, variants=["plain"], seeds=(0, 1))
-    assert results(joined) == results(tmp_path / "both")
-
-
 def test_a_lost_configuration_is_written_anew_and_anothers_is_not_believed(run):
     path = run / "config.json"
     whole = path.read_bytes()
