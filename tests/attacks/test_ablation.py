@@ -89,10 +89,7 @@ def test_nothing_writes_the_direction_after_merging_an_adapter(model):
 
 @pytest.mark.parametrize(
     ("direction", "message"),
-    [
-        (np.full(16, np.nan), "got nan"),
-        (np.ones(15), r"expected the shape \(16,\)"),
-    ],
+    [(np.full(16, np.nan), "got nan"), (np.ones(15), r"expected the shape \(16,\)")],
 )
 def test_a_direction_that_would_do_nothing_is_refused(model, direction, message):
     with pytest.raises(UserError, match=message):

@@ -18,13 +18,7 @@ from sbr_jax.planning.case import Case
 from sbr_jax.planning.chips import CHIPS, GIB, parse_topology, slices
 from sbr_jax.planning.compiler import CompilerError, Found, compile_part
 from sbr_jax.planning.job import Job
-from sbr_jax.planning.layouts import (
-    Layout,
-    layouts,
-    link_bytes,
-    smallest,
-    weight_share,
-)
+from sbr_jax.planning.layouts import Layout, layouts, link_bytes, smallest, weight_share
 from sbr_jax.planning.report import Planned
 from sbr_jax.planning.rooflines import seconds
 from sbr_jax.planning.shapes import SHAPES, read_shape

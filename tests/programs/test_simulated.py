@@ -68,12 +68,7 @@ def test_the_documented_command_runs_on_few_cores(tmp_path):
     words += ["--training.steps-per-domain", "4"]
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     done = subprocess.run(
-        words,
-        env=clean | given,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+        words, env=clean | given, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (tmp_path / "run/results.jsonl").read_text().splitlines()

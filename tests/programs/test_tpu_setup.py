@@ -84,8 +84,7 @@ def test_a_request_can_be_left_in_the_queue(cloud):
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "ours"),
-    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)],
+    ("sent", "code", "ours"), [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)]
 )
 def test_an_interrupt_takes_back_what_was_asked_for_and_no_more(
     cloud, sent, code, ours

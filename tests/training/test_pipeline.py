@@ -204,12 +204,7 @@ def test_mapped_seeds_agree_with_one_after_the_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scores", "blocks"),
-    [
-        ([95.0], 0),
-        ([94.0, 96.0], 1),
-        ([10.0, 10.0, 10.0], 2),
-    ],
+    ("scores", "blocks"), [([95.0], 0), ([94.0, 96.0], 1), ([10.0, 10.0, 10.0], 2)]
 )
 def test_repair_runs_exactly_when_the_rule_says(tmp_path, scores, blocks, monkeypatch):
     monkeypatch.setattr(SCORES, "left", [100.0, *scores])
