@@ -1,7 +1,6 @@
 """Roll call, agreement and ends between processes, played by threads of one."""
 
 import concurrent.futures
-import json
 import socket
 import threading
 import time
@@ -10,7 +9,6 @@ import pytest
 
 from sbr_jax import progress
 from sbr_jax.distributed import logs, meeting, stopping
-from sbr_jax.distributed.agreement import decide, is_first
 from sbr_jax.distributed.errors import Ended, Lost, Terminated
 from sbr_jax.distributed.links import meet
 from sbr_jax.distributed.meeting import Meeting
@@ -65,13 +63,6 @@ def sessions():
 
 
 # --- who is there ---------------------------------------------------------------------
-
-
-def test_all_who_come_know_each_other_and_the_coordinator():
-    found = roll_call({"index": 2}, {"index": 0}, {"index": 1}, count=3)
-    assert len({coordinator for _, coordinator in found}) == 1
-    assert [[link.index for link in links] for links, _ in found] == [[0], [1, 2], [0]]
-    close(*found)
 
 
 def test_who_is_missing_is_named():
@@ -307,13 +298,6 @@ def test_hosts_that_see_another_folder_are_named(sessions, tmp_path, monkeypatch
     assert not [path for place in places for path in place.iterdir()]
 
 
-def test_hosts_that_see_one_folder_pass(sessions, tmp_path):
-    place = tmp_path / "new" / "run"
-    found = together(*(lambda s=s: logs.require_shared(s, place) for s in sessions))
-    assert found == [None, None, None]
-    assert not list(place.iterdir())
-
-
 # --- where they meet ------------------------------------------------------------------
 
 
@@ -365,13 +349,6 @@ def test_a_tpu_slice_is_asked_of_its_server(monkeypatch):
 
     monkeypatch.setattr(meeting, "_attribute", silent)
     assert meeting.find("auto") is None
-
-
-def test_one_process_decides_by_itself():
-    assert decide(lambda: (1, 2)) == (1, 2)
-    assert is_first()
-    assert not stopping.asked()
-    assert json.dumps(CARD)
 
 
 @pytest.mark.parametrize("written", [False, True])

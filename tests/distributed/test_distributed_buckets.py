@@ -3,7 +3,6 @@
 import json
 
 import bucket_case
-import jax.numpy as jnp
 import pytest
 import tiny
 from run_folder_case import go, results
@@ -11,7 +10,6 @@ from run_folder_case import go, results
 from sbr_jax import files, storage
 from sbr_jax.programs import analyse, cli
 from sbr_jax.programs import run as run_program
-from sbr_jax.training import checkpoint
 from sbr_jax.typing import UserError
 
 RUN = "gs://bucket/runs/a"
@@ -83,17 +81,6 @@ def test_who_came_later_holds_a_bucket(run, bucket):
     with pytest.raises(UserError, match=f"{RUN} is in use by another run, which came"):
         go(RUN, study=tiny.study(probe=probe))
     bucket.update(run)
-
-
-def test_a_checkpoint_comes_back_bit_for_bit(bucket):
-    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.int32(7)}
-    checkpoint.save("gs://bucket/checkpoint", tree)
-    checkpoint.save("gs://bucket/checkpoint", tree)
-    found = checkpoint.restore("gs://bucket/checkpoint", tree)
-    assert (found["a"] == tree["a"]).all()
-    assert found["b"] == 7
-    checkpoint.save("gs://bucket/none", {})
-    assert checkpoint.restore("gs://bucket/none", {}) == {}
 
 
 @pytest.mark.parametrize(

@@ -287,11 +287,3 @@ def test_a_block_without_its_end_is_refused_and_nothing_is_written(site, capsys)
     assert fill(pages, folder) == cli.EXIT_USER
     assert "row sbr: expected <!-- end row -->" in capsys.readouterr().err
     assert read(pages / "ewc.md") == before
-
-
-def test_runs_without_a_row_of_any_page_are_refused(site, capsys):
-    pages, folder = site
-    other = synthetic_run.write(folder.parent / "other", ("plain",), seeds=(0,))
-    assert fill(pages, other) == cli.EXIT_USER
-    assert "expected finished rows" in capsys.readouterr().err
-    assert fill(pages, folder.parent / "none") == cli.EXIT_USER

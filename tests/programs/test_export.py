@@ -9,6 +9,7 @@ import pytest
 import test_experiments
 import tiny
 import tiny_stories
+from run_folder_case import content
 from tiny_preset import CONFIG, STUDY, make_job, tiny_presets
 
 from sbr_jax import models
@@ -85,9 +86,9 @@ def composite(base, adapter):
 
 @pytest.mark.parametrize("variant", ["plain", MONITORED, "salora"])
 def test_an_adapter_scores_what_the_run_measured(whole, tmp_path, variant):
-    before = test_experiments.snapshot(whole)
+    before = content(whole)
     assert go(whole, tmp_path / "out", variant, "--base-name", "owner/name") == 0
-    assert test_experiments.snapshot(whole) == before
+    assert content(whole) == before
     found = load_peft(tmp_path / "out", tiny.CONFIG)
     score = composite(STUDY.model.params, found)
     # Results have six digits.

@@ -98,20 +98,6 @@ def test_the_seed_decides_the_folder(command, tmp_path):
             assert ((other / name).read_bytes() == (output / name).read_bytes()) is same
 
 
-def test_a_killed_run_leaves_nothing(command, tmp_path, monkeypatch):
-    _, arguments = command
-    save = models.save
-
-    def killed(folder, model):
-        save(folder, model)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(models, "save", killed)
-    output = tmp_path / "model"
-    assert realtext.main([*arguments, "--output", str(output)]) == 130
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_prompt_without_room_is_refused_before_training(tiny, data, monkeypatch):
     monkeypatch.setattr(made, "CONTEXT", 12)
     monkeypatch.delattr(made, "train")

@@ -193,17 +193,3 @@ def test_an_unfinished_seed_is_left_out(tmp_path):
     run = read_run(folder)
     assert run.seeds("safeanchor-exact") == [0, 1]
     assert run.seeds("plain") == [0, 1, 2]
-
-
-def test_mistakes_are_one_line(tmp_path, capsys):
-    for name, text in {"empty": None, "broken": "{half a li", "begun": ""}.items():
-        (tmp_path / name).mkdir()
-        if text is not None:
-            (tmp_path / name / "results.jsonl").write_text(text)
-    for name in (None, "nowhere", "empty", "broken", "begun"):
-        assert report.main([str(tmp_path / name)] if name else []) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("error: expected ")
-        assert captured.err.count("\n") == 1
-    assert list((tmp_path / "empty").iterdir()) == []
