@@ -1,8 +1,6 @@
 """Files of programs: whole or not at all, and never over somebody else's."""
 
 import functools
-import resource
-import signal
 
 import numpy as np
 import pytest
@@ -21,17 +19,6 @@ MINE = "# my own notes\n\n## Results\n"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return synthetic_run.write(tmp_path_factory.mktemp("x") / "run", ("plain",), (0,))
-
-
-@pytest.fixture
-def small_disk():
-    """A limit on the size of a file, which ends a write as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
 
 
 def names(folder):
@@ -102,8 +89,9 @@ def test_a_map_is_drawn_over_nothing_of_others(name, tmp_path):
 
 
 def test_a_full_disk_leaves_the_report_as_it_was(
-    finished, tmp_path, capsys, small_disk
+    finished, tmp_path, capsys, small_files
 ):
+    small_files(64)
     page, text = tmp_path / "X.html", tmp_path / "X.md"
     page.write_text(files.MARK)
     text.write_text("before")
@@ -196,7 +184,9 @@ def test_a_folder_is_filled_once_all_is_there(before, tmp_path):
     assert not files.is_free(folder)
 
 
-def test_weights_on_a_full_disk_are_one_line(tmp_path, capsys, small_disk):
+def test_weights_on_a_full_disk_are_one_line(tmp_path, capsys, small_files):
+    small_files(64)
+
     def write(place):
         save_file({"a": np.zeros(1000)}, place / "model.safetensors")
 

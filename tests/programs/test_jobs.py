@@ -17,10 +17,12 @@ from sbr_jax.typing import UserError
 METHODS = ("plain", "lisa")
 
 
+MADE = make_job("--methods", *METHODS, "--seed", "0", "1")
+
+
 @pytest.fixture
 def job(tmp_path):
-    made = make_job("--methods", *METHODS, "--seed", "0", "1")
-    return dataclasses.replace(made, workdir=tmp_path / "run")
+    return dataclasses.replace(MADE, workdir=tmp_path / "run")
 
 
 def instead(monkeypatch, code):

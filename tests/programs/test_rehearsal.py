@@ -48,11 +48,13 @@ def test_what_the_run_refuses_the_dry_run_refuses(wrong, tmp_path, capsys):
     assert capsys.readouterr().err == dry.err
 
 
+# The default is made for larger models.
+JOB = make_job("--methods.salora.safety-rank=4")
+
+
 @pytest.mark.parametrize("row", few([*METHODS, *VARIANTS], METHODS))
 def test_what_the_run_takes_the_dry_run_takes(row):
-    # The default is made for larger models.
-    small = "--methods.salora.safety-rank=4"
-    rehearsal.rehearse(make_job("--methods", row, small), STUDY)
+    rehearsal.rehearse(dataclasses.replace(JOB, methods=(row,)), STUDY)
 
 
 def test_a_rehearsal_needs_no_weights_and_asks_no_judge(monkeypatch):
@@ -62,9 +64,9 @@ def test_a_rehearsal_needs_no_weights_and_asks_no_judge(monkeypatch):
     model = dataclasses.replace(STUDY.model, params=None)
     bare = dataclasses.replace(STUDY, model=model, unaligned=None, judge=judge)
     rows = ("safeanchor", "adaptive-judge", "lox", "sbr")
-    job = make_job("--methods", *rows)
     folder = ChatOptions(unaligned_folder="there")
-    rehearsal.rehearse(dataclasses.replace(job, study=folder), bare)
+    job = dataclasses.replace(JOB, methods=rows, study=folder)
+    rehearsal.rehearse(job, bare)
     without = dataclasses.replace(job, study=ChatOptions())
     with pytest.raises(ValueError, match="unaligned"):
         rehearsal.rehearse(without, bare)

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 from types import SimpleNamespace
 
 import jax
@@ -235,16 +234,6 @@ def test_a_summary_bears_what_was_not_finite():
 
 
 # --- where nothing can be written -----------------------------------------------------
-
-
-@pytest.fixture
-def small_files():
-    """A limit on the size of a file, which is told as a full disk is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(
