@@ -197,19 +197,12 @@ def test_folders_of_other_programs_presets_and_versions_are_refused(
     del config["domains"]
     rewrite(folder, config)
     assert "expected domains" in said(capsys, *start)
+    # What a preset cannot do without is asked for first.
+    start[0] = "llama2-7b"
+    rewrite(folder, {**config, "domains": ["medical"], "study": {}})
+    assert "expected --model FOLDER_OR_HUB_ID" in said(capsys, *start)
+    assert "expected --data FOLDER" in said(capsys, *start, "--model", "M")
     assert not (tmp_path / "out").exists()
-
-
-def test_what_a_preset_cannot_do_without_is_asked_for_first(whole, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    config = read_json(folder / "config.json")
-    rewrite(folder, {**config, "study": {}})
-    _, *start = command(folder, tmp_path / "out", "plain")
-    error = said(capsys, "llama2-7b", *start)
-    assert "expected --model FOLDER_OR_HUB_ID" in error
-    error = said(capsys, "llama2-7b", *start, "--model", "M")
-    assert "expected --data FOLDER" in error
 
 
 # --- a preset of the command line -----------------------------------------------------
