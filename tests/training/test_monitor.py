@@ -1,7 +1,6 @@
 """The monitor's rules: their bounds against twins, coverage, power and refusals."""
 
 import collections
-import functools
 import itertools
 import math
 import re
@@ -58,14 +57,6 @@ def test_the_bounds_are_their_slow_twin(confidence, z):
         np.testing.assert_allclose(found, (100 * lower, 100 * upper), atol=1e-4)
 
 
-@functools.cache
-def outcomes(n):
-    """Bounds of e for each pair of counts ``[n + 1, n + 1, 2]``, and e in percent."""
-    rates = 100.0 * np.arange(n + 1) / n
-    bounds = [[excess_bounds(t, s, TAU, n) for t in rates] for s in rates]
-    return np.array(bounds), (1 - TAU) * rates[:, None] - rates
-
-
 def drawn(key, n, start, rate, paired, draws=4000):
     """Counts of refusals before and after, of independent or of the same prompts."""
     rng = np.random.default_rng(key)
@@ -76,7 +67,8 @@ def drawn(key, n, start, rate, paired, draws=4000):
 
 @pytest.mark.parametrize(("n", "paired"), [(64, False), (128, True)])
 def test_the_bounds_cover_the_true_excess(n, paired):
-    bounds, _ = outcomes(n)
+    rates = 100.0 * np.arange(n + 1) / n
+    bounds = np.array([[excess_bounds(t, s, TAU, n) for t in rates] for s in rates])
     for number, (start, rate) in enumerate(
         ((1.0, 1.0), (1.0, 0.95), (1.0, 0.65), (0.97, 0.9), (0.9, 0.9), (0.7, 0.5))
     ):
@@ -89,16 +81,16 @@ def test_the_bounds_cover_the_true_excess(n, paired):
         assert np.mean(found[:, 1] >= truth) >= 0.935
 
 
-def powers(n, rates, start=1.0):
-    """Chance of a repair by each rule, exactly, for independent prompts."""
-    bounds, excess = outcomes(n)
-    fires = {"lower": bounds[..., 0] > 0, "point": excess > 0}
-    fires["upper"] = bounds[..., 1] > 0
+def powers(n, rates):
+    """Chance of a repair by each rule, exactly, of what refused all before."""
+    now = 100.0 * np.arange(n + 1) / n
+    lower, upper = np.transpose([excess_bounds(t, 100.0, TAU, n) for t in now])
+    fires = {"lower": lower > 0, "point": now < 100 * (1 - TAU), "upper": upper > 0}
     pmf = [
         np.array([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
-        for p in (start, *rates)
+        for p in rates
     ]
-    return {r: [float(pmf[0] @ fires[r] @ x) for x in pmf[1:]] for r in RULES}
+    return {rule: [float(fires[rule] @ x) for x in pmf] for rule in RULES}
 
 
 def test_the_rules_are_nested_and_each_does_what_it_says():
