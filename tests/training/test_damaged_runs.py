@@ -10,7 +10,7 @@ from tiers import few
 
 from sbr_jax.training import stages
 
-DAMAGES, DRAWS = 10, 3
+DAMAGES, DRAWS = 17, 4
 KILLED = {"in a stage": 6, "after a stage": 7}
 """After how many records a run is killed: its last domain is begun, or trained on."""
 JOB = {"variants": ("lisa",)}
