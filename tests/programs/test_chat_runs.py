@@ -40,7 +40,7 @@ def command(world, workdir, *more):
         "llama2-7b",
         *("--model", str(world / "model"), "--data", str(world / "data")),
         *("--workdir", str(workdir), "--methods", "safeanchor"),
-        *("--domains", "medical", "code", "--seed", "42", "--quiet"),
+        *("--domains", "medical", "--seed", "42", "--quiet"),
         *(*QUICK, *SMALL, *CAPPED, *more),
     ]
 
@@ -60,13 +60,13 @@ def test_a_preset_runs_end_to_end_and_says_what_it_was_made_of(finished):
     for name in ("refusal", "over_refusal", "domain_accuracy"):
         assert 0 <= row[name] <= 100
     config = json.loads((finished / "config.json").read_text())
-    assert config["data"]["sources"] == {"medical": "medqa", "code": "codealpaca"}
+    assert config["data"]["sources"] == {"medical": "medqa"}
     assert config["study"]["dtype"] == "bfloat16"
     assert not [name for name in config["study"] if "folder" in name]
     assert set(config["measurements"]) == {"harmbench", "xstest"}
     lines = (finished / "results.jsonl").read_text().splitlines()
     stages = [(r["method"], r["stage"]) for r in map(json.loads, lines)]
-    assert stages.count(("safeanchor", "repair")) == 2
+    assert stages.count(("safeanchor", "repair")) == 1
     # No text of the data reaches the results.
     for path in finished.rglob("*"):
         if path.is_file() and path.suffix in (".json", ".jsonl"):
