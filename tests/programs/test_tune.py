@@ -107,98 +107,56 @@ TAKES_NONE = "{% for m in messages %}{% if m['role'] == 'system' %}{% else %}"
 TAKES_NONE = tiny_chat.TEMPLATE.replace("{% for m in messages %}", TAKES_NONE).replace(
     "{% endfor %}", "{% endif %}{% endfor %}"
 )
-REFUSES = tiny_chat.TEMPLATE.replace(
-    "{% for m in messages %}",
-    "{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{{ raise_exception('no system') }}{% endif %}",
-)
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (TAKES_NONE, r"my\.jsonl, row 1: expected a chat template with a place for a"),
-        (REFUSES, r"my\.jsonl, row 1: the chat template .*system.*no system"),
-    ],
-)
-def test_a_template_that_takes_no_system_turn_is_told(
-    template, expected, tmp_path, capsys
-):
-    model = tiny_chat.save_model(tmp_path / "model", template)
+def test_a_template_that_takes_no_system_turn_is_told(tmp_path, capsys):
+    model = tiny_chat.save_model(tmp_path / "model", TAKES_NONE)
     path = tmp_path / "my.jsonl"
     path.write_text(as_lines([SYSTEM, *GOOD]))
+    expected = r"my\.jsonl, row 1: expected a chat template with a place for a"
     assert_matches(expected, tried(tmp_path, model, capsys, "--train", path))
 
 
-def occupied(folder):
-    (folder / "out").mkdir()
-    (folder / "out" / "note.txt").write_text("mine")
-
-
 BAD_WORDS = {
-    "an unknown method, briefly": (
-        ("--method", "safegrat"),
-        r"^unknown method 'safegrat'; nearest: safegrad[^()]* \(\d+ are known: "
-        r"sbr-jax run --list shows them\)$",
-    ),
-    "an unknown judge": (
-        ("--study.judge", "lama-guard"),
-        r"unknown study.judge 'lama-guard'; nearest: llama-guard.*known: keyword, ",
-    ),
-    "a plan of years": (
-        ("--epochs", "1e9"),
-        r"epochs.*in \(0, 1000\], got 1000000000\.0; .*steps: --training.steps-per",
-    ),
-    "more steps than can be counted": (
-        ("--training.steps-per-domain", str(10**12)),
-        r"training.steps_per_domain.*in \[1, 2147483647\], got 1000000000000",
-    ),
-    "no such harmful prompts": (
-        ("--harmful", "prompts.text"),
-        r"--harmful: expected a file \(\.txt, \.csv.*found no 'prompts\.text'",
-    ),
-    "an output below a file": (
-        ("--output", "my.jsonl/out"),
-        r"--output my\.jsonl/out: expected a folder, found the file my\.jsonl",
-    ),
-    "an output that cannot be made": (
-        ("--output", "/proc/sbr_jax/out"),
-        r"--output /proc/sbr_jax/out: expected a place that can be written to",
-    ),
-    "epochs and steps": (
-        ("--epochs", "1", "--training.steps-per-domain", "4"),
-        r"expected --epochs or --training.steps-per-domain, got both",
-    ),
-    "no safe exchange": (("--method", "safegrad"), r"safegrad: expected safe exchange"),
-    "no harmful prompt": (("--method", "sbr"), r"sbr: expected harmful prompts"),
-    "no pairs": (
-        ("--method", "antidote", "--merged"),
-        r"antidote: .*--study.pairs-file",
-    ),
-    "no judge": (("--method", "adaptive-judge"), r"adaptive-judge: .*--study.judge ll"),
-    "an adapter without its base": (("--method", "lox"), r"lox: .*add --merged"),
-    "two files to measure on": (("--eval", "a", "b"), r"--eval: expected one file, or"),
-    "few harmful prompts": (
-        ("--method", "sbr", "--harmful", "few.txt"),
-        r"--harmful: expected at least 8 different prompts, .*got 2",
-    ),
-    "an output in use": (("--quiet",), r"--output .*out: expected a new or empty"),
+    "--method safegrat": r"^unknown method 'safegrat'; nearest: safegrad[^()]* "
+    r"\(\d+ are known: sbr-jax run --list shows them\)$",
+    "--study.judge lama-guard": r"unknown study.judge 'lama-guard'; nearest: "
+    r"llama-guard.*known: keyword, ",
+    "--epochs 1e9": r"epochs.*in \(0, 1000\], got 1000000000\.0; "
+    r".*steps: --training.steps-per",
+    f"--training.steps-per-domain {10**12}": r"training.steps_per_domain.*in "
+    r"\[1, 2147483647\], got 1000000000000",
+    "--harmful prompts.text": r"--harmful: expected a file \(\.txt, \.csv.*found no "
+    r"'prompts\.text'",
+    "--output my.jsonl/out": r"--output my\.jsonl/out: expected a folder, found the "
+    r"file my\.jsonl",
+    "--output /proc/sbr_jax/out": r"--output /proc/sbr_jax/out: expected a place that "
+    r"can be written to",
+    "--epochs 1 --training.steps-per-domain 4": r"expected --epochs or "
+    r"--training.steps-per-domain, got both",
+    "--method safegrad": r"safegrad: expected safe exchange",
+    "--method sbr": r"sbr: expected harmful prompts",
+    "--method antidote --merged": r"antidote: .*--study.pairs-file",
+    "--method adaptive-judge": r"adaptive-judge: .*--study.judge ll",
+    "--method lox": r"lox: .*add --merged",
+    "--eval a b": r"--eval: expected one file, or",
+    "--method sbr --harmful few.txt": r"--harmful: expected at least 8 different "
+    r"prompts, .*got 2",
+    "--output used": r"--output used: expected a new or empty",
 }
 
 
-@pytest.mark.parametrize("kind", BAD_WORDS)
-def test_a_bad_command_line_is_one_line(kind, chat, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("more", BAD_WORDS)
+def test_a_bad_command_line_is_one_line(more, chat, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text(as_lines(GOOD))
     (tmp_path / "few.txt").write_text("w1\nw2\n")
-    more, expected = BAD_WORDS[kind]
-    if kind == "an output in use":
-        occupied(tmp_path)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "note.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    given = {"--model": chat, "--output": tmp_path / "out"}
-    options = [x for pair in given.items() if pair[0] not in more for x in pair]
-    line = [*options, "--train", "my.jsonl", *more]
-    assert_matches(expected, refused(tune.main, line, capsys))
+    output = () if "--output" in more else ("--output", tmp_path / "out")
+    line = ["--model", chat, *output, "--train", "my.jsonl", *more.split()]
+    assert_matches(BAD_WORDS[more], refused(tune.main, line, capsys))
     assert sorted(tmp_path.rglob("*")) == before
 
 
