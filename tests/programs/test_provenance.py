@@ -65,18 +65,8 @@ FAULTS = {
     "a new table": (CHOOSE, r"\Z", NEW, UNKNOWN),
     "a table twice": (CHOOSE, r"\Z", f"\n<!-- table: stories -->{NEW}", "found twice"),
     "no sentence below": (PARTS, r"^† Measured.*\n", "", "a sentence with †"),
-    "a figure without a mark": (
-        README,
-        "^† Drawn",
-        "Drawn",
-        "png: measured with other",
-    ),
-    "a figure of unknown rows": (
-        README,
-        "trajectory",
-        "another",
-        "the rows of figures/a",
-    ),
+    "a figure without a mark": (README, "^† Drawn", "Drawn", "png: measured with"),
+    "a figure of unknown rows": (README, "trajectory", "another", "rows of figures/a"),
     "a quoted number": (CLAIMS, "97.4 ± 1.7 †", "97.4 ± 1.7", "1.7: only rows marked"),
     "another hash": (LISA, r"[0-9a-f]{10} \|$", "0123456789 |", "run it again"),
 }
