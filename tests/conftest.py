@@ -3,6 +3,8 @@
 import gc
 import os
 import pathlib
+import resource
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests are mostly compilation of tiny programs: most of it is spent on optimising what
@@ -74,6 +76,16 @@ def uncached():
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def small_files():
+    """A limit on the size of a file, which is told as a full disk is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 MAPS = pathlib.Path("/proc/self/maps")

@@ -47,7 +47,7 @@ class Options:
             return place(*args)
 
         sharding.place_batch = late
-        return tiny.study(fingerprint=os.environ.get("SBR_JAX_DATA", "tiny"))
+        return tiny.study()
 
 
 CONFIG = tiny.config(steps_per_domain=8, batch_size=8)

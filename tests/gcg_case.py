@@ -69,10 +69,10 @@ def dense_loss(prompt, suffix, target, adapter=None):
     return -np.mean([scores[t - 1, tokens[t]] for t in range(first, len(tokens))])
 
 
-def adapter(seed=3):
+def adapter(seed=3, config=MODEL.config):
     """An adapter that does something: B ≠ 0."""
     pairs = models.init_adapter(
-        jax.random.key(seed), MODEL.config, rank=2, alpha=4.0, targets=r"(q|v|up)_proj"
+        jax.random.key(seed), config, rank=2, alpha=4.0, targets=r"(q|v|up)_proj"
     )
     noise = np.random.default_rng(seed)
     return {

@@ -47,19 +47,6 @@ def test_reported_losses_are_those_of_the_sequences_alone():
             assert abs(dense_loss(prompt, suffix, target) - loss) < 1e-5 * 3
 
 
-def test_one_place_and_all_tokens_is_an_exhaustive_search():
-    # 600 draws of 26 tokens: each is missed with probability 6e-11.
-    result = attack(suffix_length=1, steps=1, candidates=600, top_k=tiny.VOCAB)
-    for i, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
-        scores = {
-            v: dense_loss(prompt, [v], target) for v in np.flatnonzero(ALLOWED).tolist()
-        }
-        best = min(scores, key=scores.get)
-        assert result.best_suffixes[i].tolist() == [best]
-        others = {v: s for v, s in scores.items() if v != FIRST}
-        assert result.suffixes[i].tolist() == [min(others, key=others.get)]
-
-
 def test_a_step_is_the_best_candidate_of_the_definition():
     key = jax.random.key(5)
     first = attack(key=key, steps=1)
@@ -85,10 +72,7 @@ def test_the_best_never_rises_and_the_original_moves_all_the_same():
         result.best_losses, np.minimum.accumulate(result.losses, axis=1)
     )
     assert (np.diff(result.losses) > 0).any()
-
-
-def test_it_lowers_the_loss_of_every_prompt():
-    result = found()
+    # It lowers the loss of every prompt.
     assert (result.best_losses[:, 0] - result.best_losses[:, -1] > 0.3).all()
 
 
@@ -125,12 +109,18 @@ def test_the_chunk_is_not_mathematics():
     same(attack(chunk=2 * BREADTH), found())
 
 
-def test_the_key_decides():
-    first = attack()
+def test_the_key_decides_and_progress_is_told_after_every_step():
+    """What a progress bar is given is what the result says."""
+    told = []
+    first = attack(on_step=lambda step, best: told.append((step, best.copy())))
     again, other = found(), attack(key=jax.random.key(1))
     for x, y in zip(first, again, strict=True):
         np.testing.assert_array_equal(x, y)
     assert (first.suffixes != other.suffixes).any()
+    assert [step for step, _ in told] == list(range(1, STEPS + 1))
+    np.testing.assert_array_equal(
+        np.stack([best for _, best in told], axis=1), first.best_losses[:, 1:]
+    )
 
 
 def test_the_weights_are_attacked_as_given():
@@ -152,32 +142,17 @@ def test_half_precision_is_attacked_too():
     assert (result.best_losses[:, -1] < result.losses[:, 0]).all()
 
 
-def test_progress_is_told_after_every_step():
-    """What a progress bar is given is what the result says."""
-    told = []
-    result = attack(on_step=lambda step, best: told.append((step, best.copy())))
-    assert [step for step, _ in told] == list(range(1, STEPS + 1))
-    np.testing.assert_array_equal(
-        np.stack([best for _, best in told], axis=1), result.best_losses[:, 1:]
-    )
-
-
 # --- what is refused --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps"),
         ({"steps": 2.5}, "steps.*whole number"),
-        ({"candidates": "many"}, "candidates.*whole number"),
-        ({"initial_token": True}, "initial_token"),
         ({"chunk": 0}, "chunk"),
-        ({"top_k": 0}, "top_k"),
         ({"allowed": ALLOWED[1:]}, r"allowed.*\[32\]"),
         ({"allowed": ~ALLOWED & False}, "allowed.*with 0"),
         ({"initial_token": 2}, "initial_token"),
-        ({"initial_token": -1}, "initial_token"),
         ({"key": jax.random.split(jax.random.key(0), 2)}, "key.*3"),
         ({"targets": TARGETS[1:]}, "2 targets"),
         ({"targets": [[], *TARGETS[1:]]}, r"targets\[0\]"),

@@ -90,17 +90,6 @@ def test_the_gradient_is_that_of_the_one_hot_suffix():
     assert abs(float(value) - float(loss(start))) < 1e-5
     np.testing.assert_allclose(slope, jax.jit(jax.grad(loss))(start), atol=1e-5)
 
-    # First order: central differences err by the third derivative times step² / 6
-    # (some 1e3: the norm of a small embedding bends fast) and by float32 rounding.
-    step = 1e-3
-    moves = step * jnp.eye(start.size).reshape(-1, *start.shape)
-    change = jax.jit(
-        jax.vmap(lambda move: loss(start + move) - loss(start - move)),
-    )(moves)
-    numeric = np.asarray(change).reshape(start.shape) / (2 * step)
-    np.testing.assert_allclose(slope, numeric, atol=3e-3)
-    assert np.abs(numeric).max() > 0.1
-
 
 # --- the candidates ---------------------------------------------------------------
 
@@ -153,7 +142,7 @@ def found_everywhere():
     return attack(allowed=np.ones(tiny.VOCAB, bool), top_k=8)
 
 
-@pytest.mark.parametrize("candidates", [LENGTH, 10, 400])
+@pytest.mark.parametrize("candidates", [LENGTH, 10])
 def test_even_sampling_covers_every_place_as_the_original_does(candidates):
     places = changed_places(draw(jax.random.key(1), candidates=candidates))
     original = np.arange(0, LENGTH, LENGTH / candidates).astype(int)
@@ -172,15 +161,9 @@ def test_even_sampling_of_fewer_candidates_than_places_reaches_every_place():
 # --- the cached beginning ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("config", "pairs"),
-    [
-        (MODEL.config, adapter()),
-        (dataclasses.replace(tiny.CONFIG, heads=4, kv_heads=2, tied=True), None),
-    ],
-    ids=["adapted", "grouped and tied"],
-)
-def test_a_cached_beginning_equals_the_whole_forward(config, pairs):
+def test_a_cached_beginning_equals_the_whole_forward():
+    config = dataclasses.replace(tiny.CONFIG, heads=4, kv_heads=2, tied=True)
+    pairs = adapter(config=config)
     params = models.init_params(jax.random.key(1), config)
     apply_fn, extend_fn = models.make_apply_fn(config), models.make_extend_fn(config)
     assert extend_fn is models.make_extend_fn(config)
@@ -215,8 +198,7 @@ def test_the_attack_is_the_same_with_a_cached_beginning():
 # --- the head ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", few([1, 5, 64], [5]))
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("chunk", "cached"), [(5, False), (64, True)])
 def test_losses_of_candidates_equal_those_of_whole_logits(chunk, cached):
     layout = lay_out(PROMPTS, TARGETS, LENGTH)
     rng = np.random.default_rng(0)
@@ -234,7 +216,7 @@ def test_losses_of_candidates_equal_those_of_whole_logits(chunk, cached):
     np.testing.assert_allclose(losses, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("at_once", few([1, 2, 8], [2]))
+@pytest.mark.parametrize("at_once", few([2, 8], 1))
 def test_prompts_of_a_block_keep_their_own_gradient(at_once):
     layout = lay_out(PROMPTS, TARGETS, LENGTH)
     rows, suffixes = layout._asdict(), np.tile(SUFFIX, (3, 1))
@@ -262,8 +244,7 @@ def test_prompts_of_a_block_keep_their_own_gradient(at_once):
         np.testing.assert_array_equal(found[i], drawn)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_no_program_of_the_attack_is_as_wide_as_the_targets_logits(cached, monkeypatch):
+def test_no_program_of_the_attack_is_as_wide_as_the_targets_logits(monkeypatch):
     config = dataclasses.replace(tiny.CONFIG, vocab_size=5003)
     params = models.init_params(jax.random.key(1), config)
     run, extend = models.make_apply_fn(config), models.make_extend_fn(config)
@@ -272,13 +253,14 @@ def test_no_program_of_the_attack_is_as_wide_as_the_targets_logits(cached, monke
     keys = jax.random.split(jax.random.key(2), 6)
     allowed = np.ones(5003, bool)
     monkeypatch.setattr(vocabulary, "chunk_size", lambda *_: 16)
-    ends, scorer = rows, run
-    if cached:
-        past = prefill(extend, params, None, layout.tokens[:, :3])
-        ends, scorer = {**layout.endings()._asdict(), "past": past}, extend
+    past = prefill(extend, params, None, layout.tokens[:, :3])
+    ends = {**layout.endings()._asdict(), "past": past}
 
     def candidates(base):
-        return score_candidates(scorer, 32, 31, base, None, ends, suffixes)
+        return score_candidates(run, 32, 31, base, None, rows, suffixes)
+
+    def continued(base):
+        return score_candidates(extend, 32, 31, base, None, ends, suffixes)
 
     def gradient(base):
         some = suffixes[:, 0], jnp.int32(0)
@@ -287,7 +269,7 @@ def test_no_program_of_the_attack_is_as_wide_as_the_targets_logits(cached, monke
     def whole(base):
         return run(base, None, np.ones((6, layout.tokens.shape[1]), np.int32))
 
-    for program in (candidates, gradient):
+    for program in (candidates, continued, gradient):
         size = widest(program, params)
         # The slopes of the suffixes, and the embedding's own size, are as wide.
         assert size <= max(6 * LENGTH, config.width) * 5003

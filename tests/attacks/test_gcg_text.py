@@ -98,8 +98,8 @@ def test_prompts_are_split_where_the_template_puts_the_suffix():
 
 @pytest.mark.parametrize(
     ("question", "placeholder"),
-    [("a", "ab"), ("a", "aa"), ("a", "é"), ("a !", "!"), ("a ! ! ! b", "!")],
-    ids=["after a space two", "two", "unknown", "question ends so", "question holds"],
+    [("a", "aa"), ("a", "é"), ("a !", "!"), ("a ! ! ! b", "!")],
+    ids=["two", "unknown", "question ends so", "question holds"],
 )
 def test_a_placeholder_that_cannot_be_found_is_refused(question, placeholder):
     with pytest.raises(UserError, match=r"questions\[[01]\].*placeholder_token"):

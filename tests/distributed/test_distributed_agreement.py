@@ -1,7 +1,6 @@
 """Roll call, agreement and ends between processes, played by threads of one."""
 
 import concurrent.futures
-import json
 import socket
 import threading
 import time
@@ -10,7 +9,6 @@ import pytest
 
 from sbr_jax import progress
 from sbr_jax.distributed import logs, meeting, stopping
-from sbr_jax.distributed.agreement import decide, is_first
 from sbr_jax.distributed.errors import Ended, Lost, Terminated
 from sbr_jax.distributed.links import meet
 from sbr_jax.distributed.meeting import Meeting
@@ -67,13 +65,6 @@ def sessions():
 # --- who is there ---------------------------------------------------------------------
 
 
-def test_all_who_come_know_each_other_and_the_coordinator():
-    found = roll_call({"index": 2}, {"index": 0}, {"index": 1}, count=3)
-    assert len({coordinator for _, coordinator in found}) == 1
-    assert [[link.index for link in links] for links, _ in found] == [[0], [1, 2], [0]]
-    close(*found)
-
-
 def test_who_is_missing_is_named():
     port, names = free_port(), ("a", "b", "c")
     first, second = together(
@@ -100,7 +91,6 @@ def test_a_first_process_that_does_not_come_is_named():
             {"command line": ["run", "demo", "--quiet"]},
             "another command line .*: --quiet there, nothing more here",
         ),
-        ({"index": 2}, "expected each process from 1 to 1 once"),
     ],
 )
 def test_who_differs_is_refused(changes, said):
@@ -309,7 +299,7 @@ def _no_exit(monkeypatch):
     monkeypatch.setattr("sbr_jax.distributed.session.atexit.register", lambda *a: None)
 
 
-@pytest.mark.parametrize("said", ["", "soon", "0", "-1", "nan"])
+@pytest.mark.parametrize("said", ["", "0", "nan"])
 def test_a_wait_that_is_none_is_refused(said, monkeypatch):
     monkeypatch.setenv("SBR_JAX_WAIT", said)
     with pytest.raises(UserError, match="SBR_JAX_WAIT: expected seconds above 0, got"):
@@ -338,28 +328,10 @@ def test_hosts_that_see_another_folder_are_named(sessions, tmp_path, monkeypatch
     assert not [path for place in places for path in place.iterdir()]
 
 
-def test_hosts_that_see_one_folder_pass(sessions, tmp_path):
-    place = tmp_path / "new" / "run"
-    found = together(*(lambda s=s: logs.require_shared(s, place) for s in sessions))
-    assert found == [None, None, None]
-    assert not list(place.iterdir())
-
-
 # --- where they meet ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "on",
-        "host",
-        "host:8476",
-        "host:8476,2",
-        "host:99999,2,0",
-        "host:1,0,0",
-        ":1,2,0",
-    ],
-)
+@pytest.mark.parametrize("option", ["host", "host:8476,2", "host:99999,2,0", ":1,2,0"])
 def test_other_words_are_refused(option):
     with pytest.raises(UserError, match="expected auto, off or HOST:PORT,N,I"):
         meeting.find(option)
@@ -407,13 +379,6 @@ def test_a_tpu_slice_is_asked_of_its_server(monkeypatch):
 
     monkeypatch.setattr(meeting, "_attribute", silent)
     assert meeting.find("auto") is None
-
-
-def test_one_process_decides_by_itself():
-    assert decide(lambda: (1, 2)) == (1, 2)
-    assert is_first()
-    assert not stopping.asked()
-    assert json.dumps(CARD)
 
 
 @pytest.mark.parametrize("written", [False, True])

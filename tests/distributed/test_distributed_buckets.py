@@ -3,14 +3,13 @@
 import json
 
 import bucket_case
-import jax.numpy as jnp
 import pytest
+import tiny
 from run_folder_case import go, results
 
 from sbr_jax import files, storage
 from sbr_jax.programs import analyse, cli
 from sbr_jax.programs import run as run_program
-from sbr_jax.training import checkpoint
 from sbr_jax.typing import UserError
 
 RUN = "gs://bucket/runs/a"
@@ -46,13 +45,10 @@ def test_a_run_in_a_bucket_writes_what_it_writes_on_a_disk(run, tmp_path):
     assert plain(names) == plain(ours)
 
 
-def test_a_finished_run_in_a_bucket_changes_nothing(run, bucket):
+def test_what_was_lost_is_computed_again_and_no_more(run, bucket):
     go(RUN)
     lock = "bucket/runs/a/.lock"
     assert {**bucket, lock: b""} == {**run, lock: b""}
-
-
-def test_what_was_lost_is_computed_again(run, bucket):
     for name in [name for name in bucket if "/plain/0/08-evaluate/" in name]:
         del bucket[name]
     go(RUN)
@@ -82,22 +78,9 @@ def test_who_came_later_holds_a_bucket(run, bucket):
         bucket["bucket/runs/a/.lock"] = b"another"
         return 1.0
 
-    from run_folder_case import tiny
-
     with pytest.raises(UserError, match=f"{RUN} is in use by another run, which came"):
         go(RUN, study=tiny.study(probe=probe))
     bucket.update(run)
-
-
-def test_a_checkpoint_comes_back_bit_for_bit(bucket):
-    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.int32(7)}
-    checkpoint.save("gs://bucket/checkpoint", tree)
-    checkpoint.save("gs://bucket/checkpoint", tree)
-    found = checkpoint.restore("gs://bucket/checkpoint", tree)
-    assert (found["a"] == tree["a"]).all()
-    assert found["b"] == 7
-    checkpoint.save("gs://bucket/none", {})
-    assert checkpoint.restore("gs://bucket/none", {}) == {}
 
 
 @pytest.mark.parametrize(

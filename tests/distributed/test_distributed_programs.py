@@ -18,7 +18,6 @@ from test_distributed_runs import (
     read,
     start,
 )
-from tiers import few
 
 from sbr_jax import models, testbed
 
@@ -120,7 +119,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("program", few(MISTAKES, ["tune"]))
+@pytest.mark.thorough  # Sessions of threads ask it of any program.
+@pytest.mark.parametrize("program", MISTAKES)
 def test_a_mistake_is_one_line_from_one_process_and_leaves_nothing(program, tmp_path):
     write_files(tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -131,35 +131,31 @@ def test_a_mistake_is_one_line_from_one_process_and_leaves_nothing(program, tmp_
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """What tune and align of two processes left, and what they said."""
+    """What a tune of two processes left, and what they said."""
     folder = tmp_path_factory.mktemp("two")
     write_files(folder)
-    commands = tune(folder, "--method", "plain"), align(folder)
-    return folder, together(write_commands(folder, *commands))
+    return folder, together(write_commands(folder, tune(folder, "--method", "plain")))
 
 
-def test_tune_and_align_end_well_and_the_first_alone_speaks(done):
+def test_tune_ends_well_the_first_alone_speaks_and_none_reads_too_much(done):
     folder, said = done
     assert [code for code, _ in said] == [0, 0], said
     assert said[1][1] == ""
-    for name in ("tuned", "aligned"):
-        found = json.loads((folder / name / "summary.json").read_text())
-        assert found["before"]["domain_loss"] != found["after"]["domain_loss"]
-
-
-def test_no_process_reads_what_its_devices_do_not_hold(done):
-    folder, _ = done
+    found = json.loads((folder / "tuned" / "summary.json").read_text())
+    assert found["before"]["domain_loss"] != found["after"]["domain_loss"]
     path = folder / "model" / "model.safetensors"
     for index in range(2):
         read = json.loads((folder / f"read-{index}.json").read_text())
-        # Once by tune and once by align, of which norms are whole in every process.
-        share = read[str(path)] / (2 * path.stat().st_size)
-        assert 0.4 < share < 0.55
+        # What its own devices hold, and norms, which are whole in every process.
+        assert 0.4 < read[str(path)] / path.stat().st_size < 0.55
 
 
 @pytest.mark.thorough
 def test_tune_and_align_leave_what_one_process_leaves(done, tmp_path):
     folder, _ = done
+    said = together(write_commands(folder, align(folder)))
+    assert [code for code, _ in said] == [0, 0], said
+    assert said[1][1] == ""
     write_files(tmp_path)
     commands = tune(tmp_path, "--method", "plain"), align(tmp_path)
     path = write_commands(tmp_path, *commands)
@@ -183,10 +179,7 @@ def test_tune_and_align_leave_what_one_process_leaves(done, tmp_path):
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "more"),
-    [
-        ("poison", ("--ratio", "0.5", "--examples", "8")),
-        ("gcg", SEARCH),
-    ],
+    [("poison", ("--ratio", "0.5", "--examples", "8")), ("gcg", SEARCH)],
 )
 def test_attacks_leave_what_one_process_leaves(name, more, tmp_path):
     write_files(tmp_path)

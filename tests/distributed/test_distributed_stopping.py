@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import signal
-import warnings
 
 import pytest
 from run_folder_case import go, results
@@ -70,40 +68,19 @@ def test_a_second_signal_is_not_waited_for(tmp_path, signalled):
     assert steps_of(tmp_path) == []
 
 
-def test_where_nothing_can_be_saved_it_stops_at_once():
-    def ended():
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("went on")
-
-    assert cli.guarded(ended, interrupted="") == 143
-
-
-@pytest.fixture
-def stopped(tmp_path, signalled, monkeypatch):
-    """A run with checkpoints after two and three steps."""
+def test_a_damaged_checkpoint_is_named_and_skipped(
+    whole, tmp_path, signalled, monkeypatch
+):
     for step in (1, 2):
         signalled(step)
         with pytest.raises(Terminated), cli.terminal.terminable():
             run(tmp_path)
         monkeypatch.undo()
     assert sorted(steps_of(tmp_path)) == [2, 3]
-    return tmp_path
-
-
-def test_a_damaged_checkpoint_is_named_and_skipped(stopped, whole):
-    newest = max(stopped.glob("stages/lisa/0/01-train/partial-*"))
+    newest = max(tmp_path.glob("stages/lisa/0/01-train/partial-*"))
     file = max(newest.glob("tree/**/*"), key=lambda path: path.stat().st_size)
     file.write_bytes(b"?" + file.read_bytes()[1:])
     said = rf"expected {newest}.* found another file: going on from step 2"
     with pytest.warns(UserWarning, match=said):
-        run(stopped)
-    assert results(stopped) == results(whole)
-
-
-def test_an_unfinished_checkpoint_is_nobodys(stopped, whole):
-    newest = max(stopped.glob("stages/lisa/0/01-train/partial-*"))
-    (newest / "history.json").unlink()
-    shutil.rmtree(newest / "tree")
-    with warnings.catch_warnings(action="error"):
-        run(stopped)
-    assert results(stopped) == results(whole)
+        run(tmp_path)
+    assert results(tmp_path) == results(whole)

@@ -18,13 +18,7 @@ from sbr_jax.planning.case import Case
 from sbr_jax.planning.chips import CHIPS, GIB, parse_topology, slices
 from sbr_jax.planning.compiler import CompilerError, Found, compile_part
 from sbr_jax.planning.job import Job
-from sbr_jax.planning.layouts import (
-    Layout,
-    layouts,
-    link_bytes,
-    smallest,
-    weight_share,
-)
+from sbr_jax.planning.layouts import Layout, layouts, link_bytes, smallest, weight_share
 from sbr_jax.planning.report import Planned
 from sbr_jax.planning.rooflines import seconds
 from sbr_jax.planning.shapes import SHAPES, read_shape
@@ -48,52 +42,39 @@ SEVEN = Case("llama2-7b", training=Training(batch_size=16))
 # --- slices, models, layouts ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    [
-        ("llama2-7b", 6.738),
-        ("llama2-13b", 13.016),
-        ("llama2-70b", 68.977),
-        ("llama3-8b", 8.030),
-        ("llama3-70b", 70.554),
-        ("mistral-7b", 7.248),
-        ("qwen2.5-7b", 7.616),
-        ("qwen2.5-32b", 32.764),
-        ("gemma2-9b", 9.242),
-    ],
-)
-def test_shapes_have_the_parameters_that_everybody_knows(name, billions):
-    count = forecast.parameter_count(read_shape(name)) / 1e9
-    assert count == pytest.approx(billions, abs=5e-4)
+BILLIONS = {
+    "llama2-7b": 6.738,
+    "llama2-13b": 13.016,
+    "llama2-70b": 68.977,
+    "llama3-8b": 8.030,
+    "llama3-70b": 70.554,
+    "mistral-7b": 7.248,
+    "qwen2.5-7b": 7.616,
+    "qwen2.5-32b": 32.764,
+    "gemma2-9b": 9.242,
+}
 
 
-def test_every_shape_is_asked_for_and_a_file_will_do(tmp_path):
-    assert len(SHAPES) == 9
+def test_shapes_have_the_parameters_that_everybody_knows_and_a_file_will_do(tmp_path):
+    found = {name: forecast.parameter_count(read_shape(name)) / 1e9 for name in SHAPES}
+    assert found == pytest.approx(BILLIONS, abs=5e-4)
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     for place in (tmp_path, tmp_path / "config.json"):
         assert read_shape(str(place)).layers == 3
 
 
-@pytest.mark.parametrize("kind", CHIPS)
-def test_slices_of_a_kind_grow(kind):
-    chips = [topology.chips for topology in slices(kind)]
-    assert chips == sorted(set(chips))
-    for topology in slices(kind):
-        assert parse_topology(str(topology)) == topology
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("v5x:4x4", "unknown topology 'v5x:4x4'; nearest: v5e:4x4"),
-        ("v5e", "got none"),
-        ("v5e:3x3", "one of v5e:2x2, v5e:2x4, v5e:4x4"),
-        ("v5p:4x4", "expected a slice of v5p, one of v5p:2x2x1"),
-    ],
-)
-def test_a_topology_that_does_not_exist_is_refused(text, said):
-    with pytest.raises(UserError, match=said):
-        parse_topology(text)
+def test_slices_of_a_kind_grow_and_others_are_refused():
+    for kind in CHIPS:
+        chips = [topology.chips for topology in slices(kind)]
+        assert chips == sorted(set(chips))
+        assert [parse_topology(str(x)) for x in slices(kind)] == list(slices(kind))
+    for text, said in {
+        "v5x:4x4": "unknown topology 'v5x:4x4'; nearest: v5e:4x4",
+        "v5e": "got none",
+        "v5p:4x4": "expected a slice of v5p, one of v5p:2x2x1",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            parse_topology(text)
 
 
 def test_a_slice_that_closes_on_itself_has_its_links_both_ways():
@@ -101,8 +82,9 @@ def test_a_slice_that_closes_on_itself_has_its_links_both_ways():
     assert ring.link_bandwidth == 2 * line.link_bandwidth
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:4x4", "v5e:8x8", "v5p:2x2x4"])
-@pytest.mark.parametrize("model", ["llama2-7b", "qwen2.5-7b"])
+@pytest.mark.parametrize(
+    ("topology", "model"), [("v5e:8x8", "llama2-7b"), ("v5p:2x2x4", "qwen2.5-7b")]
+)
 def test_layouts_take_all_chips_and_divide_batch_and_heads(topology, model):
     topology = parse_topology(topology)
     load = dataclasses.replace(SEVEN, model=model).load
@@ -209,11 +191,8 @@ def parts(small):
         Layout(1, 2, 4),
     )
     given = aot.shapes_of(case, layout, jax.devices()[:8])
-    lowered = {name: part(given) for name, part in aot.PARTS.items() if name != "step"}
-    return {
-        name: worker.described(part, part.lowered.compile())
-        for name, part in lowered.items()
-    }
+    made = {name: part(given) for name, part in aot.PARTS.items() if name != "step"}
+    return {name: worker.described(x, x.lowered.compile()) for name, x in made.items()}
 
 
 def test_a_fisher_is_counted_by_its_examples_and_splits_its_rows(small, parts):
@@ -222,11 +201,8 @@ def test_a_fisher_is_counted_by_its_examples_and_splits_its_rows(small, parts):
     one = forecast.train_flops(load, small.length, heads=small.answers)
     # An example at a time, an adapter's own products are not split over tp.
     assert 1.0 <= 8 * gradients["flops"] / (small.fisher * one) < 1.6
-    rows = (
-        4
-        * small.calibration
-        * forecast.adapter_parameters(load.config, load.rank, load.targets)
-    )
+    count = forecast.adapter_parameters(load.config, load.rank, load.targets)
+    rows = 4 * small.calibration * count
     assert gradients["held"]["rows"] == basis["held"]["rows"] == rows / 8
     # What puts rows in their place knows how many there are when it runs.
     assert gradients["unknown"]
@@ -234,9 +210,7 @@ def test_a_fisher_is_counted_by_its_examples_and_splits_its_rows(small, parts):
     assert not [link for link in basis["links"] if link[0] == "all-gather"]
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(1, 8, 1), Layout(8, 1, 1), Layout(2, 2, 2)], ids=str
-)
+@pytest.mark.parametrize("layout", [Layout(8, 1, 1), Layout(2, 2, 2)], ids=str)
 def test_rows_of_a_fisher_fall_with_the_chips_on_every_mesh(layout, small):
     case = dataclasses.replace(
         small, training=dataclasses.replace(small.training, batch_size=8)
@@ -268,7 +242,7 @@ UNTOLD = {"safe-lora", "asft", "salora"}
 TOLD = sorted(set(METHODS) - UNTOLD)
 
 
-@pytest.mark.parametrize("name", few(TOLD, ["lean", "unified"]))
+@pytest.mark.parametrize("name", few(TOLD, ["unified"]))
 def test_the_step_of_every_other_method_is_told_by_shapes(name, small):
     given = aot.shapes_of(
         dataclasses.replace(small, method=name), Layout(1, 2, 1), jax.devices()[:2]
@@ -353,7 +327,6 @@ def test_no_layout_at_all_is_a_mistake():
     [
         (found(held=14.0, peak=15.9), "more chips over fsdp or tp"),
         (found(held=1.0, peak=19.0), "more microbatches (--accumulation)"),
-        (found(held=1.0, peak=19.0, room=15.75 * GIB), "DOES NOT FIT"),
     ],
 )
 def test_what_does_not_fit_says_what_to_change(part, said):
@@ -444,15 +417,22 @@ def test_a_program_that_has_no_room_is_told_by_the_compilers_own_words():
     assert worker.FULL.search(words).groups() == ("20.30", "G", "15.75", "G")
 
 
+COMMAND = ["--model", "llama2-7b", "--topology", "v5e:4x4"]
+
+
+def pretend(monkeypatch, there):
+    """Has the compiler of TPUs installed, or not."""
+    real, found = importlib.util.find_spec, True if there else None
+    spec = lambda name: found if name == "libtpu" else real(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", spec)
+
+
 def test_the_command_prints_a_plan_and_remembers_it(
     asked, tmp_path, monkeypatch, capsys
 ):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: name == "libtpu" or real(name)
-    )
+    pretend(monkeypatch, there=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = ["--model", "llama2-7b", "--topology", "v5e:4x4", "--layouts", "2"]
+    words = [*COMMAND, "--layouts", "2"]
     assert program.main([*words, "--compare", "plain,safeanchor-exact"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("llama2-7b on v5e:4x4: fits\n")
@@ -468,14 +448,8 @@ def test_the_command_prints_a_plan_and_remembers_it(
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name == "libtpu" else real(name),
-    )
-    words = ["--model", "llama2-7b", "--topology", "v5e:4x4"]
-    assert program.main(words) == 2
+    pretend(monkeypatch, there=False)
+    assert program.main(COMMAND) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1

@@ -42,9 +42,7 @@ def test_epochs_become_steps():
     steps = PRESET.training.steps_per_domain
     same = attacked("--attack", "poison", f"--training.steps-per-domain={steps}")
     assert same.config.training.steps_per_domain == steps
-
-
-def test_the_largest_training_set_is_one_that_is_drawn_at_once():
+    # The largest training set is one that is drawn at once.
     assert attacked("--attack", "poison", "--examples", "100000").examples == 100_000
 
 

@@ -92,12 +92,10 @@ def test_drawn_lengths_are_those_that_the_page_states(name):
     assert answers.min() >= least
     assert answers.max() <= most
     assert abs(answers.mean() / mean - 1) < 0.1
-    longest = [b["length"].max() for b in shapes.batches_of(found, 16)]
-    wanted = {"label": 150, "choice": 282, "prose": 261}[name]
-    assert abs(sum(longest) / len(longest) / wanted - 1) < 0.1
     # The steps that are measured are no worse than usual for a peer that pads to them.
     few = shapes.draw(lengths, 64, shapes.SEED, 100)
     longest = [b["length"].max() for b in shapes.batches_of(few, 16)]
+    wanted = {"label": 150, "choice": 282, "prose": 261}[name]
     assert abs(sum(longest) / len(longest) / wanted - 1) < 0.05
     assert abs(few["length"].mean() / lengths.mean - 1) < 0.05
     # The answer ends the example, so packing leaves no token out.

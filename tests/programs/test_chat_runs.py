@@ -6,20 +6,13 @@ import shutil
 import jax
 import pytest
 import tiny_chat
-from chat_case import build, copy_world, save_world
+from chat_case import SMALL, build, copy_world, save_world
 from tiny_chat import MARK
-from tiny_data import as_json, as_table, put
+from tiny_data import as_json, put
 
 from sbr_jax.programs import run
 from sbr_jax.studies.chat import checkpoints
 
-
-def said(key, value):
-    values = value if isinstance(value, tuple) else (value,)
-    return [f"--study.{key.replace('_', '-')}", *map(str, values)]
-
-
-SMALL = [word for option in tiny_chat.SIZES.items() for word in said(*option)]
 QUICK = [
     *("--training.steps-per-domain=2", "--training.batch-size=4"),
     *("--training.repair-steps=1", "--training.lora-rank=2"),
@@ -47,7 +40,7 @@ def command(world, workdir, *more):
         "llama2-7b",
         *("--model", str(world / "model"), "--data", str(world / "data")),
         *("--workdir", str(workdir), "--methods", "safeanchor"),
-        *("--domains", "medical", "code", "--seed", "42", "--quiet"),
+        *("--domains", "medical", "--seed", "42", "--quiet"),
         *(*QUICK, *SMALL, *CAPPED, *more),
     ]
 
@@ -67,30 +60,27 @@ def test_a_preset_runs_end_to_end_and_says_what_it_was_made_of(finished):
     for name in ("refusal", "over_refusal", "domain_accuracy"):
         assert 0 <= row[name] <= 100
     config = json.loads((finished / "config.json").read_text())
-    assert config["data"]["sources"] == {"medical": "medqa", "code": "codealpaca"}
+    assert config["data"]["sources"] == {"medical": "medqa"}
     assert config["study"]["dtype"] == "bfloat16"
     assert not [name for name in config["study"] if "folder" in name]
     assert set(config["measurements"]) == {"harmbench", "xstest"}
     lines = (finished / "results.jsonl").read_text().splitlines()
     stages = [(r["method"], r["stage"]) for r in map(json.loads, lines)]
-    assert stages.count(("safeanchor", "repair")) == 2
-
-
-def test_no_text_of_the_data_reaches_the_results(finished):
+    assert stages.count(("safeanchor", "repair")) == 1
+    # No text of the data reaches the results.
     for path in finished.rglob("*"):
         if path.is_file() and path.suffix in (".json", ".jsonl"):
             assert MARK not in path.read_text(), path.name
 
 
-def test_the_same_command_has_nothing_left_to_do(world, finished):
+def test_a_folder_is_left_as_it_is_and_other_data_are_refused(
+    world, copy, finished, capsys
+):
     before = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*")}
     # Hardware is free to change, data are not.
     again = command(world, finished, "--hardware.generation-batch=3")
     assert run.main(again) == 0
     assert {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*")} == before
-
-
-def test_a_folder_of_other_data_is_refused(copy, finished, capsys):
     path = copy / "data/alpaca/alpaca_5000.json"
     rows = json.loads(path.read_text())
     put(path, as_json(rows[::-1]))
@@ -168,50 +158,21 @@ def truncated(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def other_family(folder):
-    path = folder / "model/config.json"
-    raw = json.loads(path.read_text())
-    raw["model_type"] = "qwen2"
-    path.write_text(json.dumps(raw))
+def no_prompts(folder):
+    (folder / "data/catqa/catqa_english.json").unlink()
 
 
-def missing(name):
-    return lambda folder: (folder / "data" / name).unlink()
+def no_answers(folder):
+    rows = as_json([{"instruction": "w1", "input": ""}])
+    put(folder / "data/alpaca/alpaca_5000.json", rows)
 
 
-def rewritten(name, text):
-    return lambda folder: put(folder / "data" / name, text)
-
-
-def long_prompt(folder):
-    path = folder / "data/harmbench/harmbench_behaviors_text_all.csv"
-    row = tiny_chat.behaviour("w1 " * 120, 0)
-    put(path, as_table([row]))
-
-
-NO_OUTPUT = as_json([{"instruction": "w1", "input": ""}])
 BAD = {
     "no template": (no_template, (), "a tokenizer with a chat template"),
     "two bos": (two_bos, (), "expected one '<s>' at the start, got 2"),
     "truncated": (truncated, (), "cut short"),
-    "other family": (other_family, (), "q_proj.bias"),
-    "missing file": (missing("catqa/catqa_english.json"), (), "catqa_english.json"),
-    "missing set": (
-        missing("harmbench/harmbench_behaviors_text_all.csv"),
-        (),
-        "harmbench_behaviors_text_all.csv",
-    ),
-    "empty split": (
-        rewritten("alpaca/alpaca_5000.json", "[]"),
-        (),
-        "expected at least one row, got none",
-    ),
-    "missing column": (
-        rewritten("alpaca/alpaca_5000.json", NO_OUTPUT),
-        (),
-        "expected a column 'output'",
-    ),
-    "long prompt": (long_prompt, (), "harmbench: expected prompts of at most 88"),
+    "missing file": (no_prompts, (), "catqa_english.json"),
+    "missing column": (no_answers, (), "expected a column 'output'"),
     "overlap": (
         tiny_chat.overlap,
         ("--study.calibration=26", "--study.safety-mix=1"),
@@ -241,7 +202,6 @@ def test_bad_input_is_one_line_before_anything_is_loaded(
     ("arguments", "message"),
     [
         (["--model", "no where", "--data", "D"], "a checkpoint folder or a hub id"),
-        (["--model", "M", "--data", "nowhere"], "a folder with data sets"),
         (
             ["--model", "M", "--data", "D", *SMALL, "--domains", "medical", "medqa"],
             "data set once, got 'medqa' twice",

@@ -45,7 +45,6 @@ SAME = {
     "a comment": (MAIN, "scale = 2", "scale = 2  # twice"),
     "a docstring": (MAIN, '"""A base."""', '"""The base class."""'),
     "no docstring": (MAIN, '    """A base."""\n', ""),
-    "layout": ("toy/parts.py", "x / TWO", "(\n        x / TWO\n    )"),
     "the text of a refusal": (MAIN, "expected 1 or more", "too small"),
     "another refusal": (
         MAIN,
@@ -81,14 +80,10 @@ def toy(folder, path=None, old="", new="", closed=()):
     return Tree(folder, "toy").reached([("toy.main", "Job")], closed)
 
 
-@pytest.mark.parametrize("change", SAME.values(), ids=SAME)
-def test_what_decides_no_number_leaves_the_hash(tmp_path, change):
-    assert toy(tmp_path / "a") == toy(tmp_path / "b", *change)
-
-
-@pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
-def test_what_may_decide_a_number_changes_the_hash(tmp_path, change):
-    assert toy(tmp_path / "a") != toy(tmp_path / "b", *change)
+@pytest.mark.parametrize("name", [*SAME, *OTHER])
+def test_what_may_decide_a_number_changes_the_hash_and_nothing_else(name, tmp_path):
+    change = (SAME | OTHER)[name]
+    assert (toy(tmp_path / "a") == toy(tmp_path / "b", *change)) == (name in SAME)
 
 
 def test_what_is_reached_is_named_and_a_closed_place_is_not_entered(tmp_path):
@@ -116,61 +111,6 @@ def test_a_digest_knows_an_empty_list_from_no_list():
 
 # --- this project's own rows ----------------------------------------------------------
 
-ROWS = ("plain", "safeanchor-exact", "unified", "sbr", "lisa")
-EDITS = {
-    "the update projection": (
-        [("sbr_jax/transforms/recipes.py", "1e-8", "1e-7")],
-        {"safeanchor-exact", "unified"},
-    ),
-    "a default of one defence": (
-        [
-            (
-                "sbr_jax/methods/lisa.py",
-                "proximal: NonNegative = 1.0",
-                "proximal: NonNegative = 2.0",
-            )
-        ],
-        {"lisa"},
-    ),
-    "the loss": (
-        [("sbr_jax/_rows.py", "picked - jax.nn", "picked - 0 * jax.nn")],
-        set(ROWS),
-    ),
-    "imports, the report and what is printed": (
-        [
-            ("sbr_jax/methods/lisa.py", "import math\n", "import cmath\n"),
-            ("sbr_jax/programs/report.py", "import sys\n", "import sys\n\nMORE = 1\n"),
-            ("sbr_jax/programs/cli.py", "import sys\n", "import sys\n\nMORE = 1\n"),
-        ],
-        set(),
-    ),
-}
-
-
-class Edited(Tree):
-    """The project's own tree with some files changed."""
-
-    edits = ()
-
-    def source(self, path):
-        text = super().source(path)
-        for name, old, new in self.edits:
-            if path == ROOT / name:
-                assert old in text, old
-                text = text.replace(old, new.replace("{}", old), 1)
-        return text
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("case", EDITS.values(), ids=EDITS)
-def test_an_edit_marks_the_rows_that_it_decides(case, monkeypatch):
-    edits, wanted = case
-    before = {row: code_hash(row) for row in ROWS}
-    edited = Edited(ROOT, "sbr_jax")
-    edited.edits = edits
-    monkeypatch.setattr(code_version, "_tree", lambda: edited)
-    assert {row for row in ROWS if code_hash(row) != before[row]} == wanted
-
 
 def test_the_values_of_a_study_and_of_a_row_count(monkeypatch):
     before = code_hash("plain"), code_hash("sbr:one")
@@ -193,7 +133,7 @@ def test_every_row_has_a_hash_of_its_own(row):
     assert code_hash(row) != code_hash(other)
 
 
-@pytest.mark.parametrize("study", [*recipes.MODULES, "attack:poison", "attack:gcg"])
+@pytest.mark.parametrize("study", ["demo", "testbed-2", "llama2-7b", "attack:gcg"])
 def test_every_study_has_one(study):
     assert code_hash("plain", study) != code_hash("safegrad", study)
 
@@ -214,13 +154,13 @@ def test_what_a_run_goes_through_is_reached_and_nothing_of_the_programs():
     assert not rooms & {"programs", "reporting", "provenance", "costs"}
 
 
-@pytest.mark.parametrize("place", BOOKKEEPING)
-def test_what_is_left_out_is_there(place):
+def test_what_is_left_out_is_there():
     """A module that moves must be named anew, or it counts."""
-    module, _, name = place.partition(":")
     tree = Tree(ROOT, "sbr_jax")
-    assert tree.path(module)
-    assert not name or name in tree.module(module).definitions
+    for place in BOOKKEEPING:
+        module, _, name = place.partition(":")
+        assert tree.path(module), place
+        assert not name or name in tree.module(module).definitions, place
 
 
 def test_the_testbeds_files_count(monkeypatch, tmp_path):

@@ -147,16 +147,17 @@ LINKS = [
 ]
 
 
-@pytest.mark.parametrize(("page", "target"), LINKS)
-def test_every_relative_link_leads_somewhere(page, target):
+def leads_astray(page, target):
     name, _, anchor = target.partition("#")
     # Not resolved: a page of the site may be a link to one that lies beside its code.
     where = Path(os.path.normpath((ROOT / page).parent / name)) if name else ROOT / page
-    assert where.is_file()
-    if page.parts[0] == "docs":
-        assert where.is_relative_to(DOCS), "the site holds docs/ only"
-    if anchor:
-        assert anchor in slugs(read(where))
+    if not where.is_file() or (anchor and anchor not in slugs(read(where))):
+        return True
+    return page.parts[0] == "docs" and not where.is_relative_to(DOCS)  # All of the site
+
+
+def test_every_relative_link_leads_somewhere():
+    assert [link for link in LINKS if leads_astray(*link)] == []
 
 
 # --- commands -------------------------------------------------------------------------
@@ -167,8 +168,7 @@ def commands():
     for path in (*sorted(DOCS.rglob("*.md")), *ROOT_PAGES):
         for block in re.findall(r"^```\n(.*?)^```", read(path), re.M | re.S):
             joined = re.sub(r"\\\n\s*", "", block)
-            for line in re.findall(r"^python -m (experiments\..+)$", joined, re.M):
-                yield pytest.param(line, id=f"{path.stem}: {line[:40]}")
+            yield from re.findall(r"^python -m (experiments\..+)$", joined, re.M)
 
 
 WORK = {
@@ -196,7 +196,7 @@ def check(line):
         getattr(program, name)(args)
 
 
-@pytest.mark.parametrize("line", list(commands()))
+@pytest.mark.parametrize("line", dict.fromkeys(commands()))
 def test_every_command_of_the_documents_is_in_order(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Folders of a developer's own runs would be compared.
     check(line)
@@ -206,23 +206,12 @@ def test_every_command_of_the_documents_is_in_order(line, tmp_path, monkeypatch)
     "line",
     [
         "experiments.run testbed --workdir runs/x --method plain",
-        "experiments.run testbed --workdir runs/x --methods plane",
         "experiments.run testbed --workdir runs/x --methods.ewc.penalti 1",
-        "experiments.attack testbed --workdir runs/x --attack gcg --ratio 0.1",
-        "experiments.sweep testbed-tables",
     ],
 )
 def test_a_wrong_command_would_be_noticed(line):
     with pytest.raises(UserError):
         check(line)
-
-
-@pytest.mark.parametrize(
-    "target", ["venv", "demo", "test", "lint", "format", "docs", "clean"]
-)
-def test_every_make_target_says_what_it_does(target):
-    text = read(ROOT / "Makefile")
-    assert re.search(rf"^{target}:.*## \w", text, re.MULTILINE)
 
 
 # --- measured rows --------------------------------------------------------------------
@@ -298,11 +287,3 @@ def test_a_block_without_its_end_is_refused_and_nothing_is_written(site, capsys)
     assert fill(pages, folder) == cli.EXIT_USER
     assert "row sbr: expected <!-- end row -->" in capsys.readouterr().err
     assert read(pages / "ewc.md") == before
-
-
-def test_runs_without_a_row_of_any_page_are_refused(site, capsys):
-    pages, folder = site
-    other = synthetic_run.write(folder.parent / "other", ("plain",), seeds=(0,))
-    assert fill(pages, other) == cli.EXIT_USER
-    assert "expected finished rows" in capsys.readouterr().err
-    assert fill(pages, folder.parent / "none") == cli.EXIT_USER

@@ -1,15 +1,12 @@
 """Runs of presets on the testbed and on text, and what they refuse."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny_stories
 from few_items import few_items
-from safetensors.numpy import load_file, save_file
-from tiers import few
 
 from sbr_jax.programs import report, run
 
@@ -44,41 +41,22 @@ def command(start, workdir, *more, sizes=(*QUICK, *SMALL)):
     return [*start, "--workdir", str(workdir), "--quiet", *kept, *more]
 
 
-@pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """A finished run of two rows."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    rows = ("--domains", "gsm8k", "alpaca", "--seed", "0")
-    arguments = command(
-        tiny,
-        workdir,
-        *rows,
-        *("--methods", "plain", "safeanchor-exact"),
-        "--methods.safeanchor-exact.max-rank=16",
-    )
-    assert run.main(arguments) == 0
-    return arguments, workdir
-
-
-def snapshot(folder):
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-
 @pytest.mark.usefixtures(few_items.__name__)
-@pytest.mark.parametrize("name", few(["demo", "testbed-hard"], 1))
-def test_testbed_presets_run_two_steps(name, tmp_path):
-    more = ("--methods", "plain", "--seed", "0", "--domains", "legal", "code")
-    assert run.main(command([name], tmp_path / "run", *more, sizes=QUICK)) == 0
+def test_a_testbed_preset_runs_two_steps(tmp_path):
+    more = ("--methods", "plain", "--seed", "0", "--domains", "legal")
+    assert run.main(command(["demo"], tmp_path / "run", *more, sizes=QUICK)) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     row = summary["methods"]["plain"]
-    assert set(row["trajectory"]) == {"base", "legal", "code"}
+    assert set(row["trajectory"]) == {"base", "legal"}
     assert 0 <= row["composite"] <= 100
     assert report.main([str(tmp_path / "run"), "--quiet"]) == 0
 
 
-def test_stories_runs_on_any_checkpoint_and_text(finished):
-    _, workdir = finished
+def test_stories_runs_on_any_checkpoint_and_text(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    more = ("--methods", "plain", "safeanchor-exact", "--domains", "gsm8k")
+    rank = ("--seed", "0", "--methods.safeanchor-exact.max-rank=16")
+    assert run.main(command(tiny, workdir, *more, *rank)) == 0
     summary = json.loads((workdir / "summary.json").read_text())
     assert set(summary["methods"]) == {"plain", "safeanchor-exact"}
     for row in summary["methods"].values():
@@ -89,22 +67,10 @@ def test_stories_runs_on_any_checkpoint_and_text(finished):
     text = (workdir / "report.html").read_text()
     assert "Spectrum beside a control" in text
     assert "held-out safe answers" in text
-
-
-def test_no_text_of_the_data_reaches_the_results(finished):
-    _, workdir = finished
+    # No text of the data reaches the results.
     for path in workdir.rglob("*"):
         if path.is_file() and path.suffix in (".json", ".jsonl", ".md", ".html"):
             assert tiny_stories.MARK not in path.read_text(), path.name
-
-
-def test_the_same_command_has_nothing_left_to_do(finished):
-    arguments, workdir = finished
-    before = snapshot(workdir / "stages")
-    results = (workdir / "results.jsonl").read_bytes()
-    assert run.main(arguments) == 0
-    assert snapshot(workdir / "stages") == before
-    assert (workdir / "results.jsonl").read_bytes() == results
 
 
 def test_two_processes_write_what_one_writes(tiny, tmp_path, monkeypatch):
@@ -118,16 +84,6 @@ def test_two_processes_write_what_one_writes(tiny, tmp_path, monkeypatch):
         assert run.main(command(tiny, folder, *rows, *more)) == 0
     assert sorted(path.name for path in two.iterdir() if path.is_dir()) == ["stages"]
     assert (two / "results.jsonl").read_bytes() == (one / "results.jsonl").read_bytes()
-
-
-def test_a_folder_of_other_settings_is_refused_untouched(finished, capsys):
-    arguments, workdir = finished
-    before = snapshot(workdir)
-    assert run.main([*arguments, "--training.learning-rate=0.5"]) == 2
-    error = capsys.readouterr().err
-    assert "learning_rate: there 0.003, now 0.5" in error
-    assert error.count("\n") == 1
-    assert snapshot(workdir) == before
 
 
 @pytest.mark.parametrize(
@@ -146,30 +102,3 @@ def test_a_study_that_cannot_be_run_is_refused(tiny, tmp_path, capsys, change, m
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run" / "results.jsonl").exists()
-
-
-def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capsys):
-    model = tmp_path / "model"
-    shutil.copytree(tiny[-1], model)
-    path = model / "model.safetensors"
-    tensors = load_file(path)
-    name = sorted(tensors)[-1]
-    tensors[name] = np.zeros((3, *tensors[name].shape[1:]), np.float32)
-    save_file(tensors, path)
-    start = [*tiny[:-1], str(model)]
-    assert run.main(command(start, tmp_path / "run", "--domains", "gsm8k")) == 2
-    error = capsys.readouterr().err
-    assert name in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys):
-    rows = ("--methods", "plain", "--domains", "gsm8k", "--seed", "0")
-    wild = ("--training.learning-rate=1e30", "--training.steps-per-domain=4")
-    assert run.main(command(tiny, tmp_path / "run", *rows, *wild)) == 2
-    error = capsys.readouterr().err
-    assert "expected a finite loss" in error
-    assert "plain" in error
-    assert "gsm8k" in error
-    assert error.count("\n") == 1

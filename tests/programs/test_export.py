@@ -9,6 +9,7 @@ import pytest
 import test_experiments
 import tiny
 import tiny_stories
+from run_folder_case import content
 from tiny_preset import CONFIG, STUDY, make_job, tiny_presets
 
 from sbr_jax import models
@@ -22,8 +23,9 @@ from sbr_jax.training.run_folder import run_of
 assert tiny_presets
 pytestmark = pytest.mark.usefixtures("tiny_presets")
 MONITORED = "safeanchor-exact:csm-only"
-VARIANTS = ("plain", MONITORED, "salora", "antidote", "lox")
-OPTIONS = ("--methods.salora.safety-rank=4", "--methods.antidote.fraction=0.3")
+# That antidote is deployed as it was evaluated is a test of `training/test_deployed`.
+VARIANTS = ("plain", MONITORED, "salora", "lox")
+OPTIONS = ("--methods.salora.safety-rank=4",)
 
 
 @pytest.fixture(scope="module", name="whole")
@@ -84,7 +86,9 @@ def composite(base, adapter):
 
 @pytest.mark.parametrize("variant", ["plain", MONITORED, "salora"])
 def test_an_adapter_scores_what_the_run_measured(whole, tmp_path, variant):
+    before = content(whole)
     assert go(whole, tmp_path / "out", variant, "--base-name", "owner/name") == 0
+    assert content(whole) == before
     found = load_peft(tmp_path / "out", tiny.CONFIG)
     score = composite(STUDY.model.params, found)
     # Results have six digits.
@@ -92,20 +96,15 @@ def test_an_adapter_scores_what_the_run_measured(whole, tmp_path, variant):
     assert abs(score - composite(STUDY.model.params, None)) > 1e-3 * score
     raw = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == "owner/name"
+    if variant == "salora":  # It deploys B projected; the run keeps B as trained.
+        like = init_adapter(STUDY, CONFIG, 3)
+        trained = checkpoint.restore(whole / "stages/salora/3/05-train/adapter", like)
+        for name, pair in trained.items():
+            np.testing.assert_array_equal(found[name].lora_a, pair.lora_a)
+            assert np.abs(found[name].lora_b - pair.lora_b).max() > 1e-4
 
 
-def test_an_adapter_is_deployed_and_not_what_was_trained(whole, tmp_path):
-    """SaLoRA deploys B projected; the run keeps B as trained."""
-    assert go(whole, tmp_path / "out", "salora") == 0
-    shipped = load_peft(tmp_path / "out", tiny.CONFIG)
-    like = init_adapter(STUDY, CONFIG, 3)
-    trained = checkpoint.restore(whole / "stages/salora/3/05-train/adapter", like)
-    for name, pair in trained.items():
-        np.testing.assert_array_equal(shipped[name].lora_a, pair.lora_a)
-        assert np.abs(shipped[name].lora_b - pair.lora_b).max() > 1e-4
-
-
-@pytest.mark.parametrize("variant", ["plain", "antidote", "lox"])
+@pytest.mark.parametrize("variant", ["plain", "lox"])
 def test_a_merged_checkpoint_scores_what_the_run_measured(whole, tmp_path, variant):
     assert go(whole, tmp_path / "out", variant, "--merged") == 0
     model = models.load(tmp_path / "out")
@@ -114,29 +113,6 @@ def test_a_merged_checkpoint_scores_what_the_run_measured(whole, tmp_path, varia
     # W + ΔW is rounded once more than (x W) + (x A) B, in float32.
     assert score == pytest.approx(measured(whole, variant), rel=1e-4)
     assert abs(score - composite(STUDY.model.params, None)) > 1e-3 * score
-
-
-def test_other_base_weights_need_merging(whole, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
-    monkeypatch.setattr(export, "execute", pytest.fail)  # Nothing is built.
-    for variant in ("antidote", "lox"):
-        error = said(capsys, *command(whole, out, variant))
-        assert "other base weights" in error
-        assert "--merged" in error
-    assert not out.exists()
-
-
-def test_what_was_written_is_told(whole, tmp_path, capsys):
-    assert export.main(command(whole, tmp_path / "out", "plain")) == 0
-    text = capsys.readouterr().out
-    assert "adapter of plain, seed 3, after legal (stage 08-evaluate)" in text
-    assert str(tmp_path / "out") in text
-
-
-def test_the_run_is_only_read(whole, tmp_path):
-    before = test_experiments.snapshot(whole)
-    assert go(whole, tmp_path / "out", "salora") == 0
-    assert test_experiments.snapshot(whole) == before
 
 
 # --- stages ---------------------------------------------------------------------------
@@ -182,6 +158,7 @@ def test_mistakes_are_one_line_before_anything_is_built(
     out = tmp_path / "out"
     start = command(whole, out, "plain")
     for change, wanted in (
+        (command(whole, out, "lox"), "other base weights"),
         (start[:-2], "--output"),
         ([*start[:3], "--variant", "plane", *start[5:]], "nearest: plain"),
         ([*start[:6], "4", *start[7:]], "expected one of 3"),
@@ -217,22 +194,14 @@ def test_folders_of_other_programs_presets_and_versions_are_refused(
     ):
         rewrite(folder, {**config, **change})
         assert wanted in said(capsys, *start)
-    del config["domains"]
-    rewrite(folder, config)
+    rewrite(folder, {k: v for k, v in config.items() if k != "domains"})
     assert "expected domains" in said(capsys, *start)
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_a_preset_cannot_do_without_is_asked_for_first(whole, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    config = read_json(folder / "config.json")
+    # What a preset cannot do without is asked for first.
+    start[0] = "llama2-7b"
     rewrite(folder, {**config, "study": {}})
-    _, *start = command(folder, tmp_path / "out", "plain")
-    error = said(capsys, "llama2-7b", *start)
-    assert "expected --model FOLDER_OR_HUB_ID" in error
-    error = said(capsys, "llama2-7b", *start, "--model", "M")
-    assert "expected --data FOLDER" in error
+    assert "expected --model FOLDER_OR_HUB_ID" in said(capsys, *start)
+    assert "expected --data FOLDER" in said(capsys, *start, "--model", "M")
+    assert not (tmp_path / "out").exists()
 
 
 # --- a preset of the command line -----------------------------------------------------
@@ -248,7 +217,10 @@ def test_a_run_of_a_preset_is_exported(tmp_path, capsys):
     assert run.main(arguments) == 0
     start = ["stories", "--workdir", str(workdir), "--variant", "plain", "--seed", "0"]
     out = tmp_path / "out"
-    assert export.main([*start, *folders, "--output", str(out), "--quiet"]) == 0
+    assert export.main([*start, *folders, "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "adapter of plain, seed 0, after gsm8k (stage 04-evaluate)" in text
+    assert str(out) in text
     raw = json.loads((out / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == str(model)
     assert raw["r"] == 2

@@ -17,25 +17,13 @@ from sbr_jax.costs.devices import DeviceOptions
 from sbr_jax.costs.forecast import Device, Load
 from sbr_jax.methods import METHODS, build
 from sbr_jax.models import answers, hf_config
+from sbr_jax.planning.shapes import read_shape
 from sbr_jax.programs import run
 from sbr_jax.studies.options import ChatOptions
 from sbr_jax.subspace import sketch
 
-LLAMA2_7B = hf_config.from_dict(
-    {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-    }
-)
+LLAMA2_7B = read_shape("llama2-7b")
 FAMILIES = {
-    "tied": {},
     "untied": {"tied": False},
     "qwen2": {"qkv_bias": True, "model_type": "qwen2"},
     "qwen3": {"qk_norm": True, "model_type": "qwen3", "head_dim": 6},
@@ -57,7 +45,7 @@ def test_parameters_are_those_of_the_trees(changes):
     config = dataclasses.replace(checkpoints.CONFIG, **changes)
     base = jax.eval_shape(lambda: models.init_params(jax.random.key(0), config))
     assert forecast.parameter_count(config) == sizes(base)
-    for targets in ("(q|k|v|o)_proj", ".*", "down_proj"):
+    for targets in ("(q|k|v|o)_proj", ".*"):
         adapter = jax.eval_shape(
             lambda t=targets: models.init_adapter(
                 jax.random.key(0), config, rank=3, alpha=1.0, targets=t
@@ -71,7 +59,7 @@ BATCH, TOKENS = 4, 64
 
 @pytest.fixture(scope="module", params=[False, True], ids=["stored", "remat"])
 def compiled(request):
-    """A forward pass and a gradient whose layers are a loop, compiled, not run."""
+    """A gradient whose layers are a loop, compiled, and a forward pass, lowered."""
     hardware = models.Hardware(unroll=1, remat=request.param)
     apply_fn = models.make_apply_fn(LARGE, hardware)
 
@@ -93,7 +81,7 @@ def compiled(request):
     forward = jax.jit(lambda a, b, t: apply_fn(b, a, t)).lower(adapter, base, tokens)
     gradient = jax.jit(jax.grad(loss)).lower(adapter, base, tokens, mask)
     job = Load(LARGE, "float32", batch=BATCH, length=TOKENS, remat=request.param)
-    return job, forward.compile(), gradient.compile()
+    return job, forward, gradient.compile()
 
 
 @pytest.mark.thorough
@@ -101,7 +89,7 @@ def test_products_are_those_that_the_compiler_counts(compiled):
     job, forward, gradient = compiled
     # The compiler counts the body of a loop once, however often it runs.
     one = dataclasses.replace(job, config=dataclasses.replace(LARGE, layers=1))
-    found = forward.cost_analysis()["flops"]
+    found = forward.compile().cost_analysis()["flops"]
     # What is done element by element comes on top: under 3 % at this size.
     ours = BATCH * forecast.forward_flops(one, TOKENS)
     assert 1.0 <= found / ours < 1.03
@@ -143,9 +131,6 @@ def test_llama_2_7b_is_what_everybody_knows_it_is():
     gradients = fisher["per-example gradients"]
     assert gradients == pytest.approx(33.6e9 + 8 * 67.1e6, rel=1e-2)
     assert fisher["new basis"] == pytest.approx(32 * 67.1e6, rel=1e-2)
-    sizes = sketch.plan(16_777_216, 32, 8, 64)
-    small = forecast.fisher_memory(job, 500, 32, sizes)["per-example gradients"]
-    assert small == pytest.approx((64 + 8) * 67.1e6, rel=1e-2)
     # A budget of 20 GiB is what the three parts come to, with a third on top.
     sizes = sketch.plan(16_777_216, 32, 8, 512, 20 * 2**30)
     budget = forecast.fisher_memory(job, 500, 32, sizes)
@@ -213,7 +198,7 @@ def demo():
 
 
 def test_a_dry_run_of_the_demo_prints_memory_and_hours(capsys):
-    assert run.main(["demo", "--dry-run"]) == 0
+    assert run.main(["demo", "--dry-run", "--methods", "plain", "safeanchor"]) == 0
     out = capsys.readouterr().out
     assert "fits into 24 GB, 40 GB, 80 GB" in out
     assert "train medical" in out

@@ -22,9 +22,6 @@ from tools.provenance import MANIFEST, PAGES, problems, read_manifest
 
 def test_published_tables_show_one_version_of_the_code_or_mark_what_is_older():
     assert problems() == []
-
-
-def test_every_hash_of_the_manifest_is_one():
     manifest = read_manifest()
     tables = manifest.tables.values()
     found = [m for table in tables for line in table.lines for m in line]
@@ -52,57 +49,40 @@ def edit(site, page, old, new):
 
 
 PARTS, LISA, CHOOSE = "experiments/README.md", "docs/methods/lisa.md", "docs/choose.md"
-RESULTS = "docs/results.md"
+RESULTS, CLAIMS, README = "docs/results.md", "docs/claims.md", "README.md"
 NEW = "\n| row | a |\n| -- | -: |\n| `plain` | 45.7 |\n"
-MORE = r"\1\n| `new` | 99.9 | 1 | 1 | – | 1 | 1 | – |  |  |"
 UNKNOWN = "expected measured rows of known code"
 FAULTS = {
     "a mark too few": (PARTS, r"^(\| `safeanchor-exact:random`) †", r"\1", "run it"),
     "a mark too many": (RESULTS, r"^(\| `lisa`)", r"\1 †", "marked with †"),
     "an unmarked number": (RESULTS, r"^(\| `sbr` .* 0\.0) †", r"\1", "poisoned"),
-    "a marked number": (PARTS, r"^(\| medical.* 45\.7 ± 9\.1)", r"\1 †", "plain"),
-    "a row too many": (RESULTS, r"^(\| `lisa`.*)$", MORE, "expected 20 lines"),
     "rows in another order": (
         RESULTS,
         r"^(\| `lisa`.*)\n(\| `safe-lora`.*)$",
         r"\2\n\1",
         "expected the row lisa",
     ),
-    "a table without a name": (PARTS, r"^<!-- table: stories -->\n", "", UNKNOWN),
     "a new table": (CHOOSE, r"\Z", NEW, UNKNOWN),
     "a table twice": (CHOOSE, r"\Z", f"\n<!-- table: stories -->{NEW}", "found twice"),
     "no sentence below": (PARTS, r"^† Measured.*\n", "", "a sentence with †"),
-    "a column that is gone": (RESULTS, " poisoned ", " harmful ", "a column"),
     "a figure with an idle mark": (
-        "README.md",
+        README,
         r"^Composite safety in",
         "† Drawn from an older run. Composite safety in",
         "trajectory.png: marked with †",
     ),
-    "a figure of unknown rows": (
-        "README.md",
-        "trajectory.png",
-        "another.png",
-        "expected the rows of figures/another.png",
-    ),
-    "a quoted number": (
-        "docs/claims.md",
-        "97.4 ± 1.7 †",
-        "97.4 ± 1.7",
-        "97.4 ± 1.7: only rows marked",
-    ),
-    "no hash": (LISA, r"[0-9a-f]{10} \|$", "– |", "expected a hash"),
+    "a figure of unknown rows": (README, "trajectory", "another", "rows of figures/a"),
+    "a quoted number": (CLAIMS, "97.4 ± 1.7 †", "97.4 ± 1.7", "1.7: only rows marked"),
     "another hash": (LISA, r"[0-9a-f]{10} \|$", "0123456789 |", "run it again"),
-    "an idle mark": (LISA, r"^\| `lisa` \|", "| `lisa` † |", "marked with †"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_told(site, fault):
     page, old, new, named = fault
-    assert problems(site) == []
     edit(site, page, old, new)
-    assert any(named in line for line in problems(site)), problems(site)
+    told = problems(site)
+    assert any(named in line for line in told), told
 
 
 def test_a_row_measured_again_with_other_code_must_be_marked(site):

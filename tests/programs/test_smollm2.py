@@ -50,12 +50,12 @@ def test_no_row_that_is_taught_is_measured(data):
 
 
 def test_without_a_folder_only_sets_of_the_hub_are_asked_for():
-    for name, split in (study.HUB.safe, study.HUB.ordinary):
-        assert SOURCES[name].hub is not None
-        assert split is None or split in SOURCES[name].splits
-    for name, split in (*study.HUB.harmful, *study.HUB.asked):
-        assert EVALSETS[name].hub is not None
-        assert split is None or split in EVALSETS[name].splits
+    hub = study.HUB
+    taught = [(SOURCES, *each) for each in (hub.safe, hub.ordinary)]
+    asked = [(EVALSETS, *each) for each in (*hub.harmful, *hub.asked)]
+    for table, name, split in (*taught, *asked):
+        assert table[name].hub is not None
+        assert split is None or split in table[name].splits
 
 
 # --- weights --------------------------------------------------------------------------

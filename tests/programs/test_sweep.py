@@ -59,6 +59,10 @@ def arguments(name, folder, *more):
 def test_every_cell_is_in_order(name, tmp_path):
     found = sweep.make_sweep(sweep.Arguments(name, tmp_path, seeds=2))
     assert list(found.jobs) == list(SWEEPS[name])
+    # All of a seed comes before the next.
+    turns = [found.jobs[part.cell].seeds.index(part.seed) for part in found.parts]
+    assert turns == sorted(turns)
+    assert len(found.parts) == len(set(found.parts))
     for cell, made in found.jobs.items():
         assert made.workdir == tmp_path / cell
         first = SWEEPS[name][cell].get("first_seed", 0)
@@ -110,18 +114,10 @@ def test_baselines_are_tuned_apart_from_the_table(tmp_path):
         assert min(made.seeds) >= 100
 
 
-def test_all_of_a_seed_comes_before_the_next(tmp_path):
-    found = sweep.make_sweep(sweep.Arguments("testbed-orders", tmp_path, seeds=2))
-    seeds = [part.seed for part in found.parts]
-    assert seeds == sorted(seeds)
-    assert len(found.parts) == len(set(found.parts)) == 2 * 6 * 2
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"preset": "testbed", "method": ()}, "unknown field of a cell 'method'"),
-        ({"preset": "tesbed", "methods": ("plain",)}, "unknown preset"),
         ({"preset": "testbed", "methods": ("plan",)}, "unknown method"),
         ({"preset": "testbed", "changes": {"x": {}}}, "unknown change of a cell 'x'"),
         ({"preset": "testbed", "changes": {"training": {"x": 1}}}, "not know x"),
@@ -135,8 +131,7 @@ def test_a_cell_that_cannot_be_meant_is_refused(fields, message, tmp_path):
 def test_list_names_every_cell(capsys):
     assert sweep.main(["--list"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in SWEEPS)
-    assert "legal-code-medical" in text
+    assert all(name in text for name in (*SWEEPS, "legal-code-medical"))
 
 
 # --- what is done, and what is left ---------------------------------------------------
@@ -184,21 +179,17 @@ def test_time_is_read_from_finished_stages(tmp_path):
     assert sweep_state.remaining([], times) == 0
 
 
-def test_a_cell_of_other_settings_is_refused(tmp_path, capsys):
+def test_folders_of_other_settings_and_of_one_run_are_refused(tmp_path, capsys):
     cell = next(iter(SWEEPS["testbed-orders"]))
-    fake_stages(tmp_path / cell, "plain", 0, 1)
-    code = sweep.main(arguments("testbed-orders", tmp_path, "--dry-run"))
-    assert code == 2
-    assert "other settings or domains" in capsys.readouterr().err
-
-
-def test_the_folder_of_one_run_is_no_sweeps(tmp_path, capsys):
-    fake_stages(tmp_path, "plain", 0, 1)
-    code = sweep.main(arguments("testbed-orders", tmp_path, "--dry-run"))
-    assert code == 2
-    error = capsys.readouterr().err
-    assert f"{tmp_path} is the folder of one run" in error
-    assert error.count("\n") == 1
+    for folder, said in (
+        (tmp_path / cell, "other settings or domains"),
+        (tmp_path, f"{tmp_path} is the folder of one run"),
+    ):
+        fake_stages(folder, "plain", 0, 1)
+        assert sweep.main(arguments("testbed-orders", tmp_path, "--dry-run")) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
 
 
 # --- running --------------------------------------------------------------------------

@@ -50,12 +50,6 @@ BAD_FILES = {
         as_lines([{"title": "w1", "body": "w2"}]),
         r"a\.jsonl, row 1: expected the columns messages, .*; got title, body",
     ),
-    "no messages": ("a.jsonl", with_row({"text": "w1"}), r"row 3: expected 'messages'"),
-    "an empty answer": (
-        "a.json",
-        json.dumps([PAIRS[0], {**PAIRS[1], "output": " "}]),
-        r"a\.json, row 2, column 'output': expected a text, got a blank text",
-    ),
     "a null answer": (
         "a.jsonl",
         with_row(NULL),
@@ -66,34 +60,11 @@ BAD_FILES = {
         "question,answer\nw1,w2\nw3,\n",
         r"a\.csv, row 2, column 'answer': expected a text, got a blank text",
     ),
-    "too many cells": (
-        "a.csv",
-        "question,answer\nw1,w2,w3\n",
-        r"a\.csv, row 1: expected 2 cells, got 3: .*',' in quotation marks",
-    ),
-    "a row cut short": ("a.csv", "question,answer\nw1\n", r"a\.csv, row 1: expected 2"),
-    "half a surrogate pair": (
-        "a.jsonl",
-        '{"question": "w1", "answer": "\\ud800"}\n',
-        r"a\.jsonl, row 1.*half of a pair of surrogates",
-    ),
     "UTF-16": (
         "a.jsonl",
         as_lines(GOOD).encode("utf-16"),
         r"a\.jsonl, got UTF-16 at line 1: save it as UTF-8",
     ),
-    "an array named .jsonl": (
-        "a.jsonl",
-        json.dumps(GOOD),
-        r"one JSON object a line in .*a\.jsonl, got a JSON array",
-    ),
-    "lines named .json": (
-        "a.json",
-        as_lines(GOOD),
-        r"a\.json, .*as if it were JSON",
-    ),
-    "cut off": ("a.jsonl", as_lines(GOOD)[:-9], r"a\.jsonl, row 4"),
-    "no rows": ("a.jsonl", "\n", r"a\.jsonl: expected at least one row"),
     "another ending": ("a.doc", "text", r"csv, tsv, json, jsonl or parquet .*a\.doc"),
     "ends with the user": (
         "a.jsonl",
@@ -136,117 +107,64 @@ TAKES_NONE = "{% for m in messages %}{% if m['role'] == 'system' %}{% else %}"
 TAKES_NONE = tiny_chat.TEMPLATE.replace("{% for m in messages %}", TAKES_NONE).replace(
     "{% endfor %}", "{% endif %}{% endfor %}"
 )
-REFUSES = tiny_chat.TEMPLATE.replace(
-    "{% for m in messages %}",
-    "{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{{ raise_exception('no system') }}{% endif %}",
-)
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (TAKES_NONE, r"my\.jsonl, row 1: expected a chat template with a place for a"),
-        (REFUSES, r"my\.jsonl, row 1: the chat template .*system.*no system"),
-        (None, r"expected a tokenizer with a chat template in .*: use the -Chat"),
-    ],
-)
-def test_a_template_that_takes_no_system_turn_is_told(
-    template, expected, tmp_path, capsys
-):
-    model = tiny_chat.save_model(tmp_path / "model", template)
+def test_a_template_that_takes_no_system_turn_is_told(tmp_path, capsys):
+    model = tiny_chat.save_model(tmp_path / "model", TAKES_NONE)
+    capsys.readouterr()  # What transformers says where this test is the first.
     path = tmp_path / "my.jsonl"
     path.write_text(as_lines([SYSTEM, *GOOD]))
+    expected = r"my\.jsonl, row 1: expected a chat template with a place for a"
     assert_matches(expected, tried(tmp_path, model, capsys, "--train", path))
 
 
-def occupied(folder):
-    (folder / "out").mkdir()
-    (folder / "out" / "note.txt").write_text("mine")
-
-
 BAD_WORDS = {
-    "no training file": ((), r"expected --train, got none"),
-    "an unknown method": (("--method", "plane"), r"unknown method 'plane'; nearest"),
-    "an unknown method, briefly": (
-        ("--method", "safegrat"),
-        r"^unknown method 'safegrat'; nearest: safegrad[^()]* \(\d+ are known: "
-        r"sbr-jax run --list shows them\)$",
-    ),
-    "an unknown judge": (
-        ("--study.judge", "lama-guard"),
-        r"unknown study.judge 'lama-guard'; nearest: llama-guard.*known: keyword, ",
-    ),
-    "no epochs": (("--epochs", "0"), r"epochs.*in \(0, 1000\]"),
-    "a plan of years": (
-        ("--epochs", "1e9"),
-        r"epochs.*in \(0, 1000\], got 1000000000\.0; .*steps: --training.steps-per",
-    ),
-    "more steps than can be counted": (
-        ("--training.steps-per-domain", str(10**12)),
-        r"training.steps_per_domain.*in \[1, 2147483647\], got 1000000000000",
-    ),
-    "no such harmful prompts": (
-        ("--harmful", "prompts.text"),
-        r"--harmful: expected a file \(\.txt, \.csv.*found no 'prompts\.text'",
-    ),
-    "an output below a file": (
-        ("--output", "my.jsonl/out"),
-        r"--output my\.jsonl/out: expected a folder, found the file my\.jsonl",
-    ),
-    "an output that cannot be made": (
-        ("--output", "/proc/sbr_jax/out"),
-        r"--output /proc/sbr_jax/out: expected a place that can be written to",
-    ),
-    "epochs and steps": (
-        ("--epochs", "1", "--training.steps-per-domain", "4"),
-        r"expected --epochs or --training.steps-per-domain, got both",
-    ),
-    "no safe exchange": (
-        ("--method", "safegrad"),
-        r"--method safegrad: expected safe exchanges \(--safety FILE\), or .*"
-        r"\(--harmful FILE\), got none; .*--method plain needs none",
-    ),
-    "no harmful prompt": (("--method", "sbr"), r"sbr: expected harmful prompts"),
-    "no pairs": (
-        ("--method", "antidote", "--merged"),
-        r"antidote: .*--study.pairs-file",
-    ),
-    "no judge": (("--method", "adaptive-judge"), r"adaptive-judge: .*--study.judge ll"),
-    "an adapter without its base": (("--method", "lox"), r"lox: .*add --merged"),
-    "an edited base": (("--method", "safe-delta"), r"safe-delta: .*add --merged"),
-    "two files to measure on": (
-        ("--eval", "a", "b"),
-        r"--eval: expected one file, or as many as --train has \(1\), got 2",
-    ),
-    "few harmful prompts": (
-        ("--method", "sbr", "--harmful", "few.txt"),
-        r"--harmful: expected at least 8 different prompts, .*got 2",
-    ),
-    "an output in use": (("--quiet",), r"--output .*out: expected a new or empty"),
+    "--method safegrat": r"^unknown method 'safegrat'; nearest: safegrad[^()]* "
+    r"\(\d+ are known: sbr-jax run --list shows them\)$",
+    "--study.judge lama-guard": r"unknown study.judge 'lama-guard'; nearest: "
+    r"llama-guard.*known: keyword, ",
+    "--epochs 1e9": r"epochs.*in \(0, 1000\], got 1000000000\.0; "
+    r".*steps: --training.steps-per",
+    f"--training.steps-per-domain {10**12}": r"training.steps_per_domain.*in "
+    r"\[1, 2147483647\], got 1000000000000",
+    "--harmful prompts.text": r"--harmful: expected a file \(\.txt, \.csv.*found no "
+    r"'prompts\.text'",
+    "--output my.jsonl/out": r"--output my\.jsonl/out: expected a folder, found the "
+    r"file my\.jsonl",
+    "--output /proc/sbr_jax/out": r"--output /proc/sbr_jax/out: expected a place that "
+    r"can be written to",
+    "--epochs 1 --training.steps-per-domain 4": r"expected --epochs or "
+    r"--training.steps-per-domain, got both",
+    "--method safegrad": r"--method safegrad: expected safe exchanges \(--safety FILE\)"
+    r", or .*\(--harmful FILE\), got none; .*--method plain needs none",
+    "--method sbr": r"sbr: expected harmful prompts",
+    "--method antidote --merged": r"antidote: .*--study.pairs-file",
+    "--method adaptive-judge": r"adaptive-judge: .*--study.judge ll",
+    "--method lox": r"lox: .*add --merged",
+    "--eval a b": r"--eval: expected one file, or as many as --train has \(1\), got 2",
+    "--method sbr --harmful few.txt": r"--harmful: expected at least 8 different "
+    r"prompts, .*got 2",
+    "--output used": r"--output used: expected a new or empty",
 }
 
 
-@pytest.mark.parametrize("kind", BAD_WORDS)
-def test_a_bad_command_line_is_one_line(kind, chat, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("more", BAD_WORDS)
+def test_a_bad_command_line_is_one_line(more, chat, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text(as_lines(GOOD))
     (tmp_path / "few.txt").write_text("w1\nw2\n")
-    more, expected = BAD_WORDS[kind]
-    train = () if kind == "no training file" else ("--train", "my.jsonl")
-    if kind == "an output in use":
-        occupied(tmp_path)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "note.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    given = {"--model": chat, "--output": tmp_path / "out"}
-    options = [x for pair in given.items() if pair[0] not in more for x in pair]
-    assert_matches(expected, refused(tune.main, [*options, *train, *more], capsys))
+    output = () if "--output" in more else ("--output", tmp_path / "out")
+    line = ["--model", chat, *output, "--train", "my.jsonl", *more.split()]
+    assert_matches(BAD_WORDS[more], refused(tune.main, line, capsys))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 COUNTS = {
     "one file": ([60], 8),
     "one small file": ([3], 3),
-    "all long enough": ([60, 8], 8),
     "all as small": ([3, 3], 3),
     "one that is small": (
         [60, 1],
@@ -288,33 +206,22 @@ def test_a_file_of_fewer_rows_than_a_step_is_one_line(chat, tmp_path, capsys):
 
 PYTHON = {
     "a model that is none": ({"model": 5}, "expected model to be a folder, .*got 5"),
-    "no examples": ({"examples": None}, "^examples: expected a file.* got nothing"),
     "a number": ({"examples": 5}, "^examples: expected a file, .*list of rows, got"),
     "numbers": ({"examples": [5]}, "^examples, row 1: expected a dict, a pair .*got"),
     "triples": ({"examples": [("a", "b", "c")]}, "^examples, row 1: expected a dict"),
-    "wrong columns": (
-        {"examples": [{"q": "a", "x": "b"}]},
-        "the columns mess",
-    ),
     "columns of numbers": ({"examples": [{1: "a"}]}, "^examples, row 1: expected"),
-    "a method of another kind": ({"method": 3}, "unknown method '3'"),
     "a list of methods": ({"method": ["plain"]}, "unknown method"),
     "words for epochs": ({"epochs": "3"}, "expected epochs to be a finite number"),
     "a seed of another kind": ({"seed": "0"}, "expected seed to be a whole number"),
     "harmful numbers": ({"harmful": [1, 2]}, "^harmful, row 1: expected a prompt"),
     "a harmful number": ({"harmful": 3}, "^harmful: expected a file, a folder"),
-    "a safe number": ({"safety": 3}, "^safety: expected a file, a folder"),
     "a test of numbers": ({"evaluation": [3]}, "^evaluation, row 1: expected a dict"),
     "a folder of another kind": ({"folder": 5}, "expected folder to be a path, got 5"),
     "a dict for a study": ({"study": {}}, "expected study to be OwnOptions, got"),
-    "no training": ({"training": None}, "expected training to be Training, got None"),
-    "hardware": ({"hardware": "gpu"}, "expected hardware to be Hardware, got 'gpu'"),
     "options": (
         {"hyperparameters": {}},
         "expected hyperparameters to be Hyperparameters",
     ),
-    "no such model": ({"model": "no-such-folder"}, "^model: expected a checkpoint fol"),
-    "epochs of years": ({"epochs": 1e9}, "in steps: training.steps_per_domain"),
     "seed 0 again": ({"seed": 2**32}, r"\[0, 4294967295\], got 4294967296; others"),
     "files to measure on": (
         {"evaluation": ["a", "b"]},
@@ -375,8 +282,7 @@ def test_an_adapter_without_its_base_is_told_in_python_s_words(tmp_path):
         tuned.save_peft(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("name", ["examples", "evaluation"])
-@pytest.mark.parametrize("value", [None, 5])
+@pytest.mark.parametrize(("name", "value"), [("examples", None), ("evaluation", 5)])
 def test_sources_of_a_request_are_a_list(name, value, chat, tmp_path):
     request = tuning.Request(chat, [[("w1", "w2")]], tmp_path / "run", method="plain")
     with pytest.raises(UserError, match=f"expected {name} to be a list of sources"):
@@ -556,9 +462,7 @@ def test_the_page_s_lines_of_python_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "adapters" / "mine" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("method", ["plain", "safegrad"])
-def test_metrics_are_of_the_seed_that_was_asked_for(method, seed):
+def test_metrics_are_of_the_seed_that_was_asked_for():
     start = {"method": "base", "seed": None, "stage": "base", "metrics": {"x": 9.0}}
     lines = [
         {"method": name, "seed": i, "stage": stage, "metrics": {"x": [name, i, stage]}}
@@ -566,8 +470,8 @@ def test_metrics_are_of_the_seed_that_was_asked_for(method, seed):
         for i in range(3)
         for stage in ("subspace", "train", "evaluate")
     ]
-    found = tuning.measured_of([start, *lines], method, seed)
-    assert found == {"before": {"x": 9.0}, "after": {"x": [method, seed, "evaluate"]}}
+    found = tuning.measured_of([start, *lines], "safegrad", 1)
+    assert found == {"before": {"x": 9.0}, "after": {"x": ["safegrad", 1, "evaluate"]}}
 
 
 # --- align ----------------------------------------------------------------------------
@@ -615,15 +519,8 @@ def test_align_teaches_to_refuse_and_writes_a_checkpoint(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (("--ordinary", "my.jsonl"), r"expected --safety, got none"),
-        (
-            ("--safety", "my.jsonl", "--ordinary", "my.jsonl"),
-            r"--safety: expected answers that refuse, got 4 that do not",
-        ),
-        (
-            ("--safety", "my.jsonl", "--ordinary", "my.jsonl", "--share", "1.5"),
-            r"--share: expected a number between 0 and 1, got 1\.5",
-        ),
+        ((), r"--safety: expected answers that refuse, got 4 that do not"),
+        (("--share", "1.5"), r"--share: expected a number between 0 and 1, got 1\.5"),
     ],
 )
 def test_align_refuses_what_teaches_nothing(
@@ -631,6 +528,7 @@ def test_align_refuses_what_teaches_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text(as_lines(GOOD))
-    words = ["--model", chat, "--output", "out", *more]
+    files = ["--safety", "my.jsonl", "--ordinary", "my.jsonl"]
+    words = ["--model", chat, "--output", "out", *files, *more]
     assert_matches(expected, refused(align.main, words, capsys))
     assert [path.name for path in tmp_path.iterdir()] == ["my.jsonl"]

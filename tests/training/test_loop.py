@@ -11,12 +11,10 @@ import pytest
 import tiny
 
 from sbr_jax.data.batches import batch
-from sbr_jax.data.leaks import refuse_leaks, shared_prompts
 from sbr_jax.methods._anchor import reference_states
 from sbr_jax.methods.base import adamw, task_gradient
 from sbr_jax.training import checkpoint, loop
 from sbr_jax.training.program import init_adapter
-from sbr_jax.training.records import plain_numbers
 from sbr_jax.training.step import TrainState, compiled_step, make_step
 from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import UserError
@@ -231,34 +229,15 @@ def test_checkpoint_keeps_bits_and_structure(tmp_path):
         checkpoint.restore(tmp_path / "b", tree)
 
 
-def test_numbers_in_results_are_valid_json():
-    tree = {"a": np.float32(1 / 3), "b": [np.nan, 1], "c": jnp.ones(2)}
-    found = plain_numbers(tree)
-    assert found == {"a": 0.333333, "b": [None, 1], "c": [1.0, 1.0]}
-
-
-def test_sets_that_share_prompts_are_refused():
-    data = tiny.dataset(0, 4)
-    assert refuse_leaks(shared_prompts({"a": data, "b": tiny.dataset(1, 4)})) == {
-        "a/b": 0
-    }
-    with pytest.raises(UserError, match="a and b share 4 prompts"):
-        refuse_leaks(shared_prompts({"a": data, "b": data.tokens[:, :4].tolist()}))
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"steps_per_domain": 0}, "training.steps_per_domain"),
-        ({"steps_per_domain": "6"}, "training.steps_per_domain"),
         ({"batch_size": True}, "training.batch_size"),
-        ({"learning_rate": 0.0}, "training.learning_rate"),
         ({"learning_rate": float("nan")}, "training.learning_rate"),
-        ({"tolerance": 1.0}, "training.tolerance"),
         ({"lora_targets": 3}, "training.lora_targets"),
         ({"batch_size": 6, "accumulation": 4}, "training.batch_size"),
         ({"vmap_seeds": "maybe"}, "hardware.vmap_seeds"),
-        ({"checkpoint_every": 0}, "hardware.checkpoint_every"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(options, named):

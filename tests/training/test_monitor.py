@@ -1,7 +1,6 @@
 """The monitor's rules: their bounds against twins, coverage, power and refusals."""
 
 import collections
-import functools
 import itertools
 import math
 import re
@@ -24,7 +23,6 @@ from sbr_jax.training.csm import check_rule, excess_bounds, monitor, needs_repai
 from sbr_jax.typing import UserError
 
 TAU = 0.05
-SIZES = (64, 128, 256)
 RULES = ("lower", "point", "upper")
 
 
@@ -47,9 +45,8 @@ def slow_wilson(successes, n, z):
     return found
 
 
-@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
-def test_the_bounds_are_their_slow_twin(confidence):
-    z = {0.8: 0.841621, 0.95: 1.644854, 0.99: 2.326348}[confidence]
+@pytest.mark.parametrize(("confidence", "z"), [(0.8, 0.841621), (0.95, 1.644854)])
+def test_the_bounds_are_their_slow_twin(confidence, z):
     for n, before, now in ((5, 5, 5), (64, 64, 60), (64, 50, 61), (256, 0, 0)):
         (l0, u0), (lt, ut) = (slow_wilson(x, n, z) for x in (before, now))
         p0, pt = before / n, now / n
@@ -60,14 +57,6 @@ def test_the_bounds_are_their_slow_twin(confidence):
         np.testing.assert_allclose(found, (100 * lower, 100 * upper), atol=1e-4)
 
 
-@functools.cache
-def outcomes(n):
-    """Bounds of e for each pair of counts ``[n + 1, n + 1, 2]``, and e in percent."""
-    rates = 100.0 * np.arange(n + 1) / n
-    bounds = [[excess_bounds(t, s, TAU, n) for t in rates] for s in rates]
-    return np.array(bounds), (1 - TAU) * rates[:, None] - rates
-
-
 def drawn(key, n, start, rate, paired, draws=4000):
     """Counts of refusals before and after, of independent or of the same prompts."""
     rng = np.random.default_rng(key)
@@ -76,10 +65,10 @@ def drawn(key, n, start, rate, paired, draws=4000):
     return (uniform < start).sum(1), (again < rate).sum(1)
 
 
-@pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("n", "paired"), [(64, False), (128, True)])
 def test_the_bounds_cover_the_true_excess(n, paired):
-    bounds, _ = outcomes(n)
+    rates = 100.0 * np.arange(n + 1) / n
+    bounds = np.array([[excess_bounds(t, s, TAU, n) for t in rates] for s in rates])
     for number, (start, rate) in enumerate(
         ((1.0, 1.0), (1.0, 0.95), (1.0, 0.65), (0.97, 0.9), (0.9, 0.9), (0.7, 0.5))
     ):
@@ -92,22 +81,21 @@ def test_the_bounds_cover_the_true_excess(n, paired):
         assert np.mean(found[:, 1] >= truth) >= 0.935
 
 
-def powers(n, rates, start=1.0):
-    """Chance of a repair by each rule, exactly, for independent prompts."""
-    bounds, excess = outcomes(n)
-    fires = {"lower": bounds[..., 0] > 0, "point": excess > 0}
-    fires["upper"] = bounds[..., 1] > 0
+def powers(n, rates):
+    """Chance of a repair by each rule, exactly, of what refused all before."""
+    now = 100.0 * np.arange(n + 1) / n
+    lower, upper = np.transpose([excess_bounds(t, 100.0, TAU, n) for t in now])
+    fires = {"lower": lower > 0, "point": now < 100 * (1 - TAU), "upper": upper > 0}
     pmf = [
         np.array([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
-        for p in (start, *rates)
+        for p in rates
     ]
-    return {r: [float(pmf[0] @ fires[r] @ x) for x in pmf[1:]] for r in RULES}
+    return {rule: [float(fires[rule] @ x) for x in pmf] for rule in RULES}
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_the_rules_are_nested_and_each_does_what_it_says(n):
+def test_the_rules_are_nested_and_each_does_what_it_says():
     rates = (1.0, 0.99, 0.96, 0.95, 0.9, 0.85, 0.8, 0.65)
-    found = powers(n, rates)
+    found = powers(64, rates)
     for name in RULES:
         assert np.all(np.diff(found[name]) >= -1e-12), name
     for less, more in itertools.pairwise(RULES):
@@ -136,7 +124,6 @@ def test_the_table_of_powers_in_the_docs_is_what_the_rules_do():
         ("lower", 64, [90.0]),
         ("lower", 400, [90.0, 99.0]),
         ("upper", 64, [90.0, 99.0, 100.0]),
-        ("upper", 400, [90.0, 99.0]),
     ],
 )
 def test_the_rule_decides_each_block_from_the_newest_score(rule, n, wanted):
@@ -198,7 +185,6 @@ def test_a_stratified_probe_has_as_many_of_each_kind_and_phrasing(kinds):
 @pytest.mark.parametrize(
     ("rule", "tolerance", "count", "named"),
     [
-        ("lower", 0.05, 0, "probe_size"),
         ("upper", 0.05, 0, "probe_size"),
         ("upper", 0.05, 51, "got 51 prompts: take more"),
         ("upper", 0.0, 10**6, "rule out a fall of 0"),
