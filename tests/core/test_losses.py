@@ -42,18 +42,11 @@ def test_the_first_column_of_the_mask_never_counts():
     logits, tokens, mask = sample()
     other = mask.copy()
     other[:, 0] = 1 - other[:, 0]
-    for one, two in zip(
-        (
-            losses.token_cross_entropy(logits, tokens, mask),
-            losses.kl_to_reference(logits[::-1], logits, mask),
-        ),
-        (
-            losses.token_cross_entropy(logits, tokens, other),
-            losses.kl_to_reference(logits[::-1], logits, other),
-        ),
-        strict=True,
+    for loss in (
+        lambda m: losses.token_cross_entropy(logits, tokens, m),
+        lambda m: losses.kl_to_reference(logits[::-1], logits, m),
     ):
-        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(loss(mask), loss(other))
 
 
 def test_kl_equals_its_definition_and_has_this_direction():
@@ -115,17 +108,6 @@ def test_bfloat16_logits_are_reduced_in_float32():
     assert loss.dtype == jnp.float32
     wide = losses.token_cross_entropy(low.astype(jnp.float32), tokens, mask)
     np.testing.assert_array_equal(loss, wide)
-
-
-def test_jit_and_vmap_change_nothing():
-    logits, tokens, mask = sample()
-    plain = losses.token_cross_entropy(logits, tokens, mask)
-    jitted = jax.jit(losses.token_cross_entropy)(logits, tokens, mask)
-    mapped = jax.vmap(lambda *x: losses.token_cross_entropy(*(v[None] for v in x))[0])(
-        logits, tokens, mask
-    )
-    np.testing.assert_allclose(plain, jitted, rtol=1e-6)
-    np.testing.assert_allclose(plain, mapped, rtol=1e-6)
 
 
 def test_anchor_reductions_differ_by_the_width():

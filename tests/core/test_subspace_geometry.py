@@ -7,7 +7,6 @@ import pytest
 import reference
 from programs_case import compiled
 from subspace_case import gram_error, normal, plain, rank
-from tiers import few
 
 from sbr_jax import (
     discarded_energy,
@@ -204,7 +203,7 @@ def test_random_subspace_is_uniform():
 
 
 @pytest.mark.parametrize("weighting", ["eigenvalue", "uniform"])
-@pytest.mark.parametrize("seed", few(range(6), 2))
+@pytest.mark.parametrize("seed", range(2))
 def test_merging_nearly_equal_low_rank_bases_stays_orthonormal(seed, weighting):
     # Far more columns than rank: most candidate columns are rounding inside the span.
     rng = np.random.default_rng(seed)

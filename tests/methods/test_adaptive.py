@@ -93,20 +93,9 @@ def test_granularity_matters_exactly_where_risks_differ():
         Weighting(0.1, 0.9, name, "linear") for name in ("example", "batch")
     )
     np.testing.assert_array_equal(example(np.full(8, 0.5)), mean(np.full(8, 0.5)))
-    assert np.abs(example(RISKS)[1] - mean(RISKS)[1]).max() > 0.3
     # Microbatches of one, the released code's, are per example.
     ones = [mean(RISKS[row : row + 1])[1][0] for row in range(8)]
     np.testing.assert_array_equal(ones, example(RISKS)[1])
-
-
-def test_the_published_mean_hides_a_minority():
-    one_in_ten = np.array([1.0] + 9 * [0.0])
-    example, mean = (
-        Weighting(0.1, 0.9, name, "legacy")(one_in_ten)[1]
-        for name in ("example", "batch")
-    )
-    np.testing.assert_allclose(mean, 0.1, atol=1e-6)
-    np.testing.assert_allclose(example, [0.9] + 9 * [0.1], atol=1e-6)
 
 
 def test_no_risk_and_no_floor_is_plain_fine_tuning_exactly():

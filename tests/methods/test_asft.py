@@ -1,10 +1,8 @@
 """AsFT against dense definitions."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import few
 from trees import vector
 from weight_space_case import (
     BASE,
@@ -16,11 +14,9 @@ from weight_space_case import (
     dense_c,
     equal,
     gradient,
-    jitted_gradient,
     layers_of,
     method,
     paper_update,
-    random_adapter,
     repair_gradients,
     start,
     trained,
@@ -87,26 +83,3 @@ def test_asft_penalises_a_repair_too():
     np.testing.assert_allclose(
         vector(ours[0]) - vector(theirs[0]), wanted, atol=1e-5, rtol=1e-4
     )
-
-
-@pytest.mark.parametrize("row", few(["asft", "salora"], ["salora"]))
-def test_gradients_accumulate_and_map_over_seeds(row):
-    whole, alone = batch(MEDICAL, 8, 0, 0), gradient(row, TUNED)[0]
-    # Half a batch twice over: the same mean, and the same compiled program.
-    halves = [
-        {k: np.concatenate([v[part], v[part]]) for k, v in whole.items()}
-        for part in (slice(4), slice(4, 8))
-    ]
-    first, second = (gradient(row, TUNED, half)[0] for half in halves)
-    mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
-    np.testing.assert_allclose(vector(mean), vector(alone), atol=1e-5)
-    adapters, states = [TUNED, random_adapter(1)], [start(row)[1]] * 2
-    pairs = zip(adapters, states, strict=True)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *pairs)
-    mapped = jax.vmap(jitted_gradient(row), in_axes=(None, 0, 0, None, None))
-    together = jax.jit(mapped)(BASE, *stacked, whole, KEY)[0]
-    for i, adapter in enumerate(adapters):
-        mine = jax.tree.map(lambda x, i=i: x[i], together)
-        np.testing.assert_allclose(
-            vector(mine), vector(gradient(row, adapter)[0]), atol=1e-5
-        )

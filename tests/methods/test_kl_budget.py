@@ -17,7 +17,6 @@ from sbr_jax.methods import _kl_budget
 from sbr_jax.methods._kl_budget import next_epsilon
 from sbr_jax.methods._trust import with_trust_region
 from sbr_jax.methods.lazy import lazy
-from sbr_jax.programs import cli, run
 from sbr_jax.training.program import init_adapter, insert
 from sbr_jax.typing import UserError
 
@@ -253,11 +252,3 @@ def test_it_goes_around_a_method_that_refreshes_on_the_same_clock():
     assert found["kl_budget"]["measured"] > 0
     with pytest.raises(UserError, match="expected 4, which lazy renews its state by"):
         with_trust_region(inner, refresh_every=8, **options)
-
-
-def test_a_budget_that_is_none_is_one_line_at_the_command_line(tmp_path, capsys):
-    command = ["testbed", "--workdir", str(tmp_path / "x"), "--methods", "lean"]
-    assert run.main([*command, "--methods.lean.kl-budget", "-1"]) == cli.EXIT_USER
-    told = capsys.readouterr().err.strip()
-    assert "kl_budget" in told or "kl-budget" in told
-    assert "\n" not in told

@@ -28,7 +28,7 @@ from sbr_jax.methods.lean import lean, tied_mixture
 from sbr_jax.models import answers
 from sbr_jax.typing import UserError
 
-WIDTHS = (1, 3, 8, 31, 32, 50)
+WIDTHS = (1, 8, 32, 50)
 
 
 def slow_top_divergence(p, q, k):
@@ -62,9 +62,8 @@ def compiled(k):
 
 
 @pytest.mark.parametrize("ruled_out", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_bucketed_divergence_is_its_twin_below_the_whole_one(seed, ruled_out):
-    p, q = rows_of_logits(seed, ruled_out)
+def test_a_bucketed_divergence_is_its_twin_below_the_whole_one(ruled_out):
+    p, q = rows_of_logits(0, ruled_out)
     whole = np.asarray(_rows.divergence(p, q))
     before = np.zeros(len(p))
     for k in WIDTHS:

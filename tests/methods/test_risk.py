@@ -24,15 +24,6 @@ def test_legacy_weights_are_the_released_ones(r, beta):
     np.testing.assert_allclose(found, (1 - beta, beta), atol=1e-6)
 
 
-def test_linear_weights_reach_their_bounds_and_sum_to_one():
-    s = jnp.linspace(0.0, 1.0, 11)
-    alpha, beta = Weighting(0.2, 0.6)(s)
-    np.testing.assert_allclose(beta, 0.2 + 0.4 * np.asarray(s), atol=1e-6)
-    np.testing.assert_allclose(alpha + beta, 1.0, atol=1e-6)
-    ends = np.asarray(Weighting()(s)[1])[[0, -1]]
-    np.testing.assert_allclose(ends, (0.1, 0.9), atol=1e-6)
-
-
 @pytest.mark.parametrize("mapping", ["linear", "legacy"])
 def test_weights_stop_the_gradient(mapping):
     weights = Weighting(mapping=mapping)

@@ -1,7 +1,6 @@
 """SBR: the right prompts, and their states and loss against a twin in NumPy."""
 
 import dataclasses
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -111,12 +110,10 @@ def test_states_are_those_of_each_prompt_alone():
     np.testing.assert_allclose(found @ head, read, atol=1e-4)
 
 
-@pytest.mark.parametrize("filling", [0, 5])
-def test_more_padding_to_the_right_changes_nothing(filling):
-    wider = jnp.pad(ANCHORS["tokens"], ((0, 0), (0, 5)), constant_values=filling)
+def test_more_padding_to_the_right_changes_nothing():
+    wider = jnp.pad(ANCHORS["tokens"], ((0, 0), (0, 5)), constant_values=5)
     found = states_of(BASE, MOVED, {**ANCHORS, "tokens": wider})
-    wanted = states_of(BASE, MOVED, ANCHORS)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(found, states_of(BASE, MOVED, ANCHORS), atol=1e-5)
 
 
 def test_answers_have_no_influence():
@@ -159,16 +156,6 @@ def test_loss_equals_its_twin(reduction):
     wanted = slow_loss(MOVED, reduction)
     assert wanted > 1e-3
     assert float(value) == pytest.approx(wanted, rel=1e-4)
-
-
-def test_sum_is_the_width_times_the_mean():
-    (mean, (g_mean, _)), (total, (g_sum, _)) = (
-        loss_and_gradient(MOVED, REFERENCE, reduction) for reduction in ("mean", "sum")
-    )
-    assert float(total) == pytest.approx(WIDTH * float(mean), rel=1e-5)
-    np.testing.assert_allclose(
-        vector(g_sum), WIDTH * vector(g_mean), rtol=1e-4, atol=1e-6
-    )
 
 
 def test_zero_with_zero_gradient_at_the_start_and_neither_after():
@@ -238,14 +225,3 @@ def test_harmful_data_that_cannot_anchor_is_refused(harmful, message):
     with pytest.raises(UserError, match=message) as caught:
         sbr().init(problem, BASE, FRESH, KEY)
     assert "\n" not in str(caught.value)
-
-
-def test_defaults_are_the_published_ones():
-    parameters = inspect.signature(sbr).parameters
-    found = {name: parameter.default for name, parameter in parameters.items()}
-    assert found == {
-        "anchors": 8,
-        "anchor_weight": 50.0,
-        "reduction": "mean",
-        "monitored": False,
-    }

@@ -12,7 +12,6 @@ from weight_space_case import (
     BASE,
     FRESH,
     KEY,
-    MAKERS,
     MODEL,
     PROBLEM,
     STUDY,
@@ -23,7 +22,6 @@ from weight_space_case import (
     layers_of,
     method,
     random_adapter,
-    trained,
 )
 
 from sbr_jax import models
@@ -41,24 +39,6 @@ from sbr_jax.methods.o_lora import overlap
 from sbr_jax.methods.safe_delta import _outer_sums
 from sbr_jax.methods.salora import _gram_part, constrain
 from sbr_jax.typing import UserError
-
-every = pytest.mark.parametrize("row", list(MAKERS))
-
-
-# --- every row ----------------------------------------------------------------------
-
-
-@every
-def test_the_row_changes_what_is_shipped_and_nothing_frozen(row):
-    before = jax.tree.map(np.array, (BASE, STUDY.unaligned, FRESH))
-    base, _, shipped, metrics = trained(row)
-    assert metrics["finite"] == 1
-    assert np.abs(vector(shipped) - vector(trained("plain")[2])).max() > 1e-3
-    if row != "lox":
-        assert base is BASE
-    for name in ("embed", "final_norm"):
-        assert shipped[name] is BASE[name]
-    equal(before, (BASE, STUDY.unaligned, FRESH))
 
 
 @pytest.mark.parametrize("row", ["safe-lora", "asft", "lox"])
