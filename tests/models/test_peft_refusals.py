@@ -1,7 +1,6 @@
 """Folders in PEFT's layout that mean another update, are damaged, or do not fit."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -87,17 +86,7 @@ def test_parts_of_a_fused_module_that_are_mixed_are_refused(tmp_path):
         load_peft(tmp_path, PHI3)
 
 
-def test_a_config_without_its_numbers_is_refused(folder):
-    for wrong in (
-        {"r": None},
-        {"r": 0},
-        {"r": True},
-        {"lora_alpha": "16"},
-        {"lora_alpha": math.inf},
-    ):
-        settings(folder, **{"r": 2, "lora_alpha": 4, **wrong})
-        with pytest.raises(UserError, match=f"{next(iter(wrong))}="):
-            load_peft(folder, CONFIG)
+def test_a_config_without_its_kind_is_refused(folder):
     (folder / peft.SETTINGS).write_text('{"r": 2, "lora_alpha": 4}')
     with pytest.raises(UserError, match="peft_type missing"):
         load_peft(folder, CONFIG)
@@ -109,18 +98,11 @@ def test_a_pickle_is_never_opened(folder):
         load_peft(folder, CONFIG)
 
 
-def test_damaged_or_absent_files_are_refused(folder, tmp_path):
+def test_absent_files_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"no adapter_config\.json"):
         load_peft(tmp_path / "nothing", CONFIG)
-    whole = (folder / peft.TENSORS).read_bytes()
-    (folder / peft.TENSORS).write_bytes(whole[:-8])
-    with pytest.raises(UserError, match="cut short"):
-        load_peft(folder, CONFIG)
     (folder / peft.TENSORS).unlink()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors.*found none"):
-        load_peft(folder, CONFIG)
-    (folder / peft.SETTINGS).write_text("{")
-    with pytest.raises(UserError, match="expected JSON"):
         load_peft(folder, CONFIG)
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs_case import widest
-from tiers import few
 
 from sbr_jax import losses, models
 from sbr_jax.data.layout import answer_places
@@ -39,10 +38,17 @@ def states(count=23, seed=0):
     return hidden, reference, jax.random.randint(keys[2], (count,), 0, 203)
 
 
-@pytest.mark.parametrize("chunk", few([5, 1, 23, 64], 1))
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("loss", ["likelihood", "forward", "reverse", "cooled"])
-def test_values_and_gradients_equal_those_of_whole_logits(kind, chunk, loss):
+@pytest.mark.parametrize(
+    ("loss", "kind", "chunk"),
+    [
+        ("likelihood", "tied", 5),
+        ("likelihood", "untied", 64),
+        ("forward", "capped", 5),
+        ("reverse", "tied", 23),
+        ("cooled", "untied", 1),
+    ],
+)
+def test_values_and_gradients_equal_those_of_whole_logits(loss, kind, chunk):
     model = made(**SHAPES[kind])
     head, base = model.apply_fn.head, model.params
     hidden, reference, targets = states()
