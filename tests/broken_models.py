@@ -42,19 +42,7 @@ def refused(file, damages):
 # --- config.json ----------------------------------------------------------------------
 
 _NOT_A_SIZE = [
-    [],
-    [4],
-    {},
-    "16",
-    "",
-    True,
-    0,
-    -1,
-    2.5,
-    16.0,
-    math.nan,
-    math.inf,
-    10**30,
+    *([], [4], {}, "16", "", True, 0, -1, 2.5, 16.0, math.nan, math.inf, 10**30)
 ]
 _NOT_A_NUMBER = [[], [1.0], {}, "1e-5", None, True, math.nan, math.inf, -math.inf, -1]
 _NOT_A_TOKEN = ["1", [[1]], [1.5], {}, 1.5, -7, 10**12, True, math.nan, ["</s>"]]

@@ -75,10 +75,9 @@ PHI3 = dataclasses.replace(CONFIG, model_type="phi3")
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("targets", [".*", "(q|v)_proj", "o_proj", "up_proj"])
-def test_an_adapter_of_fused_modules_comes_back_bit_for_bit(tmp_path, dtype, targets):
-    pairs = jax.tree.map(lambda x: x.astype(dtype), adapter(targets=targets))
+def test_an_adapter_of_fused_modules_comes_back_bit_for_bit(tmp_path, targets):
+    pairs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter(targets=targets))
     # New adapters have a B of zeros.
     for given in (pairs, {n: zeroed(pair) for n, pair in pairs.items()}):
         save_peft(tmp_path, PHI3, given)

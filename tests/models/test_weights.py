@@ -107,26 +107,21 @@ def test_a_part_that_several_devices_hold_is_read_once(folder, monkeypatch):
 
 
 UP, KEYS = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"
-BIAS = "model.layers.0.self_attn.q_proj.bias"
+BIAS, NORM = "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            lambda t: (t.pop("model.norm.weight"), t.update(odd=t[UP])),
-            "missing model\\.norm.*extra odd",
-        ),
+        (lambda t: t.update(odd=t.pop(NORM)), r"missing model\.norm.*extra odd"),
         (lambda t: t.update({BIAS: np.zeros(16, np.float32)}), r"extra .*q_proj\.bias"),
         (
             lambda t: t.update({KEYS: np.zeros((16, 8), np.float32)}),
             r"k_proj.*\(16, 8\), expected \(8, 16\)",
         ),
         (lambda t: t.update({UP: t[UP].astype(np.float16)}), "differ in dtype"),
-        (
-            lambda t: t.update({"lm_head.weight": 1 + t["model.embed_tokens.weight"]}),
-            r"lm_head\.weight",
-        ),
+        (lambda t: t.update({HEAD: 1 + t[EMBED]}), r"lm_head\.weight"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(folder, change, said):
