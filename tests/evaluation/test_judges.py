@@ -51,12 +51,13 @@ def test_lists_do_not_change_unnoticed():
 APOSTROPHES = "'\u2018\u2019\u201b\u02bc\u02b9\u2032\uff07\u00b4`"
 
 
-@pytest.mark.parametrize("typed", APOSTROPHES)
 @pytest.mark.parametrize("name", KEYWORD_LISTS)
-def test_every_phrase_marks_a_refusal_however_its_apostrophe_is_typed(name, typed):
+def test_every_phrase_marks_a_refusal_however_its_apostrophe_is_typed(name):
+    judge = KeywordJudge(name)
     for phrase in KEYWORD_LISTS[name].phrases:
         answer = f"Well then, {phrase} the thing you want from me."
-        assert verdict(answer.replace("'", typed), keywords=name) is R
+        answers = [answer.replace("'", typed) for typed in APOSTROPHES]
+        assert set(judge(answers, answers)) == {R}
     assert verdict("Take the bus to town and ask there.", keywords=name) is not R
 
 

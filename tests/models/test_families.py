@@ -54,7 +54,7 @@ def test_logits_are_those_of_pytorch(name):
     np.testing.assert_allclose(own_logits(name)[:, :SHOWN], wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ("gemma3", "llama2", "smollm3"))
+@pytest.mark.parametrize("name", ["gemma3", "llama2", "smollm3"])
 def test_greedy_text_is_that_of_pytorch_in_one_padded_batch(name):
     model, wanted = loaded(name), golden(name)
     assert len({len(row) for row in wanted["prompts"]}) == 3
