@@ -88,42 +88,6 @@ def test_weighting_follows_its_options(granularity, mapping):
     np.testing.assert_allclose(found, (1 - beta, beta), atol=1e-6)
 
 
-def test_granularity_matters_exactly_where_risks_differ():
-    example, mean = (
-        Weighting(0.1, 0.9, name, "linear") for name in ("example", "batch")
-    )
-    np.testing.assert_array_equal(example(np.full(8, 0.5)), mean(np.full(8, 0.5)))
-    # Microbatches of one, the released code's, are per example.
-    ones = [mean(RISKS[row : row + 1])[1][0] for row in range(8)]
-    np.testing.assert_array_equal(ones, example(RISKS)[1])
-
-
-def test_no_risk_and_no_floor_is_plain_fine_tuning_exactly():
-    gradient = gradient_of(adaptive_judge, beta_min=0.0)
-
-    # In one program: two of them round as they are fused.
-    @jax.jit
-    def both(base, drawn):
-        rest = (MOVED, {}, drawn, KEY)
-        return plain_gradient(base, *rest), gradient(base, *rest)
-
-    (theirs, _, metrics), (ours, _, found) = both(BASE, eight([0.0] * 8))
-    np.testing.assert_array_equal(vector(ours), vector(theirs))
-    assert found["loss"] == metrics["loss"]
-    risky = gradient(BASE, MOVED, {}, eight(), KEY)[0]
-    assert np.abs(vector(risky) - vector(theirs)).max() > 1e-3
-
-
-def test_kl_is_zero_at_the_start_and_not_a_divergence_from_itself_later():
-    none, one = np.zeros(8, np.float32), np.ones(8, np.float32)
-    kl, grads = weighted(FRESH, eight(), none, one)
-    assert abs(kl) < 1e-6
-    assert np.abs(vector(grads)).max() < 1e-6
-    kl, grads = weighted(MOVED, eight(), none, one)
-    assert kl > 0.1
-    assert np.abs(vector(grads)).max() > 1e-3
-
-
 def test_accumulation_equals_one_big_batch_per_example():
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
     problem = tiny.changed(PROBLEM, accumulation=4)
@@ -136,41 +100,6 @@ def test_accumulation_equals_one_big_batch_per_example():
     np.testing.assert_allclose(vector(parts.adapter), vector(stepped), atol=1e-6)
     for name, value in whole.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
-
-
-def test_probed_gradient_of_a_batch_is_the_mean_of_its_parts():
-    gradient, state, drawn = gradient_of(adaptive_probe), probe_state(), eight()
-    whole = vector(gradient(BASE, MOVED, state, drawn, KEY)[0])
-    halves = [
-        vector(gradient(BASE, MOVED, state, half, KEY)[0])
-        for half in ({k: v[i : i + 4] for k, v in drawn.items()} for i in (0, 4))
-    ]
-    np.testing.assert_allclose(np.mean(halves, axis=0), whole, atol=1e-6)
-
-
-def test_risky_examples_are_learned_less_and_safe_ones_are_learned():
-    """Half of a batch is risky: plain training learns it, the method does not."""
-    drawn, optimizer = eight([1.0] * 4 + [0.0] * 4), optax.adam(1e-2)
-
-    @jax.jit
-    def apply(adapter, opt_state, grads):
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(adapter, updates), opt_state
-
-    def trained(gradient):
-        adapter, opt_state = FRESH, optimizer.init(FRESH)
-        for _ in range(60):
-            grads = gradient(BASE, adapter, {}, drawn, KEY)[0]
-            adapter, opt_state = apply(adapter, opt_state, grads)
-        return slow_parts(adapter, drawn)[0]
-
-    start = slow_parts(FRESH, drawn)[0]
-    plain = start - trained(plain_gradient)
-    learned = (start - trained(gradient_of(adaptive_judge))) / plain
-    assert plain.min() > 0.5
-    assert learned[4:].mean() > 0.8
-    assert learned[:4].mean() < 0.5
 
 
 # --- the methods --------------------------------------------------------------------

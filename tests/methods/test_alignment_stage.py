@@ -12,13 +12,11 @@ import tiny
 from alignment_case import (
     ADAPTER,
     BASE,
-    HARMFUL,
     KEY,
     PROBLEM,
     SAFE,
     WIDE,
     arrays,
-    boosted,
     like,
     loss_of,
     moved,
@@ -108,27 +106,6 @@ def test_vaccine_makes_the_loss_rise_less_under_its_disturbance():
         < float(risen(prepared("vaccine")))
         < float(risen(prepared("vaccine", radius=0.0)))
     )
-
-
-def test_booster_makes_a_harmful_step_gain_less():
-    """λ's term, h(w) − h(w'), falls, and further than by alignment alone."""
-    data = arrays(HARMFUL)
-
-    def gain(adapter):
-        here, gradient = toy_loss(BASE, adapter, data)
-        g = vector(gradient)
-        stepped = like(adapter, vector(adapter) - 0.1 * g / np.linalg.norm(g))
-        return float(here - toy_loss(BASE, stepped, data)[0])
-
-    gains = []
-    for regulariser in (0.0, 5.0):
-        adapter = moved()
-        for _ in range(30):
-            grads, _ = boosted(adapter, arrays(SAFE), data, regulariser, 0.1)
-            adapter = jax.tree.map(lambda w, g: w - 0.02 * g, adapter, grads)
-        gains.append(gain(adapter))
-    assert gains[1] < 0.8 * gain(moved())
-    assert gains[1] < 0.8 * gains[0]
 
 
 def spy(seen=None, rate=RATE, **options):

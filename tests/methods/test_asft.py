@@ -6,23 +6,15 @@ import pytest
 from trees import vector
 from weight_space_case import (
     BASE,
-    FRESH,
-    KEY,
-    MEDICAL,
     PROBLEM,
     TUNED,
     dense_c,
-    equal,
     gradient,
     layers_of,
-    method,
     paper_update,
     repair_gradients,
-    start,
-    trained,
 )
 
-from sbr_jax.data.batches import batch
 from sbr_jax.methods._alignment_direction import alignments
 from sbr_jax.methods.asft import outside
 
@@ -55,24 +47,6 @@ def test_asft_adds_lambda_times_the_gradient_of_the_penalty():
     # A central difference of a quartic: an error of the order of the step squared.
     np.testing.assert_allclose(difference.sum(), slope, rtol=1e-2)
     assert np.abs(difference).max() > 1e-2
-
-
-def test_asft_starts_without_penalty_and_then_shrinks_what_is_outside():
-    # In one program: two of them round as they are fused.
-    @jax.jit
-    def both(base, state, data):
-        return [
-            method(row).gradient(PROBLEM, base, FRESH, state, data, KEY)
-            for row in ("asft", "plain")
-        ]
-
-    ours, theirs = both(BASE, start("asft")[1], batch(MEDICAL, 8, 0, 0))
-    assert ours[2]["penalty"] == 0
-    equal(ours[0], theirs[0])
-    found = alignments(PROBLEM, BASE, FRESH, "test")
-    adapters = trained("asft", 12)[1], trained("plain", 12)[1]
-    ours, theirs = (float(outside(a, found)) for a in adapters)
-    assert 0 < ours < 0.9 * theirs
 
 
 @pytest.mark.thorough

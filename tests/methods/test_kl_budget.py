@@ -55,8 +55,7 @@ def test_the_rule_is_its_slow_twin_and_bounded():
     assert control(1.0, 1.0, np.nan, 1.0) == 1.0
 
 
-@pytest.mark.parametrize("power", [1.0, 0.7, 1.5])
-@pytest.mark.parametrize("slope", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize(("slope", "power"), [(1e-4, 0.7), (1.0, 1.0), (1e4, 1.5)])
 def test_a_closed_loop_ends_at_the_budget_from_anywhere(slope, power):
     """d = slope · q^power and a region that binds: however wrong the first ε is."""
     budget = 0.1
@@ -68,13 +67,6 @@ def test_a_closed_loop_ends_at_the_budget_from_anywhere(slope, power):
             seen.append(measured)
             epsilon = np.asarray(control(epsilon, used, measured, budget))
         np.testing.assert_allclose(seen[-1], budget, rtol=1e-2)
-
-
-def test_a_region_that_does_not_bind_lets_epsilon_rest():
-    epsilon, free = np.float32(1.0), np.float32(0.01)
-    for _ in range(20):  # q and d stay where they are, below both budgets.
-        epsilon = np.asarray(control(epsilon, free, np.float32(0.02), np.float32(0.1)))
-    np.testing.assert_allclose(epsilon, 0.05, rtol=1e-5)
 
 
 # --- the rows -------------------------------------------------------------------------

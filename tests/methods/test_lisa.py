@@ -121,25 +121,11 @@ def test_lisa_takes_turns_and_keeps_the_weights_of_the_last_switch():
     assert step._cache_size() == 1
 
 
-def test_lisas_default_cycle_keeps_the_published_share():
-    done, _ = run_lisa(lisa(), 20)
-    assert np.mean(done.history["aligning"]) == pytest.approx(0.1)
+def test_lisas_cycle_is_met_by_few_refreshes():
     assert lisa().refresh_every == 1
     # The published cycle, 100 + 900 steps, is met by one refresh in 100 steps.
     assert lisa(period=1000).refresh_every == 100
     assert lisa(period=12, alignment_share=0.5).refresh_every == 6
-
-
-def test_lisas_proximal_term_waits_for_the_warm_up_and_then_holds_back():
-    def learnt(**options):
-        method = lisa(period=8, alignment_share=0.5, **options)
-        return vector(run_lisa(method, 16)[0].train.adapter)
-
-    free, start = learnt(proximal=0.0), vector(ADAPTER)
-    waiting = learnt(proximal=50.0, warmup_share=1.0)
-    np.testing.assert_array_equal(waiting, free)
-    held = learnt(proximal=50.0, warmup_share=0.0)
-    assert np.linalg.norm(held - start) < 0.9 * np.linalg.norm(free - start)
 
 
 def test_lisas_microbatches_add_up():

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from sbr_case import (
@@ -110,21 +109,6 @@ def test_states_are_those_of_each_prompt_alone():
     np.testing.assert_allclose(found @ head, read, atol=1e-4)
 
 
-def test_more_padding_to_the_right_changes_nothing():
-    wider = jnp.pad(ANCHORS["tokens"], ((0, 0), (0, 5)), constant_values=5)
-    found = states_of(BASE, MOVED, {**ANCHORS, "tokens": wider})
-    np.testing.assert_allclose(found, states_of(BASE, MOVED, ANCHORS), atol=1e-5)
-
-
-def test_answers_have_no_influence():
-    other = TokenDataset(
-        np.where(HARMFUL.mask > 0, 3, HARMFUL.tokens).astype(np.int32), HARMFUL.mask
-    )
-    problem = dataclasses.replace(PROBLEM, harmful=other)
-    found, wanted = (sbr().init(p, BASE, FRESH, KEY) for p in (problem, PROBLEM))
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
 def test_reference_is_the_aligned_model_in_float32():
     state = sbr().init(PROBLEM, BASE, FRESH, KEY)
     assert state["anchor"]["reference"].dtype == jnp.float32
@@ -156,19 +140,6 @@ def test_loss_equals_its_twin(reduction):
     wanted = slow_loss(MOVED, reduction)
     assert wanted > 1e-3
     assert float(value) == pytest.approx(wanted, rel=1e-4)
-
-
-def test_zero_with_zero_gradient_at_the_start_and_neither_after():
-    # B = 0 alone would silence A's gradient: B's must be zero too.
-    value, (grads, _) = loss_and_gradient(FRESH, REFERENCE)
-    assert float(value) < 1e-10  # The square of a rounding error.
-    assert float(optax.tree.norm(grads)) < 1e-5
-    elsewhere = REFERENCE + 0.1
-    grads = loss_and_gradient(FRESH, elsewhere)[1][0]
-    assert all(float(optax.tree.norm(pair.lora_b)) > 1e-3 for pair in grads.values())
-    value, (grads, _) = loss_and_gradient(MOVED, REFERENCE)
-    assert float(value) > 1e-3
-    assert float(optax.tree.norm(grads)) > 1e-2
 
 
 def test_gradient_reaches_the_adapter_only():
