@@ -200,7 +200,7 @@ def words(tmp_path_factory):
     """A tiny model whose tokenizer knows the words w0 to w9."""
     import dataclasses
 
-    tokenizer = tiny_stories.tokenizer(tmp_path_factory.mktemp("words"))
+    tokenizer = tiny_stories.tokenizer()
     config = dataclasses.replace(
         checkpoints.CONFIG, vocab_size=len(tokenizer), context=24
     )

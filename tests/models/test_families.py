@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from checkpoints import adapter
 from families_case import FILE, NAMES, ROLLED, SMALL, golden, loaded, write
-from jax.sharding import AxisType, Mesh
 from parity.make_checkpoints import GOLDEN, SHOWN
 from safetensors.numpy import load_file
 
@@ -25,6 +24,7 @@ from sbr_jax.models import hf_config, layers
 from sbr_jax.models.config import RopeScaling
 from sbr_jax.models.parameters import base_shapes, is_shape
 from sbr_jax.models.parts import embed_tokens
+from sbr_jax.training.sharding import make_mesh
 from sbr_jax.typing import UserError
 
 
@@ -305,8 +305,7 @@ def test_half_precision_stays_near(tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3"])
 def test_a_mesh_reads_every_tensor(name, tmp_path):
-    devices = np.array(jax.devices()).reshape(4, 2)
-    mesh = Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh("fsdp=4,tp=2")
     spread = models.load(write(tmp_path, name), mesh=mesh).params
     jax.tree.map(np.testing.assert_array_equal, spread, loaded(name).params)
     if name == "qwen2":

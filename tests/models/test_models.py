@@ -8,18 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import CONFIG, STORIES, adapter, golden, needs_stories, params, tokens
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sbr_jax import losses, models
 from sbr_jax.models import hf_config as configs
+from sbr_jax.training.sharding import make_mesh
 from sbr_jax.typing import UserError
 
 UNTIED = dataclasses.replace(CONFIG, tied=False)
-
-
-def mesh(fsdp=4, tp=2):
-    devices = np.array(jax.devices()[: fsdp * tp]).reshape(fsdp, tp)
-    return Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def dense_logits(config, base, adapter, row):
@@ -139,7 +135,7 @@ def test_sharded_logits_equal_those_of_one_device(config):
     base, pairs, ids = params(config), adapter(config), tokens(batch=8)
     apply_fn = jax.jit(models.make_apply_fn(config))
     expected = apply_fn(base, pairs, ids)
-    grid = mesh()
+    grid = make_mesh("fsdp=4,tp=2")
     put = functools.partial(models.named_shardings, mesh=grid)
     spread = jax.device_put(base, put(models.partition_specs(config), base))
     pairs = jax.device_put(pairs, put(models.adapter_partition_specs(pairs), pairs))
@@ -150,14 +146,14 @@ def test_sharded_logits_equal_those_of_one_device(config):
 
 def test_an_axis_that_does_not_divide_is_left_whole():
     shardings = models.named_shardings(
-        models.partition_specs(CONFIG), params(), mesh(8, 1)
+        models.partition_specs(CONFIG), params(), make_mesh("fsdp=8")
     )
     # mlp_width is 20 and not a multiple of 8, the width 16 is; one part is no split.
     assert shardings["layers"]["up_proj"].spec == PartitionSpec(None, "fsdp", None)
     assert shardings["embed"].spec == PartitionSpec(None, "fsdp")
     small = dataclasses.replace(CONFIG, width=20)
     shardings = models.named_shardings(
-        models.partition_specs(small), params(small), mesh(8, 1)
+        models.partition_specs(small), params(small), make_mesh("fsdp=8")
     )
     assert shardings["layers"]["up_proj"].spec == PartitionSpec(None, None, None)
 

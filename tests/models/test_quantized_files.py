@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import CONFIG, params
-from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from quantize_case import DEEP
 from trees import same
@@ -14,11 +13,9 @@ from sbr_jax import models
 from sbr_jax.models import layers, weights
 from sbr_jax.models.codes import KINDS
 from sbr_jax.models.quantize import quantize
+from sbr_jax.training.sharding import make_mesh
 
-
-def mesh(fsdp=4, tp=2):
-    devices = np.array(jax.devices()[: fsdp * tp]).reshape(fsdp, tp)
-    return Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+MESH = make_mesh("fsdp=4,tp=2")
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -52,7 +49,7 @@ def test_one_matrix_is_dense_at_a_time_while_loading(folder, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_mesh_gives_the_same_codes_in_slices(folder, kind):
-    spread = models.load(folder, quantize=kind, mesh=mesh()).params
+    spread = models.load(folder, quantize=kind, mesh=MESH).params
     plain = models.load(folder, quantize=kind).params
     same(spread, plain)
     up = spread["layers"]["up_proj"]
@@ -69,7 +66,7 @@ def test_blocks_do_not_straddle_shards():
 
     def codes(block):
         weight = quantize(params(DEEP), block=block)["layers"]["q_proj"]
-        return weight, models.named_shardings(spec, weight, mesh())
+        return weight, models.named_shardings(spec, weight, MESH)
 
     weight, kept = codes(16)
     assert kept.codes.spec == kept.scales.spec == P(None, "fsdp", "tp")

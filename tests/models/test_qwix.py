@@ -105,20 +105,3 @@ def test_codes_of_a_trained_model_are_qwixs(kind):
     counts = [agree(matrix, kind) for name in names for matrix in layers[name]]
     weights, near, different = np.sum(counts, axis=0)
     print(f"{kind}: {weights} weights, {near} near a tie, {different} codes differ")
-
-
-def test_qwixs_own_range_for_int8_is_half_a_step_wider():
-    matrix = weight()
-    codes, scales, dense = ours(matrix, "int8")
-    their_codes, their_scales, their_dense = theirs(matrix, "int8")
-    used = scales > 0
-    # 127.5 · step is the largest weight there, 127 · step here.
-    np.testing.assert_allclose(
-        127 * scales[used], 127.5 * their_scales[used], rtol=2e-7
-    )
-    assert np.abs(codes - their_codes).max() == 1
-    assert (codes.min(), their_codes.min()) == (-127, -128)
-    # Each is within half of its own step of the weight.
-    largest = 127 * scales
-    bound = largest * (1 / 254 + 1 / 255 + 1e-6)
-    assert (np.abs(np.asarray(dense - their_dense)) <= bound).all()

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import CONFIG, STORIES, needs_stories, params
-from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
 from trees import same
 
 from sbr_jax import models
 from sbr_jax.models import weights
+from sbr_jax.training.sharding import make_mesh
 from sbr_jax.typing import UserError
 
 
@@ -66,9 +66,7 @@ def test_a_dtype_can_be_asked_for(folder):
 
 
 def test_a_mesh_reads_the_same_weights_in_slices(folder):
-    devices = np.array(jax.devices()).reshape(4, 2)
-    mesh = Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
-    spread = models.load(folder, mesh=mesh).params
+    spread = models.load(folder, mesh=make_mesh("fsdp=4,tp=2")).params
     same(spread, models.load(folder).params)
     weight = spread["layers"]["down_proj"]
     assert weight.addressable_shards[0].data.shape == (2, 10, 4)
@@ -98,10 +96,8 @@ def counted(monkeypatch):
 
 
 def test_a_part_that_several_devices_hold_is_read_once(folder, monkeypatch):
-    devices = np.array(jax.devices()).reshape(2, 2, 2)
-    mesh = Mesh(devices, ("data", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
     read = counted(monkeypatch)
-    models.load(folder, mesh=mesh)
+    models.load(folder, mesh=make_mesh("data=2,fsdp=2,tp=2"))
     tensors = load_file(folder / "model.safetensors")
     assert read == {name: tensor.nbytes for name, tensor in tensors.items()}
 
