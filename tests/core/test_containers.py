@@ -282,38 +282,3 @@ def test_bytes_of_another_cap_are_refused():
     s, wide = space(), empty_subspace(PARAMS, max_rank=3)
     with pytest.raises(UserError, match="max_rank"):
         serialization.from_bytes(wide, serialization.to_bytes(s))
-
-
-# --- nnx.Optimizer --------------------------------------------------------------------
-
-
-@pytest.mark.thorough
-def test_a_running_nnx_optimizer_takes_another_subspace():
-    nnx = pytest.importorskip("flax.nnx")
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    params = nnx.state(model, nnx.Param)
-
-    def draw(seed):
-        return from_factors(
-            jax.tree.map(
-                lambda x: jax.random.normal(jax.random.key(seed), (2, *x.shape)), params
-            ),
-            max_rank=2,
-            energy=1.0,
-        )
-
-    old, new = draw(0), draw(1)
-    optimizer = nnx.Optimizer(model, update_projection(old, 1e-2), wrt=nnx.Param)
-    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4))) ** 2))
-    for subspace in (old, new):
-        optimizer.opt_state = nnx.data(
-            replace_subspace(optimizer.opt_state, subspace, 0.0)
-        )
-        held = read_subspace(optimizer.opt_state)
-        np.testing.assert_allclose(
-            by_name(overlap(held, subspace))["kernel"], 1.0, rtol=1e-6
-        )
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            step = optimizer.update(model, grads(model))
-        inside = float(optax.tree.norm(project_onto(step, subspace)))
-        assert inside <= 1e-5 * float(optax.tree.norm(step))

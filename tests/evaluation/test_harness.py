@@ -60,29 +60,19 @@ def agree(ours, theirs):
     return sum(same) / len(same)
 
 
+# Errors of 1e-3 in a log-likelihood are 0.1 % of a share.
 @needs_data
-def test_truthfulqa_mc1_agrees(runner):
-    items = load_evalset("truthfulqa_mc1", DATA)[:ITEMS]
-    ours = tasks.truthfulqa_mc(runner, items, metric="mc1")
-    task = harness_tasks.truthfulqa_task(items)
-    theirs = harness.evaluate_with_harness(runner, [task])["truthfulqa_mc1"]
+@pytest.mark.parametrize(("metric", "near"), [("mc1", 1e-6), ("mc2", 0.05)])
+def test_truthfulqa_agrees(runner, metric, near):
+    name = f"truthfulqa_{metric}"
+    items = load_evalset(name, DATA)[:ITEMS]
+    ours = tasks.truthfulqa_mc(runner, items, metric=metric)
+    task = harness_tasks.truthfulqa_task(items, name=name)
+    theirs = harness.evaluate_with_harness(runner, [task])[name]
     assert agree(ours, theirs) == 1.0
-    accuracy = 100 * theirs.metrics["acc,none"]
     # A tie with the right option is a win for the harness and none for us.
-    assert ours.metrics["mc1"] == pytest.approx(accuracy, abs=1e-6)
-
-
-@needs_data
-def test_truthfulqa_mc2_agrees(runner):
-    items = load_evalset("truthfulqa_mc2", DATA)[:ITEMS]
-    ours = tasks.truthfulqa_mc(runner, items, metric="mc2")
-    task = harness_tasks.truthfulqa_task(items, name="truthfulqa_mc2")
-    theirs = harness.evaluate_with_harness(runner, [task])["truthfulqa_mc2"]
-    assert agree(ours, theirs) == 1.0
-    # Shares of probability: errors of 1e-3 in a log-likelihood are 0.1 % of a share.
-    assert ours.metrics["mc2"] == pytest.approx(
-        100 * theirs.metrics["acc,none"], abs=0.05
-    )
+    accuracy = 100 * theirs.metrics["acc,none"]
+    assert ours.metrics[metric] == pytest.approx(accuracy, abs=near)
 
 
 @needs_data

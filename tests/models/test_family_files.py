@@ -95,6 +95,9 @@ def test_first_spellings_of_stretched_rope_mean_the_same():
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
+        ("llama2", {"attention_bias": True}, "attention_bias"),
+        ("llama2", {"mlp_bias": True}, "mlp_bias"),
+        ("llama2", {"rope_parameters": {"rope_type": "default", "odd": 1}}, "odd"),
         ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
         ("mistral", {"attention_bias": True}, "attention_bias"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0"),

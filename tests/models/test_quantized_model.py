@@ -5,13 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from checkpoints import CONFIG, adapter, params, tokens
 from quantize_case import BLOCK, DEEP, coded, weight
-from trees import same
 
-from sbr_jax import fisher_subspace, losses, models
+from sbr_jax import losses, models
 from sbr_jax.models import layers
 from sbr_jax.models.quantize import dequantize, quantize
 
@@ -54,84 +52,6 @@ def test_another_base_of_the_same_kind_compiles_nothing():
     other = quantize(params(), "nf4", block=BLOCK)
     everything(jax.tree.map(lambda x: x, other), PAIRS)
     assert everything._cache_size() == before
-
-
-@pytest.mark.thorough
-def test_the_safety_fisher_sees_the_dequantised_model():
-    base = coded("nf4")
-
-    def subspace(weights):
-        return fisher_subspace(
-            example_loss,
-            PAIRS,
-            [BATCH],
-            max_rank=4,
-            energy=1.0,
-            unit=models.is_lora_pair,
-            layer_axes=1,
-            args=(weights,),
-        )
-
-    found, wanted = subspace(base), subspace(dequantize(base))
-    assert set(found.eigenvalues) == set(PAIRS)
-    for name in PAIRS:
-        np.testing.assert_allclose(
-            found.eigenvalues[name], wanted.eigenvalues[name], rtol=1e-3, atol=1e-6
-        )
-        # Signs of columns are free; the projector they span is not.
-        one, two = found.basis[name], wanted.basis[name]
-        dot = jnp.einsum("lpk,lpj->lkj", one, two)
-        np.testing.assert_allclose(
-            jnp.sum(dot**2, axis=(1, 2)), jnp.sum(one**2, axis=(1, 2)), rtol=1e-3
-        )
-
-
-def test_an_adapter_learns_beside_frozen_codes():
-    base = coded("nf4")
-    before = jax.tree.map(np.array, base)
-    pairs = models.init_adapter(jax.random.key(3), CONFIG, rank=2, alpha=4.0)
-    optimizer = optax.adam(5e-2)
-
-    @jax.jit
-    def step(base, pairs, state):
-        def loss_fn(pairs):
-            each = jax.vmap(example_loss, (None, 0, None))(pairs, BATCH, base)
-            return jnp.mean(each)
-
-        loss, grads = jax.value_and_grad(loss_fn)(pairs)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(pairs, updates), state, loss
-
-    state, found = optimizer.init(pairs), []
-    for _ in range(12):
-        pairs, state, loss = step(base, pairs, state)
-        found.append(float(loss))
-    assert found[-1] < 0.8 * found[0]
-    same(base, before)
-
-
-@pytest.mark.thorough
-def test_answers_and_scores_come_through_codes():
-    base = coded("nf4")
-    dense = dequantize(base)
-    model = models.make_model(CONFIG, base)
-    prompts = [[1, 5, 9, 4], [1, 7]]  # The shorter is padded on the left.
-    answer = functools.partial(models.generate, model, max_new_tokens=6)
-    answers = answer(base, PAIRS, prompts)
-    assert answers == answer(dense, PAIRS, prompts)
-    assert any(answers)
-    assert answer(base, PAIRS, prompts[1:]) == answers[1:]
-    scores = [
-        models.token_log_probs(model, x, PAIRS, IDS, BATCH["mask"])
-        for x in (base, dense)
-    ]
-    np.testing.assert_allclose(*scores, rtol=1e-5)
-    extend = jax.jit(models.make_extend_fn(CONFIG))
-    _, past = extend(base, PAIRS, IDS[:, :4])
-    ending, _ = extend(base, PAIRS, IDS[:, 4:], past)
-    whole = everything(base, PAIRS)["logits"]
-    np.testing.assert_allclose(ending, whole[:, 4:], atol=1e-4)
 
 
 def test_half_precision_meets_strict_promotion():
