@@ -76,16 +76,16 @@ def without_diagnostics(state):
     return {k: v for k, v in state.items() if k != "diagnostics"}
 
 
-def learn(row, seed=0, **changes):
-    """Two domains of three steps, by hand: what the pipeline does with the hooks."""
+def learn(row, seed=0, domains=2, **changes):
+    """Domains of three steps, by hand: what the pipeline does with the hooks."""
     found = program(row, **changes)
     method, problem = found.method, found.problem
     key = jax.random.key(seed)
     adapter = init_adapter(STUDY, SETTINGS, seed)
     base = method.prepare(problem, STUDY.model.params, adapter, key)
     state = first = method.init(problem, base, adapter, key)
-    seen = []
-    for index, domain in enumerate(STUDY.domains.values()):
+    seen, after = [], []
+    for index, domain in enumerate([*STUDY.domains.values()][:domains]):
         seen.append(state.get("diagnostics", {}))
         state = without_diagnostics(state)
         train = found.start(adapter, state)
@@ -105,12 +105,13 @@ def learn(row, seed=0, **changes):
         adapter, state = method.end_domain(
             learned_from, base, train.adapter, state, key
         )
+        after.append(jax.device_get(adapter))
     seen.append(state.get("diagnostics", {}))
     shipped = models.merge_adapter(
         *method.deploy(problem, base, adapter, without_diagnostics(state))
     )
     first = without_diagnostics(first)
-    return shipped["layers"], jax.device_get(metrics), seen, adapter, first
+    return shipped["layers"], jax.device_get(metrics), seen, after, first
 
 
 learned = functools.cache(learn)
