@@ -13,6 +13,7 @@ import tiny
 from sbr_jax import models
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS
+from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.training.program import init_adapter, insert, make_program
 
 # Harmful prompts that a probe can tell: it is asked whether it can.
@@ -74,6 +75,17 @@ def program(row, settings=SETTINGS, **options):
 
 def without_diagnostics(state):
     return {k: v for k, v in state.items() if k != "diagnostics"}
+
+
+def midway(row, study=STUDY, settings=SETTINGS):
+    """In mid-training: the program, base, an adapter off B = 0, state and data."""
+    found = tiny.program(row, settings, study, **TINY.get(row, {}))
+    method, problem, key = found.method, found.problem, jax.random.key(0)
+    adapter = init_adapter(study, settings, 0)
+    base = method.prepare(problem, study.model.params, adapter, key)
+    state = without_diagnostics(method.init(problem, base, adapter, key))
+    data = method.mix(problem, study.domains["medical"].train, 0)
+    return found, base, perturb_b(key, adapter, 1.0), state, data
 
 
 def learn(row, seed=0, domains=2, **changes):

@@ -2,10 +2,7 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from adaptive_case import (
@@ -16,11 +13,9 @@ from adaptive_case import (
     KEY,
     MOVED,
     PROBLEM,
-    STUDY,
     TRAIN,
     eight,
     gradient_of,
-    plain_gradient,
     probe_state,
     slow_parts,
     weighted,
@@ -31,7 +26,6 @@ from sbr_jax.data import TokenDataset, batch
 from sbr_jax.methods.adaptive import adaptive_judge, adaptive_probe
 from sbr_jax.methods.probe import activations, probe_risk
 from sbr_jax.methods.risk import Weighting
-from sbr_jax.training.step import TrainState, make_step
 from sbr_jax.typing import UserError
 
 
@@ -86,20 +80,6 @@ def test_weighting_follows_its_options(granularity, mapping):
         beta = np.clip((1 + 4 * s - 2) / 3, 0.2, 0.7)
     found = Weighting(0.2, 0.7, granularity, mapping)(RISKS)
     np.testing.assert_allclose(found, (1 - beta, beta), atol=1e-6)
-
-
-def test_accumulation_equals_one_big_batch_per_example():
-    optimizer = optax.with_extra_args_support(optax.sgd(1.0))
-    problem = tiny.changed(PROBLEM, accumulation=4)
-    gradient = adaptive_judge().gradient
-    step = jax.jit(make_step(problem, gradient, optimizer, accumulation=4))
-    train = TrainState(MOVED, optimizer.init(MOVED), jnp.int32(0))
-    parts, metrics = step(BASE, train, {}, eight(RISKS), KEY)
-    grads, _, whole = gradient_of(adaptive_judge)(BASE, MOVED, {}, eight(RISKS), KEY)
-    stepped = jax.tree.map(jnp.subtract, MOVED, grads)
-    np.testing.assert_allclose(vector(parts.adapter), vector(stepped), atol=1e-6)
-    for name, value in whole.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
 
 
 # --- the methods --------------------------------------------------------------------
@@ -167,28 +147,6 @@ def test_repeated_prompts_do_not_reach_both_sides_of_the_split():
     problem = dataclasses.replace(PROBLEM, harmful=repeated)
     with pytest.raises(UserError, match="got 1 of label 1"):
         adaptive_probe().init(problem, BASE, FRESH, KEY)
-
-
-@pytest.mark.thorough
-def test_repair_keeps_the_weighted_loss():
-    method, safe = adaptive_judge(), batch(STUDY.calibration, 8, 0, 0)
-
-    @jax.jit
-    def repair(weight, drawn):
-        return method.replay_gradient(
-            PROBLEM, BASE, MOVED, {}, drawn, safe, weight, KEY
-        )
-
-    task, _, _ = gradient_of(adaptive_judge)(BASE, MOVED, {}, eight(), KEY)
-    pull, _, metrics = plain_gradient(BASE, MOVED, {}, safe, KEY)
-    for weight in (0.0, 2.0):
-        grads, extra, found = repair(jnp.float32(weight), eight())
-        wanted = vector(task) + weight * vector(pull)
-        np.testing.assert_allclose(vector(grads), wanted, atol=1e-5)
-        assert extra == {}
-        np.testing.assert_allclose(found["safety_loss"], metrics["loss"], rtol=1e-5)
-    unweighted = plain_gradient(BASE, MOVED, {}, eight(), KEY)[0]
-    assert np.abs(vector(task) - vector(unweighted)).max() > 1e-3
 
 
 def test_what_is_missing_is_named():

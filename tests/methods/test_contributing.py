@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-import tiny
 from methods_case import (
     CONTRIBUTED,
-    SETTINGS,
     contributed,
     learn,
     learned,
@@ -33,15 +31,6 @@ def test_its_hyper_parameter_decides_how_much():
     faint = vector(learn(CONTRIBUTED, scale=1e-11)[0]) - plain
     loud = vector(learned(CONTRIBUTED)[0]) - plain
     assert np.linalg.norm(faint) < 0.1 * np.linalg.norm(loud)
-
-
-def test_a_step_is_the_same_in_microbatches():
-    # The noise is the step's, not the microbatch's: else its variance would be halved.
-    settings = tiny.changed(SETTINGS, accumulation=2)
-    halves = learn(CONTRIBUTED, settings=settings)[0]
-    np.testing.assert_allclose(
-        vector(halves), vector(learned(CONTRIBUTED)[0]), atol=1e-5
-    )
 
 
 def test_a_wrong_hyper_parameter_is_refused_by_name():

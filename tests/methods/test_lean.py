@@ -150,20 +150,6 @@ def test_the_objective_is_the_tasks_mean_and_the_held_rows_mean(k):
     np.testing.assert_allclose(vector(grads), vector(plain), atol=1e-5)
 
 
-def test_microbatches_share_one_objective_wherever_the_held_rows_lie():
-    method, state, hook = started(safe_rows=3)
-    rows = drawn(method)
-    problem = tiny.changed(PROBLEM, accumulation=2)
-    halves = [{n: v[part] for n, v in rows.items()} for part in (slice(4), slice(4, 8))]
-    assert (halves[0]["tied"] < 0).all()
-    half = jax.jit(lambda b: method.gradient(problem, BASE, MOVED, state, b, KEY))
-    mean = jax.tree.map(lambda x, y: (x + y) / 2, *map(half, halves))
-    whole = hook(MOVED, rows)
-    for ours, theirs in zip(mean, whole, strict=True):
-        if jax.tree.leaves(theirs):
-            np.testing.assert_allclose(vector(ours), vector(theirs), atol=2e-5)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_each_answer_token_meets_its_own_reference_in_packed_rows(rows):
     """Several rows list their examples' places row by row, not example by example."""
@@ -226,21 +212,6 @@ def test_a_reference_of_something_else_is_refused(problem, base, named):
     ) as told:
         method.begin_domain(problem(), base(), state, examples, KEY)
     assert "\n" not in str(told.value)
-
-
-def test_a_repair_adds_the_safe_examples():
-    method, state, hook = started(safe_rows=3)
-    rows, safe = drawn(method), batch(PROBLEM.calibration, 8, 0, 0)
-    repair = jax.jit(
-        lambda a: method.replay_gradient(
-            PROBLEM, BASE, a, state, rows, safe, jnp.float32(2.0), KEY
-        )
-    )
-    step, mended = hook(MOVED, rows)[0], repair(MOVED)
-    pull = plain_gradient(BASE, MOVED, {}, safe, KEY)[0]
-    wanted = vector(step) + 2.0 * vector(pull)
-    np.testing.assert_allclose(vector(mended[0]), wanted, rtol=1e-4, atol=2e-5)
-    assert mended[2]["safety_loss"] > 0
 
 
 def test_every_batch_has_its_tied_rows_and_every_epoch_each_once():

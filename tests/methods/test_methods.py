@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from methods_case import (
@@ -13,6 +14,7 @@ from methods_case import (
     STUDY,
     learn,
     learned,
+    midway,
     program,
     registered,
     without_diagnostics,
@@ -23,7 +25,9 @@ from trees import stack, vector
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS, build
 from sbr_jax.methods._ssi import perturb_b
+from sbr_jax.methods.base import task_gradient
 from sbr_jax.training.program import init_adapter
+from sbr_jax.training.step import TrainState, make_step
 from sbr_jax.typing import UserError
 
 pytestmark = pytest.mark.usefixtures(registered.__name__)
@@ -110,6 +114,48 @@ def test_row_works_with_mapped_seeds(row):
         mine = jax.tree.map(lambda x, i=i: x[i], together.adapter)
         # A thousandth of the learning rate.
         np.testing.assert_allclose(vector(mine), vector(alone.adapter), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "near"),
+    [("adaptive-judge", 1e-6), ("lean", 2e-5), ("sbr", 1e-4), (CONTRIBUTED, 1e-5)],
+)
+def test_microbatches_add_up(row, near):
+    """SGD at rate 1 shows the gradient itself, which Adam would rescale."""
+    ends, optimizer = [], optax.with_extra_args_support(optax.sgd(1.0))
+    for parts in (1, 2):
+        settings = tiny.changed(SETTINGS, accumulation=parts)
+        found, base, adapter, state, data = midway(row, settings=settings)
+        gradient = found.method.gradient
+        step = make_step(found.problem, gradient, optimizer, accumulation=parts)
+        train = TrainState(adapter, optimizer.init(adapter), jnp.int32(0))
+        args = (base, train, state, batch(data, 8, 0, 0), jax.random.key(7))
+        after, metrics = jax.jit(step)(*args)
+        ends.append({**jax.device_get(metrics), "adapter": vector(after.adapter)})
+    for name, whole in ends[0].items():
+        np.testing.assert_allclose(ends[1][name], whole, rtol=1e-4, atol=near)
+
+
+@pytest.mark.parametrize(
+    "row", few(["lean", "adaptive-judge", "asft", "sbr"], ["lean"])
+)
+def test_a_repair_is_the_step_and_the_safe_examples(row):
+    found, base, adapter, state, data = midway(row)
+    method, problem, key = found.method, found.problem, jax.random.key(7)
+    drawn = {**batch(data, 8, 0, 0), "row": np.arange(8, dtype=np.int32)}
+    safe = batch(STUDY.calibration, 8, 0, 0)
+
+    @jax.jit
+    def both(base, adapter):
+        args = (problem, base, adapter, state, drawn)
+        mended = method.replay_gradient(*args, safe, jnp.float32(2.0), key)
+        pull = task_gradient(problem, base, adapter, {}, safe, key)[0]
+        return mended, method.gradient(*args, key)[0], pull
+
+    (mended, _, told), step, pull = both(base, adapter)
+    wanted = vector(step) + 2.0 * vector(pull)
+    np.testing.assert_allclose(vector(mended), wanted, rtol=1e-4, atol=2e-5)
+    assert told["safety_loss"] > 0
 
 
 def kinds(tree):

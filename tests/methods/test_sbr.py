@@ -1,39 +1,79 @@
-"""SBR: the right prompts, and their states and loss against a twin in NumPy."""
+"""SBR: the right prompts, their states and loss against a twin in NumPy, a step."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from sbr_case import (
-    ANCHORS,
-    ANSWER,
-    APPLY,
-    BASE,
-    FRESH,
-    HARMFUL,
-    KEY,
-    MOVED,
-    PROBLEM,
-    REFERENCE,
-    STATE,
-    WIDTH,
-    loss_and_gradient,
-    prompts_of,
-    requests,
-    states_of,
-)
-from trees import vector
+from trees import jitter, vector
 
-from sbr_jax.data.batches import TokenDataset, concatenate, take
+from sbr_jax import models
+from sbr_jax.data.batches import TokenDataset, batch, concatenate, take
+from sbr_jax.methods.base import Method
 from sbr_jax.methods.sbr import (
     anchor_prompts,
+    hidden_anchor_loss,
+    prompt_states,
     reference_states,
     sbr,
 )
 from sbr_jax.typing import UserError
+
+ANSWER = tiny.VOCAB - 1  # A token that no prompt of `requests` holds.
+WIDTH = tiny.CONFIG.width
+
+
+def requests(seed, size, shortest=2, longest=4):
+    """Random prompts of several lengths, each answered by two tokens ANSWER."""
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((size, tiny.LENGTH), np.int32)
+    mask = np.zeros((size, tiny.LENGTH), np.float32)
+    for row, length in enumerate(rng.integers(shortest, longest + 1, size)):
+        tokens[row, :length] = rng.integers(1, ANSWER, length)
+        tokens[row, length : length + 2] = ANSWER
+        mask[row, length : length + 2] = 1
+    return TokenDataset(tokens, mask)
+
+
+MODEL = tiny.model()
+APPLY, BASE = MODEL.apply_fn, MODEL.params
+HARMFUL = requests(4, 12)
+KEY = jax.random.key(0)
+PROBLEM = tiny.problem(
+    apply_fn=APPLY,
+    steps_per_domain=6,
+    batch_size=8,
+    calibration=tiny.dataset(1, 24, shift=0),
+    harmful=HARMFUL,
+    weight_decay=0.0,
+)
+FRESH = models.init_adapter(KEY, tiny.CONFIG, rank=2, alpha=4.0, targets="(q|v)_proj")
+
+
+MOVED = jitter(FRESH, 1)
+ANCHORS = anchor_prompts(HARMFUL, 8, KEY)
+REFERENCE = reference_states(PROBLEM, BASE, FRESH, ANCHORS)
+STATE = {"anchor": {"prompts": ANCHORS, "reference": REFERENCE}}
+
+states_of = jax.jit(functools.partial(prompt_states, APPLY))
+
+
+@functools.partial(jax.jit, static_argnames="reduction")
+def loss_and_gradient(adapter, reference, reduction="mean"):
+    return jax.value_and_grad(
+        lambda a, r: hidden_anchor_loss(PROBLEM, BASE, a, ANCHORS, r, reduction),
+        argnums=(0, 1),
+    )(adapter, reference)
+
+
+def prompts_of(found):
+    """The prompts as a list of tuples without padding."""
+    pairs = zip(np.asarray(found["tokens"]), found["last"], strict=True)
+    return [tuple(row[: int(last) + 1].tolist()) for row, last in pairs]
+
 
 hidden_of = jax.jit(lambda b, a, x: APPLY(b, a, x, return_hidden=True)[1])
 
@@ -164,6 +204,46 @@ def test_gradient_reaches_the_adapter_only():
         slope = flat @ vector(steps) / size
         # Rounding of float32 states, divided by 2h; curvature is of order h².
         assert slope == pytest.approx((up - down) / (2 * h), rel=0.02, abs=1e-4)
+
+
+# --- in training ----------------------------------------------------------------------
+
+TASK = {
+    **batch(tiny.dataset(10, 64, shift=1), 8, 0, 0),
+    "row": np.arange(8, dtype=np.int32),
+}
+
+
+def hook(method, problem=PROBLEM):
+    return jax.jit(functools.partial(method.gradient, problem))
+
+
+def test_gradient_is_the_tasks_plus_lambda_times_the_anchors():
+    method = sbr(anchor_weight=3.0, reduction="sum")
+    found, extra, metrics = hook(method)(BASE, MOVED, STATE, TASK, KEY)
+    task, _, plain = hook(Method("plain"))(BASE, MOVED, {}, TASK, KEY)
+    value, (pull, _) = loss_and_gradient(MOVED, REFERENCE, "sum")
+    assert extra == {}
+    wanted = vector(task) + 3 * vector(pull)
+    np.testing.assert_allclose(vector(found), wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(3 * vector(pull)).max() > 1e-1
+    assert float(metrics["anchor"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-5)
+
+
+def test_the_reference_outlives_a_domain():
+    adapter, state = sbr().end_domain(PROBLEM, BASE, MOVED, STATE, KEY)
+    assert adapter is MOVED
+    assert state["anchor"] is STATE["anchor"]
+
+
+def test_the_anchors_pass_has_no_dropout():
+    run = hook(sbr(), tiny.changed(PROBLEM, lora_dropout=0.5))
+    values = [run(BASE, MOVED, STATE, TASK, jax.random.key(seed))[2] for seed in (0, 1)]
+    assert float(values[0]["loss"]) != float(values[1]["loss"])
+    assert float(values[0]["anchor"]) == float(values[1]["anchor"])
+    value = float(loss_and_gradient(MOVED, REFERENCE)[0])
+    assert float(values[0]["anchor"]) == pytest.approx(value, rel=1e-5)
 
 
 # --- refusals -----------------------------------------------------------------------

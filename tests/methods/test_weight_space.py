@@ -1,4 +1,4 @@
-"""Defences in weight space: all of them, the direction of alignment, and LoX."""
+"""Defences in weight space: all of them, the direction of alignment, LoX and AsFT."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import vector
 from weight_space_case import (
     BASE,
     FRESH,
@@ -18,8 +19,10 @@ from weight_space_case import (
     dense,
     dense_c,
     equal,
+    gradient,
     layers_of,
     method,
+    paper_update,
 )
 
 from sbr_jax import models
@@ -32,6 +35,7 @@ from sbr_jax.methods._alignment_direction import (
     project,
 )
 from sbr_jax.methods.antidote import _square_sums, antidote
+from sbr_jax.methods.asft import outside
 from sbr_jax.methods.lox import lox, truncate
 from sbr_jax.methods.o_lora import overlap
 from sbr_jax.methods.safe_delta import _outer_sums
@@ -133,6 +137,39 @@ def test_lox_keeps_the_dtype():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
     found = lox(rank=1).prepare(PROBLEM, half, FRESH, KEY)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found))
+
+
+# --- AsFT ---------------------------------------------------------------------------
+
+
+def dense_penalty(adapter):
+    total = 0.0
+    for name, layer in layers_of(adapter):
+        update = paper_update(name, layer, adapter)
+        total += np.linalg.norm(update - dense_c(name, layer) @ update) ** 2
+    return total
+
+
+def test_asft_penalty_is_the_papers():
+    found = alignments(PROBLEM, BASE, TUNED, "test")
+    np.testing.assert_allclose(outside(TUNED, found), dense_penalty(TUNED), rtol=1e-4)
+    np.testing.assert_allclose(
+        gradient("asft", TUNED)[2]["penalty"], dense_penalty(TUNED), rtol=1e-4
+    )
+
+
+def test_asft_adds_lambda_times_the_gradient_of_the_penalty():
+    difference = vector(gradient("asft", TUNED)[0]) - vector(
+        gradient("plain", TUNED)[0]
+    )
+
+    def along(size):
+        return dense_penalty(jax.tree.map(lambda x: x + size, TUNED))
+
+    slope = (along(1e-2) - along(-1e-2)) / 2e-2
+    # A central difference of a quartic: an error of the order of the step squared.
+    np.testing.assert_allclose(difference.sum(), slope, rtol=1e-2)
+    assert np.abs(difference).max() > 1e-2
 
 
 # --- digits -------------------------------------------------------------------------
