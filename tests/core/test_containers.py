@@ -216,7 +216,7 @@ def test_what_differs_is_named():
 # --- parts ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dict", "module", "nnx pure"])
+@pytest.mark.parametrize("name", ["dict", "module"])
 def test_partition_takes_the_subspace_of_a_part(name):
     wrap = CONTAINERS[name]
     part = from_factors({"enc": tree(3, 3)["enc"]}, max_rank=2, energy=1.0)

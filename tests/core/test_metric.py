@@ -97,9 +97,7 @@ def masked(tx):
 
 ARRANGEMENTS = {
     "alone": lambda tx: tx,
-    "chain": lambda tx: optax.chain(optax.clip(3.0), tx),
     "masked": masked,
-    "optax.MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
     "multi_steps": lambda tx: multi_steps(masked(tx), 2),
 }
 

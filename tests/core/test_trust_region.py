@@ -146,12 +146,10 @@ def apart(*parts):
 
 ARRANGEMENTS = {
     "chain": chained,
-    "masked": lambda: optax.masked(chained(), {"v": True, "w": True}),
     "part masked": lambda: optax.chain(
         optax.masked(chained(), {"v": True, "w": False}),
         optax.masked(optax.set_to_zero(), {"v": False, "w": True}),
     ),
-    "MultiSteps": lambda: optax.MultiSteps(chained(), 2),
 }
 
 
@@ -172,7 +170,6 @@ def steps(tx, count, params=PARAMS, swap=None, compiled=jax.jit):
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_every_step_keeps_the_budget_and_it_is_used(arrangement):
-    # Micro-steps apply every second step, the one after the swap among them.
     seen = steps(ARRANGEMENTS[arrangement](), 24, swap=17)
     found = [divergence(p, S if i < 17 else space(11)) for i, p in enumerate(seen)]
     assert max(found) <= EPSILON * (1 + 1e-3)

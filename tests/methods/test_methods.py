@@ -12,6 +12,7 @@ from methods_case import (
     CONTRIBUTED,
     SETTINGS,
     STUDY,
+    contributed,
     learn,
     learned,
     midway,
@@ -23,7 +24,7 @@ from tiers import few
 from trees import stack, vector
 
 from sbr_jax.data.batches import batch
-from sbr_jax.methods import METHODS, VARIANTS, build
+from sbr_jax.methods import METHODS, VARIANTS, Method, build
 from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.methods.base import task_gradient
 from sbr_jax.training.program import init_adapter
@@ -194,3 +195,31 @@ def test_benign_control_needs_its_data():
     adapter = init_adapter(STUDY, SETTINGS, 0)
     with pytest.raises(UserError, match="calibration_controls"):
         method.init(problem, STUDY.model.params, adapter, jax.random.key(0))
+
+
+# --- the example of CONTRIBUTING.md ---------------------------------------------------
+
+
+def test_the_block_makes_a_method_of_the_name_that_it_is_registered_under():
+    method = build(CONTRIBUTED)
+    assert isinstance(method, Method)
+    assert contributed().noise().name == method.name == CONTRIBUTED
+    assert "scale" in contributed().noise.__doc__
+
+
+def test_its_hyper_parameter_decides_how_much():
+    # A fresh A has no gradient of its own, and Adam makes a whole step of any noise
+    # above its ε of 1e-8: this scale is well below.
+    plain = vector(learned("plain")[0])
+    faint = vector(learn(CONTRIBUTED, scale=1e-11)[0]) - plain
+    loud = vector(learned(CONTRIBUTED)[0]) - plain
+    assert np.linalg.norm(faint) < 0.1 * np.linalg.norm(loud)
+
+
+def test_a_wrong_hyper_parameter_is_refused_by_name():
+    for options, named in (
+        ({"scale": -1.0}, "noise.scale to be a finite number above 0"),
+        ({"scal": 0.1}, "unknown option of noise 'scal'; nearest: scale"),
+    ):
+        with pytest.raises(UserError, match=named):
+            build(CONTRIBUTED, **options)
