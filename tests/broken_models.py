@@ -335,6 +335,8 @@ def weights(rng):
         "an integer head": lambda t: t.update({HEAD: t[EMBED].astype(np.int32)}),
     }
     yield from refused(SINGLE, {k: tensors(v) for k, v in changes.items()})
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, "f4")}
+    yield Case("frequencies", tensors(lambda t: t.update(frequencies)), SAME)
     yield Case("head again", tensors(lambda t: t.update({HEAD: t[EMBED].copy()})), SAME)
     yield from refused(
         SINGLE,

@@ -11,7 +11,6 @@ import broken_models as broken
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft_case
 import pytest
 import tiny_chat
 from broken_models import OTHER, REFUSED, SAME, Case
@@ -22,6 +21,7 @@ from trees import same
 from sbr_jax import models
 from sbr_jax.models import config, hf_config
 from sbr_jax.models.codes import KINDS
+from sbr_jax.models.peft import save_peft
 from sbr_jax.programs import run
 from sbr_jax.typing import UserError
 
@@ -67,7 +67,9 @@ def good(folder):
 
 @pytest.fixture(scope="module")
 def pair_folder(tmp_path_factory):
-    return peft_case.save_pair(tmp_path_factory.mktemp("pair"))
+    folder = tmp_path_factory.mktemp("pair")
+    save_peft(folder, CONFIG, adapter(targets="(q|o)_proj"))
+    return folder
 
 
 def equal(one, two):
