@@ -5,17 +5,15 @@ import textwrap
 import time
 
 import pytest
-from tasks_case import ISOLATION, PROMPT, TASK
+from tasks_case import PROMPT, TASK
 from tiny_data import DATA, needs_data
 
 from sbr_jax.data import load_evalset
 from sbr_jax.data.records import CodeItem
 from sbr_jax.data.registry import load_source
-from sbr_jax.evaluation import sandbox
 from sbr_jax.evaluation.tasks import _extraction as extraction
 from sbr_jax.evaluation.tasks._extraction import LONGEST, find_program
 from sbr_jax.evaluation.tasks.answers import final_number
-from sbr_jax.evaluation.tasks.code import humaneval_program
 
 # --- code ---------------------------------------------------------------------------
 
@@ -184,17 +182,6 @@ def test_no_answer_takes_long_to_read(answer, monkeypatch):
     # The work is counted; of time only what a mistake in a pattern would take.
     assert sum(read) <= 2 * extraction.MOST_READ
     assert time.process_time() - began < 2.5
-
-
-def test_forms_pass_in_the_sandbox():
-    chosen = ("a fence in a list", "a guard", "a body between prose", "CRLF")
-    outcomes = sandbox.run_many(
-        [humaneval_program(TASK, FORMS[form]) for form in chosen],
-        allow_code_execution=True,
-        seconds=20.0,
-        isolation=ISOLATION,
-    )
-    assert [o.passed for o in outcomes] == [True] * len(chosen)
 
 
 def test_what_stands_above_the_function_in_the_prompt_stays():

@@ -75,11 +75,6 @@ def test_domain_splits_are_disjoint_in_combinations_and_phrasings(name):
             assert not program.agrees(item.answer + " then x = x + 1", item.answer)
 
 
-def test_the_world_is_a_function_of_its_seed():
-    assert make_world(3).names == make_world.__wrapped__(3).names
-    assert make_world(3).names != WORLD.names
-
-
 def test_divide_refuses_shares_that_do_not_sum():
     with pytest.raises(ValueError, match="sum"):
         divide("abc", (1, 1, 0, 0, 0, 0))
