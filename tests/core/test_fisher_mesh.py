@@ -29,7 +29,7 @@ from sbr_jax.subspace import sketch, spectrum, units
 from sbr_jax.subspace.factors import unit_eigenpairs
 
 LAYERS, IN, OUT, K, N = 3, 6, 10, 4, 21
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2), "tp": (1, 2, 4)}
+MESHES = {"fsdp": (1, 8, 1), "all": (2, 2, 2)}
 
 
 def mesh(name):
@@ -203,7 +203,7 @@ def texts(name):
     )
 
 
-@pytest.mark.parametrize("name", ["fsdp", "all", "tp"])
+@pytest.mark.parametrize("name", ["fsdp", "all"])
 def test_no_device_is_told_all_rows_or_all_of_a_basis(name, capfd, uncached):
     # An eighth of the rows, and this device's examples with all their parameters.
     own = (
