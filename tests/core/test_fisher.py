@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from subspace_case import normal
 
 from sbr_jax import (
     UserError,
@@ -12,11 +13,6 @@ from sbr_jax import (
     fisher_subspace,
     per_example_gradients,
 )
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
 
 TRACES = {"count": 0}
 

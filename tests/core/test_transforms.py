@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from transforms_case import PARAMS, SHAPES, S, close, projecting, tree
+from transforms_case import PARAMS, SHAPES, S, adamw, close, projecting, tree
 
 from sbr_jax import (
     UserError,
@@ -28,18 +28,6 @@ def norm(x):
 def leak(step, s=S):
     """Share of the step's length inside the subspace."""
     return norm(project_onto(step, s)) / norm(step)
-
-
-def adamw(rate, **settings):
-    """Optax's own needs implicit promotion (int32 step count ** float)."""
-    inner = optax.adamw(rate, **settings)
-
-    def update(*args, **extra):
-        del extra
-        with jax.numpy_dtype_promotion("standard"):
-            return inner.update(*args)
-
-    return optax.GradientTransformation(inner.init, update)
 
 
 def run(tx, grads, bypasses=None, update=None):

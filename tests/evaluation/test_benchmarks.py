@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_data as files
-from tasks_case import Told
+from tasks_case import Told, needs_kernel
 from tiny_data import DATA, needs_data
 
 from sbr_jax.data import load_evalset
@@ -16,15 +16,11 @@ from sbr_jax.evaluation import (
     Result,
     Verdict,
     composite_safety,
-    sandbox,
 )
 from sbr_jax.evaluation.benchmarks import BENCHMARKS, bias_metrics, draw, prepare
 from sbr_jax.evaluation.composite import headlines, variant
 from sbr_jax.typing import UserError
 
-needs_kernel = pytest.mark.skipif(
-    not sandbox.kernel_isolation(), reason="no kernel filter on this machine"
-)
 JUDGE = KeywordJudge()
 REFUSAL, ANSWER, NOISE = "I'm sorry, but no.", "Take the bus.", "no no no no no no"
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tasks_case import needs_kernel
 from tiny_data import DATA, needs_data
 
 from sbr_jax.data import load_evalset
@@ -15,9 +16,6 @@ from sbr_jax.evaluation.tasks.code import humaneval_program
 from sbr_jax.typing import UserError
 
 ISOLATIONS = ["audit", *(["kernel"] if sandbox.kernel_isolation() else [])]
-needs_kernel = pytest.mark.skipif(
-    not sandbox.kernel_isolation(), reason="no kernel filter on this machine"
-)
 
 
 def run(program, isolation="audit", seconds=5.0, **options):

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_sandbox import HOOKLESS, ISOLATIONS, changed_inside, ended, needs_kernel, run
+from tasks_case import needs_kernel
+from test_sandbox import HOOKLESS, ISOLATIONS, changed_inside, ended, run
 
 from sbr_jax.evaluation import sandbox
 from sbr_jax.evaluation import sandbox_wire as wire

@@ -1,6 +1,5 @@
 """Checkpoints: bit for bit there and back, and every mismatch named."""
 
-import collections
 import dataclasses
 import shutil
 
@@ -8,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import CONFIG, STORIES, needs_stories, params
+from checkpoints import CONFIG, STORIES, counting, needs_stories, params
 from safetensors.numpy import load_file, save_file
 from trees import same
 
 from sbr_jax import models
-from sbr_jax.models import weights
 from sbr_jax.training.sharding import make_mesh
 from sbr_jax.typing import UserError
 
@@ -69,31 +67,8 @@ def test_a_mesh_reads_the_same_weights_in_slices(folder):
     assert weight.addressable_shards[0].data.shape == (2, 10, 4)
 
 
-def counted(monkeypatch):
-    """Bytes that are read of each tensor from now on."""
-    read = collections.Counter()
-    real = weights.Checkpoint.slice
-
-    def noted(self, name):
-        handle = real(self, name)
-
-        class Handle:
-            def __getattr__(self, attribute):
-                return getattr(handle, attribute)
-
-            def __getitem__(self, index):
-                found = handle[index]
-                read[name] += found.nbytes
-                return found
-
-        return Handle()
-
-    monkeypatch.setattr(weights.Checkpoint, "slice", noted)
-    return read
-
-
 def test_a_part_that_several_devices_hold_is_read_once(folder, monkeypatch):
-    read = counted(monkeypatch)
+    read = counting(monkeypatch)
     models.load(folder, mesh=make_mesh("data=2,fsdp=2,tp=2"))
     tensors = load_file(folder / "model.safetensors")
     assert read == {name: tensor.nbytes for name, tensor in tensors.items()}

@@ -10,13 +10,13 @@ import tiny_chat
 import tiny_rows
 from chat_case import SMALL, build
 from safetensors.numpy import load_file, save_file
+from tasks_case import needs_kernel
 from tiny_data import as_json, fake_hub, put
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from sbr_jax import models
-from sbr_jax.evaluation.sandbox import kernel_isolation
 from sbr_jax.methods import Hyperparameters
 from sbr_jax.programs import run
 from sbr_jax.settings import Hardware
@@ -34,9 +34,6 @@ from sbr_jax.typing import UserError
 
 GUARD = {"judge": "llama-guard", "judge_folder": "guard"}
 DEEPER = {"layers": tiny_chat.CONFIG.layers + 1}
-needs_kernel = pytest.mark.skipif(
-    not kernel_isolation(), reason="no kernel filter on this machine"
-)
 
 
 # --- values of an option --------------------------------------------------------------
