@@ -1,6 +1,7 @@
 """Generation equals recomputation; padding, batches and keys do what they say."""
 
 import dataclasses
+import functools
 import re
 import sys
 
@@ -221,18 +222,19 @@ def test_no_step_is_run_whose_logits_nobody_reads(monkeypatch):
         assert longest < 8
 
 
-def test_nothing_to_do_gives_nothing():
+def test_nothing_to_do_gives_nothing_and_mistakes_are_named():
     assert run(prompts=[]) == []
     assert run(new=0) == [[]] * len(PROMPTS)
-
-
-def test_mistakes_are_named():
-    with pytest.raises(UserError, match=r"prompts\[1\] is empty"):
-        run(prompts=[[1], []])
-    with pytest.raises(UserError, match="context of 64"):
-        run(new=64)
-    with pytest.raises(UserError, match="key"):
-        run(temperature=1.0)
+    score = functools.partial(models.token_log_probs, MODEL, MODEL.params, None)
+    assert score(np.zeros((0, 4)), np.zeros((0, 4))).shape == (0,)
+    for act, said in (
+        (lambda: run(prompts=[[1], []]), r"prompts\[1\] is empty"),
+        (lambda: run(new=64), "context of 64"),
+        (lambda: run(temperature=1.0), "key"),
+        (lambda: score(np.ones((1, 2)), np.ones((1, 3))), "one shape"),
+    ):
+        with pytest.raises(UserError, match=said):
+            act()
 
 
 def test_buckets_are_few_and_waste_at_most_half():
@@ -251,12 +253,3 @@ def test_log_probs_are_summed_over_the_answer():
     logits = jax.jit(MODEL.apply_fn)(MODEL.params, adapter(), ids)
     expected = -3 * losses.token_cross_entropy(logits, ids, mask)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-def test_log_probs_of_nothing_and_of_odd_shapes():
-    empty = np.zeros((0, 4))
-    assert models.token_log_probs(MODEL, MODEL.params, None, empty, empty).shape == (0,)
-    with pytest.raises(UserError, match="one shape"):
-        models.token_log_probs(
-            MODEL, MODEL.params, None, np.ones((1, 2)), np.ones((1, 3))
-        )
