@@ -102,9 +102,15 @@ def test_losses_of_a_batch_equal_the_dense_ones_in_every_layout():
     other = models.init_adapter(jax.random.key(1), model.config, rank=2, alpha=4.0)
     other = jax.tree.map(lambda x: x + 0.1, other)
     bare = {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)}
-    run, base = jax.jit(model.apply_fn), model.params
-    nll = losses.token_cross_entropy(run(base, other, tokens), tokens, mask)
-    kl = losses.kl_to_reference(run(base, None, tokens), run(base, other, tokens), mask)
+    base = model.params
+
+    @jax.jit
+    def whole(base):
+        reference, logits = (model.apply_fn(base, a, tokens) for a in (None, other))
+        nll = losses.token_cross_entropy(logits, tokens, mask)
+        return nll, losses.kl_to_reference(reference, logits, mask)
+
+    nll, kl = whole(base)
 
     @jax.jit
     def both(base, batch):
@@ -127,13 +133,13 @@ def test_a_function_without_states_is_taken_by_its_logits():
     model = made()
     plain = functools.partial(lambda f, *a: f(*a), model.apply_fn)
     batch = {"tokens": jnp.ones((2, 4), jnp.int32), "mask": jnp.ones((2, 4))}
+
+    def nll(f, base):
+        hidden = answers.states(f, base, None, batch)
+        return answers.cross_entropy(f, base, hidden, answers.find(batch))
+
     both = [
-        answers.cross_entropy(
-            f,
-            model.params,
-            answers.states(f, model.params, None, batch),
-            answers.find(batch),
-        )
+        jax.jit(functools.partial(nll, f))(model.params)
         for f in (plain, model.apply_fn)
     ]
     np.testing.assert_allclose(*both, rtol=1e-6)
