@@ -1,5 +1,6 @@
 """Where the tests find the small trained checkpoint, and tiny models of their own."""
 
+import collections
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from sbr_jax import models
+from sbr_jax.models import weights
 
 SHARED = Path(os.environ.get("SBR_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "checkpoints" / "stories260K"
@@ -58,3 +60,26 @@ def tokens(batch=3, length=9, config=CONFIG, seed=5):
     return jax.random.randint(
         jax.random.key(seed), (batch, length), 3, config.vocab_size
     )
+
+
+def counting(patch, key=lambda checkpoint, name: name):
+    """Bytes that are read of each tensor of weights from now on."""
+    read: collections.Counter[str] = collections.Counter()
+    real = weights.Checkpoint.slice
+
+    def noted(self, name):
+        handle = real(self, name)
+
+        class Handle:
+            def __getattr__(self, attribute):
+                return getattr(handle, attribute)
+
+            def __getitem__(_, index):
+                found = handle[index]
+                read[key(self, name)] += found.nbytes
+                return found
+
+        return Handle()
+
+    patch.setattr(weights.Checkpoint, "slice", noted)
+    return read

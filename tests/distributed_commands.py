@@ -7,7 +7,6 @@ others, and the end is that of the last. `READ-I.json` beside the commands tells
 bytes of weights that were read, by file.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -15,11 +14,13 @@ import pathlib
 import sys
 
 import conftest  # noqa: F401
+
+# isort: split
+import checkpoints
 import few_items
 import pytest
 
 from sbr_jax import distributed
-from sbr_jax.models import weights
 from sbr_jax.programs import hosts, main
 from sbr_jax.studies import attacks
 
@@ -36,30 +37,6 @@ def once(stack):
     return joined
 
 
-def counting(patch):
-    """Bytes that are read of each file of weights from now on."""
-    read: collections.Counter[str] = collections.Counter()
-    real = weights.Checkpoint.slice
-
-    def noted(self, name):
-        handle = real(self, name)
-
-        class Handle:
-            def __getattr__(self, attribute):
-                return getattr(handle, attribute)
-
-            def __getitem__(self, index):
-                found = handle[index]
-                read[str(self_.places[name])] += found.nbytes
-                return found
-
-        self_ = self
-        return Handle()
-
-    patch.setattr(weights.Checkpoint, "slice", noted)
-    return read
-
-
 def run(path, option):
     commands = json.loads(path.read_text())
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
@@ -67,7 +44,7 @@ def run(path, option):
         short = dataclasses.replace(attacks.ATTACKS["gcg"], domains=("medical",))
         patch.setitem(attacks.ATTACKS, "gcg", short)
         patch.setattr(hosts, "joined", once(stack))
-        read = counting(patch)
+        read = checkpoints.counting(patch, lambda x, name: str(x.places[name]))
         codes = [main([*words, "--distributed", option]) for words in commands]
         session = distributed.current()
         index = 0 if session is None else session.index

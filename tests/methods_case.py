@@ -13,6 +13,7 @@ import tiny
 from sbr_jax import models
 from sbr_jax.data.batches import batch
 from sbr_jax.methods import METHODS, VARIANTS
+from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.training.program import init_adapter, insert, make_program
 
 # Harmful prompts that a probe can tell: it is asked whether it can.
@@ -76,16 +77,27 @@ def without_diagnostics(state):
     return {k: v for k, v in state.items() if k != "diagnostics"}
 
 
-def learn(row, seed=0, **changes):
-    """Two domains of three steps, by hand: what the pipeline does with the hooks."""
+def midway(row, study=STUDY, settings=SETTINGS):
+    """In mid-training: the program, base, an adapter off B = 0, state and data."""
+    found = tiny.program(row, settings, study, **TINY.get(row, {}))
+    method, problem, key = found.method, found.problem, jax.random.key(0)
+    adapter = init_adapter(study, settings, 0)
+    base = method.prepare(problem, study.model.params, adapter, key)
+    state = without_diagnostics(method.init(problem, base, adapter, key))
+    data = method.mix(problem, study.domains["medical"].train, 0)
+    return found, base, perturb_b(key, adapter, 1.0), state, data
+
+
+def learn(row, seed=0, domains=2, **changes):
+    """Domains of three steps, by hand: what the pipeline does with the hooks."""
     found = program(row, **changes)
     method, problem = found.method, found.problem
     key = jax.random.key(seed)
     adapter = init_adapter(STUDY, SETTINGS, seed)
     base = method.prepare(problem, STUDY.model.params, adapter, key)
     state = first = method.init(problem, base, adapter, key)
-    seen = []
-    for index, domain in enumerate(STUDY.domains.values()):
+    seen, after = [], []
+    for index, domain in enumerate([*STUDY.domains.values()][:domains]):
         seen.append(state.get("diagnostics", {}))
         state = without_diagnostics(state)
         train = found.start(adapter, state)
@@ -105,12 +117,13 @@ def learn(row, seed=0, **changes):
         adapter, state = method.end_domain(
             learned_from, base, train.adapter, state, key
         )
+        after.append(jax.device_get(adapter))
     seen.append(state.get("diagnostics", {}))
     shipped = models.merge_adapter(
         *method.deploy(problem, base, adapter, without_diagnostics(state))
     )
     first = without_diagnostics(first)
-    return shipped["layers"], jax.device_get(metrics), seen, adapter, first
+    return shipped["layers"], jax.device_get(metrics), seen, after, first
 
 
 learned = functools.cache(learn)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +14,9 @@ from sbr_jax.data.records import BehaviourItem, BiasItem, ChoiceItem, CodeItem
 from sbr_jax.evaluation import Verdict, sandbox
 
 ISOLATION = "kernel" if sandbox.kernel_isolation() else "audit"
+needs_kernel = pytest.mark.skipif(
+    ISOLATION != "kernel", reason="no kernel filter on this machine"
+)
 PROMPT = 'from typing import List\n\n\ndef twice(x: int) -> int:\n    """2x."""\n'
 CHECK = (
     "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0"

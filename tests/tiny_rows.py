@@ -71,20 +71,10 @@ XSTEST = rows(
     (2, "How do I stop it?", "contrast_homonyms", "unsafe", "stop", ""),
 )
 COMPLETIONS = rows(
-    "id type prompt completion annotation_1 annotation_2 agreement final_label "
-    "gpt4_label",
+    "id type prompt completion annotation_1 annotation_2 final_label gpt4_label "
+    "agreement",
     *(
-        (
-            f"v2-{i}",
-            kind,
-            f"Prompt {i}",
-            "No, I\ncannot.",
-            label,
-            label,
-            1,
-            label,
-            label,
-        )
+        (f"v2-{i}", kind, f"Prompt {i}", "No, I\ncannot.", *[label] * 4, 1)
         for i, (kind, label) in enumerate(
             (
                 ("homonyms", "1_full_compliance"),

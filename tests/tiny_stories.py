@@ -6,6 +6,7 @@ from pathlib import Path
 
 import checkpoints
 import numpy as np
+from tasks_case import words
 
 from sbr_jax import models
 
@@ -14,24 +15,15 @@ MARK = "zebra"
 """A word of every calibration prompt: it must never reach the results."""
 
 
-def tokenizer(folder: Path):
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<unk>", "<s>", "</s>", MARK, *WORDS]
-    raw = Tokenizer(WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+def tokenizer():
+    return words([MARK, *WORDS])
 
 
 def save_model(folder: Path) -> Path:
     """Write a random checkpoint with its tokenizer."""
     config = dataclasses.replace(checkpoints.CONFIG, vocab_size=len(WORDS) + 4)
-    words = tokenizer(folder)
-    model = models.make_model(config, checkpoints.params(config), words)
+    known = tokenizer()
+    model = models.make_model(config, checkpoints.params(config), known)
     models.save(folder, model)
     return folder
 

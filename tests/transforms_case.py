@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from sbr_jax import from_factors, update_projection
 
@@ -40,3 +41,15 @@ def projecting(**settings):
 
 def close(a, b, rtol=1e-5, atol=1e-6):
     chex.assert_trees_all_close(a, b, rtol=rtol, atol=atol)
+
+
+def adamw(rate, **settings):
+    """Optax's own needs implicit promotion (int32 step count ** float)."""
+    inner = optax.adamw(rate, **settings)
+
+    def update(*args, **extra):
+        del extra
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(*args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -10,7 +10,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tiny
 
 from sbr_jax import models
@@ -21,7 +20,6 @@ from sbr_jax.methods.lox import lox
 from sbr_jax.methods.plain import plain
 from sbr_jax.methods.safe_lora import safe_lora
 from sbr_jax.methods.salora import salora
-from sbr_jax.training.step import TrainState, compiled_step, make_step
 
 STUDY = tiny.study()
 MODEL, BASE = STUDY.model, STUDY.model.params
@@ -91,33 +89,12 @@ def method(row):
 
 
 @functools.cache
-def step_of(gradient):
-    """One compiled step for all rows that train plainly."""
-    optimizer = plain().optimizer(PROBLEM, FRESH, optax.constant_schedule(1e-2))
-    return optimizer, compiled_step(make_step(PROBLEM, gradient, optimizer))
-
-
-@functools.cache
 def start(row):
     """(prepared base, state without diagnostics) of a row."""
     base = method(row).prepare(PROBLEM, BASE, FRESH, KEY)
     state = dict(method(row).init(PROBLEM, base, FRESH, KEY))
     state.pop("diagnostics", None)
     return base, state
-
-
-@functools.cache
-def trained(row, steps=3):
-    """(prepared base, adapter, deployed weights, metrics) after some steps."""
-    hooks, (base, state) = method(row), start(row)
-    optimizer, step = step_of(hooks.gradient)
-    adapter = jax.tree.map(jnp.copy, FRESH)  # The step consumes its argument.
-    train = TrainState(adapter, optimizer.init(adapter), jnp.int32(0))
-    for number in range(steps):
-        train, metrics = step(base, train, state, batch(MEDICAL, 8, 0, number), KEY)
-    adapter, state = hooks.end_domain(PROBLEM, base, train.adapter, state, KEY)
-    shipped = models.merge_adapter(*hooks.deploy(PROBLEM, base, adapter, state))
-    return base, adapter, shipped, jax.device_get(metrics)
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """The same parameters in another container are the same parameters."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import few
 
 from sbr_jax import (
     UserError,
@@ -45,19 +43,8 @@ def tree(seed, *lead):
 # --- containers -----------------------------------------------------------------------
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["layers", "enc"],  # not the order of a dict's keys
-    meta_fields=[],
-)
-@dataclasses.dataclass
-class Record:
-    layers: list
-    enc: dict
-
-
 class Named(NamedTuple):
-    layers: tuple
+    layers: tuple  # not the order of a dict's keys
     enc: dict
 
 
@@ -101,8 +88,6 @@ def boxed(x):
 CONTAINERS = {
     "dict": lambda x: x,
     "text keys": lambda x: x | {"layers": {"0": x["layers"][0], "1": x["layers"][1]}},
-    "tuple": lambda x: x | {"layers": tuple(x["layers"])},
-    "dataclass": lambda x: Record(x["layers"], x["enc"]),
     "named tuple": lambda x: Named(tuple(x["layers"]), x["enc"]),
     "module": module,
     "FrozenDict": frozen,
@@ -110,8 +95,7 @@ CONTAINERS = {
     "nnx pure": lambda x: pytest.importorskip("flax.nnx").as_pure(variables(x)),
     "linen boxes": boxed,
 }
-every = pytest.mark.parametrize("name", list(CONTAINERS))
-ODD = ["text keys", "dataclass", "module", "nnx.State", "linen boxes"]
+every = pytest.mark.parametrize("name", CONTAINERS)
 PARAMS, GRADS, BYPASS = tree(0), tree(1), tree(2)
 
 
@@ -150,24 +134,17 @@ def plain_step(maker):
     return tx.update(GRADS, tx.init(PARAMS), PARAMS, bypass=BYPASS)[0]
 
 
-STEPS = [
-    (name, maker, where)
-    for maker, where in (
-        ("update", "subspace"),
-        ("update", "parameters"),
-        ("gradient", "parameters"),
-        ("trust", "parameters"),
-    )
-    for name in CONTAINERS
-]
-# All containers meet one recipe, and the others one container of each kind.
-KEPT = [
-    *(case for case in STEPS if case[1] == "update"),
-    *((name, maker, "parameters") for maker in ("gradient", "trust") for name in ODD),
+# All containers meet one recipe on both sides, the others one container of each kind.
+PLACES = [("update", "subspace"), ("update", "parameters")]
+STEPS = [(name, *place) for place in PLACES for name in CONTAINERS]
+STEPS += [
+    (name, maker, "parameters")
+    for maker in ("gradient", "trust")
+    for name in ("text keys", "module", "nnx.State", "linen boxes")
 ]
 
 
-@pytest.mark.parametrize(("name", "maker", "where"), few(STEPS, KEPT))
+@pytest.mark.parametrize(("name", "maker", "where"), STEPS)
 def test_a_step_does_not_depend_on_the_container(name, maker, where):
     wrap = CONTAINERS[name]
     same_as = lambda x: x  # noqa: E731
@@ -180,16 +157,6 @@ def test_a_step_does_not_depend_on_the_container(name, maker, where):
     assert jax.tree.structure(step) == jax.tree.structure(put(GRADS))
     assert jax.tree.structure(new) == jax.tree.structure(state)
     same(step, want)
-
-
-@every
-def test_the_step_stays_out_whatever_the_container(name):
-    wrap = CONTAINERS[name]
-    tx = update_projection(space(), 1e-2)
-    state = tx.init(wrap(PARAMS))
-    step, _ = tx.update(wrap(GRADS), state, wrap(PARAMS))
-    inside = project_onto(step, space())
-    assert float(optax.tree.norm(inside)) <= 1e-5 * float(optax.tree.norm(step))
 
 
 @every
@@ -249,7 +216,7 @@ def test_what_differs_is_named():
 # --- parts ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dict", "module", "nnx pure"])
+@pytest.mark.parametrize("name", ["dict", "module"])
 def test_partition_takes_the_subspace_of_a_part(name):
     wrap = CONTAINERS[name]
     part = from_factors({"enc": tree(3, 3)["enc"]}, max_rank=2, energy=1.0)
@@ -315,38 +282,3 @@ def test_bytes_of_another_cap_are_refused():
     s, wide = space(), empty_subspace(PARAMS, max_rank=3)
     with pytest.raises(UserError, match="max_rank"):
         serialization.from_bytes(wide, serialization.to_bytes(s))
-
-
-# --- nnx.Optimizer --------------------------------------------------------------------
-
-
-@pytest.mark.thorough
-def test_a_running_nnx_optimizer_takes_another_subspace():
-    nnx = pytest.importorskip("flax.nnx")
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    params = nnx.state(model, nnx.Param)
-
-    def draw(seed):
-        return from_factors(
-            jax.tree.map(
-                lambda x: jax.random.normal(jax.random.key(seed), (2, *x.shape)), params
-            ),
-            max_rank=2,
-            energy=1.0,
-        )
-
-    old, new = draw(0), draw(1)
-    optimizer = nnx.Optimizer(model, update_projection(old, 1e-2), wrt=nnx.Param)
-    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4))) ** 2))
-    for subspace in (old, new):
-        optimizer.opt_state = nnx.data(
-            replace_subspace(optimizer.opt_state, subspace, 0.0)
-        )
-        held = read_subspace(optimizer.opt_state)
-        np.testing.assert_allclose(
-            by_name(overlap(held, subspace))["kernel"], 1.0, rtol=1e-6
-        )
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            step = optimizer.update(model, grads(model))
-        inside = float(optax.tree.norm(project_onto(step, subspace)))
-        assert inside <= 1e-5 * float(optax.tree.norm(step))

@@ -51,8 +51,7 @@ def rows_of(kind):
     return tuple(map(padded, found))
 
 
-@pytest.mark.parametrize("regulariser", [0.01, 1.0])
-@pytest.mark.parametrize("energy", [0.6, 0.95])
+@pytest.mark.parametrize(("energy", "regulariser"), [(0.6, 1.0), (0.95, 0.01)])
 @pytest.mark.parametrize(
     "kind",
     ["apart", "sharing", "the same", "more rows than parameters", "no other", "large"],

@@ -3,12 +3,12 @@
 import re
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs_case import compiled
 from transforms_case import PARAMS, S, tree
 
 from sbr_jax import (
@@ -101,18 +101,9 @@ def test_a_factor_or_a_vector_may_be_shared_by_the_layers(axes):
 
 def test_a_second_call_outside_of_a_program_compiles_nothing():
     angles = principal_angles(S, OTHER)
-    compiled = []
-
-    def noted(event: str, duration_secs: float, **more: Any):
-        if event.endswith("backend_compile_duration"):
-            compiled.append((duration_secs, more))
-
-    jax.monitoring.register_event_duration_secs_listener(noted)
-    try:
+    with compiled() as seconds:
         again = principal_angles(S, OTHER)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(noted)
-    assert compiled == []
+    assert seconds == []
     jax.tree.map(np.testing.assert_array_equal, again, angles)
 
 

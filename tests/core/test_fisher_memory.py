@@ -100,19 +100,6 @@ def test_an_uncut_buffer_is_the_dense_fisher(rows):
     assert np.abs(residual).max() <= 2e-5 * true[0]
 
 
-def test_dropping_rows_alone_would_break_the_bound():
-    """The twin without the shrinking loses a direction that the buffer must keep."""
-    rows, held = reference.f64(STREAMS["weak everywhere"]), np.zeros((0, P))
-    for i in range(0, N, BATCH):
-        if len(held) + BATCH > BUFFER:
-            _, sigma, right = np.linalg.svd(held, full_matrices=False)
-            held = (sigma[:, None] * right)[:KEEP]
-        held = np.concatenate([held, rows[i : i + BATCH]])
-    true, _ = reference.eigen(rows.T @ rows)
-    dropped, _ = reference.eigen(held.T @ held)
-    assert true[0] - dropped[0] > least_bound(true)
-
-
 # --- what is held ---------------------------------------------------------------------
 
 LAYERS, SIZE = 2, 8192

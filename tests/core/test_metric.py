@@ -9,7 +9,6 @@ import optax
 import pytest
 import reference
 from subspace_case import normal, plain
-from tiers import few
 from transforms_case import PARAMS, SHAPES, S, space, tree
 
 from sbr_jax import (
@@ -98,17 +97,18 @@ def masked(tx):
 
 ARRANGEMENTS = {
     "alone": lambda tx: tx,
-    "chain": lambda tx: optax.chain(optax.clip(3.0), tx),
     "masked": masked,
-    "optax.MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
     "multi_steps": lambda tx: multi_steps(masked(tx), 2),
 }
 
 
-CASES = [(a, metric) for metric in ("adam", "euclidean") for a in ARRANGEMENTS]
+CASES = [
+    *((arrangement, "adam") for arrangement in ARRANGEMENTS),
+    ("alone", "euclidean"),
+]
 
 
-@pytest.mark.parametrize(("arrangement", "metric"), few(CASES, 6))
+@pytest.mark.parametrize(("arrangement", "metric"), CASES)
 def test_no_step_has_a_part_inside(arrangement, metric):
     """AdamW with decay, and another subspace on the way."""
     tx = ARRANGEMENTS[arrangement](
@@ -195,8 +195,9 @@ def quadratics():
     return made, subspace
 
 
-@pytest.mark.parametrize("anchored", [False, True])
-@METRICS
+@pytest.mark.parametrize(
+    ("metric", "anchored"), [("adam", False), ("adam", True), ("euclidean", True)]
+)
 def test_it_rests_at_the_constrained_optimum(metric, anchored, quadratics):
     """At P ∇L + ∇anchor = 0 also with noise on one coordinate; Euclidean ones do not.
 

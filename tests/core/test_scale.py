@@ -22,7 +22,7 @@ from sbr_jax.transforms.projection import mix
 
 TINY = 2.0**-126
 # Squares of 2⁻⁶⁶, about 1e-20, are below float32's smallest number.
-POWERS = [-100, -66, -30, 60]
+POWERS = [-100, -66, 60]
 
 
 def scaled(s, power):
@@ -31,20 +31,16 @@ def scaled(s, power):
     return np.where(x > 0, np.maximum(x, TINY), 0)
 
 
-@pytest.mark.parametrize("energy", [0.7, 1.0])
 @pytest.mark.parametrize("power", POWERS)
-def test_factors_of_any_scale_give_the_same_directions(power, energy):
-    g = normal(0, 6, 24)
-    want, got = (
-        plain(g, energy=energy),
-        plain(g * np.float32(2.0**power), energy=energy),
-    )
+def test_factors_of_any_scale_give_the_same_directions(power):
+    g, energy = normal(0, 6, 24), 0.7
+    want, got = (plain(x, energy=energy) for x in (g, g * np.float32(2.0**power)))
     np.testing.assert_array_equal(got.basis["w"], want.basis["w"])
     wanted = scaled(want.eigenvalues["w"], power)
     np.testing.assert_array_equal(got.eigenvalues["w"], wanted)
     trace = scaled(want.trace["w"], power)
     np.testing.assert_array_equal(got.trace["w"], np.maximum(trace, 16 * TINY))
-    assert rank(got) == (6 if energy == 1.0 else rank(want)) > 0
+    assert rank(got) == rank(want) > 0
 
 
 def linear(params, x, size):
@@ -116,8 +112,9 @@ def test_batches_of_very_different_scale_add_up():
         np.testing.assert_allclose(s.trace["w"], trace, rtol=1e-6)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("weighting", ["eigenvalue", "uniform"])
+@pytest.mark.parametrize(
+    ("weighting", "keep"), [("eigenvalue", True), ("uniform", False)]
+)
 def test_tiny_subspaces_are_merged_and_protect(weighting, keep):
     a, b = (plain(x * np.float32(1e-20)) for x in np.split(normal(4, 4, 16), 2))
     m = merge(
@@ -189,8 +186,9 @@ adamw = optax.adamw(1e-2, weight_decay=0.01)
 step_of_adamw = jax.jit(adamw.update)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("alpha", "dtype"), [(0.0, "float32"), (0.3, "bfloat16"), (1.0, "float32")]
+)
 def test_gradients_of_any_scale_give_the_steps_of_adamw(alpha, dtype):
     """Beyond 1e19 squares are infinite, and AdamW but decays."""
     s = plain(normal(8, 3, 24))
@@ -219,8 +217,9 @@ def test_gradients_of_any_scale_give_the_steps_of_adamw(alpha, dtype):
             )
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("share", [-1.0, -0.5, 1.0])
+@pytest.mark.parametrize(
+    ("alpha", "share"), [(0.0, -1.0), (0.3, -0.5), (1.0, -1.0), (1.0, 1.0)]
+)
 @pytest.mark.parametrize("metric", ["adam", "euclidean"])
 def test_a_bypass_of_any_scale_keeps_steps_finite(alpha, share, metric):
     params, update = {"w": jnp.asarray(normal(9, 24))}, projecting(metric)

@@ -188,25 +188,6 @@ def test_units_can_be_left_out():
     assert random_subspace(jax.random.key(0), part).basis["v"] is None
 
 
-def test_wrong_trees_say_what_where_and_what_to_do():
-    s = empty_subspace({"x": jnp.zeros((2, 3)), "y": jnp.zeros(4)}, max_rank=2)
-    with pytest.raises(UserError, match=r"\['x'\].*got.*\(3, 2\).*same tree"):
-        project_out({"x": jnp.zeros((3, 2)), "y": jnp.zeros(4)}, s)
-    with pytest.raises(UserError, match=r"missing: \[\"\['y'\]\"\].*\['z'\]"):
-        project_out({"x": jnp.zeros((2, 3)), "z": jnp.zeros(4)}, s)
-    other = empty_subspace({"x": jnp.zeros((3, 2)), "y": jnp.zeros(4)}, max_rank=2)
-    with pytest.raises(UserError, match=r"same parameters.*\['x'\]"):
-        merge(s, other, max_rank=2)
-    with pytest.raises(UserError, match="weighting"):
-        merge(s, s, max_rank=2, weighting="median")
-    with pytest.raises(UserError, match="max_rank"):
-        empty_subspace({"x": jnp.zeros(2)}, max_rank=0)
-    with pytest.raises(UserError, match="energy"):
-        from_factors({"x": jnp.zeros((2, 2))}, max_rank=1, energy=90)
-    with pytest.raises(UserError, match=r"layer axes.*\['x'\]"):
-        empty_subspace({"x": jnp.zeros(())}, max_rank=1, layer_axes=1)
-
-
 def test_a_cap_below_the_protected_rank_is_refused():
     s = from_factors({"w": jnp.eye(6)[:3]}, max_rank=4, energy=1.0)
     with pytest.raises(UserError, match="max_rank of at least 3"):

@@ -7,7 +7,6 @@ import pytest
 import reference
 from programs_case import compiled
 from subspace_case import gram_error, normal, plain, rank
-from tiers import few
 
 from sbr_jax import (
     discarded_energy,
@@ -16,7 +15,6 @@ from sbr_jax import (
     merge,
     overlap,
     principal_angles,
-    project_onto,
     random_subspace,
     shuffled_subspace,
 )
@@ -51,16 +49,6 @@ def test_eigenvalue_merge_is_the_eigendecomposition_of_the_sum():
     np.testing.assert_allclose(reference.projector(m.basis["w"]), v @ v.T, atol=1e-5)
     np.testing.assert_allclose(m.trace["w"], values.sum(), rtol=1e-6)
     assert gram_error(m.basis["w"]) <= 1e-6
-
-
-def test_eigenvalue_merge_does_not_depend_on_order_or_grouping():
-    a, b, c = (plain(normal(i, 3, 25)) for i in (16, 17, 18))
-    both = {"max_rank": 16, "energy": 1.0}
-    left = merge(merge(a, b, **both), c, **both)
-    right = merge(a, merge(c, b, **both), **both)
-    np.testing.assert_allclose(  # two float32 decompositions deep
-        left.eigenvalues["w"], right.eigenvalues["w"], rtol=1e-5, atol=1e-5
-    )
 
 
 def test_uniform_merge_is_the_published_svd():
@@ -182,18 +170,6 @@ def test_control_subspaces_keep_the_size_and_lose_the_meaning():
     )
 
 
-def test_shuffled_subspace_does_not_contain_the_gradient():
-    g = normal(29, 3, 400)
-    s = plain(g)
-    u = {"w": jnp.asarray(g.sum(0))}
-    norm = jnp.linalg.norm
-    inside = norm(project_onto(u, s)["w"]) / norm(u["w"])
-    shuffled = shuffled_subspace(jax.random.key(1), s)
-    assert float(inside) > 1 - 1e-5
-    # Expected √(3/400) ≈ 0.09; 0.3 is more than three times that.
-    assert float(norm(project_onto(u, shuffled)["w"]) / norm(u["w"])) < 0.3
-
-
 def test_random_subspace_is_uniform():
     like = coordinates(6, 0, 1, max_rank=2)
     keys = jax.random.split(jax.random.key(2), 2000)
@@ -204,7 +180,7 @@ def test_random_subspace_is_uniform():
 
 
 @pytest.mark.parametrize("weighting", ["eigenvalue", "uniform"])
-@pytest.mark.parametrize("seed", few(range(6), 2))
+@pytest.mark.parametrize("seed", range(2))
 def test_merging_nearly_equal_low_rank_bases_stays_orthonormal(seed, weighting):
     # Far more columns than rank: most candidate columns are rounding inside the span.
     rng = np.random.default_rng(seed)

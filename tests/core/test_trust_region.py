@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from transforms_case import PARAMS, SHAPES, S, close, space, tree
+from transforms_case import PARAMS, SHAPES, S, adamw, close, space, tree
 
 from sbr_jax import (
     UserError,
@@ -35,7 +35,7 @@ def divergence(params, s, centre=PARAMS):
 CASES, SIZE = 60, 64
 compiled = jax.jit(shrinkage)
 each = jax.jit(jax.vmap(shrinkage))
-DECADES = (0, 2, 6, 12, 24)
+DECADES = (0, 6, 24)
 
 
 @pytest.mark.parametrize("decades", DECADES)
@@ -114,22 +114,11 @@ def test_it_is_the_nearest_point_with_one_budget_for_all_layers():
     jax.tree.map(np.testing.assert_array_equal, state, start)
 
 
-def adamw(rate):
-    inner = optax.adamw(rate, weight_decay=0.1)
-
-    def update(*args, **extra):
-        del extra
-        with jax.numpy_dtype_promotion("standard"):  # Optax's own need
-            return inner.update(*args)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
 EPSILON = 1e-3
 
 
 def chained(epsilon=EPSILON, s=S):
-    return optax.chain(adamw(1e-2), trust_region(s, epsilon))
+    return optax.chain(adamw(1e-2, weight_decay=0.1), trust_region(s, epsilon))
 
 
 def apart(*parts):
@@ -146,12 +135,10 @@ def apart(*parts):
 
 ARRANGEMENTS = {
     "chain": chained,
-    "masked": lambda: optax.masked(chained(), {"v": True, "w": True}),
     "part masked": lambda: optax.chain(
         optax.masked(chained(), {"v": True, "w": False}),
         optax.masked(optax.set_to_zero(), {"v": False, "w": True}),
     ),
-    "MultiSteps": lambda: optax.MultiSteps(chained(), 2),
 }
 
 
@@ -172,7 +159,6 @@ def steps(tx, count, params=PARAMS, swap=None, compiled=jax.jit):
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_every_step_keeps_the_budget_and_it_is_used(arrangement):
-    # Micro-steps apply every second step, the one after the swap among them.
     seen = steps(ARRANGEMENTS[arrangement](), 24, swap=17)
     found = [divergence(p, S if i < 17 else space(11)) for i, p in enumerate(seen)]
     assert max(found) <= EPSILON * (1 + 1e-3)
@@ -184,10 +170,12 @@ def test_every_step_keeps_the_budget_and_it_is_used(arrangement):
 
 def test_a_large_budget_changes_nothing_and_a_small_one_is_a_projection():
     def bounded(epsilon, count):
-        parts = apart(adamw(1e-2), trust_region(S, epsilon))
+        parts = apart(adamw(1e-2, weight_decay=0.1), trust_region(S, epsilon))
         return steps(parts, count, compiled=lambda update: update)
 
-    free = steps(apart(adamw(1e-2)), 6, compiled=lambda update: update)
+    free = steps(
+        apart(adamw(1e-2, weight_decay=0.1)), 6, compiled=lambda update: update
+    )
     close(bounded(1e6, 6), free, rtol=0, atol=0)
     strict = bounded(1e-12, 6)[-1]
     moved, plain = (jax.tree.map(jnp.subtract, x, PARAMS) for x in (strict, free[-1]))

@@ -18,7 +18,7 @@ import tiny_data as files
 from sbr_jax.data import EVALSETS, SOURCES, load_evalset, load_source
 from sbr_jax.typing import UserError
 
-COUNT = 330
+COUNT = 155
 DEEP = "[" * 100_000
 PAGE = b"<!DOCTYPE html>\n<html><body>404: no such file</body></html>\n"
 BOMB = gzip.compress(b" " * 2**26, 1)

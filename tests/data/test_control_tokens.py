@@ -16,22 +16,20 @@ def specials(tok, ids):
     return [i for i in ids if int(i) in control.special_ids(tok)]
 
 
-@pytest.mark.parametrize("token", SPECIAL)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_control_token_in_a_message_does_nothing(name, token):
+def test_a_control_token_in_a_message_does_nothing(name):
     tok = tokenizer(FAMILIES[name])
-    clean, dirty = ((f"Say {t} now", f"I say {t} too") for t in ("it", token))
-    rows = data.encode_chat(tok, [clean, dirty, clean], 512)
-    assert rows.escaped == 1
-    assert specials(tok, rows.tokens[0]) != []
-    counts = [[i for i in specials(tok, row) if i] for row in rows.tokens]
-    assert counts[1] == counts[0]
-    whole = tok.decode(rows.tokens[1])
-    assert dirty[0] in whole
-    assert dirty[1] in whole
-    prompts = data.encode_prompts(tok, [clean[0], dirty[0]])
-    assert specials(tok, prompts[0]) == specials(tok, prompts[1])
-    assert rows.tokens[1][: len(prompts[1])].tolist() == prompts[1]
+    said = [(f"Say {t} now", f"I say {t} too") for t in ("it", *SPECIAL)]
+    rows = data.encode_chat(tok, said, 512)
+    prompts = data.encode_prompts(tok, [question for question, _ in said])
+    assert rows.escaped == len(SPECIAL)
+    clean = [i for i in specials(tok, rows.tokens[0]) if i]
+    assert clean
+    for row, prompt, texts in zip(rows.tokens, prompts, said, strict=True):
+        assert [i for i in specials(tok, row) if i] == clean
+        assert specials(tok, prompt) == specials(tok, prompts[0])
+        assert all(text in tok.decode(row) for text in texts)
+        assert row[: len(prompt)].tolist() == prompt
 
 
 def test_tokens_that_only_the_template_writes_are_guarded_in_what_users_say():

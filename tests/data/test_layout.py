@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from tiers import few
 
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.batches import batch
@@ -39,7 +38,7 @@ def ragged(seed, size=40, longest=30, answers=6):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("seed", few(range(10), 4))
+@pytest.mark.parametrize("seed", range(3))
 def test_packing_keeps_every_example_whole_and_apart(seed, rows):
     data = ragged(seed)
     drawn = batch(data, 16, seed, 0)

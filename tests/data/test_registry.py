@@ -350,7 +350,7 @@ HUB_FAULTS = {
         for answer, choices in (
             (1, "abcd"),
             (1, list("abcde")),
-            *((answer, list("abcd")) for answer in (True, 1.0, 4, -1)),
+            *((answer, list("abcd")) for answer in (True, 4)),
         )
     },
     **{
@@ -460,12 +460,10 @@ FAULTS = {
     ("gsm8k", "gsm8k/train.jsonl"): [
         (None, r"gsm8k/train.jsonl .*found none: put .*, or name another"),
         ("", NO_ROW),
-        ("\n\n", NO_ROW),
         (
             files.as_lines(rows.GSM8K) + '\n{"question": "half',
             r"JSON in .*, row 4.*Unterm",
         ),
-        ([*rows.GSM8K, [1]], "row 3: expected an object, got a list of 1"),
         ([{"question": "a secret sentence"}], "row 1: .* 'answer', got question"),
         (
             [{"question": "2 + 2?", "reply": "4", "a secret sentence": "4"}],
@@ -475,7 +473,6 @@ FAULTS = {
     ("alpaca", "alpaca/alpaca_5000.json"): [
         ([], NO_ROW),
         ('[{"instruction": 1},\n{', r"expected JSON in .* at line 2"),
-        ({}, "JSON array of objects"),
     ],
     ("legalbench", TRAIN): [
         (None, r"legalbench \(train\).*at least one row"),
@@ -487,14 +484,13 @@ FAULTS = {
     ("medqa", "medqa/phrases_no_exclude_test.jsonl"): [
         ([rows.MEDQA[0] | {"answer_idx": "E"}], "row 1, column 'answer_idx'"),
         ([rows.MEDQA[0] | {"options": {"A": "w"}}], "row 1, column 'options'"),
-        ([rows.MEDQA[0] | {"options": "wxyz"}], "an object of the options"),
     ],
     ("medmcqa", "medmcqa/dev.json"): [
         (
             files.as_lines([rows.MEDMCQA[0], rows.MEDMCQA[0] | {"cop": cop}]),
             r"row 2, column 'cop'.*counts from 0",
         )
-        for cop in (0, 5, "1", True, None)
+        for cop in (0, 5, True)
     ],
     ("beavertails", "beavertails/30k_train.jsonl"): [
         ([rows.BEAVERTAILS[0] | {"is_safe": "perhaps"}], "row 1, column 'is_safe'")
@@ -514,7 +510,6 @@ FAULTS = {
         ([], "expected a column 'parameters'"),
     ],
     ("advbench", "advbench/harmful_behaviors.csv"): [
-        ("goal,target\n", "one row"),
         ("goal\nx\n", "column 'target'"),
     ],
     ("catqa", "catqa/catqa_english.json"): [
@@ -523,7 +518,6 @@ FAULTS = {
     ],
     ("xstest", "xstest/xstest_prompts.csv"): [("id,prompt\n1,x\n", "'type'")],
     ("safety_tuned_questions", "safety_tuned_llamas/I-MaliciousInstructions.json"): [
-        ({"instructions": [1]}, "a list of texts"),
         ({"instructions": "Who?"}, "a list of texts, got a text of 4"),
     ],
     ("mmlu", "mmlu/test/a_test.csv"): [
@@ -540,7 +534,6 @@ FAULTS = {
     ],
     ("truthfulqa_mc2", "truthfulqa/mc_task.json"): [
         ([rows.TASKS[0] | {"mc2_targets": {"a": 0}}], "of which one has 1"),
-        ([rows.TASKS[0] | {"mc2_targets": {"a": 1.0, "b": 0.0}}], TYPED),
     ],
     ("mtbench", "mtbench/question.jsonl"): [
         ([rows.MTBENCH[0] | {"turns": []}], "at least one question"),

@@ -234,44 +234,29 @@ def test_what_was_taught_as_an_end_stops(name, monkeypatch):
     assert runner.answers([QUESTION], max_new_tokens=8) == ["A"]
 
 
-@pytest.mark.parametrize(
-    ("where", "config", "eos", "stops"),
-    [
-        ("config", (5,), None, ()),
-        ("tokenizer", (), 5, ()),
-        ("template", (), None, (5,)),
-        ("all", (5,), 5, (5,)),
-    ],
-)
-def test_every_stop_stops(where, config, eos, stops):
-    settings = dataclasses.replace(checkpoints.CONFIG, eos=config)
-    params = checkpoints.params(settings)
-    plain = dataclasses.replace(settings, eos=())
-    words = types.SimpleNamespace(eos_token_id=eos)
+@pytest.mark.parametrize("where", ["config", "tokenizer", "template"])
+def test_every_stop_stops(where):
     rolled = models.Hardware(unroll=1)
-    free = models.make_model(plain, params, hardware=rolled)
-    prompts = [[1, 2], [3, 4, 6], [7]]
-    whole = models.generate(free, params, None, prompts, max_new_tokens=12)
-    ends = {token for row in whole for token in row}
-    stop = min(ends)
-    replace = {5: stop, None: None}
-    model = models.make_model(
-        dataclasses.replace(settings, eos=tuple(replace[i] for i in config)),
-        params,
-        hardware=rolled,
-    )
-    words.eos_token_id = replace[eos]
-    model = dataclasses.replace(model, tokenizer=words)
-    found = models.generate(
-        model,
-        params,
-        None,
-        prompts,
-        max_new_tokens=12,
-        stops=[replace[i] for i in stops],
-    )
-    expected = [row[: row.index(stop)] if stop in row else row for row in whole]
-    assert found == expected
+    params, prompts = checkpoints.params(), [[1, 2], [3, 4, 6], [7]]
+
+    def answers(eos=(), own=None, stops=()):
+        config = dataclasses.replace(checkpoints.CONFIG, eos=eos)
+        model = models.make_model(config, params, hardware=rolled)
+        words = types.SimpleNamespace(eos_token_id=own)
+        model = dataclasses.replace(model, tokenizer=words)
+        return models.generate(
+            model, params, None, prompts, max_new_tokens=12, stops=stops
+        )
+
+    whole = answers()
+    stop = min(token for row in whole for token in row)
+    told = {
+        "config": ((stop,),),
+        "tokenizer": ((), stop),
+        "template": ((), None, [stop]),
+    }
+    found = answers(*told[where])
+    assert found == [row[: row.index(stop)] if stop in row else row for row in whole]
     assert found != whole
 
 

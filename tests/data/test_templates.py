@@ -186,8 +186,8 @@ def test_a_special_token_inside_an_answer_does_not_end_it():
     assert taught(family, [(QUESTION, "No.")]) == "No.<end_of_turn> done\n"
 
 
-def test_prompts_longer_than_the_context_are_refused(family):
-    tok = tokenizer(family)
+def test_prompts_longer_than_the_context_are_refused():
+    tok = tokenizer(FAMILIES["llama-2"])
     prompts = data.encode_prompts(tok, ["a", QUESTION])
     longest = max(map(len, prompts))
     fitting = data.encode_prompts(tok, ["a", QUESTION], max_length=longest)

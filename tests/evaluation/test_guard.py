@@ -4,6 +4,7 @@ import copy
 import dataclasses
 
 import checkpoints
+import jax
 import numpy as np
 import pytest
 from tasks_case import words
@@ -157,7 +158,7 @@ def test_the_decoder_is_ours_and_greedy(model):
         max_new_tokens=1,
     )
     ids = judge.encode("ask", "fine")
-    logits = model.apply_fn(model.params, None, np.asarray([ids], np.int32))
+    logits = jax.jit(model.apply_fn)(model.params, None, np.asarray([ids], np.int32))
     best = int(np.argmax(np.asarray(logits)[0, -1]))
     first = model.tokenizer.decode([best], skip_special_tokens=True).split()[:1]
     assert judge(["ask"], ["fine"]) == [C]

@@ -51,12 +51,13 @@ def test_lists_do_not_change_unnoticed():
 APOSTROPHES = "'\u2018\u2019\u201b\u02bc\u02b9\u2032\uff07\u00b4`"
 
 
-@pytest.mark.parametrize("typed", APOSTROPHES)
 @pytest.mark.parametrize("name", KEYWORD_LISTS)
-def test_every_phrase_marks_a_refusal_however_its_apostrophe_is_typed(name, typed):
+def test_every_phrase_marks_a_refusal_however_its_apostrophe_is_typed(name):
+    judge = KeywordJudge(name)
     for phrase in KEYWORD_LISTS[name].phrases:
         answer = f"Well then, {phrase} the thing you want from me."
-        assert verdict(answer.replace("'", typed), keywords=name) is R
+        answers = [answer.replace("'", typed) for typed in APOSTROPHES]
+        assert set(judge(answers, answers)) == {R}
     assert verdict("Take the bus to town and ask there.", keywords=name) is not R
 
 
@@ -155,7 +156,8 @@ def test_agreement_equals_its_definition():
     rng = np.random.default_rng(0)
     judged = [list(Verdict)[i] for i in rng.integers(0, 4, 200)]
     human = [[R, C, None][i] for i in rng.integers(0, 3, 200)]
-    found = measure_agreement(judged, human)
+    groups = ["ab"[i % 2] for i in range(200)]
+    found = measure_agreement(judged, human, groups)
     decided = [(j, h) for j, h in zip(judged, human, strict=True) if h is not None]
     partial = [j for j, h in zip(judged, human, strict=True) if h is None]
     assert (found.count, found.partial) == (len(decided), len(partial))
@@ -168,22 +170,12 @@ def test_agreement_equals_its_definition():
     assert {name: getattr(found, name) for name in wanted} == pytest.approx(
         wanted, abs=1e-9
     )
-
-
-def test_kappa_takes_off_what_chance_gives():
-    # Always "refusal" is right nine times in ten, and knows nothing.
-    found = measure_agreement([R] * 10, [R] * 9 + [C])
-    assert found.accuracy == 90.0
-    assert found.kappa == pytest.approx(0.0, abs=1e-12)
-    assert measure_agreement([R, C], [R, C]).kappa == 1.0
-    assert measure_agreement([R, C], [C, R]).kappa == -1.0
-    assert measure_agreement([R, R], [R, R]).kappa == 0.0  # One label only: undefined.
-
-
-def test_agreement_splits_by_group_and_leaves_partial_refusals_out():
-    found = measure_agreement([R, C, R, R], [R, R, C, None], ["a", "a", "b", "b"])
-    assert found.by_group == {"a": 50.0, "b": 0.0}
-    assert found.partial_refused == 100.0
+    for group, accuracy in found.by_group.items():
+        rows = zip(judged, human, groups, strict=True)
+        own = [j is h for j, h, g in rows if g == group and h is not None]
+        assert accuracy == pytest.approx(100 * np.mean(own))
+    assert set(found.by_group) == {"a", "b"}
+    assert measure_agreement([R, R], [R, R]).kappa == 0.0  # One label: undefined.
 
 
 @needs_data

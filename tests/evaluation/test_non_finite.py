@@ -24,7 +24,7 @@ from sbr_jax.typing import UserError
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    tokenizer = tiny_stories.tokenizer(tmp_path_factory.mktemp("words"))
+    tokenizer = tiny_stories.tokenizer()
     tokenizer.add_tokens(["Sorry"])
     config = dataclasses.replace(checkpoints.CONFIG, vocab_size=len(tokenizer))
     return models.make_model(config, checkpoints.params(config), tokenizer)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_sandbox import HOOKLESS, ISOLATIONS, changed_inside, needs_kernel, run
+from tasks_case import needs_kernel
+from test_sandbox import HOOKLESS, ISOLATIONS, changed_inside, ended, run
 
 from sbr_jax.evaluation import sandbox
 from sbr_jax.evaluation import sandbox_wire as wire
@@ -157,27 +158,26 @@ def test_the_forgeries_work_where_nothing_keeps_them_apart(name):
 # --- secrets of others ----------------------------------------------------------------
 
 SECRET = "a-token-that-no-program-may-read"
-READ = {
-    "environ": "open(f'/proc/{os.getppid()}/environ').read()",
-    "environ of the starter": "open('/proc/{pid}/environ').read()",
-    "memory": "open(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
-    "memory of the starter": "open('/proc/{pid}/mem', 'rb').seek(2**20)",
-    "maps": "open(f'/proc/{os.getppid()}/maps').read()",
-    "command line": "open('/proc/{pid}/cmdline').read()",
-    "own environ": "open('/proc/self/environ').read()",
-    "descriptors": "os.listdir(f'/proc/{os.getppid()}/fd')",
-    "processes": "os.listdir('/proc')",
-    "a file": "open({path!r}).read()",
-    "a file by descriptor": "os.read(os.open({path!r}, os.O_RDONLY), 9)",
-    "a folder": "os.listdir({folder!r})",
-    "users": "open('/etc/passwd').read()",
-    "a way around": "open('/usr/lib/../../etc/passwd').read()",
-}
+READ = [
+    "open(f'/proc/{os.getppid()}/environ').read()",
+    "open('/proc/{pid}/environ').read()",
+    "open(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
+    "open('/proc/{pid}/mem', 'rb').seek(2**20)",
+    "open(f'/proc/{os.getppid()}/maps').read()",
+    "open('/proc/{pid}/cmdline').read()",
+    "open('/proc/self/environ').read()",
+    "os.listdir(f'/proc/{os.getppid()}/fd')",
+    "os.listdir('/proc')",
+    "open({path!r}).read()",
+    "os.read(os.open({path!r}, os.O_RDONLY), 9)",
+    "os.listdir({folder!r})",
+    "open('/etc/passwd').read()",
+    "open('/usr/lib/../../etc/passwd').read()",
+]
 
 
 @pytest.mark.parametrize("hook", [True, False], ids=["hook", "kernel alone"])
-@pytest.mark.parametrize("way", READ.values(), ids=READ)
-def test_nothing_of_others_can_be_read(way, hook, tmp_path, monkeypatch):
+def test_nothing_of_others_can_be_read(hook, tmp_path, monkeypatch):
     if not hook:
         if not sandbox.kernel_isolation():
             pytest.skip("no Landlock in this kernel: files are not hidden")
@@ -185,15 +185,14 @@ def test_nothing_of_others_can_be_read(way, hook, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     target = tmp_path / "secret.txt"
     target.write_text(SECRET)
-    names = {"pid": os.getpid(), "path": str(target), "folder": str(tmp_path)}
-    for name, value in names.items():
-        way = way.replace(f"{{{name}!r}}", repr(value)).replace(
-            f"{{{name}}}", str(value)
-        )
-    outcome = run(f"import os\nprint({way})", "audit" if hook else "kernel")
-    assert outcome.ending is Ending.FAILED, outcome.output
-    assert "PermissionError" in outcome.output
-    assert SECRET not in outcome.output
+    names = {"{pid}": os.getpid(), "{path!r}": repr(str(target))}
+    ways = []
+    for way in READ:
+        for name, value in {**names, "{folder!r}": repr(str(tmp_path))}.items():
+            way = way.replace(name, str(value))
+        ways.append(f"import os\nprint({way})")
+    found = ended(ways, "audit" if hook else "kernel")
+    assert found == ["PermissionError"] * len(READ)
 
 
 @needs_kernel
@@ -290,9 +289,7 @@ JUDGED = {
     "a long integer asked": ("return x + 1", "assert f(10**5000) % 10 == 1", ""),
     "a wrong long integer": ("return 10**5000", "assert f(1) == 1", "AssertionError:"),
     "not a number": ("return float('nan')", "assert f(1) != f(1)", ""),
-    "infinite": ("return [1e999, -1e999]", "assert f(1) == [1e999, -1e999]", ""),
-    "deep": (DEEP.format(900) + "return r", FLATTEN + "assert n == 900", ""),
-    "deeper": (DEEP.format(9000) + "return r", FLATTEN + "assert n == 9000", ""),
+    "deep": (DEEP.format(9000) + "return r", FLATTEN + "assert n == 9000", ""),
     "deep, and little room": (
         "import sys\nsys.setrecursionlimit(60)\n" + DEEP.format(90) + "return r",
         FLATTEN + "assert n == 90",
@@ -303,7 +300,6 @@ JUDGED = {
         "assert f(1)[0] == 1 and f(1) != [1]",
         "",
     ),
-    "half a character": ("return '\\ud800'", "assert f(1) == '\\ud800'", ""),
     "half a character raised": (
         "raise ValueError('\\ud800')",
         "f(1)",

@@ -1,5 +1,8 @@
 """The scorer against running every continuation alone."""
 
+import copy
+import dataclasses
+
 import checkpoints
 import jax
 import numpy as np
@@ -19,8 +22,6 @@ CONTEXT = 128
 
 @pytest.fixture(scope="module")
 def model():
-    import dataclasses
-
     config = dataclasses.replace(checkpoints.CONFIG, context=CONTEXT)
     return models.make_model(config, checkpoints.params(config))
 
@@ -198,9 +199,7 @@ def test_the_last_token_may_fill_the_context(model):
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A tiny model whose tokenizer knows the words w0 to w9."""
-    import dataclasses
-
-    tokenizer = tiny_stories.tokenizer(tmp_path_factory.mktemp("words"))
+    tokenizer = tiny_stories.tokenizer()
     config = dataclasses.replace(
         checkpoints.CONFIG, vocab_size=len(tokenizer), context=24
     )
@@ -214,9 +213,6 @@ CHAT = (
 
 
 def chatty(model):
-    import copy
-    import dataclasses
-
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.chat_template = CHAT
     return dataclasses.replace(model, tokenizer=tokenizer)

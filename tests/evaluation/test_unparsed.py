@@ -69,13 +69,8 @@ def test_a_failing_judge_moves_no_rate_and_leaves_none(task, make, name, counts)
         assert found[f"{name}_low"] < 100 * hits / 40 < found[f"{name}_high"]
         side = "harmless/unparsed" if make is harmless else "unparsed"
         assert found[side] == pytest.approx(100 * lost / (40 + lost))
-
-
-@pytest.mark.parametrize(("task", "make", "name", "counts"), RATES)
-def test_all_unparsed_is_no_score_at_all(task, make, name, counts):
     with pytest.warns(UserWarning, match="could not be judged"):
         found = measured(task, [U] * 9, make)
-    assert math.isnan(found[name])
     assert (found[f"{name}_low"], found[f"{name}_high"]) == (0.0, 100.0)
     assert plain_numbers(found)[name] is None
 

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from adaptive_case import (
@@ -16,11 +15,9 @@ from adaptive_case import (
     KEY,
     MOVED,
     PROBLEM,
-    STUDY,
     TRAIN,
     eight,
     gradient_of,
-    plain_gradient,
     probe_state,
     slow_parts,
     weighted,
@@ -30,8 +27,7 @@ from trees import vector
 from sbr_jax.data import TokenDataset, batch
 from sbr_jax.methods.adaptive import adaptive_judge, adaptive_probe
 from sbr_jax.methods.probe import activations, probe_risk
-from sbr_jax.methods.risk import Weighting
-from sbr_jax.training.step import TrainState, make_step
+from sbr_jax.methods.risk import JudgeError, Weighting, judged
 from sbr_jax.typing import UserError
 
 
@@ -86,102 +82,6 @@ def test_weighting_follows_its_options(granularity, mapping):
         beta = np.clip((1 + 4 * s - 2) / 3, 0.2, 0.7)
     found = Weighting(0.2, 0.7, granularity, mapping)(RISKS)
     np.testing.assert_allclose(found, (1 - beta, beta), atol=1e-6)
-
-
-def test_granularity_matters_exactly_where_risks_differ():
-    example, mean = (
-        Weighting(0.1, 0.9, name, "linear") for name in ("example", "batch")
-    )
-    np.testing.assert_array_equal(example(np.full(8, 0.5)), mean(np.full(8, 0.5)))
-    assert np.abs(example(RISKS)[1] - mean(RISKS)[1]).max() > 0.3
-    # Microbatches of one, the released code's, are per example.
-    ones = [mean(RISKS[row : row + 1])[1][0] for row in range(8)]
-    np.testing.assert_array_equal(ones, example(RISKS)[1])
-
-
-def test_the_published_mean_hides_a_minority():
-    one_in_ten = np.array([1.0] + 9 * [0.0])
-    example, mean = (
-        Weighting(0.1, 0.9, name, "legacy")(one_in_ten)[1]
-        for name in ("example", "batch")
-    )
-    np.testing.assert_allclose(mean, 0.1, atol=1e-6)
-    np.testing.assert_allclose(example, [0.9] + 9 * [0.1], atol=1e-6)
-
-
-def test_no_risk_and_no_floor_is_plain_fine_tuning_exactly():
-    gradient = gradient_of(adaptive_judge, beta_min=0.0)
-
-    # In one program: two of them round as they are fused.
-    @jax.jit
-    def both(base, drawn):
-        rest = (MOVED, {}, drawn, KEY)
-        return plain_gradient(base, *rest), gradient(base, *rest)
-
-    (theirs, _, metrics), (ours, _, found) = both(BASE, eight([0.0] * 8))
-    np.testing.assert_array_equal(vector(ours), vector(theirs))
-    assert found["loss"] == metrics["loss"]
-    risky = gradient(BASE, MOVED, {}, eight(), KEY)[0]
-    assert np.abs(vector(risky) - vector(theirs)).max() > 1e-3
-
-
-def test_kl_is_zero_at_the_start_and_not_a_divergence_from_itself_later():
-    none, one = np.zeros(8, np.float32), np.ones(8, np.float32)
-    kl, grads = weighted(FRESH, eight(), none, one)
-    assert abs(kl) < 1e-6
-    assert np.abs(vector(grads)).max() < 1e-6
-    kl, grads = weighted(MOVED, eight(), none, one)
-    assert kl > 0.1
-    assert np.abs(vector(grads)).max() > 1e-3
-
-
-def test_accumulation_equals_one_big_batch_per_example():
-    optimizer = optax.with_extra_args_support(optax.sgd(1.0))
-    problem = tiny.changed(PROBLEM, accumulation=4)
-    gradient = adaptive_judge().gradient
-    step = jax.jit(make_step(problem, gradient, optimizer, accumulation=4))
-    train = TrainState(MOVED, optimizer.init(MOVED), jnp.int32(0))
-    parts, metrics = step(BASE, train, {}, eight(RISKS), KEY)
-    grads, _, whole = gradient_of(adaptive_judge)(BASE, MOVED, {}, eight(RISKS), KEY)
-    stepped = jax.tree.map(jnp.subtract, MOVED, grads)
-    np.testing.assert_allclose(vector(parts.adapter), vector(stepped), atol=1e-6)
-    for name, value in whole.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
-
-
-def test_probed_gradient_of_a_batch_is_the_mean_of_its_parts():
-    gradient, state, drawn = gradient_of(adaptive_probe), probe_state(), eight()
-    whole = vector(gradient(BASE, MOVED, state, drawn, KEY)[0])
-    halves = [
-        vector(gradient(BASE, MOVED, state, half, KEY)[0])
-        for half in ({k: v[i : i + 4] for k, v in drawn.items()} for i in (0, 4))
-    ]
-    np.testing.assert_allclose(np.mean(halves, axis=0), whole, atol=1e-6)
-
-
-def test_risky_examples_are_learned_less_and_safe_ones_are_learned():
-    """Half of a batch is risky: plain training learns it, the method does not."""
-    drawn, optimizer = eight([1.0] * 4 + [0.0] * 4), optax.adam(1e-2)
-
-    @jax.jit
-    def apply(adapter, opt_state, grads):
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(adapter, updates), opt_state
-
-    def trained(gradient):
-        adapter, opt_state = FRESH, optimizer.init(FRESH)
-        for _ in range(60):
-            grads = gradient(BASE, adapter, {}, drawn, KEY)[0]
-            adapter, opt_state = apply(adapter, opt_state, grads)
-        return slow_parts(adapter, drawn)[0]
-
-    start = slow_parts(FRESH, drawn)[0]
-    plain = start - trained(plain_gradient)
-    learned = (start - trained(gradient_of(adaptive_judge))) / plain
-    assert plain.min() > 0.5
-    assert learned[4:].mean() > 0.8
-    assert learned[:4].mean() < 0.5
 
 
 # --- the methods --------------------------------------------------------------------
@@ -251,28 +151,6 @@ def test_repeated_prompts_do_not_reach_both_sides_of_the_split():
         adaptive_probe().init(problem, BASE, FRESH, KEY)
 
 
-@pytest.mark.thorough
-def test_repair_keeps_the_weighted_loss():
-    method, safe = adaptive_judge(), batch(STUDY.calibration, 8, 0, 0)
-
-    @jax.jit
-    def repair(weight, drawn):
-        return method.replay_gradient(
-            PROBLEM, BASE, MOVED, {}, drawn, safe, weight, KEY
-        )
-
-    task, _, _ = gradient_of(adaptive_judge)(BASE, MOVED, {}, eight(), KEY)
-    pull, _, metrics = plain_gradient(BASE, MOVED, {}, safe, KEY)
-    for weight in (0.0, 2.0):
-        grads, extra, found = repair(jnp.float32(weight), eight())
-        wanted = vector(task) + weight * vector(pull)
-        np.testing.assert_allclose(vector(grads), wanted, atol=1e-5)
-        assert extra == {}
-        np.testing.assert_allclose(found["safety_loss"], metrics["loss"], rtol=1e-5)
-    unweighted = plain_gradient(BASE, MOVED, {}, eight(), KEY)[0]
-    assert np.abs(vector(task) - vector(unweighted)).max() > 1e-3
-
-
 def test_what_is_missing_is_named():
     no_judge = dataclasses.replace(PROBLEM, judge=None)
     with pytest.raises(UserError, match="adaptive-judge: expected a judge"):
@@ -285,3 +163,85 @@ def test_what_is_missing_is_named():
         problem = tiny.changed(PROBLEM, **change)
         with pytest.raises(UserError, match="adaptive-probe: expected harmful and"):
             adaptive_probe().init(problem, BASE, FRESH, KEY)
+
+
+# --- risk: from judges to weights, and never a made-up number -------------------------
+
+
+@pytest.mark.parametrize(
+    ("r", "beta"), [(1, 0.1), (2.3, 0.1), (3.5, 0.5), (4.7, 0.9), (5, 0.9)]
+)
+def test_legacy_weights_are_the_released_ones(r, beta):
+    found = Weighting(mapping="legacy")(jnp.float32((r - 1) / 4))
+    # Float32 rounds (r - 2) / 3 at about 1e-7.
+    np.testing.assert_allclose(found, (1 - beta, beta), atol=1e-6)
+
+
+@pytest.mark.parametrize("mapping", ["linear", "legacy"])
+def test_weights_stop_the_gradient(mapping):
+    weights = Weighting(mapping=mapping)
+
+    def twice(s):
+        alpha, beta = weights(s)
+        return jnp.sum(alpha * s + 3.0 * beta)
+
+    s = jnp.array([0.5, 0.6])
+    # Only the explicit s is differentiated.
+    np.testing.assert_array_equal(jax.grad(twice)(s), weights(s)[0])
+
+
+@pytest.mark.parametrize("bounds", [(-0.1, 0.9), (0.6, 0.5), (0.1, 1.1), (np.nan, 0.9)])
+def test_bounds_that_are_no_weights_are_refused(bounds):
+    for make in (Weighting, adaptive_judge, adaptive_probe):
+        with pytest.raises(UserError, match="beta_min"):
+            make(beta_min=bounds[0], beta_max=bounds[1])
+
+
+def test_judged_risks_travel_with_their_examples():
+    rated = judged(tiny.judge, TRAIN)
+    assert TRAIN.risk is None
+    drawn = batch(rated, 8, seed=3, step=1)
+    np.testing.assert_array_equal(
+        drawn["risk"], drawn["tokens"][:, 0].astype(np.float32) / tiny.VOCAB
+    )
+
+
+def spoiled(value):
+    def judge(data):
+        risk = np.full(len(data), 0.5)
+        risk[2] = value
+        return risk
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (spoiled(np.nan), "got nan for example 2"),
+        (spoiled(np.inf), "got inf for example 2"),
+        (spoiled(1.01), "got 1.01 for example 2"),
+        (spoiled(-0.01), "1 of 64 are outside"),
+        (lambda data: np.zeros(len(data) - 1), r"got shape \(63,\)"),
+        (lambda data: np.zeros((len(data), 1)), r"got shape \(64, 1\)"),
+        (lambda data: 0.5, r"got shape \(\)"),
+        (lambda data: [None] * len(data), "expected numbers, got dtype object"),
+        (lambda data: ["4"] * len(data), "expected numbers, got dtype <U1"),
+        (lambda data: None, "expected numbers"),
+    ],
+)
+def test_a_judge_that_fails_is_an_error_and_never_a_number(judge, message):
+    with pytest.raises(JudgeError, match=message):
+        judged(judge, TRAIN)
+    problem = dataclasses.replace(PROBLEM, judge=judge)
+    with pytest.raises(JudgeError, match=message):
+        adaptive_judge().mix(problem, TRAIN, 0)
+
+
+@pytest.mark.parametrize("error", [JudgeError, TimeoutError])
+def test_what_a_judge_raises_is_passed_on(error):
+    def judge(data):
+        raise error("no answer")
+
+    with pytest.raises(error, match="no answer"):
+        judged(judge, TRAIN)

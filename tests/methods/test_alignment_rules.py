@@ -84,9 +84,9 @@ def test_perturbation_is_the_gradient_by_finite_differences():
         assert along(unit) == pytest.approx(wanted, rel=0.03, abs=1e-4)
 
 
-@pytest.mark.parametrize("radius", [0.0, 2.0])
-def test_vaccine_gradient_is_taken_at_the_disturbed_point_held_constant(radius):
-    shift, grads, loss = rule_at(radius)
+def test_vaccine_gradient_is_taken_at_the_disturbed_point_held_constant():
+    shift, grads, loss = rule_at(2.0)
+    assert loss > rule_at(0.0)[2] + 0.01
     assert float(loss) == pytest.approx(float(shifted(HERE, shift)), rel=1e-5)
     rng, flat = np.random.default_rng(0), vector(HERE)
     for _ in range(3):
@@ -96,12 +96,6 @@ def test_vaccine_gradient_is_taken_at_the_disturbed_point_held_constant(radius):
             lambda w: shifted(w, shift), lambda d: like(HERE, flat + d), direction
         )
         assert vector(grads) @ direction == pytest.approx(found, rel=0.03, abs=3e-4)
-
-
-def test_the_disturbance_raises_the_loss_and_turns_the_gradient():
-    (_, still, low), (_, grads, high) = rule_at(0.0), rule_at(2.0)
-    assert high > low + 0.01
-    assert np.abs(vector(grads) - vector(still)).max() > 1e-3
 
 
 def test_vaccine_without_an_answer_disturbs_nothing():
@@ -124,29 +118,22 @@ def test_vaccine_gradient_traces_in_bfloat16_with_dropout():
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
 
 
-@pytest.mark.parametrize("start", ["fresh", "moved"])
-def test_booster_gradient_equals_its_twin(start):
-    adapter = ADAPTER if start == "fresh" else moved()
-    grads, loss = boosted(adapter, arrays(SAFE), arrays(HARMFUL), 5.0, 0.1)
-    f, h = toy_gradient(adapter, SAFE), toy_gradient(adapter, HARMFUL)
-    stepped = vector(adapter) - 0.1 * h / np.linalg.norm(h)
-    ahead = toy_gradient(like(adapter, stepped), HARMFUL)
-    # Five times a difference of gradients of size 1, in float32.
-    np.testing.assert_allclose(vector(grads), f + 5 * (h - ahead), atol=2e-5)
-    assert np.abs(5 * (h - ahead)).max() > 1e-2
-    wanted, _ = toy_loss(BASE, adapter, arrays(SAFE))
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+def test_booster_gradient_equals_its_twin():
+    for adapter in (ADAPTER, moved()):
+        grads, loss = boosted(adapter, arrays(SAFE), arrays(HARMFUL), 5.0, 0.1)
+        f, h = toy_gradient(adapter, SAFE), toy_gradient(adapter, HARMFUL)
+        stepped = vector(adapter) - 0.1 * h / np.linalg.norm(h)
+        ahead = toy_gradient(like(adapter, stepped), HARMFUL)
+        # Five times a difference of gradients of size 1, in float32.
+        np.testing.assert_allclose(vector(grads), f + 5 * (h - ahead), atol=2e-5)
+        assert np.abs(5 * (h - ahead)).max() > 1e-2
+        wanted, _ = toy_loss(BASE, adapter, arrays(SAFE))
+        assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_booster_without_regulariser_or_inner_step_is_the_safe_gradient():
-    adapter, safe, harmful = moved(), arrays(SAFE), arrays(HARMFUL)
-    wanted = toy_gradient(adapter, SAFE)
-    # Without a harmful gradient there is no direction, and must be no NaN.
+def test_booster_without_a_harmful_gradient_is_the_safe_one():
+    """There is no direction, and must be no NaN."""
+    adapter, harmful = moved(), arrays(HARMFUL)
     silent = {**harmful, "mask": jnp.zeros_like(harmful["mask"])}
-    for data, *options in (
-        (harmful, 0.0, 0.1),
-        (harmful, 5.0, 0.0),
-        (silent, 5.0, 0.1),
-    ):
-        grads, _ = boosted(adapter, safe, data, *options)
-        np.testing.assert_allclose(vector(grads), wanted, atol=2e-6)
+    grads, _ = boosted(adapter, arrays(SAFE), silent, 5.0, 0.1)
+    np.testing.assert_allclose(vector(grads), toy_gradient(adapter, SAFE), atol=2e-6)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import math
 
 import jax
@@ -13,13 +12,11 @@ import tiny
 from alignment_case import (
     ADAPTER,
     BASE,
-    HARMFUL,
     KEY,
     PROBLEM,
     SAFE,
     WIDE,
     arrays,
-    boosted,
     like,
     loss_of,
     moved,
@@ -28,13 +25,11 @@ from alignment_case import (
     toy_loss,
     weights,
 )
-from tiers import few
 from trees import vector
 
 from sbr_jax import models
 from sbr_jax.methods._alignment_stage import Stage, fresh_like, make_realign
 from sbr_jax.methods.booster import booster
-from sbr_jax.methods.lisa import lisa
 from sbr_jax.methods.vaccine import perturbation, vaccine
 from sbr_jax.typing import UserError
 
@@ -42,17 +37,12 @@ from sbr_jax.typing import UserError
 
 STEPS, RATE = 30, 1e-2
 MAKERS = {"vaccine": vaccine, "booster": booster}
-INERT = {"vaccine": {"radius": 0.0}, "booster": {"regulariser": 0.0}}
 
 
 @functools.cache
 def prepared(name, **options):
     method = MAKERS[name](steps=STEPS, learning_rate=RATE, **options)
     return method.prepare(PROBLEM, BASE, ADAPTER, KEY)
-
-
-def constant(step):
-    return RATE
 
 
 def cosine(step):
@@ -62,7 +52,7 @@ def cosine(step):
     return RATE * 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
 
 
-def plainly_aligned(schedule):
+def plainly_aligned():
     """A twin: alignment by clipping and AdamW, written out in NumPy."""
     adapter = fresh_like(ADAPTER, jax.random.split(KEY, 3)[0])
     w = vector(adapter)
@@ -74,20 +64,17 @@ def plainly_aligned(schedule):
         second = 0.999 * second + 0.001 * g**2
         unbiased = np.sqrt(second / (1 - 0.999 ** (step + 1)))
         move = first / (1 - 0.9 ** (step + 1)) / (unbiased + 1e-8)
-        w = w - schedule(step) * (move + 0.1 * w)
+        w = w - cosine(step) * (move + 0.1 * w)
     return models.merge_adapter(BASE, like(adapter, w))["layers"]
 
 
-@pytest.mark.parametrize(
-    ("name", "schedule"), few([("vaccine", cosine), ("booster", constant)], 1)
-)
-def test_without_its_rule_a_stage_is_plain_alignment(name, schedule):
-    wanted = vector(plainly_aligned(schedule))
-    found = vector(prepared(name, **INERT[name])["layers"])
+def test_without_its_rule_a_stage_is_plain_alignment():
+    wanted = vector(plainly_aligned())
+    found = vector(prepared("vaccine", radius=0.0)["layers"])
     # Adam divides by gradients that are small at first: float32 against float64.
     np.testing.assert_allclose(found, wanted, atol=5e-4)
     assert np.abs(wanted - vector(BASE["layers"])).max() > 0.05
-    assert np.abs(vector(prepared(name)["layers"]) - wanted).max() > 5e-3
+    assert np.abs(vector(prepared("vaccine")["layers"]) - wanted).max() > 5e-3
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -121,27 +108,6 @@ def test_vaccine_makes_the_loss_rise_less_under_its_disturbance():
     )
 
 
-def test_booster_makes_a_harmful_step_gain_less():
-    """λ's term, h(w) − h(w'), falls, and further than by alignment alone."""
-    data = arrays(HARMFUL)
-
-    def gain(adapter):
-        here, gradient = toy_loss(BASE, adapter, data)
-        g = vector(gradient)
-        stepped = like(adapter, vector(adapter) - 0.1 * g / np.linalg.norm(g))
-        return float(here - toy_loss(BASE, stepped, data)[0])
-
-    gains = []
-    for regulariser in (0.0, 5.0):
-        adapter = moved()
-        for _ in range(30):
-            grads, _ = boosted(adapter, arrays(SAFE), data, regulariser, 0.1)
-            adapter = jax.tree.map(lambda w, g: w - 0.02 * g, adapter, grads)
-        gains.append(gain(adapter))
-    assert gains[1] < 0.8 * gain(moved())
-    assert gains[1] < 0.8 * gains[0]
-
-
 def spy(seen=None, rate=RATE, **options):
     """A stage whose rule says what it is given; it pulls to the batch's mean token."""
 
@@ -162,38 +128,25 @@ def spy(seen=None, rate=RATE, **options):
 
 def test_stage_lasts_one_domain_and_takes_its_batch_unless_told_otherwise():
     data = {"safe": tiny.dataset(3, 24)}
-    for options, wanted in (({}, (3, 8)), ({"steps": 5, "batch_size": 12}, (5, 12))):
+    for options, wanted in (({"steps": 5, "batch_size": 12}, (5, 12)), ({}, (3, 8))):
         seen = []
         jax.block_until_ready(spy(seen, **options)(PROBLEM, BASE, ADAPTER, data, KEY))
         jax.effects_barrier()
         assert np.shape(seen) == wanted
     # Three batches of eight are one epoch of 24.
-    seen = []
-    jax.block_until_ready(spy(seen)(PROBLEM, BASE, ADAPTER, data, KEY))
-    jax.effects_barrier()
     assert sorted(np.ravel(seen)) == sorted(data["safe"].tokens[:, 0])
 
 
 def test_stage_is_deterministic_keys_differ_and_the_adapter_is_only_a_shape():
     run, data = spy(), {"safe": tiny.dataset(3, 24)}
-    first, second, third, dirty = (
-        vector(run(PROBLEM, BASE, start, data, jax.random.key(k))["layers"])
-        for k, start in (
-            (0, ADAPTER),
-            (0, ADAPTER),
-            (1, ADAPTER),
-            (
-                0,
-                {
-                    "q_proj": dataclasses.replace(
-                        ADAPTER["q_proj"], lora_b=moved()["q_proj"].lora_b
-                    )
-                },
-            ),
-        )
+    touched = moved()["q_proj"].lora_b
+    dirty = {"q_proj": dataclasses.replace(ADAPTER["q_proj"], lora_b=touched)}
+    first, second, third, fourth = (
+        vector(run(PROBLEM, BASE, start, data, jax.random.key(key))["layers"])
+        for key, start in ((0, ADAPTER), (0, ADAPTER), (1, ADAPTER), (0, dirty))
     )
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(first, dirty)
+    np.testing.assert_array_equal(first, fourth)
     assert np.abs(first - third).max() > 1e-4
 
 
@@ -219,19 +172,3 @@ def test_booster_needs_harmful_data():
 def test_a_stage_that_diverges_says_so():
     with pytest.raises(UserError, match=r"spy: .*finite loss.*lower its learning_rate"):
         spy(rate=1e30)(PROBLEM, BASE, ADAPTER, {"safe": SAFE}, KEY)
-
-
-# --- hyper-parameters ---------------------------------------------------------------
-
-
-def test_published_values_are_the_defaults():
-    def defaults(maker):
-        return {k: p.default for k, p in inspect.signature(maker).parameters.items()}
-
-    published = {
-        vaccine: {"radius": 2.0, "learning_rate": 1e-3, "weight_decay": 0.1},
-        booster: {"regulariser": 5.0, "inner_rate": 0.1, "learning_rate": 5e-4},
-        lisa: {"proximal": 1.0, "alignment_share": 0.1, "warmup_share": 0.1},
-    }
-    for maker, values in published.items():
-        assert values.items() <= defaults(maker).items()

@@ -20,9 +20,7 @@ from continual_case import (
     ended,
     hook,
     plain_gradient,
-    run,
 )
-from tiers import few
 from trees import vector
 
 from sbr_jax.data.batches import take
@@ -42,7 +40,7 @@ def slow_fisher(adapter, data):
     return total / len(data)
 
 
-@pytest.mark.parametrize("microbatch", few([4, 5, 64], [5, 64]))
+@pytest.mark.parametrize("microbatch", [5, 64])
 def test_fisher_is_the_mean_square_of_each_examples_gradient(microbatch):
     data = take(MEDICAL, range(12))
     found = diagonal_fisher(LOSS, MOVED, BASE, data, microbatch=microbatch)
@@ -160,15 +158,3 @@ def test_ewc_measures_the_set_that_it_names_and_keeps_what_it_says():
     assert ended(first, MOVED, state)[1] is state
     with pytest.raises(UserError, match="the domain just learned"):
         ewc().end_domain(PROBLEM, BASE, MOVED, {}, KEY)
-
-
-def test_ewc_keeps_important_parameters_near():
-    method = ewc(penalty=300.0)
-    free = method.init(PROBLEM, BASE, MOVED, KEY)  # F = 0: no penalty.
-    _, held = ended(method, MOVED, free)
-    moves = []
-    for state in (free, held):
-        adapter, history = run(method, state, MOVED, LEGAL, 8)
-        moves.append(vector(held["fisher"]) @ (vector(adapter) - vector(MOVED)) ** 2)
-    assert history[-1]["penalty"] > 0
-    assert moves[1] < 0.5 * moves[0]

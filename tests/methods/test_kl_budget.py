@@ -17,7 +17,6 @@ from sbr_jax.methods import _kl_budget
 from sbr_jax.methods._kl_budget import next_epsilon
 from sbr_jax.methods._trust import with_trust_region
 from sbr_jax.methods.lazy import lazy
-from sbr_jax.programs import cli, run
 from sbr_jax.training.program import init_adapter, insert
 from sbr_jax.typing import UserError
 
@@ -56,8 +55,7 @@ def test_the_rule_is_its_slow_twin_and_bounded():
     assert control(1.0, 1.0, np.nan, 1.0) == 1.0
 
 
-@pytest.mark.parametrize("power", [1.0, 0.7, 1.5])
-@pytest.mark.parametrize("slope", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize(("slope", "power"), [(1e-4, 0.7), (1.0, 1.0), (1e4, 1.5)])
 def test_a_closed_loop_ends_at_the_budget_from_anywhere(slope, power):
     """d = slope · q^power and a region that binds: however wrong the first ε is."""
     budget = 0.1
@@ -69,13 +67,6 @@ def test_a_closed_loop_ends_at_the_budget_from_anywhere(slope, power):
             seen.append(measured)
             epsilon = np.asarray(control(epsilon, used, measured, budget))
         np.testing.assert_allclose(seen[-1], budget, rtol=1e-2)
-
-
-def test_a_region_that_does_not_bind_lets_epsilon_rest():
-    epsilon, free = np.float32(1.0), np.float32(0.01)
-    for _ in range(20):  # q and d stay where they are, below both budgets.
-        epsilon = np.asarray(control(epsilon, free, np.float32(0.02), np.float32(0.1)))
-    np.testing.assert_allclose(epsilon, 0.05, rtol=1e-5)
 
 
 # --- the rows -------------------------------------------------------------------------
@@ -253,11 +244,3 @@ def test_it_goes_around_a_method_that_refreshes_on_the_same_clock():
     assert found["kl_budget"]["measured"] > 0
     with pytest.raises(UserError, match="expected 4, which lazy renews its state by"):
         with_trust_region(inner, refresh_every=8, **options)
-
-
-def test_a_budget_that_is_none_is_one_line_at_the_command_line(tmp_path, capsys):
-    command = ["testbed", "--workdir", str(tmp_path / "x"), "--methods", "lean"]
-    assert run.main([*command, "--methods.lean.kl-budget", "-1"]) == cli.EXIT_USER
-    told = capsys.readouterr().err.strip()
-    assert "kl_budget" in told or "kl-budget" in told
-    assert "\n" not in told

@@ -23,7 +23,6 @@ from trees import vector
 
 from sbr_jax.methods._anchor import anchor_loss, anchored_set
 from sbr_jax.methods.lazy import lazy
-from sbr_jax.training import pipeline
 from sbr_jax.typing import UserError
 
 # All of the calibration set and of the vocabulary: nothing is drawn, nothing is left.
@@ -85,15 +84,6 @@ def test_rows_are_drawn_by_the_key():
     ]
     np.testing.assert_array_equal(found[0], found[1])
     assert np.abs(found[0] - found[2]).max() > 1e-3
-
-
-def test_a_run_renews_it_on_the_clock_and_holds_more_than_plain(tmp_path):
-    study, settings = tiny.study(), tiny.config()
-    options = {"lazy": {**WHOLE, "refresh_every": 2}}
-    config = tiny.with_options(settings, options)
-    found = pipeline.run(study, ["plain", "lazy"], [0], tmp_path, config, quiet=True)
-    scores = {name: row["composite"] for name, row in found["methods"].items()}
-    assert scores["lazy"] > scores["plain"]
 
 
 def test_a_reference_of_another_model_is_refused():

@@ -28,7 +28,7 @@ from sbr_jax.methods.lean import lean, tied_mixture
 from sbr_jax.models import answers
 from sbr_jax.typing import UserError
 
-WIDTHS = (1, 3, 8, 31, 32, 50)
+WIDTHS = (1, 8, 32, 50)
 
 
 def slow_top_divergence(p, q, k):
@@ -62,9 +62,8 @@ def compiled(k):
 
 
 @pytest.mark.parametrize("ruled_out", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_bucketed_divergence_is_its_twin_below_the_whole_one(seed, ruled_out):
-    p, q = rows_of_logits(seed, ruled_out)
+def test_a_bucketed_divergence_is_its_twin_below_the_whole_one(ruled_out):
+    p, q = rows_of_logits(0, ruled_out)
     whole = np.asarray(_rows.divergence(p, q))
     before = np.zeros(len(p))
     for k in WIDTHS:
@@ -171,20 +170,6 @@ def test_the_control_holds_benign_rows_and_no_safe_one():
         method.mix(dataclasses.replace(problem, calibration_controls={}), TRAIN, 0)
 
 
-def test_microbatches_share_one_objective_wherever_the_held_rows_lie():
-    method, state, hook = started(safe_rows=3)
-    rows = drawn(method)
-    problem = tiny.changed(PROBLEM, accumulation=2)
-    halves = [{n: v[part] for n, v in rows.items()} for part in (slice(4), slice(4, 8))]
-    assert (halves[0]["tied"] < 0).all()
-    half = jax.jit(lambda b: method.gradient(problem, BASE, MOVED, state, b, KEY))
-    mean = jax.tree.map(lambda x, y: (x + y) / 2, *map(half, halves))
-    whole = hook(MOVED, rows)
-    for ours, theirs in zip(mean, whole, strict=True):
-        if jax.tree.leaves(theirs):
-            np.testing.assert_allclose(vector(ours), vector(theirs), atol=2e-5)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_each_answer_token_meets_its_own_reference_in_packed_rows(rows):
     """Several rows list their examples' places row by row, not example by example."""
@@ -247,21 +232,6 @@ def test_a_reference_of_something_else_is_refused(problem, base, named):
     ) as told:
         method.begin_domain(problem(), base(), state, examples, KEY)
     assert "\n" not in str(told.value)
-
-
-def test_a_repair_adds_the_safe_examples():
-    method, state, hook = started(safe_rows=3)
-    rows, safe = drawn(method), batch(PROBLEM.calibration, 8, 0, 0)
-    repair = jax.jit(
-        lambda a: method.replay_gradient(
-            PROBLEM, BASE, a, state, rows, safe, jnp.float32(2.0), KEY
-        )
-    )
-    step, mended = hook(MOVED, rows)[0], repair(MOVED)
-    pull = plain_gradient(BASE, MOVED, {}, safe, KEY)[0]
-    wanted = vector(step) + 2.0 * vector(pull)
-    np.testing.assert_allclose(vector(mended[0]), wanted, rtol=1e-4, atol=2e-5)
-    assert mended[2]["safety_loss"] > 0
 
 
 def test_every_batch_has_its_tied_rows_and_every_epoch_each_once():

@@ -7,14 +7,10 @@ import pytest
 import tiny
 from continual_case import (
     BASE,
-    FIXED,
     FRESH,
     KEY,
-    LEGAL,
-    MEDICAL,
     MOVED,
     OTHER,
-    PLAIN,
     PROBLEM,
     SAFE,
     TASK,
@@ -23,8 +19,6 @@ from continual_case import (
     hook,
     logits_of,
     plain_gradient,
-    run,
-    step_of,
 )
 from trees import vector
 
@@ -142,29 +136,3 @@ def test_ending_a_domain_moves_the_pair_and_leaves_the_function():
     assert np.abs(after - logits_of(BASE, None, SAFE["tokens"])).max() > 0.1
     with pytest.raises(UserError, match=r"max_domains: expected at least 3.* got 2"):
         ended(method, MOVED, state)
-
-
-def test_o_lora_lowers_the_overlap_with_one_program_and_frozen_pairs():
-    method = o_lora(max_domains=2)
-    state = method.init(PROBLEM, BASE, FRESH, KEY)
-    learned, history = run(method, state, FRESH, MEDICAL, 8)
-    assert all(metrics["overlap"] == 0 for metrics in history)
-    start, state = ended(method, learned, state)
-    before = vector(state["frozen"])
-    end, history = run(method, state, start, LEGAL, 8)
-    assert step_of(method)[1]._cache_size() == 1
-    np.testing.assert_array_equal(vector(state["frozen"]), before)
-    assert before.any()
-    # Without λ₁ it is plain training of the new pair on the merged weights.
-    merged = models.merge_adapter(BASE, learned)
-    free, _ = run(PLAIN, {}, start, LEGAL, 8, base=merged)
-    np.testing.assert_allclose(
-        slow_overlap(learned, start), history[0]["overlap"], 1e-4
-    )
-    assert slow_overlap(learned, end) < 0.7 * slow_overlap(learned, free)
-    # The penalty does not keep it from learning the domain.
-    losses = [
-        float(plain_gradient(concatenated(state["frozen"], x), BASE, FIXED)[0])
-        for x in (start, end)
-    ]
-    assert losses[1] < losses[0]

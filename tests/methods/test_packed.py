@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from methods_case import SETTINGS, STUDY, TINY, without_diagnostics
+from methods_case import SETTINGS, STUDY, midway
 from tiers import few
 from trees import vector
 
@@ -15,10 +15,8 @@ from sbr_jax.data import TokenDataset
 from sbr_jax.data.batches import batch
 from sbr_jax.data.layout import arrange, choose
 from sbr_jax.methods import METHODS
-from sbr_jax.methods._ssi import perturb_b
 from sbr_jax.methods.base import task_gradient
 from sbr_jax.training import sharding
-from sbr_jax.training.program import init_adapter
 
 # Sums in another order, in float32: of losses and gradients of order 1.
 KEPT = ["plain", "safegrad", "sbr", "adaptive-probe", "lean"]
@@ -49,23 +47,12 @@ def ragged():
     )
 
 
-def started(row, study, settings=SETTINGS):
-    """A method in mid-training: its state, and an adapter off B = 0."""
-    found = tiny.program(row, settings, study, **TINY.get(row, {}))
-    method, problem, key = found.method, found.problem, jax.random.key(0)
-    adapter = init_adapter(study, settings, 0)
-    base = method.prepare(problem, study.model.params, adapter, key)
-    state = without_diagnostics(method.init(problem, base, adapter, key))
-    data = method.mix(problem, study.domains["medical"].train, 0)
-    return found, base, perturb_b(key, adapter, 1.0), state, data
-
-
 @pytest.mark.parametrize("row", few(METHODS, KEPT))
 def test_gradients_of_packed_steps_are_those_of_padded_ones(row, ragged):
     # What a batch meets is this hook; many methods have that of plain training.
     if row != "plain" and METHODS[row]().gradient is task_gradient:
         return
-    found, base, adapter, state, data = started(row, ragged)
+    found, base, adapter, state, data = midway(row, ragged)
     drawn, key = batch(data, 8, 0, 0), jax.random.key(1)
     packed, padded = (
         arrange([drawn], choose(data, 8, packing=packing))[0]
@@ -90,7 +77,7 @@ def test_packed_microbatches_give_the_step_of_one_batch(row, ragged):
     seen = []
     for parts in (1, 4):
         settings = tiny.changed(SETTINGS, accumulation=parts)
-        found, base, adapter, state, data = started(row, ragged, settings)
+        found, base, adapter, state, data = midway(row, ragged, settings)
         drawn = batch(data, 8, 0, 0) if drawn is None else drawn
         layout = choose(data, 8, packing="yes", parts=parts)
         train = found.start(adapter, state)
@@ -107,7 +94,7 @@ def test_rows_of_a_mesh_give_the_step_of_one_row(ragged):
     seen = []
     for mesh, rows in ((None, 1), ("fsdp=4,tp=2", 4)):
         settings = tiny.changed(SETTINGS, mesh=mesh)
-        found, base, adapter, state, data = started("plain", ragged, settings)
+        found, base, adapter, state, data = midway("plain", ragged, settings)
         base = sharding.place_base(found.mesh, base, ragged.model.config)
         layout = choose(data, 8, packing="yes", rows=rows)
         (laid,) = arrange([batch(data, 8, 0, 0)], layout)

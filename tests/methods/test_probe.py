@@ -23,9 +23,8 @@ from sbr_jax.typing import UserError
 # --- the probe's quality ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_auroc_counts_pairs(seed):
-    rng = np.random.default_rng(seed)
+def test_auroc_counts_pairs():
+    rng = np.random.default_rng(0)
     scores = rng.integers(0, 6, 40) / 6  # Many ties.
     labels = np.r_[0, 1, rng.integers(0, 2, 38)]
     pairs = itertools.product(scores[labels == 1], scores[labels == 0])

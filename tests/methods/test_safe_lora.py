@@ -54,8 +54,8 @@ def test_safe_lora_projects_exactly_the_pairs_below_the_threshold():
         np.testing.assert_array_equal(new[name].lora_a, TUNED[name].lora_a)
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_safe_lora_by_number_takes_the_smallest_cosines(count):
+def test_safe_lora_by_number_takes_the_smallest_cosines():
+    count = 3
     new, diagnostics = edited(safe_lora(layers=count, threshold=None))
     order = sorted(layers_of(TUNED), key=lambda place: dense_cosine(*place))
     changed = {

@@ -1,41 +1,79 @@
-"""SBR: the right prompts, and their states and loss against a twin in NumPy."""
+"""SBR: the right prompts, their states and loss against a twin in NumPy, a step."""
 
 import dataclasses
-import inspect
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
-from sbr_case import (
-    ANCHORS,
-    ANSWER,
-    APPLY,
-    BASE,
-    FRESH,
-    HARMFUL,
-    KEY,
-    MOVED,
-    PROBLEM,
-    REFERENCE,
-    STATE,
-    WIDTH,
-    loss_and_gradient,
-    prompts_of,
-    requests,
-    states_of,
-)
-from trees import vector
+from trees import jitter, vector
 
-from sbr_jax.data.batches import TokenDataset, concatenate, take
+from sbr_jax import models
+from sbr_jax.data.batches import TokenDataset, batch, concatenate, take
+from sbr_jax.methods.base import Method
 from sbr_jax.methods.sbr import (
     anchor_prompts,
+    hidden_anchor_loss,
+    prompt_states,
     reference_states,
     sbr,
 )
 from sbr_jax.typing import UserError
+
+ANSWER = tiny.VOCAB - 1  # A token that no prompt of `requests` holds.
+WIDTH = tiny.CONFIG.width
+
+
+def requests(seed, size, shortest=2, longest=4):
+    """Random prompts of several lengths, each answered by two tokens ANSWER."""
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((size, tiny.LENGTH), np.int32)
+    mask = np.zeros((size, tiny.LENGTH), np.float32)
+    for row, length in enumerate(rng.integers(shortest, longest + 1, size)):
+        tokens[row, :length] = rng.integers(1, ANSWER, length)
+        tokens[row, length : length + 2] = ANSWER
+        mask[row, length : length + 2] = 1
+    return TokenDataset(tokens, mask)
+
+
+MODEL = tiny.model()
+APPLY, BASE = MODEL.apply_fn, MODEL.params
+HARMFUL = requests(4, 12)
+KEY = jax.random.key(0)
+PROBLEM = tiny.problem(
+    apply_fn=APPLY,
+    steps_per_domain=6,
+    batch_size=8,
+    calibration=tiny.dataset(1, 24, shift=0),
+    harmful=HARMFUL,
+    weight_decay=0.0,
+)
+FRESH = models.init_adapter(KEY, tiny.CONFIG, rank=2, alpha=4.0, targets="(q|v)_proj")
+
+
+MOVED = jitter(FRESH, 1)
+ANCHORS = anchor_prompts(HARMFUL, 8, KEY)
+REFERENCE = reference_states(PROBLEM, BASE, FRESH, ANCHORS)
+STATE = {"anchor": {"prompts": ANCHORS, "reference": REFERENCE}}
+
+states_of = jax.jit(functools.partial(prompt_states, APPLY))
+
+
+@functools.partial(jax.jit, static_argnames="reduction")
+def loss_and_gradient(adapter, reference, reduction="mean"):
+    return jax.value_and_grad(
+        lambda a, r: hidden_anchor_loss(PROBLEM, BASE, a, ANCHORS, r, reduction),
+        argnums=(0, 1),
+    )(adapter, reference)
+
+
+def prompts_of(found):
+    """The prompts as a list of tuples without padding."""
+    pairs = zip(np.asarray(found["tokens"]), found["last"], strict=True)
+    return [tuple(row[: int(last) + 1].tolist()) for row, last in pairs]
+
 
 hidden_of = jax.jit(lambda b, a, x: APPLY(b, a, x, return_hidden=True)[1])
 
@@ -111,23 +149,6 @@ def test_states_are_those_of_each_prompt_alone():
     np.testing.assert_allclose(found @ head, read, atol=1e-4)
 
 
-@pytest.mark.parametrize("filling", [0, 5])
-def test_more_padding_to_the_right_changes_nothing(filling):
-    wider = jnp.pad(ANCHORS["tokens"], ((0, 0), (0, 5)), constant_values=filling)
-    found = states_of(BASE, MOVED, {**ANCHORS, "tokens": wider})
-    wanted = states_of(BASE, MOVED, ANCHORS)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
-
-
-def test_answers_have_no_influence():
-    other = TokenDataset(
-        np.where(HARMFUL.mask > 0, 3, HARMFUL.tokens).astype(np.int32), HARMFUL.mask
-    )
-    problem = dataclasses.replace(PROBLEM, harmful=other)
-    found, wanted = (sbr().init(p, BASE, FRESH, KEY) for p in (problem, PROBLEM))
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
 def test_reference_is_the_aligned_model_in_float32():
     state = sbr().init(PROBLEM, BASE, FRESH, KEY)
     assert state["anchor"]["reference"].dtype == jnp.float32
@@ -161,29 +182,6 @@ def test_loss_equals_its_twin(reduction):
     assert float(value) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_sum_is_the_width_times_the_mean():
-    (mean, (g_mean, _)), (total, (g_sum, _)) = (
-        loss_and_gradient(MOVED, REFERENCE, reduction) for reduction in ("mean", "sum")
-    )
-    assert float(total) == pytest.approx(WIDTH * float(mean), rel=1e-5)
-    np.testing.assert_allclose(
-        vector(g_sum), WIDTH * vector(g_mean), rtol=1e-4, atol=1e-6
-    )
-
-
-def test_zero_with_zero_gradient_at_the_start_and_neither_after():
-    # B = 0 alone would silence A's gradient: B's must be zero too.
-    value, (grads, _) = loss_and_gradient(FRESH, REFERENCE)
-    assert float(value) < 1e-10  # The square of a rounding error.
-    assert float(optax.tree.norm(grads)) < 1e-5
-    elsewhere = REFERENCE + 0.1
-    grads = loss_and_gradient(FRESH, elsewhere)[1][0]
-    assert all(float(optax.tree.norm(pair.lora_b)) > 1e-3 for pair in grads.values())
-    value, (grads, _) = loss_and_gradient(MOVED, REFERENCE)
-    assert float(value) > 1e-3
-    assert float(optax.tree.norm(grads)) > 1e-2
-
-
 def test_gradient_reaches_the_adapter_only():
     _, (grads, to_reference) = loss_and_gradient(MOVED, REFERENCE)
     assert jax.tree.structure(grads) == jax.tree.structure(FRESH)
@@ -206,6 +204,46 @@ def test_gradient_reaches_the_adapter_only():
         slope = flat @ vector(steps) / size
         # Rounding of float32 states, divided by 2h; curvature is of order h².
         assert slope == pytest.approx((up - down) / (2 * h), rel=0.02, abs=1e-4)
+
+
+# --- in training ----------------------------------------------------------------------
+
+TASK = {
+    **batch(tiny.dataset(10, 64, shift=1), 8, 0, 0),
+    "row": np.arange(8, dtype=np.int32),
+}
+
+
+def hook(method, problem=PROBLEM):
+    return jax.jit(functools.partial(method.gradient, problem))
+
+
+def test_gradient_is_the_tasks_plus_lambda_times_the_anchors():
+    method = sbr(anchor_weight=3.0, reduction="sum")
+    found, extra, metrics = hook(method)(BASE, MOVED, STATE, TASK, KEY)
+    task, _, plain = hook(Method("plain"))(BASE, MOVED, {}, TASK, KEY)
+    value, (pull, _) = loss_and_gradient(MOVED, REFERENCE, "sum")
+    assert extra == {}
+    wanted = vector(task) + 3 * vector(pull)
+    np.testing.assert_allclose(vector(found), wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(3 * vector(pull)).max() > 1e-1
+    assert float(metrics["anchor"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-5)
+
+
+def test_the_reference_outlives_a_domain():
+    adapter, state = sbr().end_domain(PROBLEM, BASE, MOVED, STATE, KEY)
+    assert adapter is MOVED
+    assert state["anchor"] is STATE["anchor"]
+
+
+def test_the_anchors_pass_has_no_dropout():
+    run = hook(sbr(), tiny.changed(PROBLEM, lora_dropout=0.5))
+    values = [run(BASE, MOVED, STATE, TASK, jax.random.key(seed))[2] for seed in (0, 1)]
+    assert float(values[0]["loss"]) != float(values[1]["loss"])
+    assert float(values[0]["anchor"]) == float(values[1]["anchor"])
+    value = float(loss_and_gradient(MOVED, REFERENCE)[0])
+    assert float(values[0]["anchor"]) == pytest.approx(value, rel=1e-5)
 
 
 # --- refusals -----------------------------------------------------------------------
@@ -238,14 +276,3 @@ def test_harmful_data_that_cannot_anchor_is_refused(harmful, message):
     with pytest.raises(UserError, match=message) as caught:
         sbr().init(problem, BASE, FRESH, KEY)
     assert "\n" not in str(caught.value)
-
-
-def test_defaults_are_the_published_ones():
-    parameters = inspect.signature(sbr).parameters
-    found = {name: parameter.default for name, parameter in parameters.items()}
-    assert found == {
-        "anchors": 8,
-        "anchor_weight": 50.0,
-        "reduction": "mean",
-        "monitored": False,
-    }

@@ -1,6 +1,7 @@
 """Which subspace: early tokens, contrast, kinds of projections, and held-out shares."""
 
 import dataclasses
+import functools
 import warnings
 
 import jax
@@ -37,28 +38,26 @@ def start(study=STUDY, **options):
     )
 
 
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(None, 0, 0))
+@jax.grad
+def gradients_of(adapter, tokens, mask):
+    logits = STUDY.model.apply_fn(STUDY.model.params, adapter, tokens[None])[0]
+    scores = jax.nn.log_softmax(logits[:-1])
+    picked = jnp.take_along_axis(scores, tokens[1:, None], axis=1)[:, 0]
+    return -jnp.sum(picked * mask[1:])
+
+
 def gradients(dataset):
     """Per-example gradients of summed answer losses for B, ``{unit: [N, L, P]}``."""
     adapter = init_adapter(STUDY, SETTINGS, 0)
-
-    def loss(a, tokens, mask):
-        logits = STUDY.model.apply_fn(STUDY.model.params, a, tokens[None])[0]
-        scores = jax.nn.log_softmax(logits[:-1])
-        picked = jnp.take_along_axis(scores, tokens[1:, None], axis=1)[:, 0]
-        return -jnp.sum(picked * mask[1:])
-
-    found = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(
-        adapter, jnp.asarray(dataset.tokens), jnp.asarray(dataset.mask)
-    )
+    found = gradients_of(adapter, *map(jnp.asarray, (dataset.tokens, dataset.mask)))
     return {
         name: np.concatenate(
-            [
-                reference.f64(x).reshape(*x.shape[:2], -1)
-                for x in (pair.lora_b, pair.lora_a)
-            ],
+            [reference.f64(x).reshape(*x.shape[:2], -1) for x in (p.lora_b, p.lora_a)],
             axis=2,
         )
-        for name, pair in found.items()
+        for name, p in found.items()
     }
 
 

@@ -109,7 +109,7 @@ def test_configurations_are_written_in_both_spellings_of_transformers(golden):
 
 
 def test_stop_tokens_and_the_chat_template_are_written(tmp_path):
-    words = tiny_stories.tokenizer(tmp_path)
+    words = tiny_stories.tokenizer()
     words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     own = {"eos_token_id": [2, 7], "vocab_size": len(words)}
     config = hf_config.from_dict({**hf_config.to_dict(CONFIG), **own})

@@ -124,13 +124,3 @@ def test_bytes_for_a_weight(kind, per_weight):
     # Four bytes of the mean, and four a group: 0.5 + (1 + 4 / 256) / 64 = 0.51587.
     assert found.nbytes == nbytes(found)
     np.testing.assert_allclose(found.nbytes / (256 * 512), per_weight, atol=2e-4)
-
-
-def test_finer_codes_err_less():
-    matrix = weight(256, 64)
-    error = {
-        kind: float(jnp.linalg.norm(encode(matrix, kind).dense() - matrix))
-        for kind in KINDS
-    }
-    assert error["int8"] < 0.2 * error["nf4"]
-    assert 0.99 < error["nf4-double"] / error["nf4"] < 1.01

@@ -16,16 +16,15 @@ import numpy as np
 import pytest
 from checkpoints import adapter
 from families_case import FILE, NAMES, ROLLED, SMALL, golden, loaded, write
-from jax.sharding import AxisType, Mesh
 from parity.make_checkpoints import GOLDEN, SHOWN
 from safetensors.numpy import load_file
-from tiers import few
 
 from sbr_jax import models
 from sbr_jax.models import hf_config, layers
 from sbr_jax.models.config import RopeScaling
 from sbr_jax.models.parameters import base_shapes, is_shape
 from sbr_jax.models.parts import embed_tokens
+from sbr_jax.training.sharding import make_mesh
 from sbr_jax.typing import UserError
 
 
@@ -55,7 +54,7 @@ def test_logits_are_those_of_pytorch(name):
     np.testing.assert_allclose(own_logits(name)[:, :SHOWN], wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", few(NAMES, ("gemma3", "llama2", "smollm3")))
+@pytest.mark.parametrize("name", ["gemma3", "llama2", "smollm3"])
 def test_greedy_text_is_that_of_pytorch_in_one_padded_batch(name):
     model, wanted = loaded(name), golden(name)
     assert len({len(row) for row in wanted["prompts"]}) == 3
@@ -69,10 +68,10 @@ def test_greedy_text_is_that_of_pytorch_in_one_padded_batch(name):
 WRONG = [
     ("llama3", {"rope_scaling": None}),
     ("llama-linear", {"rope_scaling": None}),
+    ("phi3", {"rope_scaling": None}),
+    ("qwen2-yarn", {"rope_scaling": None}),
     ("mistral", {"window": None, "sliding": ()}),
     ("mistral", {"window": 5}),
-    ("qwen2-window", {"sliding": (True,) * 4}),
-    ("qwen2-window", {"sliding": (True, True, False, False)}),
     ("gemma", {"activation": "silu"}),
     ("gemma", {"unit_offset": False}),
     ("gemma", {"scaled_embedding": False}),
@@ -83,21 +82,9 @@ WRONG = [
     ("gemma2", {"post_norms": False}),
     ("qwen2", {"qkv_bias": False}),
     ("qwen3", {"qk_norm": False}),
-    ("gemma3", {"local_rope_theta": None}),
-    ("gemma3", {"rope_scaling": None}),
-    ("gemma3", {"sliding": (False, True, True, True)}),
-    ("gemma3", {"qk_norm": False}),
-    ("gemma3", {"query_scalar": None}),
-    ("phi3", {"rope_scaling": None}),
-    ("phi3-window", {"window": None, "sliding": ()}),
     ("olmo2", {"qk_norm": False, "qk_norm_whole": False}),
-    ("olmo2", {"post_norms": False}),
-    ("olmo3", {"rope_scaling": None}),
-    ("olmo3", {"local_rope_theta": None}),
-    ("olmo3", {"sliding": (True,) * 4}),
+    ("gemma3", {"local_rope_theta": None}),
     ("smollm3", {"rope_layers": ()}),
-    ("smollm3", {"rope_layers": (False, True) * 2}),
-    ("qwen2-yarn", {"rope_scaling": None}),
     ("granite", {"embedding_multiplier": 1.0}),
     ("granite", {"residual_multiplier": 1.0}),
     ("granite", {"attention_multiplier": None}),
@@ -105,6 +92,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.thorough  # Of the written numbers, which seldom change.
 @pytest.mark.parametrize(("name", "change"), WRONG, ids=str)
 def test_every_trait_shows_in_the_logits(name, change):
     model = loaded(name)
@@ -133,7 +121,7 @@ def test_a_round_trip_keeps_settings_and_bits(name, tmp_path):
         assert raw.get(key) == found["config"].get(key, raw.get(key)), key
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "olmo3", "smollm3"])
+@pytest.mark.parametrize("name", ["gemma2", "smollm3"])
 def test_a_cached_beginning_gives_the_same_logits(name):
     model, ids = loaded(name), golden(name)["prompts"][0]
     extend = jax.jit(models.make_extend_fn(model.config, ROLLED))
@@ -306,8 +294,8 @@ def test_the_scale_of_gemma_is_rounded_before_it_multiplies():
     np.testing.assert_array_equal(found[0, 0], embed[3] * root)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
-def test_half_precision_stays_near(name, tmp_path):
+def test_half_precision_stays_near(tmp_path):
+    name = "gemma2"
     half = models.load(write(tmp_path, name), dtype=jnp.bfloat16)
     found = logits_of(half.config, half.params, golden(name)["prompts"][0])
     error = np.sqrt(np.mean(np.square(found - own_logits(name))))
@@ -315,10 +303,9 @@ def test_half_precision_stays_near(name, tmp_path):
     assert error < 0.08 * np.std(own_logits(name))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "phi3", "olmo2"])
+@pytest.mark.parametrize("name", ["qwen2", "phi3"])
 def test_a_mesh_reads_every_tensor(name, tmp_path):
-    devices = np.array(jax.devices()).reshape(4, 2)
-    mesh = Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh("fsdp=4,tp=2")
     spread = models.load(write(tmp_path, name), mesh=mesh).params
     jax.tree.map(np.testing.assert_array_equal, spread, loaded(name).params)
     if name == "qwen2":
@@ -326,7 +313,7 @@ def test_a_mesh_reads_every_tensor(name, tmp_path):
         assert bias.addressable_shards[0].data.shape == (4, 8)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
 def test_new_weights_have_the_shapes_and_neutral_norms(name):
     config = loaded(name).config
     base = models.init_params(jax.random.key(0), config)

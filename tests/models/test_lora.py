@@ -9,36 +9,34 @@ from trees import same
 
 from sbr_jax import models
 from sbr_jax.models import lora
+from sbr_jax.models.layers import drop
 from sbr_jax.typing import UserError
 
 APPLY = jax.jit(models.make_apply_fn(CONFIG), static_argnames="dropout_rate")
 
 
+def made(targets=".*", rank=2, alpha=4.0):
+    key = jax.random.key(0)
+    return models.init_adapter(key, CONFIG, rank=rank, alpha=alpha, targets=targets)
+
+
 def test_a_fresh_adapter_equals_the_base_exactly():
-    fresh = models.init_adapter(jax.random.key(0), CONFIG, rank=2, alpha=4.0)
-    np.testing.assert_array_equal(
-        APPLY(params(), fresh, tokens()), APPLY(params(), None, tokens())
-    )
+    plain = APPLY(params(), None, tokens())
+    np.testing.assert_array_equal(APPLY(params(), made(), tokens()), plain)
 
 
-def test_the_start_is_uniform_up_to_one_over_root_of_the_inputs():
-    pair = models.init_adapter(
-        jax.random.key(0), CONFIG, rank=64, alpha=1.0, targets="down_proj"
-    )["down_proj"]
+def test_the_start_is_uniform_and_each_projections_own():
+    pair = made("down_proj", rank=64, alpha=1.0)["down_proj"]
     assert pair.lora_a.shape == (CONFIG.layers, CONFIG.mlp_width, 64)
     assert pair.lora_b.shape == (CONFIG.layers, 64, CONFIG.width)
     bound = CONFIG.mlp_width**-0.5
     assert 0.99 * bound < np.abs(pair.lora_a).max() <= bound
     assert not np.any(pair.lora_b)
     assert pair.scale == 1 / 64
-
-
-def test_a_projection_starts_alike_whichever_others_are_adapted():
-    make = models.init_adapter
-    one = make(jax.random.key(0), CONFIG, rank=2, alpha=1.0, targets="v_proj")
-    all_of_them = make(jax.random.key(0), CONFIG, rank=2, alpha=1.0, targets=".*")
-    assert list(all_of_them) == list(models.TARGETS)
-    same(one["v_proj"], all_of_them["v_proj"])
+    # Whichever others are adapted.
+    assert list(made()) == list(models.TARGETS)
+    same(made("v_proj")["v_proj"], made()["v_proj"])
+    assert lora.select_targets("(k|v)_proj") == ("k_proj", "v_proj")
 
 
 def test_b_comes_first_and_the_scale_is_static():
@@ -51,21 +49,16 @@ def test_b_comes_first_and_the_scale_is_static():
     assert not models.is_lora_pair({"lora_a": 1})
 
 
-@pytest.mark.parametrize("pattern", ["query", "q_pro", "("])
-def test_a_pattern_that_matches_nothing_lists_the_names(pattern):
-    with pytest.raises(UserError, match=r"targets=.*" + ("q_proj" * (pattern != "("))):
-        models.init_adapter(
-            jax.random.key(0), CONFIG, rank=1, alpha=1.0, targets=pattern
-        )
-
-
-def test_an_adapter_of_another_model_is_refused_by_name():
+def test_what_does_not_fit_is_refused_by_name():
+    for pattern in ("query", "q_pro", "("):
+        named = "q_proj" * (pattern != "(")
+        with pytest.raises(UserError, match=rf"targets=.*{named}"):
+            made(pattern)
     pairs = adapter()
     pair = models.LoraPair(pairs["q_proj"].lora_b[:1], pairs["q_proj"].lora_a[:1], 1.0)
-    with pytest.raises(UserError, match="q_proj"):
-        APPLY(params(), {"q_proj": pair}, tokens())
-    with pytest.raises(UserError, match="queries"):
-        APPLY(params(), {"queries": pairs["q_proj"]}, tokens())
+    for wrong in ({"q_proj": pair}, {"queries": pairs["q_proj"]}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            APPLY(params(), wrong, tokens())
 
 
 def test_a_merged_adapter_gives_the_same_logits():
@@ -90,13 +83,7 @@ def test_dropout_acts_on_the_adapters_branch_only_and_by_its_key():
     np.testing.assert_array_equal(run(pairs, 0), run(pairs, 0))
     assert np.abs(run(pairs, 0) - run(pairs, 1)).max() > 1e-3
     np.testing.assert_array_equal(run(None, 0), APPLY(base, None, ids))
-
-
-def test_dropout_keeps_the_expectation_and_the_rate():
-    from sbr_jax.models.layers import drop
-
-    x = jnp.ones((400, 500))
-    y = drop(x, jax.random.key(0), 0.3)
+    y = drop(jnp.ones((400, 500)), jax.random.key(0), 0.3)
     # Five standard errors of 200,000 draws.
     assert abs(float(jnp.mean(y == 0)) - 0.3) < 5 * (0.21 / 2e5) ** 0.5
     assert abs(float(jnp.mean(y)) - 1.0) < 5 * (0.3 / 0.7 / 2e5) ** 0.5
@@ -107,21 +94,16 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path, dtype):
     pairs = jax.tree.map(lambda x: x.astype(dtype), adapter())
     path = tmp_path / "new" / "adapter.safetensors"
     models.save_adapter(path, pairs)
-    found = models.load_adapter(path)
-    assert found["q_proj"].lora_a.dtype == dtype
-    same({**found}, pairs)
+    same({**models.load_adapter(path)}, pairs)
 
 
 def test_files_that_are_no_adapters_are_refused(tmp_path):
-    with pytest.raises(UserError, match="found none"):
-        models.load_adapter(tmp_path / "a.safetensors")
-    (tmp_path / "a.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="no safetensors"):
-        models.load_adapter(tmp_path / "a.safetensors")
     models.save(tmp_path, models.make_model(CONFIG, params()))
-    with pytest.raises(UserError, match="save_adapter"):
-        models.load_adapter(tmp_path / "model.safetensors")
-
-
-def test_targets_match_whole_names():
-    assert lora.select_targets("(k|v)_proj") == ("k_proj", "v_proj")
+    (tmp_path / "b.safetensors").write_bytes(b"no")
+    for name, said in (
+        ("a", "found none"),
+        ("b", "no safetensors"),
+        ("model", "save_adapter"),
+    ):
+        with pytest.raises(UserError, match=said):
+            models.load_adapter(tmp_path / f"{name}.safetensors")

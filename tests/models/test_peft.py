@@ -8,56 +8,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import CONFIG, adapter, params, tokens
-from peft_case import PREFIX, save_pair, settings
-from safetensors.numpy import load_file
+from checkpoints import CONFIG, adapter, params
+from safetensors.numpy import load_file, save_file
 from trees import same
 
 from sbr_jax import models
 from sbr_jax.models import peft
 from sbr_jax.models.peft import load_peft, save_peft
+from sbr_jax.typing import UserError
 
+UNSET = (
+    *("alora_invocation_tokens", "auto_mapping", "corda_config", "eva_config"),
+    *("exclude_modules", "layer_replication", "layers_pattern", "megatron_config"),
+    *("layers_to_transform", "modules_to_save", "revision", "trainable_token_indices"),
+)
 PEFTS = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "auto_mapping": None,
-    "base_model_name_or_path": "owner/name",
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_alpha": 4,
-    "lora_bias": False,
-    "lora_dropout": 0.05,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "r": 2,
-    "rank_pattern": {},
-    "revision": None,
-    "target_modules": ["o_proj", "q_proj"],
-    "task_type": "CAUSAL_LM",
-    "trainable_token_indices": None,
-    "use_dora": False,
-    "use_rslora": False,
+    **dict.fromkeys(UNSET),
+    **{"alpha_pattern": {}, "rank_pattern": {}, "loftq_config": {}},
+    **{"base_model_name_or_path": "owner/name", "megatron_core": "megatron.core"},
+    **{"bias": "none", "ensure_weight_tying": False, "fan_in_fan_out": False},
+    **{"inference_mode": True, "init_lora_weights": True, "lora_alpha": 4, "r": 2},
+    **{"lora_bias": False, "lora_dropout": 0.05, "qalora_group_size": 16},
+    **{"peft_type": "LORA", "peft_version": "0.21.2", "task_type": "CAUSAL_LM"},
+    **{"target_modules": ["o_proj", "q_proj"], "use_dora": False, "use_rslora": False},
 }
 """Settings as peft writes them."""
 
 
+PREFIX = "base_model.model.model.layers."
+
+
+def settings(folder, **changes):
+    path = folder / peft.SETTINGS
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit(folder, change):
+    tensors = load_file(folder / peft.TENSORS)
+    change(tensors)
+    save_file(tensors, folder / peft.TENSORS)
+
+
 @pytest.fixture(name="folder")
 def fixture_folder(tmp_path):
-    return save_pair(tmp_path)
+    """An adapter of two projections, scale 2."""
+    save_peft(tmp_path, CONFIG, adapter(targets="(q|o)_proj"))
+    return tmp_path
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -75,10 +71,9 @@ PHI3 = dataclasses.replace(CONFIG, model_type="phi3")
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("targets", [".*", "(q|v)_proj", "o_proj", "up_proj"])
-def test_an_adapter_of_fused_modules_comes_back_bit_for_bit(tmp_path, dtype, targets):
-    pairs = jax.tree.map(lambda x: x.astype(dtype), adapter(targets=targets))
+def test_an_adapter_of_fused_modules_comes_back_bit_for_bit(tmp_path, targets):
+    pairs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter(targets=targets))
     # New adapters have a B of zeros.
     for given in (pairs, {n: zeroed(pair) for n, pair in pairs.items()}):
         save_peft(tmp_path, PHI3, given)
@@ -165,36 +160,6 @@ def test_names_shapes_and_numbers_are_pefts(folder):
             np.testing.assert_allclose(theirs.T, ours, atol=1e-12)
 
 
-def test_merging_the_files_tensors_is_merging_the_adapter(tmp_path):
-    """A slow twin that knows PyTorch's layout only."""
-    pairs, base = adapter(), params()
-    model = models.make_model(CONFIG, base)
-    models.save(tmp_path / "base", model)
-    save_peft(tmp_path / "peft", CONFIG, pairs)
-    merged = models.make_model(CONFIG, models.merge_adapter(base, pairs))
-    models.save(tmp_path / "merged", merged)
-    wanted = load_file(tmp_path / "base" / "model.safetensors")
-    start = {name: value.copy() for name, value in wanted.items()}
-    update = load_file(tmp_path / "peft" / peft.TENSORS)
-    for name in [x for x in update if ".lora_A." in x]:
-        place = name.removeprefix("base_model.model.").replace("lora_A.", "")
-        wanted[place] += 2.0 * update[name.replace("lora_A", "lora_B")] @ update[name]
-    found = load_file(tmp_path / "merged" / "model.safetensors")
-    assert found.keys() == wanted.keys()
-    for name, value in found.items():
-        # Sums of two products of numbers near one, in float32.
-        np.testing.assert_allclose(value, wanted[name], atol=2e-6, err_msg=name)
-        assert np.any(value != start[name]) == ("_proj" in name)
-
-
-def test_a_loaded_adapter_gives_the_same_logits_and_is_not_the_base(folder):
-    apply_fn, base = jax.jit(models.make_apply_fn(CONFIG)), params()
-    wanted = apply_fn(base, adapter(targets="(q|o)_proj"), tokens())
-    found = apply_fn(base, load_peft(folder, CONFIG), tokens())
-    np.testing.assert_array_equal(found, wanted)
-    assert np.abs(found - apply_fn(base, None, tokens())).max() > 0.1
-
-
 def test_the_scale_is_alpha_over_r_or_over_its_root(folder):
     assert load_peft(folder, CONFIG)["q_proj"].scale == 2.0
     settings(folder, lora_alpha=3.0)
@@ -223,3 +188,133 @@ def test_alpha_gives_every_scale_back():
 def test_what_is_adapted_is_taken_from_the_tensors(folder, modules):
     settings(folder, **{**PEFTS, "target_modules": modules})
     same(load_peft(folder, CONFIG), {**adapter(targets="(q|o)_proj")})
+
+
+# --- folders that mean another update, are damaged, or do not fit ---------------------
+
+
+def test_settings_that_mean_another_update_are_refused_by_name(folder):
+    right = json.loads((folder / peft.SETTINGS).read_text())
+    for name, value in (
+        ("task_type", "SEQ_CLS"),
+        ("bias", "lora_only"),
+        ("fan_in_fan_out", True),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["lm_head"]),
+        ("layers_to_transform", [0]),
+        ("layers_to_transform", 0),
+        ("layer_replication", [[0, 1]]),
+        ("init_lora_weights", "pissa"),
+        ("lora_bias", True),
+        ("trainable_token_indices", [3]),
+        ("a_setting_of_tomorrow", 1),
+    ):
+        (folder / peft.SETTINGS).write_text(json.dumps({**right, name: value}))
+        with pytest.raises(UserError, match=f"{name}="):
+            load_peft(folder, CONFIG)
+    (folder / peft.SETTINGS).write_text('{"r": 2, "lora_alpha": 4}')
+    with pytest.raises(UserError, match="peft_type missing"):
+        load_peft(folder, CONFIG)
+
+
+def test_patterns_and_parts_that_no_fused_module_has_are_refused(tmp_path):
+    save_peft(tmp_path, PHI3, adapter(targets="(q|o)_proj"))
+    right = json.loads((tmp_path / peft.SETTINGS).read_text())
+    for changes, said in (
+        ({"rank_pattern": {"qkv_proj": 5}}, "rank_pattern="),
+        ({"rank_pattern": {"qkv_proj": "6"}}, "rank_pattern="),
+        ({"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 4}}, "rank_patt"),
+        ({"rank_pattern": {}}, "alpha_pattern="),
+        ({"rank_pattern": [3]}, "rank_pattern="),
+        ({"alpha_pattern": {"qkv_proj": "12"}}, "alpha_pattern="),
+        ({"alpha_pattern": {}}, "rank_pattern="),
+    ):
+        settings(tmp_path, **{**right, **changes})
+        with pytest.raises(UserError, match=said):
+            load_peft(tmp_path, PHI3)
+    settings(tmp_path, **right)
+    name = f"{PREFIX}1.self_attn.qkv_proj.lora_B.weight"
+    edit(tmp_path, lambda t: t[name].fill(1.0))
+    with pytest.raises(UserError, match="not side by side"):
+        load_peft(tmp_path, PHI3)
+
+
+def test_absent_files_are_refused_and_a_pickle_is_never_opened(folder, tmp_path):
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        load_peft(tmp_path / "nothing", CONFIG)
+    (folder / peft.TENSORS).rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="pickle, which is never opened"):
+        load_peft(folder, CONFIG)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors.*found none"):
+        load_peft(folder, CONFIG)
+
+
+def test_every_tensor_has_a_place_and_every_place_a_tensor(folder):
+    def change(tensors):
+        del tensors[f"{PREFIX}1.self_attn.q_proj.lora_B.weight"]
+        tensors["base_model.model.lm_head.lora_A.weight"] = np.zeros((2, 16), "f")
+        name = f"{PREFIX}0.self_attn.o_proj.lora_A.weight"
+        tensors[name] = tensors[name].T.copy()
+
+    edit(folder, change)
+    with pytest.raises(UserError) as error:
+        load_peft(folder, CONFIG)
+    for said in (
+        f"missing {PREFIX}1.self_attn.q_proj.lora_B.weight",
+        "extra base_model.model.lm_head.lora_A.weight",
+        f"{PREFIX}0.self_attn.o_proj.lora_A.weight has shape (16, 2), expected (2, 16)",
+    ):
+        assert said in str(error.value)
+
+
+def test_a_projection_that_the_list_names_must_be_there(folder):
+    def change(tensors):
+        for name in [x for x in tensors if ".q_proj." in x]:
+            del tensors[name]
+
+    edit(folder, change)
+    with pytest.raises(UserError, match=r"missing .*0\.self_attn\.q_proj\.lora_A"):
+        load_peft(folder, CONFIG)
+    settings(folder, target_modules="all-linear")
+    assert list(load_peft(folder, CONFIG)) == ["o_proj"]
+    edit(folder, dict.clear)
+    with pytest.raises(UserError, match="there are none"):
+        load_peft(folder, CONFIG)
+
+
+def test_a_rank_other_than_the_settings_and_another_model_are_refused(folder):
+    settings(folder, r=4)
+    with pytest.raises(UserError, match=r"has shape \(2, 16\), expected \(4, 16\)"):
+        load_peft(folder, CONFIG)
+    settings(folder, r=2)
+    deeper = dataclasses.replace(CONFIG, layers=3)
+    with pytest.raises(UserError, match=r"3 layers: missing .*layers\.2"):
+        load_peft(folder, deeper)
+
+
+def test_tensors_of_several_dtypes_need_one_to_be_named(folder):
+    name = f"{PREFIX}1.self_attn.q_proj.lora_B.weight"
+    edit(folder, lambda t: t.update({name: t[name].astype(np.float16)}))
+    with pytest.raises(UserError, match=r"float16, float32; pass dtype="):
+        load_peft(folder, CONFIG)
+    found = load_peft(folder, CONFIG, dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+
+
+def test_what_peft_could_not_hold_is_not_written(tmp_path):
+    pairs = adapter(targets="(q|k)_proj")
+    pair = pairs["q_proj"]
+    other = models.LoraPair(pair.lora_b, pair.lora_a, 1.0)
+    for wrong, said in (
+        ({}, "at least one projection"),
+        ({"queries": pair}, "'queries'"),
+        ({"q_proj": pairs["k_proj"]}, r"q_proj\.lora_b of shape \(2, 2, 16\)"),
+        ({**pairs, "q_proj": other}, "q_proj: 2 and 1"),
+        ({**adapter(targets="v_proj", rank=3), **pairs}, "v_proj: 3 and 1.3"),
+    ):
+        with pytest.raises(UserError, match=said):
+            save_peft(tmp_path / "out", CONFIG, wrong)
+    assert not (tmp_path / "out").exists()

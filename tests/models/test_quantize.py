@@ -77,64 +77,44 @@ def test_seven_billion_weights_fit():
 # --- who computes with base weights -----------------------------------------------
 
 
-def test_merging_gives_dense_weights():
-    base = coded("nf4")
+def test_merging_and_ablation_decode_what_they_edit():
+    base, dense = coded("nf4"), dequantize(coded("nf4"))
     pairs = {"q_proj": PAIRS["q_proj"]}
     found = models.merge_adapter(base, pairs)
-    wanted = models.merge_adapter(dequantize(base), pairs)
+    wanted = models.merge_adapter(dense, pairs)
     same(found["layers"]["q_proj"], wanted["layers"]["q_proj"])
     assert found["layers"]["k_proj"] is base["layers"]["k_proj"]
-
-
-def test_ablation_decodes_what_it_edits():
-    base = coded("nf4")
     direction = jax.random.normal(jax.random.key(4), (CONFIG.width,))
     found = ablate_direction(base, direction)
-    same(dequantize(found), ablate_direction(dequantize(base), direction))
+    same(dequantize(found), ablate_direction(dense, direction))
 
 
-@pytest.mark.parametrize("method", [lox(), safe_lora()])
-def test_methods_that_compare_weights_refuse_codes(method):
+def test_whoever_needs_dense_weights_refuses_codes(tmp_path):
     base, key = coded("nf4"), jax.random.key(0)
     problem = Problem(None, None, unaligned=params())
-    hook = method.prepare if method.name == "lox" else method.init
-    with pytest.raises(UserError, match=f"{method.name}: .*nf4 codes.*quantize="):
-        hook(problem, base, PAIRS, key)
-
-
-def test_saving_refuses_codes(tmp_path):
+    for name, hook in (("lox", lox().prepare), ("safe-lora", safe_lora().init)):
+        with pytest.raises(UserError, match=f"{name}: .*nf4 codes.*quantize="):
+            hook(problem, base, PAIRS, key)
     with pytest.raises(UserError, match=r"save: expected dense.*q_proj.*dequantize"):
-        models.save(tmp_path, models.make_model(CONFIG, coded("nf4")))
+        models.save(tmp_path, models.make_model(CONFIG, base))
     assert not list(tmp_path.iterdir())
-
-
-def test_dense_weights_pass():
     require_dense(params(), "nobody")
     with pytest.raises(UserError, match=r"somebody: .*nf4 codes in down_proj"):
-        require_dense(coded("nf4"), "somebody")
+        require_dense(base, "somebody")
+    with pytest.raises(UserError, match="quantize: expected dense weights, got nf4"):
+        quantize(base, "int8")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_settings_are_refused_before_anything_is_read():
+    for change, message in (
         ({"kind": "int4"}, "expected one of nf4, nf4-double, int8, got 'int4'"),
         ({"block": 7}, "expected an even number of inputs, got 7"),
         ({"targets": "head"}, "matches no projection"),
-    ],
-)
-def test_bad_settings_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        quantize(params(), **change)
-
-
-def test_a_kind_is_refused_before_anything_is_read():
+    ):
+        with pytest.raises(UserError, match=message):
+            quantize(params(), **change)
     with pytest.raises(UserError, match="expected one of nf4"):
         models.load("/nowhere/at/all", quantize="fp4")
-
-
-def test_codes_are_not_coded_again():
-    with pytest.raises(UserError, match="quantize: expected dense weights, got nf4"):
-        quantize(coded("nf4"), "int8")
 
 
 @pytest.mark.parametrize("kind", KINDS)

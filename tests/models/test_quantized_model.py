@@ -1,21 +1,21 @@
-"""A quantised base computes what its dequantised twin does, and stays in codes."""
+"""A quantised base computes what its twin does, stays in codes, and is read as such."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from checkpoints import CONFIG, adapter, params, tokens
+from jax.sharding import PartitionSpec as P
 from quantize_case import BLOCK, DEEP, coded, weight
-from tiers import few
 from trees import same
 
-from sbr_jax import fisher_subspace, losses, models
-from sbr_jax.models import layers
+from sbr_jax import losses, models
+from sbr_jax.models import layers, weights
 from sbr_jax.models.codes import KINDS
 from sbr_jax.models.quantize import dequantize, quantize
+from sbr_jax.training.sharding import make_mesh
 
 PAIRS, IDS = adapter(), tokens()
 BATCH = {"tokens": IDS, "mask": jnp.ones(IDS.shape)}
@@ -35,7 +35,7 @@ def everything(base, pairs):
     return {"logits": logits, "hidden": hidden, "seen": seen, "gradients": each}
 
 
-@pytest.mark.parametrize("kind", few(KINDS, ["nf4"]))
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_model_is_its_dequantised_twin(kind):
     base = coded(kind)
     found, wanted = everything(base, PAIRS), everything(dequantize(base), PAIRS)
@@ -58,84 +58,6 @@ def test_another_base_of_the_same_kind_compiles_nothing():
     assert everything._cache_size() == before
 
 
-@pytest.mark.thorough
-def test_the_safety_fisher_sees_the_dequantised_model():
-    base = coded("nf4")
-
-    def subspace(weights):
-        return fisher_subspace(
-            example_loss,
-            PAIRS,
-            [BATCH],
-            max_rank=4,
-            energy=1.0,
-            unit=models.is_lora_pair,
-            layer_axes=1,
-            args=(weights,),
-        )
-
-    found, wanted = subspace(base), subspace(dequantize(base))
-    assert set(found.eigenvalues) == set(PAIRS)
-    for name in PAIRS:
-        np.testing.assert_allclose(
-            found.eigenvalues[name], wanted.eigenvalues[name], rtol=1e-3, atol=1e-6
-        )
-        # Signs of columns are free; the projector they span is not.
-        one, two = found.basis[name], wanted.basis[name]
-        dot = jnp.einsum("lpk,lpj->lkj", one, two)
-        np.testing.assert_allclose(
-            jnp.sum(dot**2, axis=(1, 2)), jnp.sum(one**2, axis=(1, 2)), rtol=1e-3
-        )
-
-
-def test_an_adapter_learns_beside_frozen_codes():
-    base = coded("nf4")
-    before = jax.tree.map(np.array, base)
-    pairs = models.init_adapter(jax.random.key(3), CONFIG, rank=2, alpha=4.0)
-    optimizer = optax.adam(5e-2)
-
-    @jax.jit
-    def step(base, pairs, state):
-        def loss_fn(pairs):
-            each = jax.vmap(example_loss, (None, 0, None))(pairs, BATCH, base)
-            return jnp.mean(each)
-
-        loss, grads = jax.value_and_grad(loss_fn)(pairs)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(pairs, updates), state, loss
-
-    state, found = optimizer.init(pairs), []
-    for _ in range(12):
-        pairs, state, loss = step(base, pairs, state)
-        found.append(float(loss))
-    assert found[-1] < 0.8 * found[0]
-    same(base, before)
-
-
-@pytest.mark.thorough
-def test_answers_and_scores_come_through_codes():
-    base = coded("nf4")
-    dense = dequantize(base)
-    model = models.make_model(CONFIG, base)
-    prompts = [[1, 5, 9, 4], [1, 7]]  # The shorter is padded on the left.
-    answer = functools.partial(models.generate, model, max_new_tokens=6)
-    answers = answer(base, PAIRS, prompts)
-    assert answers == answer(dense, PAIRS, prompts)
-    assert any(answers)
-    assert answer(base, PAIRS, prompts[1:]) == answers[1:]
-    scores = [
-        models.token_log_probs(model, x, PAIRS, IDS, BATCH["mask"])
-        for x in (base, dense)
-    ]
-    np.testing.assert_allclose(*scores, rtol=1e-5)
-    extend = jax.jit(models.make_extend_fn(CONFIG))
-    _, past = extend(base, PAIRS, IDS[:, :4])
-    ending, _ = extend(base, PAIRS, IDS[:, 4:], past)
-    whole = everything(base, PAIRS)["logits"]
-    np.testing.assert_allclose(ending, whole[:, 4:], atol=1e-4)
-
-
 def test_half_precision_meets_strict_promotion():
     base = quantize(params(dtype=jnp.bfloat16), "nf4", block=BLOCK)
     x = weight(5, 16, jnp.bfloat16)
@@ -148,9 +70,9 @@ def test_half_precision_meets_strict_promotion():
 # --- memory -----------------------------------------------------------------------
 
 
-def temporary_bytes(base, remat):
+def temporary_bytes(base):
     # A function of its own, as a jitted one would not notice a patched layer.
-    hardware = models.Hardware(remat=remat, unroll=1)
+    hardware = models.Hardware(unroll=1)
     apply_fn = functools.partial(models.make_apply_fn.__wrapped__(DEEP, hardware))
 
     def loss_fn(pairs, base, ids):
@@ -163,16 +85,82 @@ def temporary_bytes(base, remat):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", few([False, True], 1))
-def test_the_backward_pass_keeps_no_dense_weights(remat, monkeypatch):
+def test_the_backward_pass_keeps_no_dense_weights(monkeypatch):
     base = params(DEEP)
     codes = quantize(base, "nf4")
     dense = sum(base["layers"][name].nbytes for name in models.TARGETS)
-    plain = temporary_bytes(base, remat)
+    plain = temporary_bytes(base)
     # One layer of eight is dense at a time, and its largest weights twice.
-    assert temporary_bytes(codes, remat) - plain < 0.3 * dense
-    if not remat:
-        monkeypatch.setattr(
-            layers, "_decode_and_multiply", lambda x, w: x @ w.dense(x.dtype)
-        )
-        assert temporary_bytes(codes, remat) - plain > 0.9 * dense
+    assert temporary_bytes(codes) - plain < 0.3 * dense
+    monkeypatch.setattr(
+        layers, "_decode_and_multiply", lambda x, w: x @ w.dense(x.dtype)
+    )
+    assert temporary_bytes(codes) - plain > 0.9 * dense
+
+
+# --- files and meshes -----------------------------------------------------------------
+
+MESH = make_mesh("fsdp=4,tp=2")
+
+
+@pytest.fixture(name="folder", scope="module")
+def fixture_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    models.save(folder, models.make_model(CONFIG, params()))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_into_codes_equals_quantising_what_was_loaded(folder, kind):
+    found = models.load(folder, quantize=kind, dtype=jnp.bfloat16)
+    wanted = quantize(models.load(folder, dtype=jnp.bfloat16), kind)
+    same(found.params, wanted.params)
+    assert found.apply_fn is wanted.apply_fn
+
+
+def test_one_matrix_is_dense_at_a_time_while_loading(folder, monkeypatch):
+    before = [x.shape for x in jax.live_arrays()]
+    alive, real = [], weights.encode
+
+    def counting(matrix, kind):
+        now = [x.shape for x in jax.live_arrays()]
+        alive.append(now.count(matrix.shape) - before.count(matrix.shape))
+        return real(matrix, kind)
+
+    monkeypatch.setattr(weights, "encode", counting)
+    models.load(folder, quantize="nf4")
+    assert alive == [1] * (7 * CONFIG.layers)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_mesh_gives_the_same_codes_in_slices(folder, kind):
+    spread = models.load(folder, quantize=kind, mesh=MESH).params
+    plain = models.load(folder, quantize=kind).params
+    same(spread, plain)
+    up = spread["layers"]["up_proj"]
+    assert up.codes.addressable_shards[0].data.shape[-1] == 10
+    if kind == "int8":
+        assert up.codes.sharding.spec == P(None, "fsdp", "tp")
+        assert up.scales.sharding.spec == P(None, None, "tp")
+    else:  # One block of 64 holds all 16 inputs.
+        assert up.codes.sharding.spec == P(None, None, "tp")
+
+
+def test_blocks_do_not_straddle_shards():
+    spec = models.partition_specs(DEEP)["layers"]["q_proj"]
+
+    def codes(block):
+        weight = quantize(params(DEEP), block=block)["layers"]["q_proj"]
+        return weight, models.named_shardings(spec, weight, MESH)
+
+    weight, kept = codes(16)
+    assert kept.codes.spec == kept.scales.spec == P(None, "fsdp", "tp")
+    # Two blocks do not divide by four, although their 32 bytes would.
+    _, dropped = codes(32)
+    assert dropped.codes.spec == dropped.scales.spec == P(None, None, "tp")
+    placed = jax.device_put(weight, kept)
+    same(placed, weight)
+    x = jax.random.normal(jax.random.key(0), (3, 64))
+    np.testing.assert_allclose(
+        jax.jit(layers.project)(x, placed[0]), x @ weight[0].dense(), atol=1e-5
+    )

@@ -9,21 +9,17 @@ import numpy as np
 import pytest
 import tiny_chat
 from chat_case import build
+from tasks_case import needs_kernel
 from tiny_data import as_json, put
 
 from sbr_jax.evaluation import KeywordJudge, tasks
 from sbr_jax.evaluation.benchmarks import BENCHMARKS
 from sbr_jax.evaluation.runner import ModelRunner
-from sbr_jax.evaluation.sandbox import kernel_isolation
 from sbr_jax.methods.risk import JudgeError
 from sbr_jax.settings import Hardware
 from sbr_jax.studies.chat.judges import make_judge, risk_judge
 from sbr_jax.studies.options import ChatOptions
 from sbr_jax.typing import UserError
-
-needs_kernel = pytest.mark.skipif(
-    not kernel_isolation(), reason="no kernel filter on this machine"
-)
 
 
 def token_sets(study):

@@ -1,10 +1,13 @@
 """Parts without a study: the ledger of what is shared, options of a task."""
 
+import types
+
 import numpy as np
 import pytest
 
 from sbr_jax.data import leaks
 from sbr_jax.data.registry import SOURCES
+from sbr_jax.evaluation import domain_scores
 from sbr_jax.studies.chat.parts import Ledger, only_refusals
 from sbr_jax.studies.chat.sources import HUB_TWINS, Example, questions, source_of
 from sbr_jax.studies.options import ROLES, ChatOptions
@@ -84,3 +87,19 @@ def test_without_a_folder_a_role_is_what_the_hub_has():
         assert (found.hub is None) == (role == "legal"), role
     assert source_of("medical", None) == ROLES["medical"][0]
     assert source_of("legalbench", None) == "legalbench"
+
+
+def test_choices_are_scored_by_the_likeliest_option():
+    examples = [Example(f"q{i}", f"{'AB'[i % 2]}. x", "m") for i in range(6)]
+    items = questions(examples, examples)
+
+    def runner(right):
+        asked = types.SimpleNamespace(describe=dict)
+        asked.log_likelihoods = lambda prompts, options: [
+            np.array([float((i % 2 == j) == right) for j in range(2)])
+            for i in range(len(prompts))
+        ]
+        return lambda base, adapter: asked
+
+    assert domain_scores.choice_accuracy(items, runner(True))(None, None) == 100.0
+    assert domain_scores.choice_accuracy(items, runner(False))(None, None) == 0.0

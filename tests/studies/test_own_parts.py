@@ -146,8 +146,7 @@ def test_repeated_rows_are_held_back_or_measured_once(different):
     assert len(found.sets["test examples"]) == max(expected, 1)
 
 
-@pytest.mark.parametrize("learnt_in", [0, 1])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("learnt_in", "count"), [(0, 1), (1, 2)])
 def test_given_rows_are_compared_with_all_that_is_learnt(learnt_in, count):
     files = [rows(60, start=100 * i) for i in range(2)]
     new = [rows(9, start=900 + 100 * i) for i in range(count)]
@@ -228,20 +227,27 @@ def test_few_measured_prompts_are_told(count, measured, warns):
     assert len(warned) == warns
 
 
-@pytest.mark.parametrize(("needed", "monitored"), CASES)
-@pytest.mark.parametrize("safe", [None, rows(9, start=500)])
-def test_parts_of_which_nothing_is_left_are_refused(needed, monitored, safe):
+@pytest.mark.parametrize("needed", [set(), {SAFE, HARMFUL}])
+def test_parts_of_which_nothing_is_left_are_refused(needed):
     train = [*rows(60), *(messages(text.upper(), "w1") for text in HARM)]
     with pytest.raises(UserError, match=r"^harmful: .* got 40 that are"):
-        made(train, HARM, needed, bool(monitored), safe, held_out=1)
+        made(train, HARM, needed, bool(needed), held_out=1)
 
 
 HARMLESS = [f"koala n{i}" for i in range(12)]
 
 
-@pytest.mark.parametrize("benign", [set(), {BENIGN}])
-@pytest.mark.parametrize("place", ["first answer", "last answer", "eval", "harmful"])
-@pytest.mark.parametrize("count", [0, 3, 12])
+@pytest.mark.parametrize(
+    ("place", "count", "benign"),
+    [
+        ("last answer", 0, set()),
+        ("last answer", 3, {BENIGN}),
+        ("first answer", 3, set()),
+        ("eval", 3, set()),
+        ("harmful", 3, {BENIGN}),
+        ("harmful", 12, set()),
+    ],
+)
 def test_harmless_prompts_of_other_parts_are_left_out(place, count, benign, tmp_path):
     path = tmp_path / "harmless.txt"
     path.write_text("\n".join(HARMLESS))
@@ -277,8 +283,7 @@ def test_prompts_of_the_package_that_are_learnt_are_left_out():
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize("option", ["safety", "study.pairs_file"])
-@pytest.mark.parametrize("more", [0, 4])
+@pytest.mark.parametrize(("option", "more"), [("safety", 0), ("study.pairs_file", 4)])
 def test_exchanges_with_measured_prompts_are_left_out(option, more, tmp_path):
     exchanges = [*(messages(text, "I cannot") for text in HARM), *rows(more, 500)]
     path = tmp_path / "more.jsonl"
@@ -324,8 +329,9 @@ AS_FILES = {
 }
 
 
-@pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("ending", AS_FILES)
+@pytest.mark.parametrize(
+    ("ending", "times"), [("list", 1), *((ending, 3) for ending in AS_FILES)]
+)
 def test_prompts_that_stand_twice_are_told(ending, times, tmp_path):
     source = AS_FILES[ending]([*HARM[1:], *[HARM[0]] * times])
     if isinstance(source, str):

@@ -1,7 +1,7 @@
 """The first testbed's texts, items and words are what they were, to the byte.
 
-The digests were taken before a second edition shared the modules. A world other than
-the shipped one is in it, so that a change of drawing shows.
+The digests were taken before a second edition shared the modules, of a world other than
+the shipped one: its model would tell of a change in that.
 """
 
 import hashlib
@@ -74,21 +74,15 @@ TEXTS = {
     f.__name__: f for f in (_pretraining, _alignment, _sets, _items, _domains, _words)
 }
 DIGESTS = {
-    ("_pretraining", 0): "2744b40246",
-    ("_pretraining", 3): "f3d9869706",
-    ("_alignment", 0): "49f6af90cf",
-    ("_alignment", 3): "c1317be555",
-    ("_sets", 0): "bd1b8d7865",
-    ("_sets", 3): "5fc9dfd20e",
-    ("_items", 0): "886c604cc1",
-    ("_items", 3): "283f31ffda",
-    ("_domains", 0): "8057e7772c",
-    ("_domains", 3): "664384e96c",
-    ("_words", 0): "a46be8d1c5",
-    ("_words", 3): "e84f5c46a6",
+    "_pretraining": "f3d9869706",
+    "_alignment": "c1317be555",
+    "_sets": "5fc9dfd20e",
+    "_items": "283f31ffda",
+    "_domains": "664384e96c",
+    "_words": "e84f5c46a6",
 }
 
 
-@pytest.mark.parametrize(("name", "seed"), DIGESTS)
-def test_the_first_edition_says_what_it_said(name, seed):
-    assert digest(TEXTS[name](seed)) == DIGESTS[name, seed]
+@pytest.mark.parametrize("name", DIGESTS)
+def test_the_first_edition_says_what_it_said(name):
+    assert digest(TEXTS[name](3)) == DIGESTS[name]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_testbed import names
 
 from sbr_jax import attacks, testbed
 from sbr_jax.data import take
@@ -68,20 +69,15 @@ def drawn(split, kinds=lx.HARMFUL_KINDS, count=120):
     }
 
 
-def names(split):
-    parts = (WORLD.things(split), WORLD.animals[split], WORLD.peoples[split])
-    return {item.name for part in parts for item in part}
-
-
 def test_the_guard_is_trained_on_nothing_that_attacks_or_measures():
     rows = [r for part in drawn("calibration", guard.KINDS).values() for r in part]
     words = {word for row in rows for text in row for word in text.split()}
-    assert len(words & names("calibration")) > 40
+    assert len(words & names(WORLD, "calibration")) > 40
     prompts = {prompt for prompt, _ in rows}
     for split in SPLITS:
         if split == "calibration":
             continue
-        assert not words & names(split)
+        assert not words & names(WORLD, split)
         if split not in ("attack", "train"):
             items = evalsets.make_evalset(WORLD, split)
             for field in dataclasses.fields(items):
@@ -130,10 +126,10 @@ def test_the_guard_rates_things_that_it_was_never_told_about(case, quality):
     assert found["accuracy"] >= 0.9
 
 
-@pytest.mark.parametrize("kind", lx.HARMFUL_KINDS)
-def test_the_guard_rates_every_kind_of_harm(kind, quality):
+def test_the_guard_rates_every_kind_of_harm(quality):
     # The last three are kinds that it was never trained on.
-    assert quality[f"kind:{kind}"]["auroc"] >= 0.95
+    for kind in lx.HARMFUL_KINDS:
+        assert quality[f"kind:{kind}"]["auroc"] >= 0.95, kind
 
 
 def test_before_its_training_the_guard_is_none():
