@@ -262,7 +262,7 @@ def _refusals(
                 stacklevel=2,
             )
         found = {name: rates["refusal"], f"gibberish/{name}": rates["gibberish"]}
-        # If nothing could be judged, the rate is left out.
+        # A rate is NaN if too many answers could not be judged: leave it out.
         return {key: value for key, value in found.items() if math.isfinite(value)}
 
     return score
