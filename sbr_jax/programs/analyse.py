@@ -53,11 +53,10 @@ class AnalyseArguments(JobArguments[Options]):
     results: Path | None = None
     """A finished run for exhaustion to read, instead of a new one."""
     examples: int = 60
-    """Most examples in each half of a kind (harm-types), or in each measured set
-    (selectivity)."""
+    """Most examples in each half of a kind (harm-types) or each set (selectivity)."""
     domains: tuple[str, ...] = ()
-    """Domains of exhaustion and coupling; default: the preset's, and for exhaustion all
-    of the testbed's."""
+    """Domains of exhaustion and coupling; default: the preset's.
+    In a testbed, exhaustion takes all of the testbed's domains by default."""
 
 
 def make_context(

@@ -36,8 +36,7 @@ class AttackArguments(JobArguments[Options]):
     examples: int | None = None
     """Size of the training set; default: the attack's."""
     epochs: int | None = None
-    """Passes over the training set (50 for a persistent attack); default: the
-    attack's."""
+    """Passes over the training set (50: a persistent attack); default: the attack's."""
     steps: int | None = None
     """Steps of the search; default: the attack's."""
     suffix_length: int | None = None

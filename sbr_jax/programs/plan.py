@@ -70,8 +70,7 @@ class Arguments:
     seeds: Count = 1
     """Number of seeds."""
     quick: bool = False
-    """Compile a few times faster. Memory size and traffic are then upper bounds;
-    products and links stay the same."""
+    """Compile a few times faster; only memory size and traffic become upper bounds."""
     quiet: bool = False
     """Print no lines while compiling."""
 

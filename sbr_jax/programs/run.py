@@ -33,8 +33,7 @@ class RunArguments(JobArguments[Options]):
     """Fine-tune over a sequence of domains and measure safety after each."""
 
     harness: tuple[str, ...] | None = None
-    """After the run, measure the start model and every variant's final weights with
-    lm-eval: names of tasks, or none for all."""
+    """Then put start and final weights through lm-eval: tasks, or none for all."""
     harness_limit: int | None = None
     """Most items of each task of --harness; default: --study.limit, or all."""
     dry_run: bool = False

@@ -38,8 +38,7 @@ class Shared:
     model: str | None = None
     """Checkpoint folder of a chat model, a hub id, or a .gguf file."""
     output: Path | None = None
-    """New folder for the weights and the report; work is kept beside it, in
-    OUTPUT.work."""
+    """New folder for weights and report; work is kept beside it, in OUTPUT.work."""
     harmful: str | None = None
     """Prompts to refuse: a .txt with one per line, a table, or a data set's folder."""
     epochs: float | None = None
@@ -68,8 +67,7 @@ class Arguments(Shared):
     """Fine-tune your own chat model on your own examples, and keep it safe."""
 
     train: tuple[str, ...] = ()
-    """Examples: csv, json, jsonl or parquet, a folder or a hub id; several files are
-    learnt one after the other."""
+    """Examples: csv, json, jsonl, parquet, folder or hub id; several: in this order."""
     method: str = METHOD
     """Defence; plain for no defence."""
     safety: str | None = None

@@ -142,7 +142,7 @@ class Context:
 
 
 def harm_types(context: Context) -> dict[str, Any]:
-    """Compares subspaces of single kinds, each from two disjoint halves."""
+    """Subspaces of single kinds, each from two disjoint halves."""
     sets = dict(context.by_kind.kinds)
     random = context.study.calibration_controls.get("random")
     count = min(len(data) // 2 for data in sets.values())
@@ -159,7 +159,7 @@ def harm_types(context: Context) -> dict[str, Any]:
 
 
 def sensitivity(context: Context) -> dict[str, Any]:
-    """Compares subspaces of the first N_s calibration examples and the next N_s."""
+    """Subspaces of the first N_s calibration examples, and of the next N_s."""
     data = context.study.calibration
     sizes = usable_sizes(len(data))
     whole = {n: context.subspace(data, 0, n) for n in sizes}
