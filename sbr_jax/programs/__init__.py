@@ -58,7 +58,7 @@ def usage(program: str) -> str:
 
 
 def _check(words: Sequence[str]) -> None:
-    """Refuses what can be refused before the program is loaded."""
+    """Refuses mistakes that show before the program is loaded."""
     from sbr_jax import errors, recipes
     from sbr_jax.typing import UserError
 

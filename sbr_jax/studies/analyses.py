@@ -273,7 +273,7 @@ def probe(context: Context) -> dict[str, Any]:
     """AUROC of the risk probe on unseen prompts, by layer.
 
     Raises:
-        UserError: where the study has no harmful or no benign prompts.
+        UserError: if the study has no harmful or no benign prompts.
     """
     study, model = context.study, context.study.model
     harmful, benign = study.harmful, study.calibration_controls.get("benign")

@@ -75,7 +75,7 @@ def save(folder: str | pathlib.Path, tree: PyTree) -> None:
 
 
 def _clear(folder: pathlib.Path, size: int | None) -> None:
-    """Clears a checkpoint's folder and checks the space; no size makes it empty."""
+    """Clears a checkpoint's place and checks free space; None makes an empty one."""
     with writing(folder):
         for path in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
             _delete(path)  # Left by a kill or a full disk.

@@ -113,7 +113,7 @@ class RunFolder:
         )
 
     def _all_of(self, run: str) -> bool:
-        """Whether there are finished stages, and ``run`` has all readable ones."""
+        """Whether there are finished stages, with all readable ones of this run."""
         found = set()
         for path in self.folder.glob(f"stages/*/*/*/{RESULT}"):
             with contextlib.suppress(UserError):

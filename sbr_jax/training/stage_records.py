@@ -101,7 +101,7 @@ def _write(
 def read_result(
     folder: pathlib.Path, run: str, name: str = RESULT
 ) -> dict[str, Any] | None:
-    """Reads the record in a stage's folder; None where there is none.
+    """Reads the record in a stage's folder; None if there is none.
 
     Args:
       folder: of the stage, or of a checkpoint inside it.

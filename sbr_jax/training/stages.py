@@ -2,7 +2,7 @@
 
 Each stage is done once. Its folder holds the checkpoints that it changed (``adapter``,
 ``state``); ``result.json`` is written last. The current checkpoint lies in the stage
-that changed it last, as the records say. Finishing a newer stage deletes older ones.
+that changed it last, as the records say. Finishing a stage deletes older checkpoints.
 
 Stages of domain i (from 0), after stage 0 (the method's ``init``): 4i+1 train, 4i+2
 repair (monitored variants), 4i+3 subspace (``end_domain``), 4i+4 evaluate.
@@ -225,7 +225,7 @@ class Stages:
         """Begins to write a checkpoint inside a stage, within :meth:`writing`.
 
         Once it is complete, older ones are deleted, all but the newest. All processes
-        write split arrays at once; a thread of the first process writes the rest.
+        write split arrays immediately; a thread of the first process writes the rest.
 
         Args:
           number: of the stage.

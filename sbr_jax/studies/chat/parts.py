@@ -260,7 +260,7 @@ def encode_records(
 ) -> TokenDataset:
     """Like :func:`encode`, for records; errors use their ``names``."""
     data = encode_chat(tokenizer, records, max_length, too_long="truncate", names=names)
-    # Padding costs as much as tokens, so cut what no example needs.
+    # Padding costs as much as tokens, so cut the padding that no example needs.
     ends = np.where(data.mask > 0, np.arange(data.length) + 1, 1)
     longest = int(ends.max(initial=1))
     return dataclasses.replace(

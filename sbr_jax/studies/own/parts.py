@@ -28,7 +28,7 @@ from sbr_jax.studies.own.given import Given
 from sbr_jax.typing import UserError
 
 HELD_BACK = 10
-"""One row in so many of a training file is measured on if no other rows are given."""
+"""Without evaluation rows, one row in so many of a training file is measured on."""
 ENOUGH_TO_HOLD = 20
 """A file with fewer rows holds none back."""
 LEAST_HARMFUL = 8
