@@ -73,7 +73,7 @@ def read_model(
 ) -> models.Model:
     """The model without its weights: configuration and tokenizer.
 
-    Headers of local weights are checked. The weights of a hub id are fetched last, once
+    Headers of local weights are checked. Weights of a hub id are fetched later, once
     everything else has been checked.
 
     Raises:
