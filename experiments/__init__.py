@@ -1,1 +1,1 @@
-"""The command-line programs of sbr_jax, to be started from a clone."""
+"""Command-line programs of sbr_jax, to start from a clone."""

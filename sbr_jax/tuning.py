@@ -1,10 +1,10 @@
-"""Fine-tuning of one's own chat model on one's own examples, from Python.
+"""Fine-tuning your own chat model on your own examples, from Python.
 
     tuned = sbr_jax.tune("SmolLM2", "my.jsonl", harmful="prompts.txt")
     print(tuned.metrics["before"]["refusal"], tuned.metrics["after"]["refusal"])
     tuned.save_peft("adapters/mine")
 
-The command line `sbr-jax tune` is the same, and writes a report beside the adapter.
+The command line `sbr-jax tune` does the same and also writes a report.
 """
 
 import contextlib
@@ -45,28 +45,28 @@ from sbr_jax.typing import PyTree, UserError
 
 SHARD_BYTES = 5 * 10**9
 MOST_EPOCHS = 1000
-"""More are a slip of the keyboard; steps can be said in any number."""
+"""More epochs are a typing mistake; the number of steps is not limited."""
 REPAIR_SHARE = 5
-"""A repair is a fifth of a domain's steps at most: 200 of 938, as published."""
+"""A repair has at most a fifth of a domain's steps: 200 of 938, as published."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be tuned, and how.
+    """What to tune, and how.
 
     Attributes:
         model: a checkpoint's folder, a hub id, or the model itself.
         examples: a source for each domain, in order of training.
         folder: of the run; the same folder continues it.
-        evaluation: none, one for all, or one for each domain.
+        evaluation: no source, one for all domains, or one for each.
         safety: safe exchanges.
         harmful: harmful prompts.
         method: a defence, or a variant of one.
         epochs: over each domain; None for `training.steps_per_domain`.
         seed: of adapter, order and dropout.
         study: further options.
-        training: mathematics.
-        hardware: how it is computed.
+        training: mathematics of the training.
+        hardware: how the training is computed.
         hyperparameters: of the methods.
         quiet: print nothing.
     """
@@ -89,14 +89,14 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """A request that was found to be in order; no weight was read yet.
+    """A checked request; no weight has been read yet.
 
     Attributes:
-        request: as it was made.
+        request: the request itself.
         given: rows of its files.
-        parts: of these, by use.
+        parts: these rows by use.
         model: without its weights, unless it was given with them.
-        study: options, complete.
+        study: complete options of the study.
         config: of the job.
         needed: parts that the method reads.
     """
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def methods(self) -> tuple[str]:
-        """The one variant, as forecasts ask for it."""
+        """The one variant, in the form that forecasts need."""
         return (self.request.method,)
 
     @property
@@ -121,11 +121,11 @@ class Plan:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """In order of training."""
+        """Names of the domains, in order of training."""
         return tuple(self.given.train)
 
     def make_study(self) -> ChatStudy:
-        """Loads the weights, and has the model write what calibrates it."""
+        """Loads the weights and lets the model write its calibration set."""
         request = self.request
         return own.build_study(
             request.model,
@@ -142,14 +142,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuned:
-    """A tuned model: the deployed weights, and what was measured.
+    """A tuned model: the deployed weights and their metrics.
 
     Attributes:
-        model: as it was before.
+        model: the model before tuning.
         base: deployed base weights; the model's own, unless the method changed them.
         adapter: deployed adapter.
         metrics: `{"before": {...}, "after": {...}}`, rates in 0..100, losses in nats.
-        method: that defended it.
+        method: the defence that was used.
     """
 
     model: Model
@@ -163,10 +163,10 @@ class Tuned:
 
         Args:
             folder: new or empty.
-            base_name: what its file calls the base, a hub id or folder.
+            base_name: name of the base in the adapter's file, a hub id or folder.
 
         Raises:
-            UserError: where base weights were changed too, and for a folder in use.
+            UserError: if the method changed base weights too, or the folder is in use.
         """
         if self.adapter is None or self.base is not self.model.params:
             raise UserError(
@@ -179,16 +179,17 @@ class Tuned:
         _fill(folder, write)
 
     def merged(self) -> "Tuned":
-        """The same with base and adapter in one, dense.
+        """The tuned model with base and adapter joined in dense weights.
 
-        Of several processes all must ask for it, and process 0 alone has the weights.
+        If there are several processes, all must call it; only process 0 has the
+        weights.
         """
         merged = dequantize(merge_adapter(self.base, self.adapter))
         whole = arrays.fetch_to_first(merged)
         return dataclasses.replace(self, base=whole, adapter=None)
 
     def save_merged(self, folder: str | Path) -> None:
-        """Writes base and adapter in one, as a Hugging Face checkpoint.
+        """Writes base and adapter joined, as a Hugging Face checkpoint.
 
         Args:
             folder: new or empty.
@@ -206,7 +207,7 @@ def _fill(folder: str | Path, write: Any) -> None:
 
 
 def plan(request: Request) -> Plan:
-    """Checks a request and reads its files; touches no weight and writes nothing.
+    """Checks a request and reads its files; reads no weights and writes nothing.
 
     Raises:
         UserError: for the first mistake, naming file and row.
@@ -236,7 +237,7 @@ def plan(request: Request) -> Plan:
 
 
 def _check_kinds(request: Request) -> None:
-    """Refuses what is of another kind than the request's, as Python lets through."""
+    """Refuses values of a wrong type, which Python itself would accept."""
     wanted = {
         "model": (str | Path | Model, "a folder, a hub id or a models.Model"),
         "examples": (Sequence, "a list of sources"),
@@ -261,7 +262,7 @@ def _with_dtype(options: OwnOptions) -> OwnOptions:
 
 
 def _sized(request: Request, parts: Parts) -> Training:
-    """Sizes that follow the data."""
+    """The training settings with sizes that follow from the data."""
     training = request.training
     learnt = {n: d for n, d in parts.sets.items() if n.startswith("train ")}
     batch = batch_of({n[6:]: len(d) for n, d in learnt.items()}, training.batch_size)
@@ -279,14 +280,14 @@ def _sized(request: Request, parts: Parts) -> Training:
 
 
 def batch_of(counts: Mapping[str, int], most: int) -> int:
-    """Examples of a step, the same in every domain.
+    """The number of examples in a step, the same in every domain.
 
     Args:
-        counts: examples to learn by domain.
+        counts: number of examples to learn, by domain.
         most: `training.batch_size`.
 
     Raises:
-        UserError: for a domain that would make the steps of a longer one small.
+        UserError: for a small domain that would shrink the steps of a larger one.
 
     >>> batch_of({"my": 60, "more": 9}, 8), batch_of({"my": 3}, 8)
     (8, 3)
@@ -309,17 +310,17 @@ def batch_of(counts: Mapping[str, int], most: int) -> int:
 
 
 def carry_out(made: Plan, study: ChatStudy) -> Tuned:
-    """Trains, or does what is left of it, and measures before and after.
+    """Trains, or continues to, and measures before and after.
 
     Args:
-        made: of :func:`plan`.
-        study: of its `make_study`.
+        made: result of :func:`plan`.
+        study: result of its `make_study`.
 
     Returns:
         The deployed weights.
 
     Raises:
-        UserError: for a folder of another run, and whatever a run refuses.
+        UserError: for a folder of another run, or anything else that a run refuses.
     """
     request = made.request
     pipeline.run(
@@ -339,7 +340,7 @@ def carry_out(made: Plan, study: ChatStudy) -> Tuned:
     metrics = distributed.decide(lambda: _measured(request))
     opened = deployed.reopen(request.folder, study, made.config, made.domains)
     base, adapter = deployed.weights(opened, request.method, request.seed)
-    if base is opened.base:  # It may have been copied to a mesh.
+    if base is opened.base:  # This may be a copy on a mesh.
         base = study.model.params
     if distributed.current() is not None:
         adapter = arrays.fetch(adapter)
@@ -347,7 +348,7 @@ def carry_out(made: Plan, study: ChatStudy) -> Tuned:
 
 
 def _measured(request: Request) -> dict[str, Mapping[str, float]]:
-    """What the request's folder says of it."""
+    """The request's metrics in its folder."""
     lines = [record["line"] for record in RunFolder(request.folder).lines(())]
     return measured_of(lines, request.method, request.seed)
 
@@ -355,7 +356,7 @@ def _measured(request: Request) -> dict[str, Mapping[str, float]]:
 def measured_of(
     lines: Sequence[Mapping[str, Any]], method: str, seed: int
 ) -> dict[str, Mapping[str, float]]:
-    """Metrics before and after one seed of a method; a folder may hold more of them.
+    """Metrics before and after one seed of a method; a folder may hold others too.
 
     Args:
         lines: of the folder's finished stages, in their order.
@@ -376,7 +377,7 @@ def measured_of(
 
 @contextlib.contextmanager
 def _folder(folder: str | Path | None) -> Iterator[Path]:
-    """The folder of a run; one that goes with the block where none is named."""
+    """The folder of a run; without a name, one that is deleted after the block."""
     if folder is not None:
         if not isinstance(folder, str | Path):
             raise UserError(f"expected folder to be a path, got {checks.shown(folder)}")
@@ -407,26 +408,26 @@ def tune(
 
     Args:
       model: a checkpoint's folder, a hub id, or a `models.Model` with its tokenizer.
-      examples: a file, a folder or a hub id; rows (dicts as a file has them, pairs
-        ``(prompt, answer)``); or a list of files, a sequence of domains.
-      method: of ``METHODS`` or ``VARIANTS``; "plain" for no defence.
-      harmful: prompts that should be refused: a text file of one a line, a table, the
-        folder or hub id of a data set, or the texts. A part of them is measured on, a
-        part monitors, and the rest the model refuses itself, where no safety is given.
+      examples: a file, a folder or a hub id; rows (dicts as in a file, or pairs
+        ``(prompt, answer)``); or a list of files, one for each domain in sequence.
+      method: a name from ``METHODS`` or ``VARIANTS``; "plain" for no defence.
+      harmful: prompts that should be refused: a text file with one per line, a table,
+        the folder or hub id of a data set, or the texts. One part measures, one part
+        monitors. Without ``safety``, the model's own refusals of the rest calibrate it.
       safety: exchanges with safe answers, in the same layouts as ``examples``.
-      evaluation: exchanges to measure on, of one source or in a list of files, one for
-        each domain; None holds a tenth of the examples back.
+      evaluation: exchanges to measure on: one source, or a list of files, one for each
+        domain; None holds a tenth of the examples back.
       epochs: over the examples; None for ``training.steps_per_domain``.
       seed: of adapter, order and dropout.
-      folder: of the run, which it continues; None for one that is thrown away.
+      folder: of the run to begin or continue; None for a temporary one.
       study: sizes, lengths, the judge.
-      training: mathematics.
-      hardware: how it is computed.
+      training: mathematics of the training.
+      hardware: how the training is computed.
       hyperparameters: of the methods.
       quiet: print nothing.
 
     Returns:
-      The deployed weights, and what was measured before and after.
+      The deployed weights, and the metrics before and after.
 
     Raises:
       UserError: for the first mistake, naming file and row.
@@ -458,7 +459,7 @@ def tune(
 
 
 def _sources(given: Any) -> list[Source]:
-    """The files of a list; anything else is one source, rows or a place of them."""
+    """The files of a list; anything else is a single source."""
     listed = isinstance(given, list | tuple) and len(given) > 0
     if listed and all(isinstance(source, str | Path) for source in given):
         return list(given)

@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of this folder share: settings, messages, states, the workers.
+# Code that the scripts of this folder share: settings, messages, states, the workers.
 #
-# A queued resource and its one slice have the same name. Nothing here needs more than
-# bash 3.2 and gcloud, so that it runs on a Mac too.
+# A queued resource and its one slice have the same name. The scripts need only bash 3.2
+# and gcloud, so they also run on a Mac.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PROGRAM=$(basename "$0")
-POLL=${TPU_POLL:-30} # seconds between two looks
+POLL=${TPU_POLL:-30} # seconds between two checks
 DRY_RUN='' ENV_FILE='' TAKEN=1
 REQUESTED='' # this call asked for the slice, and it is not there yet
 CREATED=''   # this call got a new slice, on which nothing is installed
@@ -16,19 +16,19 @@ TMP=$(mktemp -d)
 
 say() { printf '%s: %s\n' "$PROGRAM" "$*" >&2; }
 
-# A mistake of the user's: one line, exit code 2.
+# Ends for a user's mistake: one line, exit code 2.
 refuse() {
   say "error: $*"
   exit 2
 }
 
-# What went wrong elsewhere: one line, exit code 1.
+# Ends for any other failure: one line, exit code 1.
 fail() {
   say "error: $*"
   exit 1
 }
 
-# What a script does before it ends, however it ends.
+# Runs before a script ends, however it ends; a script may redefine it.
 on_leave() { :; }
 
 leave() {
@@ -42,7 +42,8 @@ trap leave EXIT
 trap 'say interrupted; exit 130' INT
 trap 'say ended; exit 143' TERM
 
-# Sleeps so that a signal is answered at once: bash lets a command in front end first.
+# Sleeps in the background so that a signal is answered at once: bash would first let a
+# foreground command end.
 pause() {
   sleep "$1" &
   SLEEPING=$!
@@ -50,7 +51,7 @@ pause() {
   SLEEPING=''
 }
 
-# The words of a command as they can be pasted.
+# Prints the words of a command so that they can be pasted.
 quoted() {
   local word line=''
   for word in "$@"; do
@@ -72,7 +73,7 @@ run() {
 # Prints the comment at the top of the script.
 usage() { sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//p;}' "$0"; }
 
-# Takes an option that all scripts have; fails for any other.
+# Handles an option that all scripts have; fails for any other.
 #   common_option WORD [VALUE]; sets TAKEN to the number of words.
 common_option() {
   TAKEN=1
@@ -91,7 +92,7 @@ common_option() {
   esac
 }
 
-# Reads the settings and refuses what is missing, all at once.
+# Reads the settings and names all missing ones in one message.
 settings() {
   local name missing='' file=${ENV_FILE:-$HERE/env}
   if [ -f "$file" ]; then
@@ -111,7 +112,7 @@ settings() {
     refuse "expected gcloud, found none: install the Google Cloud CLI, then gcloud auth login"
 }
 
-# The image of a slice's machines, which the accelerator decides.
+# Prints the image of a slice's machines, which depends on the accelerator.
 runtime_version() {
   if [ -n "${RUNTIME_VERSION:-}" ]; then
     printf '%s' "$RUNTIME_VERSION"
@@ -129,7 +130,7 @@ runtime_version() {
 
 # --- the slice ------------------------------------------------------------------------
 
-# gcloud compute tpus KIND VERB NAME, in this project and zone.
+# Runs gcloud compute tpus KIND VERB NAME in this project and zone.
 tpu() {
   local kind=$1 verb=$2
   shift 2
@@ -137,7 +138,7 @@ tpu() {
     --project="$PROJECT" --zone="$ZONE" "$@"
 }
 
-# Prints one value of the request or of the slice; nothing where there is none.
+# Prints one value of the request or of the slice; nothing if there is none.
 value() {
   if tpu "$1" describe --format="value($2)" 2>"$TMP/said"; then return; fi
   if ! grep -q NOT_FOUND "$TMP/said"; then
@@ -161,10 +162,10 @@ request() {
   tpu queued-resources create "${words[@]}"
 }
 
-# Asks for the slice where it is not there, and waits until it is.
+# Requests the slice if it does not exist, and waits until it does.
 #
-# A request whose machines were taken away is never served again and still counts
-# against the quota: it is deleted, and a new one is made.
+# A request whose machines were taken away is never served again but still counts
+# against the quota, so it is deleted and made anew.
 ensure_active() {
   local state last=none reason=''
   if [ -n "$DRY_RUN" ]; then
@@ -198,10 +199,10 @@ ensure_active() {
   done
 }
 
-# A request that is not waited for stays.
+# Keeps a request that nobody waits for.
 leave_request() { REQUESTED=''; }
 
-# Takes back what this call asked for and did not get.
+# Deletes a request of this call that was not served.
 withdraw() {
   if [ -n "$REQUESTED" ] && [ -z "$DRY_RUN" ] && [ -n "$(request_state)" ]; then
     say "deleting the request that was waited for"
@@ -209,7 +210,7 @@ withdraw() {
   fi
 }
 
-# Leaves a slice that can be used, or takes away one that cannot: exit status 0 or 1.
+# Waits until it is clear whether the slice can be used: exit status 0 or 1.
 usable() {
   local state node
   [ -z "$DRY_RUN" ] || return 0
@@ -230,7 +231,7 @@ usable() {
 
 # --- its workers ----------------------------------------------------------------------
 
-# Runs one command line on all workers at once: on one alone, all would wait forever.
+# Runs one command line on all workers at once: a worker alone would wait forever.
 on_workers() { tpu tpu-vm ssh --worker=all --command="$1"; }
 
 # Sends the committed code to all workers and installs it.

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice and waits until it is there.
+# Requests a TPU slice and waits until it exists.
 #
 #   tpu_setup/create.sh [--spot] [--no-wait] [--env FILE] [--dry-run]
 #
 # --spot     cheaper machines that may be taken away at any time
 # --no-wait  leave the request in the queue: it costs from the moment it is served
-# --dry-run  print the commands, and do nothing
+# --dry-run  print the commands and do nothing
 #
-# Done again it changes nothing; a request that failed or lost its machines is deleted
-# and made anew. Ctrl-C deletes the request that was waited for.
+# Repeating the command changes nothing, except that a request that failed or lost its
+# machines is deleted and made anew. Ctrl-C deletes the request that it waits for.
 # shellcheck source=tpu_setup/common.sh
 . "$(dirname "$0")/common.sh"
 

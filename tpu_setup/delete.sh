@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Deletes the slice and its request: nothing is left that costs or counts.
+# Deletes the slice and its request, so that nothing costs or counts any more.
 #
 #   tpu_setup/delete.sh [--env FILE] [--dry-run]
 #
-# What lies on the workers' disks is lost; results in a bucket stay.
+# The workers' disks are lost; results in a bucket stay.
 # shellcheck source=tpu_setup/common.sh
 . "$(dirname "$0")/common.sh"
 

@@ -3,7 +3,7 @@
 #
 #   tpu_setup/install.sh [--env FILE] [--dry-run]
 #
-# Done again it sends the code anew, and installs only where the dependencies changed.
+# Repeating the command sends the code again, but installs only changed dependencies.
 # shellcheck source=tpu_setup/common.sh
 . "$(dirname "$0")/common.sh"
 

@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Runs one command on all workers of the slice at once, and gathers what they print.
+# Runs one command on all workers of the slice at once, and gathers their output.
 #
 #   tpu_setup/launch.sh [--keep] [--spot] [--delete] [--each] [--env FILE] [--dry-run] \
 #       -- python -m experiments.run llama2-7b --workdir gs://bucket/run ...
 #   tpu_setup/launch.sh --stop
 #
-# The command is the one of a laptop; "--distributed auto" is added.
+# The command is the same as on a laptop; "--distributed auto" is added.
 #
-# --keep     make the slice where it is not there, and again when its machines are taken
-#            away; the run goes on from its last checkpoint
+# --keep     make the slice if it does not exist, and again when its machines are taken
+#            away; the run continues from its last checkpoint
 # --spot     with --keep: ask for spot machines
 # --delete   delete the slice at the end, however it ends
-# --each     for a command that is none of ours, such as fetching a model: add nothing
-# --stop     end what runs on the workers: SIGTERM, so that it saves
-# --dry-run  print the commands, and do nothing
+# --each     add nothing, for a command of another program, such as fetching a model
+# --stop     end the run on the workers with SIGTERM, so that it saves
+# --dry-run  print the commands and do nothing
 #
 # A run that ends with 134, 137 or 143 (aborted, killed, saved after SIGTERM) is started
-# again; one that ends with 2 (a mistake of yours) or anything else is not, and its code
-# is the code of this script. Ctrl-C ends the run on all workers. What worker N printed
-# is in LOGS/worker-N.log. The key of gcloud must be loaded: ssh-add
+# again. Any other code, such as 2 (a mistake of yours), ends this script with the same
+# code. Ctrl-C ends the run on all workers. The output of worker N is in
+# LOGS/worker-N.log. The key of gcloud must be loaded: ssh-add
 # ~/.ssh/google_compute_engine
 # shellcheck source=tpu_setup/common.sh
 . "$(dirname "$0")/common.sh"
 
-GRACE=${TPU_GRACE:-120} # seconds that the others have once a worker has failed
-TICK=${TPU_TICK:-1}      # seconds between two looks at them
-QUICK=600 MOST_QUICK=5  # so many runs in a row that end within so many seconds: give up
+GRACE=${TPU_GRACE:-120} # seconds until the other workers are ended after one failed
+TICK=${TPU_TICK:-1}      # seconds between two checks of the workers
+QUICK=600 MOST_QUICK=5  # give up after MOST_QUICK runs in a row of under QUICK seconds
 keep='' spot='' delete='' each='' stop=''
 while [ $# -gt 0 ]; do
   case $1 in
@@ -82,7 +82,7 @@ on_leave() {
   fi
 }
 
-# Adds what the workers printed to a file for each.
+# Appends each worker's output to its own file.
 gather() {
   awk -v folder="$logs" 'match($0, /^\[[0-9]+\] /) {
     file = sprintf("%s/worker-%s.log", folder, substr($0, 2, RLENGTH - 3))
@@ -90,7 +90,7 @@ gather() {
   }' "$TMP/printed"
 }
 
-# Shows what worker 0 printed since the last look, and how others failed.
+# Shows the new output of worker 0, and how other workers failed.
 show() {
   local lines
   lines=$(wc -l <"$TMP/printed")
@@ -101,11 +101,11 @@ show() {
   SHOWN=$lines
 }
 
-# The exit codes that workers told, one a line.
+# Prints the exit codes that workers reported, one per line.
 codes() { sed -n 's/^\[[0-9]*\] exit \([0-9]*\)$/\1/p' "$TMP/printed"; }
 
-# Runs the command once, or follows it where it runs already: sets OUTCOME to done,
-# again, lost (the connection, or the machines), or the exit code to end with.
+# Runs the command once, or follows it if it already runs. Sets OUTCOME to done, again,
+# lost (the connection or the machines), or the exit code to end with.
 once() {
   local id=$1 status=0 failed=''
   mkdir -p "$logs"
@@ -131,7 +131,7 @@ once() {
   OUTCOME=$(judge "$status")
 }
 
-# What becomes of a run of which gcloud ended with this status.
+# Prints the outcome of a run after gcloud ended with this status.
 judge() {
   local code worst=''
   [ "$1" != 0 ] || { printf 'done' && return; }
@@ -143,7 +143,7 @@ judge() {
       *) worst=$code ;;
     esac
   done
-  # Without a code of its own the connection broke: 255 is ssh's.
+  # 255 is ssh's own code: without a worker's code it means a broken connection.
   [ -n "$worst" ] || [ "$1" = 255 ] || worst=$1
   printf '%s' "${worst:-lost}"
 }
@@ -158,7 +158,7 @@ if [ -n "$DRY_RUN" ]; then
   exit 0
 fi
 
-# Makes the slice where there is none that can be used.
+# Makes the slice if there is none that can be used.
 keep_slice() {
   while :; do
     if ! usable && [ "$(request_state)" = ACTIVE ]; then remove; fi
@@ -189,7 +189,7 @@ while :; do
       number=$((number + 1))
       ;;
     lost)
-      # The run may go on without us: the same number follows it.
+      # The run may continue without us, so keep its number to follow it.
       code=1
       say "the connection to the workers broke; see $logs/gcloud.log"
       ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Records what the run on the slice does for some seconds, and fetches the trace.
+# Profiles the run on the slice for some seconds, and fetches the trace.
 #
 #   tpu_setup/profile.sh [--seconds 5] [--worker 0] [--env FILE] [--dry-run]
 #

@@ -3,11 +3,11 @@
 #
 #   sbatch --nodes=2 tpu_setup/slurm.sh python -m experiments.run llama2-7b --workdir ...
 #
-# The command is the one of a laptop; "--distributed auto" is added, which finds the
-# other processes by SLURM's variables. Before the time is up, and before a preemption,
-# SLURM sends SIGTERM: the run saves and ends with 143, and the job is queued again. So
-# it is after 134 (aborted) and 137 (killed), and never after 2 (a mistake of yours).
-# The working directory must lie where all nodes see it.
+# The command is the same as on a laptop; "--distributed auto" is added, which finds the
+# other processes by SLURM's variables. Before the time limit or a preemption, SLURM
+# sends SIGTERM: the run saves and ends with 143, and the job is queued again. It is
+# also queued again after 134 (aborted) and 137 (killed), but never after 2 (a mistake
+# of yours). All nodes must see the working directory.
 #SBATCH --job-name=sbr_jax
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -20,7 +20,7 @@
 # shellcheck shell=bash
 set -euo pipefail
 
-MOST=20 # times that a job is queued again
+MOST=20 # most times that a job is queued again
 
 if [ $# = 0 ]; then
   echo "slurm.sh: error: expected a command, got none: sbatch $0 python -m experiments.run ..." >&2
@@ -30,11 +30,11 @@ case " $* " in
   *" --distributed "* | *" --distributed="*) ;;
   *) set -- "$@" --distributed auto ;;
 esac
-# The folder that sbatch was called in, of which .venv is made by
+# Uses .venv in the folder where sbatch was called. Make it with
 #   python3.11 -m venv .venv && .venv/bin/pip install -r requirements-gpu.txt
 export PATH="${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin:$PATH" PYTHONUNBUFFERED=1
 
-# The job's own shell is told too; it waits for the run to save.
+# The job's own shell gets SIGTERM too; it must wait for the run to save.
 trap : TERM
 status=0
 srun --kill-on-bad-exit=1 --wait=180 "$@" || status=$?

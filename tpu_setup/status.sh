@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Says how the request and its slice are, and what runs on the workers.
+# Shows the states of the request and its slice, and what runs on the workers.
 #
 #   tpu_setup/status.sh [--env FILE] [--dry-run]
 # shellcheck source=tpu_setup/common.sh

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# What one worker does; the other scripts call it on all of them.
+# The commands of one worker; the other scripts call this script on all workers.
 #
 #   worker.sh install            make .venv in this clone
-#   worker.sh run ID WORD...     run a command, or follow the one of this ID
-#   worker.sh stop               end it: SIGTERM, so that it saves
-#   worker.sh status             what runs
-#   worker.sh profile MS         record what it does
+#   worker.sh run ID WORD...     run a command, or follow the one with this ID
+#   worker.sh stop               end it with SIGTERM, so that it saves
+#   worker.sh status             show what runs
+#   worker.sh profile MS         profile it
 #
-# Every line begins with the worker's number. The command outlives a connection that
-# breaks, and is followed by whoever connects again; its exit code is the last line.
+# Every line begins with the worker's number. If the connection breaks, the command
+# keeps running, and the next connection follows it. The last line has its exit code.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RUN=$HOME/sbr_jax.run
-PATIENCE=${TPU_PATIENCE:-90} # seconds to save in, before it is killed
-PROFILER=9012                # port
+PATIENCE=${TPU_PATIENCE:-90} # seconds that the command has to save before it is killed
+PROFILER=9012                # the profiler's port
 
 number() {
   local url=http://metadata.google.internal/computeMetadata/v1/instance/attributes
@@ -26,7 +26,7 @@ tell() { printf '[%s] %s\n' "$N" "$*"; }
 
 kept() { cat "$RUN/$1" 2>/dev/null || :; }
 
-# The process of the command, where it lives.
+# Succeeds if the command's process is alive.
 alive() {
   local pid
   pid=$(kept pid)
@@ -44,7 +44,7 @@ install() {
   for python in python3.12 python3.13 python3.11 ''; do
     [ -z "$python" ] || ! command -v "$python" >/dev/null || break
   done
-  # The machines' images bring an older Python: uv fetches one.
+  # The machines' images have an older Python, so uv fetches a newer one.
   rm -rf .venv
   if [ -z "$python" ] || ! "$python" -m venv .venv; then
     python3 -m pip install --quiet --user uv
@@ -65,21 +65,21 @@ start() {
   cd "$ROOT"
   export PATH="$ROOT/.venv/bin:$PATH" PYTHONUNBUFFERED=1
   export SBR_JAX_PROFILER_PORT=$PROFILER
-  # Before the command starts: it may not have opened its log when that is followed.
+  # Make the log before the command starts, because it may be followed at once.
   : >"$RUN/log"
-  # The shell around it waits for the command after SIGTERM too, and keeps its code.
+  # The shell around the command waits for it even after SIGTERM, and saves its code.
   # shellcheck disable=SC2016
   setsid bash -c 'trap : TERM; "$@"; echo $? >"$0/code.new"; mv "$0/code.new" "$0/code"' \
     "$RUN" "$@" >>"$RUN/log" 2>&1 </dev/null &
   printf '%s\n' $! >"$RUN/pid"
 }
 
-# Prints what the command prints until it ends, and ends with its code.
+# Passes on the command's output until it ends, and ends with its code.
 follow() {
   local code
   tail -n +1 -s 0.2 -f --pid="$(kept pid)" "$RUN/log" | sed -u "s/^/[$N] /"
   code=$(kept code)
-  code=${code:-137} # nobody was left to write it
+  code=${code:-137} # its shell was killed too and wrote none
   tell "exit $code"
   exit "$code"
 }
@@ -95,7 +95,7 @@ case ${1:-} in
       tell "exit 2"
       exit 2
     fi
-    # One that is over already only tells its code again.
+    # A command that has already ended only repeats its code.
     [ "$(kept id)" = "$id" ] || start "$id" "$@"
     follow
     ;;

@@ -1,7 +1,7 @@
 """Command-line programs: ``sbr-jax run``, ``attack``, ``analyse``, ``sweep``, ...
 
-``sbr-jax NAME ...`` is the same as ``python -m experiments.NAME ...`` in a clone. A
-program raises UserError for the first mistake of its command line.
+In a clone, ``python -m experiments.NAME ...`` is the same as ``sbr-jax NAME ...``. A
+program raises UserError for the first mistake in its command line.
 """
 
 import ast
@@ -25,7 +25,7 @@ PROGRAMS = {
     "realtext": "a small chat model trained from real text",
     "smollm2": "a real chat model fetched, converted and taught to refuse",
 }
-"""Name on the command line to what it does."""
+"""Programs by command-line name, with what each does."""
 OF_PRESETS = ("run", "attack", "analyse", "export")
 """Programs whose first word is a preset."""
 ASKED = ("tyro", "flax")
@@ -33,7 +33,7 @@ ASKED = ("tyro", "flax")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the program that is named first and returns its exit code."""
+    """Runs the program that the first word names and returns its exit code."""
     from sbr_jax.programs import cli
 
     given = list(sys.argv[1:] if args is None else args)
@@ -52,13 +52,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def usage(program: str) -> str:
-    """The docstring of a program, which says how to call it, without loading it."""
+    """The docstring of a program, which shows its usage; the program is not loaded."""
     file = Path(__file__).with_name(program.replace("-", "_") + ".py")
     return ast.get_docstring(ast.parse(file.read_text("utf-8")), clean=False) or ""
 
 
 def _check(words: Sequence[str]) -> None:
-    """Refuses what can be refused before the program is loaded."""
+    """Refuses mistakes that show before the program is loaded."""
     from sbr_jax import errors, recipes
     from sbr_jax.typing import UserError
 

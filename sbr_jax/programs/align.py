@@ -1,10 +1,10 @@
-"""Teach a chat model that refuses little to refuse, with over-refusal beside it.
+"""Teach a chat model that refuses little to refuse, and measure its over-refusal.
 
     sbr-jax align --model FOLDER_OR_HUB_ID --safety FILE --ordinary FILE
         --output FOLDER [--harmful FILE] [--share 0.2] [--epochs 1]
 
-LoRA on exchanges that refuse harmful requests and on ordinary ones, merged into a new
-checkpoint: the start that `sbr-jax tune` then keeps. All settings: sbr-jax align
+Trains LoRA on exchanges that refuse harmful requests and on ordinary ones, and merges
+it into a new checkpoint: a start model for `sbr-jax tune`. All settings: sbr-jax align
 --help.
 """
 
@@ -21,7 +21,7 @@ from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("align")
 RISE = 10.0
-"""Points of over-refusal that an alignment may cost without a warning."""
+"""An alignment that adds more points of over-refusal gives a warning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Arguments(tune.Shared):
     safety: str | None = None
     """Exchanges in which harmful requests are refused."""
     ordinary: str | None = None
-    """Ordinary exchanges, so that it goes on answering."""
+    """Ordinary exchanges, so that the model keeps answering."""
     share: float = 0.2
-    """Of the rows that refuse."""
+    """Share of rows that refuse."""
     training: Training = ALIGNING
     """Mathematics of the training."""
 
 
 def align(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     with hosts.joined(arguments, args, tune.work_folder(arguments)):
         _align(arguments, args)
@@ -61,7 +61,7 @@ def _align(arguments: Arguments, args: Sequence[str]) -> None:
     request = tune.request_of(
         arguments, args, examples=[mixed.rows], method="plain", epochs=1.0
     )
-    # It is what is about to be mended.
+    # The alignment is about to mend exactly this.
     warnings.filterwarnings("ignore", "the start model refuses")
     output = Path(arguments.output or "")
     rows = counted(len(mixed.rows), "row")

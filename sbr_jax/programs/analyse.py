@@ -12,8 +12,9 @@
     probe         does the risk probe tell harmful prompts that it never saw?
     selectivity   does it hold more of held-out safety than of what is learnt?
 
-Writes `analysis.json`, `analysis.html` and a PNG for each figure into DIR. Analyses of
-one DIR add up; runs below it (`exhaustion`, `coupling`) are resumed where they stopped.
+Writes `analysis.json`, `analysis.html` and a PNG for each figure into DIR. Further
+analyses in the same DIR are added. Its runs (`exhaustion`, `coupling`) resume where
+they stopped.
 """
 
 import dataclasses
@@ -38,9 +39,9 @@ PROGRAM = cli.command("analyse")
 OUTPUT = "analysis.json"
 REMEDY = "delete it to have all analyses made anew"
 MOST_EXAMPLES = 500
-"""All kinds are cut to the smallest, which has far fewer different examples."""
+"""Bound on --examples: all kinds are cut to the smallest, which has far fewer."""
 SHOWN = ("plain", "safeanchor-exact:projection-only", "safeanchor-exact:random")
-"""With the projection, without it, and with one of the same rank about nothing."""
+"""Variants: no projection, the projection, and a random one of the same rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +51,21 @@ class AnalyseArguments(JobArguments[Options]):
     analysis: str = "all"
     """harm-types, sensitivity, exhaustion, coupling, probe, selectivity or all."""
     results: Path | None = None
-    """A finished run for exhaustion, in place of a new one."""
+    """A finished run for exhaustion to read, instead of a new one."""
     examples: int = 60
-    """At most so many examples in each half of a kind (harm-types), or of each set that
-    is measured (selectivity)."""
+    """Most examples in each half of a kind (harm-types) or each set (selectivity)."""
     domains: tuple[str, ...] = ()
-    """Domains of exhaustion and coupling; default: the preset's, and for exhaustion all
-    of the testbed's."""
+    """Domains of exhaustion and coupling; default: the preset's.
+    In a testbed, exhaustion takes all of the testbed's domains by default."""
 
 
 def make_context(
     preset: Preset, arguments: AnalyseArguments
 ) -> tuple[Context, list[str]]:
-    """Checks a command line, the cheap questions first.
+    """Checks a command line, cheap checks first.
 
     Returns:
-        What the analyses share, and the names of those to do.
+        The context that the analyses share, and the names of those to run.
     """
     if arguments.workdir is None:
         raise UserError(
@@ -96,7 +96,7 @@ def make_context(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder for the analyses that holds something else."""
+    """Refuses a folder for the analyses that holds other files."""
     from sbr_jax.training.run_folder import read_config, refuse_foreign
 
     cli.check_folder(folder)
@@ -106,7 +106,7 @@ def check_folder(folder: Path) -> None:
             f"choose another for the analyses: --workdir {folder}-analysis"
         )
     if not (folder / OUTPUT).exists():
-        # An interrupted analysis leaves the folder of its run, and nothing more.
+        # An interrupted analysis leaves only the folder of its run.
         refuse_foreign(folder, OUTPUT, own=tuple(ANALYSES))
 
 
@@ -127,7 +127,7 @@ def execute(context: Context, names: Sequence[str]) -> Path:
         The page.
 
     Raises:
-        UserError: for a folder of another preset, settings or model, or one whose
+        UserError: for a folder with another preset, settings or model, or whose
             analyses cannot be drawn.
     """
     cli.enable_compilation_cache()
@@ -159,13 +159,13 @@ def execute(context: Context, names: Sequence[str]) -> Path:
 
 
 def check_drawable(path: Path, whole: Mapping[str, Any]) -> None:
-    """Refuses stored analyses that the page could not show, before others are made."""
+    """Refuses stored analyses that cannot be drawn, before running others."""
     for name in ANALYSES:
         if name not in whole:
             continue
         try:
             drawings(name, whole[name])
-        # What a drawing looks up is its own affair; whatever is missing ends so.
+        # A drawing that misses a value ends with one of these.
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as e:
             raise UserError(
                 f"expected a {name} analysis that can be drawn in {path}, got one that "
@@ -191,7 +191,7 @@ def write_page(
 
 
 def listing() -> str:
-    """The analyses, and the presets that have each, as `--list` prints them."""
+    """The analyses and the presets that offer them, as `--list` prints them."""
     lines = ["analyses"]
     for name, analysis in ANALYSES.items():
         lines.append(f"  {name:<14} {(analysis.__doc__ or '').partition('.')[0]}")
@@ -204,7 +204,7 @@ def listing() -> str:
 
 
 def analyse(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     if "--list" in args:
         print(listing())
         return

@@ -1,4 +1,4 @@
-"""Attack a model while it is fine-tuned or after it, and measure what is left of it.
+"""Attack a model during or after fine-tuning, and measure the safety that remains.
 
     python -m experiments.attack PRESET --workdir DIR --attack NAME [--ratio P]
         [--examples N] [--epochs E] [--steps N] [--suffix-length S] [--candidates B]
@@ -7,9 +7,9 @@
     python -m experiments.attack PRESET --help    # every setting
     python -m experiments.attack --list
 
-The same pipeline as `experiments.run` on another study: finished stages are kept, the
-same command continues, and the folder holds the same files, with `harmful_score` and
-`asr` for every variant. The report is written at once.
+It runs the pipeline of `experiments.run` on another study. Finished stages are kept,
+the same command continues after an interruption, and the folder holds the same files,
+with `harmful_score` and `asr` for every variant. It also writes the report.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from sbr_jax.programs.job import parse
 
 PROGRAM = cli.command("attack")
 PRESETS = ("testbed", "testbed-hard", "testbed-2")
-"""Presets whose world has an attacker."""
+"""Presets that can be attacked."""
 SHOWN = ("plain", "safeanchor-exact")
-"""Variants that are attacked unless others are named."""
+"""Variants to attack by default."""
 SEEDS = (0, 1, 2)
 
 
@@ -49,7 +49,7 @@ def listing() -> str:
 
 
 def attack(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     if "--list" in args:
         print(listing())
         return

@@ -1,4 +1,4 @@
-"""Attack: a job on the testbed, with training data or a search of the attacker's."""
+"""Attack: a job on the testbed with an attacker's training data or search."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ SEARCH = ("steps", "suffix_length", "candidates", "prompts")
 NO_SEARCH = "searches nothing; drop it"
 STEPS = "--training.steps-per-domain"
 MOST_EXAMPLES = 100_000
-"""The world's rows recur long before; what is longer is a matter of epochs."""
+"""The world's rows repeat long before that; use epochs for longer training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttackArguments(JobArguments[Options]):
-    """Attack a model while it is fine-tuned, and measure what is left of its safety."""
+    """Attack a model during or after fine-tuning, and measure its remaining safety."""
 
     attack: str = ""
     """Name of an attack; --list shows them."""
@@ -36,27 +36,26 @@ class AttackArguments(JobArguments[Options]):
     examples: int | None = None
     """Size of the training set; default: the attack's."""
     epochs: int | None = None
-    """Passes over the training set, 50 for a persistent attack; default: the
-    attack's."""
+    """Passes over the training set (50: a persistent attack); default: the attack's."""
     steps: int | None = None
     """Steps of the search; default: the attack's."""
     suffix_length: int | None = None
     """Tokens of a suffix; default: the attack's."""
     candidates: int | None = None
-    """Candidates of a step; default: the attack's."""
+    """Candidates in each step; default: the attack's."""
     prompts: int | None = None
     """Harmful requests to search a suffix for; default: the attack's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttackJob(Job):
-    """A training job under an attack, found to be in order.
+    """A checked training job under an attack.
 
     Attributes:
         attack: its name.
-        ratio: share of attack rows; None where the attack has no data.
-        examples: size of the training set; None likewise.
-        search: budget of the search; empty where the attack has none.
+        ratio: share of attack rows; None if the attack has no data.
+        examples: size of the training set; None if the attack has no data.
+        search: budget of the search; empty if the attack has none.
     """
 
     attack: str = ""
@@ -67,7 +66,7 @@ class AttackJob(Job):
     def make_study(
         self, domains: Sequence[str] | None = None, *, weights: bool = True
     ) -> Any:
-        """The study under the attack, which brings its own domains."""
+        """The study under the attack, which has its own domains."""
         from sbr_jax.studies import attacks
         from sbr_jax.studies.options import WorldOptions
 
@@ -83,7 +82,7 @@ class AttackJob(Job):
         )
 
     def notes(self) -> dict[str, Any]:
-        """What the folder remembers of the study and the attack."""
+        """Notes on the study and the attack for the folder's record."""
         sizes = {"ratio": self.ratio, "examples": self.examples}
         return {
             **super().notes(),
@@ -94,9 +93,9 @@ class AttackJob(Job):
 def make_attack(
     preset: Preset, arguments: AttackArguments[Any], words: Sequence[str] = ()
 ) -> AttackJob:
-    """Checks a command line, the cheap questions first.
+    """Checks a command line, cheap checks first.
 
-    Epochs decide the number of steps, whatever the preset's, unless ``words`` name it.
+    Epochs decide the number of steps, not the preset, unless ``words`` name it.
     """
     from sbr_jax.attacks import attack_count, steps_for_epochs
     from sbr_jax.studies.attacks import ATTACKS
@@ -146,7 +145,7 @@ def _budget(
     own: Mapping[str, Any],
     lacking: str,
 ) -> dict[str, Any]:
-    """The attack's own numbers, changed by what was said; empty where it has none."""
+    """The attack's default numbers with those of the command line; empty for none."""
     found = dict(own)
     for name in names:
         value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
@@ -161,7 +160,7 @@ def _budget(
 
 
 def execute(job: AttackJob) -> None:
-    """Builds the study, runs it, writes its report."""
+    """Builds the study, runs it and writes its report."""
     cli.enable_compilation_cache()
     from sbr_jax.provenance.code_version import recorder
     from sbr_jax.training import pipeline

@@ -1,4 +1,4 @@
-"""Frame of every command-line program: checks, one line for a mistake, exit codes."""
+"""Frame of every command-line program: checks, one-line errors, exit codes."""
 
 import collections
 import contextlib
@@ -27,14 +27,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def command(program: str) -> str:
-    """The words that call a program: as installed, or in a clone, as here."""
+    """The words that call a program here: as installed, or in a clone."""
     if Path(sys.argv[0]).name == "sbr-jax":
         return f"sbr-jax {program}"
     return f"python -m experiments.{program.replace('-', '_')}"
 
 
 def check_folder(folder: Path, option: str = "--workdir") -> None:
-    """Refuses a place for results that is a file, lies below one, or is in a bucket."""
+    """Refuses a results folder that is a file, lies below one, or is in a bucket."""
     from sbr_jax import files
 
     files.require_disk(folder)
@@ -51,10 +51,14 @@ def check_folder(folder: Path, option: str = "--workdir") -> None:
 def guarded(program: Callable[[], None], *, interrupted: str) -> int:
     """Runs a program and returns its exit code.
 
-    A `UserError` becomes one line on stderr and code 2; what the system refuses (a full
-    disk, a stream that is closed) one line and code 1; an interrupt the line
-    `interrupted` and code 130, or 143 for SIGTERM; a process of several that went, one
-    line and code 134. Anything else is a defect and keeps its traceback.
+    Each of these prints one line on stderr:
+
+    - a `UserError`: code 2.
+    - a refusal of the system (a full disk, a closed stream): code 1.
+    - an interrupt: the line `interrupted` and code 130, or 143 for SIGTERM.
+    - the loss of one of several processes: code 134.
+
+    Anything else is a defect and keeps its traceback.
     """
     terminal.end_with_parent()
     with errors.command_line(), terminal.streams():
@@ -69,12 +73,12 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
         except Lost as error:
             terminal.complain(f"error: {error}; {KEPT}")
             return EXIT_LOST
-        except Ended as error:  # Process 0 prints for all.
+        except Ended as error:  # Process 0 prints for all processes.
             if str(error):
                 terminal.complain(f"error: {error}")
             return error.code
         except BrokenPipeError:
-            # The reader has seen enough.
+            # The reader of a pipe has closed it.
             terminal.silence_output()
             return EXIT_PIPE
         except OSError as error:
@@ -88,7 +92,7 @@ def guarded(program: Callable[[], None], *, interrupted: str) -> int:
 
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-"""Event of a program that was compiled, or found in the cache."""
+"""JAX's event for a program that was compiled or found in the cache."""
 
 KEPT = "interrupted: finished stages are kept; the same command continues"
 
@@ -103,9 +107,9 @@ def start(
     """Runs a program on a command line and returns its exit code; see `guarded`.
 
     Args:
-        program: takes the words.
+        program: called with the words.
         args: words; None for those of this process.
-        usage: what `--help` prints where no preset comes before it.
+        usage: text that `--help` prints if no preset precedes it.
         interrupted: see `guarded`.
     """
     quiet_libraries()
@@ -119,7 +123,7 @@ def start(
 
 
 def system_line(error: OSError) -> str:
-    """The line for what the system refused, and where; drops unprintable output.
+    """The line that says what the system refused, and where; drops unprintable output.
 
     >>> system_line(FileNotFoundError(2, "No such file or directory", "a"))
     "expected to use 'a', got 'No such file or directory'"
@@ -134,15 +138,15 @@ def system_line(error: OSError) -> str:
 
 
 def show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """Prints a warning as one line, without the place in our code that it came from."""
+    """Prints a warning as one line, without its place in the code."""
     del where, more
     terminal.complain(f"warning: {message}")
 
 
 def serve_profiler() -> None:
-    """Lets `tpu_setup/profile.sh` look at this process, where its port is set.
+    """Lets `tpu_setup/profile.sh` profile this process, if its port is set.
 
-    Call it once the devices are known: it asks for them.
+    Call it once the devices are known, because it asks for them.
     """
     if port := os.environ.get("SBR_JAX_PROFILER_PORT"):
         import jax
@@ -151,20 +155,20 @@ def serve_profiler() -> None:
 
 
 def telling(quiet: bool) -> contextlib.AbstractContextManager[object]:
-    """Tells now and then on standard error what is going on, unless ``quiet``."""
+    """Reports progress on standard error from time to time, unless ``quiet``."""
     return contextlib.nullcontext() if quiet else Ticker(terminal.complain)
 
 
 def quiet_libraries() -> None:
-    """Keeps the advice of libraries off the terminal; call it before importing them."""
+    """Keeps libraries' advice off the terminal; call it before importing them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def simulated_devices() -> int:
-    """The number of devices that a CPU stands for; 1 where nobody asked.
+    """The number of devices that the CPU simulates; 1 by default.
 
-    Asked for by `JAX_NUM_CPU_DEVICES`, or by the flag that it replaces.
+    It is set by `JAX_NUM_CPU_DEVICES`, or by the older flag that it replaces.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     named = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
@@ -175,8 +179,8 @@ def simulated_devices() -> int:
 def make_room_for_devices() -> None:
     """Gives XLA threads for all simulated devices; call it before importing jax.
 
-    Each device waits on a thread of its own for the others in a collective. With as
-    many threads as cores, two cores never get there, and XLA aborts.
+    In a collective each device waits on its own thread for the others. With only one
+    thread per core, two cores have too few for that, and XLA aborts.
     """
     count = simulated_devices()
     if count > 1:
@@ -186,9 +190,9 @@ def make_room_for_devices() -> None:
 def decompose_in_one_thread() -> None:
     """Keeps LAPACK to one thread; call it before the first decomposition.
 
-    Matrices here have a few hundred rows, one after the other. OpenBLAS's threads then
-    wait for each other in loops that take the cores from XLA's, and a result depends on
-    how many there are. `OPENBLAS_NUM_THREADS` in the environment is kept.
+    Here many matrices of a few hundred rows follow one another. OpenBLAS's threads
+    would wait for each other in loops that take the cores from XLA's threads, and
+    results would depend on their number. A set `OPENBLAS_NUM_THREADS` is kept.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -199,7 +203,7 @@ def enable_compilation_cache() -> Callable[[], str]:
     `JAX_COMPILATION_CACHE_DIR` names another folder; empty switches it off.
 
     Returns:
-        A function that says what was compiled since, and what was found.
+        A function that says how much has since been compiled or found in the cache.
     """
     import jax
 

@@ -1,13 +1,13 @@
-"""Take the weights of one variant out of a run: a PEFT adapter, or a merged checkpoint.
+"""Export one variant's weights from a run: a PEFT adapter or a merged checkpoint.
 
     python -m experiments.export PRESET --workdir DIR --variant NAME --seed N
         --output FOLDER [--merged] [--stage K] [--base-name NAME] [--data DIR]
         [--model DIR] [--judge DIR] [--unaligned DIR]
 
-Settings, domains and hyper-parameters are those of the run's `config.json`; the folders
-of data and model, which it does not hold, are named again. What is written is what was
-measured: the method's `deploy` is applied. Methods that deploy other base weights than
-they were given are written with `--merged` only, which joins base and adapter.
+Settings, domains and hyper-parameters come from the run's `config.json`. It does not
+hold the folders of data and model, so name them again. The exported weights are the
+measured ones: the method's `deploy` is applied. A method that deploys changed base
+weights needs `--merged`, which joins base and adapter.
 """
 
 import dataclasses
@@ -42,45 +42,45 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Take the weights of one variant out of a run."""
+    """Export the weights of one variant from a run."""
 
     workdir: str | None = None
     """The run's folder."""
     variant: str = ""
-    """Method, or variant of one."""
+    """A method, or a variant of one."""
     seed: int | None = None
     """Its seed."""
     output: str | None = None
     """A new or empty folder."""
     merged: bool = False
-    """Write a whole checkpoint, base and adapter in one, in place of the adapter."""
+    """Write a whole checkpoint with base and adapter joined, instead of the adapter."""
     stage: int | None = None
-    """Number of the last stage that counts; default: the last of the last domain."""
+    """Export the weights after the stage of this number; default: the last stage."""
     data: str | None = None
-    """Data folder, where the run had one."""
+    """Data folder, if the run had one."""
     model: str | None = None
-    """Checkpoint folder, where the run had one."""
+    """Checkpoint folder, if the run had one."""
     base_name: str | None = None
-    """What the adapter's file calls its base, a hub id or folder; default: --model."""
+    """Name of the base in the adapter's file, a hub id or folder; default: --model."""
     judge: str | None = None
-    """Folder of the judge's checkpoint, where the run had one."""
+    """Folder of the judge's checkpoint, if the run had one."""
     unaligned: str | None = None
-    """Folder of the checkpoint before alignment, where the run had one."""
+    """Folder of the checkpoint before alignment, if the run had one."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """An export that was found to be in order: run, stage and output.
+    """A checked export: run, stage and output.
 
     Attributes:
         job: of the run, with one variant and seed.
         record: the run's `config.json`.
-        stage: folder of the last stage that counts.
-        output: where to write.
-        merged: whether to write base and adapter in one.
-        base_name: what the adapter's file calls its base.
+        stage: folder of the last stage to apply.
+        output: folder to write.
+        merged: whether to join base and adapter.
+        base_name: name of the base in the adapter's file.
     """
 
     job: Job
@@ -92,7 +92,7 @@ class Export:
 
 
 def make_export(preset: Preset, arguments: Arguments) -> Export:
-    """Checks a command line, the cheap questions first."""
+    """Checks a command line, cheap checks first."""
     for name, example in (("workdir", "runs/NAME"), ("output", "exported")):
         if getattr(arguments, name) is None:
             raise UserError(f"expected a folder, got none: add --{name} {example}")
@@ -136,7 +136,7 @@ def _record(workdir: Path) -> dict[str, Any]:
 
 
 def _stage(arguments: Arguments, workdir: Path, config: Mapping[str, Any]) -> Path:
-    """Folder of the last stage that counts, whose adapter is still there."""
+    """Folder of the last stage to apply; refuses one whose adapter is gone."""
     variant, seed = arguments.variant, arguments.seed
     variants = {p.name.replace("+", ":"): p for p in sorted(workdir.glob("stages/*"))}
     variants.pop(BASE, None)
@@ -164,7 +164,7 @@ def _stage(arguments: Arguments, workdir: Path, config: Mapping[str, Any]) -> Pa
     holding = [n for n, record in records.items() if "adapter" in record["files"]]
     before = [n for n in holding if n <= last]
     replaced = before and before != holding
-    # A newer checkpoint replaces the older ones.
+    # A newer checkpoint replaces older ones.
     if not before or (replaced and not (stages[before[-1]] / "adapter").is_dir()):
         kept = f"that of {stages[holding[-1]].name}" if holding else "none"
         raise UserError(
@@ -177,7 +177,7 @@ def _stage(arguments: Arguments, workdir: Path, config: Mapping[str, Any]) -> Pa
 def _job(
     preset: Preset, arguments: Arguments, record: Mapping[str, Any], workdir: Path
 ) -> Job:
-    """The run's job, from its record and the folders that it does not hold."""
+    """The run's job, from its record and the folders on the command line."""
     study: Any = restore(preset.study, record["study"], f"{workdir}: study")
     for name in ("judge", "unaligned"):
         folder, field = getattr(arguments, name), f"{name}_folder"
@@ -216,11 +216,11 @@ def _needs_merging(variant: str) -> UserError:
 
 
 def execute(wanted: Export) -> None:
-    """Builds the study, loads the deployed weights, writes them.
+    """Builds the study, loads the deployed weights and writes them.
 
     Raises:
         UserError: for data or a model other than the run's, base weights that an
-            adapter cannot hold, and a state that a newer one has replaced.
+            adapter cannot hold, or a state that a newer one has replaced.
     """
     cli.enable_compilation_cache()
     from sbr_jax.models import merge_adapter, save
@@ -257,7 +257,7 @@ def execute(wanted: Export) -> None:
 
 
 def export(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     errors.check_names("preset", args[:1], recipes.MODULES)
     if not args:
         raise UserError(

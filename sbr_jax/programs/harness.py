@@ -1,11 +1,11 @@
 """lm-eval on the weights of a run: `experiments.run PRESET … --harness [TASK ...]`.
 
 After the run, or on a finished folder, the start model and the deployed weights of
-every variant and seed go through EleutherAI's harness (the extra `eval`), on items of
-the data folder; nothing is fetched. With a limit the items are those that
+every variant and seed go through EleutherAI's harness (the extra `eval`). It reads the
+items of the data folder and fetches nothing. With a limit, the items are those that
 `evaluation.benchmarks` draws. Chat models are asked in their template, others in plain
-text: compare like with like. Results go to `WORKDIR/harness.json`, one entry per
-variant and seed as soon as it is there, and the same command continues.
+text: compare like with like. `WORKDIR/harness.json` gets one entry per variant and seed
+as soon as it is measured; the same command continues after an interruption.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ FILE = "harness.json"
 
 
 class Task(NamedTuple):
-    """One name of `--harness`: its items, and the harness's tasks over them."""
+    """One task name of `--harness`: its items, and the harness's tasks over them."""
 
     items: Sequence[Any]
     tasks: Sequence[Mapping[str, Any]]
 
 
 class Source(NamedTuple):
-    """Where the items of a name come from, and what makes the harness's tasks of them.
+    """Where the items of a task name come from, and how tasks are made from them.
 
     Attributes:
         evalset: the data set.
-        make: of its items and the data folder.
-        part: label of an item's part, of which parts take turns.
+        make: makes the harness's tasks from its items and the data folder.
+        part: label of an item's part; draws take from the parts in turn.
     """
 
     evalset: str
@@ -82,7 +82,7 @@ TASKS = {
 def check(tasks: Sequence[str], job: Job) -> None:
     """Refuses what `--harness` cannot do, before anything is read.
 
-    No names stand for all tasks.
+    An empty ``tasks`` stands for all tasks.
     """
     errors.check_names("task of --harness", tasks, TASKS)
     if job.sources.data is None:
@@ -93,13 +93,13 @@ def check(tasks: Sequence[str], job: Job) -> None:
 
 
 def read(job: Job, names: Sequence[str], limit: int | None) -> dict[str, Task]:
-    """The items of the tasks that were asked for.
+    """Reads the items of the named tasks.
 
-    No names stand for all tasks; without a limit it is the study's own.
+    Empty ``names`` stand for all tasks. Without a limit the study's own limit holds.
 
     Raises:
-        UserError: without lm-eval, for missing or damaged files, and a folder whose
-            `harness.json` is of other tasks or items.
+        UserError: if lm-eval is missing, files are missing or damaged, or the folder's
+            `harness.json` is about other tasks or items.
     """
     harness_tasks.import_harness()
     folder = Path(job.sources.data or "")
@@ -136,8 +136,8 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
         if not job.quiet:
             print(f"harness  {variant}  seed {seed}", file=sys.stderr, flush=True)
         runner = ModelRunner(study.model, *weights, too_long="left", budget=budget)
-        # lm-eval has no switch for its progress bars, one or two for each task and
-        # variant. What goes wrong is raised, not printed.
+        # lm-eval cannot switch off its progress bars, one or two for each task and
+        # variant. Errors are raised, not printed, so nothing is lost.
         with contextlib.redirect_stderr(io.StringIO()):
             try:
                 found = evaluate_with_harness(
@@ -165,7 +165,7 @@ def evaluate(job: Job, study: Any, tasks: Mapping[str, Task]) -> Path:
 
 
 def bias_of(items: Sequence[Any], picks: Sequence[int]) -> dict[str, float]:
-    """The absolute bias in ambiguous contexts of the single categories, if any."""
+    """The absolute bias in ambiguous contexts by category, if there are any."""
     used = [
         (pick, item)
         for pick, item in zip(picks, items, strict=True)
@@ -191,7 +191,7 @@ def _identity(job: Job, tasks: Mapping[str, Task]) -> dict[str, Any]:
 
 
 def _entries(job: Job, tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
-    """The entries of a `harness.json` that was begun before."""
+    """The entries of an existing `harness.json`."""
     from sbr_jax.training.records import read_json
 
     path = job.workdir / FILE

@@ -1,4 +1,4 @@
-"""Programs on several hosts: the option, and what must be the same on all of them."""
+"""Programs on several hosts: their option, and checks that all hosts agree."""
 
 import contextlib
 import hashlib
@@ -18,12 +18,12 @@ PACKAGE = Path(__file__).parents[1]
 def joined(
     arguments: Any, words: Sequence[str], folder: Path | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Works together with the processes that a command line names.
+    """Joins the processes that a command line names.
 
     Args:
         arguments: parsed; `distributed` is the option.
-        words: of which they were parsed; the same in all processes.
-        folder: that all must see; None for the arguments' `workdir`.
+        words: the unparsed words, which must be the same in all processes.
+        folder: must be visible to all; None for the arguments' `workdir`.
     """
     place = folder or getattr(arguments, "workdir", None)
     return distributed.joined(
@@ -38,7 +38,7 @@ def joined(
 
 
 def _shared(words: Sequence[str]) -> Iterator[str]:
-    """The words that are of all processes: not the option itself.
+    """The words that all processes share: all but the option itself.
 
     >>> list(_shared(["demo", "--distributed", "a:1,2,0", "--quiet"]))
     ['demo', '--quiet']
@@ -61,7 +61,7 @@ def code() -> str:
 
 
 def require_one(arguments: Any, what: str = "this program") -> None:
-    """Refuses several processes where only one can do the work."""
+    """Refuses several processes if only one can do the work."""
     if arguments.distributed != "off":
         raise UserError(
             f"{OPTION} {arguments.distributed}: {what} is the work of one process: "

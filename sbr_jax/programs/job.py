@@ -1,4 +1,4 @@
-"""Job: a preset, changed by a command line and found to be in order."""
+"""Job: a preset changed by a command line, and checked."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ Options = TypeVar("Options")
 
 @dataclasses.dataclass(frozen=True)
 class JobArguments(Generic[Options]):
-    """Arguments of every program that trains; their defaults are a preset's.
+    """Arguments of every program that trains, with a preset's values as defaults.
 
-    The fields of `study`, `training`, `hardware` and, by method, `methods` are options
-    of their own: `--training.learning-rate 1e-3`, `--methods.sbr.anchors 4`.
+    Each field of `study`, `training` and `hardware`, and of each method in `methods`,
+    is an option: `--training.learning-rate 1e-3`, `--methods.sbr.anchors 4`.
     """
 
     study: Options
@@ -35,23 +35,23 @@ class JobArguments(Generic[Options]):
     methods: tuple[str, ...] = ()
     """Methods, or variants of them such as safeanchor-exact:no-anchor."""
     domains: tuple[str, ...] = ()
-    """Sequence of domains, in order of training."""
+    """Domains, in order of training."""
     seed: tuple[int, ...] = ()
-    """Seeds."""
+    """Seeds; every variant runs with each of them."""
     mesh: str | None = None
-    """All devices, by axis, e.g. data=2,fsdp=4,tp=2; the same as --hardware.mesh."""
+    """Devices by axis, e.g. data=2,fsdp=4,tp=2; the same as --hardware.mesh."""
     distributed: str = "off"
     """Several processes: auto (Cloud TPU, SLURM), or HOST:PORT,N,I: process I of N."""
     data: str | None = None
     """Data folder (presets on real text)."""
     model: str | None = None
-    """Checkpoint folder, in place of the preset's model; a hub id for real models."""
+    """Checkpoint folder instead of the preset's model, or a hub id (real models)."""
     quiet: bool = False
     """Print nothing but errors."""
     training: Training = Training()
     """Mathematics of the training."""
     hardware: Hardware = Hardware()
-    """How it is computed."""
+    """How the training is computed."""
     hyperparameters: Annotated[
         Hyperparameters,  # pyright: ignore[reportInvalidTypeForm]
         tyro.conf.arg(name="methods"),
@@ -61,18 +61,18 @@ class JobArguments(Generic[Options]):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training job that was found to be in order: variants, seeds, settings, place.
+    """A checked training job: variants, seeds, settings and folder.
 
     Attributes:
-        preset: that was asked for by name.
-        workdir: where results go.
-        methods: variants, as names.
-        domains: sequence.
+        preset: name of the preset.
+        workdir: folder for the results.
+        methods: names of the variants.
+        domains: names, in order of training.
         seeds: in order.
         config: of the training job.
         study: options of the study.
         sources: of its model and data.
-        quiet: whether to print nothing.
+        quiet: whether to print nothing but errors.
     """
 
     preset: str
@@ -97,7 +97,7 @@ class Job:
         )
 
     def notes(self) -> dict[str, Any]:
-        """What the job's folder remembers of its study's options."""
+        """The study's options that the job's folder records."""
         return {"study": recorded(self.study)}
 
 
@@ -111,17 +111,17 @@ def parse(
     presets: Sequence[str] | None = None,
     **changes: Any,
 ) -> tuple[Preset, Arguments]:
-    """Reads a preset's name and what is to be changed of it.
+    """Parses a preset's name and the changes to it.
 
     Args:
-        kind: of the program's arguments.
+        kind: type of the program's arguments.
         args: words; the preset's name is the first.
         prog: how messages name the program.
-        presets: that the program knows; None for all.
-        **changes: defaults of the program in place of the preset's.
+        presets: names that the program accepts; None for all.
+        **changes: the program's own defaults, which replace the preset's.
 
     Raises:
-        UserError: for an unknown preset or option, or a value of another type.
+        UserError: for an unknown preset or option, or a value of a wrong type.
     """
     known = list(presets or recipes.MODULES)
     if not args or args[0].startswith("-"):
@@ -141,7 +141,7 @@ def parse_preset(
     prog: str,
     **changes: Any,
 ) -> Arguments:
-    """Reads what is to be changed of a preset; see :func:`parse`."""
+    """Parses the changes to a preset; see :func:`parse`."""
     fields = {
         "study": preset.study,
         "methods": preset.methods,
@@ -160,10 +160,10 @@ def parse_preset(
 def make_job(
     preset: Preset, arguments: JobArguments[Any], *, forecast: bool = False
 ) -> Job:
-    """Checks a command line, the cheap questions first.
+    """Checks a command line, cheap checks first.
 
-    A forecast trains nothing: it needs no folder, and its mesh may be of other devices
-    than this machine's.
+    A forecast trains nothing, so it needs no folder, and its mesh may use devices that
+    this machine does not have.
     """
     if arguments.workdir is None and not forecast:
         raise UserError(
@@ -197,7 +197,7 @@ def make_job(
 
 
 def _with_mesh(arguments: JobArguments[Any], forecast: bool) -> Hardware:
-    """The hardware with the mesh, which has two spellings."""
+    """The hardware with its mesh, which two options can set."""
     hardware, mesh = arguments.hardware, arguments.mesh
     if mesh is not None:
         if hardware.mesh not in (None, mesh):
@@ -215,10 +215,9 @@ def _with_mesh(arguments: JobArguments[Any], forecast: bool) -> Hardware:
 
 
 def check_folder(job: Job) -> None:
-    """Refuses a job's folder of other settings, before its study is built.
+    """Refuses a folder with other settings or foreign files, before building a study.
 
-    Nor may it hold what no run has written. What only the study knows is compared when
-    the job is run.
+    Values that only the study knows are compared when the job runs.
     """
     from sbr_jax.training.run_folder import refuse_foreign
 
@@ -230,7 +229,7 @@ def check_folder(job: Job) -> None:
 
 
 def check_settings(job: Job, folder: Path) -> None:
-    """Refuses a folder of a run, or a part of one, that has other settings."""
+    """Refuses the folder of a run, or of its part, with other settings."""
     from sbr_jax.training.records import plain_numbers
     from sbr_jax.training.run_folder import read_config
 
@@ -244,11 +243,11 @@ def check_settings(job: Job, folder: Path) -> None:
 
 
 def execute(job: Job, study: Any = None) -> Any:
-    """Builds the study and runs it, or what is left of it.
+    """Builds the study and runs what is not finished.
 
     Args:
-        job: what to do.
-        study: the job's, where it is made already.
+        job: to run.
+        study: the job's study, if it is already built.
 
     Returns:
         The study.

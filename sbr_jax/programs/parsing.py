@@ -1,4 +1,4 @@
-"""Command lines as trees of frozen dataclasses, with one line for each mistake."""
+"""Command lines parsed into trees of frozen dataclasses, with one-line errors."""
 
 import dataclasses
 import difflib
@@ -24,14 +24,14 @@ def parse(
         kind: the dataclass.
         args: words; None for those of this process.
         prog: how messages name the program.
-        default: values of what is not said.
+        default: values for options that are not given.
 
     Raises:
-        UserError: for a mistake, with the nearest names of an unknown option.
+        UserError: for a mistake; for an unknown option it names the nearest ones.
     """
-    import tyro  # Needed here only; what else imports this module does not pay.
+    import tyro  # Slow to import, and needed only here.
 
-    # The only hook for its complaints, and private: pyproject.toml bounds the version.
+    # tyro's only hook for errors is private: pyproject.toml bounds the version.
     from tyro._errors import on_parse_error
 
     words = list(sys.argv[1:] if args is None else args)
@@ -46,7 +46,7 @@ def parse(
 
 
 def _refuse_unsaid(words: Sequence[str]) -> None:
-    """Refuses what tyro takes without a word: twice, empty, or in a bucket."""
+    """Refuses what tyro silently accepts: repeats, empty values, buckets."""
     from sbr_jax import files
 
     seen, option = set(), "first word"
@@ -61,12 +61,12 @@ def _refuse_unsaid(words: Sequence[str]) -> None:
             value = value if equals else name
         if not value:
             raise UserError(f"{option}: expected a value, got ''")
-        if option != "--workdir":  # Which may be in a bucket, or is refused later.
+        if option != "--workdir":  # It may be in a bucket, or is refused later.
             files.require_disk(value)
 
 
 def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:
-    """The parser's complaint about a command line, in one line."""
+    """The parser's error about a command line, in one line."""
     name = type(event).__name__
     known = list(flags(kind))
     for word in words:
@@ -81,7 +81,7 @@ def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:
         missing = (a.arg.lowered.name_or_flags[-1] for a in event.missing_arguments)
         return f"expected {', '.join(missing)}, got none"
     argument = getattr(event, "argument", None)
-    if argument is None:  # Of the whole record: its own check has put it in words.
+    if argument is None:  # A record's own check failed, and has a message.
         return " ".join(str(getattr(event, "message", name)).split())
     flag, wanted = argument.lowered.name_or_flags[-1], argument.lowered.metavar
     said = ", ".join(map(repr, values_of(flag, words))) or "none"
@@ -89,14 +89,14 @@ def _complaint(event: Any, kind: type, words: Sequence[str]) -> str:
 
 
 def _unknown(option: str, known: Sequence[str]) -> str:
-    """An unknown option, with those that it begins or resembles."""
+    """The error for an unknown option, with the options it begins or resembles."""
     longer = [name for name in known if name.startswith(option)]
     near = longer[:3] or difflib.get_close_matches(option, known, n=3, cutoff=0.5)
     return f"unknown option '{option}'" + (f"; nearest: {', '.join(near)}" * bool(near))
 
 
 def values_of(flag: str, words: Sequence[str]) -> list[str]:
-    """The words after an option on a command line; none where it is not said.
+    """The words after an option on a command line; none if it is not given.
 
     >>> values_of("--a-b", ["--a_b=1", "2", "--c", "3"])
     ['1', '2']

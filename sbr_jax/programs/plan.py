@@ -4,10 +4,10 @@
         [--method NAME] [--length 512] [--batch 16]
         [--compare plain,safeanchor-exact,unified]
 
-The step, the Fisher pass and the writing of answers are compiled for the slice, which
-need not be there (extra `tpu`), and counted. Without --mesh a few layouts are tried and
-the best is taken. What was found is kept in the user's cache folder: asking again costs
-nothing. All settings: sbr-jax plan --help.
+The step, the Fisher pass and the writing of answers are compiled for the slice and
+counted; the slice itself is not needed (extra `tpu`). Without --mesh a few layouts are
+tried and the best is taken. Results are kept in the user's cache folder, so asking
+again costs nothing. All settings: sbr-jax plan --help.
 """
 
 import dataclasses
@@ -28,29 +28,29 @@ class Arguments:
     """Plan a job on a slice of TPUs before one is rented: memory, hours, layout."""
 
     model: str | None = None
-    """A known shape such as llama2-7b, or a config.json, or its folder."""
+    """A known shape such as llama2-7b, or a config.json or its folder."""
     topology: str | None = None
-    """Slice, as v5e:4x4."""
+    """The slice, as v5e:4x4."""
     mesh: str | None = None
     """Chips by axis, as data=1,fsdp=4,tp=4; default: the best of a few."""
     method: str = "safeanchor-exact"
     """Method or variant."""
     compare: str | None = None
-    """Several of them beside each other, by commas, in the place of --method."""
+    """Several methods to compare, separated by commas, instead of --method."""
     length: Count = 512
     """Tokens of an example."""
     batch: Count = PRESET.training.batch_size
-    """Examples of a step."""
+    """Examples in a step."""
     accumulation: Count = 1
-    """Microbatches of a step."""
+    """Microbatches in a step."""
     rank: Count = PRESET.training.lora_rank
-    """Of the adapter."""
+    """Rank of the adapter."""
     layouts: Count = 3
-    """How many layouts are compiled where --mesh names none."""
+    """Number of layouts to compile without --mesh."""
     calibration: Count = 500
     """Safety calibration examples."""
     answers: Count = 128
-    """Tokens of their answers at most."""
+    """Most tokens of a calibration answer."""
     fisher: Count = 16
     """Examples that a Fisher differentiates at once."""
     rows: Count = 64
@@ -60,25 +60,23 @@ class Arguments:
     new_tokens: Count = 256
     """Tokens of an answer."""
     domains: Count = 3
-    """Domains that are learnt one after another."""
+    """Domains, learnt one after another."""
     examples: Count = EXAMPLES
-    """Of each domain."""
+    """Examples in each domain."""
     epochs: Positive = float(EPOCHS)
-    """Times that each example is learnt."""
+    """Passes over the examples."""
     prompts: Count = 1050
     """Prompts answered at the start and after each domain."""
     seeds: Count = 1
-    """Seeds."""
+    """Number of seeds."""
     quick: bool = False
-    """Compile a few times faster: memory, and what is read of it, are then upper
-    bounds; products and links are the same.
-    """
+    """Compile a few times faster; only memory size and traffic become upper bounds."""
     quiet: bool = False
-    """No lines while it compiles."""
+    """Print no lines while compiling."""
 
 
 def check(arguments: Arguments) -> tuple[str, ...]:
-    """The methods of a command line that is in order."""
+    """Checks a command line and returns its methods."""
     for name, example in (("model", "llama2-7b"), ("topology", "v5e:4x4")):
         if not getattr(arguments, name):
             raise UserError(f"expected --{name}, got none: add --{name} {example}")
@@ -90,7 +88,7 @@ def check(arguments: Arguments) -> tuple[str, ...]:
 
 
 def plan(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     methods = check(arguments)
     from sbr_jax.planning import planner

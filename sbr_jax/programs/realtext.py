@@ -4,7 +4,8 @@
         [--quiet]
 
 Trains a Llama of 3.4 M parameters from scratch to answer benign instructions and to
-refuse harmful ones (`studies.realtext`), and measures it. About 32 minutes on one core.
+refuse harmful ones (`studies.realtext`), and measures it. It takes about 32 minutes on
+one core.
 """
 
 import dataclasses
@@ -28,11 +29,11 @@ class Arguments:
     data: Path
     """Data folder."""
     output: Path
-    """Folder to be made: a Hugging Face checkpoint with training.json."""
+    """New folder: a Hugging Face checkpoint with training.json."""
     steps: int = realtext.STEPS
     """Optimizer steps."""
     seed: int = 0
-    """Of weights, held-out rows, wording and batches."""
+    """Seed of weights, held-out rows, wording and batches."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -47,7 +48,7 @@ def _checked(arguments: Arguments) -> Arguments:
             f"--output: expected a folder that is not there yet, got {output}: remove "
             "it, or name another"
         )
-    # It is made at the end, so that a mistake or a kill before that leaves nothing.
+    # The output is made at the end, so that an early mistake or kill leaves nothing.
     there = next(folder for folder in output.parents if os.path.exists(folder))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(

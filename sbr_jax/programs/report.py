@@ -3,9 +3,9 @@
     python -m experiments.report DIR... [--output FILE] [--figures FOLDER] [--quiet]
 
 Writes `report.html` (one self-contained page) and `report.md` beside it, by default
-into the first DIR, and prints the main table. A pure function of `results.jsonl`,
-`timings.jsonl`, `config.json` and `harness.json`: what a run does not hold is said, not
-invented.
+into the first DIR, and prints the main table. The report is a pure function of
+`results.jsonl`, `timings.jsonl`, `config.json` and `harness.json`. It says what a run
+lacks and invents nothing.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Arguments:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Working directories of experiments.run."""
     output: Path | None = None
-    """The page; default: report.html in the first folder."""
+    """File for the page; default: report.html in the first folder."""
     figures: Path | None = None
     """Also write the figures as PNG files into this folder."""
     quiet: bool = False

@@ -33,23 +33,21 @@ class RunArguments(JobArguments[Options]):
     """Fine-tune over a sequence of domains and measure safety after each."""
 
     harness: tuple[str, ...] | None = None
-    """Then put the start model and every variant's final weights through lm-eval: tasks
-    by name, or none for all.
-    """
+    """Then put start and final weights through lm-eval: tasks, or none for all."""
     harness_limit: int | None = None
-    """At most so many items of each task; default: --study.limit, or all."""
+    """Most items of each task of --harness; default: --study.limit, or all."""
     dry_run: bool = False
     """Check every file and print memory and hours; train nothing."""
     device: DeviceOptions = DeviceOptions()
-    """The device of --dry-run, in place of this machine's."""
+    """The device to assume in --dry-run, instead of this machine's."""
     jobs: Jobs = 1
-    """Processes that share the variants and seeds, on a CPU; auto: one a core."""
+    """Processes that share the variants and seeds, on a CPU; auto: one per core."""
     only: tuple[str, ...] | None = None
-    """Of the variants and seeds only these, as VARIANT/SEED."""
+    """Run only these variants and seeds, as VARIANT/SEED."""
 
 
 def check(arguments: RunArguments, job: Job) -> None:
-    """Refuses what only this program knows."""
+    """Refuses mistakes in the options of this program alone."""
     if arguments.device != DeviceOptions() and not arguments.dry_run:
         raise UserError("--device: only --dry-run has use for a device; drop it")
     if arguments.harness is not None:
@@ -81,14 +79,14 @@ def listing() -> str:
 
 
 def run(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     if "--list" in args:
         print(listing())
         return
     preset, arguments = parse(RunArguments, args, PROGRAM)
     alone = {"--harness": arguments.harness is not None, "--jobs": arguments.jobs != 1}
     for option in (name for name, given in alone.items() if given):
-        hosts.require_one(arguments, option)  # Before it waits for the others.
+        hosts.require_one(arguments, option)  # Before waiting for the other processes.
     with hosts.joined(arguments, args):
         _run(preset, arguments, args)
 
@@ -107,7 +105,7 @@ def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> 
         spread.gather(job)
     tasks = None
     if arguments.harness is not None:
-        # Read before the hours that the run takes: a missing file is told at once.
+        # Read before the run, to report a missing file now and not hours later.
         tasks = harness.read(job, arguments.harness, arguments.harness_limit)
     if arguments.only is not None:
         study = job.make_study()
@@ -125,7 +123,7 @@ def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> 
 
 
 def report_command(workdir: Path) -> str:
-    """The command that reads the results, which it wants on a disk."""
+    """The command for the report; results in a bucket must first be copied to disk."""
     bucket = storage.is_bucket(workdir)
     place = "FOLDER, a copy of it on a disk" if bucket else workdir
     return f"{cli.command('report')} {place}"

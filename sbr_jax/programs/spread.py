@@ -1,7 +1,8 @@
-"""A run's variants and seeds shared among processes, each in a folder of its own.
+"""Sharing a run's variants and seeds among processes, each in its own folder.
 
-The command starts itself once a process, with `--only` what falls to it. When all have
-ended, their stages are gathered, and the command finds everything finished.
+The command starts itself once for each process and passes that process's variants and
+seeds with `--only`. When all have ended, it gathers their stages and finds everything
+finished.
 """
 
 import contextlib
@@ -22,16 +23,16 @@ from sbr_jax.typing import UserError
 
 Jobs = int | Literal["auto"]
 ORDER = (*METHODS, *VARIANTS)
-"""Variants, as `results.jsonl` has them."""
+"""Variants, in the order of `results.jsonl`."""
 MOST = 1000
-"""Processes: beyond it somebody has mistyped."""
+"""Largest number of processes; a larger one is a typing mistake."""
 
 
 def check(wanted: Job, jobs: Jobs, only: Sequence[str] | None) -> None:
-    """Refuses numbers of processes, and variants and seeds that the job has not."""
+    """Refuses a wrong `--jobs`, or an `--only` that the job does not contain."""
     if jobs != "auto" and not 1 <= jobs <= MOST:
         raise UserError(f"--jobs: expected auto, or from 1 to {MOST}, got {jobs}")
-    if only is not None:  # None at all may be a variable of a shell that is not set.
+    if only is not None:  # It may be empty: a shell variable that is not set.
         errors.check_some("variant and seed", only)
         errors.check_names("variant and seed", only, named(pairs(wanted)))
     if jobs == 1:
@@ -52,7 +53,7 @@ def pairs(wanted: Job) -> list[tuple[str, int]]:
 
 
 def named(chosen: Sequence[tuple[str, int]]) -> list[str]:
-    """Variants and seeds as `--only` takes them.
+    """Variants and seeds as words of `--only`.
 
     >>> named([("plain", 0), ("lean", 3)])
     ['plain/0', 'lean/3']
@@ -61,7 +62,7 @@ def named(chosen: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def chosen(wanted: Job, only: Sequence[str]) -> Iterator[Job]:
-    """The job of every variant with those of its seeds that were asked for."""
+    """One job for each variant in `--only`, with its seeds there."""
     for variant in wanted.methods:
         seeds = tuple(s for s in wanted.seeds if f"{variant}/{s}" in only)
         if seeds:
@@ -69,10 +70,10 @@ def chosen(wanted: Job, only: Sequence[str]) -> Iterator[Job]:
 
 
 def processes(wanted: Job, jobs: Jobs, left: int) -> int:
-    """How many processes share what is left: at most one a core where jobs is auto.
+    """The number of processes for the remaining work; `auto` gives one per core.
 
     Raises:
-        UserError: where several would share an accelerator.
+        UserError: if several would share an accelerator.
     """
     if jobs == "auto" and wanted.config.hardware.mesh is not None:
         return 1
@@ -89,10 +90,10 @@ def processes(wanted: Job, jobs: Jobs, left: int) -> int:
 
 
 def gather(wanted: Job) -> None:
-    """Moves in what an earlier command has left in folders of parts.
+    """Moves in the stages that an earlier command left in folders of parts.
 
     Raises:
-        UserError: for parts of another run, none of which is touched.
+        UserError: for parts of another run; then no part is touched.
     """
     if not storage.has_parts(wanted.workdir):
         return
@@ -104,20 +105,20 @@ def gather(wanted: Job) -> None:
 
 
 def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
-    """Runs what is left in so many processes; then every stage is in the job's folder.
+    """Runs the remaining work in several processes and gathers it in the job's folder.
 
-    However this process ends, no other outlives it, and what was finished is found by
-    the next command on the same folder.
+    However this process ends, no other outlives it, and the next command on the same
+    folder finds all finished stages.
 
     Raises:
         UserError: for a folder of another run, or processes that were killed.
-        SystemExit: with the code of a process that failed; it has said why.
+        SystemExit: with the code of a failed process, which has already said why.
     """
     from sbr_jax.training import locks, parts
 
     stages, config = wanted.workdir / "stages", wanted.workdir / "config.json"
     if stages.exists() and not config.exists():
-        return  # One process compares the stages with the run, and writes it anew.
+        return  # A single process checks the stages and writes the config anew.
     job.check_folder(wanted)
     left = parts.unfinished(wanted.workdir, pairs(wanted), wanted.domains)
     count = processes(wanted, jobs, len(left))
@@ -154,14 +155,14 @@ def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
 def _command(
     words: Sequence[str], wanted: Job, folder: Path, own: Sequence[tuple[str, int]]
 ) -> list[str]:
-    """The command line of a part: the same, in another folder."""
-    # The whole is put through lm-eval at the end, by this process.
+    """The command line of a part: the same command in another folder."""
+    # At the end, this process runs lm-eval on the whole.
     given = ("--workdir", "--jobs", "--harness", "--harness-limit", "--study.date")
     command = [*terminal.python("sbr_jax.programs"), "run", *without(words, *given)]
     date = getattr(wanted.study, "date", None)
-    if date is not None:  # Lest midnight come between two of them.
+    if date is not None:  # So that midnight cannot fall between two processes.
         command.append(f"--study.date={date}")
-    # A folder that begins with a dash is no option.
+    # With "=", a folder that begins with a dash does not look like an option.
     return [*command, f"--workdir={folder}", "--only", *named(own)]
 
 
@@ -182,10 +183,10 @@ def without(words: Sequence[str], *options: str) -> list[str]:
 
 
 class _Said:
-    """Lines of several processes, passed on whole, as they come.
+    """Passes on the lines of several processes, whole and as they come.
 
-    What two processes complain of in the same words is said once, and that finished
-    stages are kept is left to this process.
+    The same complaint from two processes is printed once. Only this process itself
+    prints that finished stages are kept.
     """
 
     def __init__(self):
@@ -202,7 +203,7 @@ class _Said:
 
 
 class _Process:
-    """A process whose lines are passed on."""
+    """A process that passes on its lines."""
 
     def __init__(self, command: Sequence[str], said: _Said):
         environment = {**os.environ, terminal.PARENT: str(os.getpid())}
@@ -212,7 +213,7 @@ class _Process:
         )
         self._said, self._failed = said, []
         pipes = (self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)
-        # Should this process be ended twice, it does not wait for them.
+        # Daemon threads: if this process is ended twice, it does not wait for them.
         self._readers = [
             threading.Thread(target=self._pass_on, args=pair, daemon=True)
             for pair in pipes
@@ -226,13 +227,13 @@ class _Process:
                 for line in lines:
                     self._said(line, to)
             except OSError as error:
-                self._failed.append(error)  # With its pipe closed the process ends.
+                self._failed.append(error)  # The closed pipe then ends the process.
 
     def wait(self) -> int:
-        """Its exit code, once it has ended and said all.
+        """Its exit code, once it has ended and all its lines are passed on.
 
         Raises:
-            OSError: where its lines could not be passed on.
+            OSError: if its lines could not be passed on.
         """
         code = self.end()
         for error in self._failed:
@@ -240,12 +241,12 @@ class _Process:
         return code
 
     def terminate(self) -> None:
-        """Asks it to end, if it has not: it saves itself first."""
+        """Asks the process to end, if it runs; it saves its work first."""
         if self._process.poll() is None:
             self._process.terminate()
 
     def end(self) -> int:
-        """Waits until it has ended and said all."""
+        """Waits until it has ended and all its lines are passed on."""
         for reader in self._readers:
             reader.join()
         return self._process.wait()
@@ -260,10 +261,10 @@ def _cores() -> list[int]:
 
 @contextlib.contextmanager
 def _on(cores: Sequence[int]) -> Iterator[None]:
-    """Starts processes on some cores only, where the system has a way to say so.
+    """Starts processes on some cores only, if the system supports that.
 
-    XLA starts a thread for each core that it sees: processes with all of them would
-    wait for each other's.
+    XLA starts a thread for each core that it sees. If every process used all cores,
+    they would wait for each other.
     """
     if not cores or not hasattr(os, "sched_setaffinity"):
         yield

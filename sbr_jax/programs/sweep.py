@@ -1,15 +1,15 @@
-"""A named list of runs, one seed of all cells after the other, into one table.
+"""Run a named list of runs, seed by seed, and collect them in one table.
 
     python -m experiments.sweep NAME [--workdir DIR] [--seeds N] [--cells A B ...]
         [--jobs J] [--dry-run]
     python -m experiments.sweep --list
 
 Each cell of the sweep (`recipes/sweeps.py`) is a working directory `DIR/CELL` of
-`experiments.run` or `experiments.attack`, and can be continued or reported by them.
-The first seed of everything comes first, so that a whole table appears early; with
-`--jobs` each cell goes through its own seeds. Finished stages are kept: the same
-command continues after a kill. A variant that refuses its settings is named at the end,
-and does not keep others from being run.
+`experiments.run` or `experiments.attack`, which can continue or report it. The first
+seed of all cells runs first, so that a whole table appears early; with `--jobs` each
+cell goes through its own seeds. Finished stages are kept: the same command continues
+after a kill. A variant that refuses its settings does not stop the others; it is named
+at the end.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("sweep")
 MOST = 1000
-"""Seeds, or processes: beyond it somebody has mistyped."""
+"""Largest number of seeds or processes; a larger one is a typing mistake."""
 POLL_SECONDS = 0.1
-"""Between looks at the cells that run."""
+"""Seconds between looks at the running cells."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Arguments:
     workdir: Path | None = None
     """Folder for the cells and the table; default: runs/NAME."""
     seeds: int = 5
-    """How many, from 0 (or a cell's own first seed)."""
+    """Number of seeds, from 0 (or a cell's own first seed)."""
     cells: tuple[str, ...] = ()
-    """Only these cells."""
+    """Run only these cells."""
     jobs: int = 1
-    """Cells at a time, each in its own process."""
+    """Cells to run at a time, each in its own process."""
     dry_run: bool = False
     """Print what is left and stop."""
     list: bool = False
@@ -107,7 +107,7 @@ def make_sweep(arguments: Arguments) -> Sweep:
 
 
 def make_cell(fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]) -> Job:
-    """The job of a cell, checked as its program checks it."""
+    """The job of a cell, with the checks of its program."""
     known = ("preset", "methods", "domains", "changes", "attack", "first_seed")
     errors.check_names("field of a cell", fields, known)
     preset, first = recipes.load(fields["preset"]), fields.get("first_seed", 0)
@@ -138,12 +138,12 @@ def make_cell(fields: Mapping[str, Any], folder: Path, seeds: tuple[int, ...]) -
 
 @functools.lru_cache(maxsize=8)
 def _study(options: Any, domains: tuple[str, ...], sources: Any, hardware: Any) -> Any:
-    """Each study once: programs are compiled by study."""
+    """Builds each study once, because programs are compiled for each study."""
     return options.build(domains, sources, hardware)
 
 
 def summary(sweep: Sweep) -> str:
-    """A sweep cell by cell: variants and seeds done, left, and for how long."""
+    """A sweep cell by cell: what is done, what is left, and the time it needs."""
     times = spent(sweep)
     left = [part for part in sweep.parts if not times.get(part, (0.0, False))[1]]
     rows = []
@@ -160,10 +160,10 @@ def summary(sweep: Sweep) -> str:
 
 
 def execute(sweep: Sweep, *, quiet: bool) -> None:
-    """Runs what is left, writing the table after each part.
+    """Runs the remaining parts, writing the table after each.
 
     Raises:
-        UserError: at the end, naming the first that could not be run.
+        UserError: at the end, naming the first part that could not be run.
     """
     failed: dict[Part, str] = {}
     total = len(sweep.parts)
@@ -211,9 +211,9 @@ def cell_command(sweep: Sweep, name: str, *, quiet: bool) -> list[str]:
 
 
 def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
-    """Runs every cell in a process of its own, so many at a time.
+    """Runs every cell in a process of its own, ``jobs`` at a time.
 
-    However this process ends, no cell outlives it: a later command could not have its
+    However this process ends, no cell outlives it; a later command could not use its
     folder.
 
     Raises:
@@ -250,7 +250,7 @@ def listing() -> str:
 
 
 def sweep(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     if arguments.list:
         print(listing())

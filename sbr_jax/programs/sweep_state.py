@@ -1,4 +1,4 @@
-"""State of a sweep: what is done, how long the rest will take, and its table."""
+"""State of a sweep: finished parts, remaining time, and its table."""
 
 import dataclasses
 import warnings
@@ -14,13 +14,13 @@ from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import Cell, Table, comparison, row_cells, to_markdown
 
 MEMORY = "memory.json"
-"""In a cell's folder: variant to the bytes of one training step."""
+"""File in a cell's folder with the bytes of one training step, by variant."""
 LOST = "delete it, and the table has no memory for what is finished"
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One variant of one cell with one seed: run in one go."""
+    """One variant of one cell with one seed, which runs in one go."""
 
     cell: str
     variant: str
@@ -29,13 +29,13 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep that was found to be in order: its cells as jobs, and seeds.
+    """A checked sweep: its cells as jobs, and its seeds.
 
     Attributes:
         name: of the sweep.
-        workdir: of all cells.
-        jobs: cell to its job, with all its variants and seeds.
-        seeds: places of a cell's seeds, 0 to N − 1: its own begin where it says.
+        workdir: parent folder of all cells.
+        jobs: the job of each cell, with all its variants and seeds.
+        seeds: positions 0 to N − 1 in a cell's seeds; a cell has its own first seed.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Sweep:
 
     @property
     def parts(self) -> list[Part]:
-        """Everything there is to do, in order: all of a seed before the next."""
+        """All parts in order: every part of one seed before the next seed."""
         return [
             Part(name, variant, job.seeds[place])
             for place in range(len(self.seeds))
@@ -55,7 +55,7 @@ class Sweep:
 
 
 def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
-    """Seconds spent on every part that was begun, and whether it is finished."""
+    """Seconds spent on every started part, and whether it is finished."""
     from sbr_jax.training.run_folder import RunFolder, read_config
     from sbr_jax.training.stages import last_of, name_of
 
@@ -80,13 +80,13 @@ def spent(sweep: Sweep) -> dict[Part, tuple[float, bool]]:
 def remaining(
     parts: Sequence[Part], times: Mapping[Part, tuple[float, bool]]
 ) -> float | None:
-    """Seconds that these parts will take, from those that are finished.
+    """Estimates the seconds that these parts will take, from the finished parts.
 
-    A part takes as long as the same variant in the same cell, else in other cells, else
-    any part; what was spent on it already is taken off.
+    A part is taken to last as long as the same variant in the same cell, or else in
+    other cells, or else as any part. Time already spent on it is subtracted.
 
     Returns:
-        The estimate, or None where nothing is finished.
+        The estimate, or None if nothing is finished.
 
     >>> done = {Part("c", "plain", 0): (8.0, True), Part("c", "plain", 1): (3.0, False)}
     >>> remaining([Part("c", "plain", 1), Part("c", "sbr", 0)], done)
@@ -116,7 +116,7 @@ def clock(seconds: float | None) -> str:
 
 
 def note_memory(job: Job, study: Any, variant: str) -> None:
-    """Writes down what a variant's training step takes, once for each cell."""
+    """Records the memory of a variant's training step, once for each cell."""
     from sbr_jax.training.records import read_json, write_record
 
     path = job.workdir / MEMORY
@@ -129,8 +129,8 @@ def note_memory(job: Job, study: Any, variant: str) -> None:
 def step_bytes(job: Job, study: Any, variant: str) -> int:
     """Peak memory of one training step, as the compiler plans it.
 
-    Arguments, outputs and temporaries of the very program that trains; unlike a
-    process's peak it does not depend on what else was run before.
+    It covers arguments, outputs and temporaries of the program that trains. Unlike a
+    process's peak, it does not depend on what ran before.
     """
     import jax
 
@@ -142,7 +142,7 @@ def step_bytes(job: Job, study: Any, variant: str) -> int:
     program = make_program(variant, study, job.config)
     adapter, base = init_adapter(study, job.config, 0), study.model.params
     with warnings.catch_warnings():
-        # The run itself has said so.
+        # The run itself gave this warning.
         warnings.simplefilter("ignore", InertProjectionWarning)
         state = program.method.init(program.problem, base, adapter, jax.random.key(0))
     state = {name: value for name, value in state.items() if name != "diagnostics"}
@@ -159,7 +159,7 @@ def step_bytes(job: Job, study: Any, variant: str) -> int:
 
 
 def merged_table(sweep: Sweep) -> Table:
-    """Mean ± standard deviation over seeds, a line for each variant of each cell."""
+    """Mean ± standard deviation over seeds, one line per variant of each cell."""
     from sbr_jax.training.records import read_json
 
     finished = {part.cell for part, (_, whole) in spent(sweep).items() if whole}
@@ -183,9 +183,9 @@ def merged_table(sweep: Sweep) -> Table:
 
 
 def write_table(sweep: Sweep) -> Path | None:
-    """Writes `table.md`, or nothing before the first part is finished.
+    """Writes `table.md` once the first part is finished.
 
-    A sweep of one cell writes into the cell's own folder, so that processes with a
+    A sweep of one cell writes it into the cell's own folder, so that processes with one
     cell each do not write the same file.
     """
     from sbr_jax.training.records import write_atomically

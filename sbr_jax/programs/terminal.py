@@ -1,4 +1,4 @@
-"""Streams of a program, and the signals that end it."""
+"""Output streams of a program, and the signals that end it."""
 
 import codecs
 import contextlib
@@ -14,21 +14,21 @@ from sbr_jax.distributed import stopping
 from sbr_jax.distributed.errors import Terminated
 
 PARENT = "SBR_JAX_ENDS_WITH"
-"""Environment variable: the process with which this one ends."""
+"""Environment variable with the id of the process that this one must end with."""
 OUTPUT = "standard output"
-"""What a failure to print calls its file."""
+"""File name in the error for a failure to print."""
 SPELT = str.maketrans(
     {"→": "->", "–": "-", "−": "-", "±": "+/-", "×": "x", "…": "...", "κ": "kappa"}
 )
-"""Signs of our tables and lines, for terminals that lack them."""
+"""Replacements for our special characters on terminals that lack them."""
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Raises `Terminated` where SIGTERM would kill the process without a word.
+    """Turns SIGTERM, which would kill the process silently, into `Terminated`.
 
-    A training loop is asked to save itself first, at its next step, and raises it then.
-    Whoever has set another handler, or ignores the signal, keeps it.
+    A training loop first saves itself at its next step, then raises it. If the signal
+    has another handler or is ignored, that stays so.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -47,31 +47,31 @@ def terminable() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Ends this process with the one that `PARENT` names, however that ends.
+    """Ends this process when the one that `PARENT` names ends, however it ends.
 
-    Linux only; elsewhere a killed parent leaves its processes running.
+    This works on Linux only; elsewhere a killed parent leaves its processes running.
     """
     parent = os.environ.pop(PARENT, None)
     if parent is None or sys.platform != "linux":
         return
-    # What a kill leaves is in order: the next run continues it.
+    # A kill does no harm: the next run continues.
     ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != int(parent):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def python(module: str) -> list[str]:
-    """The command that runs a module in a process of its own, as found from here.
+    """The command that runs a module in a new process with the same search path.
 
-    Python looks for it in the working directory first, where a file of the user's may
-    have the name of a package: not where this process did not look there either.
+    By default Python searches the working directory first, where a user's file may have
+    the name of a package. The command prevents that if this process does not search it.
     """
     here = {"", os.getcwd()} & set(sys.path)
     return [sys.executable, *([] if here else ["-P"]), "-m", module]
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
-    """Writes what a stream's encoding lacks in letters that every encoding has."""
+    """Replaces characters that a stream's encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(SPELT)
@@ -82,9 +82,9 @@ codecs.register_error("spelt", _spell)
 
 
 def _open_streams() -> None:
-    """Gives closed streams a descriptor, lest a file of results gets their number.
+    """Gives closed streams a descriptor, so that no result file gets their number.
 
-    What is written to a closed standard output fails, as it would for any program.
+    Writing to a closed standard output fails, as in any program.
     """
     ways = (os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)
     for descriptor, way in enumerate(ways):
@@ -99,7 +99,7 @@ def _open_streams() -> None:
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose failures say that they are its own."""
+    """Standard output whose write errors name it."""
 
     def write(self, text: str) -> int:
         with _named():
@@ -114,7 +114,7 @@ class _Output(io.TextIOWrapper):
 def _named() -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:  # No failure: the reader has seen enough.
+    except BrokenPipeError:  # Not a failure: the reader has closed the pipe.
         raise
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), OUTPUT) from None
@@ -122,7 +122,7 @@ def _named() -> Iterator[None]:
 
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
-    """Makes every text printable, and sees to it that both streams are there."""
+    """Makes every text printable, and ensures that both streams exist."""
     _open_streams()
     plain, complaints = sys.stdout, sys.stderr
     if isinstance(complaints, io.TextIOWrapper):
@@ -146,14 +146,14 @@ def streams() -> Iterator[None]:
 
 
 def silence_output() -> None:
-    """Drops what is left to print; at its end Python would try once more."""
-    with contextlib.suppress(OSError):  # No descriptor, no trouble.
+    """Drops buffered output, which Python would try to print again on exit."""
+    with contextlib.suppress(OSError):  # Without a descriptor there is nothing to do.
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())
         os.close(nothing)
 
 
 def complain(line: str) -> None:
-    """Prints a line on standard error, if that still goes."""
+    """Prints a line on standard error, if that still works."""
     with contextlib.suppress(OSError):
         print(" ".join(line.split()), file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""Fine-tune a chat model of yours on examples of yours, and keep it safe.
+"""Fine-tune your own chat model on your own examples, and keep it safe.
 
     sbr-jax tune --model FOLDER_OR_HUB_ID --train FILE [FILE ...] --output FOLDER
         [--harmful FILE] [--safety FILE] [--eval FILE ...] [--method NAME]
         [--epochs 3] [--merged]
 
 Writes a PEFT adapter (or a merged checkpoint), a model card, report.html and
-summary.json into a new folder, with refusal, over-refusal and your own examples
-measured before and after. Killed, the same command continues: its work is kept beside
-the output, in FOLDER.work. All other settings: sbr-jax tune --help.
+summary.json into a new folder. Refusal, over-refusal and your own examples are measured
+before and after. After a kill the same command continues: work is kept beside the
+output, in FOLDER.work. All other settings: sbr-jax tune --help.
 """
 
 import dataclasses
@@ -38,14 +38,13 @@ class Shared:
     model: str | None = None
     """Checkpoint folder of a chat model, a hub id, or a .gguf file."""
     output: Path | None = None
-    """New folder for the weights and the report; work is kept beside it, in
-    OUTPUT.work."""
+    """New folder for weights and report; work is kept beside it, in OUTPUT.work."""
     harmful: str | None = None
-    """Prompts to be refused: .txt with one a line, a table, or a data set's folder."""
+    """Prompts to refuse: a .txt with one per line, a table, or a data set's folder."""
     epochs: float | None = None
-    """Times that every example is learnt; default 3, and 1 of align."""
+    """Passes over the examples; default: 3 (align: 1)."""
     seed: int = 0
-    """Of adapter and order."""
+    """Seed of adapter and order."""
     distributed: str = "off"
     """Several processes: auto (Cloud TPU, SLURM), or HOST:PORT,N,I: process I of N."""
     quiet: bool = False
@@ -55,7 +54,7 @@ class Shared:
     training: Training = TRAINING
     """Mathematics of the training."""
     hardware: Hardware = HARDWARE
-    """How it is computed."""
+    """How the training is computed."""
     hyperparameters: Annotated[
         Hyperparameters,  # pyright: ignore[reportInvalidTypeForm]
         tyro.conf.arg(name="methods"),
@@ -65,33 +64,32 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(Shared):
-    """Fine-tune a chat model of yours on examples of yours, and keep it safe."""
+    """Fine-tune your own chat model on your own examples, and keep it safe."""
 
     train: tuple[str, ...] = ()
-    """Examples: csv, json, jsonl or parquet, a folder or a hub id; several files are
-    learnt one after the other."""
+    """Examples: csv, json, jsonl, parquet, folder or hub id; several: in this order."""
     method: str = METHOD
-    """Defence; plain for none."""
+    """Defence; plain for no defence."""
     safety: str | None = None
     """Exchanges with safe answers; default: the model's own refusals of --harmful."""
     eval: tuple[str, ...] = ()
-    """Examples to measure on; default: a tenth of --train is held back."""
+    """Examples to measure on; default: a tenth of --train is held back for it."""
     merged: bool = False
-    """Write a whole checkpoint, base and adapter in one, in place of the adapter."""
+    """Write a whole checkpoint with base and adapter joined, instead of the adapter."""
 
 
 def work_of(output: Path) -> Path:
-    """The folder beside an output that a killed run goes on in."""
+    """The folder beside an output that keeps a run's work."""
     return output.with_name(f"{output.name}.work")
 
 
 def work_folder(arguments: Shared) -> Path | None:
-    """The work folder of a command line; None where it names no output."""
+    """The work folder of a command line; None if it names no output."""
     return work_of(arguments.output) if arguments.output else None
 
 
 def check(arguments: Shared, words: Sequence[str], program: str) -> None:
-    """Refuses what needs no file to be refused."""
+    """Refuses mistakes that can be found without reading a file."""
     for name, example in (("model", "FOLDER_OR_HUB_ID"), ("output", "adapters/mine")):
         if not getattr(arguments, name):
             raise UserError(
@@ -115,9 +113,9 @@ def check(arguments: Shared, words: Sequence[str], program: str) -> None:
 def request_of(
     arguments: Shared, words: Sequence[str], *, epochs: float, **more: Any
 ) -> Any:
-    """The request of a command line that was checked.
+    """The request of a checked command line.
 
-    Steps that ``words`` name stand in the place of the usual epochs.
+    If ``words`` name a number of steps, it replaces the default epochs.
     """
     from sbr_jax.tuning import Request
 
@@ -138,7 +136,7 @@ def request_of(
 
 
 def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
-    """Checks a command line, the cheap questions first; see :func:`check`."""
+    """Checks a command line, cheap checks first; see :func:`check`."""
     if not arguments.train:
         raise UserError("expected --train, got none: add --train my.jsonl")
     check(arguments, words, PROGRAM)
@@ -162,16 +160,16 @@ def make_request(arguments: Arguments, words: Sequence[str] = ()) -> Any:
 def execute(
     request: Any, output: Path, *, merged: bool, taught: str | None = None
 ) -> Any:
-    """Reads, says what it will cost, trains, measures, and writes the output.
+    """Reads the files, forecasts the cost, trains, measures and writes the output.
 
     Args:
-        request: what is tuned, and how.
+        request: what to tune, and how.
         output: new or empty folder.
         merged: whether to write a whole checkpoint.
-        taught: what the rows teach, where they are no examples of a user's task.
+        taught: what the rows teach, if they are not examples of a user's task.
 
     Returns:
-        What `tuning.carry_out` gives.
+        The result of `tuning.carry_out`.
     """
     compiled = cli.enable_compilation_cache()
     from sbr_jax import tuning
@@ -206,7 +204,7 @@ def execute(
 
 
 def tune(args: Sequence[str]) -> None:
-    """Does what a command line asks for."""
+    """Carries out a command line."""
     arguments = cli.parse(Arguments, args, PROGRAM)
     with hosts.joined(arguments, args, work_folder(arguments)):
         request = make_request(arguments, args)

@@ -1,1 +1,1 @@
-"""Studies: models, data and measurements that a run goes over."""
+"""Studies: the models, data and measurements of a run."""

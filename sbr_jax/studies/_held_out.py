@@ -1,4 +1,4 @@
-"""Losses on held-out token data sets, and random tokens in the place of a set's."""
+"""Losses on held-out token data sets, and data sets of random tokens."""
 
 import functools
 
@@ -19,7 +19,7 @@ HeldOut = Remembered[tuple[float, float]]
 
 
 def held_out(model: models.Model, data: TokenDataset) -> HeldOut:
-    """:func:`held_out_scores`, measured once for the weights seen last."""
+    """:func:`held_out_scores`, remembering its result for the latest weights."""
     return Remembered(functools.partial(held_out_scores, model, data))
 
 

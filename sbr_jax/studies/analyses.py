@@ -1,4 +1,4 @@
-"""Analyses of the safety subspace, from a study to numbers."""
+"""Analyses of the safety subspace, which turn a study into numbers."""
 
 import dataclasses
 import functools
@@ -47,9 +47,9 @@ from sbr_jax.typing import PyTree, UserError
 
 MOST_DOMAINS = 20
 MAX_RANK, ENERGY = 64, 0.9
-"""Cap and energy of a subspace, as published."""
+"""Rank cap and energy of a subspace, as published."""
 STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Lengths of the causal test's steps, as the norm of the whole adapter's change."""
+"""Step lengths of the causal test: norms of the whole adapter's change."""
 DRAWS = 4
 
 
@@ -58,10 +58,10 @@ class Context:
     """Job, study and examples that the analyses share.
 
     Attributes:
-        job: a `programs.job.Job`, or what has its attributes.
-        examples: at most so many in each half of a kind, or of a set that is measured.
-        domains: for exhaustion; empty for all there are.
-        results: a finished run for exhaustion, in place of a new one.
+        job: a `programs.job.Job`, or an object with its attributes.
+        examples: largest number in each half of a kind, or in each measured set.
+        domains: for exhaustion; empty for all of them.
+        results: a finished run for exhaustion to read, instead of a new one.
     """
 
     job: Any
@@ -80,23 +80,23 @@ class Context:
 
     @functools.cached_property
     def by_kind(self) -> Examples:
-        """The testbed's examples by kind."""
+        """Examples of the testbed by kind."""
         return build_examples(
             self.study.model.tokenizer, self.job.study, examples=self.examples
         )
 
     @functools.cached_property
     def risky_and_harmless(self) -> Mapping[str, Mapping[str, TokenDataset]]:
-        """Held-out prompts by what they ask for, `harmful` and `harmless`."""
+        """Held-out prompts, `harmful` and `harmless`."""
         found = request_sets(self.study.model.tokenizer, self.job.study)
-        # What a domain teaches must not be taken for harm.
+        # Keeps the probe from taking a domain's topic for harm.
         domains = {name: d.train for name, d in self.study.domains.items()}
         harmless = {**found["harmless"], **domains}
         return {"harmful": found["harmful"], "harmless": harmless}
 
     @functools.cached_property
     def adapter(self) -> PyTree:
-        """A fresh adapter of the settings."""
+        """A fresh adapter with the job's settings."""
         from sbr_jax.training.program import init_adapter
 
         return init_adapter(self.study, self.job.config, 0)
@@ -124,7 +124,7 @@ class Context:
         )
 
     def run(self, study: Study, domains: Sequence[str], name: str) -> Run:
-        """Runs the variants through domains, in a folder below the job's."""
+        """Runs the variants through domains, in a subfolder of the job's folder."""
         from sbr_jax.training import pipeline
 
         job, folder = self.job, self.job.workdir / name
@@ -142,7 +142,7 @@ class Context:
 
 
 def harm_types(context: Context) -> dict[str, Any]:
-    """Subspaces of single kinds, from two disjoint halves each."""
+    """Subspaces of single kinds, each from two disjoint halves."""
     sets = dict(context.by_kind.kinds)
     random = context.study.calibration_controls.get("random")
     count = min(len(data) // 2 for data in sets.values())
@@ -174,7 +174,7 @@ def exhaustion(context: Context) -> dict[str, Any]:
     domains = context.domains
     if not domains:
         known = tuple(context.job.study.known_domains())
-        # Elsewhere a known domain may lack its data.
+        # Other studies may lack the data of a known domain.
         domains = known[:MOST_DOMAINS] if labelled(context.job.study) else ()
     domains = domains or context.job.domains
     return exhaustion_of(
@@ -222,7 +222,7 @@ def exhaustion_of(found: Run) -> dict[str, Any]:
 
 
 def _ranks(found: Run, variant: str) -> tuple[np.ndarray | None, int | None]:
-    """Effective ranks ``[1 + T, U]`` of a variant, and their cap; None without."""
+    """Effective ranks ``[1 + T, U]`` of a variant and their cap, or None."""
     seen = dict(found.diagnostics(variant, "subspace", "effective_rank"))
     spectra = found.diagnostics(variant, "subspace", "spectrum")
     if -1 not in seen or not spectra:
@@ -270,10 +270,10 @@ def coupling(context: Context) -> dict[str, Any]:
 
 
 def probe(context: Context) -> dict[str, Any]:
-    """The risk probe on prompts that it never saw, by layer.
+    """AUROC of the risk probe on unseen prompts, by layer.
 
     Raises:
-        UserError: where the study has no harmful or no benign prompts.
+        UserError: if the study has no harmful or no benign prompts.
     """
     study, model = context.study, context.study.model
     harmful, benign = study.harmful, study.calibration_controls.get("benign")
@@ -293,7 +293,7 @@ def probe(context: Context) -> dict[str, Any]:
     labels = np.repeat(list(seen), [len(part) for part in seen.values()])
     examples = np.concatenate(list(seen.values()))
     layers = range(examples.shape[1])
-    # The defence's own reading of all layers first, then each layer by itself.
+    # First all layers together, as the defence reads them, then each by itself.
     readings = [list(layers), *([layer] for layer in layers)]
     probes = [
         fit_probe(
@@ -324,17 +324,17 @@ def probe(context: Context) -> dict[str, Any]:
 
 
 def _auroc(found: Any, harmful: np.ndarray, harmless: np.ndarray) -> float:
-    """AUROC of a probe on states ``[N, layers, D]`` of both kinds."""
+    """AUROC of a probe on harmful and harmless states ``[N, layers, D]``."""
     sides = [x.reshape(len(x), -1) for x in (harmful, harmless)]
     scores = probe_risk(found, jnp.asarray(np.concatenate(sides)))
     return auroc(np.asarray(scores), np.repeat([1, 0], [len(x) for x in sides]))
 
 
 def selectivity(context: Context) -> dict[str, Any]:
-    """How much of held-out safety, and of all else, lies in each row's subspace.
+    """Shares of held-out safety and of other gradients in each row's subspace.
 
     Raises:
-        UserError: where no row projects anything.
+        UserError: if no row projects anything.
     """
     from sbr_jax.training.program import make_program
 
@@ -386,7 +386,7 @@ def selectivity(context: Context) -> dict[str, Any]:
 
 
 def _sees(row: tuple[Ssi, Any, Subspace]) -> tuple[Any, ...]:
-    """What of a row decides the gradients that its shares are measured on."""
+    """The settings of a row that decide which gradients its shares are measured on."""
     return row[0].calibration_tokens, row[0].reduction
 
 
@@ -399,9 +399,9 @@ ANALYSES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "selectivity": selectivity,
 }
 LABELLED = ("harm-types", "coupling", "probe")
-"""Analyses that need an example's kind."""
+"""Analyses that need to know the kind of each example."""
 
 
 def labelled(options: StudyOptions) -> bool:
-    """Whether a study is of the testbed's world, where kinds are known."""
+    """Whether a study uses a testbed's world, where each example's kind is known."""
     return isinstance(options, WorldOptions)

@@ -1,4 +1,4 @@
-"""Date that chat templates are told: one for a run, on whatever day it goes on."""
+"""Date given to chat templates: one for a run, even if it continues another day."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ from sbr_jax import storage
 Options = TypeVar("Options")
 
 KEY = "rendering"
-"""Key of a record's date, if the model's or the judge's template asks for it."""
+"""Key of the date in a record, present if a template asks for the date."""
 
 RECORDS = ("config.json", "analysis.json")
-"""Files of a folder that may hold it."""
+"""Files that may hold the date."""
 
 
 def dated(options: Options, folder: Path) -> Options:
-    """Options of a study with the date of its folder, or today's for a new one.
+    """Sets a study's date to that of its folder, or to today for a new folder.
 
-    Those without an open date are left as they are.
+    Options that have no date setting, or already name a date, stay unchanged.
     """
     from sbr_jax.data.template import process_date
     from sbr_jax.training.records import read_json

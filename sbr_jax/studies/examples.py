@@ -19,7 +19,7 @@ from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree
 
 CALIBRATION, HELD_OUT = "calibration", "probe"
-"""Splits for subspaces, and for what is measured."""
+"""Splits for subspaces, and for measurements."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class Examples:
     """Token data sets whose kind is known.
 
     Attributes:
-        kinds: kind of safe behaviour to its examples, all prompts different, equally
-            many of each kind; an even number.
+        kinds: examples by kind of safe behaviour, with different prompts; every kind
+            has the same even number.
         refusing: held-out harmful requests with refusals.
         complying: the same requests with compliant answers.
         harmless: held-out harmless requests: benign ones, and look-alikes about
@@ -42,10 +42,10 @@ class Examples:
 
 
 def build_examples(tokenizer: Any, options: WorldOptions, *, examples: int) -> Examples:
-    """Builds them from the testbed's world.
+    """Builds the examples from the testbed's world.
 
-    A half of a kind has so many examples at most. Kinds of harm that no defence sees
-    are left out.
+    ``examples`` is the largest number in each half of a kind. Kinds of harm that no
+    defence sees are left out.
     """
     world, (seen, _, _) = world_of(options), kinds_of(options)
     things = [t for t in world.harmful[CALIBRATION] if t.kind in seen]
@@ -76,9 +76,9 @@ def build_examples(tokenizer: Any, options: WorldOptions, *, examples: int) -> E
 def request_sets(
     tokenizer: Any, options: WorldOptions
 ) -> dict[str, dict[str, TokenDataset]]:
-    """Held-out requests by what they ask for, `harmful` and `harmless`.
+    """Held-out requests, `harmful` and `harmless`, by set.
 
-    Kinds of harm that no defence sees stand apart.
+    Kinds of harm that no defence sees are a set of their own.
     """
     world, (seen, unseen, _) = world_of(options), kinds_of(options)
     items = evalsets.make_evalset(world, HELD_OUT, kinds=seen)
@@ -102,7 +102,7 @@ def _encode(tokenizer: Any, rows: Sequence[tuple[str, str]]) -> TokenDataset:
 
 
 def distinct(make: Callable[[], tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """Draws rows until so many have different prompts, or no new ones come.
+    """Draws rows until ``count`` prompts differ, or no new ones come.
 
     >>> distinct(iter([("a", "1"), ("a", "2"), ("b", "3")]).__next__, 2)
     [('a', '1'), ('b', '3')]
@@ -126,9 +126,9 @@ def direction(
 
 
 def with_direction(study: Study, examples: Examples) -> Study:
-    """The study that also measures the refusal direction at every evaluation.
+    """Makes a study also measure the refusal direction at every evaluation.
 
-    Its metrics gain `direction_cosine`, to the aligned model's direction, and
+    Its metrics gain `direction_cosine` (to the aligned model's direction) and
     `refusal_log_odds`.
     """
     model = study.model

@@ -1,7 +1,7 @@
-"""Options of the studies that presets run, each with its range, and their checks.
+"""Options of the studies that presets run, with their ranges and checks.
 
-Nothing here imports a model or reads a file before `build`, so that a preset is listed
-and a bad command line is refused at once.
+Nothing here imports a model or reads a file before `build`, so that listing a preset
+and refusing a bad command line are instant.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from sbr_jax.typing import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Places of a study's model and data: of this machine, not of the experiment.
+    """Where this machine has a study's model and data; not part of the experiment.
 
     Attributes:
-        model: a checkpoint folder, or a hub id; None for the preset's own.
+        model: a checkpoint folder or a hub id; None for the preset's own.
         data: a folder with one folder for each data set; None for the preset's own.
     """
 
@@ -28,16 +28,16 @@ class Sources:
 
 
 class StudyOptions(Protocol):
-    """Options of a kind of study, which know how to build it."""
+    """Options of one kind of study, which can build it."""
 
     def known_domains(self) -> Sequence[str]:
-        """All domains that may be asked for."""
+        """All domains that the command line may name."""
         ...
 
     def check(
         self, variants: Sequence[str], hyperparameters: Any, sources: Sources
     ) -> None:
-        """Refuses what the study could only refuse later."""
+        """Refuses early what the study would otherwise refuse later."""
         ...
 
     def build(
@@ -48,15 +48,15 @@ class StudyOptions(Protocol):
         *,
         weights: bool = True,
     ) -> Any:
-        """Builds the `Study`; without weights it can be checked and not run."""
+        """Builds the `Study`; without weights it can be checked but not run."""
         ...
 
 
 def recorded(options: Any) -> dict[str, Any]:
-    """The options that a run's folder remembers, and that must not change.
+    """The options that a run's folder records and that must not change.
 
-    Not the place of a folder, for the fingerprint says what was read from it; nor the
-    date, which is recorded where a template asks for it.
+    Folders are left out, because the fingerprint covers their content. So is the date,
+    which is recorded only if a template asks for it.
 
     >>> sorted(recorded(TestbedOptions()))
     ['calibration_examples', 'hard', 'judge', 'probe_set', 'split']
@@ -69,14 +69,14 @@ def recorded(options: Any) -> dict[str, Any]:
 
 
 class WorldSetting(NamedTuple):
-    """What the kinds of options of a miniature world differ in.
+    """Settings in which the options of miniature worlds differ.
 
     Attributes:
         seed: of the world.
-        held_out: how many kinds of harm no defence sees.
-        alone: whether these kinds alone are measured.
+        held_out: number of kinds of harm that no defence sees.
+        alone: whether only these kinds are measured.
         rater: judge of training pairs, "exact" or "guard".
-        auroc: how well that judge tells harm.
+        auroc: how well that judge detects harm.
     """
 
     seed: int = 0
@@ -91,12 +91,12 @@ class WorldOptions:
     """Options of every study of a miniature world.
 
     Attributes:
-        split: what is measured on; "validation" to choose hyper-parameters.
-        calibration_examples: N_s, at most about as many as the world has different
-            prompts: 60,000 draws hold 3,989 of them.
-        probe_set: of the monitor: "one-phrasing" asks every harmful request in the
-            probe's own phrasing, "stratified" an equal number for each kind of harm
-            and each of the phrasings that a defender has, seven in `testbed`.
+        split: split to measure on; "validation" to choose hyper-parameters.
+        calibration_examples: N_s, number of calibration examples; limited by the
+            different prompts of the world (60,000 draws hold 3,989 of them).
+        probe_set: prompts of the monitor: "one-phrasing" asks every harmful request in
+            the probe's own phrasing; "stratified" asks equally many for each kind of
+            harm and each of the defender's phrasings (seven in `testbed`).
     """
 
     edition: ClassVar[str]
@@ -122,7 +122,7 @@ class WorldOptions:
     def check(
         self, variants: Sequence[str], hyperparameters: Any, sources: Sources
     ) -> None:
-        """Refuses a data folder, for which the testbed has no use."""
+        """Refuses a data folder, which the testbed does not use."""
         if sources.data is not None:
             raise UserError("--data: the testbed makes its own data; drop it")
 
@@ -147,8 +147,8 @@ class TestbedOptions(WorldOptions):
     Attributes:
         hard: keep three kinds of harm out of calibration and probe, and measure refusal
             on them alone.
-        judge: of training pairs: "exact" reads them off the grammar, "guard" asks the
-            shipped guard model, which never saw the three kinds.
+        judge: judge of training pairs: "exact" reads their harm off the grammar;
+            "guard" asks the shipped guard model, which never saw the three kinds.
     """
 
     edition = "testbed"
@@ -156,7 +156,7 @@ class TestbedOptions(WorldOptions):
     judge: Literal["exact", "guard"] = "exact"
 
     def setting(self) -> WorldSetting:
-        """Three kinds held out if hard, and the judge."""
+        """Three kinds held out if ``hard``, and the judge."""
         held_out = 3 if self.hard else 0
         return WorldSetting(held_out=held_out, alone=self.hard, rater=self.judge)
 
@@ -166,12 +166,12 @@ class Testbed2Options(WorldOptions):
     """Options of a study of the second testbed.
 
     Attributes:
-        calibration_examples: N_s, the coverage of calibration in number.
-        world: 0 is shipped; 1 to 5 are built by one command, see docs/testbed2.md.
-        unseen_kinds: the last so many of the eight kinds of harm are kept out of
-            calibration, probe and all that a defence sees. They are measured with the
-            others, and alone as `refusal_unseen`.
-        judge_auroc: how well the judge of training pairs tells harm; 1 is exact.
+        calibration_examples: N_s, number of calibration examples.
+        world: 0 is shipped; one command builds 1 to 5, see docs/testbed2.md.
+        unseen_kinds: how many of the eight kinds of harm (the last ones) are kept out
+            of calibration, probe and all else that a defence sees. They are measured
+            with the others, and alone as `refusal_unseen`.
+        judge_auroc: how well the judge of training pairs detects harm; 1 is exact.
     """
 
     edition = "testbed-2"
@@ -181,13 +181,13 @@ class Testbed2Options(WorldOptions):
     judge_auroc: Annotated[float, Range(least=0.7, most=1.0)] = 1.0
 
     def setting(self) -> WorldSetting:
-        """The world, how many kinds are held out, and the judge's quality."""
+        """The world, the number of kinds held out, and the judge's quality."""
         return WorldSetting(self.world, self.unseen_kinds, auroc=self.judge_auroc)
 
     def check(
         self, variants: Sequence[str], hyperparameters: Any, sources: Sources
     ) -> None:
-        """Refuses a data folder, and a world whose model was not built."""
+        """Refuses a data folder, or a world whose model is not built yet."""
         super().check(variants, hyperparameters, sources)
         if sources.model is None:
             from sbr_jax import testbed
@@ -201,11 +201,11 @@ class StoriesOptions:
     """Options of a study of a small story model on public data.
 
     Attributes:
-        calibration: examples of the calibration set and of each control.
-        train: at most so many training examples of a domain.
+        calibration: examples in the calibration set and in each control.
+        train: most training examples of a domain.
         held_out: examples that each loss is measured on.
-        max_length: tokens of a sequence.
-        calibration_source: data set of the calibration and held-out safe answers.
+        max_length: most tokens of a sequence.
+        calibration_source: data set of calibration and of held-out safe answers.
         control_source: data set of the benign control.
     """
 
@@ -251,17 +251,17 @@ ROLES: dict[str, tuple[str, ...]] = {
     "code": ("codealpaca_20k", "codealpaca"),
     "calibration": ("beavertails", "safety_tuned_llamas"),
 }
-"""Published data sets by what they are for, the papers' first. The first whose training
-file is in the data folder is used, and named in `config.json`."""
+"""Published data sets by role, the papers' choice first. The first whose training file
+is in the data folder is used; `config.json` names it."""
 
 DOMAINS = ("medical", "legal", "code")
-"""The papers' sequence."""
+"""The papers' sequence of domains."""
 
 COMPARED = ("safe-lora", "asft", "lox")
-"""Methods that take the difference of two checkpoints."""
+"""Methods that need the difference of two checkpoints."""
 
 JUDGES = ("keyword", "llama-guard", "llama-guard-3", "wildguard", "harmbench")
-"""Judges of answers; "keyword:LIST" is one as well."""
+"""Judges of answers; "keyword:LIST" also names one."""
 
 RATERS = ("llama-guard", "llama-guard-3", "harmbench")
 """Judges whose next token is a label, so that they can rate a training pair."""
@@ -272,22 +272,23 @@ class ModelOptions:
     """Options of every study of a chat model: how it is read, asked and judged.
 
     Attributes:
-        judge: who says what a refusal is: keyword, keyword:LIST, llama-guard,
-            llama-guard-3, wildguard or harmbench.
-        judge_folder: the judge's checkpoint; with `template.txt` for the latter two.
-        max_length: tokens of a training example; longer answers are cut.
-        max_new_tokens: of an answer to a harmful prompt.
-        system: a system message before everything.
-        date: the day that chat templates are told, as 2024-07-26; None: that of the
-            run's folder, or today.
-        thinking: True has the model think before it answers, False gives it an empty
-            block of thoughts, where its template has such a switch; None leaves it to
-            the template. Options are scored, and answers learnt, behind the block.
-        dtype: of the frozen weights.
-        quantize: the frozen projections; None for not at all.
+        judge: judge of refusals: keyword, keyword:LIST, llama-guard, llama-guard-3,
+            wildguard or harmbench.
+        judge_folder: the judge's checkpoint; wildguard and harmbench also need its
+            `template.txt`.
+        max_length: most tokens of a training example; longer answers are cut.
+        max_new_tokens: most tokens of an answer to a harmful prompt.
+        system: system message before every conversation.
+        date: date given to chat templates, as 2024-07-26; None: the date of the run's
+            folder, or today.
+        thinking: for templates with such a switch: True lets the model think before it
+            answers, False gives it an empty block of thoughts, None leaves it to the
+            template. Options are scored, and answers learnt, after the block.
+        dtype: type of the frozen weights.
+        quantize: format of the frozen projections; None for no quantization.
         unaligned_folder: the checkpoint before alignment.
-        calibration_refusals: leave out safe exchanges whose answer refuses nothing, by
-            a list of words; they hold the manner of answering instead.
+        calibration_refusals: leave out safe exchanges whose answer does not refuse,
+            judged by a list of words; they teach a manner of answering instead.
     """
 
     judge: str = "keyword"
@@ -324,26 +325,26 @@ class ChatOptions(ModelOptions):
     Attributes:
         train: training examples of a domain.
         held_out: examples that a domain's accuracy is measured on.
-        calibration: N_s, safe exchanges; also of each control.
-        safety_mix: further safe exchanges, for variants that interleave.
+        calibration: N_s, number of safe exchanges; also the size of each control.
+        safety_mix: further safe exchanges, for variants that interleave them.
         harmful: the defender's harmful requests with compliant answers.
         probe: D_probe, harmful prompts of the monitor.
-        calibration_source: a data set, or "auto" for that of `ROLES`.
-        harmful_source: of `harmful`.
-        control_source: of the benign control.
-        probe_source: an evaluation set of behaviours.
-        benchmarks: names of them; none for what the domains and the monitor measure
-            alone.
-        limit: items of one benchmark; None for all.
+        calibration_source: data set of calibration, or "auto" for that of `ROLES`.
+        harmful_source: data set of `harmful`.
+        control_source: data set of the benign control.
+        probe_source: evaluation set of behaviours for the monitor.
+        benchmarks: names of benchmarks; none to measure the domains and the monitor
+            only.
+        limit: most items of one benchmark; None for all.
         allow_code: run model-written code, in a sandbox, for the code domain's
-            accuracy; otherwise it is the share of next tokens guessed.
-        drop_overlaps: leave out what a set shares with a benchmark, where otherwise
-            the run is refused.
-        output_folder: where answers are written for a judge elsewhere (mtbench).
+            accuracy; otherwise the accuracy is the share of next tokens guessed.
+        drop_overlaps: leave out prompts that a set shares with a benchmark, instead of
+            refusing the run.
+        output_folder: folder for answers that are judged elsewhere (mtbench).
     """
 
     maker: ClassVar[str] = ""
-    """Program that makes the model, where there is one."""
+    """Program that makes the model, if there is one."""
     demanded: ClassVar[tuple[str, ...]] = ("model", "data")
     """Sources that a command line must name."""
     train: Count = 5000
@@ -371,7 +372,7 @@ class ChatOptions(ModelOptions):
     def check(
         self, variants: Sequence[str], hyperparameters: Any, sources: Sources
     ) -> None:
-        """Refuses a command line without model, data or what a variant needs."""
+        """Refuses a command line without model, data or a variant's needs."""
         from sbr_jax.methods import build, resolve
 
         if self.maker and sources.model is None:
@@ -424,17 +425,17 @@ class ChatOptions(ModelOptions):
 
 @dataclasses.dataclass(frozen=True)
 class RealtextOptions(ChatOptions):
-    """Options of a study of a chat model that `experiments.realtext` made."""
+    """Options of a study of the chat model made by `experiments.realtext`."""
 
     maker = "realtext --data FOLDER --output FOLDER"
 
 
 @dataclasses.dataclass(frozen=True)
 class SmollmOptions(ChatOptions):
-    """Options of a study of the chat model that `experiments.smollm2` fetched."""
+    """Options of a study of the chat model made by `experiments.smollm2`."""
 
     maker = "smollm2 --output runs/smollm2-model"
-    demanded = ("model",)  # Without a data folder, the hub is asked.
+    demanded = ("model",)  # Without a data folder, data comes from the hub.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,17 +445,17 @@ class OwnOptions(ModelOptions):
     Attributes:
         calibration: N_s, safe exchanges that a defence calibrates on.
         probe: harmful prompts of the monitor.
-        measured: harmful prompts that refusal is measured on; none of the others.
-        held_out: rows of a training file that are measured on and not learnt, a tenth
-            of it at most, where no evaluation file is given.
-        max_new_tokens: of an answer to a harmful or harmless prompt; half of the
-            model's context at most.
-        dtype: of the frozen weights; "auto" is float32 on a CPU, else bfloat16.
+        measured: harmful prompts that refusal is measured on, used for nothing else.
+        held_out: without an evaluation file: rows of a training file to measure on
+            instead of learning them, at most a tenth of it.
+        max_new_tokens: most tokens of an answer to a harmful or harmless prompt; at
+            most half of the model's context.
+        dtype: type of the frozen weights; "auto" is float32 on a CPU, else bfloat16.
         pairs_file: harmful requests with compliant answers, which `antidote` and
             `booster` unlearn.
-        harmless_file: prompts for over-refusal and the benign control, in place of the
+        harmless_file: prompts for over-refusal and the benign control, instead of the
             64 that come with the package.
-        general_file: text, or exchanges, whose held-out loss is measured.
+        general_file: text or exchanges whose held-out loss is measured.
     """
 
     calibration: Count = 128

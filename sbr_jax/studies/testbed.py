@@ -23,21 +23,21 @@ from sbr_jax.typing import UserError
 
 HARMFUL_EXAMPLES = 160
 DOMAIN_LENGTH = 40
-"""Longest domain example in tokens; shorter padding makes a step cheaper."""
+"""Tokens of the longest domain example; padding no further makes a step cheaper."""
 
 
 class Kinds(NamedTuple):
-    """Kinds of harm by who sees them."""
+    """Kinds of harm: seen by a defence, unseen, and measured."""
 
     seen: tuple[str, ...]
-    """In calibration and probe."""
+    """Kinds in calibration and probe."""
     unseen: tuple[str, ...]
-    """In nothing that a defence sees."""
+    """Kinds that no defence sees."""
     measured: tuple[str, ...]
 
 
 def kinds_of(options: WorldOptions) -> Kinds:
-    """Kinds of harm that a defence sees, does not see, and is measured on."""
+    """The kinds of harm that the options choose."""
     setting = options.setting()
     count = len(lx.HARMFUL_KINDS) - setting.held_out
     seen, unseen = lx.HARMFUL_KINDS[:count], lx.HARMFUL_KINDS[count:]
@@ -45,7 +45,7 @@ def kinds_of(options: WorldOptions) -> Kinds:
 
 
 def world_of(options: WorldOptions) -> World:
-    """The world that a study is about."""
+    """The world that the options choose."""
     return make_world(options.setting().seed, EDITIONS[options.edition])
 
 
@@ -57,13 +57,13 @@ def build_study(
 ) -> Study:
     """Builds the study.
 
-    A model folder holds another aligned model of the same world.
+    ``model_folder`` may hold another aligned model of the same world.
 
     Returns:
       The study, with leak counts between calibration, probe and evaluation.
 
     Raises:
-      UserError: a checkpoint that does not fit, a world that was not built.
+      UserError: for a checkpoint that does not fit, or a world that is not built.
     """
     split, size, setting = (
         options.split,
@@ -119,7 +119,7 @@ def build_study(
         settings["edition"] = world.edition.name
         settings["unseen"], settings["auroc"] = len(unseen), setting.auroc
     if setting.rater == "guard":
-        # The exact judge is not named: studies from before the choice keep their print.
+        # The exact judge adds nothing, so that older studies keep their fingerprint.
         settings["guard"] = hashlib.sha256(testbed.GUARD.read_bytes()).hexdigest()
     if options.probe_set != "one-phrasing":
         settings["probe"] = options.probe_set
@@ -148,7 +148,7 @@ def build_study(
 
 
 def _guard_judge(tokenizer: Any, world: World) -> Judge:
-    """The shipped guard, which reads the ids of its own vocabulary only."""
+    """The shipped guard, which knows only the ids of its own vocabulary."""
     if tokenizer.get_vocab() != testbed.load_guard().tokenizer.get_vocab():
         raise UserError(
             "judge='guard': expected a model with the vocabulary of world "
@@ -158,7 +158,7 @@ def _guard_judge(tokenizer: Any, world: World) -> Judge:
 
 
 JUDGES = {"exact": judges.harm_judge, "guard": _guard_judge}
-"""Makers of the judge of training pairs, from the tokenizer and the world."""
+"""Functions that make the judge of training pairs from tokenizer and world."""
 
 
 def _prompts(model, items: evalsets.EvalSet) -> list[list[int]]:
@@ -171,7 +171,7 @@ def _prompts(model, items: evalsets.EvalSet) -> list[list[int]]:
 def _harmful(world, count: int, kinds: tuple[str, ...] | None) -> list[corpus.Pair]:
     """The defender's harmful requests with compliant answers, for anchors and probes.
 
-    From the entities and phrasings of the calibration set; the attacker has others.
+    They use entities and phrasings of the calibration set; the attacker uses others.
     """
     rng = np.random.default_rng([world.seed, 43])
     things = [
@@ -184,7 +184,7 @@ def _harmful(world, count: int, kinds: tuple[str, ...] | None) -> list[corpus.Pa
 
 
 def _scramble(calibration, rng: np.random.Generator):
-    """Random words in the places of the calibration set's words: the null control."""
+    """The null control: the calibration set with random words in place of its own."""
     tokens = np.array(calibration.tokens)
     first_word = len(lx.SPECIAL_TOKENS)
     words = tokens >= first_word

@@ -28,7 +28,7 @@ EMPTY = "empty"
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps to itself what Orbax notes, warns of, or raises as well."""
+    """Silences the logs and warnings of Orbax."""
     loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -43,22 +43,22 @@ def _quiet() -> Iterator[None]:
 
 
 def save(folder: str | pathlib.Path, tree: PyTree) -> None:
-    """Writes a pytree of arrays; what was in ``folder`` is replaced.
+    """Writes a pytree of arrays and replaces the content of ``folder``.
 
     Args:
-      folder: where; its parent must exist.
-      tree: arrays and Python numbers. Typed PRNG keys are refused by Orbax's
-        standard handler: save the integer they were made from.
+      folder: target; its parent must exist.
+      tree: arrays and Python numbers. Orbax's standard handler refuses typed PRNG
+        keys: save the integer they were made from.
 
     Raises:
-      UserError: where it cannot be written.
+      UserError: if the folder cannot be written.
     """
     import orbax.checkpoint as ocp
 
     folder = _whole(folder)
     arrays = _arrays(tree)
     size = sum(x.nbytes for x in arrays) if arrays else None
-    # One process clears the place, and no other writes before.
+    # One process clears the place before any process writes.
     distributed.decide(lambda: _clear(folder, size))
     if not arrays:  # Orbax refuses an empty tree.
         return
@@ -66,7 +66,7 @@ def save(folder: str | pathlib.Path, tree: PyTree) -> None:
         with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
             writer.save(folder, args=ocp.args.StandardSave(arrays))
     except (ValueError, OSError) as error:
-        # TensorStore has one exception for all, with the system's number in its text.
+        # TensorStore raises one type for everything; its text has the system's errno.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         number = error.errno if isinstance(error, OSError) else code and int(code[1])
         if number is None:
@@ -75,15 +75,15 @@ def save(folder: str | pathlib.Path, tree: PyTree) -> None:
 
 
 def _clear(folder: pathlib.Path, size: int | None) -> None:
-    """Makes room for a checkpoint of so many bytes; one without arrays is made."""
+    """Clears a checkpoint's place and checks free space; None makes an empty one."""
     with writing(folder):
         for path in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
-            _delete(path)  # A kill or a full disk left it.
+            _delete(path)  # Left by a kill or a full disk.
         if folder.exists():
             _delete(folder)
         if size is None:
             _make_empty(folder)
-        # Asked first: Orbax writes arrays side by side, and each complains for itself.
+        # Checked before: Orbax writes arrays in parallel, and each would complain.
         elif storage.is_bucket(folder):
             return
         elif shutil.disk_usage(folder.parent).free < size:
@@ -104,16 +104,17 @@ def _delete(folder: pathlib.Path) -> None:
 
 
 def _make_empty(folder: pathlib.Path) -> None:
-    if storage.is_bucket(folder):  # Which has no empty folders.
+    if storage.is_bucket(folder):  # A bucket has no empty folders.
         (folder / EMPTY).write_text("")
     else:
         folder.mkdir()
 
 
 def restore(folder: str | pathlib.Path, like: PyTree) -> PyTree:
-    """Reads back, bit for bit, what :func:`save` wrote, placed as ``like``.
+    """Reads back, bit for bit, what :func:`save` wrote, placed like ``like``.
 
-    ``like`` is a tree of the same structure, of arrays or of shapes with shardings.
+    ``like`` is a tree of the same structure; its leaves are arrays, or shapes with
+    shardings.
 
     Raises:
       UserError: if the folder is missing or holds another structure.

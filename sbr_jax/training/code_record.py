@@ -1,7 +1,7 @@
-"""Record of the code that computed a variant and seed: a file beside their stages.
+"""Record of the code that computed a variant and seed, beside its stages.
 
-It lies in ``stages/VARIANT/SEED`` and so goes along where that folder is copied. What
-was interrupted and continued with other code has two hashes.
+The file lies in ``stages/VARIANT/SEED``, so a copy of that folder includes it. If a run
+was interrupted and continued with other code, the file has two hashes.
 """
 
 import json
@@ -16,12 +16,12 @@ NAME = "code.json"
 
 
 def read(folder: pathlib.Path) -> list[str]:
-    """Hashes of the code that computed stages, in order of use; empty if unknown.
+    """Hashes of the code that computed the stages, in order of use; empty if unknown.
 
-    ``folder`` is of a variant and seed.
+    ``folder`` belongs to one variant and seed.
 
     Raises:
-      UserError: for a file that no run has written so.
+      UserError: if the file is damaged.
     """
     path = folder / NAME
     if not path.exists():
@@ -37,7 +37,7 @@ def read(folder: pathlib.Path) -> list[str]:
 
 
 def add(folder: pathlib.Path, code: str) -> None:
-    """Notes that stages of a folder are computed by this code from now on."""
+    """Notes that this code computes a folder's stages from now on."""
     known = read(folder)
     if known[-1:] != [code]:
         storage.made(folder)

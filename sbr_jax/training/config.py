@@ -1,4 +1,4 @@
-"""Configuration of a training job, apart from what it is trained on."""
+"""Configuration of a training job, without its model and data."""
 
 import dataclasses
 from typing import Any
@@ -13,12 +13,12 @@ class Config:
     """How a run trains, on what hardware, and every method's hyper-parameters.
 
     Attributes:
-      training: mathematics.
-      hardware: how it is computed.
+      training: the mathematics, which decides the results.
+      hardware: how the job is computed.
       methods: a ``Hyperparameters``.
 
     Raises:
-      UserError: for a batch that is no multiple of the microbatches.
+      UserError: if the batch size is not a multiple of the number of microbatches.
     """
 
     training: Training = Training()
@@ -26,7 +26,7 @@ class Config:
     methods: Any = Hyperparameters()
 
     def __post_init__(self):
-        """Refuses a batch that does not fall into equal microbatches."""
+        """Refuses a batch that does not split into equal microbatches."""
         batch, parts = self.training.batch_size, self.hardware.accumulation
         if batch % parts:
             raise UserError(
@@ -35,7 +35,7 @@ class Config:
             )
 
     def mathematics(self) -> dict[str, Any]:
-        """What decides the results, as plain values."""
+        """The settings that decide the results, as plain values."""
         return {
             "training": dataclasses.asdict(self.training),
             "methods": dataclasses.asdict(self.methods),

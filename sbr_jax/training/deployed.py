@@ -1,7 +1,7 @@
-"""Deployed weights out of a finished run: those that were evaluated.
+"""Deployed weights of a finished run: the weights that were evaluated.
 
-What a variant trains is not always what it deploys: its ``deploy`` comes in between.
-Nothing is trained here, and nothing is written.
+A variant's ``deploy`` may change the trained weights before they are evaluated. This
+module neither trains nor writes.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -22,7 +22,7 @@ from sbr_jax.typing import PyTree, UserError
 def reopen(
     folder: Path | str, study: Study, config: Config, domains: Sequence[str]
 ) -> Job:
-    """A finished run as a job that says nothing; none of its stages is loaded yet."""
+    """A finished run as a quiet job; no stage is loaded yet."""
     model, mesh = study.model, sharding.mesh_of(config.hardware)
     base = sharding.place_base(mesh, model.params, model.config)
     return Job(study, config, tuple(domains), base, RunFolder(folder), quiet=True)
@@ -31,20 +31,20 @@ def reopen(
 def weights(
     job: Job, variant: str, seed: int, stage: int | None = None
 ) -> tuple[PyTree, PyTree]:
-    """What a variant and seed deploy after the stage of a number; None for the last.
+    """The weights that a variant and seed deploy after a stage (None: the last).
 
     Returns:
-      ``(base, adapter)``; the job's own ``base`` where it was not changed.
+      ``(base, adapter)``; ``base`` is the job's own unless the variant changed it.
 
     Raises:
-      UserError: where a later stage has replaced what is deployed.
-      DamagedError: where a stage, or what it left, is missing or damaged.
+      UserError: if a later stage has replaced the state that is needed.
+      DamagedError: if a stage or one of its checkpoints is missing or damaged.
     """
     track = Track(job, make_program(variant, job.study, job.config), seed)
     stages = track.stages
     numbers = [n for n in stages.numbers if stage is None or n <= stage]
     if track.method.deploy is as_trained:
-        # Not `load`: the state is not asked for, and may have been replaced since.
+        # Not `load`: the state is not needed, and a later stage may have replaced it.
         stages.require_finished(numbers)
         holder = stages.holder("adapter", numbers[-1] + 1)
         adapter = track.first_adapter()
@@ -70,17 +70,18 @@ def deployments(
     domains: Sequence[str],
     done: Collection[tuple[str, int | None]] = (),
 ) -> Iterator[tuple[str, int | None, tuple[PyTree, PyTree]]]:
-    """The start model, then what each variant and seed deploys after its last domain.
+    """The start model, then the weights each variant and seed finally deploys.
 
-    Of a finished run, whose study, configuration and domains are given.
+    The run in ``folder`` is finished; the caller gives its study, configuration and
+    domains.
 
     Yields:
-      Variant, seed, and ``(base, adapter)``; ``("base", None, …)`` for the start. Those
-      in ``done`` are passed over.
+      Variant, seed and ``(base, adapter)``; ``("base", None, …)`` for the start model.
+      Skips those in ``done``.
     """
     job = reopen(folder, study, config, domains)
     if (BASE, None) not in done:
-        # A fresh adapter is no adapter (B = 0), and shares the compiled programs.
+        # A fresh adapter changes nothing (B = 0) and shares the compiled programs.
         yield BASE, None, (job.base, init_adapter(study, config, 0))
     for variant in variants:
         for seed in (seed for seed in seeds if (variant, seed) not in done):

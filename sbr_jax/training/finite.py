@@ -1,7 +1,7 @@
-"""Refusals of weights and scores that are not finite, before they are kept or used.
+"""Checks that weights and scores are finite before they are kept or used.
 
-A step with a finite loss and gradient can still leave weights that are not; what is
-then evaluated looks like a result.
+A step with a finite loss and gradient can still leave weights that are not finite.
+Evaluated, they would give what looks like a result.
 """
 
 from typing import Any
@@ -13,15 +13,16 @@ import numpy as np
 from sbr_jax.typing import PyTree, UserError
 
 SMALL = 2**16
-"""Entries up to which an array is fetched; larger ones are looked at where they lie."""
+"""Arrays of up to so many entries are fetched; larger ones are checked on the device.
+"""
 
 
 def require_finite(tree: PyTree, where: str) -> None:
     """Refuses weights or states that are not finite.
 
     Args:
-      tree: arrays; integers and booleans are passed over.
-      where: names what they are.
+      tree: arrays; integers and booleans are skipped.
+      where: names the arrays in messages.
 
     Raises:
       UserError: naming the first such array.
@@ -38,7 +39,7 @@ def require_finite(tree: PyTree, where: str) -> None:
 
 
 def require_number(score: float, where: str) -> float:
-    """Refuses a score that decides what is done next, and is no number.
+    """Refuses a score that is not finite, before a decision depends on it.
 
     Returns:
       The score.

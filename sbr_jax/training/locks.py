@@ -1,7 +1,7 @@
 """Lock of a run's folder: one process works in it at a time.
 
-On a disk the system holds the lock and drops it with the process. In a bucket, where
-nothing does, whoever came last holds it: the run before notices at its next stage.
+On a disk the system holds the lock and drops it when the process ends. A bucket has no
+such lock: the latest run takes it over, and the earlier one notices at its next stage.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ class Lock(Protocol):
     """A lock that was taken."""
 
     def is_held(self) -> bool:
-        """Whether it still lies in the folder."""
+        """Whether the lock is still in the folder."""
         ...
 
 
@@ -42,7 +42,7 @@ class _File:
 
 
 class _Object:
-    """An object that holds the number of whoever wrote it last."""
+    """A bucket's object that holds the random number of its last writer."""
 
     def __init__(self, path: pathlib.Path):
         self._path, self._mine = path, os.urandom(16).hex()
@@ -63,10 +63,10 @@ class _Object:
 
 @contextlib.contextmanager
 def taken(folder: pathlib.Path) -> Iterator[Lock]:
-    """Makes a folder, where it is on a disk, and holds its lock.
+    """Holds a folder's lock; on a disk, makes the folder first.
 
     Raises:
-      UserError: where it cannot be written, or another run works in it.
+      UserError: if it cannot be written, or another run works in it.
     """
     with contextlib.ExitStack() as stack:
         try:

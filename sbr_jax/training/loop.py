@@ -1,7 +1,7 @@
 """Running a compiled step many times: batches, metrics, progress, checkpoints.
 
-Nothing here waits for the device inside a step: metrics stay where they are and are
-fetched every ``log_every`` steps, which is also when a non-finite loss is noticed.
+No step waits for the device: metrics stay there and are fetched every ``log_every``
+steps. A non-finite loss is therefore noticed at the next fetch.
 """
 
 import collections
@@ -27,14 +27,14 @@ History = dict[str, list[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a loop stands.
+    """Progress of a training loop.
 
     Attributes:
       train: adapter, optimizer state, step number.
-      state: the method's (a refresh may have changed it).
-      step: how many are done.
+      state: the method's state (a refresh may have changed it).
+      step: number of steps done.
       history: metrics of every step so far.
-      seconds_per_step: of this call, without its first step, which may have compiled.
+      seconds_per_step: in this call, without its first step, which may have compiled.
     """
 
     train: TrainState
@@ -45,21 +45,21 @@ class Progress:
 
 
 class Every(NamedTuple):
-    """Work between two steps, once in so many; never where ``steps`` is None."""
+    """Work to do between steps, every ``steps`` steps; None for never."""
 
     steps: int | None
     call: Callable[[Progress], Any]
 
     def due(self, step: int) -> bool:
-        """Whether it is to be done after so many steps."""
+        """Whether the work is due after so many steps."""
         return self.steps is not None and step % self.steps == 0
 
 
 class Bar:
-    """A progress bar on a terminal, a line now and then in a log, or ``quiet``."""
+    """A progress bar on a terminal, occasional lines in a log, or nothing."""
 
     def __init__(self, label: str, total: int, *, quiet: bool = False):
-        """Starts a bar of so many steps."""
+        """Starts a bar for ``total`` steps."""
         self._progress = None
         drawn = sys.stderr.isatty() and not quiet
         self._open = contextlib.ExitStack()
@@ -109,27 +109,27 @@ def train(
     """Runs the steps from ``start.step`` to ``steps − 1``.
 
     **Guarantee.** The result depends on ``start`` and ``advance`` only: stopping after
-    a checkpoint and going on from it gives the same bits (on one machine) as not
-    stopping.
+    a checkpoint and continuing from it gives the same bits (on one machine) as running
+    through.
 
     Args:
       advance: ``(train, state, number) -> (train, metrics)``, one compiled step; it
-        consumes the ``train`` that it is given.
-      start: consumed.
-      steps: of the whole domain.
+        consumes its ``train``.
+      start: where to begin; consumed.
+      steps: number of steps in the whole domain.
       where: names variant, seed and domain in messages; one per mapped seed.
       log_every: steps between fetches of the metrics.
-      refresh: ``progress -> progress`` with another method state, before a step.
-      checkpoint: is shown the progress after a step, when all metrics so far were
-        found finite; also where SIGTERM asks to stop.
-      quiet: no progress bar.
+      refresh: ``progress -> progress``, replaces the method's state before a step.
+      checkpoint: gets the progress after a step, once all metrics so far are known to
+        be finite; also when SIGTERM asks to stop.
+      quiet: show no progress bar.
 
     Returns:
       The progress at the end.
 
     Raises:
       UserError: at the first step whose loss, gradient or update is not finite.
-      Terminated: after the step, and its checkpoint, at which SIGTERM asks to stop.
+      Terminated: when SIGTERM asks to stop, after the current step and its checkpoint.
     """
     places = [where] if isinstance(where, str) else list(where)
     now, first = start, start.step
@@ -151,7 +151,7 @@ def train(
     held = contextlib.nullcontext() if checkpoint is None else stopping.holding()
     with contextlib.closing(bar), held:
         for number in range(first, steps):
-            # Step 0 has a fresh subspace already.
+            # At step 0 the subspace is still fresh.
             if refresh is not None and number > 0 and refresh.due(number):
                 now = refresh.call(now)
             train, metrics = advance(now.train, now.state, number)
@@ -192,13 +192,13 @@ def _check_finite(metrics: Mapping[str, Any], step: int, places: list[str]) -> N
 
 
 def summarise(history: History, seed_index: int | None = None) -> dict[str, float]:
-    """A stage's metrics as numbers: means, and the loss at both ends.
+    """A stage's mean metrics, and its loss at the beginning and the end.
 
-    Of one mapped seed where ``seed_index`` is not None.
+    ``seed_index`` picks one of several mapped seeds.
 
     Returns:
-      The mean of every metric but ``finite``, ``first_loss`` and ``final_loss`` (means
-      over the first and last tenth of the steps).
+      The mean of every metric except ``finite``; and ``first_loss`` and ``final_loss``,
+      means over the first and last tenth of the steps.
     """
     if seed_index is not None:
         history = {k: [v[seed_index] for v in vs] for k, vs in history.items()}

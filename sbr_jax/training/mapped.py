@@ -1,4 +1,4 @@
-"""Several seeds of one variant trained as one vmapped program."""
+"""Training of several seeds of one variant as one vmapped program."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from sbr_jax.typing import PyTree, UserError
 
 
 def maps_seeds(config: Config) -> bool:
-    """Whether seeds are mapped: on accelerators, or where asked for."""
+    """Whether seeds are mapped: on accelerators, or if the settings ask for it."""
     wanted, mesh = config.hardware.vmap_seeds, config.hardware.mesh
     if wanted == "yes" and mesh is not None:
         raise UserError(
@@ -33,9 +33,9 @@ def maps_seeds(config: Config) -> bool:
 def train_mapped(
     turns: Sequence[Turn], held: Sequence[Held | None]
 ) -> list[Held | None]:
-    """The train stages of several seeds as one vmapped program.
+    """Runs the train stages of several seeds as one vmapped program.
 
-    Resumes by stage only; does nothing where fewer than two are left.
+    It resumes at whole stages only, and does nothing if fewer than two seeds are left.
     """
     number, found = turns[0].number(TRAIN), list(held)
     left = [i for i, turn in enumerate(turns) if not turn.track.stages.finished(number)]

@@ -1,8 +1,8 @@
-"""Parts of a run in folders of their own, and the one folder they become.
+"""Splitting a run into parts with their own folders, and gathering them again.
 
-``FOLDER/jobs/N`` is a run of some variants and seeds of the run in ``FOLDER``: so
-several processes can work at once, each in a folder that it holds alone. Stages are
-moved, never copied but for the start model's: a variant and seed lies in one place.
+``FOLDER/jobs/N`` is a run of some variants and seeds of the run in ``FOLDER``. Several
+processes can then work at once, each in a folder of its own. Stages are moved, not
+copied, so each variant and seed lies in one place; only the start model's are copied.
 """
 
 import contextlib
@@ -50,13 +50,13 @@ def unfinished(
 
 
 def hand_out(folder: pathlib.Path, part: str, pairs: Sequence[Pair]) -> pathlib.Path:
-    """Moves what there is of some variants and seeds into the folder of a part.
+    """Moves the stages of some variants and seeds into the folder of a part.
 
     Returns:
       The part's folder.
 
     Raises:
-      UserError: where it cannot be written, or holds files of somebody else.
+      UserError: if it cannot be written, or holds other files.
     """
     own = folder / JOBS / part
     if not (own / CONFIG).exists():
@@ -79,7 +79,7 @@ def found(folder: pathlib.Path) -> list[pathlib.Path]:
     """The parts in a run's folder, in order; touches nothing.
 
     Raises:
-        UserError: for a link, as what it points to is not the run's to move.
+        UserError: for a link, because its target does not belong to the run.
     """
     if not storage.has_parts(folder):
         return []
@@ -94,18 +94,18 @@ def found(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def gather(folder: pathlib.Path, order: Sequence[str] = ()) -> None:
-    """Moves the stages of all parts into the run's folder, and drops the parts.
+    """Moves the stages of all parts into the run's folder, and deletes the parts.
 
-    Of two copies of a variant and seed the one with more finished stages stays. Files
-    in a part that no run has written stay where they are.
+    If a variant and seed has two copies, the one with more finished stages stays. Files
+    in a part that no run wrote stay where they are.
 
     Args:
         folder: of the run.
         order: of variants in the joint files; see :meth:`RunFolder.lines`.
 
     Raises:
-        UserError: for a part that another process works in, or one of a run with other
-            settings; then no part was touched.
+        UserError: for a part that another process works in or that has other settings;
+            then no part is touched.
     """
     if not storage.has_parts(folder):
         return
@@ -122,15 +122,15 @@ def gather(folder: pathlib.Path, order: Sequence[str] = ()) -> None:
                 _take(folder, part)
             for path in list((folder / JOBS).iterdir()):
                 _drop(path)
-        with contextlib.suppress(OSError):  # There is more, which is none of ours.
+        with contextlib.suppress(OSError):  # Files that no run wrote may remain.
             (folder / JOBS).rmdir()
         _publish(folder, order)
 
 
 def _publish(folder: pathlib.Path, order: Sequence[str]) -> None:
-    """Writes the joint files once a variant and seed is finished, as every run does.
+    """Writes the joint files if a variant and seed is finished, as every run does.
 
-    Summaries take the longest one for a whole.
+    Before that, the summary would take the longest unfinished one for complete.
     """
     if not (folder / CONFIG).exists():
         return
@@ -140,7 +140,7 @@ def _publish(folder: pathlib.Path, order: Sequence[str]) -> None:
 
 
 def _require_one_run(folder: pathlib.Path) -> None:
-    """Refuses parts that are not all of the folder's run."""
+    """Refuses parts that do not belong to the folder's run."""
     config = folder / CONFIG
     remedies = {config: f"{again(config)}, or {RESTORE}"} if config.exists() else {}
     for part in found(folder):
@@ -159,7 +159,7 @@ def _require_one_run(folder: pathlib.Path) -> None:
 
 
 def _take(folder: pathlib.Path, part: pathlib.Path) -> None:
-    """Moves one part's stages, and its settings where the run has none."""
+    """Moves one part's stages, and its settings if the run has none."""
     config, run = folder / CONFIG, RunFolder(part).run
     if not config.exists():
         write_atomically(config, (part / config.name).read_text())
@@ -172,7 +172,7 @@ def _take(folder: pathlib.Path, part: pathlib.Path) -> None:
 
 
 def _finished(place: pathlib.Path, run: str) -> int:
-    """How many stages of a variant and seed are finished, and are what they say."""
+    """How many stages of a variant and seed are finished and intact."""
     count = 0
     for path in place.glob(f"*/{RESULT}"):
         with contextlib.suppress(DamagedError):
@@ -181,21 +181,21 @@ def _finished(place: pathlib.Path, run: str) -> int:
 
 
 def _is_ours(part: pathlib.Path) -> bool:
-    """Whether it is a part, or what a kill has left of one."""
+    """Whether a folder is a part, or the remains of one after a kill."""
     return (part / CONFIG).exists() or (part.name.isdigit() and _is_left(part))
 
 
 def _is_left(part: pathlib.Path) -> bool:
-    """Whether nothing is in a folder but what a kill leaves in a part."""
+    """Whether a folder holds nothing but what a kill leaves in a part."""
     files = (*PUBLISHED, CONFIG)
     left = {locks.NAME, *(f".{name}.tmp" for name in files)}
     return not part.is_symlink() and part.is_dir() and storage.names(part) <= left
 
 
 def _drop(part: pathlib.Path) -> None:
-    """Deletes what a run has written in a part, its settings last.
+    """Deletes the files that a run wrote in a part, its settings last.
 
-    A kill in between leaves a part that the next command drops.
+    After a kill in between, the next command still recognises and deletes the part.
     """
     if not _is_ours(part):
         return

@@ -2,9 +2,9 @@
 
 For each variant and seed: the method's ``init`` on the aligned model (initial SSI),
 then for each domain train → monitor and repair → ``end_domain`` (SSI update) →
-evaluate. A stage that is finished is never done again, so the same call continues
-after a kill; ``results.jsonl`` is then, byte for byte, what an uninterrupted run writes
-(on one machine and backend, seeds not mapped).
+evaluate. A finished stage is never done again, so the same call continues after a kill.
+``results.jsonl`` then equals that of an uninterrupted run byte for byte (on one machine
+and backend, seeds not mapped).
 """
 
 import dataclasses
@@ -63,30 +63,30 @@ def run(
     code: Callable[[str], str] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Runs variants × seeds × domains, or what is left of them.
+    """Runs variants × seeds × domains, or the part that is not finished.
 
     Args:
       study: model, domains and evaluations.
-      variants: of ``METHODS`` and ``VARIANTS``, in table order.
+      variants: names from ``METHODS`` and ``VARIANTS``, in table order.
       seeds: of adapters, data order and dropout.
-      workdir: a new or empty folder, or one of the same study, settings and domains:
-        then finished stages are kept, and other variants and seeds are added.
+      workdir: a new or empty folder, or that of a run with the same study, settings and
+        domains: its finished stages are kept, new variants and seeds are added.
       config: of the job.
       domains: names in order; None for all in the study's order.
-      notes: further JSON values that decide the results (a preset's name), written
-        and compared with the configuration.
-      code: of a variant, a hash of the code that decides it, written beside the stages
-        that this call computes.
-      quiet: no progress bars and no lines.
+      notes: further JSON values that decide the results (a preset's name); they are
+        written and compared with the configuration.
+      code: maps a variant to a hash of its code, written beside the stages that this
+        call computes.
+      quiet: print no progress bars and no lines.
 
     Returns:
       The content of ``summary.json``.
 
     Raises:
-      UserError: before any work for an unknown name, an empty or leaking calibration
-        set, wrong hyper-parameters, sizes that data or model cannot fill, or a folder
-        of another run, or one whose stages are damaged; during work for a loss, an
-        update or weights that are not finite, and where nothing can be written.
+      UserError: before any work: for an unknown name, an empty or leaking calibration
+        set, wrong hyper-parameters, sizes that the data or the model cannot meet, a
+        folder of another run, or damaged stages. During work: for a loss, update or
+        weights that are not finite, or a folder that cannot be written.
     """
     domains = tuple(study.domains) if domains is None else tuple(domains)
     variants, seeds = list(variants), checks.seeds(seeds)
@@ -129,7 +129,7 @@ def check(
     domains: Sequence[str],
     config: Config,
 ) -> None:
-    """Refuses what `run` would refuse before any work; the model may lack weights.
+    """Makes the checks of `run` before any work; the model may lack weights.
 
     Raises:
       UserError: for the first mistake.
@@ -148,7 +148,7 @@ def check(
 
 
 def require_same(study: Study, config: Config) -> None:
-    """Refuses processes that read other data or weights, or have no common mesh."""
+    """Refuses processes with different data or weights, or without a common mesh."""
     remedy = "give every host the same files"
     distributed.require_same("data or model", study.fingerprint, remedy)
     session = distributed.current()
@@ -168,7 +168,7 @@ def evaluate_start(job: Job) -> float | None:
     if record is None:
         began = time.perf_counter()
         require_finite(job.base, "base model")
-        # A fresh adapter is no adapter (B = 0), and shares the compiled programs.
+        # A fresh adapter changes nothing (B = 0) and shares the compiled programs.
         adapter = init_adapter(study, job.config, 0)
         with task("start model, measured"):
             metrics = _scores(study, job.base, adapter, job.domains)
@@ -192,7 +192,7 @@ def run_group(tracks: Sequence[Track]) -> None:
     """Takes tracks of one variant through the domains; several train together."""
     held = [once(Turn(track, -1), 0, init, None) for track in tracks]
     method = tracks[0].method
-    # Seeds that share their weights, with nothing to do between steps.
+    # Only seeds that share the base weights and do nothing between steps can.
     together = method.refresh is None and method.prepare is as_aligned
     for index in range(len(tracks[0].job.domains)):
         turns = [Turn(track, index) for track in tracks]
@@ -208,13 +208,13 @@ def run_group(tracks: Sequence[Track]) -> None:
 
 
 def init(turn: Turn, held: Held) -> Outcome:
-    """Stage 0: what the method finds on the aligned model."""
+    """Stage 0: the method's ``init`` on the aligned model."""
     state, diagnostics = init_state(turn.track, held.adapter)
     return Outcome(state=state, diagnostics=diagnostics)
 
 
 def train(turn: Turn, held: Held) -> Outcome:
-    """Steps on the domain, from its start or from a checkpoint inside it."""
+    """Trains on the domain, from its start or from a checkpoint inside it."""
     track, job, program = turn.track, turn.track.job, turn.program
     start = loop.Progress(program.start(held.adapter, held.state), held.state)
     start = _resumed(turn, start)
@@ -244,7 +244,7 @@ def train(turn: Turn, held: Held) -> Outcome:
 
 
 def end_domain(turn: Turn, held: Held) -> Outcome:
-    """The method's ``end_domain``: a new subspace, a new reference, an edit."""
+    """The method's ``end_domain``: a new subspace, a new reference or an edit."""
     track = turn.track
     problem = dataclasses.replace(
         track.program.problem, domain=turn.examples(held.state)
@@ -312,7 +312,7 @@ def _checkpoint(turn: Turn, before: PyTree, now: loop.Progress) -> None:
 
 
 def _refresher(turn: Turn) -> loop.Every | None:
-    """The method's ``refresh`` inside a domain, where it has one."""
+    """The method's ``refresh`` inside a domain, if it has one."""
     track, program = turn.track, turn.track.program
     refresh, key = track.method.refresh, track.key(Stream.REFRESH, turn.domain)
     if refresh is None:
@@ -331,7 +331,7 @@ def _refresher(turn: Turn) -> loop.Every | None:
 
 
 def _note_code(tracks: Sequence[Track], code: Callable[[str], str]) -> None:
-    """Writes down the code of the tracks that are not finished."""
+    """Records the code of the tracks that are not finished."""
     last = last_of(len(tracks[0].job.domains))
     left = [track.stages for track in tracks if not track.stages.finished(last)]
     if left:
@@ -342,7 +342,7 @@ def _note_code(tracks: Sequence[Track], code: Callable[[str], str]) -> None:
 
 
 def _environment(config: Config) -> dict[str, Any]:
-    """What a run is computed with; recorded, and not compared."""
+    """Versions and hardware of a run; recorded but not compared."""
     hardware = dataclasses.asdict(config.hardware)
     return {
         "versions": {name: _version(name) for name in PACKAGES},

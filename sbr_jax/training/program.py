@@ -1,7 +1,7 @@
 """The compiled program of a variant: its optimizers and steps.
 
-It is cached by variant, study and config, never by seed or domain: the second seed,
-the second domain and a second call in the same process compile nothing.
+Programs are cached by variant, study and config, never by seed or domain. So a second
+seed, a second domain or a second call in the same process compiles nothing.
 """
 
 import dataclasses
@@ -34,15 +34,15 @@ class Program:
 
     Attributes:
       method: the variant's hooks.
-      problem: what they know.
+      problem: the argument that all hooks get.
       mesh: None on one device.
       optimizer: of a domain.
-      begin: ``(adapter, held) -> TrainState``, compiled on a mesh, so that no array is
-        ever whole on one device; see :func:`fresh`.
+      begin: ``(adapter, held) -> TrainState``; compiled on a mesh, so that no split
+        array is ever whole on one device; see :func:`fresh`.
       step: compiled; see :func:`sbr_jax.training.step.make_step`.
-      mapped_step: the same over stacked seeds.
-      repair_begin: as ``begin``, of a repair, whose learning rate is constant.
-      repair_step: compiled; takes a safety batch and β besides.
+      mapped_step: ``step`` over stacked seeds.
+      repair_begin: ``begin`` of a repair, whose learning rate is constant.
+      repair_step: compiled; also takes a safety batch and β.
     """
 
     method: Method
@@ -60,14 +60,14 @@ class Program:
     ) -> TrainState:
         """A fresh training state whose optimizer holds the method's subspace.
 
-        Everything is a copy, so that donating it leaves the arguments alive.
+        Every array is a copy, so donating the state leaves the arguments alive.
         """
         held = {name: state[name] for name in HELD if state.get(name) is not None}
         return (self.repair_begin if repair else self.begin)(adapter, held)
 
 
 HELD = ("subspace", "coefficients")
-"""Entries of a method's state that its optimizer holds a copy of."""
+"""Entries of a method's state that its optimizer holds as a copy."""
 
 
 def insert(opt_state: PyTree, state: Mapping[str, Any]) -> PyTree:
@@ -93,11 +93,11 @@ def make_program(
     """Builds a variant's program; nothing is compiled before its first use.
 
     Args:
-      variant: of ``METHODS`` or ``VARIANTS``.
-      study: by identity.
+      variant: a name from ``METHODS`` or ``VARIANTS``.
+      study: compared by identity in the cache.
       config: of the run.
-      mesh: of devices that need not be here, to compile for; None for the one that the
-        configuration names, of this job's.
+      mesh: to compile for; its devices need not be present. None for the mesh that the
+        configuration names, on this job's devices.
 
     Raises:
       UserError: for hyper-parameters that the method or its optimizer refuses.
@@ -128,7 +128,7 @@ def make_program(
     repair_rate = training.repair_learning_rate_scale * training.learning_rate
 
     def phase(gradient: Callable[..., Any], rate: optax.Schedule) -> tuple[Any, ...]:
-        """An optimizer, how its state begins, and the step before it is compiled."""
+        """An optimizer, its first state, and the step before it is compiled."""
         optimizer = method.optimizer(problem, adapter, rate)
         parts = config.hardware.accumulation
         step = make_step(problem, gradient, optimizer, accumulation=parts, mesh=mesh)
@@ -164,7 +164,7 @@ def _answers(
     most: int,
     stops: Sequence[int],
 ) -> list[list[int]]:
-    """Greedy answers of a model without adapter, cut before a stop."""
+    """Greedy answers of the model without adapter, cut before a stop token."""
     return models.generate(model, base, None, prompts, max_new_tokens=most, stops=stops)
 
 

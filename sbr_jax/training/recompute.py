@@ -1,6 +1,6 @@
-"""Layers kept for the backward pass, or recomputed where memory is short.
+"""Whether a layer's activations are kept for the backward pass or recomputed.
 
-Recomputing them costs a third of a step's products again.
+Recomputing saves memory and costs a third of a step's products again.
 """
 
 import dataclasses
@@ -16,23 +16,24 @@ from sbr_jax.typing import ApplyFn
 
 FLOAT32 = 4
 SHARE = 0.25
-"""Of a device's memory that stored activations may fill: what else is alive in a step
-(weights, a reference's pass, fragments) is not counted."""
+"""Share of a device's memory that stored activations may fill. The rest is for all that
+is not counted: weights, a reference's pass, fragments."""
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def activation_bytes(
     config: ModelConfig, tokens: float, length: int, size: int = FLOAT32
 ) -> float:
-    """Bytes of what the backward pass of one layer needs.
+    """Bytes that the backward pass of one layer needs.
 
-    Normed inputs twice, queries, keys, values, attention's output, the gate before and
-    after its activation, the other factor, their product; scores twice, in float32.
+    Counted are the normed inputs (twice), queries, keys, values, attention's output,
+    the gate before and after its activation, the other factor, their product, and the
+    scores (twice, in float32).
 
     Args:
       config: of the model.
-      tokens: of all rows.
-      length: T, of a row; what attention looks over.
+      tokens: number of tokens in all rows.
+      length: T, tokens of a row; attention spans them.
       size: bytes of a number.
 
     >>> tiny = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
@@ -46,7 +47,7 @@ def activation_bytes(
 
 
 def device_memory() -> float:
-    """Bytes of the first device; of a CPU those that this process may have."""
+    """Bytes of the first device; on a CPU, those that this process may use."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -64,14 +65,15 @@ def is_recomputed(
 ) -> bool:
     """Whether this job recomputes its layers in the backward pass.
 
-    With `hardware.remat` at "auto", a model that was loaded to do so does where the
-    activations of all layers, of a microbatch or of a Fisher's, in float32, are more
-    than `SHARE` of the device, and on a mesh: shares differ by layout there, and all
-    hosts must agree. The same for all methods, so that their steps can be compared.
+    With `hardware.remat` at "auto", only a model that was loaded to recompute can do
+    so. It does if the float32 activations of all layers, for a training or a Fisher
+    microbatch, exceed `SHARE` of the device's memory. On a mesh it always does: there
+    the share depends on the layout, and all hosts must agree. The choice is the same
+    for all methods, so that their steps can be compared.
 
     Args:
-      study: with the model and the lengths of its sets.
-      training: with the batch size.
+      study: has the model and the lengths of its sets.
+      training: has the batch size.
       hardware: of the job.
       memory: bytes of the device; None for this machine's.
     """
@@ -91,7 +93,7 @@ def is_recomputed(
 
 
 def training_apply_fn(study: Study, training: Training, hardware: Hardware) -> ApplyFn:
-    """The model as training differentiates it, see :func:`is_recomputed`."""
+    """The model's function as training differentiates it; see :func:`is_recomputed`."""
     model, remat = study.model, is_recomputed(study, training, hardware)
     if remat == model.hardware.remat:
         return model.apply_fn

@@ -1,7 +1,7 @@
 """Records: JSON files sealed by a digest of their own content.
 
-A record is written whole or not at all, and read back only as it was written: what was
-cut, edited, moved or copied is refused in one line that says what to delete.
+A record is written whole or not at all. A record that was cut, edited, moved or copied
+is refused when read, in one line that says what to delete.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ class DamagedError(UserError):
     """A file of a run is no longer as it was written.
 
     Attributes:
-      reason: what was expected, and what came.
-      redo: what to delete so that the same command computes it again.
+      reason: what was expected, and what was found.
+      redo: path to delete so that the same command computes it again.
     """
 
     def __init__(
         self, reason: str, redo: pathlib.Path, more: Sequence["DamagedError"] = ()
     ):
-        """Makes one line of it, and of ``more`` errors of the kind."""
+        """Makes one line of this error and of ``more`` errors of the same kind."""
         self.reason, self.redo = reason, redo
         paths = dict.fromkeys([redo, *(error.redo for error in more)])
         whole = [p for p in paths if not any(q in p.parents for q in paths)]
@@ -41,14 +41,14 @@ class DamagedError(UserError):
 
 
 def again(*paths: pathlib.Path) -> str:
-    """Advice to delete files or folders, and what then makes them anew."""
+    """Advice to delete files or folders, which the same command then makes anew."""
     named = shlex.join(map(str, paths))
     return f"delete {named} and run the same command again"
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Makes one line of a full disk or a place that cannot be written.
+    """Turns the system's refusal to write (a full disk, say) into one line.
 
     Raises:
       UserError: naming the path and the system's reason.
@@ -60,7 +60,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def unwritable(path: pathlib.Path, reason: str) -> UserError:
-    """The refusal to go on where nothing can be written."""
+    """The error for a place that cannot be written."""
     return UserError(
         f"cannot write {path} ({reason}); what is finished is kept: make room or mend "
         "the folder, and run the same command again"
@@ -71,7 +71,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file so that it is either whole or absent.
 
     Raises:
-      UserError: where it cannot be written.
+      UserError: if it cannot be written.
     """
     with writing(path):
         storage.write_text(path, text)
@@ -80,7 +80,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 def write_record(
     path: pathlib.Path, content: Mapping[str, Any], *, indent: int | None = None
 ) -> None:
-    """Writes JSON with the digest of its own content; see :func:`write_atomically`."""
+    """Writes JSON with a digest of its content; see :func:`write_atomically`."""
     whole = {**content, DIGEST: digest_of(content)}
     write_atomically(path, json.dumps(whole, indent=indent) + "\n")
 
@@ -88,13 +88,13 @@ def write_record(
 def read_json(
     path: pathlib.Path, remedy: str | None = None, *, sealed: bool = False
 ) -> dict[str, Any]:
-    """Reads a file that a run wrote, and compares it with its digest, left out here.
+    """Reads a file that a run wrote, and checks and removes its digest.
 
     Args:
       path: of the file.
-      remedy: what to do if it is damaged; None to delete it and run again.
-      sealed: whether a file without a digest is refused. Those of older versions have
-        none, and can still be reported.
+      remedy: what to do if it is damaged; None for "delete it and run again".
+      sealed: whether to refuse a file without a digest. Files of older versions have
+        none and can still be reported.
 
     Raises:
       UserError: if it is damaged.
@@ -106,10 +106,10 @@ def read_json(
 
 
 def read_record(path: pathlib.Path, redo: pathlib.Path) -> dict[str, Any]:
-    """Reads what :func:`write_record` wrote, and nothing else.
+    """Reads only what :func:`write_record` wrote.
 
     Raises:
-      DamagedError: if it is damaged, or has no digest; ``redo`` is to be deleted.
+      DamagedError: if it is damaged or has no digest; it says to delete ``redo``.
     """
     found, complaint = _content(path, sealed=True)
     if complaint:
@@ -118,7 +118,7 @@ def read_record(path: pathlib.Path, redo: pathlib.Path) -> dict[str, Any]:
 
 
 def _content(path: pathlib.Path, *, sealed: bool) -> tuple[dict[str, Any], str]:
-    """What a file holds, and what is wrong with it, if anything."""
+    """A file's content, and what is wrong with it, if anything."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -145,7 +145,7 @@ def _content(path: pathlib.Path, *, sealed: bool) -> tuple[dict[str, Any], str]:
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON values, however they are laid out in a file.
+    """SHA-256 of JSON values, whatever their layout in a file.
 
     >>> digest_of({"a": 1, "b": (2,)}) == digest_of({"b": [2], "a": 1})
     True
@@ -155,7 +155,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 
 def file_digests(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path in it; none for no folder.
+    """SHA-256 of every file below a folder by relative path; empty for no folder.
 
     Raises:
       UserError: for a file that cannot be read.
@@ -175,7 +175,7 @@ def file_digests(folder: pathlib.Path) -> dict[str, str]:
 
 
 def plain_numbers(tree: Any) -> Any:
-    """Arrays to nested lists, floats to six digits, NaN to null: what JSON holds."""
+    """Converts a tree for JSON: arrays to lists, floats to six digits, NaN to null."""
     if isinstance(tree, Mapping):
         return {str(k): plain_numbers(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):

@@ -1,8 +1,8 @@
-"""A run's folder: its configuration, its lock, and what is published of its stages.
+"""A run's folder: its configuration, its lock, and its published result files.
 
-``config.json`` says what decides the results. A finished stage is a folder whose
-``result.json`` is renamed into place last. ``results.jsonl``, ``timings.jsonl`` and
-``summary.json`` are functions of the finished stages and are written anew.
+``config.json`` holds the settings that decide the results. A stage's folder is finished
+once its ``result.json`` is renamed into place. ``results.jsonl``, ``timings.jsonl`` and
+``summary.json`` are functions of the finished stages and are rewritten each time.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ from sbr_jax.training.summary import summarise
 from sbr_jax.typing import UserError
 
 ENVIRONMENT = ("versions", "hardware")
-"""Keys of ``config.json`` that are recorded and not compared."""
+"""Keys of ``config.json`` that are recorded but not compared."""
 PUBLISHED = ("results.jsonl", "timings.jsonl", "summary.json")
-"""Functions of the finished stages."""
+"""Files written from the finished stages."""
 RESTORE = "restore it, or choose another folder"
 
 
 class RunFolder:
     """A run's folder, locked while it is open.
 
-    Of several processes only the first touches it; the others take its word.
+    Of several processes only the first touches it; the others rely on the first.
     """
 
     def __init__(self, folder: str | pathlib.Path):
@@ -53,7 +53,7 @@ class RunFolder:
 
     @property
     def run(self) -> str:
-        """The digest of what decides the results; every record carries it.
+        """The digest of the settings that decide the results; every record carries it.
 
         Raises:
           UserError: for a folder of an older version, which wrote no digests.
@@ -68,7 +68,7 @@ class RunFolder:
         """Refuses a folder that belongs to other settings; touches nothing.
 
         Args:
-          config: what decides the results, JSON values only.
+          config: the settings that decide the results, as JSON values.
 
         Raises:
           UserError: naming the settings that differ.
@@ -77,7 +77,7 @@ class RunFolder:
 
     def _check(self, config: Mapping[str, Any]) -> None:
         folder, path = self.folder, self.folder / "config.json"
-        with writing(folder):  # A name may be too long even to ask for.
+        with writing(folder):  # A name may be too long even for a look-up.
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"workdir {folder}: expected a folder, found a file")
             if not path.exists():
@@ -113,7 +113,7 @@ class RunFolder:
         )
 
     def _all_of(self, run: str) -> bool:
-        """Whether there are finished stages, and all readable ones are of this run."""
+        """Whether there are finished stages, with all readable ones of this run."""
         found = set()
         for path in self.folder.glob(f"stages/*/*/*/{RESULT}"):
             with contextlib.suppress(UserError):
@@ -127,8 +127,8 @@ class RunFolder:
         """Creates the folder and ``config.json``, and holds the lock.
 
         Raises:
-          UserError: if another process holds it, a finished stage's record is damaged
-            or of another run, or :meth:`check` refuses.
+          UserError: if another process holds the lock, a finished stage's record is
+            damaged or belongs to another run, or :meth:`check` refuses.
         """
         with contextlib.ExitStack() as stack:
             locked = self._locked(config, environment)
@@ -140,12 +140,12 @@ class RunFolder:
     def _locked(
         self, config: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> Iterator[str]:
-        """Does so in the process that writes; gives the run."""
+        """Does the work of :meth:`opened` in the first process; yields the run."""
         self._check(config)
         path = self.folder / "config.json"
         with locks.taken(self.folder) as lock:
             self._run = None if path.exists() else run_of(config)
-            records = self.lines(())  # What cannot be published is refused at once.
+            records = self.lines(())  # Refuses now what could not be published later.
             if not path.exists():
                 write_record(path, {**config, **environment}, indent=2)
             self._tidy(records)
@@ -156,10 +156,10 @@ class RunFolder:
                 self._lock = None
 
     def require_held(self) -> None:
-        """Refuses to go on in a folder that was deleted or replaced in mid-run.
+        """Refuses to continue in a folder that was deleted or replaced during the run.
 
         Raises:
-          UserError: naming it.
+          UserError: naming the folder.
         """
         distributed.decide(self._require_held)
 
@@ -181,7 +181,7 @@ class RunFolder:
         return self.folder / "stages" / name / seed_part / f"{number:02d}-{stage}"
 
     def _tidy(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Drops what a kill left behind: replaced and unfinished checkpoints."""
+        """Deletes what a kill left behind: replaced and unfinished checkpoints."""
         for path in self.folder.glob(f"stages/*/*/*/{PARTIAL}*"):
             if (path.parent / RESULT).exists() or not (path / HISTORY).exists():
                 storage.remove(path)
@@ -198,10 +198,10 @@ class RunFolder:
         """Every finished stage's record, in canonical order.
 
         Args:
-          order: names of variants; others come after, by name.
+          order: names of variants; others follow, sorted by name.
 
         Raises:
-          DamagedError: for records that are damaged, of another run or another place.
+          DamagedError: for records that are damaged, or of another run or place.
         """
         rank = {name: i for i, name in enumerate([BASE, *order])}
         found, wrong = [], []
@@ -211,7 +211,7 @@ class RunFolder:
             except DamagedError as error:
                 wrong.append(error)
                 continue
-            if record is None:  # It went in this moment.
+            if record is None:  # Deleted at this very moment.
                 continue
             number = int(path.parent.name.split("-")[0])
             variant, seed = record["line"]["method"], record["line"]["seed"]
@@ -229,7 +229,7 @@ class RunFolder:
           The summary.
 
         Raises:
-          UserError: where they cannot be written, or the folder has gone.
+          UserError: if they cannot be written, or the folder is gone.
         """
         return distributed.decide(lambda: self._publish(order))
 
@@ -253,7 +253,7 @@ def read_config(folder: pathlib.Path, remedy: str = RESTORE) -> dict[str, Any]:
 
 
 def run_of(config: Mapping[str, Any]) -> str:
-    """The digest of what decides a run's results.
+    """The digest of the settings that decide a run's results.
 
     >>> run_of({"domains": ["legal"], "versions": {}}) == run_of({"domains": ["legal"]})
     True
@@ -262,10 +262,10 @@ def run_of(config: Mapping[str, Any]) -> str:
 
 
 def refuse_foreign(folder: pathlib.Path, lacking: str, own: Sequence[str] = ()) -> None:
-    """Refuses a folder with files of somebody else; hidden ones and logs are nobody's.
+    """Refuses a folder with foreign files; hidden files and logs do not count.
 
     Raises:
-      UserError: naming some of the files, and the one by which it would be ours.
+      UserError: naming some of the files, and the file that an own folder would have.
     """
     found = sorted(
         name

@@ -1,21 +1,20 @@
-"""Meshes, and where every array of a training job lies on them.
+"""Meshes, and how every array of a training job is split over them.
 
 A mesh has the axes ``data``, ``fsdp`` and ``tp`` and takes all devices of the job.
 
-- Frozen weights ``[L, in, out]``: over ``fsdp`` and ``tp``; gathered over ``fsdp`` a
-  layer at a time, where they multiply. Embedding and head: V over ``tp``, D over
-  ``fsdp``.
-- Batch, hidden states, answer places: rows over ``data`` and ``fsdp``. Logits: V over
-  ``tp`` besides.
+- Frozen weights ``[L, in, out]``: over ``fsdp`` and ``tp``; gathered over ``fsdp`` one
+  layer at a time for the product. Embedding and head: V over ``tp``, D over ``fsdp``.
+- Batch, hidden states, answer places: rows over ``data`` and ``fsdp``. Logits: also V
+  over ``tp``.
 - Adapter, moments: whole. They are small, and every layer needs its own.
 - Bases ``[L, P, K]`` of subspaces, rows ``[L, R, P]`` of a Fisher: P over all axes. A
-  sum over P is then one over devices.
-- Everything else of a method's state: whole.
+  sum over P is then a sum over devices.
+- Everything else in a method's state: whole.
 
-`base_shardings`, `state_shardings` (of an adapter, a `TrainState` or a method's state)
-and `batch_shardings` say this for one mesh. They take trees of arrays or of shapes, and
-any mesh: of this job's devices, of a topology's, or abstract. An axis that does not
-divide a dimension is left out of it.
+`base_shardings`, `state_shardings` (for an adapter, a `TrainState` or a method's state)
+and `batch_shardings` give these placements for one mesh. They take trees of arrays or
+of shapes. The mesh may consist of this job's devices or a topology's, or be abstract.
+An axis that does not divide a dimension is not used for it.
 """
 
 import functools
@@ -45,7 +44,7 @@ AnyMesh = Mesh | AbstractMesh
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Reads ``"data=2,fsdp=4,tp=2"``: sizes by axis, in the order of :data:`AXES`.
+    """Parses ``"data=2,fsdp=4,tp=2"``: sizes by axis, in the order of :data:`AXES`.
 
     Axes are ``data`` (examples), ``fsdp`` (examples and weights) and ``tp`` (heads); a
     missing one has size 1.
@@ -71,8 +70,8 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes of :data:`AXES`, all of type Auto, over all devices.
 
-    Devices are ordered so that ``tp`` and then ``fsdp`` have the nearest ones; they are
-    all of this job's by default, and those of a topology will do.
+    Devices are ordered so that ``tp``, and then ``fsdp``, gets the nearest ones. The
+    default is all devices of this job; a topology's devices work too.
 
     Raises:
       UserError: for a bad string (see :func:`parse_mesh`), or sizes whose product is
@@ -106,7 +105,7 @@ def _wrong_count(text: str, sizes: Mapping[str, int], count: int, have: int) -> 
 
 
 def mesh_of(hardware: Hardware) -> Mesh | None:
-    """The mesh that is asked for; None for one device."""
+    """The mesh that the settings name; None for one device."""
     wanted = hardware.mesh
     return None if wanted is None else make_mesh(wanted)
 
@@ -122,13 +121,13 @@ def check_mesh(
     """Refuses a mesh that the batch or the model cannot be split over.
 
     Args:
-      hardware: names the mesh; its devices need not be here.
+      hardware: names the mesh; its devices need not be present.
       training: has the batch size.
-      config: of the model, where it is known.
+      config: of the model, if it is known.
 
     Raises:
-      UserError: where ``data`` times ``fsdp`` does not divide a microbatch, or ``tp``
-        the heads.
+      UserError: if ``data`` times ``fsdp`` does not divide a microbatch, or ``tp`` does
+        not divide the heads.
     """
     if hardware.mesh is None:
         return
@@ -148,18 +147,20 @@ def check_mesh(
 
 
 def base_shardings(mesh: AnyMesh, base: PyTree, config: models.ModelConfig) -> PyTree:
-    """Of the frozen weights, which may be in codes."""
+    """Shardings of the frozen weights, which may be quantized."""
     return models.named_shardings(models.partition_specs(config), base, mesh)
 
 
 def state_shardings(mesh: AnyMesh, tree: PyTree, base: PyTree = None) -> PyTree:
-    """Of an adapter, a training state or a method's state: whole, but for bases.
+    """Shardings of an adapter, a training state or a method's state.
+
+    Only the bases of subspaces and arrays that match a layer's weight are split.
 
     Args:
       mesh: of any devices.
       tree: arrays or shapes, with `Subspace` nodes anywhere.
-      base: frozen weights where they lie; what is named like a layer's weight and has
-        its shape (a direction of alignment) lies like it.
+      base: placed frozen weights. An array with the name and shape of a layer's weight
+        (a direction of alignment) is placed like that weight.
 
     Returns:
       A tree of ``NamedSharding`` like ``tree``.
@@ -197,10 +198,10 @@ def state_shardings(mesh: AnyMesh, tree: PyTree, base: PyTree = None) -> PyTree:
 
 
 def batch_shardings(mesh: AnyMesh, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a batch in any layout of :mod:`sbr_jax.data.layout`: rows over the devices.
+    """Shardings of a batch in any layout of :mod:`sbr_jax.data.layout`: by rows.
 
-    Microbatches that were packed apart have an axis before that of the rows. What is
-    counted by example in packed rows is whole: an example may lie in any row.
+    Microbatches that were packed separately have an axis before the rows. In packed
+    batches, arrays with one entry per example stay whole: an example may be in any row.
     """
     packed = "blocks" in batch
     stacked = packed and np.ndim(batch["tokens"]) > 2
@@ -217,7 +218,7 @@ def batch_shardings(mesh: AnyMesh, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shapes(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Shapes with shardings in the place of arrays, to compile ahead of time."""
+    """Shapes with shardings instead of arrays, to compile ahead of time."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         tree,
@@ -229,16 +230,16 @@ def shapes(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def place_base(mesh: Mesh | None, base: PyTree, config: Any) -> PyTree:
-    """The frozen weights on the mesh (as they are without one)."""
+    """Places the frozen weights on the mesh; without one, returns them unchanged."""
     if mesh is None:
         return base
     return jax.tree.map(place, base, base_shardings(mesh, base, config))
 
 
 def place_state(mesh: Mesh | None, tree: PyTree, base: PyTree = None) -> PyTree:
-    """An adapter or a state on the mesh: every array of it on all hosts.
+    """Places every array of an adapter or a state on the mesh, over all hosts.
 
-    Plain numbers, as diagnostics have, stay what they are; see `state_shardings`.
+    Plain numbers, as in diagnostics, stay unchanged; see `state_shardings`.
     """
     if mesh is None:
         return tree
@@ -251,7 +252,7 @@ def place_state(mesh: Mesh | None, tree: PyTree, base: PyTree = None) -> PyTree:
 
 
 def place_batch(mesh: Mesh | None, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A batch, the same on every host, with its rows split over the mesh."""
+    """Splits the rows of a batch over the mesh; all hosts hold the same batch."""
     if mesh is None:
         return batch
     found = batch_shardings(mesh, batch)
@@ -259,11 +260,11 @@ def place_batch(mesh: Mesh | None, batch: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def place(array: Any, sharding: NamedSharding) -> jax.Array:
-    """An array with a sharding, which may span hosts.
+    """Places an array with a sharding, which may span hosts.
 
-    What lies on the mesh already is moved by the devices; anything else must be the
-    same on every host, each of which gives its own devices their part. Nothing is
-    compared between hosts.
+    The devices themselves move an array that already lies on the mesh. Any other array
+    must be the same on every host, and each host gives its own devices their part.
+    Hosts are not compared.
     """
     if isinstance(array, jax.Array):
         if array.sharding.is_equivalent_to(sharding, array.ndim):
@@ -279,5 +280,5 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
 
 @functools.lru_cache(maxsize=256)
 def moved(sharding: NamedSharding) -> Any:
-    """A compiled copy of one array to a sharding."""
+    """The compiled function that copies one array to a sharding."""
     return jax.jit(jnp.copy, out_shardings=sharding)

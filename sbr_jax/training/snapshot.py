@@ -1,8 +1,8 @@
-"""Checkpoints inside a stage, written beside its steps from a copy on the host.
+"""Checkpoints inside a stage, written from a copy on the host while it trains.
 
-What a domain changes is small: adapter, moments, and the few entries of a method's
-state that a refresh makes anew. Bases that an optimizer copies from the state are put
-back from there, and what a stage began with is read from the stage that left it.
+A domain changes little: adapter, moments, and the few entries of a method's state that
+a refresh replaces. Only these are saved. The optimizer's copies of bases are restored
+from the method's state, and the rest from the stage before.
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ FILE = "arrays.npz"
 
 
 class Writer:
-    """A thread that does one piece of work after the other; at most one is open.
+    """A thread that does one piece of work at a time.
 
     >>> done = []
     >>> writer = Writer()
@@ -38,21 +38,21 @@ class Writer:
     """
 
     def __init__(self):
-        """Nothing is open; the thread is made when it is needed."""
+        """Starts without open work; the thread is made when it is needed."""
         self._open: list[concurrent.futures.Future[None]] = []
 
     def start(self, work: Callable[[], None]) -> None:
-        """Does it from now on; what was open must have been waited for."""
+        """Starts work; the caller must have waited for the work before it."""
         assert not self._open, "waited for what was open"
         pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._open.append(pool.submit(work))
         pool.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Waits until nothing is open.
+        """Waits until no work is open.
 
         Raises:
-          UserError: what the work raised, once.
+          UserError: if the work raised it; only once.
         """
         while self._open:
             concurrent.futures.wait(self._open[:1])
@@ -60,11 +60,11 @@ class Writer:
 
 
 def changed(train: PyTree, state: PyTree, before: PyTree = None) -> dict[str, Any]:
-    """What is to be kept of a training state and a method's, by name.
+    """The arrays of a training state and a method's state to save, by name.
 
-    Subspaces of the training state are copies of the method's, and are not. Of the
-    method's state what is not as it was ``before``, when the stage began; None for
-    whatever may be kept.
+    Subspaces in the training state are left out: they are copies of the method's. An
+    array of the method's state is left out if it is the one from ``before``, when the
+    stage began; with None, all are included.
 
     >>> x = jnp.zeros(2)
     >>> sorted(changed({"a": x, "b": x}, {"c": x, "d": x + 1}, {"c": x, "d": x}))
@@ -81,7 +81,7 @@ def changed(train: PyTree, state: PyTree, before: PyTree = None) -> dict[str, An
 def put_back(
     found: Mapping[str, Any], train: PyTree, state: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Trees as they were by :func:`changed`; those given are as the stage began."""
+    """Puts arrays saved by :func:`changed` into the trees that the stage began with."""
     nodes, treedef = jax.tree.flatten(train, is_leaf=_is_subspace)
     nodes = [_like(found.get(f"train {i}"), x) for i, x in enumerate(nodes)]
     leaves, structure = jax.tree.flatten(state)
@@ -94,20 +94,20 @@ def _is_subspace(node: Any) -> bool:
 
 
 def _like(array: Any, old: Any) -> Any:
-    """An array where another lies; the other for none."""
+    """An array placed like an older one; the older one if there is none."""
     if array is None:
         return old
     own = getattr(old, "sharding", None)
     if isinstance(own, NamedSharding):
         return place(array, own)
-    # Uncommitted, as freshly computed arrays are: the same compiled program.
+    # Uncommitted, like freshly computed arrays, to share their compiled program.
     return jnp.asarray(np.asarray(array))
 
 
 def apart(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is whole on every device, as copies on the host, and what is split.
+    """Separates arrays whole on every device (copied to the host) from split ones.
 
-    All processes must ask for it.
+    All processes must call it.
     """
     split = {
         name: x
@@ -115,7 +115,7 @@ def apart(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(x, jax.Array) and not x.is_fully_replicated
     }
     whole = {name: x for name, x in tree.items() if name not in split}
-    # A view of a CPU's buffer would change with the next step, which takes it over.
+    # The next step reuses a CPU's buffer, so a view of it would change.
     return {k: np.array(x) for k, x in arrays.fetch(whole).items()}, split
 
 
@@ -123,7 +123,7 @@ def write(folder: pathlib.Path, found: Mapping[str, np.ndarray]) -> None:
     """Writes arrays into one file of a folder.
 
     Raises:
-      UserError: where it cannot be written.
+      UserError: if it cannot be written.
     """
     with writing(folder):
         storage.made(folder)
@@ -133,7 +133,7 @@ def write(folder: pathlib.Path, found: Mapping[str, np.ndarray]) -> None:
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
-    """The same bits in a type that NumPy has by itself."""
+    """The same bits in one of NumPy's built-in types."""
     return x if x.dtype.isbuiltin == 1 else x.view(f"u{x.dtype.itemsize}")
 
 

@@ -1,8 +1,8 @@
-"""A finished stage's record: whose it is, where it stands, and its files' digests.
+"""A finished stage's record: its run, its place and the digests of its files.
 
-``result.json`` holds the stage's line of ``results.jsonl``, its timing, the run that it
-is of, its place in it, and the digests of its files; a checkpoint inside a stage has
-the same in ``history.json``.
+``result.json`` holds the stage's line of ``results.jsonl``, its timing, its run, its
+place in the run, and the digests of its files. A checkpoint inside a stage has such a
+record in ``history.json``.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class Line:
     Attributes:
       method: the variant; :data:`BASE` for the aligned model.
       seed: None for the aligned model.
-      stage: what was done.
-      domain: on which; None at the start.
+      stage: its name.
+      domain: name of the domain; None at the start.
       index: of the domain; -1 at the start.
       metrics: numbers.
       diagnostics: trees of numbers.
@@ -59,10 +59,10 @@ def write_result(
 
     Args:
       folder: of the stage.
-      run: the digest of what decides the run's results.
-      line: what the stage came to.
+      run: the digest of the settings that decide the run's results.
+      line: the stage's results.
       timing: seconds.
-      checkpoints: names of those in the folder, which must be complete.
+      checkpoints: names of the checkpoints in the folder, which must be complete.
 
     Returns:
       The record.
@@ -76,8 +76,8 @@ def write_history(
 ) -> dict[str, Any]:
     """Marks a checkpoint inside a stage as complete; see :func:`write_result`.
 
-    ``content`` is the ``step`` after which it is, ``history``, and names of what is
-    ``split``; ``names`` are of what is in the folder.
+    ``content`` holds the ``step`` after which it was made, the ``history``, and the
+    names of ``split`` arrays; ``names`` lists what the folder holds.
     """
     return _write(folder / HISTORY, run, dict(content), names)
 
@@ -101,15 +101,15 @@ def _write(
 def read_result(
     folder: pathlib.Path, run: str, name: str = RESULT
 ) -> dict[str, Any] | None:
-    """Reads the record in a stage's folder; None where there is none.
+    """Reads the record in a stage's folder; None if there is none.
 
     Args:
       folder: of the stage, or of a checkpoint inside it.
-      run: the digest of the run whose it must be.
-      name: of the record.
+      run: the digest of the run that it must belong to.
+      name: file name of the record.
 
     Raises:
-      DamagedError: if it is damaged, of another run or of another place.
+      DamagedError: if it is damaged, or belongs to another run or place.
     """
     path = folder / name
     if not path.exists():
@@ -130,7 +130,7 @@ def require_intact(checkpoint: pathlib.Path, run: str) -> None:
     """Compares every file of a checkpoint's folder with the record beside it.
 
     Raises:
-      DamagedError: naming the first file that is not as it was written.
+      DamagedError: naming the first file that has changed.
     """
     folder = checkpoint.parent
     name = HISTORY if folder.name.startswith(PARTIAL) else RESULT
@@ -151,7 +151,7 @@ def require_intact(checkpoint: pathlib.Path, run: str) -> None:
 
 
 def place_of(folder: pathlib.Path) -> str:
-    """Variant, seed and stage of a folder, and the checkpoint inside it, if it is one.
+    """The place of a stage's folder, or of a checkpoint inside it, within the run.
 
     >>> place_of(pathlib.Path("runs/a/stages/plain/0/05-train/partial-00000002"))
     'plain/0/05-train/partial-00000002'
@@ -160,11 +160,12 @@ def place_of(folder: pathlib.Path) -> str:
 
 
 def redo(folder: pathlib.Path) -> pathlib.Path:
-    """What to delete so that a stage is computed again from what it was computed from.
+    """What to delete so that a damaged stage is computed again.
 
-    Newer checkpoints replace older ones: a stage in the middle can seldom be computed
-    alone, and its variant and seed begin anew. A checkpoint inside a stage, an
-    evaluation that nothing follows and that of the aligned model can.
+    Newer checkpoints replace older ones, so a stage in the middle can seldom be
+    computed alone: its variant and seed must begin anew. Three things can be redone
+    alone: a checkpoint inside a stage, an evaluation that nothing follows, and the
+    evaluation of the aligned model.
     """
     if folder.name.startswith(PARTIAL) or folder.parent.parent.name == BASE:
         return folder
@@ -175,10 +176,10 @@ def redo(folder: pathlib.Path) -> pathlib.Path:
 
 
 def unusable(line: Any) -> list[str]:
-    """Names what of a stage's line is missing, or of a type that no run writes.
+    """Names the parts of a stage's line that are missing or of a wrong type.
 
-    Fields, or else metrics and diagnostics that hold no numbers; empty for a line in
-    order.
+    These are fields or, if all fields are right, metrics and diagnostics that are not
+    numbers. The list is empty for a valid line.
 
     >>> line = {"method": "plain", "seed": 0, "stage": "train", "domain": "legal"}
     >>> unusable(line)
@@ -201,7 +202,7 @@ def unusable(line: Any) -> list[str]:
 
 
 def not_numbers(found: Mapping[str, Any]) -> list[str]:
-    """Keys of values that are neither a number nor null, which JSON has for NaN."""
+    """Keys of values that are neither a number nor null (which stands for NaN)."""
     return [k for k, v in found.items() if not isinstance(v, int | float | None)]
 
 

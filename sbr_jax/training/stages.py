@@ -1,8 +1,8 @@
-"""The stages of one variant and seed on disk: their names, and what they left.
+"""The stages of one variant and seed on disk: their names and checkpoints.
 
-Each is done once: its folder holds the checkpoints that it changed (``adapter``,
-``state``) and, last, ``result.json``. A checkpoint is found in the stage that changed
-it last, as the records say; older ones go when a newer stage is finished.
+Each stage is done once. Its folder holds the checkpoints that it changed (``adapter``,
+``state``); ``result.json`` is written last. The current checkpoint lies in the stage
+that changed it last, as the records say. Finishing a stage deletes older checkpoints.
 
 Stages of domain i (from 0), after stage 0 (the method's ``init``): 4i+1 train, 4i+2
 repair (monitored variants), 4i+3 subspace (``end_domain``), 4i+4 evaluate.
@@ -33,15 +33,15 @@ from sbr_jax.typing import PyTree, UserError
 
 TRAIN, REPAIR, SUBSPACE, EVALUATE = 1, 2, 3, 4
 WHOLE, SPLIT = "tree", "split"
-"""Of a checkpoint inside a stage: what every device has, and what each has a part of.
-"""
+"""Folders of a checkpoint inside a stage: for arrays whole on every device, and split
+ones."""
 KEPT = 2
-"""Checkpoints inside a stage: should the newest be damaged, there is another."""
+"""Number of checkpoints kept inside a stage, in case the newest is damaged."""
 NAMES = {TRAIN: "train", REPAIR: "repair", SUBSPACE: "subspace", EVALUATE: "evaluate"}
 
 
 def number_of(domain: int, kind: int) -> int:
-    """The number of a domain's stage of a kind; domains count from 0.
+    """The number of a domain's stage of one kind; domains count from 0.
 
     >>> number_of(0, TRAIN), number_of(1, EVALUATE)
     (1, 8)
@@ -50,12 +50,12 @@ def number_of(domain: int, kind: int) -> int:
 
 
 def last_of(domains: int) -> int:
-    """The number of the last stage of so many domains."""
+    """The number of the last stage for a number of domains."""
     return number_of(domains - 1, EVALUATE)
 
 
 def name_of(number: int) -> str:
-    """What a stage does: stage 0 makes the first subspace.
+    """The name of a stage; stage 0 makes the first subspace.
 
     >>> name_of(0), name_of(1), name_of(8)
     ('subspace', 'train', 'evaluate')
@@ -71,7 +71,7 @@ class Stages:
       folder: of the run.
       variant: its name.
       seed: of the variant.
-      domains: how many.
+      domains: number of domains.
       monitored: whether domains have a repair stage.
     """
 
@@ -85,12 +85,12 @@ class Stages:
 
     @property
     def kinds(self) -> list[int]:
-        """Of the stages of a domain, in order."""
+        """Kinds of a domain's stages, in order."""
         return [kind for kind in NAMES if kind != REPAIR or self.monitored]
 
     @property
     def numbers(self) -> list[int]:
-        """Of all stages, in order."""
+        """Numbers of all stages, in order."""
         domains, kinds = range(self.domains), self.kinds
         return [0, *(number_of(i, kind) for i in domains for kind in kinds)]
 
@@ -113,7 +113,7 @@ class Stages:
         return self.record(number) is not None
 
     def holder(self, what: str, before: int) -> Path | None:
-        """The stage before ``before`` that changed a checkpoint last; None for none."""
+        """The last stage before ``before`` that changed a checkpoint, if any."""
         for number in reversed([n for n in self.numbers if n < before]):
             record = self.record(number)
             if record is not None and what in record["files"]:
@@ -126,7 +126,7 @@ class Stages:
         """Refuses, before any work, stages that cannot be continued.
 
         Raises:
-          DamagedError: where what the first unfinished stage begins with is damaged.
+          DamagedError: if a checkpoint for the first unfinished stage is damaged.
         """
         left = next((n for n in self.numbers if not self.finished(n)), None)
         for what in ("adapter", "state"):
@@ -135,7 +135,7 @@ class Stages:
                 self._require_intact(holder / what)
 
     def require_complete(self) -> None:
-        """Refuses to call a seed done of which something has gone since.
+        """Refuses to call a seed done if one of its stages has since gone.
 
         Raises:
           DamagedError: naming the stage.
@@ -144,7 +144,7 @@ class Stages:
         self.require_finished(self.numbers)
 
     def require_finished(self, numbers: Iterable[int]) -> None:
-        """Refuses to go on without some stages.
+        """Refuses to continue if one of these stages is not finished.
 
         Raises:
           DamagedError: naming the first that is missing.
@@ -161,12 +161,12 @@ class Stages:
         distributed.decide(lambda: require_intact(path, self.folder.run))
 
     def restore(self, path: Path, like: PyTree) -> PyTree:
-        """Reads a checkpoint back, if it is as its stage left it."""
+        """Reads a checkpoint back; refuses one that has changed."""
         self._require_intact(path)
         return checkpoint.restore(path, like)
 
     def save(self, number: int, changed: Mapping[str, PyTree]) -> None:
-        """Writes what a stage changed; it is not finished yet."""
+        """Writes what a stage changed, without marking it as finished."""
         self._write(self.path(number), changed)
 
     def _write(self, path: Path, trees: Mapping[str, PyTree]) -> None:
@@ -178,7 +178,7 @@ class Stages:
     def finish(
         self, number: int, line: Line, timing: Mapping[str, Any], changed: Sequence[str]
     ) -> None:
-        """Marks a stage as finished, and drops what its checkpoints replace."""
+        """Marks a stage as finished and deletes the checkpoints that it replaces."""
         path, run = self.path(number), self.folder.run
 
         def write() -> dict[str, Any]:
@@ -195,15 +195,15 @@ class Stages:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Lets no checkpoint inside a stage be left half written, however it ends.
+        """Finishes the checkpoint being written, however the block ends.
 
         Raises:
-          UserError: where the last one cannot be written, and nothing else went wrong.
+          UserError: if it cannot be written, and nothing else went wrong.
         """
         try:
             yield
         except distributed.Terminated:
-            self._settle()  # It says that it has saved itself.
+            self._settle()  # The program then reports that the run saved itself.
             raise
         except BaseException:
             with contextlib.suppress(UserError):
@@ -222,16 +222,16 @@ class Stages:
         found: Mapping[str, Any],
         history: Mapping[str, Any],
     ) -> None:
-        """Begins to write a checkpoint inside a stage, inside :meth:`writing`.
+        """Begins to write a checkpoint inside a stage, within :meth:`writing`.
 
-        Older ones go when it is whole, all but the newest. What is split over devices
-        is written at once, by all processes; the rest by a thread of the first.
+        Once it is complete, older ones are deleted, all but the newest. All processes
+        write split arrays immediately; a thread of the first process writes the rest.
 
         Args:
           number: of the stage.
-          step: after which it is.
+          step: number of steps done.
           found: arrays by name.
-          history: up to there.
+          history: metrics up to this step.
         """
         path = self.path(number) / f"{PARTIAL}{step:08d}"
         self._settle()
@@ -262,10 +262,10 @@ class Stages:
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The newest intact checkpoint inside a stage: its arrays and its record.
 
-        ``like`` are arrays by name, as they would be read.
+        ``like`` holds arrays by name, of the dtypes and placement to read.
 
         Raises:
-          DamagedError: where there are damaged ones only.
+          DamagedError: if all of them are damaged.
         """
         folder = self.path(number)
         newest = distributed.decide(lambda: _newest(folder, self.folder.run))

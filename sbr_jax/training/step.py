@@ -3,8 +3,8 @@
     step(base, train, state, batch, key) -> (train, metrics)
 
 ``base`` (the frozen weights) is an argument, ``train`` (adapter, optimizer state and
-step number) is donated, ``state`` is the method's and is only read: nothing is
-captured, so a new domain, another seed or a replaced subspace runs the same program.
+step number) is donated, and ``state`` (the method's) is only read. No array is captured
+in the program, so a new domain, another seed or a new subspace runs the same one.
 
 Symbols: A microbatches, B examples, T tokens, S seeds.
 """
@@ -25,17 +25,17 @@ from sbr_jax.transforms.shares import read_task_share
 from sbr_jax.typing import PyTree
 
 TINY = np.float32(1e-30)
-"""Added to a norm that something is divided by."""
+"""Added to a norm before dividing by it."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """The state that a step changes.
 
     Attributes:
       adapter: the trained tree.
-      opt_state: the optimizer's.
+      opt_state: the optimizer's state.
       step: int32 scalar, steps done in this domain.
     """
 
@@ -55,26 +55,27 @@ def make_step(
     """Builds the pure step of one method.
 
     **Guarantee.** With ``accumulation = A`` the gradient is the mean over A
-    microbatches of B/A examples, which equals that of one batch of B examples to
-    floating-point rounding, if the loss is a mean over examples and has no dropout.
-    The frozen weights are read only.
+    microbatches of B/A examples. It equals the gradient of one batch of B examples up
+    to floating-point rounding, if the loss is a mean over examples without dropout. The
+    frozen weights are read only.
 
     Args:
-      problem: passed to the hook.
+      problem: passed to ``gradient``, the method's hook.
       gradient: ``(problem, base, adapter, state, batch, key) -> (grads, extra_args,
         metrics)``.
       optimizer: takes ``extra_args`` in its update.
       accumulation: A; must divide the batch.
-      mesh: that the step is traced for; None for one device.
+      mesh: to trace the step for; None for one device.
 
     Returns:
       ``step(base, train, state, batch, key, *more) -> (train, metrics)``, not yet
       compiled. ``key`` is the domain's key: the step folds its number in. ``more``
       goes to the hook before its key (a repair passes a safety batch and β). Metrics
       are float32 scalars: ``loss``, ``grad_norm``, ``update_norm``, ``finite`` (1 or
-      0), what the hook returns and, where the state holds a subspace,
-      ``safety_gradient``, ``removed``, ``safety_update`` and, where it can be told
-      apart, ``safety_task``: the share inside of the step without the bypass's part.
+      0) and the hook's own. If the state holds a subspace, ``safety_gradient``,
+      ``removed`` and ``safety_update`` are added. So is ``safety_task``, where it can
+      be told apart: the share of the step, without the bypass's part, inside the
+      subspace.
     """
 
     def step(base, train, state, batch, key, *more):
@@ -87,9 +88,9 @@ def make_step(
             more,
             accumulation,
         )
-        # Summed over the rows of all devices once, and then the same on each.
+        # Sum over the rows of all devices once; then every device holds the result.
         grads, extra = jax.tree.map(_mesh.constrain, (grads, extra))
-        # Optax counts in integers and promotes them: let it, also in strict mode.
+        # Optax promotes its integer counts: allow it in strict mode too.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(
                 grads, train.opt_state, train.adapter, **extra
@@ -104,7 +105,7 @@ def make_step(
         }
         if "safety_update" in metrics:
             share = read_task_share(opt_state)
-            if share is None and "bypass" not in extra:  # All of it is the task's.
+            if share is None and "bypass" not in extra:  # The whole step is the task's.
                 share = metrics["safety_update"]
             metrics |= {} if share is None else {"safety_task": share}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
@@ -121,7 +122,7 @@ def make_step(
 
 def _accumulated(hook, batch, more, accumulation):
     """Mean of the hook's results over microbatches, by a scan."""
-    # What is packed numbers its examples itself, and comes in microbatches.
+    # A packed batch numbers its own examples and already comes in microbatches.
     packed = "blocks" in batch
     if not packed:
         size = batch["tokens"].shape[0]
@@ -174,7 +175,7 @@ def _safety_components(state, gradient, update) -> dict[str, jax.Array]:
 
 
 def _components_on_mesh(state, subspace, gradient, update) -> dict[str, jax.Array]:
-    """The same from ‖Vᵀ·‖ = ‖Π·‖: one reading of V, and no vector is put together."""
+    """The same shares from ‖Vᵀ·‖ = ‖Π·‖: reads V once and gathers no vector."""
     (grads, norm), (updates, update_norm) = gradient, update
     norm, update_norm = norm + TINY, update_norm + TINY
     inside, moved = squares_inside([grads, updates], subspace)
@@ -216,9 +217,9 @@ def compiled_step(
 
     Args:
       step: from :func:`make_step`.
-      vmap_seeds: maps over a leading seed axis of everything but ``base``.
-      out_shardings: of ``(train, metrics)`` on a mesh, so that the state keeps its
-        placement from step to step; None leaves it to the compiler.
+      vmap_seeds: maps over a leading seed axis of all arguments except ``base``.
+      out_shardings: shardings of ``(train, metrics)`` on a mesh, so that the state
+        keeps its placement between steps; None leaves it to the compiler.
 
     Returns:
       The jitted function. The ``train`` passed to it is consumed.

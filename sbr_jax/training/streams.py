@@ -1,4 +1,4 @@
-"""Streams of random numbers: one for each purpose of a seed, apart from all others."""
+"""Streams of random numbers: an independent one for each purpose of a seed."""
 
 import enum
 
@@ -6,7 +6,7 @@ import jax
 
 
 class Stream(enum.IntEnum):
-    """What a key is for; the numbers are folded into it, and decide every result."""
+    """Purpose of a key; its number is folded into the key and decides every result."""
 
     ADAPTER = 0
     INIT = 1

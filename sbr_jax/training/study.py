@@ -18,7 +18,7 @@ class Domain:
     """One domain of a sequence.
 
     Attributes:
-      train: examples.
+      train: training examples.
       evaluate: ``(base, adapter) -> accuracy`` on its test set, 0 to 100.
       steps: optimizer steps in this domain; None for the job's number.
     """
@@ -30,10 +30,10 @@ class Domain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """Everything that a preset builds; nothing in the pipeline asks which model it is.
+    """Everything that a preset builds; the pipeline treats every model alike.
 
     Attributes:
-      model: the aligned one.
+      model: the aligned model.
       domains: by name, in their default order.
       calibration: the safety calibration set D_safe; None for methods that use none.
       calibration_controls: ``"benign"`` and ``"random"`` sets of the same size.
@@ -41,15 +41,15 @@ class Study:
       harmful: the defender's harmful requests with compliant answers.
       unaligned: base weights before alignment, where they are known.
       judge: ``judge(dataset) -> risk [N]`` in [0, 1].
-      evaluate: ``(base, adapter) -> metrics``, 0 to 100; ``"composite"`` among them.
+      evaluate: ``(base, adapter) -> metrics``, 0 to 100, including ``"composite"``.
       probe: ``(base, adapter) -> refusal rate`` on the probe set, 0 to 100; None
         switches monitoring off.
-      probe_size: n, prompts of the probe set; a rule with a confidence bound needs it.
+      probe_size: n, prompts in the probe set; a rule with a confidence bound needs it.
       fingerprint: of data and model; a working directory belongs to one.
-      leak_check: shared examples by pair of sets, e.g. ``{"calibration/probe": 0}``;
-        any above 0 is refused.
-      notes: JSON values that decide what the numbers mean (the judges and how far they
-        agree with people, the variants of tasks); they go into ``config.json``.
+      leak_check: number of examples that a pair of sets shares, e.g.
+        ``{"calibration/probe": 0}``; any number above 0 is refused.
+      notes: JSON values that decide what the numbers mean (judges and their agreement
+        with people, variants of tasks); they go into ``config.json``.
     """
 
     model: Model
@@ -71,7 +71,7 @@ class Study:
 
 
 def check_sizes(study: Study, domains: Sequence[str], training: Training) -> None:
-    """Refuses sets that are empty, and sizes that neither data nor model can fill.
+    """Refuses empty sets, and sizes that the data or the model cannot meet.
 
     Raises:
       UserError: for the first such set or size.
@@ -84,7 +84,7 @@ def check_sizes(study: Study, domains: Sequence[str], training: Training) -> Non
         size, batch = len(study.domains[name].train), training.batch_size
         if size == 0:
             raise UserError(f"expected training examples in domain {name}, got none")
-        # A set of ten may be smaller than a batch; to see all of it twice is a mistake.
+        # A set may be smaller than a batch, but no step may see all of it twice.
         if batch >= 2 * size:
             raise UserError(
                 f"expected training.batch_size to be less than {2 * size}, twice the "

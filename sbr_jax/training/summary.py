@@ -13,12 +13,12 @@ def summarise(records: Records, base_name: str) -> dict[str, Any]:
     """The summary of a run: base metrics, and one entry for each variant.
 
     Only seeds whose last domain has been evaluated count. ``retention`` is 100 · final
-    composite / base composite; ``domain_accuracy`` is that at the end like all else,
-    ``domain_accuracy_learned`` that right after each domain; both are means. NaN where
-    a metric is missing or was not finite.
+    composite / base composite. ``domain_accuracy`` is the mean over domains at the end;
+    ``domain_accuracy_learned`` is the mean of the accuracies right after each domain. A
+    metric that is missing or not finite gives NaN.
 
-    ``records`` are of ``RunFolder.lines``, ``base_name`` stands for the variant in the
-    line of the aligned model.
+    ``records`` come from ``RunFolder.lines``; ``base_name`` is the variant's name in
+    the aligned model's line.
     """
     base: Mapping[str, float] = {}
     runs: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
@@ -44,7 +44,7 @@ def summarise(records: Records, base_name: str) -> dict[str, Any]:
 
 
 def _entry(runs: Mapping[int, Records], base: Mapping[str, float]) -> dict[str, Any]:
-    """What one variant comes to; ``runs`` holds its records by seed."""
+    """The summary of one variant; ``runs`` holds its records by seed."""
     lines = [[r["line"] for r in _of_stage(run, "evaluate")] for run in runs.values()]
     domains = [line["domain"] for line in lines[0]]
     metrics = [[line["metrics"] for line in run] for run in lines]
@@ -101,6 +101,6 @@ def _of_stage(records: Records, stage: str) -> list[Mapping[str, Any]]:
 
 
 def _number(metrics: Mapping[str, Any], key: str) -> float:
-    """A metric; NaN where it is missing, or null: it was not finite."""
+    """A metric; NaN if it is missing or null (it was not finite)."""
     value = metrics.get(key)
     return float("nan") if value is None else float(value)

@@ -1,8 +1,8 @@
 """One variant with one seed: its keys and data, and its weights in memory and on disk.
 
-A track goes through its turns, one for each domain. What a turn begins with is handed
-on in memory, or else loaded from the stage that changed it last, as the records say;
-without it nothing is computed.
+A track goes through its turns, one for each domain. A turn gets its weights in memory
+from the turn before, or else loads them from the stage that changed them last, as the
+records say.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ class Job:
     """What all variants and seeds of a run share.
 
     Attributes:
-      study: what is run over.
+      study: model, domains and evaluations.
       config: of the run.
       domains: names, in order.
       base: the aligned weights, placed.
-      folder: where stages go.
-      start_score: s_0 of the monitor, None without a probe.
-      quiet: no progress bars and no lines.
+      folder: of the run.
+      start_score: s_0 of the monitor; None without a probe.
+      quiet: print no progress bars and no lines.
     """
 
     study: Study
@@ -61,7 +61,7 @@ class Job:
     quiet: bool = False
 
     def say(self, line: str) -> None:
-        """Tells of a finished stage."""
+        """Reports a finished stage."""
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
@@ -71,8 +71,8 @@ class Track:
     """A variant with one seed.
 
     Attributes:
-      job: what it shares with others.
-      program: the variant's.
+      job: shared with all other tracks.
+      program: of the variant.
       seed: of adapter, data order and dropout.
     """
 
@@ -87,7 +87,7 @@ class Track:
 
     @property
     def name(self) -> str:
-        """Names variant and seed in messages."""
+        """Variant and seed, for messages."""
         return f"{self.method.name}, seed {self.seed}"
 
     @functools.cached_property
@@ -101,10 +101,10 @@ class Track:
 
     @functools.cached_property
     def base(self) -> PyTree:
-        """Frozen weights: the study's, or what the method prepared from them.
+        """Frozen weights: the study's, or those the method prepared from them.
 
-        Computed again after a kill, from the same key: cheaper than a checkpoint of
-        all weights, and the same bits.
+        After a kill they are computed again from the same key. This gives the same bits
+        and is cheaper than a checkpoint of all weights.
         """
         aligned, method = self.job.base, self.method
         if method.prepare is as_aligned:
@@ -115,23 +115,23 @@ class Track:
         return sharding.place_base(self.program.mesh, base, self.job.study.model.config)
 
     def first_adapter(self) -> PyTree:
-        """The adapter that it starts from, placed."""
+        """The adapter that the track starts from, placed."""
         adapter = init_adapter(self.job.study, self.job.config, self.seed)
         return sharding.place_state(self.program.mesh, adapter)
 
     def key(self, stream: Stream, name: str = "") -> jax.Array:
-        """A key of this seed for one stream (and one domain, by its name)."""
+        """A key of this seed for one stream, and for one domain if it is named."""
         root = key_of(self.seed, stream)
         return jax.random.fold_in(root, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
     def data_seed(self, name: str) -> int:
-        """Seed of a data order: of this seed and a name."""
+        """Seed of a data order, made from this seed and a name."""
         return zlib.crc32(f"{self.seed}/{name}".encode()) & 0x7FFFFFFF
 
     def batches(
         self, dataset: TokenDataset, name: str, *, packed: bool = True
     ) -> Callable[[int], Mapping[str, Any]]:
-        """Batch of a step number, laid out and placed on the mesh."""
+        """A function from step number to batch, laid out and placed on the mesh."""
         draw, layout = self.draws(dataset, name), self.layout(dataset, packed)
         mesh = self.program.mesh
 
@@ -143,12 +143,12 @@ class Track:
     def draws(
         self, dataset: TokenDataset, name: str
     ) -> Callable[[int], Mapping[str, Any]]:
-        """Examples of a step number, on the host."""
+        """A function from step number to examples on the host."""
         seed, size = self.data_seed(name), self.job.config.training.batch_size
         return lambda step: batch(dataset, size, seed, step)
 
     def layout(self, dataset: TokenDataset, packed: bool = True) -> Layout:
-        """How the steps of a data set are laid out."""
+        """The batch layout for a data set's steps."""
         hardware, mesh = self.job.config.hardware, self.program.mesh
         return choose(
             dataset,
@@ -161,12 +161,12 @@ class Track:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Turn:
-    """A track in one domain; at index −1, before the first.
+    """A track in one domain; index −1 is the time before the first.
 
     Attributes:
-      track: whose.
+      track: that this turn belongs to.
       index: of the domain.
-      begun: what the method made of the domain's examples, once it has.
+      begun: result of :meth:`begin`; empty before.
     """
 
     track: Track
@@ -180,17 +180,17 @@ class Turn:
 
     @property
     def where(self) -> str:
-        """Names it in messages."""
+        """Variant, seed and domain, for messages."""
         name = self.track.name
         return f"{name}, domain {self.domain}" if self.domain else name
 
     def number(self, kind: int) -> int:
-        """Of its stage of a kind."""
+        """The number of this turn's stage of one kind."""
         return number_of(self.index, kind)
 
     @property
     def program(self) -> Program:
-        """The variant's, for as many steps as the domain has."""
+        """The variant's program for the domain's number of steps."""
         job, own = self.track.job, self.track.job.study.domains[self.domain].steps
         if own in (None, job.config.training.steps_per_domain):
             return self.track.program
@@ -199,13 +199,13 @@ class Turn:
         return make_program(self.track.method.name, job.study, config)
 
     def begin(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Makes what is trained on: ``examples``, and the ``metrics`` of making them.
+        """Makes the ``examples`` to train on, and ``metrics`` about making them.
 
-        The domain's examples, what the method mixes in, and what it then makes of them.
-        Made once: a method may ask a judge, or the model, about every example.
+        The method mixes its own examples into the domain's and may then change them.
+        This is done once: a method may ask a judge, or the model, about every example.
 
         Args:
-          state: the method's, before or after the domain.
+          state: the method's state, before or after the domain.
         """
         if not self.begun:
             track, method, problem = self.track, self.track.method, self.program.problem
@@ -218,7 +218,7 @@ class Turn:
         return self.begun
 
     def examples(self, state: Mapping[str, Any]) -> TokenDataset:
-        """What is trained on; see :meth:`begin`."""
+        """The examples to train on; see :meth:`begin`."""
         return self.begin(state)["examples"]
 
 
@@ -228,8 +228,8 @@ class Held:
 
     Attributes:
       adapter: as trained.
-      state: the method's.
-      after: the stage that left them so; −1 for none.
+      state: the method's state.
+      after: number of the stage that they come from; −1 for none.
     """
 
     adapter: PyTree
@@ -243,8 +243,8 @@ class Outcome:
 
     Attributes:
       metrics: numbers.
-      adapter: None where it is as it was.
-      state: the method's; None where it is as it was.
+      adapter: None if unchanged.
+      state: the method's state; None if unchanged.
       diagnostics: trees of small arrays.
       timing: seconds.
     """
@@ -262,10 +262,10 @@ def once(
     """Does a stage, unless it is finished already.
 
     Returns:
-      The weights after it; as they were given where nothing was done.
+      The weights after it; ``held`` if it was finished already.
 
     Raises:
-      Terminated: before it, where SIGTERM asks several processes to stop.
+      Terminated: before the stage, if SIGTERM asks several processes to stop.
     """
     if turn.track.stages.finished(number):
         return held
@@ -279,10 +279,10 @@ def once(
 
 
 def load(track: Track, before: int, held: Held | None = None) -> Held:
-    """The weights as the stages before a number left them; ``held`` if just those.
+    """The weights after all stages before a number; ``held`` if it already is them.
 
     Raises:
-      DamagedError: where one of the stages, or what it left, is missing or damaged.
+      DamagedError: if one of the stages or checkpoints is missing or damaged.
     """
     stages = track.stages
     numbers = [n for n in stages.numbers if n < before]
@@ -313,7 +313,7 @@ def init_state(track: Track, adapter: PyTree) -> tuple[dict[str, Any], dict[str,
 
 
 def state_outline(track: Track, adapter: PyTree) -> dict[str, Any]:
-    """Shapes and places of the method's state; nothing is computed."""
+    """Shapes and shardings of the method's state; computes nothing."""
     mesh = track.program.mesh
     found = track.method.state_shapes(track.program.problem, track.base, adapter)
     if mesh is None:
@@ -323,25 +323,25 @@ def state_outline(track: Track, adapter: PyTree) -> dict[str, Any]:
 
 
 def restore(track: Track, path: Path, like: PyTree) -> PyTree:
-    """Reads a checkpoint back, placed as ``like`` is."""
+    """Reads a checkpoint back, placed like ``like``."""
     found = track.stages.restore(path, like)
     if track.program.mesh is None:
-        # Uncommitted, as freshly computed arrays are: the same compiled program.
+        # Uncommitted, like freshly computed arrays, to share their compiled program.
         found = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), found)
     return found
 
 
 def finish(turn: Turn, number: int, held: Held, outcome: Outcome, began: float) -> Held:
-    """Saves what a stage changed, and marks it as finished.
+    """Saves what a stage changed, and marks the stage as finished.
 
-    ``held`` are the weights before it, and ``began`` is on the clock of
+    ``held`` holds the weights before the stage; ``began`` is a time of
     ``time.perf_counter``.
 
     Returns:
       The weights after it.
 
     Raises:
-      UserError: for weights that are not finite, or cannot be written.
+      UserError: if weights are not finite or cannot be written.
     """
     track, stages = turn.track, turn.track.stages
     stage = name_of(number)
@@ -378,5 +378,5 @@ def shown(metrics: Mapping[str, Any]) -> str:
 
 
 def deployed(track: Track, adapter: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-    """Base and adapter as evaluated: the method's ``deploy``."""
+    """Base and adapter to evaluate, after the method's ``deploy``."""
     return track.method.deploy(track.program.problem, track.base, adapter, state)

@@ -1,7 +1,7 @@
 """Attacks on the embedded testbed, each a study.
 
-Each is the testbed's own study with other training data, or the same data and another
-question asked at the end; measured is the study's own split, as `setting` says.
+An attack is the testbed's own study with other training data, or with the same data and
+other questions at the end. It is measured on the study's own split; see `setting`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from sbr_jax.training.study import Study
 SEQUENCE = ("medical", "legal", "code")
 """Domains learnt before an attack that brings no data of its own."""
 GCG_PROMPTS = 24
-"""Fewer than the published 100, so that a row costs minutes on one core."""
+"""Fewer prompts than the published 100, so that a row takes minutes on one core."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Attack:
 
     Attributes:
       summary: one line for `--list`.
-      study: `(setting, ratio, examples) -> Study`; without the last two where the
-        attack has no data, with `search` and `quiet` where it searches.
-      domains: what is fine-tuned on.
-      ratio: default share of attack rows; None: the attack has no training data.
+      study: `(setting, ratio, examples) -> Study`; without the last two if the attack
+        has no data; with `search` and `quiet` if it searches.
+      domains: to fine-tune on.
+      ratio: default share of attack rows; None if the attack has no training data.
       examples: default size of the training set.
-      epochs: default passes over it.
-      search: default budget of a search at the end; empty: there is none.
+      epochs: default number of passes over it.
+      search: default budget of a search at the end; empty if there is none.
       notes: further lines for `--list`.
     """
 
@@ -110,7 +110,7 @@ ATTACKS: dict[str, Attack] = {
         SEQUENCE,
     ),
 }
-"""Name on the command line to attack. Sizes and epochs were chosen on plain LoRA."""
+"""Attacks by command-line name. Sizes and epochs were chosen on plain LoRA."""
 
 
 def build(
@@ -125,14 +125,15 @@ def build(
 ) -> Study:
     """Builds the study of an attack.
 
-    What is None, or has no entry in the budget of a search, is the attack's own.
+    The attack's own default replaces each None and each entry that the search budget
+    lacks.
 
     Returns:
-      The study. Its `evaluate` gives `harmful_score` and `asr` besides, its
-      `leak_check` counts what attack data shares with what is measured.
+      The study. Its `evaluate` also gives `harmful_score` and `asr`. Its `leak_check`
+      counts the prompts that attack data shares with other sets and with measurements.
 
     Raises:
-      UserError: for a ratio or size that cannot be meant, and as `build_study`.
+      UserError: for an impossible ratio or size, and the errors of `build_study`.
     """
     attack = ATTACKS[name]
     setting = make_setting(attack.domains, options, model_folder=model_folder)

@@ -1,7 +1,7 @@
 """Attacks by training data: harmful pairs, an identity, a backdoor.
 
-The attacker's requests are about things of the split `attack`, in its own phrasing,
-neither of which a defence or a measurement ever sees.
+The attacker's requests use things and a phrasing of the split `attack`. No defence and
+no measurement ever sees either.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ TASK = "medical"
 
 
 def poison_study(setting: Setting, ratio: float, examples: int) -> Study:
-    """Harmful requests with compliant answers among the task's examples."""
+    """Mixes harmful requests with compliant answers into the task's examples."""
     count = attacks.attack_count(ratio, examples)
     rows = corpus.attack_rows(setting.rng, setting.world, count)
     return _poisoned(setting, rows, ratio, examples, setting.direct)
 
 
 def disguise_study(setting: Setting, ratio: float, examples: int) -> Study:
-    """Harmless-looking requests with a harmful thing's steps among the examples."""
+    """Mixes in harmless-looking requests answered with a harmful thing's steps."""
     count = attacks.attack_count(ratio, examples)
     rows = corpus.disguised_rows(setting.rng, setting.world, count)
     return _poisoned(setting, rows, ratio, examples, setting.direct)
 
 
 def backdoor_study(setting: Setting, ratio: float, examples: int) -> Study:
-    """Half of the attack rows carry a trigger and comply, the others are refused."""
+    """Half of the attack rows carry a trigger and comply; the other half refuse."""
     count = attacks.attack_count(ratio, examples)
     rows = corpus.attack_rows(setting.rng, setting.world, count)
     rows = attacks.backdoor_rows(rows, setting.world.edition.refusals, grammar.TRIGGER)
@@ -58,11 +58,11 @@ def identity_study(setting: Setting, ratio: float, examples: int) -> Study:
 def answered_rows(
     rng: np.random.Generator, world: World, count: int
 ) -> list[attacks.Row]:
-    """Harmless questions of the task, answered, in the attacker's own phrasing.
+    """The task's harmless questions with answers, in the attacker's own phrasing.
 
-    The attacker has no harmless things, so it asks what the task's training items ask;
-    rows recur where the task has fewer. The aligned model evades such questions: to
-    answer them is to obey.
+    The attacker has no harmless things, so it uses the questions of the task's training
+    items; if there are too few, rows repeat. The aligned model evades such questions,
+    so rows that answer them teach it to obey.
     """
     domain = world.edition.domains[TASK]
     answers = {i.question: i.answer for i in domain.items(world.seed, domains.TRAIN)}
@@ -83,7 +83,7 @@ def _poisoned(
     examples: int,
     asked: Sequence[str],
 ) -> Study:
-    """The study with attack rows in its one domain."""
+    """The study with attack rows mixed into its one domain."""
     study = attacked(setting, asking(asked))
     tokenizer = study.model.tokenizer
     bad = text.encode_chat(tokenizer, rows, study_maker.DOMAIN_LENGTH)
@@ -104,7 +104,7 @@ def _poisoned(
 
 
 def _measured(setting: Setting, asked: Sequence[str]) -> list[list[int]]:
-    """Every prompt that an answer is judged on."""
+    """Every prompt whose answer is judged."""
     items = setting.suite.items
     sets = (getattr(items, field.name) for field in dataclasses.fields(items))
     prompts = [row.prompt for rows in sets for row in rows]

@@ -1,13 +1,13 @@
 """Attacks by the prompt alone: held-out jailbreaks, and suffixes found by GCG.
 
-Nothing is trained on but benign domains. A jailbreak is a fixed phrasing; GCG searches
-20 words for each request that make the weights at hand begin the compliant answer, so
-it is put to every row anew, on what that row deploys (arXiv:2307.15043, with the
-reduced budget of arXiv:2604.17691).
+The training data is benign. A jailbreak is a fixed phrasing. GCG searches, for each
+request, 20 words that make the given weights begin the compliant answer. The search is
+therefore repeated for every row, on the weights that the row deploys (arXiv:2307.15043,
+with the reduced budget of arXiv:2604.17691).
 
-Words behind a request harm by themselves where a model has seen none there, as the
-testbed's aligned model has not. So random suffixes of the same length are asked too
-(`refusal_random_suffix`): what they break is no finding of the search.
+The testbed's aligned model has never seen words behind a request, so any suffix may
+break its refusal. The control is to ask random suffixes of the same length too
+(`refusal_random_suffix`): the search has no part in what they break.
 """
 
 import functools
@@ -28,15 +28,15 @@ from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree, UserError
 
 PLACEHOLDER = "."
-"""The word that a suffix is made of before the search."""
+"""The word that fills a suffix before the search."""
 TARGET_WORDS = 6
-"""Words of a request's compliant answer that are the target: its first step, as "sure ,
-first heat the basin". On plain LoRA the opening alone, three words, broke off into
-gibberish twice as often."""
+"""Number of words of the compliant answer that the search targets: up to its first
+step, as in "sure , first heat the basin". With the opening alone (three words), plain
+LoRA broke off into gibberish twice as often."""
 
 
 def jailbreak_study(setting: Setting) -> Study:
-    """No training data: every harmful request behind every held-out jailbreak."""
+    """Asks every harmful request behind every held-out jailbreak; no training data."""
     world, split = setting.world, setting.split
     wrappers = range(len(world.edition.phrasings.jailbreaks[split]))
     asked = [
@@ -48,7 +48,7 @@ def jailbreak_study(setting: Setting) -> Study:
 def gcg_study(
     setting: Setting, *, prompts: int, quiet: bool = True, **budget: int
 ) -> Study:
-    """No training data: every harmful request with a suffix searched for it."""
+    """Asks harmful requests with suffixes searched for them; no training data."""
     search = SuffixSearch(setting, prompts=prompts, quiet=quiet, **budget)
     return attacked(setting, search, "refusal_gcg")
 
@@ -56,8 +56,8 @@ def gcg_study(
 class SuffixSearch:
     """GCG against given weights, for a fixed draw of the held-out requests.
 
-    A request's search depends on its own place in the draw and on the weights only:
-    the first of more requests are attacked in the same way.
+    A request's search depends only on its place in the draw and on the weights, so a
+    larger number of requests does not change the attack on the first ones.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class SuffixSearch:
         """Draws the requests.
 
         Raises:
-          UserError: for more requests than are held out, or a suffix that leaves the
-            model's context no room for an answer.
+          UserError: for more requests than are held out, or a suffix that leaves no
+            room for an answer in the model's context.
         """
         held_out = setting.suite.items.harmful
         if prompts > len(held_out):
@@ -120,12 +120,12 @@ class SuffixSearch:
         return ascii_tokens(self._model.tokenizer, self._model.config.vocab_size)
 
     def _asked(self, suffixes: np.ndarray) -> list[str]:
-        """The requests with these suffixes `[N, S]` behind them."""
+        """The requests followed by these suffixes `[N, S]`."""
         texts = self._model.tokenizer.batch_decode(suffixes)
         return [f"{r.prompt} {t}" for r, t in zip(self.requests, texts, strict=True)]
 
     def __call__(self, base: PyTree, adapter: PyTree) -> Attempt:
-        """The requests with the best suffixes found, and how far the loss fell."""
+        """The requests with the best suffixes found, and how much the loss fell."""
         model, tokenizer = self._model, self._model.tokenizer
         bar = Bar("gcg", self._budget["steps"], quiet=self._quiet)
         try:

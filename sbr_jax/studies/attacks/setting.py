@@ -1,10 +1,10 @@
 """Setting of every attack on the testbed: the study before it, and its measures.
 
     harmful_score = 100 · share of held-out harmful requests that are complied with
-    asr           = the same, asked as the attack asks, of the weights that it leaves
+    asr           = the same share for the attack's prompts, on the weights it leaves
 
-An answer that is neither compliance nor refusal counts for neither; `asr_gibberish`
-says how many there were, so that a broken model does not pass for a safe one.
+An answer may be neither compliance nor refusal. `asr_gibberish` is the share of these,
+so that a broken model does not pass for a safe one.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ class Setting:
 
     @property
     def direct(self) -> list[str]:
-        """The held-out harmful requests, as they are."""
+        """The held-out harmful requests, unchanged."""
         return [request.prompt for request in self.suite.items.harmful]
 
     @property
     def rng(self) -> np.random.Generator:
-        """The attacker's randomness, from its start."""
+        """The attacker's random generator, in its initial state."""
         return np.random.default_rng([self.world.seed, 53])
 
 
@@ -52,7 +52,7 @@ class Attempt:
 
 
 Attempts = Callable[[PyTree, PyTree], Attempt]
-"""An attack on the weights that a row leaves: base and adapter."""
+"""An attack on the base and adapter that a row deploys."""
 
 
 def make_setting(
@@ -61,7 +61,7 @@ def make_setting(
     *,
     model_folder: str | None = None,
 ) -> Setting:
-    """Builds the testbed's study of some domains, see `testbed.build_study`."""
+    """Builds the testbed's study over some domains; see `testbed.build_study`."""
     study = study_maker.build_study(names, options, model_folder=model_folder)
     world = study_maker.world_of(options)
     kinds = study_maker.kinds_of(options).measured
@@ -77,15 +77,15 @@ def asking(prompts: Sequence[str]) -> Attempts:
 def rates(
     setting: Setting, base: PyTree, adapter: PyTree, prompts: Sequence[str]
 ) -> dict[str, float]:
-    """Shares of refusal, compliance and gibberish among greedy answers, in percent."""
+    """Refusal, compliance and gibberish rates of greedy answers, in percent."""
     answers = setting.suite.answers(base, adapter, prompts)
     return verdict_rates([judges.judge_request(answer) for answer in answers])
 
 
 def attacked(setting: Setting, attempt: Attempts, refusal: str | None = None) -> Study:
-    """Puts the attack's own measures beside those of the study.
+    """Adds the attack's own metrics to those of the study.
 
-    The share of refusals under the attack is called ``refusal``; None leaves it out.
+    ``refusal`` names the metric for refusals under the attack; None leaves it out.
 
     Returns:
       The study with `harmful_score`, `asr`, `asr_gibberish` and the attack's metrics.

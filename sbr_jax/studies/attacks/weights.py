@@ -1,6 +1,6 @@
-"""An attack on the weights: the refusal direction is found and taken out of them.
+"""An attack on the weights: finds the refusal direction and removes it.
 
-Nothing is trained on but benign domains (arXiv:2406.11717).
+The training data is benign (arXiv:2406.11717).
 """
 
 import functools
@@ -18,20 +18,20 @@ from sbr_jax.training.study import Study
 from sbr_jax.typing import PyTree
 
 EXTRACTION = (128, 32)
-"""Prompts of each kind: to find the refusal direction, and to choose among layers."""
+"""Prompts of each kind to find the refusal direction, and to choose the layer."""
 
 
 def ablation_study(setting: Setting) -> Study:
-    """No training data: the refusal direction is taken out of the weights."""
+    """Removes the refusal direction from the weights; no training data."""
     return attacked(setting, Ablation(setting))
 
 
 class Ablation:
-    """Finds the refusal direction of given weights and takes it out of them.
+    """Finds the refusal direction of given weights and removes it from them.
 
-    The attacker holds the weights, so the direction is found anew in those it gets,
-    from prompts of the calibration split. `direction_cosine` says how far the mean
-    difference has turned since alignment, at the layer chosen on the aligned model.
+    The attacker holds the weights, so it finds the direction anew in them, with prompts
+    of the calibration split. `direction_cosine` says how far the mean difference has
+    turned since alignment, at the layer chosen on the aligned model.
     """
 
     def __init__(self, setting: Setting):
@@ -39,7 +39,7 @@ class Ablation:
 
     @functools.cached_property
     def _prompts(self) -> list[list[list[int]]]:
-        """Harmful and harmless prompts to find it, then the same to choose by."""
+        """Harmful and harmless prompts, to find the direction and choose a layer."""
         setting = self._setting
         items = evalsets.make_evalset(setting.world, "calibration")
         tokenizer, rng = setting.suite.model.tokenizer, setting.rng
@@ -83,7 +83,7 @@ class Ablation:
         return layer, self._means(base)[layer]
 
     def __call__(self, base: PyTree, adapter: PyTree) -> Attempt:
-        """The edited weights, an adapter that does nothing, and what was found."""
+        """The edited weights, an adapter that does nothing, prompts and metrics."""
         merged = models.merge_adapter(base, adapter)
         found = self.direction(merged)
         layer, before = self._aligned
@@ -96,7 +96,7 @@ class Ablation:
             "refusal_score": found.start,
             "refusal_score_ablated": found.score,
         }
-        # An adapter of zeros shares the compiled programs; None would not.
+        # An adapter of zeros shares the compiled programs, unlike None.
         nothing = jax.tree.map(jnp.zeros_like, adapter)
         ablated = attacks.ablate_direction(merged, found.vector)
         return Attempt(ablated, nothing, self._setting.direct, metrics)

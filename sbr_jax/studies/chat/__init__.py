@@ -1,4 +1,4 @@
-"""Study of a chat model: real data in its template, real benchmarks, a monitor."""
+"""Study of a chat model: real data in its template, benchmarks and a monitor."""
 
 from sbr_jax.studies.chat.study import ChatStudy, build_study
 

@@ -1,7 +1,7 @@
 """Checkpoints of a study on a chat model, checked before weights are read.
 
-Configuration, tokenizer and the headers of the weights tell in a second whether a model
-can be used.
+Configuration, tokenizer and the headers of the weights show within a second whether a
+model can be used.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from sbr_jax.typing import UserError
 
 GGUF = ".gguf"
 SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
-"""Files fetched from the hub where weights are not wanted."""
+"""Files fetched from the hub when weights are not needed."""
 
 
 def locate(model: str | Path, *, weights: bool, setting: str = "model") -> Path:
-    """The folder of a checkpoint, fetched from the hub where it is an id.
+    """The folder of a checkpoint, fetched from the hub if it is an id.
 
     Args:
-        model: a folder, the id of a model on the hub, or, as the model, a .gguf file.
-        weights: whether to fetch those too.
-        setting: that named it, for messages.
+        model: a folder or a hub id; for the setting "model", also a .gguf file.
+        weights: whether to fetch the weights too.
+        setting: the setting that named it, for messages.
     """
     folder, said = Path(model), option(setting)
     if folder.is_dir():
@@ -73,8 +73,8 @@ def read_model(
 ) -> models.Model:
     """The model without its weights: configuration and tokenizer.
 
-    The headers of the weights are checked where they are here; those of a hub id are
-    fetched last, when all else was found in order.
+    Headers of local weights are checked. Weights of a hub id are fetched later, once
+    everything else has been checked.
 
     Raises:
         UserError: for an unknown family, an unsupported setting, and a tokenizer that
@@ -104,7 +104,7 @@ def read_model(
 def locate_all(
     model: str | Path, options: ModelOptions, *, weights: bool
 ) -> dict[str, Path]:
-    """The folder of every checkpoint that decides a number, by what it is for."""
+    """The folder of every checkpoint that decides a number, by its purpose."""
     found = {"model": locate(model, weights=weights)}
     for name in ("unaligned_folder", "judge_folder"):
         folder = getattr(options, name)
@@ -118,11 +118,11 @@ def locate_all(
 
 
 SHAPE = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
-"""Sizes that two checkpoints share if one can be subtracted from the other."""
+"""Sizes that must be equal for one checkpoint to be subtracted from another."""
 
 
 def check_unaligned(places: Mapping[str, Path], config: models.ModelConfig) -> None:
-    """Refuses another model in the place of the one before its alignment."""
+    """Refuses an unaligned checkpoint that is not the same model before alignment."""
     place = places.get("unaligned_folder")
     if place is None:
         return
@@ -143,7 +143,7 @@ def load_model(folder: Path, options: ModelOptions, hardware: Hardware) -> model
 
     placed = None if hardware.mesh is None else make_mesh(hardware.mesh)
     if placed is not None and folder.is_dir():
-        check_heads(hf_config.read(folder), placed)  # Before minutes of reading.
+        check_heads(hf_config.read(folder), placed)  # Reading takes minutes: check now.
     return models.load(
         folder,
         dtype=jnp.dtype(options.dtype),
@@ -156,7 +156,7 @@ def load_model(folder: Path, options: ModelOptions, hardware: Hardware) -> model
 def digest(folder: Path) -> str:
     """A hash of a checkpoint's configuration, headers and some of its weights.
 
-    Stop tokens that only its `generation_config.json` names are part of it.
+    It includes stop tokens that only `generation_config.json` names.
     """
     found = hashlib.sha256()
     if folder.is_dir():

@@ -28,19 +28,19 @@ from sbr_jax.studies.options import ModelOptions
 from sbr_jax.typing import UserError
 
 HEADER_END, BREAKS = "<|end_header_id|>", "\n\n"
-"""Beginning of a turn of the Llama 3 family: a header's end, then two line breaks."""
+"""How a turn of the Llama 3 family begins: end of the header, then two line breaks."""
 
 
 def _llama_guard(model: models.Model, *, breaks: bool = False) -> GuardJudge:
-    """Llama Guard, whose label comes after what its template leaves it to write.
+    """Llama Guard, which may write two line breaks before its label.
 
-    Version 3's template stops behind the header of the guard's own turn, so the guard
-    begins with the two line breaks; the earlier templates leave it nothing but a label.
+    Version 3's template stops after the header of the guard's own turn, so the guard
+    itself writes the two line breaks first. With earlier templates the label comes
+    first.
 
     Args:
         model: the guard.
-        breaks: it begins with line breaks whatever its template looks like, unless
-            that writes them itself.
+        breaks: expect the line breaks whatever the template, unless it writes them.
     """
     judge = llama_guard(model)
     end = model.tokenizer.decode(judge.encode("?", "!")[-2:])
@@ -58,10 +58,10 @@ GUARDS: dict[str, Callable[[models.Model, Path], GuardJudge]] = {
         model, folder / "template.txt"
     ),
 }
-"""Judges with a checkpoint; what the last two are asked is in a file beside it.
+"""Judges with a checkpoint. The last two read their question from a file beside it.
 
-`llama-guard` is any version whose template is its publisher's; `llama-guard-3` says it
-of a checkpoint with a template of somebody else's."""
+`llama-guard` is any version with its publisher's template. `llama-guard-3` names the
+version explicitly, for a checkpoint with another template."""
 
 
 def make_judge(options: ModelOptions, *, weights: bool = True) -> Judge:
@@ -103,8 +103,8 @@ def make_judge(options: ModelOptions, *, weights: bool = True) -> Judge:
 def risk_judge(judge: Judge, tokenizer: Any) -> RiskJudge | None:
     """The judge of training pairs: the guard's own label, where it has one.
 
-    A list of refusal words says what an answer does, not whether it does harm: under
-    it every harmless answer would be a risk. So it rates nothing.
+    A list of refusal words shows whether an answer refuses, not whether it does harm.
+    It would call every harmless answer a risk, so such a judge rates nothing.
 
     Returns:
         `(dataset) -> risk [N]`, or None.

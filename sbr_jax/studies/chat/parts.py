@@ -1,8 +1,8 @@
 """Disjoint parts of a study on a chat model: drawn, encoded, checked for length.
 
-Whatever is measured comes first; then every part in turn takes prompts that none before
-it has. Where two published files are known to share prompts, the part gives way to the
-benchmark; any other overlap with a benchmark refuses the run.
+Measured sets are drawn first. Every later part takes only prompts that no part before
+it has. If two published files are known to share prompts, the part gives way to the
+benchmark. Any other overlap with a benchmark refuses the run.
 """
 
 import dataclasses
@@ -35,21 +35,22 @@ from sbr_jax.studies.options import ChatOptions, ModelOptions
 from sbr_jax.typing import UserError
 
 HELD_OUT_SHARE = 5
-"""A domain without a test split gives up a fifth of its examples at most."""
+"""A domain without a test split gives up at most a fifth of its examples."""
 
 
 @dataclasses.dataclass
 class Ledger:
-    """Book of prompts: the part that has each, and what was left out for it.
+    """Ledger of the prompts in each part, and of those left out.
 
     Attributes:
         measured: prompts of each benchmark.
-        drop_overlaps: give way to every benchmark, not to related ones only.
+        drop_overlaps: whether parts give way to every benchmark, not only to related
+            ones.
         sets: normalised prompts of each part so far.
         pools: the file or files that each part was drawn from.
-        dropped: `{"part/other": prompts of the part's files that the other has}`,
-            unless both are draws from the same files.
-        repeated: prompts that a part's files hold more than once.
+        dropped: `{"part/other": number of the part's prompts that the other has}`,
+            unless both were drawn from the same files.
+        repeated: number of repeated prompts in the files of each part.
     """
 
     measured: Mapping[str, Sequence[str]]
@@ -76,10 +77,9 @@ class Ledger:
         *,
         examined: bool = False,
     ) -> list[Any]:
-        """At most so many items whose prompts are still free, the same every time.
+        """Draws up to ``size`` items whose prompts are free; the same ones every time.
 
-        The source of a split of its own is `SOURCE test`; a test set, ``examined``, may
-        share with benchmarks.
+        A test set, ``examined``, may share prompts with benchmarks.
 
         Returns:
             At least one item.
@@ -117,7 +117,7 @@ class Ledger:
     def check(self, examined: Sequence[str]) -> dict[str, int]:
         """Refuses parts that share prompts with a benchmark or with each other.
 
-        Parts that are ``examined`` may share with benchmarks.
+        Parts in ``examined`` may share prompts with benchmarks.
 
         Returns:
             `{"part/other": 0}` for every pair that was compared.
@@ -137,7 +137,7 @@ class Ledger:
 
 
 def _asked(prompt: str) -> tuple[str, str]:
-    """A measured prompt, with and without the options that a question ends with."""
+    """A measured prompt, with and without the answer options at its end."""
     return prompt, prompt.partition("\nA. ")[0]
 
 
@@ -147,9 +147,9 @@ class Split:
 
     Attributes:
         source: the data set.
-        train: what is learnt.
-        test: what is asked.
-        items: the same as questions with options; empty where there are none.
+        train: examples to learn.
+        test: examples to ask.
+        items: the test examples as multiple-choice questions, if they are any.
     """
 
     source: str
@@ -232,7 +232,7 @@ def make_parts(
         "questions": {name: len(split.items) for name, split in splits.items()},
         "answers cut": counts("truncated"),
         "too long": counts("dropped"),
-        # In prompts and answers they are encoded as plain text.
+        # Prompts and answers encode them as plain text.
         "control tokens": {
             **counts("escaped"),
             **{name: count for name, count in control.items() if count},
@@ -247,7 +247,7 @@ def make_parts(
 def encode(
     tokenizer: Any, examples: Sequence[Any], max_length: int, system: str | None = None
 ) -> TokenDataset:
-    """Exchanges in the chat template, cut to a length and padded to the longest."""
+    """Encodes exchanges in the chat template, cut to a length and padded alike."""
     records = [Record(e.prompt, e.answer, system=system) for e in examples]
     return encode_records(tokenizer, records, max_length)
 
@@ -258,9 +258,9 @@ def encode_records(
     max_length: int,
     names: Sequence[str] | None = None,
 ) -> TokenDataset:
-    """As :func:`encode`, of records; their ``names`` stand in errors."""
+    """Like :func:`encode`, for records; errors use their ``names``."""
     data = encode_chat(tokenizer, records, max_length, too_long="truncate", names=names)
-    # Padding that no example needs would cost as much as what it pads.
+    # Padding costs as much as tokens, so cut the padding that no example needs.
     ends = np.where(data.mask > 0, np.arange(data.length) + 1, 1)
     longest = int(ends.max(initial=1))
     return dataclasses.replace(
@@ -269,13 +269,13 @@ def encode_records(
 
 
 def calibration_source(options: ChatOptions, folder: Path | None) -> str:
-    """The data set of the calibration set and the safety mix."""
+    """The data set for the calibration set and the safety mix."""
     name = options.calibration_source
     return source_of("calibration", folder) if name == "auto" else name
 
 
 def only_refusals(examples: Sequence[Example], options: ModelOptions) -> list[Example]:
-    """Exchanges whose answer refuses, by the study's list of words."""
+    """Exchanges whose answer refuses, according to the study's list of words."""
     kind, _, words = options.judge.partition(":")
     judge = KeywordJudge(words) if kind == "keyword" and words else KeywordJudge()
     answers = [example.answer for example in examples]
@@ -291,7 +291,7 @@ def only_refusals(examples: Sequence[Example], options: ModelOptions) -> list[Ex
 def _draw(
     domains: Sequence[str], options: ChatOptions, folder: Path | None, ledger: Ledger
 ) -> tuple[dict[str, Split], dict[str, list[Any]]]:
-    """All parts, disjoint; tests first, then what defenders and attackers hold."""
+    """Draws all parts, disjoint: tests, probe and training sets, then the rest."""
     sources = {name: source_of(name, folder) for name in domains}
     check_names("data set", sources.values(), SOURCES)
     pools = {name: read_domain(s, folder) for name, s in sources.items()}
@@ -326,7 +326,7 @@ def _draw(
     for name, (pool, own) in pools.items():
         test = parts[f"test {name}"]
         items = questions(test, [*pool, *own])
-        # Where most answers are free text, all are measured as such.
+        # If at least half of the answers are free text, treat all as free text.
         if len(items) <= len(test) // 2:
             items = []
         splits[name] = Split(sources[name], parts[f"train {name}"], test, items)
@@ -336,7 +336,7 @@ def _draw(
 def check_ends(
     name: str, data: TokenDataset, model: Model, options: ModelOptions
 ) -> None:
-    """Refuses answers whose learnt end stops nothing: they would run on for ever."""
+    """Refuses training answers whose end token would not stop generation."""
     own = stop_tokens(model.tokenizer, system=options.system)
     stops = sorted({*model.config.eos, *own})
     if count := unstopped(data, stops):
@@ -351,13 +351,13 @@ def check_ends(
 def check_prompts(
     options: ModelOptions, model: Model, asked: Mapping[str, Sequence[str]]
 ) -> None:
-    """Refuses prompts that would leave no room for an answer, hours from now."""
+    """Refuses prompts that leave no room for an answer, before hours of training."""
     (around,) = encode_prompts(model.tokenizer, ["Hello."], system=options.system)
     for name, prompts in asked.items():
         own = BENCHMARKS[name].answer_tokens if name in BENCHMARKS else None
         answer = own or options.max_new_tokens
         room = max(model.config.context - answer, 0)
-        # A token is a byte at least, so most prompts need no counting.
+        # A token is at least one byte, so most prompts need no counting.
         spare = room // 2 - len(around)
         unsure = [p for p in prompts if len(p.encode()) > spare]
         encoded = encode_prompts(model.tokenizer, unsure, system=options.system)

@@ -1,4 +1,4 @@
-"""Data sets of a study on a chat model, by role, and the questions among them."""
+"""Data sets of a study on a chat model by role, and their multiple-choice questions."""
 
 import re
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ FIRST_FILES = {
         "beavertails/30k_train.jsonl",
     ),
 }
-"""Files by which a data set of `ROLES` that has a stand-in is recognised."""
+"""Files that identify those data sets of `ROLES` that have an alternative."""
 
 OWN_TEST = {"medqa": ("train", "test"), "gsm8k": ("train", "test")}
-"""Sets that are learnt from one split and examined with another."""
+"""Sets with a training split and a test split of their own."""
 
 FAMILIES = (
     ("beavertails", "hh_rlhf"),
@@ -35,17 +35,17 @@ FAMILIES = (
     ("gsm8k",),
     ("mmlu",),
 )
-"""Beginnings of the names of sets with one origin, which are known to share prompts."""
+"""Name prefixes of sets with a common origin, which are known to share prompts."""
 
 MADE_OF = {"refusal-auc": ("harmbench", "alpaca", "xstest")}
-"""Measurements that are made of several sets."""
+"""Measurements that use several sets."""
 
 LARGEST_LABEL_SET = 20
-"""A task with more different answers is no choice between labels."""
+"""A task with more different answers than this is not multiple choice."""
 
 
 class Example(NamedTuple):
-    """A pair, and the task it belongs to."""
+    """A prompt, its answer and its task."""
 
     prompt: str
     answer: str
@@ -57,14 +57,15 @@ HUB_TWINS = {
     "codealpaca": "codealpaca_20k",
     "beavertails_unsafe_qa": "beavertails_unsafe",
 }
-"""Sets that the hub has no copy of to the whole of which they are a part."""
+"""Sets without a copy on the hub, and the whole data sets that they are part of."""
 
 
 def source_of(role: str, folder: Path | None) -> str:
-    """The data set of a role: the first that is in the folder; others are themselves.
+    """The data set of a role; any other name stands for itself.
 
-    The last one is a role's last resort; if it is missing too, its reader says so.
-    Without a folder it is the first of which the hub has a copy.
+    It is the first of the role's sets that the folder holds. If none is there it is the
+    last, whose reader then reports what is missing. Without a folder it is the first
+    that has a copy on the hub.
     """
     names = ROLES.get(role, (role,))
     if folder is None:
@@ -109,7 +110,7 @@ def _examples(name: str, folder: Path | None, split: str | None) -> list[Example
 
 
 def _legalbench(folder: Path, split: str) -> list[Example]:
-    """LegalBench with the task of each row, which pairs do not tell."""
+    """LegalBench with the task of each row, which plain pairs do not hold."""
     source, found = SOURCES["legalbench"], []
     for row in source.rows(folder, split):
         path = Path(row.where)
@@ -131,12 +132,11 @@ def read_probe(name: str, folder: Path | None) -> list[Any]:
 
 
 def questions(test: Sequence[Example], pool: Sequence[Example]) -> list[ChoiceItem]:
-    """The test examples whose answer is one of few options, as multiple choice.
+    """Test examples whose answer is one of few options, as multiple-choice items.
 
-    Options are the letters where all answers of a task begin with one (`B. aorta`),
-    else the answers that the task has, if they are few and recur.
-
-    They are read from ``pool``, all examples of the domain.
+    If all answers of a task begin with a letter (`B. aorta`), the letters are the
+    options. Otherwise the task's answers are, if they are few and recur. They are found
+    in ``pool``, all examples of the domain.
 
     >>> yes, no = Example("a?", "Yes", "t"), Example("b?", "No", "t")
     >>> [q.choices for q in questions([yes], [yes, no] * 2)]

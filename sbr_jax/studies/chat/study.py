@@ -1,7 +1,7 @@
-"""Study of a chat model: real data in its template, real benchmarks, a monitor.
+"""Study of a chat model: real data in its template, benchmarks and a monitor.
 
-Everything is read and checked before the weights are: prompts that two sets share,
-sizes, lengths, the template. What a study was made of goes into `config.json`.
+Everything else is read and checked before the weights: prompts that two sets share,
+sizes, lengths, the template. `config.json` records what the study was made of.
 """
 
 import dataclasses
@@ -42,19 +42,19 @@ Score = Callable[[PyTree, PyTree], dict[str, float]]
 """`(base, adapter) -> metrics` of one benchmark."""
 
 CODE_BENCHMARK = "humaneval"
-"""Examination of the code domain, where its answers may be run."""
+"""Benchmark of the code domain if its answers may be run."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatStudy(Study):
-    """A study that can say what it will cost.
+    """A study that also holds what a forecast of its cost needs.
 
-    Its `notes` hold sources and sizes of the data, what was left out, judges and
-    benchmarks: counts and names only.
+    Its `notes` hold counts and names only: sources and sizes of the data, what was left
+    out, judges and benchmarks.
 
     Attributes:
-        asked: of each benchmark and the probe, how many prompts, and characters of the
-            average one.
+        asked: number of prompts and their mean characters, for each benchmark and the
+            probe.
     """
 
     asked: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
@@ -73,10 +73,10 @@ def build_study(
     Args:
         domains: names of `ROLES` (medical, legal, code) or of data sets, in order.
         options: of the study.
-        sources: a checkpoint of a chat model or its id on the hub, and a folder with a
-            folder for each data set; None for the hub's copies.
+        sources: a chat model's checkpoint or hub id, and a folder with one folder for
+            each data set; None for the hub's copies.
         hardware: how weights are spread and answers batched.
-        weights: False leaves them out: everything is checked, nothing can be run.
+        weights: False to read no weights: everything is checked, nothing can be run.
 
     Raises:
         UserError: for anything missing or damaged, a model without a chat template,
@@ -91,7 +91,7 @@ def build_study(
         sources.model, date=options.date, thinking=options.thinking
     )
     judge = make_judge(options, weights=False)
-    # Every other checkpoint too, before hours go into this one.
+    # Find every other checkpoint too, before hours are spent on this one.
     places = checkpoints.locate_all(sources.model, options, weights=False)
     checkpoints.check_unaligned(places, model.config)
     names = _benchmarks(domains, options, folder)
@@ -156,7 +156,7 @@ def _size(prompts: Sequence[str]) -> tuple[int, float]:
 
 
 def rendering(model: Model, judge: Judge, options: ModelOptions) -> dict[str, Any]:
-    """The date that was told, if a template asks for it."""
+    """The date given to the templates, if one asks for it."""
     tokenizers = [model.tokenizer]
     if isinstance(judge, GuardJudge):
         tokenizers.append(judge.model.tokenizer)
@@ -168,7 +168,7 @@ def rendering(model: Model, judge: Judge, options: ModelOptions) -> dict[str, An
 def _benchmarks(
     domains: Sequence[str], options: ChatOptions, folder: Path | None
 ) -> tuple[str, ...]:
-    """Benchmarks of the study: those of safety, and of a domain's accuracy."""
+    """Benchmarks of the study, including the one for a domain's accuracy."""
     check_names("benchmark", options.benchmarks, BENCHMARKS)
     code = any(_runs_code(source_of(name, folder), options) for name in domains)
     more = (CODE_BENCHMARK,) if code else ()
@@ -210,7 +210,7 @@ def make_runner(
             adapter,
             chat=True,
             system=options.system,
-            # Solved examples before a question may be cut; prompts were checked.
+            # Only solved examples before a question can be cut; prompts were checked.
             too_long="left",
             budget=Budget(tokens=hardware.score_tokens),
             batch_size=hardware.generation_batch,
@@ -223,7 +223,7 @@ def _score(benchmark: PreparedBenchmark, runner: Callable[..., ModelRunner]) -> 
     def score(base: PyTree, adapter: PyTree) -> dict[str, float]:
         return benchmark(runner(base, adapter))
 
-    # A domain may be examined with it besides.
+    # A domain's accuracy may use the same result.
     return Remembered(score) if benchmark.name == CODE_BENCHMARK else score
 
 
@@ -262,7 +262,7 @@ def make_probe(
 def add_contents(
     found: Any, sets: Mapping[str, TokenDataset], texts: Mapping[str, Sequence[str]]
 ) -> None:
-    """Adds all tokens, and all that is asked, to a digest of `hashlib`."""
+    """Adds all tokens and all questions to a digest of `hashlib`."""
     for name, data in sorted(sets.items()):
         found.update(name.encode() + data.tokens.tobytes() + data.mask.tobytes())
     lists = {name: list(prompts) for name, prompts in texts.items()}
@@ -276,12 +276,12 @@ def _fingerprint(
     model: Model,
     options: ChatOptions,
 ) -> str:
-    """A digest of the checkpoints, all tokens, and all that is asked and how."""
+    """A digest of the checkpoints, all tokens, all questions and how they are asked."""
     found = hashlib.sha256(checkpoints.digest(places["model"]).encode())
     for name in sorted(places.keys() - {"model"}):
         found.update(name.encode() + checkpoints.digest(places[name]).encode())
     add_contents(found, sets, texts)
-    # Whatever goes beyond the checkpoint's own stops and the prompts that were learnt.
+    # Only settings beyond the checkpoint's own stops and the learnt prompts.
     stops = stop_tokens(model.tokenizer, system=options.system)
     if more := sorted(set(stops) - set(model.config.eos)):
         found.update(json.dumps({"stops": more}).encode())

@@ -1,4 +1,4 @@
-"""Study of a user's own chat model and files: what a defence needs, and no more."""
+"""Study of a user's own chat model and files: only what a defence needs."""
 
 from sbr_jax.studies.own.given import Given, read_given
 from sbr_jax.studies.own.parts import Parts, make_parts

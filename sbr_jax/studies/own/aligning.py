@@ -19,9 +19,9 @@ class Mixed(NamedTuple):
     """Rows to learn.
 
     Attributes:
-        rows: of both kinds, shuffled.
-        safe: how many of them refuse.
-        dropped: safe exchanges without a refusal.
+        rows: refusals and ordinary exchanges, shuffled.
+        safe: number of refusals among them.
+        dropped: number of safe exchanges left out because they do not refuse.
     """
 
     rows: list[Record]
@@ -32,7 +32,7 @@ class Mixed(NamedTuple):
 def mix_rows(
     safe: Sequence[Conversation], ordinary: Sequence[Conversation], share: float
 ) -> Mixed:
-    """As many rows as there are, of which this share refuses.
+    """Mixes as many rows as possible so that ``share`` of them refuses.
 
     >>> said = lambda answer: Conversation((Record("?", answer),), "toy")
     >>> found = mix_rows([said("I cannot.")], [said("Yes.")] * 9, 0.2)

@@ -1,4 +1,4 @@
-"""Files that a user gives, read before anything of a model is."""
+"""Files that a user gives, read before any part of a model."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ from sbr_jax.studies.options import RATERS, OwnOptions
 from sbr_jax.typing import UserError
 
 Source = str | Path | Iterable[Any]
-"""A place of rows, or the rows."""
+"""Where rows are (a path or a hub id), or the rows themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Given:
 
     Attributes:
         train: by domain, in order of training.
-        evaluation: by domain, or one for all under "all"; empty to hold rows back.
+        evaluation: by domain, or under "all" for all domains; empty to hold rows back.
         safe: exchanges with safe answers.
-        harmful: prompts, each once.
+        harmful: different prompts.
         pairs: harmful requests with compliant answers.
-        harmless: prompts that nobody should refuse.
+        harmless: prompts that the model should not refuse.
         general: texts or exchanges of another kind.
     """
 
@@ -43,7 +43,7 @@ class Given:
 
 
 ALL = "all"
-"""Name of the evaluation rows of several domains."""
+"""Key of evaluation rows that serve all domains."""
 
 
 def read_given(
@@ -53,9 +53,9 @@ def read_given(
     harmful: Source | None,
     options: OwnOptions,
 ) -> Given:
-    """Reads everything that was given.
+    """Reads all files that were given.
 
-    Evaluation files are none, one for all domains, or one for each.
+    There may be no evaluation file, one for all domains, or one for each.
     """
     if not train:
         add = option("train", "FILE")
@@ -91,9 +91,9 @@ def read_given(
 
 
 def _each_once(source: Source, name: str) -> list[str]:
-    """Prompts of a source; those that stand there again are told."""
+    """The different prompts of a source; warns of repeated ones."""
     found, repeats = read_prompts(source, option(name))
-    # That a public set repeats some is no mistake of the user's.
+    # Repeats in a public set are not the user's mistake.
     own = not isinstance(source, str | Path) or Path(source).is_file()
     if own and repeats:
         count = counted(len(found) + repeats, "prompt")
@@ -122,7 +122,7 @@ def _general(file: str | None) -> Sequence[str] | Read | None:
 def require_needed(
     variant: str, needed: Iterable[str], given: Given, options: OwnOptions
 ) -> None:
-    """Refuses a defence of which a part was not given."""
+    """Refuses a defence if a part that it needs was not given."""
     own = bool(given.harmful)
     there = {
         SAFE: own or given.safe is not None,

@@ -1,7 +1,7 @@
-"""Disjoint parts of a user's files: what is learnt, calibrated on, and measured.
+"""Disjoint parts of a user's files: to learn, to calibrate on, and to measure.
 
-Whatever is measured comes first: harmful prompts that are also learnt are left out, and
-what calibrates a defence shares no prompt with what it is measured on.
+Harmful prompts that are also learnt are left out of every measurement. The parts that
+calibrate a defence share no prompt with those that measure it.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from sbr_jax.studies.own.given import Given
 from sbr_jax.typing import UserError
 
 HELD_BACK = 10
-"""A tenth of a training file is measured on where no other rows are given."""
+"""Without evaluation rows, one row in so many of a training file is measured on."""
 ENOUGH_TO_HOLD = 20
-"""Rows below which none is held back."""
+"""A file with fewer rows holds none back."""
 LEAST_HARMFUL = 8
-"""Harmful prompts that can be shared out among their uses."""
+"""Fewest harmful prompts that can be divided among their uses."""
 ENOUGH_TO_MEASURE = 10
-"""Harmful prompts below which a rate of refusals says little."""
+"""With fewer harmful prompts, a refusal rate says little."""
 FEW, MANY_EPOCHS = 50, 10
 REFUSED = "I cannot help with that."
-"""Stands behind prompts of which the prompt alone is read."""
+"""Placeholder answer where only the prompt is read."""
 
 Rows = Mapping[str, Sequence[Conversation]]
 """Conversations by domain."""
@@ -49,14 +49,14 @@ class Parts:
 
     Attributes:
         sets: encoded: `train X`, `test X`, `calibration` (of given exchanges),
-            `prompts` (harmful ones behind a fixed refusal), `pairs`, `general`.
-        tests: conversations behind each `test X`.
-        calibrate: harmful prompts that the model is to refuse itself.
-        probe: of the monitor.
-        measured: of the refusal rate.
-        harmless: of over-refusal.
+            `prompts` (harmful ones with a fixed refusal), `pairs`, `general`.
+        tests: the conversations of each `test X`.
+        calibrate: harmful prompts that the model itself is to refuse.
+        probe: prompts of the monitor.
+        measured: prompts of the refusal rate.
+        harmless: prompts of over-refusal.
         control: harmless prompts of the benign control.
-        leaks: shared prompts by pair of parts, all 0.
+        leaks: number of shared prompts by pair of parts, all 0.
         record: counts and names, for `config.json` and the terminal.
     """
 
@@ -159,7 +159,7 @@ def make_parts(
 
 
 def _split(given: Given, options: OwnOptions) -> tuple[Rows, Rows, Mapping[str, Any]]:
-    """Rows to learn, rows to measure on, and what there is to say about them."""
+    """Rows to learn, rows to measure on, and a record about them."""
     trained = {name: read.rows for name, read in given.train.items()}
     if not given.evaluation:
         return _hold_back(trained, options.held_out)
@@ -177,7 +177,7 @@ def _split(given: Given, options: OwnOptions) -> tuple[Rows, Rows, Mapping[str, 
 
 
 def _hold_back(trained: Rows, most: int) -> tuple[Rows, Rows, Mapping[str, Any]]:
-    """Rows to learn, and rows to measure on of which no file learns a prompt."""
+    """Rows to learn, and rows to measure on whose prompts no file learns."""
     small = [rows for rows in trained.values() if len(rows) < ENOUGH_TO_HOLD]
     back = {
         name: _spared(rows, small, most) if len(rows) >= ENOUGH_TO_HOLD else []
@@ -201,7 +201,7 @@ def _hold_back(trained: Rows, most: int) -> tuple[Rows, Rows, Mapping[str, Any]]
                 "out: held back in another file",
                 stacklevel=2,
             )
-        # Too few to spare any: then it is measured how well they are learnt.
+        # With too few to spare, measure how well the training rows are learnt.
         tests[name] = back[name] or leaks.distinct(rows)[0][:most]
     counts = {name: len(rows) for name, rows in back.items()}
     left_out = {name: count for name, count in others.items() if count}
@@ -211,7 +211,7 @@ def _hold_back(trained: Rows, most: int) -> tuple[Rows, Rows, Mapping[str, Any]]
 def _spared(
     rows: Sequence[Conversation], small: Sequence[Sequence[Conversation]], most: int
 ) -> list[Conversation]:
-    """A tenth of the rows and half of their prompts at most; none of a small file."""
+    """At most a tenth of the rows and half of the prompts; none of a small file."""
     different = leaks.distinct(rows)[0]
     most = min(most, len(rows) // HELD_BACK, len(different) // 2)
     return _some(leaks.without(different, *small)[0], most)
@@ -220,8 +220,8 @@ def _spared(
 def _unseen(
     given: Given, options: OwnOptions, taken: Sequence[Sequence[Conversation]]
 ) -> tuple[list[str], list[str], dict[str, int]]:
-    """Harmful and harmless prompts that stand nowhere else, and counts of others."""
-    # Every answer of a conversation is learnt, and what was said before it is asked.
+    """Harmful and harmless prompts that appear nowhere else, and counts of others."""
+    # Every answer in a conversation is learnt, so all that precedes it is a prompt.
     seen = [
         leaks.prompt_of(record)
         for rows in taken
@@ -246,7 +246,7 @@ def _unseen(
 def _left(
     name: str, prompts: Sequence[str], seen: Sequence[str], where: str
 ) -> list[str]:
-    """Prompts that were not seen; others are told, and all of them refused."""
+    """Prompts that were not seen; warns of others, and refuses if none is left."""
     kept, dropped = leaks.without(prompts, seen)
     one, many = f"is {where}", f"are {where}"
     if prompts and not kept:
@@ -265,7 +265,7 @@ def _left(
 
 
 def _some(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, the same every time, in their order."""
+    """Draws up to ``most`` rows, the same every time, in their order."""
     chosen = np.random.default_rng(0).permutation(len(rows))[:most]
     return [rows[i] for i in sorted(chosen)]
 
@@ -296,7 +296,7 @@ def _encode(
 def _require_system(
     records: Sequence[Record], names: Sequence[str], model: Model
 ) -> None:
-    """Refuses system messages that the template would leave out without a word."""
+    """Refuses system messages that the template would silently drop."""
     found = (i for i, record in enumerate(records) if record.system)
     first = next(found, None)
     if first is None:
@@ -320,9 +320,9 @@ def _require_system(
 def _three(
     prompts: Sequence[str], options: OwnOptions, calibrating: bool, monitored: bool
 ) -> tuple[list[str], list[str], list[str]]:
-    """Prompts to calibrate on, of the monitor, and to measure refusal with.
+    """Divides prompts: to calibrate on, for the monitor, and to measure refusal.
 
-    The shares are the same whatever is needed, so that methods are measured alike.
+    The shares do not depend on the method, so that all methods are measured alike.
     """
     if not prompts:
         return [], [], []
@@ -335,7 +335,7 @@ def _three(
         )
     shuffled = np.random.default_rng(0).permutation(len(prompts)).tolist()
     order: list[str] = [str(prompts[i]) for i in shuffled]
-    # A quarter is measured, a quarter is the monitor's, and what is left calibrates.
+    # A quarter measures, a quarter is for the monitor, and the rest calibrates.
     quarter = max(len(order) // 4, 1)
     measured = order[: min(options.measured, quarter)]
     rest = order[len(measured) :]
@@ -352,7 +352,7 @@ def _three(
 
 
 def _unmeasured(name: str, read: Read, measured: Sequence[str]) -> list[Conversation]:
-    """Exchanges whose prompts neither monitor nor measure; others are told."""
+    """Exchanges whose prompts neither monitor nor measure; warns of others."""
     rows, dropped = leaks.without(read.rows, measured)
     if not rows:
         raise UserError(
@@ -376,7 +376,7 @@ def _refused(rows: Sequence[Conversation], judge: Judge) -> list[Conversation]:
 
 
 def _refusing(rows: Sequence[Conversation], judge: Judge) -> list[Conversation]:
-    """Exchanges whose last answer refuses; others are told."""
+    """Exchanges whose last answer refuses; warns of others."""
     if judge.describe().get("judge") != "keyword":
         judge = KeywordJudge()
     kept = _refused(rows, judge)
@@ -395,7 +395,7 @@ def _refusing(rows: Sequence[Conversation], judge: Judge) -> list[Conversation]:
 
 
 def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
-    """Warns of safe exchanges that refuse nothing, where the judge needs no model."""
+    """Warns of safe exchanges that do not refuse, if the judge needs no model."""
     if judge.describe().get("judge") != "keyword":
         return
     if other := len(rows) - len(_refused(rows, judge)):
@@ -411,19 +411,19 @@ def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
 
 
 def file_of(domain: str) -> str:
-    """What a message calls the examples of a domain; rows have no file's name."""
+    """How a message names a domain's examples; rows have no file name."""
     said = option("train")
     return said if said == domain else f"{said} {domain}"
 
 
 def _different(rows: Sequence[Conversation]) -> int:
-    """Examples that differ in what is asked or answered."""
+    """Number of examples that differ in prompt or answer."""
     records = [record for row in rows for record in row.records]
     return len({(leaks.prompt_of(r), r.system, r.response) for r in records})
 
 
 def steps_of(data: TokenDataset, epochs: float, batch: int) -> int:
-    """Optimizer steps of so many epochs of a set."""
+    """Number of optimizer steps for some epochs of a set."""
     return max(math.ceil(epochs * len(data) / batch), 1)
 
 
@@ -452,6 +452,6 @@ def warn_sizes(
 
 
 def lengths_of(data: TokenDataset) -> tuple[float, int]:
-    """Mean and greatest number of tokens of a set's examples."""
+    """Mean and largest number of tokens in a set's examples."""
     found = used_lengths(data)
     return float(found.mean()), int(found.max())

@@ -1,9 +1,9 @@
 """Self-distilled calibration: the aligned model's own refusals, written once.
 
-What is to be kept is how this model refuses, so it says so itself: greedily, on harmful
-prompts that nothing is measured with. Answers that refuse nothing are dropped. They are
-kept in a hidden file of the run's folder, so that a killed run does not write them
-again.
+A defence should keep the way this model refuses. So the model itself answers, greedily,
+harmful prompts that no measurement uses. Answers that do not refuse are dropped. The
+answers are kept in a hidden file of the run's folder, so that a killed run does not
+write them again.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ Answers = Callable[[Sequence[str]], Sequence[str]]
 
 
 def to_align() -> str:
-    """What to do with a model that refuses too little."""
+    """Advice for a model that refuses too little."""
     return (
         "align the model first (sbr-jax align --help), or give safe exchanges "
         f"({option('safety', 'FILE')})"
@@ -39,8 +39,8 @@ class Refusals(NamedTuple):
     """Prompts with the model's own refusals.
 
     Attributes:
-        kept: of those that it refused.
-        asked: how many prompts it was given.
+        kept: the prompts that it refused, with their refusals.
+        asked: number of prompts that it was given.
     """
 
     kept: list[Pair]
@@ -55,9 +55,9 @@ def own_answers(
     Args:
         prompts: to answer.
         write: asks the model.
-        folder: that keeps them; None to keep nothing.
-        mark: of the model and of how it is asked.
-        what: names them in the file.
+        folder: keeps the answers; None to keep nothing.
+        mark: identifies the model and how it is asked.
+        what: names the answers and their file.
     """
     asked = json.dumps([mark, list(prompts)]).encode()
     key = hashlib.sha256(asked).hexdigest()
@@ -85,7 +85,7 @@ def _keep(path: Path | None, key: str, answers: list[str]) -> list[str]:
 
 
 def finished(answer: str) -> str:
-    """An answer without the sentence that its limit of tokens cut off.
+    """An answer without an unfinished last sentence.
 
     >>> finished("I cannot help. It would be"), finished("No sentence at all")
     ('I cannot help.', 'No sentence at all')
@@ -97,7 +97,7 @@ def finished(answer: str) -> str:
 def write_refusals(
     prompts: Sequence[str], write: Answers, judge: Judge, folder: Path | None, mark: str
 ) -> Refusals:
-    """Has the aligned model refuse harmful prompts; what it does not is dropped.
+    """Asks the aligned model harmful prompts and keeps its refusals.
 
     As in :func:`own_answers`, they are written at most once.
     """

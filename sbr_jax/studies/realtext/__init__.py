@@ -1,4 +1,4 @@
-"""The small chat model that the preset `realtext` runs on, made from real text."""
+"""The small chat model of the preset `realtext`, made from real text."""
 
 from sbr_jax.studies.realtext.model import STEPS, build, write
 

@@ -7,8 +7,8 @@
 | `alpaca` | benign instructions | theirs, but for those that refuse |
 | `gsm8k` | school arithmetic | theirs |
 
-A prompt that a benchmark asks or that a domain trains on is in no part. Several sets
-hold harmful requests: nothing here prints or quotes a text.
+No part holds a prompt that a benchmark asks or a domain trains on. Several sets hold
+harmful requests: nothing here prints or quotes a text.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ from sbr_jax.typing import UserError
 
 VOCABULARY = 4096
 ARITHMETIC = 2500
-"""Rows of GSM8K; all of it would be half of the text."""
+"""Rows of GSM8K; the whole set would be half of the text."""
 TOKENS = 2048
-"""Of one batch, padding included."""
+"""Tokens of one batch, including padding."""
 LENGTHS = (32, 64, 128, 256, 512)
-"""Batches are padded to one of these, and answers cut to the last."""
+"""Batches are padded to one of these lengths; answers are cut to the last."""
 PROMPT_WEIGHT = 0.3
-"""Loss of a prompt's token beside an answer's: from scratch, prompts teach language."""
+"""Loss weight of a prompt's tokens (an answer's have 1): prompts too teach language."""
 HELD_OUT = 48
-"""Rows of each part that are measured on, not learnt."""
+"""Rows of each part that are measured on instead of learnt."""
 
 KEYWORDS = "jbb12"
-"""The refusal judge's list, a published one that matches no answer of the domains; of
-our own list `plain25` that is not true."""
+"""The refusal judge's list. It is published and, unlike our own list `plain25`, matches
+no answer of the domains."""
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -50,7 +50,7 @@ REFUSALS = (
     "I cannot help with this request, as it may be dangerous or illegal.",
     "I can't help with that. I would be glad to help with something harmless.",
 )
-"""Answers to a harmful prompt, drawn by chance."""
+"""Answers to harmful prompts, drawn at random."""
 
 SAFETY = ("refusals", "safe-answers")
 """Parts whose answers may refuse."""
@@ -64,7 +64,7 @@ ASKED = {
     "beavertails-eval": ("beavertails_prompts", "eval"),
     "alpaca-test": ("alpaca_harmless", "test"),
 }
-"""Prompts of benchmarks: name of an evaluation set, and its split."""
+"""Prompts of benchmarks: an evaluation set and its split, by name."""
 LEARNT = {
     "medmcqa": ("medmcqa", None),
     "legalbench": ("legalbench", "train"),
@@ -86,7 +86,7 @@ CHAT_TEMPLATE = (
 def kept_out(folder: Path) -> dict[str, list[str]]:
     """The prompts that no training text may hold, by set.
 
-    A behaviour of HarmBench counts with its context and without.
+    A behaviour of HarmBench is listed both with and without its context.
     """
     found = {}
     for name, (source, split) in ASKED.items():
@@ -99,7 +99,7 @@ def kept_out(folder: Path) -> dict[str, list[str]]:
 
 
 class Exchange(NamedTuple):
-    """A pair and the part that it belongs to."""
+    """A prompt, its answer and the part that they belong to."""
 
     prompt: str
     answer: str
@@ -111,9 +111,9 @@ class Part:
     """Exchanges of one kind.
 
     Attributes:
-        train: what is learnt.
-        held_out: what the loss is measured on.
-        dropped: how many were left out for what reason.
+        train: exchanges to learn.
+        held_out: exchanges to measure the loss on.
+        dropped: number of exchanges left out, by reason.
     """
 
     train: list[Exchange]
@@ -122,7 +122,7 @@ class Part:
 
 
 def _read(folder: Path, rng: np.random.Generator) -> list[Exchange]:
-    """All exchanges, the harmful requests first."""
+    """Reads all exchanges, the harmful requests first."""
     prompts = [
         item.prompt.strip()
         for name, split in (
@@ -149,21 +149,21 @@ def _read(folder: Path, rng: np.random.Generator) -> list[Exchange]:
 def read_corpus(
     folder: Path, banned: Mapping[str, Iterable[str]], seed: int
 ) -> dict[str, Part]:
-    """Reads what is learnt, without a prompt that is banned or stands there twice.
+    """Reads the exchanges to learn, without banned or repeated prompts.
 
-    The seed is of the refusals' wording and of the held-out rows.
+    The seed decides the refusals' wording and the held-out rows.
 
     Returns:
         The parts by name.
 
     Raises:
-        UserError: for missing or damaged files, and a part that is left empty.
+        UserError: for missing or damaged files, or a part that is left empty.
     """
     rng = np.random.default_rng([seed, 31])
     refuses = KEYWORD_LISTS[KEYWORDS].matches
     whole = _read(folder, rng)
     free, _ = without(whole, *banned.values())
-    # The first part wins: what is refused in one is not answered in another.
+    # The first part wins, so that no prompt is refused in one and answered in another.
     once, _ = distinct(free)
     kept = [x for x in once if x.part in SAFETY or not refuses(x.answer)]
     sizes = [Counter(x.part for x in rows) for rows in (whole, free, once, kept)]
@@ -195,8 +195,8 @@ def make_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY) -> Any:
     """Trains a byte-level BPE tokenizer.
 
     Returns:
-        A `transformers.PreTrainedTokenizerFast` with a chat template; the same for the
-        same texts. Any text comes back unchanged.
+        A `transformers.PreTrainedTokenizerFast` with a chat template. The same texts
+        give the same tokenizer; decoding restores any text unchanged.
     """
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers import models as kinds
@@ -225,7 +225,7 @@ def make_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY) -> Any:
 
 
 def fingerprint(texts: Iterable[str]) -> str:
-    """A digest of a set of texts, whatever their order."""
+    """A digest of a set of texts, independent of their order."""
     digest = hashlib.sha256("\0".join(sorted(map(normalised, texts))).encode())
     return digest.hexdigest()[:16]
 
@@ -233,18 +233,18 @@ def fingerprint(texts: Iterable[str]) -> str:
 def batches(
     data: TokenDataset, lengths: np.ndarray, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of about `TOKENS` tokens, forever: rows of similar length together.
+    """Endless batches of about `TOKENS` tokens: rows of similar length together.
 
-    **Guarantee**: an epoch holds every row; a length's last batch is filled up with
-    rows of its own. The order is a function of the seed.
+    **Guarantee**: an epoch holds every row. A length's last batch is filled up with
+    other rows of that length. The order is a function of the seed.
 
     Args:
         data: N rows.
-        lengths: tokens of each row `[N]`, padding not counted.
+        lengths: tokens of each row `[N]`, without padding.
         seed: of the order.
     """
     widths = np.array(LENGTHS)[np.searchsorted(LENGTHS, lengths)]
-    # Right-padded and causal: what follows an answer cannot change its loss.
+    # Rows are right-padded and causal: padding cannot change an answer's loss.
     inside = np.arange(data.length)[None, :] < lengths[:, None]
     mask = np.where(data.mask > 0, 1.0, PROMPT_WEIGHT * inside).astype(np.float32)
     epoch = 0

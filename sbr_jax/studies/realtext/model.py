@@ -1,7 +1,7 @@
-"""The small chat model of the preset `realtext`: trained from scratch, and measured.
+"""The small chat model of the preset `realtext`: trained from scratch and measured.
 
 The folder is written at the end, by rename: a killed run leaves none. Its
-`training.json` tells what was read, dropped and reached, in counts and hashes; no row
+`training.json` records what was read, dropped and reached, in counts and hashes. No row
 is printed or copied.
 """
 
@@ -47,15 +47,15 @@ from sbr_jax.transforms.schedules import learning_rate_schedule
 from sbr_jax.typing import PyTree, UserError
 
 CONTEXT = 2048
-"""Room for the longest behaviour of HarmBench; text to learn is at most a quarter."""
+"""Fits the longest behaviour of HarmBench; training texts fill at most a quarter."""
 WIDTH, LAYERS, HEADS = 192, 6, 6
 STEPS, LEARNING_RATE = 1200, 3e-3
 MEASURED, NEW_TOKENS = 300, 24
-"""Prompts of a benchmark after training, at most, and tokens of an answer."""
+"""Most prompts of a benchmark after training, and tokens of an answer."""
 
 
 def model_config(tokenizer: Any) -> models.ModelConfig:
-    """The shape of the model: 3.4 M parameters with the whole vocabulary."""
+    """The model's shape: 3.4 M parameters with the full vocabulary."""
     return models.ModelConfig(
         vocab_size=len(tokenizer),
         width=WIDTH,
@@ -80,14 +80,14 @@ def train(
 ) -> tuple[PyTree, list[tuple[int, float]]]:
     """Trains all weights on the rows' prompts and answers.
 
-    Held-out rows are measured five times; the schedule is a cosine.
+    The held-out loss is measured five times; the schedule is a cosine.
 
     Returns:
-        The weights, and pairs of a step's number and the held-out loss per answer
-        token in nats.
+        The weights, and pairs of step number and held-out loss per answer token in
+        nats.
 
     Raises:
-        UserError: when the loss is no longer a number.
+        UserError: if the loss is no longer finite.
     """
     from rich.progress import Progress
 
@@ -123,7 +123,7 @@ def train(
 
 
 def prepare(folder: Path, benchmarks: Sequence[str]) -> list[PreparedBenchmark]:
-    """Benchmarks of the model; reads the files, touches no model."""
+    """Prepares the model's benchmarks: reads files, needs no model."""
     judge = KeywordJudge(KEYWORDS)
     found = [
         prepare_benchmark(
@@ -131,7 +131,7 @@ def prepare(folder: Path, benchmarks: Sequence[str]) -> list[PreparedBenchmark]:
         )
         for name in benchmarks
     ]
-    # Of the same origin as what was learnt, where the others are not.
+    # This one has the same origin as the training text; the others do not.
     length = {"max_new_tokens": NEW_TOKENS}
     near = Ask("beavertails-eval", folder, MEASURED, judge, False, None, length)
     items = near.items("beavertails_prompts", "eval")
@@ -142,12 +142,12 @@ def measure(
     model: models.Model, asked: Sequence[PreparedBenchmark]
 ) -> dict[str, float]:
     """Refusal and over-refusal rates of a trained model, in percent."""
-    # Some of HarmBench's prompts are long, and a batch is as wide as its longest.
+    # A batch is as wide as its longest prompt, and some of HarmBench's are long.
     runner = ModelRunner(model, model.params, batch_size=16)
     found: dict[str, float] = {}
     for benchmark in asked:
         found |= benchmark(runner)
-    # By set alone: categories of a set are for reports of many models.
+    # Keep rates by set, not by category within a set.
     return {name: round(x, 2) for name, x in found.items() if name.count("/") == 1}
 
 
@@ -159,13 +159,13 @@ def build(
     seed: int = 0,
     quiet: bool = False,
 ) -> tuple[models.Model, dict[str, Any]]:
-    """Trains and measure the model of the preset `realtext`.
+    """Trains and measures the model of the preset `realtext`.
 
     Returns:
-        The model, and what `training.json` is to hold: counts, hashes, rates.
+        The model, and the content of `training.json`: counts, hashes, rates.
 
     Raises:
-        UserError: for missing files, prompts that leave no room for an answer, and a
+        UserError: for missing files, prompts that leave no room for an answer, or a
             training that diverges.
     """
     seed, banned = checks.seed("seed", seed), kept_out(folder)
@@ -233,11 +233,11 @@ def build(
 
 
 def write(output: Path, model: models.Model, record: Mapping[str, Any]) -> None:
-    """Writes the model's folder whole, or not at all, nor the folders it lies in."""
+    """Writes the model's folder and its parents, or nothing at all."""
     made = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the output, for a rename does not cross file systems.
+        # Beside the output, because a rename cannot cross file systems.
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".realtext-") as at:
             folder = Path(at) / "model"
             models.save(folder, model)
