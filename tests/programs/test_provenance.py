@@ -54,7 +54,7 @@ NEW = "\n| row | a |\n| -- | -: |\n| `plain` | 45.7 |\n"
 UNKNOWN = "expected measured rows of known code"
 FAULTS = {
     "a mark too few": (PARTS, r"^(\| `safeanchor-exact:random`) †", r"\1", "run it"),
-    "a mark too many": (RESULTS, r"^(\| `lisa`)", r"\1 †", "marked with †"),
+    "a mark too many": (RESULTS, r"^(\| `lean`)", r"\1 †", "marked with †"),
     "an unmarked number": (RESULTS, r"^(\| `sbr` .* 0\.0) †", r"\1", "poisoned"),
     "rows in another order": (
         RESULTS,
