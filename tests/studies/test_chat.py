@@ -113,7 +113,7 @@ def test_a_stand_in_is_used_and_named_only_where_the_papers_set_is_missing(world
 def test_an_overlap_with_a_measurement_refuses_the_run_unless_it_may_be_dropped(copy):
     count = tiny_chat.overlap(copy)
     with pytest.raises(
-        UserError, match=r"calibration and harmbench share [123].*drop-overlaps"
+        UserError, match=r"calibration and harmbench share [123].*drop_overlaps"
     ):
         build(copy, calibration=22)
     study = build(copy, calibration=8, drop_overlaps=True)
