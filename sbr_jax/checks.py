@@ -116,9 +116,9 @@ def seed(name: str, value: Any) -> int:
     >>> seed("seed", 2**32)
     Traceback (most recent call last):
     sbr_jax.typing.UserError: expected seed to be a whole number in [0, 4294967295], \
-got 4294967296; others give the random numbers of a seed in this range: take one of it
+got 4294967296; others repeat a seed of this range: take one of it
     """
-    note = "others give the random numbers of a seed in this range: take one of it"
+    note = "others repeat a seed of this range: take one of it"
     return whole(name, value, least=0, most=SEEDS - 1, note=note)
 
 

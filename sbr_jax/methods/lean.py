@@ -101,7 +101,7 @@ def lean(
     if basis != "safety" and epsilon is None and kl_budget is None:
         raise UserError(
             f"lean: expected epsilon or kl_budget beside basis={basis!r}, got neither: "
-            "there is no trust region that it could be of"
+            "without either there is no trust region"
         )
     if refresh_subspace and kl_budget is None:
         raise UserError(

@@ -133,8 +133,8 @@ def safeanchor(
     if projection == "none" and (basis != "safety" or replay_bypass):
         unused = f"basis={basis!r}" if basis != "safety" else "replay_bypass=True"
         raise UserError(
-            f"{unused}: expected a projection that it is about, got projection='none': "
-            "leave it out, or choose a projection"
+            f"safeanchor: expected a projection beside {unused}, got "
+            "projection='none': leave out one of the two"
         )
     if projection != "none":
         ssi = Ssi(

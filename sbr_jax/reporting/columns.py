@@ -28,7 +28,7 @@ COLUMNS = (
     Column("retention", "retention %", "final composite over the start's; higher"),
     Column("lowest", "lowest", "least composite (or refusal) after a domain; higher"),
     Column("refusal", "refusal", "refused harmful requests, %; higher"),
-    Column("jailbreak_refusal", "jailbreak", "refused in a jailbreak's words; higher"),
+    Column("jailbreak_refusal", "jailbreak", "refused inside a jailbreak; higher"),
     Column("refusal_unseen", "unseen harm", "refused, of kinds no defence saw; higher"),
     Column("refusal_auc", "first token", "harmful told from harmless, AUC %; higher"),
     Column(
