@@ -40,7 +40,6 @@ PAPERS = (
 )
 BASELINES = (
     *(name for name in tuning.GRID if name not in PAPERS),
-    "der",
     "safe-delta",
 )
 ORDERS = tuple(itertools.permutations(DOMAINS[:3]))
@@ -129,7 +128,7 @@ SWEEPS: dict[str, Mapping[str, Mapping[str, Any]]] = {
         "baselines": {"preset": "testbed", "methods": BASELINES},
         **({"tuned": tuning.best()} if tuning.BEST else {}),
     },
-    # Each baseline around its published value, on the validation split.
+    # Each method around its published value, on the validation split.
     "testbed-tuning": tuning.cells(),
     # Projection × merge × normalisation, on the validation split.
     "projection-grid": {
