@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml
 	echo "==> installed"
 
 demo: $(STAMP) ## plain LoRA against SafeAnchor on the testbed, then the report
-	@echo "==> running the preset 'demo' into $(DEMO) (about 5 minutes on two cores; finished stages are kept)"
+	@echo "==> running the preset 'demo' into $(DEMO) (some 3 minutes on two cores; finished stages are kept)"
 	@$(BIN)/python -m experiments.run demo --workdir "$(DEMO)" --jobs auto
 	@$(MAKE) --no-print-directory report
 

@@ -3,7 +3,7 @@
     make demo
     python -m experiments.run demo --workdir runs/demo
 
-Cost: about 3 minutes on two cores. Expected: the composite of plain LoRA falls from 100
+Cost: some 3 minutes on two cores. Expected: the composite of plain LoRA falls from 100
 to about 44, that of the published SafeAnchor to about 93; `lean` retains 100 %.
 """
 
