@@ -61,12 +61,28 @@ def named(chosen: Sequence[tuple[str, int]]) -> list[str]:
     return [f"{variant}/{seed}" for variant, seed in chosen]
 
 
+def shares(left: list[tuple[str, int]], count: int) -> list[list[tuple[str, int]]]:
+    """Every process's part, each beginning at another variant.
+
+    So one process compiles the programs of a variant, and the others find them.
+
+    >>> [named(own) for own in shares([("plain", 0), ("lean", 0), ("lean", 1)], 2)]
+    [['lean/1', 'plain/0'], ['lean/0']]
+    """
+    parts = [left[index::count] for index in range(count)]
+    for index, own in enumerate(parts):
+        variants = [variant for variant, _ in own]
+        names = list(dict.fromkeys(variants))
+        first = variants.index(names[len(names) * (count - 1 - index) // count])
+        parts[index] = own[first:] + own[:first]
+    return parts
+
+
 def chosen(wanted: Job, only: Sequence[str]) -> Iterator[Job]:
-    """One job for each variant in `--only`, with its seeds there."""
-    for variant in wanted.methods:
+    """One job for each variant in `--only`, in its order, with its seeds there."""
+    for variant in dict.fromkeys(one.rpartition("/")[0] for one in only):
         seeds = tuple(s for s in wanted.seeds if f"{variant}/{s}" in only)
-        if seeds:
-            yield dataclasses.replace(wanted, methods=(variant,), seeds=seeds)
+        yield dataclasses.replace(wanted, methods=(variant,), seeds=seeds)
 
 
 def processes(wanted: Job, jobs: Jobs, left: int) -> int:
@@ -128,8 +144,7 @@ def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
         running: list[_Process] = []
         said = _Said()
         try:
-            for index in range(count):
-                own = left[index::count]
+            for index, own in enumerate(shares(left, count)):
                 folder = parts.hand_out(wanted.workdir, str(index), own)
                 command = _command(words, wanted, folder, own)
                 with _on(_cores()[index::count]):

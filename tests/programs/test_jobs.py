@@ -41,7 +41,7 @@ def test_every_variant_and_seed_falls_to_one_process(job, monkeypatch):
     given = instead(monkeypatch, "pass")
     spread.execute(job, (), 3)
     assert given == [
-        ("0", ["plain/0", "lisa/1"]),
+        ("0", ["lisa/1", "plain/0"]),
         ("1", ["plain/1"]),
         ("2", ["lisa/0"]),
     ]
@@ -166,11 +166,21 @@ def test_a_process_finds_packages_where_its_parent_did(monkeypatch, tmp_path, lo
 
 
 def test_only_gives_each_variant_its_seeds(job):
-    found = spread.chosen(job, ["lisa/1", "plain/0", "plain/1"])
+    found = spread.chosen(job, ["lisa/1", "plain/1", "plain/0"])
     assert [(one.methods, one.seeds) for one in found] == [
-        (("plain",), (0, 1)),
         (("lisa",), (1,)),
+        (("plain",), (0, 1)),
     ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_all_the_work_once_and_begin_at_different_variants(count):
+    left = [(name, seed) for name in ("plain", "lean", "sbr") for seed in range(5)]
+    parts = spread.shares(left, count)
+    assert sorted(one for own in parts for one in own) == sorted(left)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    first = {own[0][0] for own in parts}
+    assert len(first) == min(count, 3)
 
 
 def test_auto_is_one_a_core_and_one_on_a_mesh(job, monkeypatch):
