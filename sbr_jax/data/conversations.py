@@ -106,8 +106,8 @@ def _given(values: Sequence[Any], option: str) -> Read:
     for number, value in enumerate(values, 1):
         where = f"{option}, row {number}"
         if isinstance(value, list | tuple) and len(value) == 2:
-            row = Row(where, number, dict(zip("pa", value, strict=True)))
-            value = Record(row.text("p"), row.text("a"))
+            row = Row(option, number, {"prompt": value[0], "answer": value[1]})
+            value = Record(row.text("prompt"), row.text("answer"))
         if not isinstance(value, Record) or not value.response.strip():
             raise UserError(
                 f"{where}: expected a dict, a pair (prompt, answer) or a Record with "

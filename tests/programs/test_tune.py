@@ -209,6 +209,10 @@ PYTHON = {
     "a number": ({"examples": 5}, "^examples: expected a file, .*list of rows, got"),
     "numbers": ({"examples": [5]}, "^examples, row 1: expected a dict, a pair .*got"),
     "triples": ({"examples": [("a", "b", "c")]}, "^examples, row 1: expected a dict"),
+    "a blank answer": (
+        {"examples": [("a", "b"), ("a", " ")]},
+        "^examples, row 2, column 'answer': expected a text, got a blank text",
+    ),
     "columns of numbers": ({"examples": [{1: "a"}]}, "^examples, row 1: expected"),
     "a list of methods": ({"method": ["plain"]}, "unknown method"),
     "words for epochs": ({"epochs": "3"}, "expected epochs to be a finite number"),
