@@ -12,6 +12,7 @@ import csv
 import gzip
 import importlib
 import io
+import itertools
 import lzma
 import warnings
 import zlib
@@ -281,6 +282,26 @@ READERS = {
 }
 
 
+def _refuse_other_json(path: Path, ending: str) -> None:
+    """Refuses JSON in the other form than the file's ending names."""
+    wanted = {".json": "a JSON array of objects", ".jsonl": "one JSON object a line"}
+    if ending not in wanted:
+        return
+    written = (line.strip() for line in _lines(whole_text(path)) if line.strip())
+    first, second = [*itertools.islice(written, 2), "", ""][:2]
+    before, _, after = path.name.rpartition(ending)
+    lines, array = (f"rename it to {before}{x}{after}" for x in (".jsonl", ".json"))
+    listed, apart = "write the rows as [{...}, {...}]", "write each row on its own line"
+    for name, is_so, got, remedy in (
+        (".json", first[:1] == second[:1] == "{", "JSON lines", lines),
+        (".json", first.startswith("{"), "an object outside of one", listed),
+        (".jsonl", first.startswith("["), "a JSON array", array),
+        (".jsonl", first == "{", "one over several lines", apart),
+    ):
+        if ending == name and is_so:
+            raise UserError(f"expected {wanted[name]} in {path}, got {got}: {remedy}")
+
+
 def any_rows(path: Path) -> list[Row]:
     """The rows of a file, read by its ending: csv, tsv, json, jsonl or parquet."""
     ending = Path(path.stem if path.suffix in _OPENERS else path.name).suffix
@@ -288,4 +309,5 @@ def any_rows(path: Path) -> list[Row]:
         raise UserError(
             f"expected a csv, tsv, json, jsonl or parquet file, got {path.name}"
         )
+    _refuse_other_json(path, ending)
     return READERS[ending](path)

@@ -142,7 +142,8 @@ WRONG = {
         ('{"t":' * DEEP, "JSON of at most 100 levels in .*row 1, got"),
         (LEVELS, f"row 1, .*expected at most {MOST_LEVELS} levels"),
         ('{"t": ' + "9" * 5000 + "}", "row 1, got .*4300 digits"),
-        ('[{"t": 1},\n{"t": 2}]', "got a JSON array: write"),
+        ('[{"t": 1},\n{"t": 2}]', r"got a JSON array: rename it to a\.json$"),
+        ('{\n "t": 1\n}', "got one over several lines: write each row on its own"),
         ('{"t": 1, "t": 1}', "row 1, got a name that stands twice in one object"),
         ('{"t\\r\\n": 1, "t\\n": 2}', "row 1: expected different names"),
     ],
@@ -151,10 +152,14 @@ WRONG = {
             '[{"t": {"u": ["x", "\\udfff"]}}]',
             "row 1, column 't', column 'u', item 2: expected a text",
         ),
-        ('{"t": 1}\n{"t": 2}', "line 2, .*as if it were JSON lines"),
+        ('\n{"t": 1}\n{"t": 2}', r"got JSON lines: rename it to a\.jsonl$"),
+        ('{"t": [1]}', r"got an object outside of one: write the rows as \[\{"),
         ('[{"t": 1}, ["x"]]', "row 2: expected an object, got a"),
     ],
-    "a.jsonl.gz": [(gzip.compress(b" " * 2**25, 1), "more than 200-fold")],
+    "a.jsonl.gz": [
+        (gzip.compress(b" " * 2**25, 1), "more than 200-fold"),
+        (gzip.compress(b"[]"), r"got a JSON array: rename it to a\.json\.gz$"),
+    ],
 }
 CASES = [(name, *case) for name, cases in WRONG.items() for case in cases]
 
