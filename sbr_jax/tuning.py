@@ -217,6 +217,12 @@ def plan(request: Request) -> Plan:
     if request.epochs is not None:
         note = f"longer runs are said in steps: {option('training.steps-per-domain')}"
         checks.number("epochs", request.epochs, above=0, most=MOST_EPOCHS, note=note)
+        steps = request.training.steps_per_domain
+        if steps != TRAINING.steps_per_domain:
+            raise UserError(
+                f"expected epochs or training.steps_per_domain, got both "
+                f"({request.epochs:g} and {steps}): pass epochs=None to have the steps"
+            )
     checks.seed("seed", request.seed)
     needed = needs(request.method, request.hyperparameters)
     method = build(request.method, request.hyperparameters)

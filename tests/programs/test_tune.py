@@ -216,6 +216,10 @@ PYTHON = {
     "columns of numbers": ({"examples": [{1: "a"}]}, "^examples, row 1: expected"),
     "a list of methods": ({"method": ["plain"]}, "unknown method"),
     "words for epochs": ({"epochs": "3"}, "expected epochs to be a finite number"),
+    "steps beside the default epochs": (
+        {"training": dataclasses.replace(TRAINING, steps_per_domain=50)},
+        r"got both \(3 and 50\): pass epochs=None to have the steps$",
+    ),
     "a seed of another kind": ({"seed": "0"}, "expected seed to be a whole number"),
     "harmful numbers": ({"harmful": [1, 2]}, "^harmful, row 1: expected a prompt"),
     "a harmful number": ({"harmful": 3}, "^harmful: expected a file, a folder"),
