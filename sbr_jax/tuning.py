@@ -27,6 +27,7 @@ from sbr_jax.methods.needs import needs
 from sbr_jax.models import Model, merge_adapter, save
 from sbr_jax.models.peft import save_peft
 from sbr_jax.models.quantize import dequantize
+from sbr_jax.models.sharding import check_heads
 from sbr_jax.recipes.own import EPOCHS, HARDWARE, HYPERPARAMETERS, METHOD, TRAINING
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.studies import own
@@ -36,11 +37,13 @@ from sbr_jax.studies.dates import dated
 from sbr_jax.studies.options import OwnOptions, recorded
 from sbr_jax.studies.own.given import Given, Source, require_needed
 from sbr_jax.studies.own.parts import Parts, file_of, steps_of, warn_sizes
-from sbr_jax.training import deployed, pipeline
+from sbr_jax.training import deployed, pipeline, sharding
 from sbr_jax.training.config import Config
+from sbr_jax.training.csm import check_rule
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import BASE
 from sbr_jax.training.stages import EVALUATE, NAMES
+from sbr_jax.training.study import check_rank
 from sbr_jax.typing import PyTree, UserError
 
 SHARD_BYTES = 5 * 10**9
@@ -232,6 +235,10 @@ def plan(request: Request) -> Plan:
     )
     require_needed(request.method, needed, given, options)
     model = own.read_model(request.model, options)
+    # Before any row is looked at, since no row can mend these.
+    check_rank(model.config, request.training)
+    if (mesh := sharding.mesh_of(request.hardware)) is not None:
+        check_heads(model.config, mesh)
     most = min(options.max_new_tokens, max(model.config.context // 2, 1))
     options = dataclasses.replace(options, max_new_tokens=most)
     judge = make_judge(options, weights=False)
@@ -239,6 +246,9 @@ def plan(request: Request) -> Plan:
     parts = own.make_parts(given, options, needed, monitored, model, judge)
     training = _sized(request, parts)
     config = Config(training, request.hardware, request.hyperparameters)
+    sharding.check_mesh(config.hardware, training, model.config)
+    if parts.probe:
+        check_rule(training, len(parts.probe))
     return Plan(request, given, parts, model, options, config, needed)
 
 

@@ -56,8 +56,6 @@ def _align(arguments: Arguments, args: Sequence[str]) -> None:
     safe = read_conversations(str(arguments.safety), "--safety")
     ordinary = read_conversations(str(arguments.ordinary), "--ordinary")
     mixed = mix_rows(safe.rows, ordinary.rows, arguments.share)
-    if not arguments.quiet:
-        print(f"rows     {len(mixed.rows)}, of which {mixed.safe} refuse")
     request = tune.request_of(
         arguments, args, examples=[mixed.rows], method="plain", epochs=1.0
     )
@@ -65,7 +63,7 @@ def _align(arguments: Arguments, args: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", "the start model refuses")
     output = Path(arguments.output or "")
     rows = counted(len(mixed.rows), "row")
-    taught = f"{mixed.safe} of {rows} refuse (`sbr-jax align`)"
+    taught = f"{mixed.safe} of {rows} refuse"
     tuned = tune.execute(request, output, merged=True, taught=taught)
     before, after = (tuned.metrics[w]["over_refusal"] for w in ("before", "after"))
     if after > before + RISE:

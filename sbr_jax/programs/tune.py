@@ -182,7 +182,7 @@ def execute(
 
     with cli.telling(request.quiet):
         plan = tuning.plan(request)
-        say(report.plan_lines(plan))
+        say([*([f"rows     {taught}"] if taught else []), *report.plan_lines(plan)])
         study = plan.make_study()
         cli.serve_profiler()
         cost = defending.lines(plan, study)

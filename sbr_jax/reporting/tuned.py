@@ -216,9 +216,9 @@ def card(
     judge = study.notes["measurements"]["refusal"]["judge"]
     written = study.notes["data"].get("refusals")
     title = _done(plan, taught)
-    trained = (
-        f"with `sbr-jax tune` on {learnt}" if taught is None else f"to refuse: {taught}"
-    )
+    trained = f"with `sbr-jax align`: {taught}"
+    if taught is None:
+        trained = f"with `sbr-jax tune` on {learnt}"
     lines = [
         "---",
         *base,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sbr_jax.data import TokenDataset
-from sbr_jax.models import Model
+from sbr_jax.models import Model, ModelConfig
 from sbr_jax.models.lora import select_targets
 from sbr_jax.settings import Training
 from sbr_jax.typing import PyTree, UserError
@@ -90,7 +90,12 @@ def check_sizes(study: Study, domains: Sequence[str], training: Training) -> Non
                 f"expected training.batch_size to be less than {2 * size}, twice the "
                 f"{size} training examples of domain {name}, got {batch}"
             )
-    model, targets = study.model.config, select_targets(training.lora_targets)
+    check_rank(study.model.config, training)
+
+
+def check_rank(model: ModelConfig, training: Training) -> None:
+    """Refuses an adapter of a higher rank than a projection that it adapts."""
+    targets = select_targets(training.lora_targets)
     least = min(targets, key=lambda name: min(model.projection(name)))
     if training.lora_rank > (side := min(model.projection(least))):
         raise UserError(

@@ -74,6 +74,11 @@ BAD_FILES = {
 }
 
 
+NARROW = dataclasses.replace(TRAINING, lora_rank=8)
+"""A rank that every projection of the next model holds."""
+RANK = ("--training.lora-rank", "8")
+
+
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     """A random chat model whose words are few."""
@@ -83,7 +88,7 @@ def chat(tmp_path_factory):
 def tried(folder, chat, capsys, *more):
     """The line of a refusal; nothing is written beside the files of the test."""
     before = sorted(folder.rglob("*"))
-    output = ("--output", folder / "out", "--method", "plain")
+    output = ("--output", folder / "out", "--method", "plain", *RANK)
     line = refused(tune.main, ["--model", chat, *output, *more], capsys)
     assert sorted(folder.rglob("*")) == before
     return line
@@ -144,6 +149,10 @@ BAD_WORDS = {
     "--eval a b": r"--eval: expected one file, or as many as --train has \(1\), got 2",
     "--method sbr --harmful few.txt": r"--harmful: expected at least 8 different "
     r"prompts, .*got 2",
+    "--method plain --training.lora-rank 999": r"lora_rank to be at most 8, the smal",
+    "--method plain --training.lora-targets no": r"targets='no' matches no projection",
+    "--method plain --hardware.mesh fsdp=64": r"mesh 'fsdp=64' needs 64 devices",
+    "--method plain --hardware.mesh fspd=1": r"mesh 'fspd=1': expected axis=size",
     "--output used": r"--output used: expected a new or empty",
 }
 
@@ -157,7 +166,8 @@ def test_a_bad_command_line_is_one_line(more, chat, tmp_path, capsys, monkeypatc
     (tmp_path / "used" / "note.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     output = () if "--output" in more else ("--output", tmp_path / "out")
-    line = ["--model", chat, *output, "--train", "my.jsonl", *more.split()]
+    rank = () if "lora-rank" in more else RANK
+    line = ["--model", chat, *output, "--train", "my.jsonl", *rank, *more.split()]
     assert_matches(BAD_WORDS[more], refused(tune.main, line, capsys))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -260,6 +270,7 @@ PYTHON = {
 def test_nonsense_in_a_call_is_a_mistake_of_the_user_s(kind, chat):
     options, expected = PYTHON[kind]
     call = {"model": chat, "examples": [("w1", "w2")] * 4, "method": "plain"}
+    call["training"] = NARROW
     with pytest.raises(UserError, match=expected) as found:
         sbr_jax.tune(**{**call, **options})
     assert "\n" not in str(found.value)
@@ -275,8 +286,9 @@ def test_files_to_measure_on_are_one_for_each_domain(chat, tmp_path, monkeypatch
     monkeypatch.setattr(tuning, "carry_out", lambda made, study: made)
     paths = [tmp_path / f"{name}.jsonl" for name in given]
     few = "^examples [ab]: 20 examples are few"
+    options = {"evaluation": paths[2:], "training": NARROW}
     with pytest.warns(UserWarning, match=few) as told:
-        made = sbr_jax.tune(chat, paths[:2], "plain", evaluation=paths[2:])
+        made = sbr_jax.tune(chat, paths[:2], "plain", **options)
     found = {name: len(rows) for name, rows in made.parts.tests.items()}
     assert found == {"a": 3, "b": 4}
     assert not any("--" in str(warning.message) for warning in told)
@@ -518,9 +530,9 @@ def test_align_teaches_to_refuse_and_writes_a_checkpoint(tmp_path, monkeypatch, 
     found = json.loads((tmp_path / "aligned" / "summary.json").read_text())
     card = (tmp_path / "aligned" / "README.md").read_text()
     assert ", aligned\n" in card
-    assert "rows refuse (`sbr-jax align`)" in card
+    assert "trained with `sbr-jax align`: 32 of 64 rows refuse." in card
     assert found["after"]["refusal"] > found["before"]["refusal"] + 20
-    assert "64, of which 32 refuse" in capsys.readouterr().out
+    assert "rows     32 of 64 rows refuse" in capsys.readouterr().out
     assert models.load(tmp_path / "aligned").config == testbed.load().config
 
 
