@@ -9,6 +9,8 @@ from sbr_jax.methods.base import Cost
 from sbr_jax.progress import duration
 
 PLAIN = "plain"
+LEAST = 60.0
+"""Seconds below which compiling and starting take longer than all that is counted."""
 
 
 def lines(job: Any, study: Any) -> list[str]:
@@ -24,22 +26,25 @@ def lines(job: Any, study: Any) -> list[str]:
     load = estimates.load_of(job, study)
     device = this_machine(load.dtype)
     (variant,) = job.methods
-    method = build(variant, job.config.methods)
-    step = forecast.step_flops(load, method.cost) / forecast.step_flops(load, Cost())
-    found = []
-    if variant != PLAIN:
-        found += [f"a step of {variant} is {step:.2g} times one of plain training"]
-    start = estimates.start_seconds(job, study, load, device)
+    start = sum(estimates.start_seconds(job, study, load, device).values())
     times = {}
     for name in dict.fromkeys((PLAIN, variant)):
         parts = estimates.variant_seconds(job, study, load, device, name)
-        times[name] = {**parts, "start model": sum(start.values())}
-    shown = {name: duration(sum(parts.values())) for name, parts in times.items()}
+        times[name] = {**parts, "start model": start}
+    total = {name: sum(parts.values()) for name, parts in times.items()}
+    if total[variant] < LEAST:
+        return ["less than a minute, besides compiling the programs"]
+    found = []
+    if variant != PLAIN:
+        cost = build(variant, job.config.methods).cost
+        plain = forecast.step_flops(load, Cost())
+        ratio = f"{forecast.step_flops(load, cost) / plain:.2g}"
+        times_of = "" if ratio == "1" else f"{ratio} times "
+        found += [f"a step of {variant} costs {times_of}as much as a plain one"]
     found.append(
-        f"about {shown[variant]} in all"
-        + (f", {shown[PLAIN]} of it without a defence" if variant != PLAIN else "")
+        f"about {duration(total[variant])} in all"
+        + (f", {duration(total[PLAIN])} without a defence" if variant != PLAIN else "")
         + f" ({device.flops / 1e9:.0f} GFLOP/s here; compiling not counted)"
     )
-    own = times[variant]
-    found += [f"  {part} {duration(seconds)}" for part, seconds in own.items()]
-    return found
+    own = times[variant].items()
+    return found + [f"  {part} {duration(time)}" for part, time in own if time >= 1]

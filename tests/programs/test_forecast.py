@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import types
 
 import checkpoints
@@ -12,7 +13,7 @@ import pytest
 from tiny_preset import make_job
 
 from sbr_jax import models, recipes
-from sbr_jax.costs import devices, estimates, forecast, forecast_judge
+from sbr_jax.costs import defending, devices, estimates, forecast, forecast_judge
 from sbr_jax.costs.devices import DeviceOptions
 from sbr_jax.costs.forecast import Device, Load
 from sbr_jax.methods import METHODS, build
@@ -203,6 +204,29 @@ def test_a_dry_run_of_the_demo_prints_memory_and_hours(capsys):
     assert "fits into 24 GB, 40 GB, 80 GB" in out
     assert "train medical" in out
     assert "all, 3 seeds" in out
+
+
+COSTS = {
+    "tiny": ("safeanchor", 1e13, "less than a minute, besides compiling the programs"),
+    "slow": (
+        "safeanchor",
+        1e9,
+        r"a step of safeanchor costs 1\.\d times as much as .*",
+    ),
+    "as dear": ("salora", 1e9, "a step of salora costs as much as a plain one"),
+    "plain": ("plain", 1e9, r"about \S+ min in all \(1 GFLOP/s here; compiling not .*"),
+}
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_what_a_defence_costs_is_told_where_it_can_be(kind, demo, monkeypatch):
+    row, flops, expected = COSTS[kind]
+    device = dataclasses.replace(forecast.A100, flops=flops)
+    monkeypatch.setattr(defending, "this_machine", lambda dtype: device)
+    first, *more = defending.lines(job_of(variants=(row,)), demo)
+    assert re.fullmatch(expected, first)
+    assert bool(more) == (kind != "tiny")
+    assert not re.search(r"\b0 |ms", " ".join(more))
 
 
 @pytest.mark.thorough
