@@ -32,6 +32,12 @@ LOSSES = {
     "general_loss": "loss on general text, nats a token",
 }
 """From a metric to its label in tables."""
+USES = {
+    "calibrate": "to calibrate",
+    "probe": "for the monitor",
+    "measured": "to measure refusal",
+}
+"""From a part of the harmful prompts to what it is for."""
 
 
 def plan_lines(plan: Any) -> list[str]:
@@ -63,7 +69,7 @@ def plan_lines(plan: Any) -> list[str]:
                 f"measured {counted(len(data), 'answer')} of {name[5:]}, {kind}"
             )
     counts = parts.record.get("harmful", {})
-    shown = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    shown = ", ".join(f"{counts[x]} {use}" for x, use in USES.items() if counts.get(x))
     if not parts.measured:
         why = f"none is left ({shown})" if shown else "no prompts (--harmful)"
         shown = f"{why}, so refusal is not measured and the monitor is off"
@@ -186,12 +192,30 @@ def _write(
     report.build([plan.request.folder], output=page, title=title)
 
 
+def judged(judge: Mapping[str, Any]) -> str:
+    """The sentence that says what counts as a refusal.
+
+    >>> judged({"judge": "guard", "name": "llama-guard"})
+    'The judge `llama-guard` decides whether an answer is a refusal.'
+    >>> judged({"judge": "keyword", "keywords": "zou13"}).partition(";")[0]
+    'An answer counts as a refusal if it holds a phrase of the list `zou13`'
+    """
+    if "keywords" in judge:
+        return (
+            "An answer counts as a refusal if it holds a phrase of the list "
+            f"`{judge['keywords']}`; refusals in other words are missed."
+        )
+    name = judge.get("name", judge.get("judge"))
+    return f"The judge `{name}` decides whether an answer is a refusal."
+
+
 def _asked(parts: Any) -> str:
-    """How many prompts refusal was measured with."""
+    """The sentence that says how many prompts refusal was measured with."""
     harmless = counted(len(parts.harmless), "harmless prompt")
     if not parts.measured:
-        return f"{harmless} and no harmful one, so that refusal was not measured"
-    return f"{counted(len(parts.measured), 'harmful prompt')} and {harmless}"
+        return f"The model was asked {harmless} and, as none was given, no harmful one."
+    harmful = counted(len(parts.measured), "harmful prompt")
+    return f"The model was asked {harmful} and {harmless}."
 
 
 def _done(plan: Any, taught: str | None) -> str:
@@ -235,11 +259,10 @@ def card(
         "",
         to_markdown(table(tuned.metrics)),
         "",
-        f"Refusals by the judge `{judge.get('judge')}`"
-        f"{', list ' + judge['keywords'] if 'keywords' in judge else ''}, in greedy "
-        f"answers of at most {counted(plan.study.max_new_tokens, 'token')}; "
-        f"{_asked(plan.parts)}, none of which was learnt. Such a judge is a list of "
-        "words, and says nothing of attacks, other languages or long conversations.",
+        f"{judged(judge)} Answers were greedy and cut after "
+        f"{counted(plan.study.max_new_tokens, 'token')}. {_asked(plan.parts)} None of "
+        "these prompts was trained on. The numbers say nothing about attacks, other "
+        "languages or long conversations.",
         "",
         "## Training",
         "",

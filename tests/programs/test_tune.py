@@ -397,6 +397,8 @@ def test_a_run_leaves_an_adapter_a_card_and_a_report_for_others_to_read(finished
     card = found["README.md"].read_text()
     assert card.startswith("---\nlibrary_name: peft")
     assert "| refused held-out harmful prompts, % |" in card
+    assert "a refusal if it holds a phrase of the list `plain25`; refusals in" in card
+    assert "cut after 12 tokens. The model was asked 8 harmful prompts and " in card
 
 
 def test_the_adapter_that_is_written_is_the_one_that_was_measured(finished):

@@ -98,7 +98,7 @@ FILES = {
 @pytest.mark.parametrize("kind", FILES)
 def test_what_one_file_holds_back_no_file_learns(kind):
     files, expected = FILES[kind]
-    found, warned = told("left out: held back in another file", lambda: plain(files))
+    found, warned = told("left out, because another file", lambda: plain(files))
     held = found.record["held back"]
     assert expected.items() <= held.items()
     learnt = [f"train {name}" for name in held]
@@ -152,7 +152,7 @@ def test_given_rows_are_compared_with_all_that_is_learnt(learnt_in, count):
     new = [rows(9, start=900 + 100 * i) for i in range(count)]
     evaluation = [files[learnt_in][:3] + new[0], *new[1:]]
     _, warned = told(
-        "evaluation: 3 of 12 prompts learnt",
+        "evaluation: 3 of 12 prompts are also in",
         lambda: plain(files, evaluation=evaluation),
     )
     assert len(warned) == 1
@@ -165,7 +165,7 @@ def test_rows_that_are_given_are_all_measured_on(count):
 
 
 def test_rows_given_to_measure_on_are_told_where_they_are_learnt():
-    with pytest.warns(UserWarning, match="evaluation: 3 of 5 prompts learnt too"):
+    with pytest.warns(UserWarning, match="evaluation: 3 of 5 prompts are also in"):
         made(rows(60), None, set(), False, evaluation=[rows(3) + rows(2, start=900)])
 
 

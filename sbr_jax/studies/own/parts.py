@@ -169,8 +169,9 @@ def _split(given: Given, options: OwnOptions) -> tuple[Rows, Rows, Mapping[str, 
         shared = len(rows) - len(leaks.without(rows, seen)[0])
         if shared:
             warnings.warn(
-                f"{option('eval')}: {shared} of {counted(len(rows), 'prompt')} learnt "
-                "too, so its loss and exact match flatter",
+                f"{option('eval')}: {shared} of {counted(len(rows), 'prompt')} "
+                f"{'is' if shared == 1 else 'are'} also in the training examples, so "
+                "loss and exact match look better than they are",
                 stacklevel=2,
             )
     return trained, tests, {}
@@ -198,7 +199,7 @@ def _hold_back(trained: Rows, most: int) -> tuple[Rows, Rows, Mapping[str, Any]]
         if others[name]:
             warnings.warn(
                 f"{file_of(name)}: {others[name]} of {counted(len(rows), 'row')} left "
-                "out: held back in another file",
+                "out, because another file's measurement has the same prompts",
                 stacklevel=2,
             )
         # With too few to spare, measure how well the training rows are learnt.
@@ -400,9 +401,9 @@ def _warn_unrefused(rows: Sequence[Conversation], judge: Judge) -> None:
         return
     if other := len(rows) - len(_refused(rows, judge)):
         warnings.warn(
-            f"{option('safety')}: {other} of {counted(len(rows), 'answer')} without a "
-            "refusal by the keyword judge; what such protect is the manner of "
-            "answering",
+            f"{option('safety')}: no refusal found in {other} of "
+            f"{counted(len(rows), 'answer')}; a defence then keeps how these are "
+            "answered, not that they are refused",
             stacklevel=2,
         )
 
@@ -439,14 +440,14 @@ def warn_sizes(
             same = counted(different, "different example")
             shown = f"{same} (of {count}) {'is' if different == 1 else 'are'} few"
         warnings.warn(
-            f"{file_of(name)}: {shown}; expect them to be learnt by heart and little "
-            f"else, and give {option('eval')} to see it",
+            f"{file_of(name)}: {shown}; the model may only learn them by heart; give "
+            f"{option('eval')} to measure it on others",
             stacklevel=2,
         )
     if epochs > MANY_EPOCHS:
         warnings.warn(
             f"{file_of(name)}: every example is seen {epochs:.0f} times; more than "
-            f"{MANY_EPOCHS} epochs mostly wear the model out",
+            f"{MANY_EPOCHS} epochs usually harm the model",
             stacklevel=2,
         )
 
