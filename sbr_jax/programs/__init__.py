@@ -54,7 +54,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def usage(program: str) -> str:
     """The docstring of a program, which shows its usage; the program is not loaded."""
     file = Path(__file__).with_name(program.replace("-", "_") + ".py")
-    return ast.get_docstring(ast.parse(file.read_text("utf-8")), clean=False) or ""
+    text = ast.get_docstring(ast.parse(file.read_text("utf-8")), clean=False) or ""
+    return text.replace("python -m ", "").replace("experiments.", "sbr-jax ")
 
 
 def _check(words: Sequence[str]) -> None:

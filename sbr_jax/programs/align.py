@@ -12,9 +12,11 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from sbr_jax.errors import counted
 from sbr_jax.programs import cli, hosts, tune
+from sbr_jax.programs.parsing import REQUIRED
 from sbr_jax.recipes.own import ALIGNING
 from sbr_jax.settings import Training
 from sbr_jax.typing import UserError
@@ -28,9 +30,9 @@ RISE = 10.0
 class Arguments(tune.Shared):
     """Teach a chat model that refuses little to refuse."""
 
-    safety: str | None = None
+    safety: Annotated[str | None, REQUIRED] = None
     """Exchanges in which harmful requests are refused."""
-    ordinary: str | None = None
+    ordinary: Annotated[str | None, REQUIRED] = None
     """Ordinary exchanges, so that the model keeps answering."""
     share: float = 0.2
     """Share of rows that refuse."""

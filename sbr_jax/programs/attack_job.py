@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from sbr_jax import distributed, errors, storage
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job, JobArguments, Options, make_job
-from sbr_jax.programs.parsing import values_of
+from sbr_jax.programs.parsing import REQUIRED, values_of
 from sbr_jax.recipes.preset import Preset
 from sbr_jax.typing import UserError
 
@@ -29,7 +29,7 @@ MOST_EXAMPLES = 100_000
 class AttackArguments(JobArguments[Options]):
     """Attack a model during or after fine-tuning, and measure its remaining safety."""
 
-    attack: str = ""
+    attack: Annotated[str, REQUIRED] = ""
     """Name of an attack; --list shows them."""
     ratio: float | None = None
     """Share of attack rows in the training set, 0 to 1; default: the attack's."""

@@ -25,7 +25,7 @@ class Arguments:
     """Draw where each defence breaks under poison."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder with working directories of experiments.attack."""
+    """Folder that holds the folders of attacks."""
     limit: float = 10.0
     """Harmful score, in %, from which a model counts as harmed."""
     cost: float = 5.0

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from safetensors import SafetensorError
 
@@ -23,6 +23,7 @@ from sbr_jax.methods import Hyperparameters
 from sbr_jax.methods.needs import fits_adapter
 from sbr_jax.programs import cli
 from sbr_jax.programs.job import Job
+from sbr_jax.programs.parsing import REQUIRED
 from sbr_jax.recipes.preset import Preset
 from sbr_jax.reporting.runs import PROGRAMS
 from sbr_jax.settings import Training, restore
@@ -44,13 +45,13 @@ SHARD_BYTES = 5 * 10**9
 class Arguments:
     """Export the weights of one variant from a run."""
 
-    workdir: str | None = None
+    workdir: Annotated[str | None, REQUIRED] = None
     """The run's folder."""
-    variant: str = ""
+    variant: Annotated[str, REQUIRED] = ""
     """A method, or a variant of one."""
-    seed: int | None = None
+    seed: Annotated[int | None, REQUIRED] = None
     """Its seed."""
-    output: str | None = None
+    output: Annotated[str | None, REQUIRED] = None
     """A new or empty folder."""
     merged: bool = False
     """Write a whole checkpoint with base and adapter joined, instead of the adapter."""

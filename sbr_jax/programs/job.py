@@ -10,6 +10,7 @@ import tyro
 from sbr_jax import checks, errors, recipes, storage
 from sbr_jax.methods import METHODS, VARIANTS, Hyperparameters, build
 from sbr_jax.programs import cli
+from sbr_jax.programs.parsing import REQUIRED
 from sbr_jax.recipes.preset import Preset
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.studies.dates import dated
@@ -30,7 +31,7 @@ class JobArguments(Generic[Options]):
 
     study: Options
     """Options of the study."""
-    workdir: Path | None = None
+    workdir: Annotated[Path | None, REQUIRED] = None
     """Folder for the results; the same folder continues the same run."""
     methods: tuple[str, ...] = ()
     """Methods, or variants of them such as safeanchor-exact:no-anchor."""

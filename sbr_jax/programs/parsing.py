@@ -2,14 +2,18 @@
 
 import dataclasses
 import difflib
+import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from sbr_jax.typing import UserError
 
 Arguments = TypeVar("Arguments")
+
+REQUIRED = "required"
+"""Marks, in `Annotated`, an option that a program asks for itself if it is missing."""
 
 
 def parse(
@@ -33,6 +37,7 @@ def parse(
 
     # tyro's only hook for errors is private: pyproject.toml bounds the version.
     from tyro._errors import on_parse_error
+    from tyro.constructors import ConstructorRegistry
 
     words = list(sys.argv[1:] if args is None else args)
     start: Any = default
@@ -41,8 +46,41 @@ def parse(
         raise UserError(f"{_complaint(event, kind, words)}; see {prog} --help")
 
     _refuse_unsaid(words)
+    registry = ConstructorRegistry()
+    if {"-h", "--help"} & {*words}:
+        registry.struct_rule(_readable)
     with on_parse_error(refuse):
-        return tyro.cli(kind, prog=prog, args=words, default=start)
+        return tyro.cli(kind, prog=prog, args=words, default=start, registry=registry)
+
+
+def _readable(info: Any) -> Any:
+    """Tyro's rule for dataclasses, with help that a user can read."""
+    from tyro.conf import arg
+    from tyro.constructors._struct_spec_dataclass import dataclass_rule  # As above.
+
+    spec = dataclass_rule(info)
+    if spec is None:
+        return None
+    fields = []
+    for field in spec.fields:
+        said, hint = field.helptext, None
+        told = plain_text((said() if callable(said) else said) or "")
+        if REQUIRED in getattr(field.type, "__metadata__", ()):
+            hint = "(required)"
+        elif "default: " in told and not field.default:  # What none stands for.
+            hint = ""
+        kind = Annotated[field.type, arg(help_behavior_hint=hint)]
+        fields.append(dataclasses.replace(field, helptext=told, type=kind))
+    return dataclasses.replace(spec, fields=tuple(fields))
+
+
+def plain_text(docstring: str) -> str:
+    """A docstring's sentence without its markup and line breaks.
+
+    >>> plain_text(':func:`merge` takes ``"a"``,  `b` or None.')
+    'merge takes "a", b or None.'
+    """
+    return " ".join(re.sub(r"(:[a-z]+:)?`+", "", docstring).split())
 
 
 def _refuse_unsaid(words: Sequence[str]) -> None:

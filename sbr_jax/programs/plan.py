@@ -12,10 +12,12 @@ again costs nothing. All settings: sbr-jax plan --help.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 from sbr_jax import checks, errors
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import cli
+from sbr_jax.programs.parsing import REQUIRED
 from sbr_jax.recipes.llama2_7b import EPOCHS, EXAMPLES, PRESET
 from sbr_jax.settings import Count, Positive
 from sbr_jax.typing import UserError
@@ -27,9 +29,9 @@ PROGRAM = cli.command("plan")
 class Arguments:
     """Plan a job on a slice of TPUs before one is rented: memory, hours, layout."""
 
-    model: str | None = None
+    model: Annotated[str | None, REQUIRED] = None
     """A known shape such as llama2-7b, or a config.json or its folder."""
-    topology: str | None = None
+    topology: Annotated[str | None, REQUIRED] = None
     """The slice, as v5e:4x4."""
     mesh: str | None = None
     """Chips by axis, as data=1,fsdp=4,tp=4; default: the best of a few."""

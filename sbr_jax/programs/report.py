@@ -11,10 +11,12 @@ lacks and invents nothing.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from sbr_jax.programs import cli
+from sbr_jax.programs.parsing import REQUIRED
 from sbr_jax.reporting.report import build, print_tables
 
 
@@ -22,8 +24,8 @@ from sbr_jax.reporting.report import build, print_tables
 class Arguments:
     """Tables and figures of finished runs."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Working directories of experiments.run."""
+    folders: Annotated[tyro.conf.Positional[tuple[Path, ...]], REQUIRED]
+    """Folders of finished runs."""
     output: Path | None = None
     """File for the page; default: report.html in the first folder."""
     figures: Path | None = None

@@ -12,9 +12,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from sbr_jax import files
 from sbr_jax.programs import cli
+from sbr_jax.programs.parsing import REQUIRED
 from sbr_jax.typing import UserError
 
 PROGRAM = cli.command("smollm2")
@@ -27,7 +29,7 @@ rate, tokens of a row, and tokens of an answer to judge."""
 class Arguments:
     """Fetch a real chat model, convert it, and teach it to refuse."""
 
-    output: Path | None = None
+    output: Annotated[Path | None, REQUIRED] = None
     """Folder for the checkpoints."""
     data: Path | None = None
     """Data folder; default: the hub."""

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -28,6 +28,7 @@ from sbr_jax import errors, recipes
 from sbr_jax.methods import METHODS
 from sbr_jax.programs import attack_job, cli, job, terminal
 from sbr_jax.programs.job import Job, JobArguments, make_job
+from sbr_jax.programs.parsing import REQUIRED
 from sbr_jax.programs.sweep_state import (
     Part,
     Sweep,
@@ -53,14 +54,14 @@ POLL_SECONDS = 0.1
 class Arguments:
     """Run a named sweep."""
 
-    name: tyro.conf.Positional[str] = ""
+    name: Annotated[tyro.conf.Positional[str], REQUIRED] = ""
     """Name of a sweep; --list shows them."""
     workdir: Path | None = None
     """Folder for the cells and the table; default: runs/NAME."""
     seeds: int = 5
     """Number of seeds, from 0 (or a cell's own first seed)."""
     cells: tuple[str, ...] = ()
-    """Run only these cells."""
+    """Run only these cells; default: all."""
     jobs: int = 1
     """Cells to run at a time, each in its own process."""
     dry_run: bool = False

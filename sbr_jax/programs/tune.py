@@ -21,7 +21,7 @@ from sbr_jax import checks, distributed, files
 from sbr_jax.methods import Hyperparameters
 from sbr_jax.methods.needs import fits_adapter
 from sbr_jax.programs import cli, hosts
-from sbr_jax.programs.parsing import values_of
+from sbr_jax.programs.parsing import REQUIRED, values_of
 from sbr_jax.recipes.own import EPOCHS, HARDWARE, HYPERPARAMETERS, METHOD, TRAINING
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.studies.options import OwnOptions
@@ -35,9 +35,9 @@ STEPS = "--training.steps-per-domain"
 class Shared:
     """Arguments that `tune` and `align` share."""
 
-    model: str | None = None
+    model: Annotated[str | None, REQUIRED] = None
     """Checkpoint folder of a chat model, a hub id, or a .gguf file."""
-    output: Path | None = None
+    output: Annotated[Path | None, REQUIRED] = None
     """New folder for weights and report; work is kept beside it, in OUTPUT.work."""
     harmful: str | None = None
     """Prompts to refuse: a .txt with one per line, a table, or a data set's folder."""
@@ -66,7 +66,7 @@ class Shared:
 class Arguments(Shared):
     """Fine-tune your own chat model on your own examples, and keep it safe."""
 
-    train: tuple[str, ...] = ()
+    train: Annotated[tuple[str, ...], REQUIRED] = ()
     """Examples: csv, json, jsonl, parquet, folder or hub id; several: in this order."""
     method: str = METHOD
     """Defence; plain for no defence."""

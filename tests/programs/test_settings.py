@@ -105,6 +105,20 @@ def test_help_names_every_setting_with_the_presets_value(name, monkeypatch, caps
             assert said[1].strip("'") == shown, option
             count += 1
     assert count > 100
+    assert text.count("(required)") == 1  # --workdir.
+    assert "`" not in text
+
+
+NEEDED = {"tune": 3, "align": 4, "plan": 2, "sweep": 1, "report": 1, "export demo": 4}
+
+
+@pytest.mark.parametrize("words", NEEDED)
+def test_help_says_what_is_required_without_markup(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    text = capsys.readouterr().out
+    assert text.count("(required)") == NEEDED[words]
+    assert not re.search(r"`|\(default: ('')?\)", text)
 
 
 @pytest.mark.parametrize("program", [run, attack, analyse])

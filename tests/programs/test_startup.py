@@ -34,6 +34,8 @@ def test_help_and_misspelt_names_load_no_library():
     assert [line for line in said if line.isdigit()] == ["0", "0", "0", "2", "2", "2"]
     assert said[-1] == "[]"
     assert "--dry-run" in done.stdout
+    assert "    sbr-jax run PRESET --workdir DIR" in done.stdout
+    assert "experiments" not in done.stdout
     assert "nearest: demo" in done.stderr
 
 
