@@ -62,8 +62,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lisa": lisa,
 }
 
-SELECTIVE = {"calibration_tokens": 4, "contrast": 0.1, "normalisation": "kind"}
-"""Three changes of the subspace and its relaxation, combined."""
+SELECTIVE = {"calibration_tokens": 4, "contrast": 0.1}
+"""Two changes of the subspace, combined."""
 PROJECTION = {"kl_weight": 0.0, "monitored": False}
 """The projection alone."""
 
@@ -82,7 +82,7 @@ _published = functools.partial(_brief, "safeanchor")
 VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # A part missing.
     "safeanchor-exact:no-update": _exact(update_subspace=False),
-    "safeanchor-exact:no-relaxation": _exact(relax=False),
+    "safeanchor-exact:relaxed": _exact(relax=True),
     "safeanchor-exact:no-anchor": _exact(kl_weight=0.0),
     "safeanchor-exact:no-csm": _exact(monitored=False),
     # One part alone.
@@ -96,16 +96,18 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "safeanchor-exact:random": _exact(basis="random", **PROJECTION),
     "safeanchor-exact:shuffled": _exact(basis="shuffled", **PROJECTION),
     "safeanchor-exact:benign": _exact(basis="benign", **PROJECTION),
-    # Our two changes besides the exact projection, reverted one at a time.
+    # Our changes, reverted one at a time or made otherwise.
+    "safeanchor-exact:metric": _exact(projection="metric"),
+    "safeanchor-exact:relaxed-only": _exact(relax=True, **PROJECTION),
     "safeanchor-exact:previous-reference": _exact(kl_reference="previous"),
     "safeanchor-exact:published-energy": _exact(energy=0.9),
     # The paper prefers KL(reference ‖ model) to KL(model ‖ reference).
     "safeanchor:reverse-kl": _published(kl_direction="reverse"),
     "safeanchor-exact:reverse-kl": _exact(kl_direction="reverse"),
     # Improvements, one at a time.
-    "safeanchor-exact:metric": _exact(projection="metric"),
     "safeanchor-exact:sampled-fisher": _exact(fisher="sampled"),
     "safeanchor-exact:refresh": _exact(refresh_every=50),
+    "safeanchor-exact:eigenvalue": _exact(weighting="eigenvalue"),
     "safeanchor-exact:unit-trace": _exact(weighting="unit-trace"),
     "safeanchor-exact:keep-base": _exact(keep_base=True),
     "safeanchor-exact:protect-a": _exact(protect_a="perturb"),
@@ -114,7 +116,6 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # with what benign answers need.
     "safeanchor-exact:first-tokens": _exact(calibration_tokens=4),
     "safeanchor-exact:contrastive": _exact(contrast=0.1),
-    "safeanchor-exact:per-kind": _exact(normalisation="kind"),
     "safeanchor-exact:selective": _exact(**SELECTIVE),
     "safeanchor-exact:selective-only": _exact(**SELECTIVE, **PROJECTION),
     # Our best method with a part missing, or with another rater.

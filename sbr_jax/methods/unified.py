@@ -2,8 +2,9 @@
 
     step from P⊥ ∇[mean_i α_i NLL_i] + ∇[mean_i β_i KL(p_ref ‖ p_θ)_i + λ L_anchor]
 
-- P⊥ is SafeAnchor-exact's update projection (:mod:`sbr_jax.methods.safeanchor`). It
-  keeps ordinary examples from moving the directions that safety depends on.
+- P⊥ is SafeAnchor's projection of the update (:mod:`sbr_jax.methods.safeanchor`),
+  relaxed by α. It keeps ordinary examples from moving the directions that safety
+  depends on.
 - L_anchor is SBR's (:mod:`sbr_jax.methods.sbr`). It holds the last hidden states of a
   few harmful prompts.
 - α and β are risk-adaptive (:mod:`sbr_jax.methods.risk`). A risky example is tied to
@@ -69,7 +70,11 @@ def unified(
     """
     weighting = Weighting(beta_min, beta_max, "example", "linear")
     method = safeanchor_exact(
+        # As it was chosen and measured, before its base was made strict.
         projection="update" if project else "none",
+        weighting="eigenvalue",
+        normalisation="mean",
+        relax=True,
         kl_weight=kl_weight,
         max_rank=max_rank,
         control_spectrum=control_spectrum,

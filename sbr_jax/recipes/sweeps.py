@@ -98,9 +98,9 @@ MERGES: Mapping[str, Mapping[str, Any]] = {
     "keep-base": {"weighting": "eigenvalue", "keep_base": True},
 }
 NORMALISED: Mapping[str, Mapping[str, Any]] = {
-    "none": {"normalisation": "none"},
-    "mean": {"normalisation": "mean"},
-    "kind": {"normalisation": "kind"},
+    "none": {"relax": True, "normalisation": "none"},
+    "mean": {"relax": True, "normalisation": "mean"},
+    "kind": {"relax": True, "normalisation": "kind"},
     "strict": {"relax": False},
 }
 """Normalisations of the traces that relax a projection, or no relaxation."""

@@ -129,10 +129,10 @@ def test_diagnostics_say_what_the_report_draws():
 
 
 def test_the_tasks_part_is_told_apart_from_what_the_anchor_brought():
-    strict = learned("safeanchor-exact:no-relaxation")[1]
+    strict = learned("safeanchor-exact")[1]
     assert strict["safety_task"] < 1e-5
     assert strict["safety_update"] > 1e-3  # The anchor's, let past on purpose.
-    relaxed = learned("safeanchor-exact")[1]
+    relaxed = learned("safeanchor-exact:relaxed")[1]
     assert relaxed["safety_task"] > 1e-3
     alone = learned("safeanchor-exact:projection-only")[1]
     np.testing.assert_allclose(alone["safety_task"], alone["safety_update"], rtol=1e-3)
