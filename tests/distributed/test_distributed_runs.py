@@ -1,6 +1,7 @@
-"""Two processes with four devices each do the real command's job as one would."""
+"""Several processes on eight devices do the real command's job as one would."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -59,12 +60,17 @@ def address():
 
 
 @contextlib.contextmanager
-def two(*words, each=({}, {}), more=((), ())):
-    """Both processes of a job; none is left behind."""
-    where = address()
+def together(*words, count=2, each=({}, {}), more=((), ())):
+    """The processes of a job, two of which may differ; none is left behind."""
+    where, devices = address(), DEVICES // count
+    own = itertools.zip_longest(range(count), each, more)
     found = [
-        start([*RUN, *words, *more[i], "--distributed", f"{where},2,{i}"], **each[i])
-        for i in range(2)
+        start(
+            [*RUN, *words, *(own_words or ()), "--distributed", f"{where},{count},{i}"],
+            devices=devices,
+            **(variables or {}),
+        )
+        for i, variables, own_words in own
     ]
     try:
         yield found
@@ -80,8 +86,9 @@ def ended(process):
     return process.returncode, said
 
 
-def both(*words, **options):
-    with two(*words, **options) as processes:
+def all_ended(*words, **options):
+    """Exit codes and standard errors of all processes of a job."""
+    with together(*words, **options) as processes:
         return [ended(process) for process in processes]
 
 
@@ -107,7 +114,7 @@ def training(folder):
     slow = {"SBR_JAX_PAUSE": "0.5", "SBR_JAX_STEPS": str(steps)}
     deadline = time.monotonic() + LIMIT
     each = (slow, {"SBR_JAX_PAUSE": "0.5"})
-    with two("--workdir", folder, *PLAIN, each=each) as processes:
+    with together("--workdir", folder, *PLAIN, each=each) as processes:
         # At the second, the first is compiled and done.
         while not steps.exists() or steps.stat().st_size < 2:
             assert time.monotonic() < deadline
@@ -120,7 +127,7 @@ def training(folder):
 def whole(tmp_path_factory):
     """The uninterrupted run of two processes, and what they said."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, both("--workdir", folder)
+    return folder, all_ended("--workdir", folder)
 
 
 def assert_close(one, two):
@@ -177,8 +184,17 @@ def test_sigterm_to_one_stops_both_at_one_step_and_loses_nothing(whole, tmp_path
     assert found[0][1].splitlines()[-1].startswith("interrupted: finished stages are")
     (history,) = folder.glob("stages/plain/3/*-train/partial-*/history.json")
     assert 0 < json.loads(history.read_text())["step"] < 8
-    assert [code for code, _ in both("--workdir", folder, *PLAIN)] == [0, 0]
+    assert [code for code, _ in all_ended("--workdir", folder, *PLAIN)] == [0, 0]
     assert (folder / "results.jsonl").read_bytes() == plain(whole[0])
+
+
+@pytest.mark.thorough
+def test_four_processes_of_two_devices_give_what_two_of_four_give(whole, tmp_path):
+    found = all_ended("--workdir", tmp_path / "run", count=4)
+    assert [code for code, _ in found] == [0] * 4, found
+    assert_close(read(whole[0]), read(tmp_path / "run"))
+    logs = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
+    assert logs == [f"host-{i:02}.log" for i in (1, 2, 3)]
 
 
 @pytest.mark.thorough
@@ -201,7 +217,7 @@ def test_twenty_kills_of_either_process_change_no_byte(whole, tmp_path):
         while codes != (0, 0):
             # Starts and compilations are killed as well as steps and evaluations.
             wait, victim = rng.uniform(3, 30), rng.randrange(2)
-            with two("--workdir", folder, each=(slow, slow)) as processes:
+            with together("--workdir", folder, each=(slow, slow)) as processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     processes[victim].wait(wait if kills < 20 else LIMIT)
                 killed = processes[victim].poll() is None
@@ -281,5 +297,7 @@ def test_hosts_with_folders_of_their_own_are_refused(tmp_path):
         place.mkdir()
     began = time.monotonic()
     each = [{"cwd": place} for place in places]
-    one_line(both("--workdir", "run", each=each), "sees another folder of that name")
+    one_line(
+        all_ended("--workdir", "run", each=each), "sees another folder of that name"
+    )
     assert time.monotonic() - began < 60
