@@ -55,7 +55,7 @@ $(STAMP): pyproject.toml
 	touch "$@"; \
 	echo "==> installed"
 
-demo: $(STAMP) ## plain LoRA against SafeAnchor on the testbed, then the report
+demo: $(STAMP) ## plain LoRA, SafeAnchor and lean on the testbed, then the report
 	@echo "==> running the preset 'demo' into $(DEMO) (some 3 minutes on two cores; finished stages are kept)"
 	@$(BIN)/python -m experiments.run demo --workdir "$(DEMO)" --jobs auto
 	@$(MAKE) --no-print-directory report

@@ -40,6 +40,7 @@ from sbr_jax.studies.own.parts import Parts, file_of, steps_of, warn_sizes
 from sbr_jax.training import deployed, pipeline, sharding
 from sbr_jax.training.config import Config
 from sbr_jax.training.csm import check_rule
+from sbr_jax.training.records import plain_numbers
 from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stage_records import BASE
 from sbr_jax.training.stages import EVALUATE, NAMES
@@ -339,6 +340,7 @@ def carry_out(made: Plan, study: ChatStudy) -> Tuned:
         UserError: for a folder of another run, or anything else that a run refuses.
     """
     request = made.request
+    epochs = plain_numbers(request.epochs)  # NumPy's numbers are no JSON.
     pipeline.run(
         study,
         made.methods,
@@ -348,7 +350,7 @@ def carry_out(made: Plan, study: ChatStudy) -> Tuned:
         made.domains,
         notes={
             "study": recorded(made.study),
-            "tune": {"epochs": request.epochs, "method": request.method},
+            "tune": {"epochs": epochs, "method": request.method},
             **study.notes,
         },
         quiet=request.quiet,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sbr_jax import files
+from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import cli
 from sbr_jax.provenance.code_version import ROOT, TESTBED, code_hash
 from sbr_jax.typing import UserError
@@ -129,19 +130,24 @@ def read_manifest(root: Path = ROOT) -> Manifest:
 
 
 def stale(manifest: Manifest) -> list[str]:
-    """For each table, the rows whose code differs from the current code."""
+    """For each table, the rows whose code differs from the current code, or is gone."""
     found = []
     for name, table in manifest.tables.items():
-        old = [m.row for m in table.measured if m.code != code_hash(m.row, m.study)]
+        old = [m.row for m in table.measured if m.code != _code_now(m.row, m.study)]
         if old:
             found.append(f"{name}: {', '.join(dict.fromkeys(old))}")
     return found
 
 
+def _code_now(row: str, study: str) -> str | None:
+    """The current hash of a row; None for one that has been removed since."""
+    return code_hash(row, study) if row in METHODS or row in VARIANTS else None
+
+
 def record(manifest: Manifest, version: str) -> Manifest:
     """The manifest with the hashes of the current code under a name."""
     codes = {
-        study: {row: code_hash(row, study) for row in rows}
+        study: {row: code for row in rows if (code := _code_now(row, study))}
         for study, rows in manifest.codes[manifest.version].items()
     }
     return dataclasses.replace(manifest, codes={**manifest.codes, version: codes})

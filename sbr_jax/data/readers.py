@@ -26,6 +26,7 @@ from sbr_jax.files import parse_json
 from sbr_jax.typing import UserError
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_MARKS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\0"}
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 MOST_GROWTH = 200
@@ -89,6 +90,11 @@ def _content(path: Path) -> bytes:
                         f"more than {MOST_GROWTH}-fold: fetch it again"
                     )
     except _DAMAGE as error:
+        if not pieces and not _packed(path):
+            raise UserError(
+                f"expected a compressed text in {path}, got none of a {path.suffix} "
+                f"file: rename it to {path.stem}, or fetch it again"
+            ) from error
         lines = sum(piece.count(b"\n") for piece in pieces)
         raise UserError(
             f"expected a whole text file in {path}, got one damaged after line {lines} "
@@ -99,9 +105,20 @@ def _content(path: Path) -> bytes:
     return b"".join(pieces)
 
 
+def _packed(path: Path) -> str | None:
+    """The ending that a compressed file should have, by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    return next((end for end, mark in _MARKS.items() if start.startswith(mark)), None)
+
+
 def whole_text(path: Path) -> str:
     r"""A whole text file in UTF-8, with lines separated by ``\n``."""
     content = _content(path)
+    if path.suffix not in _OPENERS and (end := _packed(path)):
+        raise UserError(
+            f"expected text in {path}, got a {end} file: rename it to {path.name}{end}"
+        )
     place, got = content.find(b"\0"), "a NUL byte"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         place, got = 0, "UTF-16"
@@ -289,7 +306,8 @@ def _refuse_other_json(path: Path, ending: str) -> None:
         return
     written = (line.strip() for line in _lines(whole_text(path)) if line.strip())
     first, second = [*itertools.islice(written, 2), "", ""][:2]
-    before, _, after = path.name.rpartition(ending)
+    at = path.name.lower().rindex(ending)
+    before, after = path.name[:at], path.name[at + len(ending) :]
     lines, array = (f"rename it to {before}{x}{after}" for x in (".jsonl", ".json"))
     listed, apart = "write the rows as [{...}, {...}]", "write each row on its own line"
     for name, is_so, got, remedy in (
@@ -304,7 +322,8 @@ def _refuse_other_json(path: Path, ending: str) -> None:
 
 def any_rows(path: Path) -> list[Row]:
     """The rows of a file, read by its ending: csv, tsv, json, jsonl or parquet."""
-    ending = Path(path.stem if path.suffix in _OPENERS else path.name).suffix
+    inner = path.stem if path.suffix in _OPENERS else path.name
+    ending = Path(inner).suffix.lower()
     if ending not in READERS:
         raise UserError(
             f"expected a csv, tsv, json, jsonl or parquet file, got {path.name}"

@@ -109,7 +109,7 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "safeanchor-exact:refresh": _exact(refresh_every=50),
     "safeanchor-exact:eigenvalue": _exact(weighting="eigenvalue"),
     "safeanchor-exact:unit-trace": _exact(weighting="unit-trace"),
-    "safeanchor-exact:keep-base": _exact(keep_base=True),
+    "safeanchor-exact:keep-base": _exact(weighting="eigenvalue", keep_base=True),
     "safeanchor-exact:protect-a": _exact(protect_a="perturb"),
     "safeanchor-exact:replay-bypass": _exact(replay_bypass=True),
     # Other subspaces: of the first tokens, where refusing is decided, and contrasted
@@ -148,8 +148,8 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
 Hyperparameters = collect(METHODS, {"safeanchor-exact": OURS})
 """Hyper-parameters of every method, a frozen record of frozen records.
 
-``Hyperparameters()`` holds the published values. Its fields have the methods' names,
-with underscores."""
+``Hyperparameters()`` holds the published values, and ours of methods of our own. Its
+fields have the methods' names, with underscores."""
 
 
 def build(variant: str, methods: Any = None, **overrides: Any) -> Method:

@@ -62,19 +62,19 @@ def named(chosen: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def shares(left: list[tuple[str, int]], count: int) -> list[list[tuple[str, int]]]:
-    """Every process's part, each beginning at another variant.
+    """Every process's part; they begin as far apart among the variants as they can.
 
     So one process compiles the programs of a variant, and the others find them.
 
     >>> [named(own) for own in shares([("plain", 0), ("lean", 0), ("lean", 1)], 2)]
     [['lean/1', 'plain/0'], ['lean/0']]
     """
-    parts = [left[index::count] for index in range(count)]
-    for index, own in enumerate(parts):
-        variants = [variant for variant, _ in own]
-        names = list(dict.fromkeys(variants))
-        first = variants.index(names[len(names) * (count - 1 - index) // count])
-        parts[index] = own[first:] + own[:first]
+    names = list(dict.fromkeys(variant for variant, _ in left))
+    parts = []
+    for index in range(count):
+        own, first = left[index::count], len(names) * (count - 1 - index) // count
+        later = [one for one in own if names.index(one[0]) >= first]
+        parts.append(later + [one for one in own if one not in later])
     return parts
 
 

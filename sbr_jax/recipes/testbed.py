@@ -4,7 +4,7 @@
     python -m experiments.report runs/testbed
 
 Cost: see `experiments/README.md`. Expected: over five seeds, plain LoRA falls from a
-composite of 100 to 45.7, and `safeanchor-exact` retains 99.9 %. Learning rate, steps
+composite of 100 to 45.7, and `safeanchor-exact` retains 99.8 %. Learning rate, steps
 and rank were chosen on plain LoRA alone, before any defence was run, and all variants
 share them. A defence's own hyper-parameters are the published ones unless its variant
 says otherwise.

@@ -1,4 +1,4 @@
-"""Tuning of every method: one hyper-parameter each, around the published value.
+"""Tuning of methods: one hyper-parameter each, around the published value.
 
     python -m experiments.sweep testbed-tuning --seeds 2 --jobs 2
 

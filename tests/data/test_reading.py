@@ -144,6 +144,8 @@ WRONG = {
         ('{"t": ' + "9" * 5000 + "}", "row 1, got .*4300 digits"),
         ('[{"t": 1},\n{"t": 2}]', r"got a JSON array: rename it to a\.json$"),
         ('{\n "t": 1\n}', "got one over several lines: write each row on its own"),
+        (gzip.compress(b"{}"), r"got a \.gz file: rename it to a\.jsonl\.gz$"),
+        (lzma.compress(b"{}"), r"got a \.xz file: rename it to a\.jsonl\.xz$"),
         ('{"t": 1, "t": 1}', "row 1, got a name that stands twice in one object"),
         ('{"t\\r\\n": 1, "t\\n": 2}', "row 1: expected different names"),
     ],
@@ -156,6 +158,7 @@ WRONG = {
         ('{"t": [1]}', r"got an object outside of one: write the rows as \[\{"),
         ('[{"t": 1}, ["x"]]', "row 2: expected an object, got a"),
     ],
+    "A.JSONL": [('[{"t": 1}]', r"got a JSON array: rename it to A\.json$")],
     "a.jsonl.gz": [
         (gzip.compress(b" " * 2**25, 1), "more than 200-fold"),
         (gzip.compress(b"[]"), r"got a JSON array: rename it to a\.json\.gz$"),
@@ -190,7 +193,7 @@ def test_a_damaged_gzip_says_how_far_it_was_read(tmp_path):
     middle = len(whole) // 2
     for content, said in (
         (whole[:middle], r"damaged after line [1-9]\d* \(EOFError\)"),
-        (b"no gzip at all", r"damaged after line 0 \(BadGzipFile\)"),
+        (b"no gzip at all", r"none of a \.gz file: rename it to a\.jsonl, or fetch"),
         (
             whole[:middle] + bytes(64) + whole[middle + 64 :],
             r"damaged after line|expected JSON",

@@ -174,13 +174,14 @@ def test_only_gives_each_variant_its_seeds(job):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shares_are_all_the_work_once_and_begin_at_different_variants(count):
-    left = [(name, seed) for name in ("plain", "lean", "sbr") for seed in range(5)]
+@pytest.mark.parametrize("seeds", [1, 3, 5])
+def test_shares_are_all_the_work_once_and_begin_at_different_variants(count, seeds):
+    left = [(name, seed) for name in ("plain", "lean", "sbr") for seed in range(seeds)]
     parts = spread.shares(left, count)
     assert sorted(one for own in parts for one in own) == sorted(left)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    first = {own[0][0] for own in parts}
-    assert len(first) == min(count, 3)
+    if count <= 3:
+        assert len({own[0][0] for own in parts}) == count
 
 
 def test_auto_is_one_a_core_and_one_on_a_mesh(job, monkeypatch):
