@@ -459,7 +459,7 @@ def test_ten_lines_of_python_do_the_same_as_a_killed_run(finished, tmp_path):
         testbed.ALIGNED,
         finished / "my.jsonl",
         harmful=world_prompts(),
-        epochs=1,
+        epochs=np.float32(1),  # NumPy's numbers are no JSON.
         hyperparameters=HYPERPARAMETERS,
         **QUICK,
     )
