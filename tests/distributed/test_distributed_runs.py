@@ -27,7 +27,7 @@ CHILD = ROOT / "tests" / "distributed_child.py"
 DEVICES = 8
 RUN = ("run", "tiny", "--mesh", f"fsdp={DEVICES}")
 PLAIN = ("--methods", "plain")
-LIMIT = 240.0
+LIMIT = 480.0
 """Seconds after which a process that should have ended is a failure."""
 
 
