@@ -244,6 +244,9 @@ class _Counter:
 
 
 _LOOP = ("body", "condition")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{}]*\))? \{([^}]*)\}"
+)
 
 
 def _main(arrays: tuple[Array, ...]) -> float:
@@ -255,7 +258,12 @@ def _group(instruction: Instruction, devices: int) -> int:
     """How many devices take part in a communication.
 
     They are listed, or generated (``[groups,size]<=[...]``), or given as axes of a mesh
-    (``mesh['a'=2,'b'=4] {'b'}``).
+    (``mesh['a'=2,'b'=4] {'b'}``, perhaps with the order of its devices in between). No
+    groups, or none named, means all devices.
+
+    Raises:
+        ValueError: for groups in another form: counted as all devices, they would
+            multiply the bytes of a gather.
     """
     attributes = instruction.attributes
     if "source_target_pairs=" in attributes:
@@ -264,8 +272,10 @@ def _group(instruction: Instruction, devices: int) -> int:
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if found := re.search(_MESH_GROUPS, attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    if found := re.search(r"replica_groups=(?!\{\})\S+", attributes):
+        raise ValueError(f"expected replica groups in a known form, got {found[0]}")
     return devices

@@ -241,6 +241,41 @@ def test_a_tpus_text_is_counted_like_any_other():
     assert found.bytes == layers + rest + 8 * 4 * 4 + 9 * (4 + 4 + 1)
 
 
+GATHER = """\
+HloModule gather, entry_computation_layout={(f32[2,8]{1,0})->f32[8,8]{1,0}}, \
+num_partitions=64
+
+ENTRY %main (x: f32[2,8]) -> f32[8,8] {
+  %x = f32[2,8]{1,0} parameter(0)
+  ROOT %g = f32[8,8]{1,0} all-gather(%x), GROUPS dimensions={0}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}},", 4),
+        ("replica_groups=[16,4]<=[16,4]T(1,0),", 4),
+        ("replica_groups=mesh['a'=16,'b'=4] {'b'},", 4),
+        ("replica_groups=mesh['a'=16,'b'=4] {'a'},", 16),
+        ("replica_groups=mesh['a'=4,'b'=4,'c'=4] {'a','c'},", 16),
+        ("replica_groups=mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'a'},", 4),
+        ("replica_groups=mesh['a'=4,'b'=16], device_ids=([64]) {'b'},", 16),
+        ("replica_groups={},", 64),
+        ("", 64),
+    ],
+)
+def test_every_way_to_name_the_devices_of_a_communication(groups, devices):
+    found = count(GATHER.replace("GROUPS", groups))
+    assert found.links == {("all-gather", devices): (devices - 1) * 2 * 8 * 4}
+
+
+def test_groups_in_a_form_that_nobody_knows_are_not_taken_for_all_devices():
+    with pytest.raises(ValueError, match="known form, got replica_groups=spiral"):
+        count(GATHER.replace("GROUPS", "replica_groups=spiral[4],"))
+
+
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(UserError, match="without ENTRY"):
         parse("HloModule jit_f\n")
