@@ -7,6 +7,7 @@ length.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class Row(NamedTuple):
         value = self.get(column)
         if empty and value is None:
             return ""
-        if not isinstance(value, str) or not (empty or value.strip()):
+        if not isinstance(value, str) or (is_blank(value) and not empty):
             raise self.fault(column, "a text")
         return value
 
@@ -174,6 +175,16 @@ def _is_name(name: Any) -> bool:
     return re.fullmatch(r"[A-Za-z]\w{0,29}", str(name), re.ASCII) is not None
 
 
+def is_blank(text: str) -> bool:
+    r"""Whether a text shows nothing: blanks, controls and zero-width characters alone.
+
+    >>> is_blank(" \n\u200b\ufeff\u2060"), is_blank("\u200bno\u200b"), is_blank("")
+    (True, False, True)
+    """
+    shown = (one for one in text if unicodedata.category(one) not in ("Cc", "Cf"))
+    return not "".join(shown).strip()
+
+
 def describe(value: Any) -> str:
     """Kind and size of a value, without its text."""
     if value is None:
@@ -182,7 +193,7 @@ def describe(value: Any) -> str:
         shown = repr(value)
         return shown if len(shown) <= 30 else "a number of many digits"
     if isinstance(value, str):
-        return f"a text of {len(value)} characters" if value.strip() else "a blank text"
+        return "a blank text" if is_blank(value) else f"a text of {len(value)} characters"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     return f"a {type(value).__name__}"

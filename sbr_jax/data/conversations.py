@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from sbr_jax.data import leaks
 from sbr_jax.data._hub import Hub, hub_rows
-from sbr_jax.data._rows import Row, describe
+from sbr_jax.data._rows import Row, describe, is_blank
 from sbr_jax.data.readers import READERS, any_rows, rows_of, whole_text
 from sbr_jax.data.records import Messages, Record, message
 from sbr_jax.data.registry import EVALSETS, SOURCES, load_evalset, load_source
@@ -108,7 +108,7 @@ def _given(values: Sequence[Any], option: str) -> Read:
         if isinstance(value, list | tuple) and len(value) == 2:
             row = Row(option, number, {"prompt": value[0], "answer": value[1]})
             value = Record(row.text("prompt"), row.text("answer"))
-        if not isinstance(value, Record) or not value.response.strip():
+        if not isinstance(value, Record) or is_blank(value.response):
             raise UserError(
                 f"{where}: expected a dict, a pair (prompt, answer) or a Record with "
                 f"an answer, got {describe(value)}"
@@ -310,7 +310,7 @@ def _parsed(value: Any, where: str) -> list[Turn]:
             known = ", ".join(dict.fromkeys(ROLES.values()))
             got = f"'{said}'" if isinstance(said, str) and len(said) < 20 else "none"
             raise UserError(f"{place}: expected a role of {known}, got {got}: {MEND}")
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str) or is_blank(content):
             raise UserError(
                 f"{place}: expected a text, got {describe(content)}: {MEND}"
             )

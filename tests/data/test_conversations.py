@@ -204,6 +204,7 @@ TURNS = {
     "another role": [{"role": "tool", "content": "a"}],
     "null answer": [asked(ROWS[0]), {"role": "assistant", "content": None}],
     "blank answer": [asked(ROWS[0]), {"role": "assistant", "content": " \n"}],
+    "invisible answer": [asked(ROWS[0]), {"role": "assistant", "content": "\u200b"}],
     "ends with the user": [*messages(*ROWS[0])["messages"], asked(ROWS[1])],
     "begins with an answer": messages(*ROWS[0])["messages"][::-1],
     "late system": [
