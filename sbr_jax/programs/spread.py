@@ -64,17 +64,21 @@ def named(chosen: Sequence[tuple[str, int]]) -> list[str]:
 def shares(left: list[tuple[str, int]], count: int) -> list[list[tuple[str, int]]]:
     """Every process's part; they begin as far apart among the variants as they can.
 
-    So one process compiles the programs of a variant, and the others find them.
+    Every second process goes backwards through the variants. So each variant's programs
+    are compiled by one process, long before another comes to it and finds them.
 
-    >>> [named(own) for own in shares([("plain", 0), ("lean", 0), ("lean", 1)], 2)]
-    [['lean/1', 'plain/0'], ['lean/0']]
+    >>> left = [(variant, seed) for variant in ("plain", "ewc", "lean") for seed in (0, 1)]
+    >>> [named(own) for own in shares(left, 2)]
+    [['ewc/0', 'lean/0', 'plain/0'], ['plain/1', 'lean/1', 'ewc/1']]
     """
     names = list(dict.fromkeys(variant for variant, _ in left))
     parts = []
     for index in range(count):
-        own, first = left[index::count], len(names) * (count - 1 - index) // count
-        later = [one for one in own if names.index(one[0]) >= first]
-        parts.append(later + [one for one in own if one not in later])
+        first = len(names) * (count - 1 - index) // count
+        order = names[first:] + names[:first]
+        if index % 2:
+            order = [order[0], *reversed(order[1:])]
+        parts.append(sorted(left[index::count], key=lambda one: order.index(one[0])))
     return parts
 
 
