@@ -115,6 +115,13 @@ class _Counter:
 
     def __init__(self, module: Module, rounds: int):
         self.module, self.rounds = module, rounds
+        self.begun = {
+            _channel(computation.instructions[name]): computation.name
+            for computation in module.computations.values()
+            for instruction in computation
+            if instruction.target == "AsyncCollectiveStart"
+            for name in instruction.operands
+        }
         self.executed = functools.cache(self._executed)
         self.fused = functools.cache(self._fused)
 
@@ -152,11 +159,22 @@ class _Counter:
         operands = [computation.instructions[x] for x in instruction.operands]
         kind = instruction.opcode.removesuffix("-start")
         if kind in _SHARES:
+            if self._continues(computation, instruction):
+                return Counts()
             size = sum(operand.bytes for operand in operands)
             devices = _group(instruction, self.module.devices)
             moved = _SHARES[kind](size, devices) if devices > 1 else 0.0
             return Counts(links=Counter({(kind, devices): moved}))
         return Counts(flops=flops(instruction, operands))
+
+    def _continues(self, computation: Computation, instruction: Instruction) -> bool:
+        """Whether a communication began in another computation.
+
+        A TPU's compiler spreads a gather over the products that run meanwhile, and
+        repeats its instruction in the fusion of each of them and in the last.
+        """
+        begun = self.begun.get(_channel(instruction))
+        return begun is not None and begun != computation.name
 
     def _loop(self, computation: Computation, loop: Instruction) -> Counts:
         body, condition = (self.executed(str(loop.called(x))) for x in _LOOP)
@@ -179,7 +197,7 @@ class _Counter:
 
     def _traffic(self, computation: Computation, instruction: Instruction) -> float:
         """Bytes that an instruction reads from main memory and writes to it."""
-        if instruction.called("custom_call_target") == "AllocateBuffer":
+        if instruction.target == "AllocateBuffer":
             return 0.0
         read = 0.0
         for place, name in enumerate(instruction.operands):
@@ -252,6 +270,12 @@ _MESH_GROUPS = re.compile(
 def _main(arrays: tuple[Array, ...]) -> float:
     """Bytes of the arrays that lie in main memory."""
     return sum(array.bytes for array in arrays if not array.space)
+
+
+def _channel(instruction: Instruction) -> str:
+    """The number of a communication in its program; the instruction's name if none."""
+    found = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return found[1] if found else instruction.name
 
 
 def _group(instruction: Instruction, devices: int) -> int:

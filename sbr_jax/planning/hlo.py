@@ -88,6 +88,12 @@ class Instruction:
         return found[1] if found else None
 
     @property
+    def target(self) -> str | None:
+        """What a custom call asks of the compiler."""
+        found = re.search(r'\bcustom_call_target="([^"]*)"', self.attributes)
+        return found[1] if found else None
+
+    @property
     def index(self) -> int:
         """Place of a parameter, or of the element taken from a tuple."""
         if self.opcode == "parameter":

@@ -271,6 +271,56 @@ def test_every_way_to_name_the_devices_of_a_communication(groups, devices):
     assert found.links == {("all-gather", devices): (devices - 1) * 2 * 8 * 4}
 
 
+SPREAD = """\
+HloModule spread, entry_computation_layout={(f32[2,8]{1,0})->f32[8,8]{1,0}}, \
+num_partitions=4
+
+%first (p: f32[2,8]) -> (f32[2,8], f32[8,8], u32[]) {
+  %p = f32[2,8]{1,0} parameter(0)
+  %begin = f32[8,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4]
+  ROOT %s = (f32[2,8]{1,0}, f32[8,8]{1,0}, u32[]) custom-call(%begin), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (q: f32[2,8]) -> (f32[2,8], f32[8,8]) {
+  %q = f32[2,8]{1,0} parameter(0)
+  %go = f32[8,8]{1,0} all-gather(%q), channel_id=7, replica_groups=[1,4]<=[4]
+  ROOT %t = (f32[2,8]{1,0}, f32[8,8]{1,0}) tuple(%q, %go)
+}
+
+%last (r: f32[2,8]) -> f32[8,8] {
+  %r = f32[2,8]{1,0} parameter(0)
+  %end = f32[8,8]{1,0} all-gather(%r), channel_id=7, replica_groups=[1,4]<=[4]
+  ROOT %d = f32[8,8]{1,0} custom-call(%r, %end), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[2,8]) -> f32[8,8] {
+  %x = f32[2,8]{1,0} parameter(0)
+  %a = (f32[2,8]{1,0}, f32[8,8]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%first
+  %y = f32[2,8]{1,0} get-tuple-element(%a), index=0
+  %b = (f32[2,8]{1,0}, f32[8,8]{1,0}) fusion(%y), kind=kCustom, calls=%meanwhile
+  %z = f32[2,8]{1,0} get-tuple-element(%b), index=0
+  %c = f32[8,8]{1,0} fusion(%z), kind=kCustom, calls=%last
+  %again = f32[2,8]{1,0} slice(%c), slice={[0:2], [0:8]}
+  ROOT %g = f32[8,8]{1,0} all-gather(%again), channel_id=8, replica_groups=[1,4]<=[4]
+}
+"""
+
+
+def test_a_gather_that_is_spread_over_products_moves_its_bytes_once():
+    assert count(SPREAD).links == {("all-gather", 4): 2 * 3 * 2 * 8 * 4}
+
+
+def test_making_room_for_an_array_is_no_traffic():
+    text = GATHER.replace("GROUPS", "").replace(
+        "%g = f32[8,8]{1,0} all-gather(%x),",
+        '%g = f32[8,8]{1,0} custom-call(%x), custom_call_target="AllocateBuffer",',
+    )
+    assert count(text).bytes == 0
+    assert count(text.replace("AllocateBuffer", "Sort")).bytes == 4 * (2 * 8 + 8 * 8)
+
+
 def test_groups_in_a_form_that_nobody_knows_are_not_taken_for_all_devices():
     with pytest.raises(ValueError, match="known form, got replica_groups=spiral"):
         count(GATHER.replace("GROUPS", "replica_groups=spiral[4],"))
