@@ -193,7 +193,9 @@ def describe(value: Any) -> str:
         shown = repr(value)
         return shown if len(shown) <= 30 else "a number of many digits"
     if isinstance(value, str):
-        return "a blank text" if is_blank(value) else f"a text of {len(value)} characters"
+        return (
+            "a blank text" if is_blank(value) else f"a text of {len(value)} characters"
+        )
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     return f"a {type(value).__name__}"

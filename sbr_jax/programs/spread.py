@@ -67,7 +67,8 @@ def shares(left: list[tuple[str, int]], count: int) -> list[list[tuple[str, int]
     Every second process goes backwards through the variants. So each variant's programs
     are compiled by one process, long before another comes to it and finds them.
 
-    >>> left = [(variant, seed) for variant in ("plain", "ewc", "lean") for seed in (0, 1)]
+    >>> names = ("plain", "ewc", "lean")
+    >>> left = [(variant, seed) for variant in names for seed in (0, 1)]
     >>> [named(own) for own in shares(left, 2)]
     [['ewc/0', 'lean/0', 'plain/0'], ['plain/1', 'lean/1', 'ewc/1']]
     """
