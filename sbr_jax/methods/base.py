@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sbr_jax import _mesh
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.layout import answer_places, lengths_of
 from sbr_jax.methods.risk import Judge
@@ -414,4 +415,6 @@ def draw_rows(
         share = total // problem.hardware.accumulation
         index = batch["row"][0] // batch["row"].shape[0]
         rows = jax.lax.dynamic_slice(rows, (index * share,), (share,))
-    return {name: value[rows] for name, value in data.items()}
+    # A set's states are split by width; drawn, they are few, and go by way of a copy on
+    # every device to the devices of their rows.
+    return {name: _mesh.constrain(value[rows]) for name, value in data.items()}

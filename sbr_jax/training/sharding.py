@@ -36,6 +36,8 @@ from sbr_jax.typing import PyTree, UserError
 
 AXES = _mesh.AXES
 ROWS = _mesh.ROWS
+REFERENCE = jax.tree_util.DictKey("reference")
+"""The states ``[N, A, D]`` of a reference, in the state of a method that keeps them."""
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -154,7 +156,8 @@ def base_shardings(mesh: AnyMesh, base: PyTree, config: models.ModelConfig) -> P
 def state_shardings(mesh: AnyMesh, tree: PyTree, base: PyTree = None) -> PyTree:
     """Shardings of an adapter, a training state or a method's state.
 
-    Only the bases of subspaces and arrays that match a layer's weight are split.
+    Only the bases of subspaces, a reference's states and arrays that match a layer's
+    weight are split.
 
     Args:
       mesh: of any devices.
@@ -174,7 +177,14 @@ def state_shardings(mesh: AnyMesh, tree: PyTree, base: PyTree = None) -> PyTree:
 
     weights = {} if base is None else base["layers"]
 
+    def states(leaf: Any) -> NamedSharding:
+        # By width: a step draws any of the examples, and each device reads its columns.
+        spec = fit_spec(PartitionSpec(None, None, AXES), np.shape(leaf), mesh)
+        return NamedSharding(mesh, spec)
+
     def like_weight(path: Any, leaf: Any) -> NamedSharding:
+        if path and path[-1] == REFERENCE and np.ndim(leaf) == 3:
+            return states(leaf)
         for step in reversed(path):
             own = weights.get(jax.tree_util.keystr((step,), simple=True))
             if own is not None and own.shape == np.shape(leaf):

@@ -108,7 +108,7 @@ def test_twenty_losses_are_those_of_one_device(variant, mesh, packing):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
-def test_weights_bases_and_rows_are_shared_and_the_rest_is_everywhere():
+def test_weights_bases_states_and_rows_are_shared_and_the_rest_is_everywhere():
     _, base, adapter, state, draw, _ = prepared("safeanchor-exact", ALL)
     weight = base["layers"]["q_proj"]
     assert weight.addressable_shards[0].data.size == weight.size // 4
@@ -119,7 +119,14 @@ def test_weights_bases_and_rows_are_shared_and_the_rest_is_everywhere():
     }
     tokens = draw(0)["tokens"]
     assert tokens.addressable_shards[0].data.shape[0] == BATCH // 4
-    rest = {k: v for k, v in state.items() if k != "subspace"}
+    anchor = dict(state["anchor"])
+    states = anchor.pop("reference")
+    assert states.addressable_shards[0].data.shape == (
+        *states.shape[:2],
+        states.shape[2] // 8,
+    )
+    rest = {**state, "anchor": anchor}
+    del rest["subspace"]
     for leaf in jax.tree.leaves((adapter, rest)):
         assert leaf.sharding.is_fully_replicated
         assert leaf.sharding.num_devices == 8
