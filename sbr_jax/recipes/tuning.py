@@ -15,10 +15,10 @@ from typing import Any
 FIRST_SEED = 100
 
 GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "safeanchor": ("kl_weight", (0.1, 0.3, 1.0, 3.0)),
+    "safeanchor": ("kl_weight", (0.1, 0.3, 1.0, 3.0, 10.0)),
     "safeanchor-exact": ("kl_weight", (0.1, 0.3, 1.0, 3.0)),
     "lean": ("kl_weight", (3.0, 0.3, 1.0, 10.0)),
-    "lazy": ("kl_weight", (1.0, 0.1, 0.3, 3.0)),
+    "lazy": ("kl_weight", (1.0, 0.03, 0.1, 0.3, 3.0)),
     "der": ("logit_weight", (0.5, 0.05, 0.15, 1.5)),
     "sbr": ("anchor_weight", (50.0, 0.5, 5.0, 500.0)),
     "adaptive-judge": ("beta_min", (0.1, 0.5, 0.8)),
@@ -40,6 +40,8 @@ GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 
 BEST: dict[str, Any] = {
+    "safeanchor": 10.0,
+    "lazy": 0.1,
     "sbr": 0.5,
     "adaptive-judge": 0.5,
     "adaptive-probe": 0.5,
