@@ -65,6 +65,11 @@ FORMS = {
     "a helper in a later block": "```python\ndef twice(x):\n"
     "    return _add(x, x)\n```\nwith\n"
     "```python\ndef _add(a, b):\n    return a + b\n\nimport no_such_module\n```",
+    "constants in another block": "```python\nBASE = [0]\nx: int = 7\n```\nthen\n"
+    "```python\ndef twice(x):\n    return BASE[0] + 2 * x\n```\nso\n"
+    "```python\nx = unknown(1)\nBASE = unknown\n```",
+    "a body and a helper after it": "    return _add(x, x)\n\n"
+    "def _add(a, b):\n    return a + b\n",
     "other blocks before it": "```bash\npip install x\n```\n"
     f"```python\n{WHOLE}```\n```\n4\n```",
     "a guard": f"```\n{WHOLE}\nif __name__ == '__main__':\n    twice(input())\n```",
@@ -235,6 +240,8 @@ def test_published_solutions_are_found_in_every_shape(shape):
         (r"9\,500", 9500),
         (r"9,\!500", 9500),
         (r"9\ 500", 9500),
+        (r"9{\,}500", 9500),
+        (r"9\thinspace 500", 9500),
         (r"\boxed{9{,}500}", 9500),
         (r"\$9{,}500.50.", 9500.5),
         ("9\u202f500", 9500),
@@ -245,6 +252,7 @@ def test_published_solutions_are_found_in_every_shape(shape):
         ("\uff19\uff0c\uff15\uff10\uff10", 9500),
         ("**9500**", 9500),
         ("\u20135", -5),
+        ("\ufe635", -5),
         ("-$5", -5),
         (r"-\$5", -5),
         ("\u2212$1,200", -1200),

@@ -36,9 +36,9 @@ def find_program(prompt: str, entry_point: str, answer: str) -> str:
 
     A fenced block, or an answer that defines the function itself, stands alone (after
     the part of the prompt above the function); a body alone continues the prompt.
-    Imports and helpers from other blocks are added if the function uses them. Example
-    calls, the model's own tests and a ``__main__`` guard are left out. Of several
-    definitions the last complete one counts, since corrections come later.
+    Imports, helpers and constants from elsewhere are added if the function uses them.
+    Example calls, the model's own tests and a ``__main__`` guard are left out. Of
+    several definitions the last complete one counts, since corrections come later.
 
     Args:
       prompt: source that ends within the function.
@@ -102,7 +102,8 @@ def _readings(prompt: str, name: str, answer: str) -> Iterator[str]:
     indent = _indents(prompt)[-1:] or ["    "]
     if answer.lstrip("\n")[:1] in (" ", "\t"):
         end = min((p for s in _STOPS if (p := answer.find(s)) >= 0), default=None)
-        yield prompt + answer[:end]
+        body, rest = answer[:end], answer[len(answer[:end]) :]
+        yield f"{prompt}{body}\n{helpers(prompt + body, [rest])}"
     for text in (*blocks, answer):
         for body in _bodies(text, indent):
             yield prompt + body
@@ -250,23 +251,32 @@ def _helpers(
     name: str,
     parsed: Callable[[str], ast.Module | None],
 ) -> str:
-    """Imports and definitions in other blocks that this block uses but lacks."""
+    """Imports, definitions and constants elsewhere that this block uses but lacks."""
     tree = parsed(block)
     if tree is None:
         return ""
     lacking = _names(tree)
-    own = {getattr(node, "name", name) for node in tree.body}
+    own = {name}.union(*map(_bound, tree.body))
     found: list[str] = []
     trees = [other for source in others if (other := parsed(source))]
     for node in reversed([node for other in trees for node in other.body]):
         if isinstance(node, ast.Import | ast.ImportFrom):
             bound = {(a.asname or a.name).partition(".")[0] for a in node.names}
         else:
-            bound = {getattr(node, "name", name)} - own
+            bound = _bound(node) - own if _is_helper(node) else set()
         if bound & (lacking | {"*"}):
             found.insert(0, f"{ast.unparse(node)}\n")
             lacking |= _names(node)
     return "".join(found)
+
+
+def _is_helper(node: ast.stmt) -> bool:
+    """Whether a statement defines a function or class, or binds a constant."""
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        # A name or a call is part of an example.
+        parts = ast.walk(node.value or node)
+        return not any(isinstance(part, ast.Name | ast.Call) for part in parts)
+    return hasattr(node, "name")
 
 
 def _without_tests(source: str, tree: ast.Module, name: str) -> str:

@@ -106,9 +106,14 @@ _SPELLINGS = (
     (re.compile("[\u200b\u2060\ufeff]"), ""),
     # Full-width digits and signs, as CJK keyboards type them.
     (re.compile("[\uff01-\uff5e]"), lambda found: chr(ord(found[0]) - 0xFEE0)),
-    (re.compile("[\u2010-\u2015\u2212]"), "-"),
+    (re.compile("[\u2010-\u2015\u2212\ufe63]"), "-"),
     (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"(?<=\d)(?:\{[,.]\}|,?\\[,;:! ]|~)(?=\d{3}(?!\d))"), ","),
+    (
+        re.compile(
+            r"(?<=\d)(?:\{\\?[,.]\}|,?\\(?:[,;:! ]|thinspace ?)|~)(?=\d{3}(?!\d))"
+        ),
+        ",",
+    ),
     (re.compile("(?<=\\d)['_\u2019\u00a0\u2002-\u200a\u202f](?=\\d{3}(?!\\d))"), ","),
 )
 """Patterns of alternative spellings, and their replacements."""
