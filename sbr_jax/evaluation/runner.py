@@ -309,7 +309,7 @@ def decode_answer(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> 
     said = tokens_without_thoughts(tokenizer, before, new)
     if len(said) < len(new):
         return tokenizer.decode(said, skip_special_tokens=True)
-    asked = tokenizer.decode(list(before[-8:]), skip_special_tokens=True)
+    asked = tokenizer.decode(list(before[-8:]))  # With the header of the answer.
     return without_thoughts(decode_after(tokenizer, before, new), asked)
 
 

@@ -26,7 +26,8 @@ def without_thoughts(text: str, asked: str = "") -> str:
 
     Args:
       text: the text that the model wrote.
-      asked: the text before it, in which a template may have opened the block.
+      asked: the text before it, which a template may end by opening the block. A tag
+        that a user's own words end with stands before the header of the answer.
 
     Returns:
       The text itself if no block begins it; empty if the block does not end.
@@ -37,7 +38,7 @@ def without_thoughts(text: str, asked: str = "") -> str:
     ('No.', '')
     """
     for opening, closing in TAGS:
-        open_before = asked.rfind(opening) > asked.rfind(closing)
+        open_before = asked.rstrip().endswith(opening)
         if open_before or text.lstrip().startswith(opening):
             return re.sub(r"^\s+", "", text.partition(closing)[2])
     return text

@@ -192,6 +192,15 @@ def test_what_follows_thoughts_is_judged(text, asked, left):
     assert decode_answer(tok, *ids).strip() == left.strip()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tag_that_a_user_writes_opens_no_thoughts(name):
+    tok = tokenizer(FAMILIES[name])
+    said = tok("I cannot.</think>", add_special_tokens=False)["input_ids"]
+    for asked in ("What is <think>", "Go on.\n<think>\n", "[THINK]"):
+        (ids,) = data.encode_prompts(tok, [asked])
+        assert decode_answer(tok, ids, said) == "I cannot.</think>"
+
+
 def test_an_answer_that_thinks_and_then_refuses_is_a_refusal(monkeypatch):
     runner = a_runner("thinking", thinking=True)
     tok = runner.model.tokenizer
