@@ -242,6 +242,8 @@ def tokenizers():
         "vocab fraction": lambda raw: raw["model"].update(vocab={"a": 0.5}),
         "added odd": lambda raw: raw.update(added_tokens=[{"id": "x"}]),
         "version": lambda raw: raw.update(version=[]),
+        "no words": lambda raw: raw["model"]["vocab"].clear(),
+        "another unknown word": lambda raw: raw["model"].update(unk_token="<none>"),
         "the first id beyond the model's": word_ids(w1=78),
         "two words of one id": word_ids(w1=30, w2=30),
         "a word of a control token's id": word_ids(w1=2),

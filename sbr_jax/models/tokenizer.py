@@ -16,6 +16,8 @@ SETTINGS, WHOLE = "tokenizer_config.json", "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 _VOCABULARIES = (WHOLE, "tokenizer.model", "vocab.json")
 _OTHERS = ("vocab.json", "special_tokens_map.json", "added_tokens.json")
+_UNKNOWN = "\ue000"
+"""A character of private use, which no vocabulary has."""
 _FLAG = Field(bool, none=True, default=None)
 _FIELDS = {
     "tokenizer_class": Field(str, none=True, default=None),
@@ -42,7 +44,8 @@ def load_tokenizer(folder: str | pathlib.Path, *, vocab_size: int | None = None)
 
     Raises:
       UserError: naming a file that is missing, damaged, or written by a newer library,
-        and for tokens that share an id or have one beyond the model's.
+        and for tokens that share an id or have one beyond the model's, or a vocabulary
+        without its token for unknown words.
     """
     folder = pathlib.Path(folder)
     settings = folder / SETTINGS
@@ -86,7 +89,14 @@ def load_tokenizer(folder: str | pathlib.Path, *, vocab_size: int | None = None)
         raise UserError(f"expected a text as chat_template in {settings}, got another")
     where = next(folder / name for name in _VOCABULARIES if is_there(folder / name))
     check_ids(tokenizer, vocab_size, where, [text or "" for text in texts])
+    _check_unknown(tokenizer, where)
     return tokenizer
+
+
+def _check_unknown(tokenizer: Any, where: pathlib.Path) -> None:
+    """Refuses a vocabulary that would fail at the first unknown word of a text."""
+    with Reading(str(where)):
+        tokenizer.backend_tokenizer.encode(_UNKNOWN)
 
 
 def check_ids(
