@@ -4,11 +4,14 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from sbr_jax.methods import METHODS, VARIANTS
+
 MARK = "†"
 """Marks rows and numbers that were measured with older code."""
 NAMED = re.compile(r"^<!-- table: (\S+) -->$")
 RULE = re.compile(r"^\|[ :]*-+[ :]*\|")
-EXEMPT = "<!-- no measurement -->"
+EXEMPT = re.compile(r"^<!-- (no measurement|measured once at [0-9a-f]{7}) -->$")
+"""Stands above a table without measurements, or of one trial that no preset has."""
 FIRST = ("row", "method", "order")
 """Possible titles of the first column in a table of measured rows."""
 NEXT = ("#", "|", "<!-- row", "<!-- table")
@@ -25,7 +28,8 @@ class PageTable:
         head: titles of its columns.
         lines: the other lines, as cells.
         below: text between the table and the next heading or table.
-        exempt: whether the page says that nothing in it was measured.
+        exempt: whether the page says that nothing in it was measured, or with which
+            commit all of it was.
     """
 
     line: int
@@ -39,7 +43,19 @@ class PageTable:
     def is_measured(self) -> bool:
         """Whether its lines are measured rows: it has a name, or looks like it."""
         first = re.split(r"\W", self.head[0])[0]
-        return self.name is not None or (first in FIRST and not self.exempt)
+        looks = first in FIRST or any(map(_is_of_a_row, self.lines))
+        return self.name is not None or (looks and not self.exempt)
+
+
+def _is_of_a_row(line: tuple[str, ...]) -> bool:
+    """Whether a line names a row first and has a number after it.
+
+    >>> _is_of_a_row(("`plain` †", "45.7")), _is_of_a_row(("`plain`", "nothing"))
+    (True, False)
+    """
+    names = re.findall(r"`([^`]+)`", line[0])
+    known = any(name in METHODS or name in VARIANTS for name in names)
+    return known and any(re.search(r"\d", cell) for cell in line[1:])
 
 
 def page_tables(text: str) -> Iterator[PageTable]:
@@ -66,7 +82,7 @@ def page_tables(text: str) -> Iterator[PageTable]:
                 cells(lines[rule - 1]),
                 tuple(map(cells, lines[rule + 1 : end])),
                 "\n".join(lines[end : until(end, True, NEXT)]),
-                above == EXEMPT,
+                EXEMPT.match(above) is not None,
             )
 
 

@@ -185,7 +185,8 @@ def problems(root: Path = ROOT) -> list[str]:
                 found.append(
                     f"{where}: expected measured rows of known code: put <!-- table: "
                     f"ID --> above them and the rows' hashes into {MANIFEST}, or "
-                    "<!-- no measurement --> where nothing was measured"
+                    "<!-- no measurement --> where nothing was measured, or <!-- "
+                    "measured once at COMMIT --> above a trial that no preset has"
                 )
         for number, name, below in page_figures(text):
             where = f"{page}:{number}"

@@ -48,7 +48,12 @@ def edit(site, page, old, new):
     (site / page).write_text(text, encoding="utf-8")
 
 
-PARTS, LISA, CHOOSE = "experiments/README.md", "docs/methods/lisa.md", "docs/choose.md"
+PARTS, LISA, CHOOSE, TUNE = (
+    "experiments/README.md",
+    "docs/methods/lisa.md",
+    "docs/choose.md",
+    "docs/tune.md",
+)
 RESULTS, CLAIMS, README = "docs/results.md", "docs/claims.md", "README.md"
 NEW = "\n| row | a |\n| -- | -: |\n| `plain` | 45.7 |\n"
 UNKNOWN = "expected measured rows of known code"
@@ -63,6 +68,8 @@ FAULTS = {
         "expected the row lisa",
     ),
     "a new table": (CHOOSE, r"\Z", NEW, UNKNOWN),
+    "of another title": (CHOOSE, r"\Z", NEW.replace("row", "trained with"), UNKNOWN),
+    "a trial of no commit": (TUNE, r"(measured once) at \w+", r"\1", UNKNOWN),
     "a table twice": (CHOOSE, r"\Z", f"\n<!-- table: stories -->{NEW}", "found twice"),
     "no sentence below": (PARTS, r"^† Measured.*\n", "", "a sentence with †"),
     "a figure with an idle mark": (
