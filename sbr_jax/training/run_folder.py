@@ -24,7 +24,14 @@ from sbr_jax.training.records import (
     write_record,
     writing,
 )
-from sbr_jax.training.stage_records import BASE, HISTORY, PARTIAL, RESULT, read_result
+from sbr_jax.training.stage_records import (
+    BASE,
+    HISTORY,
+    PARTIAL,
+    RESULT,
+    place_of,
+    read_result,
+)
 from sbr_jax.training.summary import summarise
 from sbr_jax.typing import UserError
 
@@ -50,6 +57,7 @@ class RunFolder:
         self.folder = storage.folder(folder)
         self._run: str | None = None
         self._lock: Any = None
+        self._seen: set[str] = set()  # Places of the stages published while it is open.
 
     @property
     def run(self) -> str:
@@ -149,11 +157,11 @@ class RunFolder:
             if not path.exists():
                 write_record(path, {**config, **environment}, indent=2)
             self._tidy(records)
-            self._lock = lock
+            self._lock, self._seen = lock, {place_of(self.stage(BASE, None, 0, BASE))}
             try:
                 yield self.run
             finally:
-                self._lock = None
+                self._lock, self._seen = None, set()
 
     def require_held(self) -> None:
         """Refuses to continue in a folder that was deleted or replaced during the run.
@@ -171,6 +179,18 @@ class RunFolder:
                 f"workdir {self.folder} was deleted or replaced while this run worked "
                 "in it, and so are its results: run the same command again"
             )
+
+    def _require_seen(self, places: set[str]) -> None:
+        """Refuses to publish fewer stages than before, or none of the aligned model."""
+        if self._lock is None:
+            return
+        for place in sorted(self._seen - places):
+            raise UserError(
+                f"expected the finished stage {self.folder / 'stages' / place}, found "
+                "none: it was deleted while this run worked; what is finished is kept: "
+                "run the same command again"
+            )
+        self._seen |= places
 
     def stage(
         self, variant: str, seed: int | None, number: int, stage: str
@@ -229,13 +249,15 @@ class RunFolder:
           The summary.
 
         Raises:
-          UserError: if they cannot be written, or the folder is gone.
+          UserError: if they cannot be written, or the folder is gone, or a stage that
+            was there.
         """
         return distributed.decide(lambda: self._publish(order))
 
     def _publish(self, order: Sequence[str]) -> dict[str, Any]:
         self._require_held()
         records = self.lines(order)
+        self._require_seen({record["place"] for record in records})
         summary = plain_numbers(summarise(records, BASE))
         texts = (
             _lines(record["line"] for record in records),

@@ -300,6 +300,23 @@ def test_a_folder_that_goes_in_mid_run_is_no_success(tmp_path, monkeypatch):
         go(folder)
 
 
+@pytest.mark.parametrize("gone", ["base", "plain"])
+def test_a_row_that_goes_in_mid_run_is_no_success(gone, run, finished, monkeypatch):
+    shutil.rmtree(run / "stages/lisa/0")
+    write = stages.write_result
+
+    def removing(*args, **options):
+        shutil.rmtree(run / "stages" / gone, ignore_errors=True)
+        return write(*args, **options)
+
+    monkeypatch.setattr(stages, "write_result", removing)
+    with pytest.raises(UserError, match=f"stages/{gone}/.*run the same command again"):
+        go(run)
+    monkeypatch.undo()
+    go(run)
+    assert results(run) == results(finished)
+
+
 def test_what_a_kill_left_is_tidied(run, finished):
     seed = run / "stages/plain/0"
     (seed / LAST / "partial-00000001").mkdir()
