@@ -20,7 +20,15 @@ from sbr_jax import recipes, storage
 from sbr_jax.costs.devices import DeviceOptions
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import cli, harness, hosts, spread
-from sbr_jax.programs.job import Job, JobArguments, Options, execute, make_job, parse
+from sbr_jax.programs.job import (
+    Job,
+    JobArguments,
+    Options,
+    check_folder,
+    execute,
+    make_job,
+    parse,
+)
 from sbr_jax.programs.spread import Jobs
 from sbr_jax.recipes.preset import Preset
 from sbr_jax.typing import UserError
@@ -97,6 +105,8 @@ def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> 
     if arguments.dry_run:
         from sbr_jax.costs import dry_run
 
+        if arguments.workdir is not None and not storage.is_bucket(job.workdir):
+            check_folder(job)
         if arguments.harness is not None:
             harness.read(job, arguments.harness, arguments.harness_limit)
         print(dry_run.execute(job, arguments.device))

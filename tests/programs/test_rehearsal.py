@@ -83,6 +83,23 @@ def test_a_suffix_that_leaves_no_room_is_refused_before_any_work():
     attacks.build("gcg", search={**search, "suffix_length": most})
 
 
+@pytest.mark.parametrize("there", ["a file", "foreign files", "another run"])
+def test_a_folder_that_the_run_refuses_is_refused(there, tmp_path, capsys):
+    folder = tmp_path / "w"
+    if there == "a file":
+        folder.write_text("mine")
+    else:
+        folder.mkdir()
+        name = "config.json" if there == "another run" else "mine.txt"
+        (folder / name).write_text('{"training": {"learning_rate": 1}}')
+    before = sorted(tmp_path.rglob("*"))
+    command = ["tiny", "--methods", "plain", "--workdir", str(folder)]
+    for more in (["--dry-run"], ["--quiet"]):
+        assert run.main([*command, *more]) == cli.EXIT_USER
+        assert str(folder) in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_dry_run_rehearses(monkeypatch):
     seen = []
     monkeypatch.setattr(dry_run, "rehearse", lambda job, study: seen.append(study))
