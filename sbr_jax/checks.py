@@ -241,6 +241,14 @@ def is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
 
 
+def rate(name: str, value: Any) -> None:
+    """Refuse a rate, or an Optax schedule's at step 0, that is not a number ≥ 0."""
+    if not is_function(value):
+        return number(name, value, least=0.0)
+    first = value(jnp.zeros([], jnp.int32))
+    return number(f"{name}(0)", first, least=0.0, note="a schedule's first rate")
+
+
 def function(name: str, value: Any) -> None:
     """Refuse a value that `is_function` rejects."""
     if not is_function(value):

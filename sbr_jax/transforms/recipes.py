@@ -185,8 +185,7 @@ def update_projection(
     """
     checks.one_of("metric", metric, ("adam", "euclidean"))
     checks.switch("task_share", task_share)
-    if not checks.is_function(learning_rate):
-        checks.number("learning_rate", learning_rate, least=0.0)
+    checks.rate("learning_rate", learning_rate)
     if max_norm is not None:
         checks.number("max_norm", max_norm, above=0.0)
     for name, beta in (("b1", b1), ("b2", b2)):

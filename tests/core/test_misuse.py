@@ -77,6 +77,7 @@ KINDS = {  # right, wrong
         [
             *(-1e-3, -1e-50, NAN, INF, -INF, jnp.float32(NAN), 10**400, None),
             *(HUGE, 10**39, np.float64(HUGE), dict, float, *NO_NUMBER),
+            *map(optax.constant_schedule, (-1e-3, NAN, INF, HUGE, None, *NO_NUMBER)),
         ],
     ),
     "norm": (
