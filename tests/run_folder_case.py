@@ -31,11 +31,13 @@ def go(
     study=STUDY,
     domains=None,
     options=None,
+    start_first=True,
     **settings,
 ):
     fields = {"steps_per_domain": 2, "checkpoint_every": 1, **settings}
     config = tiny.with_options(tiny.config(**fields), options or {})
-    return run(study, variants, seeds, folder, config, domains, quiet=True)
+    order = {"start_first": start_first, "quiet": True}
+    return run(study, variants, seeds, folder, config, domains, **order)
 
 
 def results(folder):

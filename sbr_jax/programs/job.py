@@ -243,12 +243,13 @@ def check_settings(job: Job, folder: Path) -> None:
         )
 
 
-def execute(job: Job, study: Any = None) -> Any:
+def execute(job: Job, study: Any = None, *, start_first: bool = True) -> Any:
     """Builds the study and runs what is not finished.
 
     Args:
         job: to run.
         study: the job's study, if it is already built.
+        start_first: see `sbr_jax.training.pipeline.run`.
 
     Returns:
         The study.
@@ -269,6 +270,7 @@ def execute(job: Job, study: Any = None) -> Any:
             job.domains,
             notes={**job.notes(), **study.notes},
             code=recorder(job.preset),
+            start_first=start_first,
             quiet=job.quiet,
         )
     if not job.quiet:

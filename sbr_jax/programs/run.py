@@ -120,7 +120,7 @@ def _run(preset: Preset, arguments: RunArguments[Any], words: Sequence[str]) -> 
     if arguments.only is not None:
         study = job.make_study()
         for one in spread.chosen(job, arguments.only):
-            execute(one, study)
+            execute(one, study, start_first=False)
         return
     if arguments.jobs != 1:
         spread.execute(job, words, arguments.jobs)

@@ -186,7 +186,11 @@ def monitor(
 def repair(turn: Turn, held: Held) -> Outcome:
     """The repair stage: runs the monitor, and the repair blocks that it asks for."""
     track, job = turn.track, turn.track.job
-    training, probe, start_score = job.config.training, job.study.probe, job.start_score
+    training, probe, start_score = (
+        job.config.training,
+        job.study.probe,
+        job.start_score(),
+    )
     assert probe is not None  # A study without a probe has no repair stage.
     assert start_score is not None
     losses: list[float] = []

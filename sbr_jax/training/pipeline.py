@@ -61,6 +61,7 @@ def run(
     *,
     notes: Mapping[str, Any] | None = None,
     code: Callable[[str], str] | None = None,
+    start_first: bool = True,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs variants × seeds × domains, or the part that is not finished.
@@ -77,6 +78,9 @@ def run(
         written and compared with the configuration.
       code: maps a variant to a hash of its code, written beside the stages that this
         call computes.
+      start_first: measure the aligned model before all training, so that mistakes in
+        measuring show early; else when its score is first needed. Of several processes,
+        one then finds the programs that another has compiled.
       quiet: print no progress bars and no lines.
 
     Returns:
@@ -109,7 +113,11 @@ def run(
         for program in programs.values():
             for seed in seeds:
                 Track(job, program, seed).stages.require_usable()
-        job = dataclasses.replace(job, start_score=evaluate_start(job))
+        start = functools.cache(functools.partial(evaluate_start, job))
+        job = dataclasses.replace(job, start_score=start)
+        require_finite(base, "base model")
+        if start_first:
+            start()
         for program in programs.values():
             tracks = [Track(job, program, seed) for seed in seeds]
             if code is not None:
@@ -118,6 +126,7 @@ def run(
                 run_group(group)
                 for track in group:
                     track.stages.require_complete()
+                start()
                 folder.publish(order)
         return folder.publish(order)
 
@@ -167,7 +176,6 @@ def evaluate_start(job: Job) -> float | None:
     record = distributed.decide(lambda: read_result(path, folder.run))
     if record is None:
         began = time.perf_counter()
-        require_finite(job.base, "base model")
         # A fresh adapter changes nothing (B = 0) and shares the compiled programs.
         adapter = init_adapter(study, job.config, 0)
         with task("start model, measured"):

@@ -48,7 +48,8 @@ class Job:
       domains: names, in order.
       base: the aligned weights, placed.
       folder: of the run.
-      start_score: s_0 of the monitor; None without a probe.
+      start_score: gives s_0 of the monitor, or None without a probe, and measures the
+        aligned model if that was not yet done.
       quiet: print no progress bars and no lines.
     """
 
@@ -57,7 +58,7 @@ class Job:
     domains: tuple[str, ...]
     base: PyTree
     folder: RunFolder
-    start_score: float | None = None
+    start_score: Callable[[], float | None] = lambda: None
     quiet: bool = False
 
     def say(self, line: str) -> None:

@@ -13,6 +13,7 @@ from sbr_jax.provenance.code_version import ROOT
 from sbr_jax.reporting.runs import read_run
 from sbr_jax.reporting.tables import cell
 from sbr_jax.training import code_record, pipeline
+from sbr_jax.training.run_folder import RunFolder
 from sbr_jax.training.stages import Stages
 from sbr_jax.typing import UserError
 from tools import fill_docs, provenance
@@ -157,6 +158,7 @@ def test_the_code_of_a_row_is_read_back(tmp_path):
 def test_a_run_records_the_code_of_what_it_computes_only(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "evaluate_start", lambda *_: None)
     monkeypatch.setattr(pipeline, "run_group", lambda *_: None)
+    monkeypatch.setattr(RunFolder, "publish", lambda *_: {})
     monkeypatch.setattr(Stages, "require_usable", lambda self: None)
     monkeypatch.setattr(Stages, "require_complete", lambda self: None)
     study, seeds = tiny.study(), tmp_path / "stages" / "plain"

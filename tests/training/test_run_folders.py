@@ -30,6 +30,20 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("variant", ["plain", "safeanchor"])
+def test_the_start_is_measured_first_or_when_it_is_needed(variant, tmp_path):
+    for first in (True, False):
+        folder = tmp_path / str(first)
+        go(folder, (variant,), domains=("medical",), start_first=first)
+        paths = folder.glob("stages/**/result.json")
+        made = sorted((path.stat().st_mtime_ns, path.parent.name) for path in paths)
+        places = [name for _, name in made]
+        # The monitor compares with the start's score; without one the results need it.
+        needed = places.index("02-repair") if variant == "safeanchor" else len(places)
+        assert places.index("00-base") == (0 if first else needed - 1)
+    assert results(tmp_path / "True") == results(tmp_path / "False")
+
+
 @pytest.fixture
 def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
