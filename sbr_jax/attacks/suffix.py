@@ -30,6 +30,10 @@ class SplitPrompt(NamedTuple):
     before: Sequence[int]
     after: Sequence[int] = ()
 
+    def asked(self, suffix: Sequence[int]) -> list[int]:
+        """The whole prompt with a suffix."""
+        return [*self.before, *suffix, *self.after]
+
 
 class Layout(NamedTuple):
     """Prompts of different lengths in arrays of one shape, right-padded."""
@@ -120,7 +124,12 @@ def lay_out(
 
 
 def gcg_prompts(
-    tokenizer: Any, questions: Sequence[str], suffix_length: int, placeholder_token: str
+    tokenizer: Any,
+    questions: Sequence[str],
+    suffix_length: int,
+    placeholder_token: str,
+    *,
+    system: str | None = None,
 ) -> list[SplitPrompt]:
     """Questions in the chat template, split at the place of the suffix.
 
@@ -133,6 +142,7 @@ def gcg_prompts(
       suffix_length: S.
       placeholder_token: text that is one token after a space, such as ``"!"``; also
         the natural ``initial_token`` of :func:`sbr_jax.attacks.gcg.gcg`.
+      system: a system message before every question.
 
     Returns:
       One split prompt for each question.
@@ -144,7 +154,7 @@ def gcg_prompts(
     room = f" {wanted}" * suffix_length
     texts = [question + room for question in questions]
     found = []
-    for i, tokens in enumerate(encode_prompts(tokenizer, texts)):
+    for i, tokens in enumerate(encode_prompts(tokenizer, texts, system=system)):
         runs = [
             (start, end)
             for start, end in _runs(tokens)

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 
 from sbr_jax.methods import METHODS, VARIANTS
 from sbr_jax.programs import cli, hosts
-from sbr_jax.programs.attack_job import AttackArguments, execute, make_attack
+from sbr_jax.programs.attack_job import CHAT, AttackArguments, execute, make_attack
 from sbr_jax.programs.job import parse
 
 PROGRAM = cli.command("attack")
-PRESETS = ("testbed", "testbed-hard", "testbed-2")
-"""Presets that can be attacked."""
+PRESETS = ("testbed", "testbed-hard", "testbed-2", *CHAT)
+"""Presets that can be attacked; those of chat models by `gcg` alone."""
 SHOWN = ("plain", "safeanchor-exact")
 """Variants to attack by default."""
 SEEDS = (0, 1, 2)

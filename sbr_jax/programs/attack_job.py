@@ -1,4 +1,4 @@
-"""Attack: a job on the testbed with an attacker's training data or search."""
+"""Attack: a job with an attacker's training data or search."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,8 @@ SEARCH = ("steps", "suffix_length", "candidates", "prompts")
 """Options of attacks that search."""
 NO_SEARCH = "searches nothing; drop it"
 STEPS = "--training.steps-per-domain"
+CHAT = ("smollm2", "llama2-7b")
+"""Presets of chat models, on which a suffix can be searched."""
 MOST_EXAMPLES = 100_000
 """The world's rows repeat long before that; use epochs for longer training."""
 
@@ -68,8 +70,20 @@ class AttackJob(Job):
     ) -> Any:
         """The study under the attack, which has its own domains."""
         from sbr_jax.studies import attacks
-        from sbr_jax.studies.options import WorldOptions
+        from sbr_jax.studies.options import ChatOptions, WorldOptions
 
+        if isinstance(self.study, ChatOptions):
+            from sbr_jax.studies.attacks import chat
+
+            return chat.gcg_study(
+                domains or self.domains,
+                self.study,
+                self.sources,
+                self.config.hardware,
+                weights=weights,
+                quiet=self.quiet,
+                **self.search,
+            )
         assert isinstance(self.study, WorldOptions)
         return attacks.build(
             self.attack,
@@ -107,7 +121,13 @@ def make_attack(
         )
     errors.check_names("attack", [arguments.attack], ATTACKS)
     attack = ATTACKS[arguments.attack]
-    if arguments.domains not in (preset.domains, attack.domains):
+    chat = preset.name in CHAT
+    if chat and arguments.attack != "gcg":
+        raise UserError(
+            f"--attack {arguments.attack}: expected gcg, the only attack on "
+            f"{preset.name}, as the others need the testbed's world: choose testbed"
+        )
+    if not chat and arguments.domains not in (preset.domains, attack.domains):
         raise UserError(
             f"--domains: the attack '{arguments.attack}' is made on "
             f"{', '.join(attack.domains)}; drop it"
@@ -128,7 +148,7 @@ def make_attack(
             training = dataclasses.replace(training, steps_per_domain=steps)
         elif arguments.epochs is not None:
             raise UserError(f"expected --epochs or {STEPS}, got both: drop one")
-    domains = attack.domains
+    domains = arguments.domains if chat else attack.domains
     changed = dataclasses.replace(arguments, domains=domains, training=training)
     return AttackJob(
         **vars(make_job(preset, changed)),
@@ -172,7 +192,7 @@ def execute(job: AttackJob) -> None:
         job.workdir,
         job.config,
         notes=job.notes(),
-        code=recorder(f"attack:{job.attack}"),
+        code=None if job.preset in CHAT else recorder(f"attack:{job.attack}"),
         quiet=job.quiet,
     )
     if not storage.is_bucket(job.workdir):

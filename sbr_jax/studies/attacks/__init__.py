@@ -1,4 +1,4 @@
-"""Attacks on the embedded testbed, each a study.
+"""Attacks on the embedded testbed, each a study; `chat` has one on chat models.
 
 An attack is the testbed's own study with other training data, or with the same data and
 other questions at the end. It is measured on the study's own split; see `setting`.
@@ -102,6 +102,7 @@ ATTACKS: dict[str, Attack] = {
         notes=(
             f"published: --prompts {REDUCED_PROMPTS}, four times as long",
             f"original:  --steps {FULL['steps']} --candidates {FULL['candidates']}",
+            "also on chat models: smollm2, llama2-7b",
         ),
     ),
     "ablation": Attack(
