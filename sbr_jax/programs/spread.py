@@ -107,7 +107,7 @@ def processes(wanted: Job, jobs: Jobs, left: int) -> int:
         raise UserError(
             f"--jobs {jobs}: expected one process, as all would share one {on}; drop it"
         )
-    return min(len(_cores()) if jobs == "auto" else jobs, left)
+    return min(len(cores()) if jobs == "auto" else jobs, left)
 
 
 def gather(wanted: Job) -> None:
@@ -152,7 +152,7 @@ def execute(wanted: Job, words: Sequence[str], jobs: Jobs) -> None:
             for index, own in enumerate(shares(left, count)):
                 folder = parts.hand_out(wanted.workdir, str(index), own)
                 command = _command(words, wanted, folder, own)
-                with _on(_cores()[index::count]):
+                with on(cores()[index::count]):
                     running.append(_Process(command, said))
             codes = [process.wait() for process in running]
         finally:
@@ -272,7 +272,7 @@ class _Process:
         return self._process.wait()
 
 
-def _cores() -> list[int]:
+def cores() -> list[int]:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
@@ -280,17 +280,17 @@ def _cores() -> list[int]:
 
 
 @contextlib.contextmanager
-def _on(cores: Sequence[int]) -> Iterator[None]:
+def on(own: Sequence[int]) -> Iterator[None]:
     """Starts processes on some cores only, if the system supports that.
 
     XLA starts a thread for each core that it sees. If every process used all cores,
     they would wait for each other.
     """
-    if not cores or not hasattr(os, "sched_setaffinity"):
+    if not own or not hasattr(os, "sched_setaffinity"):
         yield
         return
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, own)
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ import tyro
 
 from sbr_jax import errors, recipes
 from sbr_jax.methods import METHODS
-from sbr_jax.programs import attack_job, cli, job, terminal
+from sbr_jax.programs import attack_job, cli, job, spread, terminal
 from sbr_jax.programs.job import Job, JobArguments, make_job
 from sbr_jax.programs.parsing import REQUIRED
 from sbr_jax.programs.sweep_state import (
@@ -212,7 +212,7 @@ def cell_command(sweep: Sweep, name: str, *, quiet: bool) -> list[str]:
 
 
 def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
-    """Runs every cell in a process of its own, ``jobs`` at a time.
+    """Runs every cell in a process of its own with its own cores, ``jobs`` at a time.
 
     However this process ends, no cell outlives it; a later command could not use its
     folder.
@@ -222,14 +222,20 @@ def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
     """
     environment = {**os.environ, terminal.PARENT: str(os.getpid())}
     waiting, running, failed = list(sweep.jobs), {}, []
+    free = [spread.cores()[place::jobs] for place in range(jobs)]
+    held: dict[str, Sequence[int]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                command = cell_command(sweep, waiting[0], quiet=quiet)
-                running[waiting.pop(0)] = subprocess.Popen(command, env=environment)
+                name, own = waiting.pop(0), free.pop(0)
+                command = cell_command(sweep, name, quiet=quiet)
+                with spread.on(own):
+                    running[name] = subprocess.Popen(command, env=environment)
+                held[name] = own
             ended = [name for name in running if running[name].poll() is not None]
             for name in ended:
                 failed += [name] if running.pop(name).returncode else []
+                free.append(held[name])
                 write_table(sweep)
             if not ended:
                 time.sleep(POLL_SECONDS)

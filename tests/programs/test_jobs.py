@@ -185,7 +185,7 @@ def test_shares_are_all_the_work_once_and_begin_at_different_variants(count, see
 
 
 def test_auto_is_one_a_core_and_one_on_a_mesh(job, monkeypatch):
-    monkeypatch.setattr(spread, "_cores", lambda: [0, 1, 2])
+    monkeypatch.setattr(spread, "cores", lambda: [0, 1, 2])
     assert spread.processes(job, "auto", 2) == 2
     assert spread.processes(job, "auto", 9) == 3
     hardware = dataclasses.replace(job.config.hardware, mesh="data=1")
