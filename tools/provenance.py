@@ -145,10 +145,14 @@ def _code_now(row: str, study: str) -> str | None:
 
 
 def record(manifest: Manifest, version: str) -> Manifest:
-    """The manifest with the hashes of the current code under a name."""
+    """The manifest with the current code's hashes, of every row ever recorded."""
+    known: dict[str, dict[str, str]] = {}
+    for recorded in manifest.codes.values():
+        for study, rows in recorded.items():
+            known.setdefault(study, {}).update(rows)
     codes = {
         study: {row: code for row in rows if (code := _code_now(row, study))}
-        for study, rows in manifest.codes[manifest.version].items()
+        for study, rows in known.items()
     }
     return dataclasses.replace(manifest, codes={**manifest.codes, version: codes})
 
