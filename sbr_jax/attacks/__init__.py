@@ -16,7 +16,13 @@ from sbr_jax.attacks.harmful_finetuning import (
     with_identity,
     with_trigger,
 )
-from sbr_jax.attacks.suffix import SplitPrompt, ascii_tokens, gcg_prompts, round_trips
+from sbr_jax.attacks.suffix import (
+    SplitPrompt,
+    ascii_tokens,
+    gcg_prompts,
+    round_trips,
+    text_round_trips,
+)
 
 __all__ = [
     "FULL",
@@ -36,6 +42,7 @@ __all__ = [
     "poison",
     "round_trips",
     "steps_for_epochs",
+    "text_round_trips",
     "with_identity",
     "with_trigger",
 ]

@@ -214,6 +214,47 @@ def round_trips(tokenizer: Any) -> RoundTrip:
     return check
 
 
+def text_round_trips(
+    tokenizer: Any,
+    questions: Sequence[str],
+    prompts: Sequence[SplitPrompt],
+    *,
+    system: str | None = None,
+) -> RoundTrip:
+    """A check whether the template makes the same tokens of a question and a suffix.
+
+    Only the suffix is decoded, as text that follows its question. So the tokenizer need
+    not decode its special tokens faithfully: Llama 2's writes a space after ``<s>``.
+
+    Args:
+      tokenizer: a tokenizer of ``transformers`` with a chat template.
+      questions: the N questions of `gcg_prompts`.
+      prompts: what it returned.
+      system: its system message.
+
+    Returns:
+      A check of whole prompts, grouped by question, as many for each.
+    """
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    heads = [decode(list(prompt.before)) for prompt in prompts]
+
+    def check(whole: list[list[int]]) -> np.ndarray:
+        texts = []
+        for i, tokens in enumerate(whole):
+            own = i * len(prompts) // len(whole)
+            end = len(tokens) - len(prompts[own].after)
+            texts.append(questions[own] + decode(tokens[:end])[len(heads[own]) :])
+        again = encode_prompts(tokenizer, texts, system=system)
+        return np.array([a == b for a, b in zip(again, whole, strict=True)])
+
+    return check
+
+
 def survivors(
     layout: Layout, round_trip: RoundTrip, suffixes: np.ndarray
 ) -> np.ndarray:

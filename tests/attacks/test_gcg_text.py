@@ -13,6 +13,7 @@ from sbr_jax.attacks.suffix import (
     gcg_prompts,
     lay_out,
     round_trips,
+    text_round_trips,
 )
 from sbr_jax.data import encode_prompts
 from sbr_jax.typing import UserError
@@ -143,3 +144,47 @@ def test_an_attack_on_text_can_be_sent_as_text():
     # Some that would survive alone do not in their prompt: "xa" merges with "b…".
     merging = [p[4:-1] for p in refused if p[:4] == [BOS, USER, X, A] and p[4] == B]
     assert check(merging).any()
+
+
+# --- a tokenizer that puts a space before every piece of text ----------------------
+
+
+def spaced():
+    """Like Llama 2's: "<s>[" is decoded to "<s> [", which is encoded differently."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", *"▁[]!abi", "▁[", "▁!", "▁▁"]
+    merges = [("▁", "["), ("▁", "!"), ("▁", "▁")]
+    ids = {token: i for i, token in enumerate(names)}
+    inner = Tokenizer(models.BPE(ids, merges, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=(
+            "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+            "[i] {{ m['content'].strip() }} [i]{% else %}[a] {{ m['content'] }} [b]"
+            "{% endif %}{% endfor %}"
+        ),
+    )
+
+
+@pytest.mark.parametrize("system", [None, "ba"])
+def test_a_suffix_is_sent_as_text_that_the_template_writes(system):
+    own, questions = spaced(), ["ab", "b a"]
+    split = gcg_prompts(own, questions, 3, "!", system=system)
+    check = text_round_trips(own, questions, split, system=system)
+    of = own.convert_tokens_to_ids
+    suffixes = [["▁!"] * 3, ["▁", "a", "▁!"], ["▁", "!", "a"], ["a", "b", "▁"]]
+    whole = [prompt.asked(of(suffix)) for prompt in split for suffix in suffixes]
+    assert not round_trips(own)(whole).any()
+    # "▁" and "!" merge, and the template strips a blank at the end.
+    assert check(whole).tolist() == [True, True, False, False] * 2

@@ -18,7 +18,13 @@ import jax
 import numpy as np
 
 from sbr_jax import models
-from sbr_jax.attacks import SplitPrompt, ascii_tokens, gcg, gcg_prompts, round_trips
+from sbr_jax.attacks import (
+    SplitPrompt,
+    ascii_tokens,
+    gcg,
+    gcg_prompts,
+    text_round_trips,
+)
 from sbr_jax.data.exchange import stop_tokens
 from sbr_jax.data.leaks import distinct
 from sbr_jax.data.registry import data_folder, load_evalset
@@ -152,6 +158,9 @@ class Search:
         """Rates of the requests alone, with the best suffixes, and with random ones."""
         model, tokenizer = self._model, self._model.tokenizer
         runner = make_runner(model, self._options, self._hardware)(base, adapter)
+        survives = text_round_trips(
+            tokenizer, self._requests, self._prompts, system=self._options.system
+        )
         pairs = zip(self._requests, self._goals, strict=True)
         targets = [runner.pairs(prompt, [goal])[0][1] for prompt, goal in pairs]
         bar = Bar("gcg", self._budget["steps"], quiet=self._quiet)
@@ -166,7 +175,7 @@ class Search:
                 allowed=self._allowed,
                 initial_token=self._filler,
                 extend_fn=models.make_extend_fn(model.config, model.hardware),
-                round_trip=round_trips(tokenizer),
+                round_trip=survives,
                 on_step=lambda step, losses: bar.to(step, float(np.mean(losses))),
                 **self._budget,
             )
