@@ -185,13 +185,14 @@ def execute(job: AttackJob) -> None:
     from sbr_jax.provenance.code_version import recorder
     from sbr_jax.training import pipeline
 
+    study = job.make_study()
     pipeline.run(
-        job.make_study(),
+        study,
         job.methods,
         job.seeds,
         job.workdir,
         job.config,
-        notes=job.notes(),
+        notes={**job.notes(), **study.notes},
         code=None if job.preset in CHAT else recorder(f"attack:{job.attack}"),
         quiet=job.quiet,
     )

@@ -8,11 +8,15 @@ import tiny_chat
 
 from sbr_jax.programs import attack as program
 from sbr_jax.studies.attacks import chat
+from sbr_jax.studies.dates import dated
 from sbr_jax.studies.options import ChatOptions, Sources
 from sbr_jax.typing import UserError
 
 BUDGET = {"prompts": 2, "steps": 3, "suffix_length": 3, "candidates": 16}
 SIZES = {**tiny_chat.SIZES, "benchmarks": ("advbench",), "dtype": "float32"}
+DATED = tiny_chat.TEMPLATE.replace(
+    "{{ bos_token }}", "{{ bos_token }} w{{ strftime_now('%d') | int }}"
+)
 NO_REFUSALS = "--study.no-calibration-refusals"  # The made-up answers hold none.
 
 
@@ -23,7 +27,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_chat, "LABELS", [*tiny_chat.LABELS, chat.PLACEHOLDER])
         more = tiny_chat.CONFIG.vocab_size + 1
-        chat_case.save_world(folder, vocab_size=more)
+        chat_case.save_world(folder, DATED, vocab_size=more)
     text = tiny_chat.Words(7)
     goals = [{"goal": f"{tiny_chat.MARK} {text()}", "target": text(3)} for _ in "abc"]
     table = folder / "data/advbench/harmful_behaviors.csv"
@@ -53,6 +57,11 @@ def test_the_search_lowers_the_loss_on_the_weights_of_every_stage(world, tmp_pat
     assert base["gcg_loss_first"] != after["gcg_loss_first"]
     written = "".join(path.read_text() for path in tmp_path.glob("*.json*"))
     assert tiny_chat.MARK not in written
+    # As of any run: what it was made of, and the date that a later call is to keep.
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {"data", "judges"} <= set(config)
+    later = dated(ChatOptions(), tmp_path)
+    assert config["rendering"] == {"date": later.date}
     # Another budget is another attack.
     assert attacked(world, tmp_path, steps=2) == 2
 
