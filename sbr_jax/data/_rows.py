@@ -15,6 +15,11 @@ from sbr_jax.errors import counted
 from sbr_jax.typing import UserError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+"""Letters and marks that show nothing: fillers, variation selectors, a blank."""
 
 MOST_LEVELS = 32
 """Most levels of a nested value; published rows have up to four."""
@@ -176,12 +181,15 @@ def _is_name(name: Any) -> bool:
 
 
 def is_blank(text: str) -> bool:
-    r"""Whether a text shows nothing: blanks, controls and zero-width characters alone.
+    r"""Whether a text shows nothing: blanks, controls and invisible characters alone.
 
     >>> is_blank(" \n\u200b\ufeff\u2060"), is_blank("\u200bno\u200b"), is_blank("")
     (True, False, True)
+    >>> is_blank("\u3164\ufe0f"), is_blank("\u2764\ufe0f")  # A filler; a red heart.
+    (True, False)
     """
-    shown = (one for one in text if unicodedata.category(one) not in ("Cc", "Cf"))
+    seen = _UNSEEN.sub("", text)
+    shown = (one for one in seen if unicodedata.category(one) not in ("Cc", "Cf"))
     return not "".join(shown).strip()
 
 

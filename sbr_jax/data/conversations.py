@@ -158,7 +158,7 @@ def read_prompts(
                 ".txt file"
             )
         found = [row.text(column) for row in rows]
-    texts = [text.strip() for text in found if text.strip()]
+    texts = [text.strip() for text in found if not is_blank(text)]
     if not texts:
         raise UserError(f"{option}: expected at least one prompt, got none")
     return leaks.distinct(texts)
@@ -278,8 +278,9 @@ def _exchange(row: Row, where: str, column: str, answer: str) -> tuple[Record, .
     if isinstance(row.values.get("input"), str):
         extra = row.text("input", empty=True).strip()
     system = row.text("system", empty=True) if "system" in row.values else ""
-    asked = f"{prompt}\n\n{extra}" if extra else prompt
-    return (Record(asked.strip(), row.text(answer), system.strip() or None),)
+    asked = prompt if is_blank(extra) else f"{prompt}\n\n{extra}"
+    said = None if is_blank(system) else system.strip()
+    return (Record(asked.strip(), row.text(answer), said),)
 
 
 def _turns(row: Row, where: str, column: str) -> tuple[Record, ...]:

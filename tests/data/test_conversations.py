@@ -259,6 +259,30 @@ def test_prompts_are_read_once_each(name, text, tmp_path):
     assert read_prompts(tmp_path / name, "--harmful")[0] == PROMPTS[:2]
 
 
+UNSEEN = ["\u200b", "\u200f", "\ufeff", "\u3164", "\u034f\ufe0f", "\u2800 "]
+JOINED = ["\u0645\u06cc\u200c\u0631\u0648\u0645", "\u0915\u094d\u200d", "\u2764\ufe0f"]
+"""Persian, Hindi and an emoji, which need such characters."""
+
+
+@pytest.mark.parametrize("unseen", UNSEEN)
+def test_what_shows_nothing_counts_as_nothing(unseen, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join([*JOINED, unseen]), encoding="utf-8")
+    assert read_prompts(tmp_path / "a.txt", "--harmful") == (JOINED, 0)
+    row = {"instruction": "a", "input": unseen, "output": "b", "system": unseen}
+    (found,) = read_conversations([row], "x").rows[0].records
+    assert (found.prompt, found.system) == ("a", None)
+    with pytest.raises(UserError, match=r"row 1, column 'output'.*a blank text"):
+        read_conversations([{**row, "output": unseen}], "x")
+
+
+@pytest.mark.parametrize("text", JOINED)
+def test_characters_that_join_letters_stay(text):
+    row = {"instruction": text, "input": text, "output": text, "system": text}
+    (found,) = read_conversations([row], "x").rows[0].records
+    assert (found.prompt, found.system) == (f"{text}\n\n{text}", text)
+    assert found.response == text
+
+
 def test_prompts_without_a_column_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("id,words\n1,do this\n")
     with pytest.raises(UserError, match=r"a\.csv: expected a column .*, got id, words"):
