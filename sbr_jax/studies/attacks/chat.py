@@ -29,6 +29,7 @@ from sbr_jax.data.exchange import stop_tokens
 from sbr_jax.data.leaks import distinct
 from sbr_jax.data.registry import data_folder, load_evalset
 from sbr_jax.data.text import encode_prompts
+from sbr_jax.errors import option
 from sbr_jax.evaluation import verdict_rates
 from sbr_jax.evaluation.benchmarks import draw
 from sbr_jax.evaluation.runner import decode_answer
@@ -76,19 +77,23 @@ def gcg_study(
         UserError: if the study does not measure so many requests, or a suffix leaves no
             room for an answer; and the errors of `build_study`.
     """
-    study = build_study(domains, options, sources, hardware, weights=weights)
+    build = functools.partial(build_study, domains, options, sources, hardware)
+    study = build(weights=False)  # Everything is checked before weights are read.
     asked = study.asked.get(REQUESTS, (0, 0.0))[0]
     if prompts > asked:
         raise UserError(
-            f"prompts: expected at most {asked}, the requests of {REQUESTS} that this "
-            f"run measures and keeps from its defences, got {prompts}: add {REQUESTS} "
-            "to the study's benchmarks, or raise its limit"
+            f"{option('prompts')}: expected at most {asked}, the requests of "
+            f"{REQUESTS} that this run measures and keeps from its defences, got "
+            f"{prompts}: add {REQUESTS} to the study's benchmarks, or raise its limit"
         )
     folder = None if sources.data is None else data_folder(sources.data)
     found = distinct(load_evalset(REQUESTS, folder, split="all"))[0]
     budget = {"steps": steps, "suffix_length": suffix_length, "candidates": candidates}
     items = draw(found, prompts)
     search = Search(study, options, hardware, items, budget, quiet)
+    if weights:
+        study = build(weights=True)
+        search = Search(study, options, hardware, items, budget, quiet)
     measure, mark = study.evaluate, ["gcg", *(item.id for item in items)]
 
     def evaluate(base: PyTree, adapter: PyTree) -> dict[str, float]:
@@ -121,8 +126,8 @@ class Search:
         room = self._model.config.context - longest - options.max_new_tokens
         if budget["suffix_length"] > room:
             raise UserError(
-                f"suffix_length: expected at most {room}, what the longest request and "
-                f"an answer leave of the model's context of "
+                f"{option('suffix_length')}: expected at most {room}, what the longest "
+                f"request and an answer leave of the model's context of "
                 f"{self._model.config.context}, got {budget['suffix_length']}"
             )
 
