@@ -245,7 +245,8 @@ def rate(name: str, value: Any) -> None:
     """Refuse a rate, or an Optax schedule's at step 0, that is not a number ≥ 0."""
     if not is_function(value):
         return number(name, value, least=0.0)
-    first = value(jnp.zeros([], jnp.int32))
+    with jax.numpy_dtype_promotion("standard"):  # Optax's schedules ask for it.
+        first = value(jnp.zeros([], jnp.int32))
     return number(f"{name}(0)", first, least=0.0, note="a schedule's first rate")
 
 

@@ -223,7 +223,7 @@ def execute_cells(sweep: Sweep, jobs: int, *, quiet: bool) -> None:
     environment = {**os.environ, terminal.PARENT: str(os.getpid())}
     waiting, running, failed = list(sweep.jobs), {}, []
     free = [spread.cores()[place::jobs] for place in range(jobs)]
-    held: dict[str, Sequence[int]] = {}
+    held: dict[str, list[int]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
