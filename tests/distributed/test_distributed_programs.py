@@ -179,11 +179,7 @@ def test_tune_and_align_leave_what_one_process_leaves(done, tmp_path):
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "more"),
-    [
-        ("poison", ("--ratio", "0.5", "--examples", "8")),
-        ("gcg", SEARCH),
-        ("ablation", ()),
-    ],
+    [("poison", ("--ratio", "0.5", "--examples", "8")), ("gcg", SEARCH)],
 )
 def test_attacks_leave_what_one_process_leaves(name, more, tmp_path):
     write_files(tmp_path)

@@ -28,7 +28,7 @@ MISTAKES = {
     "run --workdir W": "expected a preset first, got --workdir",
     "run demmo --workdir W": "unknown preset 'demmo'; nearest: demo",
     "attack": "expected a preset first, got none (known: testbed, testbed-hard, "
-    "testbed-2)",
+    "testbed-2, smollm2, llama2-7b)",
     "attack stories --workdir W": "unknown preset 'stories'",
     "analyse": "python -m experiments.analyse demo --help shows all settings",
     "export": "expected the run's preset, got none",
