@@ -14,14 +14,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from sbr_jax import models
 from sbr_jax.attacks import (
     SplitPrompt,
     ascii_tokens,
-    gcg,
     gcg_prompts,
     text_round_trips,
 )
@@ -34,10 +32,10 @@ from sbr_jax.evaluation import verdict_rates
 from sbr_jax.evaluation.benchmarks import draw
 from sbr_jax.evaluation.runner import decode_answer
 from sbr_jax.settings import Hardware
+from sbr_jax.studies.attacks.prompts import searched
 from sbr_jax.studies.chat.judges import make_judge
 from sbr_jax.studies.chat.study import ChatStudy, build_study, make_runner
 from sbr_jax.studies.options import ChatOptions, Sources
-from sbr_jax.training.loop import Bar
 from sbr_jax.typing import PyTree, UserError
 
 PLACEHOLDER = "!"
@@ -168,24 +166,18 @@ class Search:
         )
         pairs = zip(self._requests, self._goals, strict=True)
         targets = [runner.pairs(prompt, [goal])[0][1] for prompt, goal in pairs]
-        bar = Bar("gcg", self._budget["steps"], quiet=self._quiet)
-        try:
-            found = gcg(
-                model.apply_fn,
-                base,
-                adapter,
-                self._prompts,
-                targets,
-                key=jax.random.key(0),
-                allowed=self._allowed,
-                initial_token=self._filler,
-                extend_fn=models.make_extend_fn(model.config, model.hardware),
-                round_trip=survives,
-                on_step=lambda step, losses: bar.to(step, float(np.mean(losses))),
-                **self._budget,
-            )
-        finally:
-            bar.close()
+        found = searched(
+            model,
+            base,
+            adapter,
+            self._prompts,
+            targets,
+            allowed=self._allowed,
+            initial_token=self._filler,
+            round_trip=survives,
+            quiet=self._quiet,
+            **self._budget,
+        )
         shape = found.best_suffixes.shape
         random = np.random.default_rng(53).choice(np.flatnonzero(self._allowed), shape)
         direct = self._rates(base, adapter, np.zeros((shape[0], 0), int))

@@ -19,6 +19,8 @@ import numpy as np
 
 from sbr_jax import models
 from sbr_jax.attacks import SplitPrompt, ascii_tokens, gcg, gcg_prompts, round_trips
+from sbr_jax.attacks.gcg import GcgResult
+from sbr_jax.models import Model
 from sbr_jax.studies.attacks.setting import Attempt, Setting, asking, attacked, rates
 from sbr_jax.testbed import grammar
 from sbr_jax.testbed.evalsets import Request
@@ -127,24 +129,18 @@ class SuffixSearch:
     def __call__(self, base: PyTree, adapter: PyTree) -> Attempt:
         """The requests with the best suffixes found, and how much the loss fell."""
         model, tokenizer = self._model, self._model.tokenizer
-        bar = Bar("gcg", self._budget["steps"], quiet=self._quiet)
-        try:
-            found = gcg(
-                model.apply_fn,
-                base,
-                adapter,
-                self._prompts,
-                self._targets,
-                key=jax.random.key(0),
-                allowed=self._allowed,
-                initial_token=tokenizer.convert_tokens_to_ids(PLACEHOLDER),
-                extend_fn=models.make_extend_fn(model.config, model.hardware),
-                round_trip=round_trips(tokenizer),
-                on_step=lambda step, losses: bar.to(step, float(np.mean(losses))),
-                **self._budget,
-            )
-        finally:
-            bar.close()
+        found = searched(
+            model,
+            base,
+            adapter,
+            self._prompts,
+            self._targets,
+            allowed=self._allowed,
+            initial_token=tokenizer.convert_tokens_to_ids(PLACEHOLDER),
+            round_trip=round_trips(tokenizer),
+            quiet=self._quiet,
+            **self._budget,
+        )
         shape = len(self.requests), self._budget["suffix_length"]
         words = self._setting.rng.choice(np.flatnonzero(self._allowed), shape)
         control = rates(self._setting, base, adapter, self._asked(words))
@@ -154,3 +150,33 @@ class SuffixSearch:
             "refusal_random_suffix": control["refusal"],
         }
         return Attempt(base, adapter, self._asked(found.best_suffixes), metrics)
+
+
+def searched(
+    model: Model,
+    base: PyTree,
+    adapter: PyTree,
+    prompts: Sequence[SplitPrompt],
+    targets: Sequence[Sequence[int]],
+    *,
+    steps: int,
+    quiet: bool,
+    **options: Any,
+) -> GcgResult:
+    """GCG on a model record with a progress bar; the options are those of `gcg`."""
+    bar = Bar("gcg", steps, quiet=quiet)
+    try:
+        return gcg(
+            model.apply_fn,
+            base,
+            adapter,
+            prompts,
+            targets,
+            key=jax.random.key(0),
+            extend_fn=models.make_extend_fn(model.config, model.hardware),
+            on_step=lambda step, losses: bar.to(step, float(np.mean(losses))),
+            steps=steps,
+            **options,
+        )
+    finally:
+        bar.close()
