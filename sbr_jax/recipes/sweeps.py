@@ -84,7 +84,7 @@ PERSISTENT = ((0.1, 3e-4, 50), (0.1, 1e-3, 50))
 def _poisoned(ratio: float, rate: float, epochs: int) -> Mapping[str, Any]:
     return {
         "preset": "testbed",
-        "methods": ("plain", "safeanchor-exact", "sbr", "sbr:one", "unified"),
+        "methods": ("plain", "sbr", "safegrad", "adaptive-probe", "lean", "unified"),
         "changes": {"training": {"learning_rate": rate}},
         "attack": {"attack": "poison", "ratio": ratio, "epochs": epochs},
     }
