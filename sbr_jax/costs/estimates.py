@@ -42,7 +42,7 @@ def load_of(job: Any, study: Any, memory: float | None = None) -> Load:
     if dtype is None:
         dtype = str(jax.tree.leaves(study.model.params)[0].dtype)
     hardware = job.config.hardware
-    tokens, answers = _mean_sizes(
+    tokens, answers, keys = _mean_sizes(
         [study.domains[name].train for name in job.domains],
         training.batch_size,
         hardware,
@@ -59,14 +59,18 @@ def load_of(job: Any, study: Any, memory: float | None = None) -> Load:
         remat=is_recomputed(study, training, hardware, memory),
         tokens=tokens,
         answers=answers,
+        keys=keys,
     )
 
 
 def _mean_sizes(
     sets: Sequence[Any], batch: int, hardware: Hardware
-) -> tuple[float, float]:
-    """Tokens and answer places computed for an example, averaged over all domains."""
-    each = []
+) -> tuple[float, float, float | None]:
+    """Tokens and answer places computed for an example, averaged over all domains.
+
+    Also what attention computes for a token; None unless all domains are packed.
+    """
+    each, keys = [], []
     for data in sets:
         layout = choose(
             data, batch, packing=hardware.packing, parts=hardware.accumulation
@@ -76,10 +80,12 @@ def _mean_sizes(
             text = part * float(used_lengths(data).mean())
             width = math.ceil(text / layout.unit) * layout.unit
             each.append((width / part, layout.places / part))
+            keys.append(layout.pairs * layout.tile**2 / width)
         else:
             each.append((layout.length, layout.places))
     tokens, answers = zip(*each, strict=True)
-    return sum(tokens) / len(each), sum(answers) / len(each)
+    mean = sum(keys) / len(each) if len(keys) == len(each) else None
+    return sum(tokens) / len(each), sum(answers) / len(each), mean
 
 
 def steps_of(job: Any, study: Any) -> dict[str, int]:
@@ -118,7 +124,9 @@ def memory(job: Any, study: Any, load: Load) -> dict[str, dict[str, float]]:
     if columns:
         examples = training.fisher_examples or len(study.calibration)
         length = int(used_lengths(study.calibration).max())
-        shorter = dataclasses.replace(load, length=length, tokens=None, answers=None)
+        shorter = dataclasses.replace(
+            load, length=length, tokens=None, answers=None, keys=None
+        )
         count = forecast.adapter_parameters(config, load.rank, load.targets)
         sizes = sketch.plan(
             count,

@@ -41,10 +41,12 @@ class Load:
         targets: regular expression of the adapted projections.
         batch: examples of a step.
         accumulation: microbatches of a step.
-        length: T, tokens of the longest training example, which attention spans.
+        length: T, tokens of the longest training example.
         tokens: mean tokens of an example, including what a layout adds; None for T.
         answers: places of an example whose logits are needed; None for all.
         remat: whether layers are recomputed in the backward pass.
+        keys: places that attention computes for a token of a packed row, in tiles of
+            which nothing is kept; None for T.
     """
 
     config: ModelConfig
@@ -58,6 +60,7 @@ class Load:
     remat: bool = True
     tokens: float | None = None
     answers: float | None = None
+    keys: float | None = None
 
     @property
     def width(self) -> float:
@@ -169,7 +172,8 @@ def _logit_bytes(load: Load, places: float) -> float:
 def _inside_layer(load: Load) -> float:
     """Bytes of activations for one layer's backward pass of one microbatch."""
     tokens = load.microbatch * load.width
-    return activation_bytes(load.config, tokens, load.length, BYTES[load.dtype])
+    kept = load.length if load.keys is None else 0
+    return activation_bytes(load.config, tokens, kept, BYTES[load.dtype])
 
 
 def training_memory(load: Load) -> dict[str, float]:
@@ -253,7 +257,8 @@ def generation_seconds(
 
 def step_flops(load: Load, cost: Cost) -> float:
     """FLOPs of one optimizer step of a defence."""
-    size = {"keys": load.length, "heads": load.places}
+    keys = load.length if load.keys is None else load.keys
+    size = {"keys": keys, "heads": load.places}
     one = forward_flops(load, load.width, **size)
     whole = train_flops(load, load.width, **size)
     return load.batch * ((1 + cost.backward) * whole + cost.forward * one)

@@ -2,16 +2,18 @@
 
 Padding every example to the longest of its data set leaves only a third of the places
 with text. :func:`pack` instead puts the examples of a step one after another in a row.
-Everything but attention processes that row token by token. Attention works on *blocks*:
-rows about as long as the longest example that hold several examples, which segments
-keep apart. The layout does not affect which examples a step draws
+Everything but attention processes that row token by token. Attention works on *tiles*
+of the row, and only on those pairs of tiles that share an example
+(:mod:`sbr_jax.models.tiles`). The layout does not affect which examples a step draws
 (:mod:`sbr_jax.data.batches`), nor the numbers up to rounding, except for dropout masks.
 
-Shapes are few: the length of a row and the number of answer places are rounded up, so
-one program is compiled for each size that occurs and serves every step of that size.
+Shapes are few: the length of a row, the number of answer places and that of pairs are
+rounded up, so one program is compiled for each size that occurs and serves every step
+of that size.
 
-Legend: N examples of a set, B of a step, S rows, W tokens of a row, R blocks of a row,
-T tokens of a block, K answer places, A microbatches.
+Legend: N examples of a set, B of a step, S rows, W tokens of a row, T of the longest
+example, M tiles of a row, C places of a tile, P pairs of a row, K answer places, A
+microbatches.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ class Layout:
     """How the steps of one data set are laid out.
 
     Attributes:
-      length: T: of a block if packed, else of a row.
+      length: T: of the longest example if packed, else of a row.
       packed: whether examples share a row.
       places: the smallest K of a microbatch, a multiple of S; per row if not packed.
       unit: W is a multiple of it.
       parts: A microbatches, each packed separately.
       rows: S, as many as a mesh splits them into.
+      pairs: the smallest P, if packed.
+      width: the largest W of the sampled steps, if packed.
     """
 
     length: int
@@ -57,10 +61,13 @@ class Layout:
     unit: int = 1
     parts: int = 1
     rows: int = 1
+    pairs: int = 8
+    width: int = 0
 
-    def blocks(self, width: int) -> int:
-        """R for rows of W tokens, with room for unused ends of blocks."""
-        return -(-width * 9 // (self.length * 8)) + 1
+    @property
+    def tile(self) -> int:
+        """C, about an eighth of T: few scores of a pair are of two examples."""
+        return 1 << min(max((self.length // 8).bit_length() - 1, 5), 7)
 
 
 def choose(
@@ -86,8 +93,9 @@ def choose(
 
     >>> tokens = np.array([[7] * n + [0] * (120 - n) for n in (30, 30, 30, 120)])
     >>> data = TokenDataset(tokens, np.roll(tokens > 0, 1, 1) & (tokens > 0))
-    >>> choose(data, 4)
-    Layout(length=120, packed=True, places=216, unit=8, parts=1, rows=1)
+    >>> layout = choose(data, 4)
+    >>> layout.packed, layout.length, layout.width, layout.tile
+    (True, 120, 216, 32)
     """
     length = max(int(used_lengths(dataset).max(initial=1)), 1)
     # Sets that a study pads alike share a program: cut little length and round A.
@@ -121,9 +129,12 @@ def packed_layout(
     mean = np.mean(text) / rows
     unit = 8 if mean < 256 else 32 * max(round(mean / STEPS / 32), 1)
     layout = Layout(length, True, 1, unit, parts, rows)
-    widths, places = zip(*(needed(part, layout) for part in pieces), strict=True)
+    sizes = (needed(part, layout) for part in pieces)
+    widths, places, pairs = zip(*sizes, strict=True)
     share = np.mean(widths) * rows / (len(pieces[0]["tokens"]) * length)
-    return dataclasses.replace(layout, places=_up(max(places), 8 * rows)), float(share)
+    most = {"pairs": max(pairs), "width": max(widths)}
+    places = _up(max(places), 8 * rows)
+    return dataclasses.replace(layout, places=places, **most), float(share)
 
 
 def widest(layouts: Sequence[Layout]) -> Layout:
@@ -135,24 +146,53 @@ def widest(layouts: Sequence[Layout]) -> Layout:
         unit=max(layout.unit for layout in layouts),
         packed=packed,
         places=max(layout.places for layout in layouts if layout.packed == packed),
+        pairs=max(layout.pairs for layout in layouts),
+        width=max(layout.width for layout in layouts),
     )
 
 
-def needed(drawn: Mapping[str, np.ndarray], layout: Layout) -> tuple[int, int]:
-    """The W and K that one microbatch needs, rounded up."""
+def needed(drawn: Mapping[str, np.ndarray], layout: Layout) -> tuple[int, int, int]:
+    """The W, K and P that one microbatch needs, rounded up.
+
+    Raises:
+      UserError: for an example longer than T.
+    """
     lengths = lengths_of(drawn["tokens"], drawn["mask"])
+    if lengths.max(initial=0) > layout.length:
+        worst = int(np.argmax(lengths))
+        raise UserError(
+            f"expected examples of at most {layout.length} tokens, got "
+            f"{lengths[worst]} in example {worst} of a step: choose a layout of that "
+            "length, or shorten it"
+        )
     members = _balanced(lengths, layout.rows)
     shares = [lengths[row] for row in members]
     width = _up(max(int(share.sum()) for share in shares), layout.unit)
-    most = max(len(_fitted(share, layout.length)) for share in shares)
-    while layout.blocks(width) < most:
-        width += layout.unit
     counts = (drawn["mask"][:, 1:] > 0).sum(axis=1)
     count = max(int(counts[row].sum()) for row in members) * layout.rows
-    places = _up(layout.places, layout.rows)
-    while places < count:
-        places = _up(places * 3 // 2, 8 * layout.rows)
-    return width, places
+    met = max(int(_reach(share, width, layout.tile).sum()) for share in shares)
+    places = _enough(_up(layout.places, layout.rows), count, 8 * layout.rows)
+    return width, places, _enough(_up(layout.pairs, 8), met, 8)
+
+
+def _enough(size: int, count: int, multiple: int) -> int:
+    """The size, half more as often as needed: few sizes occur."""
+    while size < count:
+        size = _up(size * 3 // 2, multiple)
+    return size
+
+
+def _reach(lengths: np.ndarray, width: int, tile: int) -> np.ndarray:
+    """Tiles whose keys each tile's queries see, if examples follow one another.
+
+    Those back to where the example of its first place begins, int ``[M]``.
+
+    >>> _reach(np.array([3, 6]), 12, 2).tolist()
+    [1, 2, 2, 3, 4, 1]
+    """
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    starts = np.concatenate([starts, np.arange(len(starts), width)])
+    return np.arange(-(-width // tile)) - starts[::tile] // tile + 1
 
 
 def arrange(
@@ -175,11 +215,11 @@ def arrange(
         return [_in_rows(one, layout) for one in drawn]
     split = [_parts(one, layout.parts) for one in drawn]
     sizes = [needed(part, layout) for parts in split for part in parts]
-    width, places = (max(size) for size in zip(*sizes, strict=True))
+    width, places, pairs = (max(size) for size in zip(*sizes, strict=True))
     done = []
     for parts in split:
         packed = [
-            pack(part, layout, width, places, first=i * len(part["tokens"]))
+            pack(part, layout, width, places, pairs, first=i * len(part["tokens"]))
             for i, part in enumerate(parts)
         ]
         if layout.parts == 1:
@@ -229,106 +269,77 @@ def _balanced(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
     return [np.sort(np.array(each, np.int64)) for each in members]
 
 
-def _fitted(lengths: np.ndarray, length: int) -> list[list[int]]:
-    """Assigns examples to blocks: first fit, longest first."""
-    if lengths.max(initial=0) > length:
-        worst = int(np.argmax(lengths))
-        raise UserError(
-            f"expected examples of at most {length} tokens, got {lengths[worst]} in "
-            f"example {worst} of a step: give blocks of that length, or shorten it"
-        )
-    blocks: list[list[int]] = []
-    free: list[int] = []
-    for i in np.argsort(-lengths, kind="stable"):
-        at = next((b for b, room in enumerate(free) if room >= lengths[i]), None)
-        if at is None:
-            at = len(blocks)
-            blocks.append([])
-            free.append(length)
-        blocks[at].append(int(i))
-        free[at] -= int(lengths[i])
-    return blocks
-
-
 def pack(
     drawn: Mapping[str, np.ndarray],
     layout: Layout,
     width: int,
     places: int,
+    pairs: int,
     *,
     first: int = 0,
 ) -> dict[str, np.ndarray]:
     """Puts the examples of one microbatch one after another.
 
-    **Guarantee**: every example is in one row and in one block of it, whole up to its
-    last answer token. Answer places are listed row by row, K / S for each, and within a
-    row example by example in the given order.
+    **Guarantee**: every example is in one row, whole up to its last answer token.
+    Answer places are listed row by row, K / S for each, and within a row example by
+    example in the given order.
 
     Args:
       drawn: ``tokens`` and ``mask [B, T]``; further arrays ``[B, ...]`` are kept.
-      layout: T and S.
+      layout: C and S.
       width: W.
       places: K, a multiple of S.
+      pairs: P.
       first: index of the first example in the whole step.
 
     Returns:
-      ``tokens`` and ``positions``, int32 ``[S, W]``; ``blocks [S, R, T]``, the column
-      of the token in each place of a block, ``segments [S, R, T]``, its example (0 at
-      filling), and ``slots [S, W]``, the flat place of each token in the blocks of its
-      row, −1 at filling; ``places``, ``targets``, ``owners`` (B at filling), int32
-      ``[K]``, and ``shares``, float32 ``[K]``; ``last [B]``, the flat place of the last
-      token before an answer; ``row [B]``, and the further arrays.
+      ``tokens`` and ``positions``, int32 ``[S, W]``; ``segments [S, M, C]``, each
+      place's example from 1 on (0 at filling), and ``pairs [S, P]``, the tile of the
+      queries of each pair (M at filling); ``places``, ``targets``, ``owners`` (B at
+      filling), int32 ``[K]``, and ``shares``, float32 ``[K]``; ``last [B]``, the flat
+      place of the last token before an answer; ``row [B]``, and the further arrays.
 
     Raises:
-      UserError: for an example longer than a block, or more examples than fit.
+      UserError: for examples that do not fit.
 
     >>> tokens, mask = [[5, 6, 0], [7, 8, 9]], [[0, 1, 0], [0, 1, 1]]
     >>> drawn = {"tokens": np.array(tokens), "mask": np.array(mask)}
-    >>> found = pack(drawn, Layout(3, True, 4), 5, 4)
+    >>> found = pack(drawn, Layout(3, True, 4), 5, 4, 2)
     >>> found["tokens"].tolist(), found["positions"].tolist()
     ([[5, 6, 7, 8, 9]], [[0, 1, 0, 1, 2]])
-    >>> found["blocks"].tolist(), found["slots"].tolist()
-    ([[[2, 3, 4], [0, 1, 0], [0, 0, 0]]], [[3, 4, 0, 1, 2]])
+    >>> found["segments"].shape, found["segments"][0, 0, :6].tolist()
+    ((1, 1, 32), [1, 1, 2, 2, 2, 0])
+    >>> found["pairs"].tolist()
+    [[0, 1]]
     >>> found["places"].tolist(), found["targets"].tolist(), found["owners"].tolist()
     ([0, 2, 3, 0], [6, 8, 9, 0], [0, 1, 1, 2])
     """
     tokens, mask = drawn["tokens"], drawn["mask"]
     lengths, size = lengths_of(tokens, mask), len(tokens)
     weights = np.where(np.arange(tokens.shape[1]) > 0, mask, 0).astype(np.float32)
-    counts, blocks = (weights > 0).sum(axis=1), layout.blocks(width)
-    line = {
-        name: np.full((layout.rows, width), filling, np.int32)
-        for name, filling in (("tokens", 0), ("positions", 0), ("slots", -1))
-    }
-    grid = {
-        name: np.zeros((layout.rows, blocks, layout.length), np.int32)
-        for name in ("blocks", "segments")
-    }
+    counts, tiles = (weights > 0).sum(axis=1), -(-width // layout.tile)
+    line, positions = np.zeros((2, layout.rows, width), np.int32)
+    segments = np.zeros((layout.rows, tiles * layout.tile), np.int32)
+    meet = np.full((layout.rows, pairs), tiles, np.int32)
     start, lies = np.zeros((2, size), np.int32)
     for row, members in enumerate(_balanced(lengths, layout.rows)):
         ends = np.cumsum(lengths[members])
-        fitted = _fitted(lengths[members], layout.length)
         count, lies[members] = int(counts[members].sum()) * layout.rows, row
-        if len(fitted) > blocks or ends.max(initial=0) > width or count > places:
+        used = int(ends.max(initial=0))
+        reach = _reach(lengths[members], max(width, used), layout.tile)
+        if used > width or count > places or reach.sum() > pairs:
             raise UserError(
-                f"expected examples that fit {layout.rows} x {width} tokens, {blocks} "
-                f"blocks and {places} answer places, got {ends.max(initial=0)} tokens "
-                f"in a row, {len(fitted)} blocks and {count} places"
+                f"expected examples that fit {layout.rows} x {width} tokens, {places} "
+                f"answer places and {pairs} pairs of tiles, got {used} tokens in a "
+                f"row, {count} places and {reach.sum()} pairs"
             )
+        meet[row, : reach.sum()] = np.repeat(np.arange(tiles), reach)
         for i, end in zip(members, ends, strict=True):
             inside = slice(end - lengths[i], end)
-            line["tokens"][row, inside] = tokens[i, : lengths[i]]
-            line["positions"][row, inside] = np.arange(int(lengths[i]))
+            line[row, inside] = tokens[i, : lengths[i]]
+            positions[row, inside] = np.arange(int(lengths[i]))
+            segments[row, inside] = i + 1
             start[i] = row * width + inside.start
-        for block, held in enumerate(fitted):
-            at = 0
-            for i in members[held]:
-                inside = np.arange(at, at + int(lengths[i]))
-                column = start[i] - row * width + inside - at
-                grid["blocks"][row, block, inside] = column
-                grid["segments"][row, block, inside] = i + 1
-                line["slots"][row, column] = block * layout.length + inside
-                at += len(inside)
     owners, column = np.nonzero(weights)
     shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
     # Row after row, with equal room for each.
@@ -344,8 +355,10 @@ def pack(
         return out
 
     return {
-        **line,
-        **grid,
+        "tokens": line,
+        "positions": positions,
+        "segments": segments.reshape(layout.rows, tiles, layout.tile),
+        "pairs": meet,
         "places": placed(start[owners] + column.astype(np.int32) - 1),
         "targets": placed(tokens[owners, column].astype(np.int32)),
         "owners": placed(owners.astype(np.int32), filling=size),

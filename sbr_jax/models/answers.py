@@ -26,7 +26,7 @@ from sbr_jax import _mesh
 from sbr_jax.models import vocabulary
 from sbr_jax.typing import PyTree
 
-LAYOUT = ("positions", "blocks", "segments", "slots")
+LAYOUT = ("positions", "segments", "pairs")
 """Entries of a batch that the model receives besides its tokens."""
 
 

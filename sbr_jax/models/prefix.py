@@ -25,7 +25,12 @@ from sbr_jax.models.parts import (
     layer_rope,
     output_logits,
 )
-from sbr_jax.models.transformer import build_block, check_adapter, scan_layers
+from sbr_jax.models.transformer import (
+    build_block,
+    check_adapter,
+    scan_layers,
+    whole_rows,
+)
 from sbr_jax.typing import PyTree
 
 Cache = tuple[jax.Array, jax.Array]
@@ -67,9 +72,8 @@ def extend(
     rows, new = tokens.shape
     slots = 0 if past is None else past[0].shape[2]
     positions = jnp.arange(new, dtype=jnp.int32)[None]
-    if past is None:
-        pick = layer_mask(config, functools.partial(sees, positions, positions))
-    else:
+    alone, pick = whole_rows(config, hardware, tokens.shape), None
+    if past is not None:
         length = jnp.full((rows,), slots, jnp.int32) if length is None else length
         positions = length[:, None] + positions
         places = jnp.arange(slots, dtype=jnp.int32)[None]
@@ -77,21 +81,18 @@ def extend(
         places = jnp.where(places < length[:, None], places, slots + new)
         places = jnp.concatenate([places, positions], axis=1)
         pick = layer_mask(config, functools.partial(sees, positions, places))
-    # Kernels handle causal windows themselves; only a choice of two needs a mask.
-    causal = past is None and not config.alternates
-    kernel = hardware.attention if past is None else "xla"
     pick_rope = layer_rope(config, positions)
 
     def body(x, layer):
         weights, pairs, before, flags = layer
 
         def attention(query, key, value):
-            keys, values = key, value
-            if before is not None:
-                keys = jnp.concatenate([before[0], key], axis=1)
-                values = jnp.concatenate([before[1], value], axis=1)
-            mask = None if causal else pick(flags)
-            return attend_as(config, query, keys, values, mask, kernel), (key, value)
+            if before is None or pick is None:
+                return alone(flags, query, key, value)[0], (key, value)
+            keys = jnp.concatenate([before[0], key], axis=1)
+            values = jnp.concatenate([before[1], value], axis=1)
+            out = attend_as(config, query, keys, values, pick(flags), "xla")
+            return out, (key, value)
 
         return build_block(config, weights)(x, pick_rope(flags), pairs, attention)
 

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sbr_jax import _mesh
 from sbr_jax.models.config import BIASED, TARGETS, Hardware, ModelConfig
 from sbr_jax.models.layers import (
     ACTIVATIONS,
     drop,
     project,
-    rearranged,
     rms_norm,
     rotate,
     sees,
@@ -40,7 +40,11 @@ from sbr_jax.models.parts import (
     output_logits,
 )
 from sbr_jax.models.sharding import entering, gathering, leaving, stream
+from sbr_jax.models.tiles import Tiles, attend_tiles, causal_tiles, tile_mask, tiles_of
 from sbr_jax.typing import PyTree, UserError
+
+LONG = 128
+"""Tokens from which attention on a CPU skips tiles that nobody sees."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Dropout = tuple[jax.Array, float] | None
@@ -171,9 +175,8 @@ def hidden_states(
     tokens: jax.Array,
     *,
     positions: jax.Array | None = None,
-    blocks: jax.Array | None = None,
     segments: jax.Array | None = None,
-    slots: jax.Array | None = None,
+    pairs: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     dropout_rate: float = 0.0,
     embeddings: jax.Array | None = None,
@@ -193,12 +196,9 @@ def hidden_states(
       tokens: integers ``[B, T]``.
       positions: integers ``[B, T]``, each token's place in its sequence; None for its
         place in the row.
-      blocks: for rows that hold several sequences: for each place of the blocks that
-        attention works on, the column of its token, integers ``[B, R, S]``.
-      segments: the sequence of each place, ``[B, R, S]``; only tokens of the same one
-        see each other.
-      slots: the place of each token in the blocks of its row, ``[B, T]``; −1 for
-        filling.
+      segments: for rows that hold several sequences: that of each place, integers
+        ``[B, M, C]`` in tiles of C; only tokens of the same one see each other.
+      pairs: which tiles meet, see :mod:`sbr_jax.models.tiles`.
       dropout_key: a PRNG key; None switches dropout off.
       dropout_rate: probability of zeroing an input of the adapter; a Python float.
       embeddings: ``[B, T, D]`` to use instead of the tokens' embeddings (before a
@@ -221,9 +221,9 @@ def hidden_states(
     keys = None
     if dropout_key is not None and dropout_rate > 0.0:
         keys = jax.random.split(dropout_key, config.layers)
-    attend_all = _attention(config, hardware, columns)
-    if blocks is not None and segments is not None and slots is not None:
-        attend_all = _blockwise(config, hardware, blocks, segments, slots)
+    attend_all = whole_rows(config, hardware, tokens.shape)
+    if segments is not None and pairs is not None:
+        attend_all = _tiled(config, tiles_of(pairs, segments))
 
     def body(x, layer):
         weights, pairs, key, shift, flags = layer
@@ -248,10 +248,20 @@ def hidden_states(
     return hidden, {"residual": residual, "inputs": seen[1]}
 
 
-def _attention(
-    config: ModelConfig, hardware: Hardware, columns: jax.Array
+def whole_rows(
+    config: ModelConfig, hardware: Hardware, shape: tuple[int, ...]
 ) -> Callable[..., tuple[jax.Array, None]]:
-    """Attention of rows that are one sequence each."""
+    """Attention of rows ``[B, T]`` that are one sequence each.
+
+    Returns:
+      ``(flags, query, key, value) -> (out, None)``, flags of ``layer_flags``.
+    """
+    rows, length = shape
+    # Elsewhere kernels skip what is not seen.
+    plain = hardware.attention is None and _mesh.current() is None
+    if plain and length >= LONG and jax.default_backend() == "cpu":
+        return _tiled(config, causal_tiles(rows, length, 64 if length >= 256 else 32))
+    columns = jnp.arange(length)[None]
     # Kernels handle causal windows themselves; only a choice of two needs a mask.
     pick = functools.partial(sees, columns, columns)
     pick = layer_mask(config, pick) if config.alternates else lambda flags: None
@@ -263,35 +273,13 @@ def _attention(
     return attention
 
 
-def _blockwise(
-    config: ModelConfig,
-    hardware: Hardware,
-    blocks: jax.Array,
-    segments: jax.Array,
-    slots: jax.Array,
-) -> Callable[..., tuple[jax.Array, None]]:
-    """Attention of rows that hold several sequences, block by block.
-
-    A row's tokens are rearranged into its blocks and back. Each place of a block sees
-    earlier places of its own segment; filling sees filling.
-    """
-    rows, count, length = blocks.shape
-    there, real = blocks.reshape(rows, -1), segments.reshape(rows, -1) > 0
-    placed = slots >= 0
-    columns = jnp.arange(length)[None]
-    owner = segments.reshape(-1, length)
-    same = owner[:, None, :, None] == owner[:, None, None, :]
-    pick = layer_mask(config, lambda window: sees(columns, columns, window) & same)
-
-    def cut(x):
-        moved = rearranged(x, there, slots, real, placed)
-        return moved.reshape(-1, length, *x.shape[2:])
+def _tiled(config: ModelConfig, tiles: Tiles) -> Callable[..., tuple[jax.Array, None]]:
+    """Attention of rows in tiles."""
+    pick = layer_mask(config, functools.partial(tile_mask, tiles))
+    how = {"scale": config.attention_scale, "cap": config.attention_cap}
 
     def attention(flags, query, key, value):
-        heads = cut(query), cut(key), cut(value)
-        out = attend_as(config, *heads, pick(flags), hardware.attention)
-        out = out.reshape(rows, count * length, *out.shape[2:])
-        return rearranged(out, slots, there, placed, real), None
+        return attend_tiles(query, key, value, tiles, pick(flags), **how), None
 
     return attention
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from sbr_jax.data.layout import choose
 from sbr_jax.models import ModelConfig, make_apply_fn
 from sbr_jax.settings import Hardware, Training
 from sbr_jax.training.study import Study
@@ -33,7 +34,7 @@ def activation_bytes(
     Args:
       config: of the model.
       tokens: number of tokens in all rows.
-      length: T, tokens of a row; attention spans them.
+      length: T, tokens of a row, whose scores are kept; 0 if none are.
       size: bytes of a number.
 
     >>> tiny = ModelConfig(vocab_size=8, width=4, mlp_width=8, layers=2, heads=2)
@@ -66,8 +67,9 @@ def is_recomputed(
     """Whether this job recomputes its layers in the backward pass.
 
     With `hardware.remat` at "auto", only a model that was loaded to recompute can do
-    so. It does if the float32 activations of all layers, for a training or a Fisher
-    microbatch, exceed `SHARE` of the device's memory. On a mesh it always does: there
+    so. It does if the float32 activations of all layers, for a training microbatch in
+    its layout or a Fisher microbatch, exceed `SHARE` of the device's memory. On a mesh
+    it always does: there
     the share depends on the layout, and all hosts must agree. The choice is the same
     for all methods, so that their steps can be compared.
 
@@ -83,11 +85,22 @@ def is_recomputed(
     if hardware.mesh is not None or not loaded:
         return loaded
     step = training.batch_size // hardware.accumulation
-    rows = [(step, domain.train.length) for domain in study.domains.values()]
+    sizes = []
+    for domain in study.domains.values():
+        layout = choose(
+            domain.train,
+            training.batch_size,
+            packing=hardware.packing,
+            parts=hardware.accumulation,
+        )
+        # Attention in tiles keeps no scores.
+        rows = (step * domain.train.length, domain.train.length)
+        sizes.append((layout.width, 0) if layout.packed else rows)
     if study.calibration is not None:
-        rows.append((hardware.fisher_microbatch, study.calibration.length))
+        length = study.calibration.length
+        sizes.append((hardware.fisher_microbatch * length, length))
     config = study.model.config
-    most = max(activation_bytes(config, n * length, length) for n, length in rows)
+    most = max(activation_bytes(config, *size) for size in sizes)
     room = SHARE * (device_memory() if memory is None else memory)
     return config.layers * most > room
 

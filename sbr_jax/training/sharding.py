@@ -213,9 +213,9 @@ def batch_shardings(mesh: AnyMesh, batch: Mapping[str, Any]) -> dict[str, Any]:
     Microbatches that were packed separately have an axis before the rows. In packed
     batches, arrays with one entry per example stay whole: an example may be in any row.
     """
-    packed = "blocks" in batch
+    packed = "segments" in batch
     stacked = packed and np.ndim(batch["tokens"]) > 2
-    by_row = {"tokens", "positions", "slots", "blocks", "segments"}
+    by_row = {"tokens", "positions", "segments", "pairs"}
     by_row |= {"places", "targets", "shares", "owners"}
 
     def one(name: str, leaf: Any) -> NamedSharding:

@@ -123,7 +123,7 @@ def make_step(
 def _accumulated(hook, batch, more, accumulation):
     """Mean of the hook's results over microbatches, by a scan."""
     # A packed batch numbers its own examples and already comes in microbatches.
-    packed = "blocks" in batch
+    packed = "segments" in batch
     if not packed:
         size = batch["tokens"].shape[0]
         batch = {**batch, "row": jnp.arange(size, dtype=jnp.int32)}

@@ -45,22 +45,19 @@ def test_packing_keeps_every_example_whole_and_apart(seed, rows):
     layout = choose(data, 16, packing="yes", rows=rows)
     (found,) = arrange([drawn], layout)
     width = found["tokens"].shape[1]
-    assert (width, found["places"].size) == needed(drawn, layout)
-    blocks, segments = (found[n].reshape(rows, -1) for n in ("blocks", "segments"))
-    tokens, positions, slots = (found[n] for n in ("tokens", "positions", "slots"))
+    sizes = width, found["places"].size, found["pairs"].shape[1]
+    assert sizes == needed(drawn, layout)
+    tokens, positions = found["tokens"], found["positions"]
+    segments = found["segments"].reshape(rows, -1)
     lengths = lengths_of(drawn["tokens"], drawn["mask"])
     for i, size in enumerate(lengths):
         (row,) = set(np.nonzero(segments == i + 1)[0])
         at = np.flatnonzero(segments[row] == i + 1)
-        columns = blocks[row, at]
-        # One run inside one block and one run of the row, in order, from position 0.
+        # One run of the row, in order, from position 0.
         assert at.tolist() == list(range(at[0], at[0] + size))
-        assert at[0] // layout.length == at[-1] // layout.length
-        assert columns.tolist() == list(range(columns[0], columns[0] + size))
-        assert slots[row, columns].tolist() == at.tolist()
-        assert tokens[row, columns].tolist() == drawn["tokens"][i, :size].tolist()
-        assert positions[row, columns].tolist() == list(range(size))
-        first = row * width + columns[0]
+        assert tokens[row, at].tolist() == drawn["tokens"][i, :size].tolist()
+        assert positions[row, at].tolist() == list(range(size))
+        first = row * width + at[0]
         marked = np.flatnonzero(drawn["mask"][i])
         mine = found["owners"] == i
         assert found["places"][mine].tolist() == (first + marked - 1).tolist()
@@ -68,9 +65,25 @@ def test_packing_keeps_every_example_whole_and_apart(seed, rows):
         np.testing.assert_allclose(found["shares"][mine].sum(), float(marked.size > 0))
         prompt = marked[0] - 1 if marked.size else 0
         assert found["last"][i] == first + prompt
-    assert (segments > 0).sum() == (slots >= 0).sum() == lengths.sum()
+    assert (segments > 0).sum() == lengths.sum()
     assert (found["shares"][found["owners"] == 16] == 0).all()
     assert found["row"].tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("longest", [30, 200, 700])
+def test_pairs_are_those_tiles_that_share_an_example(longest):
+    data = ragged(8, longest=longest)
+    layout = choose(data, 8, packing="yes", rows=2)
+    (found,) = arrange([batch(data, 8, 0, 0)], layout)
+    for segments, pairs in zip(found["segments"], found["pairs"], strict=True):
+        tiles = range(len(segments))
+        own = [set(tile[tile > 0].tolist()) for tile in segments]
+        # Back to where the example of a tile's first place begins, and no further.
+        wanted = [
+            i for i in tiles for j in range(i + 1) if i == j or segments[i, 0] in own[j]
+        ]
+        assert pairs[pairs < len(segments)].tolist() == wanted
+        assert (pairs[len(wanted) :] == len(segments)).all()
 
 
 def test_microbatches_are_packed_apart_and_several_seeds_share_a_shape():
@@ -99,7 +112,7 @@ def test_layout_is_a_function_of_data_and_sizes_and_shapes_are_few(longest, fill
     shapes = [needed(drawn, layout) for drawn in draws]
     assert len(set(shapes)) <= 16
     text = np.mean([lengths_of(d["tokens"], d["mask"]).sum() for d in draws])
-    assert text / np.mean([width for width, _ in shapes]) > fill
+    assert text / np.mean([width for width, _, _ in shapes]) > fill
 
 
 def test_rows_of_one_length_are_not_packed():
@@ -199,7 +212,10 @@ def test_an_example_longer_than_a_row_is_named():
         arrange([drawn], Layout(10, True, 8))
 
 
-@pytest.mark.parametrize(("width", "places"), [(40, 99), (900, 3)])
-def test_a_batch_beyond_its_budget_is_refused(width, places):
-    with pytest.raises(UserError, match=f"fit 1 x {width} tokens, .* {places} answer"):
-        pack(batch(ragged(6), 16, 0, 0), Layout(30, True, 8), width, places)
+@pytest.mark.parametrize(
+    ("width", "places", "pairs"), [(40, 99, 99), (900, 3, 99), (900, 99, 9)]
+)
+def test_a_batch_beyond_its_budget_is_refused(width, places, pairs):
+    wanted = f"fit 1 x {width} tokens, {places} answer places and {pairs} pairs"
+    with pytest.raises(UserError, match=wanted):
+        pack(batch(ragged(6), 16, 0, 0), Layout(30, True, 8), width, places, pairs)

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import tiny
 
 from sbr_jax import models
+from sbr_jax.data import TokenDataset
+from sbr_jax.data.layout import choose
 from sbr_jax.settings import Hardware
 from sbr_jax.training import recompute
 from sbr_jax.training.program import make_program
@@ -56,6 +59,31 @@ def test_the_larger_of_step_and_fisher_decides(change):
     need = config.layers * layer / recompute.SHARE
     assert not recompute.is_recomputed(given, training, hardware, need + 1)
     assert recompute.is_recomputed(given, training, hardware, need - 1)
+
+
+def test_packed_rows_are_kept_where_padded_ones_are_not():
+    given = study(True)
+    tokens = np.ones((40, 120), np.int32)
+    ends = np.where(np.arange(40) == 0, 119, 9)[:, None]
+    ragged = TokenDataset(tokens, np.arange(120) == ends)
+    domains = {
+        name: dataclasses.replace(domain, train=ragged)
+        for name, domain in given.domains.items()
+    }
+    given = dataclasses.replace(given, domains=domains, calibration=None)
+    training = dataclasses.replace(CONFIG.training, batch_size=8)
+    config = given.model.config
+    width = choose(ragged, 8).width
+    assert 80 <= width < 400  # Of 960 places in padded rows.
+    need = config.layers * recompute.activation_bytes(config, width, 0)
+    for packing, more, wanted in (
+        ("auto", 1, False),
+        ("auto", -1, True),
+        ("no", 1, True),
+    ):
+        memory = need / recompute.SHARE + more
+        how = Hardware(packing=packing)
+        assert recompute.is_recomputed(given, training, how, memory) is wanted
 
 
 @pytest.mark.parametrize("loaded", [True, False])
