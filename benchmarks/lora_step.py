@@ -199,14 +199,14 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=sorted(shapes.SHAPES))
     parser.add_argument("--layers", type=int, help="fewer, for a shorter run")
     parser.add_argument("--vocab", type=int, help="tokens of the vocabulary")
-    parser.add_argument("--batch", type=int, help="examples of a step (16; 7b: 8)")
-    parser.add_argument("--batches", type=int, help="different steps of a turn (4)")
+    parser.add_argument("--batch", type=int, help="examples of a step (8)")
+    parser.add_argument("--batches", type=int, help="different steps of a turn (3)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
         "--domains", nargs="+", choices=[*shapes.DOMAINS, "dense"], metavar="NAME"
     )
     parser.add_argument(
-        "--dense", type=int, nargs=2, metavar=("ROWS", "LENGTH"), help="8 256"
+        "--dense", type=int, nargs=2, metavar=("ROWS", "LENGTH"), help="4 256"
     )
     parser.add_argument("--unroll", type=int, default=0, help="layers, ours; 0: auto")
     parser.add_argument("--threads", type=int, default=measure.cores())
@@ -219,12 +219,11 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     args.device = args.device or ("gpu" if seen else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "gpu" else "float32")
     args.preset = args.preset or ("smoke" if args.smoke else "smollm2-135m")
-    # Three processes hold the 7b weights at once, and nothing is recomputed.
-    usual = 8 if args.preset == "7b" else 16
-    args.batch = args.batch or (4 if args.smoke else usual)
-    args.batches = args.batches or (2 if args.smoke else 4)
-    args.rounds = args.rounds or (2 if args.smoke else 4)
-    args.dense = args.dense or ([2, 32] if args.smoke else [8, 256])
+    # On a CPU each round takes minutes, most of them the padded run's.
+    args.batch = args.batch or (4 if args.smoke else 8)
+    args.batches = args.batches or (2 if args.smoke else 3)
+    args.rounds = args.rounds or (2 if args.smoke or args.device == "cpu" else 4)
+    args.dense = args.dense or ([2, 32] if args.smoke else [4, 256])
     args.domains = args.domains or [*shapes.DOMAINS, "dense"]
     args.rate_size = 256 if args.smoke else 2048 if args.device == "cpu" else 8192
     return args
