@@ -80,7 +80,7 @@ def _mean_sizes(
             text = part * float(used_lengths(data).mean())
             width = math.ceil(text / layout.unit) * layout.unit
             each.append((width / part, layout.places / part))
-            keys.append(layout.pairs * layout.tile**2 / width)
+            keys.append(layout.reach * layout.tile)
         else:
             each.append((layout.length, layout.places))
     tokens, answers = zip(*each, strict=True)

@@ -19,6 +19,7 @@ microbatches.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ class Layout:
       unit: W is a multiple of it.
       parts: A microbatches, each packed separately.
       rows: S, as many as a mesh splits them into.
-      pairs: the smallest P, if packed.
+      reach: pairs that a tile makes, in the step that has most, if packed.
       width: the largest W of the sampled steps, if packed.
     """
 
@@ -61,7 +62,7 @@ class Layout:
     unit: int = 1
     parts: int = 1
     rows: int = 1
-    pairs: int = 8
+    reach: float = 1.0
     width: int = 0
 
     @property
@@ -129,12 +130,15 @@ def packed_layout(
     mean = np.mean(text) / rows
     unit = 8 if mean < 256 else 32 * max(round(mean / STEPS / 32), 1)
     layout = Layout(length, True, 1, unit, parts, rows)
-    sizes = (needed(part, layout) for part in pieces)
-    widths, places, pairs = zip(*sizes, strict=True)
+    sizes = (_used(part, layout) for part in pieces)
+    widths, places, reach = zip(*sizes, strict=True)
     share = np.mean(widths) * rows / (len(pieces[0]["tokens"]) * length)
-    most = {"pairs": max(pairs), "width": max(widths)}
-    places = _up(max(places), 8 * rows)
-    return dataclasses.replace(layout, places=places, **most), float(share)
+    # An eighth more than the steps drawn here used, so that few of the others use more.
+    room = {
+        "places": _up(max(places) * 9 // 8, 8 * rows),
+        "reach": round(max(reach) * 9 / 8, 2),
+    }
+    return dataclasses.replace(layout, **room, width=max(widths)), float(share)
 
 
 def widest(layouts: Sequence[Layout]) -> Layout:
@@ -146,17 +150,30 @@ def widest(layouts: Sequence[Layout]) -> Layout:
         unit=max(layout.unit for layout in layouts),
         packed=packed,
         places=max(layout.places for layout in layouts if layout.packed == packed),
-        pairs=max(layout.pairs for layout in layouts),
+        reach=max(layout.reach for layout in layouts),
         width=max(layout.width for layout in layouts),
     )
 
 
-def needed(drawn: Mapping[str, np.ndarray], layout: Layout) -> tuple[int, int, int]:
-    """The W, K and P that one microbatch needs, rounded up.
+def needed(
+    drawn: Mapping[str, np.ndarray], layout: Layout, width: int = 0
+) -> tuple[int, int, int]:
+    """The W, K and P that one microbatch needs, rounded up; W is at least ``width``.
 
     Raises:
       UserError: for an example longer than T.
     """
+    width, count, reach = _used(drawn, layout, width)
+    places = _enough(_up(layout.places, layout.rows), count, 8 * layout.rows)
+    tiles = -(-width // layout.tile)
+    most = math.ceil(layout.reach * tiles)
+    return width, places, _enough(_up(most, 8), round(reach * tiles), 8)
+
+
+def _used(
+    drawn: Mapping[str, np.ndarray], layout: Layout, width: int = 0
+) -> tuple[int, int, float]:
+    """The W of one microbatch, its answer places, and its pairs for each tile."""
     lengths = lengths_of(drawn["tokens"], drawn["mask"])
     if lengths.max(initial=0) > layout.length:
         worst = int(np.argmax(lengths))
@@ -167,12 +184,12 @@ def needed(drawn: Mapping[str, np.ndarray], layout: Layout) -> tuple[int, int, i
         )
     members = _balanced(lengths, layout.rows)
     shares = [lengths[row] for row in members]
-    width = _up(max(int(share.sum()) for share in shares), layout.unit)
+    text = max(int(share.sum()) for share in shares)
+    width = max(_up(text, layout.unit), width)
     counts = (drawn["mask"][:, 1:] > 0).sum(axis=1)
     count = max(int(counts[row].sum()) for row in members) * layout.rows
-    met = max(int(_reach(share, width, layout.tile).sum()) for share in shares)
-    places = _enough(_up(layout.places, layout.rows), count, 8 * layout.rows)
-    return width, places, _enough(_up(layout.pairs, 8), met, 8)
+    reach = max(float(_reach(x, width, layout.tile).mean()) for x in shares)
+    return width, count, reach
 
 
 def _enough(size: int, count: int, multiple: int) -> int:
@@ -214,8 +231,11 @@ def arrange(
     if not layout.packed:
         return [_in_rows(one, layout) for one in drawn]
     split = [_parts(one, layout.parts) for one in drawn]
-    sizes = [needed(part, layout) for parts in split for part in parts]
-    width, places, pairs = (max(size) for size in zip(*sizes, strict=True))
+    every = [part for parts in split for part in parts]
+    # Filling makes pairs too, so their number depends on the width that all share.
+    width = max(needed(part, layout)[0] for part in every)
+    sizes = [needed(part, layout, width) for part in every]
+    _, places, pairs = (max(size) for size in zip(*sizes, strict=True))
     done = []
     for parts in split:
         packed = [

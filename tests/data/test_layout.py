@@ -102,6 +102,26 @@ def test_microbatches_are_packed_apart_and_several_seeds_share_a_shape():
         assert found[0]["targets"][part][real].tolist() == answered.tolist()
 
 
+def test_seeds_of_unequal_steps_share_the_wider_ones_shape():
+    """Filling makes pairs: a short step in a wide row needs more than in its own."""
+    data = ragged(9, size=64, longest=400)
+    order = np.argsort(used_lengths(data))
+    drawn = [
+        {"tokens": data.tokens[rows], "mask": data.mask[rows]}
+        for rows in (order[:8], order[-8:])
+    ]
+    layout = Layout(400, True, 8, unit=8, reach=0.1)
+    assert needed(drawn[0], layout)[0] < 0.5 * needed(drawn[1], layout)[0]
+    short, long = arrange(drawn, layout)
+    assert short["pairs"].shape == long["pairs"].shape
+    tiles = short["segments"].shape[1]
+    met = np.bincount(short["pairs"][0], minlength=tiles + 1)[:tiles]
+    assert met.min() == 1
+    alone, _, pairs = needed(drawn[0], layout)
+    assert met.sum() > pairs
+    assert tiles * layout.tile > alone
+
+
 @pytest.mark.parametrize(("longest", "fill"), [(64, 0.9), (400, 0.9), (30, 0.85)])
 def test_layout_is_a_function_of_data_and_sizes_and_shapes_are_few(longest, fill):
     data = ragged(3, size=200, longest=longest)
