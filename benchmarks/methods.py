@@ -7,7 +7,7 @@ outside its steps (a Fisher before a domain, a stage before training) is not inc
 """
 
 from benchmarks import measure, study
-from sbr_jax.methods import METHODS
+from sbr_jax.methods import METHODS, VARIANTS
 
 SMOKE = ("plain", "interleaving")
 
@@ -15,7 +15,9 @@ SMOKE = ("plain", "interleaving")
 def main(given: list[str] | None = None) -> None:
     """Measures all methods, each in turn with plain."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *VARIANTS], metavar="NAME"
+    )
     args = parser.parse_args(given)
     args.rounds = args.rounds or (2 if args.smoke else 6)
     size = study.SMOKE if args.smoke else study.SMALL
