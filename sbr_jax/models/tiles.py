@@ -9,11 +9,12 @@ and ``i(p), j(p)`` its tiles,
     lse_i = log Σ_{p: i(p) = i} Σ_keys exp s_p
     out_i = Σ_{p: i(p) = i} exp(s_p − lse_i) V_{j(p)}
 
-The backward pass computes the scores again, so nothing of their size is kept.
+The backward pass computes the scores again; only their mask is kept.
 
 **Guarantee**: equals masked attention over whole rows up to rounding. Sums over pairs
 gather their terms in a fixed order: a scatter is slow on a CPU, and elsewhere it adds
-in any order.
+in any order. It can be differentiated once, backwards. A value that is not finite
+reaches the other sequences of its tiles, as it does in any masked product.
 
 Legend: S rows, W tokens of a row, M tiles, C places of a tile, P pairs, N heads, K
 key-value heads, G = N / K, H head size.
@@ -164,7 +165,8 @@ def _backward(how, kept, cotangent):
     """``dV = Pᵀ dO``, ``dS = P (dO Vᵀ − dO·O)``, ``dQ = c dS K``, ``dK = c dSᵀ Q``."""
     query, key, value, tiles, mask, out, lse = kept
     scale, cap = how
-    both = jnp.sum((cotangent * out).astype(jnp.float32), axis=-1, keepdims=True)
+    wide = cotangent.astype(jnp.float32) * out.astype(jnp.float32)
+    both = jnp.sum(wide, axis=-1, keepdims=True)
     cut = functools.partial(_cut, groups=key.shape[2], tiles=tiles)
     q, d = _rows(cut(query), tiles.queries), _rows(cut(cotangent), tiles.queries)
     k, v = _rows(cut(key), tiles.keys), _rows(cut(value), tiles.keys)

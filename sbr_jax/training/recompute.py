@@ -69,9 +69,8 @@ def is_recomputed(
     With `hardware.remat` at "auto", only a model that was loaded to recompute can do
     so. It does if the float32 activations of all layers, for a training microbatch in
     its layout or a Fisher microbatch, exceed `SHARE` of the device's memory. On a mesh
-    it always does: there
-    the share depends on the layout, and all hosts must agree. The choice is the same
-    for all methods, so that their steps can be compared.
+    it always does: there the share depends on the layout, and all hosts must agree. The
+    choice is the same for all methods, so that their steps can be compared.
 
     Args:
       study: has the model and the lengths of its sets.
