@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,9 +100,9 @@ def choose(
     """
     length = max(int(used_lengths(dataset).max(initial=1)), 1)
     # Sets that a study pads alike share a program: cut little length and round A.
-    whole = dataset.length if length > UNUSED * dataset.length else _up(length, 8)
+    whole = dataset.length if length > UNUSED * dataset.length else round_up(length, 8)
     counts = (dataset.mask[:, 1:] > 0).sum(axis=1)
-    padded = Layout(whole, False, _up(int(counts.max(initial=1)), 8), parts=parts)
+    padded = Layout(whole, False, round_up(int(counts.max(initial=1)), 8), parts=parts)
     if packing == "no" or not len(dataset):
         return padded
     steps = [batch(dataset, batch_size, 0, step) for step in range(SAMPLE)]
@@ -136,7 +136,7 @@ def packed_layout(
     # Some room, so that few other steps need more. Pairs cost far more than places: one
     # step in ten has half more of them instead.
     room = {
-        "places": _up(max(places) * 9 // 8, 8 * rows),
+        "places": round_up(max(places) * 9 // 8, 8 * rows),
         "reach": round(float(np.quantile(reach, 0.9)), 2),
     }
     return dataclasses.replace(layout, **room, width=max(widths)), float(share)
@@ -165,10 +165,10 @@ def needed(
       UserError: for an example longer than T.
     """
     width, count, reach = _used(drawn, layout, width)
-    places = _enough(_up(layout.places, layout.rows), count, 8 * layout.rows)
+    places = _enough(round_up(layout.places, layout.rows), count, 8 * layout.rows)
     tiles = -(-width // layout.tile)
     most = math.ceil(layout.reach * tiles)
-    return width, places, _enough(_up(most, 8), round(reach * tiles), 8)
+    return width, places, _enough(round_up(most, 8), round(reach * tiles), 8)
 
 
 def _used(
@@ -186,7 +186,7 @@ def _used(
     members = _balanced(lengths, layout.rows)
     shares = [lengths[row] for row in members]
     text = max(int(share.sum()) for share in shares)
-    width = max(_up(text, layout.unit), width)
+    width = max(round_up(text, layout.unit), width)
     counts = (drawn["mask"][:, 1:] > 0).sum(axis=1)
     count = max(int(counts[row].sum()) for row in members) * layout.rows
     reach = max(float(_reach(x, width, layout.tile).mean()) for x in shares)
@@ -196,7 +196,7 @@ def _used(
 def _enough(size: int, count: int, multiple: int) -> int:
     """The size, half more as often as needed: few sizes occur."""
     while size < count:
-        size = _up(size * 3 // 2, multiple)
+        size = round_up(size * 3 // 2, multiple)
     return size
 
 
@@ -258,7 +258,8 @@ def _parts(drawn: Mapping[str, np.ndarray], parts: int) -> list[dict[str, np.nda
     ]
 
 
-def _up(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int) -> int:
+    """The next multiple that is not smaller."""
     return -(-size // multiple) * multiple
 
 
@@ -443,69 +444,3 @@ def answer_places(
         name: np.where(real, value, 0).astype(kinds[name])
         for name, value in picked.items()
     }
-
-
-def by_length(
-    dataset: TokenDataset, size: int, *, least: int = 1
-) -> Iterator[dict[str, np.ndarray]]:
-    """All examples in batches of similar length; none is half padding or more.
-
-    Args:
-      dataset: N examples.
-      size: the most examples of a batch.
-      least: smaller groups of one length join the next longer ones, so that no program
-        is compiled for a few examples.
-
-    Yields:
-      ``tokens``, ``mask`` and the results of :func:`answer_places`, each with a leading
-      axis of examples; shorter ones first, in an order that neither number changes.
-      Batches of one length have one shape, except for the last one's number of
-      examples. Sets of similar length share shapes: columns are a multiple of 8 (of
-      more if there are many), answer places a multiple of 8.
-
-    >>> tokens = np.ones((5, 40), np.int32)
-    >>> mask = np.arange(40) == np.array([[9], [35], [9], [9], [9]])
-    >>> [b["tokens"].shape for b in by_length(TokenDataset(tokens, mask), 3)]
-    [(3, 16), (1, 16), (1, 40)]
-    """
-    lengths = used_lengths(dataset)
-    sizes = np.array([_length_bucket(int(n)) for n in lengths])
-    groups: list[np.ndarray] = []
-    waiting = np.zeros(0, np.int64)
-    for each in sorted(set(sizes.tolist())):
-        waiting = np.concatenate([waiting, np.flatnonzero(sizes == each)])
-        if len(waiting) >= least:
-            groups.append(waiting)
-            waiting = waiting[:0]
-    if len(waiting):
-        # The longest are too few: they join the group before them.
-        joined = [groups.pop()] if groups else []
-        groups.append(np.concatenate([*joined, waiting]))
-    for group in groups:
-        length = _shared_length(int(lengths[group].max()))
-        tokens, mask = (
-            np.pad(x[group, :length], ((0, 0), (0, max(length - x.shape[1], 0))))
-            for x in (dataset.tokens, dataset.mask)
-        )
-        most = int((mask[:, 1:] > 0).sum(axis=1).max(initial=1))
-        places = answer_places(tokens, mask, _up(most, 8))
-        parts = {"tokens": tokens, "mask": mask, **places}
-        for start in range(0, len(group), size):
-            yield {name: x[start : start + size] for name, x in parts.items()}
-
-
-def _shared_length(length: int) -> int:
-    """A length that other sets share too; beyond 64 at most an eighth longer.
-
-    >>> [_shared_length(n) for n in (3, 9, 31, 38, 260)]
-    [3, 16, 32, 40, 288]
-    """
-    if length <= 8:
-        return _length_bucket(length)
-    return _up(length, max(8, (1 << (length - 1).bit_length()) // 16))
-
-
-def _length_bucket(length: int) -> int:
-    """Rounds up to 1 or 1.5 times a power of two; less than half is padding."""
-    power = 1 << max(length - 1, 0).bit_length()
-    return power * 3 // 4 if length <= power * 3 // 4 else power

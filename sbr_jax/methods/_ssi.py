@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbr_jax.data.batches import TokenDataset, first_tokens, take
-from sbr_jax.data.layout import by_length
+from sbr_jax.data.by_length import by_length
 from sbr_jax.fisher import fisher_subspace
 from sbr_jax.methods.base import LAYER_AXES, Problem, benign_control
 from sbr_jax.methods.likelihood import answer_loss

@@ -27,7 +27,7 @@ import optax
 
 from sbr_jax.checks import checked, one_of
 from sbr_jax.data.batches import TokenDataset, take
-from sbr_jax.data.layout import by_length
+from sbr_jax.data.by_length import by_length
 from sbr_jax.fisher import per_example_gradients
 from sbr_jax.methods._compose import with_gradients
 from sbr_jax.methods.base import Cost, Method, Problem

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sbr_jax import _mesh
-from sbr_jax.data.layout import by_length
+from sbr_jax.data.by_length import by_length
 from sbr_jax.fisher import gradients
 from sbr_jax.methods.base import LAYER_AXES
 from sbr_jax.methods.likelihood import answer_loss

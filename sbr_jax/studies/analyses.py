@@ -17,7 +17,7 @@ from sbr_jax.analysis.sensitivity import sensitivity as compare_sizes
 from sbr_jax.analysis.sensitivity import usable_sizes
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.batches import take
-from sbr_jax.data.layout import by_length
+from sbr_jax.data.by_length import by_length
 from sbr_jax.fisher import fisher_subspace
 from sbr_jax.methods import resolve
 from sbr_jax.methods._selectivity import half, held_out, shares_of

@@ -5,11 +5,11 @@ import pytest
 
 from sbr_jax.data import TokenDataset
 from sbr_jax.data.batches import batch
+from sbr_jax.data.by_length import by_length
 from sbr_jax.data.layout import (
     Layout,
     answer_places,
     arrange,
-    by_length,
     choose,
     lengths_of,
     needed,
